@@ -1,0 +1,276 @@
+"""The typed configuration tree of a training run: one YAML file plus ``key.sub=value`` overrides.
+
+    config = load_config("configs/train/vit_h14_worldwide.yaml", ["optim.lr=1e-4"])
+
+Every field has a type and a default; an unknown key or a value of the wrong type is a :class:`UserError` that names the
+file and the key. A parsed config is read-only (frozen dataclasses): state that changes lives in the trainer.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from mc2_hpc.errors import UserError
+
+
+def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if value < low:
+        raise UserError(f"{key}={value}: must be at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionOverrides:
+    """Vision-tower numbers that differ from the preset's; ``None`` keeps the preset's."""
+
+    image_size: int | None = None
+    """Side of the square input in pixels."""
+    patch_size: int | None = None
+    width: int | None = None
+    layers: int | None = None
+    head_width: int | None = None
+    mlp_width: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOverrides:
+    """Text-tower numbers that differ from the preset's; ``None`` keeps the preset's."""
+
+    vocab_size: int | None = None
+    """Rows of the token table; at least the tokenizer's vocabulary."""
+    context_length: int | None = None
+    eos_id: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which dual encoder, and how its blocks compute."""
+
+    preset: str = "ViT-B-32-worldwide"
+    """A name from ``mc2_hpc.models.presets.PRESETS``; everything below refines it."""
+    embed_dim: int | None = None
+    quick_gelu: bool | None = None
+    vision: VisionOverrides = field(default_factory=VisionOverrides)
+    text: TextOverrides = field(default_factory=TextOverrides)
+    attention: str = "auto"
+    """``sdpa`` (torch), ``xformers``, or ``auto`` (the table in ``mc2_hpc.models.layers``)."""
+    activation_checkpointing: bool = False
+    """Recompute every block of both towers in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """torch.compile the blocks of both towers."""
+
+    def __post_init__(self) -> None:
+        _choose("model.attention", self.attention, ("auto", "sdpa", "xformers"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the pairs come from and how they become tensors."""
+
+    train: str = ""
+    """Folder, file or glob pattern of ``.tar`` shards: curated (``.parquet`` beside each) or plain WebDataset."""
+    tokenizer: str = ""
+    """A sentencepiece model file."""
+    tokenizer_style: str = "xlmv"
+    """How ids are laid out: ``xlmv`` (fairseq offset; XLM-V, XLM-R), ``mt5`` (SigLIP too) or ``gemma``."""
+    balance: str | None = None
+    """Folder with ``balance.json`` and ``probs/<lang>.npy``: curated shards are then balanced online; null keeps all."""
+    lanes: int = 256
+    """Fixed number of sample streams the shards are dealt to; must divide the global batch. Ranks own lanes."""
+    workers: int = 6
+    """Decoding processes a rank; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Batches each worker holds ready."""
+    decode: str = "auto"
+    """``turbo`` (DCT-scaled), ``turbo_exact`` (full decode), ``pil``, or ``auto`` (turbo)."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Area range of RandomResizedCrop."""
+    seed: int = 0
+    """Seeds every random draw of the data path: text choice, balancing, order, crop."""
+
+    def __post_init__(self) -> None:
+        _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
+        _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil"))
+        _at_least("data.lanes", self.lanes, 1)
+        _at_least("data.workers", self.workers, 0)
+        _at_least("data.prefetch", self.prefetch, 1)
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"data.crop_scale=[{low}, {high}]: needs 0 < low <= high <= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with the recipe's groups, linear warm-up, then cosine decay to 0."""
+
+    lr: float = 4e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    """Applied to matrices only: not to gains, biases, logit_scale."""
+    warmup: int = 2000
+    """Steps of linear warm-up."""
+    grad_clip: float = 0.0
+    """Largest global gradient norm; 0 does not clip (the recipe)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "warmup", "grad_clip"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """How DeepSpeed partitions the training state."""
+
+    stage: int = 1
+    """0: replicas; 1: optimizer state; 2: and gradients; 3: and parameters."""
+    bucket_elements: int = 500_000_000
+    """Elements a communication bucket holds."""
+
+    def __post_init__(self) -> None:
+        _choose("zero.stage", str(self.stage), ("0", "1", "2", "3"))
+        _at_least("zero.bucket_elements", self.bucket_elements, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The contrastive loss over the global batch."""
+
+    backend: str = "auto"
+    """``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (the table in ``mc2_hpc.kernels.contrastive``)."""
+    exchange: str = "all_gather"
+    """How ranks see each other's features: ``all_gather``, or ``ring`` (memory independent of the number of ranks)."""
+
+    def __post_init__(self) -> None:
+        _choose("loss.backend", self.backend, ("auto", "triton", "tiled", "reference"))
+        _choose("loss.exchange", self.exchange, ("all_gather", "ring"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, and how many saves are kept."""
+
+    every: int = 2000
+    """Steps between saves; the last step is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run folder, if there is one."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every", self.every, 1)
+        _at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    output: str = "runs/default"
+    """Folder of logs and checkpoints."""
+    steps: int = 391_136
+    global_batch: int = 75_264
+    """Pairs a step, over all ranks: the contrastive loss sees all of them at once."""
+    micro_batch: int = 0
+    """Pairs a rank encodes at a time; 0 encodes its whole share. Smaller values recompute features (GradCache): the
+    same loss and gradients in less memory."""
+    precision: str = "bf16"
+    """``fp32``, or ``bf16`` (autocast over fp32 parameters)."""
+    seed: int = 0
+    """Seeds the initial weights."""
+    log_every: int = 10
+    """Steps between metric rows."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _choose("precision", self.precision, ("fp32", "bf16"))
+        for name in ("steps", "global_batch", "log_every"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("micro_batch", self.micro_batch, 0)
+        if self.global_batch % self.data.lanes:
+            raise UserError(
+                f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "
+                f"choose lanes that divide it"
+            )
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML file and apply ``key.sub=value`` overrides.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (the nearest known one is named), a value of the wrong type
+            or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml raises a family of errors without a common public base
+        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
+    return _build(loaded, list(overrides or []), str(path))
+
+
+def config_from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
+    """Build a config from plain values (such as a checkpoint's ``trainer.json`` holds); ``source`` names it in errors."""
+    return _build(OmegaConf.create(values), [], source)
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain values of the whole tree, JSON-ready; :func:`config_from_dict` reads them back to an equal config."""
+    return dataclasses.asdict(config)
+
+
+def _build(loaded: Any, overrides: list[str], source: str) -> RunConfig:
+    schema = OmegaConf.structured(RunConfig)
+    try:
+        merged = OmegaConf.merge(schema, loaded)
+        for override in overrides:
+            source = f"override {override!r}"
+            if "=" not in override:
+                raise UserError(f"{source}: write it as key.sub=value")
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        near = difflib.get_close_matches(key, _known_keys(RunConfig), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{source}: unknown key {key!r}{hint}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {error.full_key or 'value'}: {_first_line(error)}") from None
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _known_keys(node: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for entry in dataclasses.fields(node):
+        keys.append(prefix + entry.name)
+        if dataclasses.is_dataclass(entry.type):
+            keys.extend(_known_keys(entry.type, f"{prefix}{entry.name}."))
+    return keys
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,125 @@
+"""Files that are either whole or absent: atomic writes, completion markers, shard listing.
+
+Nothing here imports torch; curation and training share it.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mc2_hpc.errors import UserError
+
+_COMPLETE = ".complete"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``; on success fsync it and rename it to ``path``.
+
+    On an exception the temporary file is removed and ``path`` is left as it was. The temporary name starts with a dot
+    and ends like the target, so writers that look at the suffix (``np.save``) work and shard listing ignores it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp creates 0600; a result is as readable as any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        fsync_file(temporary)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON with sorted keys, atomically: the same value gives the same bytes."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def fsync_file(path: Path) -> None:
+    """Force the file's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Force the folder's entries (renames, new names) to the disk."""
+    fsync_file(path)
+
+
+def mark_complete(folder: Path) -> None:
+    """Leave the marker that says every file of ``folder`` has been written."""
+    with atomic_path(folder / _COMPLETE) as temporary:
+        temporary.write_text("")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether :func:`mark_complete` was called for ``folder``."""
+    return (folder / _COMPLETE).is_file()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove ``folder`` and all in it; absent is fine."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def list_shards(spec: str | Path, suffix: str) -> list[Path]:
+    """List the shard files that ``spec`` names, sorted by name so that every process sees the same order.
+
+    Args:
+        spec: a folder (its files that end in ``suffix``, not searched recursively), a file, or a glob pattern.
+        suffix: such as ``.tar`` or ``.parquet``; hidden files (unfinished writes) never count.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        found = [p for p in path.iterdir() if p.suffix == suffix and not p.name.startswith(".")]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = [Path(p) for p in glob.glob(str(spec)) if p.endswith(suffix)]
+    if not found:
+        kind = "folder has no" if path.is_dir() else "no such folder, file or pattern of"
+        raise UserError(f"{spec}: {kind} *{suffix} shards")
+    return sorted(found)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,14 @@
+"""Package layout that pyproject.toml cannot express.
+
+The kernels live in the top-level folder ``kernels/ops`` but are imported as ``mc2_hpc.kernels``: a
+top-level package called ``kernels`` would shadow Hugging Face's package of that name.
+"""
+
+from setuptools import find_packages, setup
+
+kernel_packages = ["mc2_hpc.kernels", *(f"mc2_hpc.kernels.{name}" for name in find_packages("kernels/ops"))]
+
+setup(
+    packages=[*find_packages(include=["mc2_hpc", "mc2_hpc.*"]), *kernel_packages],
+    package_dir={"mc2_hpc.kernels": "kernels/ops"},
+)
