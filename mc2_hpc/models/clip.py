@@ -1,0 +1,107 @@
+"""The dual encoder."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mc2_hpc.models.layers import Transformer, resolve_attention
+from mc2_hpc.models.presets import ClipArchitecture
+from mc2_hpc.models.text import TextTower
+from mc2_hpc.models.vision import VisionTower
+
+LOGIT_SCALE_INIT = math.log(1 / 0.07)
+LOGIT_SCALE_MAX = math.log(100)
+
+
+class CLIP(nn.Module):
+    """An image tower, a text tower and the learnt temperature ``logit_scale`` (its logarithm, as in OpenAI's CLIP).
+
+    Built under ``torch.device("meta")`` it takes no memory: load weights with ``load_state_dict(assign=True)``; it has
+    no buffers that would stay behind on meta.
+    """
+
+    def __init__(self, arch: ClipArchitecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.vision = VisionTower(arch.vision, arch.embed_dim, quick_gelu=arch.quick_gelu)
+        self.text = TextTower(arch.text, arch.embed_dim, quick_gelu=arch.quick_gelu)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, S, S) normalised images to (B, E) embeddings, of unit length in fp32 if ``normalize``."""
+        features = self.vision(images)
+        return F.normalize(features.float(), dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """(B, L) token ids to (B, E) embeddings, of unit length in fp32 if ``normalize``."""
+        features = self.text(tokens)
+        return F.normalize(features.float(), dim=-1) if normalize else features
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit-length image and text embeddings (B, E) in fp32, and ``logit_scale`` (0-d, fp32)."""
+        # A copy of the scale: under ZeRO-3 the parameter itself is released when forward returns.
+        return self.encode_image(images, True), self.encode_text(tokens, True), self.logit_scale.float() * 1.0
+
+    @torch.no_grad()
+    def init_parameters(self) -> None:
+        """Draw every parameter from torch's global random stream, as open_clip initialises them."""
+        self.vision.init_parameters()
+        self.text.init_parameters()
+        self.logit_scale.fill_(LOGIT_SCALE_INIT)
+
+    def transformers(self) -> list[Transformer]:
+        """The block stacks of both towers."""
+        return [self.vision.transformer, self.text.transformer]
+
+    def set_attention(self, name: str, device_type: str) -> None:
+        """Compute attention by the backend ``name`` (see :func:`mc2_hpc.models.layers.resolve_attention`)."""
+        attend = resolve_attention(name, device_type)
+        for transformer in self.transformers():
+            for block in transformer.blocks:
+                block.attention.attend = attend
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        for transformer in self.transformers():
+            transformer.activation_checkpointing = enabled
+
+    def compile_blocks(self) -> None:
+        """torch.compile every block in place: identical blocks share one compilation, names stay as they are."""
+        for transformer in self.transformers():
+            for block in transformer.blocks:
+                block.compile()
+
+
+def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:
+    """A CLIP on the CPU whose weights depend on ``seed`` alone; torch's global random stream is left as it was."""
+    with torch.device("meta"):
+        model = CLIP(arch)
+    model = model.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.init_parameters()
+    return model
+
+
+def flops_per_pair(arch: ClipArchitecture, text_length: int) -> int:
+    """Floating-point operations of one forward + backward pass of one image-text pair (3 x the forward's).
+
+    Counts the matrix products of the blocks (2 flops a multiply-add: 4 W^2 for attention projections, 2 W M for the
+    MLP, and 2 L W for scores and values, causal or not), the patch embedding and the projections; the token look-up is
+    free. ``text_length`` is the number of tokens computed a caption.
+    """
+    vision, text = arch.vision, arch.text
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+
+    def tower(length: int, width: int, mlp_width: int, layers: int) -> int:
+        return 2 * layers * length * (4 * width**2 + 2 * width * mlp_width + 2 * length * width)
+
+    forward = (
+        tower(num_patches + 1, vision.width, vision.mlp_width, vision.layers)
+        + tower(text_length, text.width, 4 * text.width, text.layers)
+        + 2 * num_patches * 3 * vision.patch_size**2 * vision.width
+        + 2 * (vision.width + text.width) * arch.embed_dim
+    )
+    return 3 * forward

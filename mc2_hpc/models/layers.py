@@ -1,0 +1,140 @@
+"""Transformer blocks that both towers share.
+
+Shape suffixes: B batch, L sequence, W width, H heads, D channels of a head, M width of the MLP.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mc2_hpc.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class AttentionFunction(Protocol):
+    """Softmax attention of (B, H, L, D) queries, keys and values; scale D^-0.5."""
+
+    def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, *, causal: bool) -> Tensor: ...
+
+
+def _sdpa(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, *, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=causal)
+
+
+def _load_sdpa() -> AttentionFunction:
+    return _sdpa
+
+
+def _load_xformers() -> AttentionFunction:
+    try:
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    except ImportError as error:
+        raise UserError(
+            f"model.attention='xformers': the package xformers does not load ({error}); "
+            f"install xformers>=0.0.35 or set model.attention=sdpa"
+        ) from None
+
+    def attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, *, causal: bool) -> Tensor:
+        # xformers wants (B, L, H, D).
+        q, k, v = (x.transpose(1, 2) for x in (q_BHLD, k_BHLD, v_BHLD))
+        bias = LowerTriangularMask() if causal else None
+        return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
+
+    return attend
+
+
+ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {"sdpa": _load_sdpa, "xformers": _load_xformers}
+
+# torch's own kernels (flash, cuDNN, memory-efficient) are the default everywhere: xformers is chosen by name only.
+_AUTO_ATTENTION = {"cpu": "sdpa", "cuda": "sdpa"}
+
+
+def resolve_attention(name: str, device_type: str) -> AttentionFunction:
+    """The attention function that ``model.attention`` names; ``auto`` picks by device and logs what it picked.
+
+    Raises:
+        UserError: the backend's package is not there, or the name is unknown.
+    """
+    if name == "auto":
+        name = _AUTO_ATTENTION.get(device_type, "sdpa")
+        logger.info("attention: %s (auto: the default on %s)", name, device_type)
+    if name not in ATTENTION_BACKENDS:
+        raise UserError(f"model.attention={name!r}: choose one of auto, {', '.join(ATTENTION_BACKENDS)}")
+    return ATTENTION_BACKENDS[name]()
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in the precision autocast picks, returned in the input's, so the residual stream keeps its."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).to(input.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the sigmoid approximation of GELU that OpenAI's CLIP uses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.attend: AttentionFunction = _sdpa
+
+    def forward(self, x_BLW: Tensor) -> Tensor:
+        qkv = self.qkv(x_BLW).unflatten(-1, (3, self.heads, -1))
+        q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y_BHLD = self.attend(q_BHLD, k_BHLD, v_BHLD, causal=self.causal)
+        return self.out(y_BHLD.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, *, causal: bool, quick_gelu: bool) -> None:
+        super().__init__()
+        self.norm_1 = LayerNorm(width)
+        self.attention = Attention(width, heads, causal=causal)
+        self.norm_2 = LayerNorm(width)
+        self.fc = nn.Linear(width, mlp_width)
+        self.activation = QuickGELU() if quick_gelu else nn.GELU()
+        self.proj = nn.Linear(mlp_width, width)
+
+    def forward(self, x_BLW: Tensor) -> Tensor:
+        x_BLW = x_BLW + self.attention(self.norm_1(x_BLW))
+        h_BLM = self.activation(self.fc(self.norm_2(x_BLW)))
+        return x_BLW + self.proj(h_BLM)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; with ``activation_checkpointing`` each is recomputed in the backward pass."""
+
+    def __init__(
+        self, width: int, layers: int, heads: int, mlp_width: int, *, causal: bool, quick_gelu: bool
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_width, causal=causal, quick_gelu=quick_gelu) for _ in range(layers)
+        )
+        self.activation_checkpointing = False
+
+    def forward(self, x_BLW: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BLW = checkpoint(block, x_BLW, use_reentrant=False)
+            else:
+                x_BLW = block(x_BLW)
+        return x_BLW

@@ -1,0 +1,156 @@
+"""The model family of the recipe as a table, and how a run's config refines an entry of it.
+
+Numbers: Meta CLIP 2 (arXiv 2507.22062) and its released model configurations. Names end in ``-worldwide``;
+``-quickgelu`` marks the one activation the released H/14 differs in; ``-mt5`` the 250,100-row mT5 vocabulary (open_clip
+calls the L/14 one of these plain ``ViT-L-14-worldwide``).
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from mc2_hpc.config import ModelConfig
+from mc2_hpc.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionArchitecture:
+    """Sizes of the image tower."""
+
+    image_size: int
+    """Side of the square input in pixels; a multiple of ``patch_size``."""
+    patch_size: int
+    width: int
+    layers: int
+    head_width: int
+    """Channels an attention head sees; divides ``width``."""
+    mlp_width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextArchitecture:
+    """Sizes of the causal text tower."""
+
+    vocab_size: int
+    context_length: int
+    eos_id: int
+    """The id whose first occurrence in a row is pooled."""
+    width: int
+    layers: int
+    heads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipArchitecture:
+    """Everything that decides the shapes and the arithmetic of a dual encoder."""
+
+    embed_dim: int
+    quick_gelu: bool
+    vision: VisionArchitecture
+    text: TextArchitecture
+    eval_resize: str = "shortest"
+    """How evaluation reaches the input size: ``shortest`` side then centre crop, or ``squash`` (the 378 px models)."""
+
+    def __post_init__(self) -> None:
+        vision, text = self.vision, self.text
+        if vision.image_size % vision.patch_size:
+            raise UserError(
+                f"model.vision.image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}"
+            )
+        if vision.width % vision.head_width:
+            raise UserError(f"model.vision.width={vision.width} is not a multiple of head_width={vision.head_width}")
+        if text.width % text.heads:
+            raise UserError(f"model.text.width={text.width} is not a multiple of heads={text.heads}")
+        if not 0 <= text.eos_id < text.vocab_size:
+            raise UserError(f"model.text.eos_id={text.eos_id} lies outside vocab_size={text.vocab_size}")
+
+
+@dataclass(frozen=True)
+class _Size:
+    patch: int
+    vision: tuple[int, int, int]  # layers, width, head width
+    text: tuple[int, int, int]  # layers, width, heads
+    embed_dim: int
+    resolutions: tuple[int, ...]
+    mlp_width: int | None = None  # 4 x width unless given
+
+
+_SIZES = {
+    "ViT-S-16": _Size(16, (12, 384, 64), (12, 384, 6), 384, (224, 384)),
+    "ViT-M-16": _Size(16, (12, 512, 64), (12, 512, 8), 512, (224, 384)),
+    "ViT-B-32": _Size(32, (12, 768, 64), (12, 512, 8), 512, (224, 384)),
+    "ViT-B-16": _Size(16, (12, 768, 64), (12, 512, 8), 512, (224, 384)),
+    "ViT-L-14": _Size(14, (24, 1024, 64), (12, 768, 12), 768, (224, 378)),
+    "ViT-H-14": _Size(14, (32, 1280, 80), (24, 1024, 16), 1024, (224, 378)),
+    "ViT-bigG-14": _Size(14, (48, 1664, 104), (32, 1280, 20), 1280, (224, 378, 392), mlp_width=8192),
+}
+
+_VOCABULARIES = {"": (901_629, 2), "-mt5": (250_100, 1)}  # suffix: rows, EOS id
+
+
+def _architecture(size: _Size, resolution: int, vocabulary: tuple[int, int], quick_gelu: bool) -> ClipArchitecture:
+    vision_layers, vision_width, head_width = size.vision
+    text_layers, text_width, heads = size.text
+    return ClipArchitecture(
+        embed_dim=size.embed_dim,
+        quick_gelu=quick_gelu,
+        vision=VisionArchitecture(
+            image_size=resolution,
+            patch_size=size.patch,
+            width=vision_width,
+            layers=vision_layers,
+            head_width=head_width,
+            mlp_width=size.mlp_width or 4 * vision_width,
+        ),
+        text=TextArchitecture(
+            vocab_size=vocabulary[0],
+            context_length=77,
+            eos_id=vocabulary[1],
+            width=text_width,
+            layers=text_layers,
+            heads=heads,
+        ),
+        eval_resize="squash" if resolution == 378 else "shortest",
+    )
+
+
+def _family() -> dict[str, ClipArchitecture]:
+    presets = {}
+    for name, size in _SIZES.items():
+        for suffix, vocabulary in _VOCABULARIES.items():
+            for resolution in size.resolutions:
+                tail = "" if resolution == 224 else f"-{resolution}"
+                presets[f"{name}-worldwide{suffix}{tail}"] = _architecture(size, resolution, vocabulary, False)
+    presets["ViT-H-14-worldwide-quickgelu"] = _architecture(_SIZES["ViT-H-14"], 224, _VOCABULARIES[""], True)
+    return presets
+
+
+PRESETS: dict[str, ClipArchitecture] = _family()
+
+
+def resolve(config: ModelConfig) -> ClipArchitecture:
+    """The preset that ``config`` names, with the numbers that ``config`` sets put in its place.
+
+    A new vision width without a new MLP width keeps the preset's ratio of the two.
+
+    Raises:
+        UserError: unknown preset (the nearest name is given), or sizes that do not fit together.
+    """
+    if config.preset not in PRESETS:
+        near = difflib.get_close_matches(config.preset, PRESETS, n=1, cutoff=0.0)[0]
+        raise UserError(f"model.preset={config.preset!r}: no such preset; nearest is {near!r}")
+    base = PRESETS[config.preset]
+    vision = _set_fields(config.vision)
+    if "width" in vision and "mlp_width" not in vision:
+        vision["mlp_width"] = base.vision.mlp_width * vision["width"] // base.vision.width
+    top = {name: getattr(config, name) for name in ("embed_dim", "quick_gelu") if getattr(config, name) is not None}
+    return dataclasses.replace(
+        base,
+        vision=dataclasses.replace(base.vision, **vision),
+        text=dataclasses.replace(base.text, **_set_fields(config.text)),
+        **top,
+    )
+
+
+def _set_fields(overrides: object) -> dict[str, int]:
+    return {k: v for k, v in vars(overrides).items() if v is not None}

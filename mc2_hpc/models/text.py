@@ -1,0 +1,68 @@
+"""The text tower: a causal transformer whose embedding is read at the first EOS token.
+
+Shape suffixes: B batch, L sequence, W width, E embedding.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mc2_hpc.models.layers import LayerNorm, Transformer
+from mc2_hpc.models.presets import TextArchitecture
+
+
+class TextTower(nn.Module):
+    """Token rows to embeddings, not normalised.
+
+    Under the causal mask what follows the EOS cannot reach it, so rows may be cut anywhere after their EOS: a batch
+    padded to its longest caption gives the same embeddings as one padded to ``context_length``.
+    """
+
+    def __init__(self, arch: TextArchitecture, embed_dim: int, *, quick_gelu: bool) -> None:
+        super().__init__()
+        self.arch = arch
+        self.token_embedding = nn.Embedding(arch.vocab_size, arch.width)
+        self.positional_embedding = nn.Parameter(torch.empty(arch.context_length, arch.width))
+        self.transformer = Transformer(
+            arch.width, arch.layers, arch.heads, 4 * arch.width, causal=True, quick_gelu=quick_gelu
+        )
+        self.norm_final = LayerNorm(arch.width)
+        self.projection = nn.Parameter(torch.empty(arch.width, embed_dim))
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) token ids, L <= ``context_length``, an EOS in every row, to (B, E)."""
+        if tokens_BL.shape[1] > self.arch.context_length:
+            raise ValueError(f"{tokens_BL.shape[1]} tokens a row: this model takes {self.arch.context_length}")
+        x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[: tokens_BL.shape[1]]
+        if torch.is_autocast_enabled(x_BLW.device.type):
+            # As in the image tower, the residual stream runs in the autocast type.
+            x_BLW = x_BLW.to(torch.get_autocast_dtype(x_BLW.device.type))
+        x_BLW = self.transformer(x_BLW)
+        # argmax of a boolean row is its first True.
+        eos_B = (tokens_BL == self.arch.eos_id).int().argmax(dim=1)
+        pooled_BW = x_BLW[torch.arange(x_BLW.shape[0], device=x_BLW.device), eos_B]
+        # The norm acts on each position alone, so only the pooled one needs it.
+        return self.norm_final(pooled_BW) @ self.projection
+
+    @torch.no_grad()
+    def init_parameters(self) -> None:
+        """open_clip's initialisation of the text tower."""
+        width, layers = self.arch.width, self.arch.layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.projection, std=width**-0.5)
+        self.norm_final.reset_parameters()
+        for block in self.transformer.blocks:
+            block.norm_1.reset_parameters()
+            block.norm_2.reset_parameters()
+            nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
+            nn.init.zeros_(block.attention.qkv.bias)
+            nn.init.normal_(block.attention.out.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.zeros_(block.attention.out.bias)
+            nn.init.normal_(block.fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            # nn.Linear's default bias, which open_clip leaves in place.
+            for linear in (block.fc, block.proj):
+                bound = 1 / math.sqrt(linear.in_features)
+                nn.init.uniform_(linear.bias, -bound, bound)
