@@ -60,6 +60,8 @@ class ModelConfig:
 
     preset: str = "ViT-B-32-worldwide"
     """A name from ``mc2_hpc.models.presets.PRESETS``; everything below refines it."""
+    init_from: str | None = None
+    """Checkpoint or imported model whose weights a new run starts from; null draws them from ``seed``."""
     embed_dim: int | None = None
     quick_gelu: bool | None = None
     vision: VisionOverrides = field(default_factory=VisionOverrides)
@@ -86,7 +88,7 @@ class DataConfig:
     tokenizer_style: str = "xlmv"
     """How ids are laid out: ``xlmv`` (fairseq offset; XLM-V, XLM-R), ``mt5`` (SigLIP too) or ``gemma``."""
     balance: str | None = None
-    """Folder with ``balance.json`` and ``probs/<lang>.npy``: curated shards are then balanced online; null keeps all."""
+    """Folder with ``balance.json`` and ``probs/<lang>.npy``: curated shards are balanced online; null keeps all."""
     lanes: int = 256
     """Fixed number of sample streams the shards are dealt to; must divide the global batch. Ranks own lanes."""
     workers: int = 6
@@ -142,9 +144,12 @@ class ZeroConfig:
     """0: replicas; 1: optimizer state; 2: and gradients; 3: and parameters."""
     bucket_elements: int = 500_000_000
     """Elements a communication bucket holds."""
+    persist_below_elements: int = 100_000
+    """Stage 3: parameters smaller than this stay whole on every rank."""
 
     def __post_init__(self) -> None:
         _choose("zero.stage", str(self.stage), ("0", "1", "2", "3"))
+        _at_least("zero.persist_below_elements", self.persist_below_elements, 0)
         _at_least("zero.bucket_elements", self.bucket_elements, 1)
 
 
@@ -153,7 +158,7 @@ class LossConfig:
     """The contrastive loss over the global batch."""
 
     backend: str = "auto"
-    """``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (the table in ``mc2_hpc.kernels.contrastive``)."""
+    """``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (table in ``mc2_hpc.kernels.contrastive``)."""
     exchange: str = "all_gather"
     """How ranks see each other's features: ``all_gather``, or ``ring`` (memory independent of the number of ranks)."""
 
@@ -233,7 +238,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def config_from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
-    """Build a config from plain values (such as a checkpoint's ``trainer.json`` holds); ``source`` names it in errors."""
+    """Build a config from plain values, such as ``trainer.json`` of a checkpoint holds; errors name ``source``."""
     return _build(OmegaConf.create(values), [], source)
 
 

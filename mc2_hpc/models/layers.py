@@ -70,7 +70,7 @@ def resolve_attention(name: str, device_type: str) -> AttentionFunction:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in the precision autocast picks, returned in the input's, so the residual stream keeps its."""
+    """Layer norm in the precision autocast picks, returned in the input's: the residual stream keeps its own."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).to(input.dtype)

@@ -1,4 +1,4 @@
-"""A model on disk: ``model.json`` says what it is, ``model.*.safetensors`` hold its weights, a tokenizer file lies beside.
+"""A model on disk: ``model.json`` says what it is, ``model.*.safetensors`` hold its weights, beside a tokenizer file.
 
 Training checkpoints, imported models and everything that evaluates or converts share this part of the format. Weights
 are fp32, named as in ``CLIP.state_dict()``, each whole in one of the files, whatever the number of ranks that wrote
@@ -123,7 +123,9 @@ def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}"
-        raise UserError(f"{source}: checkpoint of another model: it {what} ({len(missing)} missing, {len(extra)} extra)")
+        raise UserError(
+            f"{source}: checkpoint of another model: it {what} ({len(missing)} missing, {len(extra)} extra)"
+        )
     for name, shape in expected.items():
         actual = files.get(name).shape
         if actual != shape:

@@ -87,7 +87,8 @@ def _stamp(canvas: npt.NDArray[np.float32], glyph: npt.NDArray[np.float32], top:
 def _colour(ink: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Ink on paper (or chalk on slate), with uneven light and a little grain: uint8 ``(side, side, 3)``."""
     side = ink.shape[0]
-    dark, light = rng.uniform(5, 95, 3), rng.uniform(165, 255, 3)
+    light = rng.uniform(200, 245) + rng.uniform(-45, 20, 3)
+    dark = rng.uniform(20, 60) + rng.uniform(-25, 45, 3)
     paper, pen = (light, dark) if rng.random() < 0.7 else (dark, light)
     strength = np.clip(ink * rng.uniform(1.0, 1.35), 0, 1)[..., None]
     ramp = np.linspace(-1, 1, side, dtype=np.float32)

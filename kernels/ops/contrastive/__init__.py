@@ -1,0 +1,81 @@
+"""The contrastive softmax loss over a batch that is spread across ranks, without its matrix of logits in memory."""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import all_gather, ring
+from .dispatch import BACKENDS, choose_backend, tile_factory
+from .function import ContrastiveLoss, Plan
+from .ranks import discover_ranks
+from .reference import distributed_reference_loss, reference_loss
+
+__all__ = ["BACKENDS", "EXCHANGES", "contrastive_loss", "reference_loss"]
+
+EXCHANGES = {"all_gather": all_gather, "ring": ring}
+"""How ranks see each other's texts. ``all_gather`` overlaps the first tiles with communication; ``ring`` needs memory
+independent of the number of ranks."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    backend: str = "auto",
+    exchange: str = "all_gather",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Mean of the image-to-text and text-to-image cross entropy over the pairs of all ranks (CLIP's loss).
+
+    Args:
+        image_features, text_features: (b, D) of this rank's pairs, normalised or not, in bf16, fp16 or fp32 (fp64 with
+            the ``tiled`` and ``reference`` backends). Ranks may hold different b, also none.
+        logit_scale: scalar, the logarithm of the multiplier of the dot products, in [0, ln 100].
+        group: ranks that share the batch; ``None`` is the default group, or one process if there is none.
+        backend: ``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (the table in ``dispatch``).
+        exchange: one of ``EXCHANGES``.
+        workspace_bytes: memory for tiles of logits beside what grows with b or D; ``None`` is the device's default.
+
+    Returns the global loss, a scalar in fp32 (fp64 for fp64), the same bits on every rank; NaN if any feature of any
+    rank is not finite. Each rank's gradients are the number of ranks times its part of the global gradient, so that
+    *averaging* parameter gradients over ranks, as data parallelism does, gives the exact gradient. All ranks must call
+    it, and its backward, together; a rank that is gone makes the others fail when the group's timeout has passed.
+    Two runs on the same inputs give the same bits.
+
+    Raises ``ValueError`` for inputs that do not fit, ``RuntimeError`` for a backend that cannot run here.
+    """
+    _check(image_features, text_features, logit_scale, exchange)
+    backend = choose_backend(backend, image_features.device)
+    ranks = discover_ranks(image_features, group)
+    if ranks.global_batch == 0:
+        raise ValueError("contrastive_loss was given no pairs on any rank: give at least one")
+    if backend == "reference":
+        return distributed_reference_loss(image_features, text_features, logit_scale, ranks)
+    if backend == "triton" and image_features.dtype == torch.float64:
+        raise ValueError("the triton backend takes bf16, fp16 and fp32 features, not fp64: use backend='tiled'")
+    plan = Plan(tile_factory(backend, workspace_bytes), EXCHANGES[exchange], ranks)
+    return ContrastiveLoss.apply(image_features, text_features, logit_scale, plan)
+
+
+def _check(image: Tensor, text: Tensor, logit_scale: Tensor, exchange: str) -> None:
+    if image.ndim != 2 or image.shape != text.shape or image.shape[1] == 0:
+        raise ValueError(
+            f"image and text features must both be (pairs, width), got {tuple(image.shape)} and {tuple(text.shape)}"
+        )
+    if image.dtype != text.dtype or image.dtype not in _DTYPES:
+        raise ValueError(
+            f"image and text features must both be bf16, fp16 or fp32, got {image.dtype} and {text.dtype}"
+        )
+    if image.device != text.device or image.device != logit_scale.device:
+        raise ValueError(
+            "features and logit_scale must be on one device, got "
+            f"{image.device}, {text.device} and {logit_scale.device}"
+        )
+    if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
+        raise ValueError(f"logit_scale must be one floating-point number, got shape {tuple(logit_scale.shape)}")
+    if exchange not in EXCHANGES:
+        raise ValueError(f"unknown exchange {exchange!r}: choose one of {', '.join(EXCHANGES)}")

@@ -1,0 +1,72 @@
+"""The all-gather exchange: every rank collects all texts, and computes its images against them.
+
+The first tiles, of a rank's own texts, are computed while the others are still on their way. Memory: the texts of all
+ranks, and in backward their fp32 gradients before these go to their owners.
+"""
+
+import torch
+from torch import Tensor
+
+from .ranks import Ranks
+from .statistics import Statistics
+from .tiles import TileFactory, backward_tiles, forward_tiles
+
+
+def forward(
+    make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (N, D), column log-sum-exp (N))."""
+    num_columns, own = ranks.global_batch, ranks.part(ranks.rank)
+    tiles = make_tiles(image_bD, num_columns)
+    rows = Statistics.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
+    cols = Statistics.empty(num_columns, device=scale.device, dtype=scale.dtype)
+    if ranks.size == 1:
+        forward_tiles(tiles, image_bD, text_bD, scale, rows, cols)
+        col_lse = cols.logsumexp()
+        return rows.logsumexp(), col_lse, text_bD, col_lse
+
+    gathering = ranks.gather(text_bD)
+    forward_tiles(tiles, image_bD, text_bD, scale, rows, cols[own])
+    text_ND = gathering.wait()
+    for others in (slice(0, own.start), slice(own.stop, num_columns)):
+        forward_tiles(tiles, image_bD, text_ND[others], scale, rows, cols[others])
+
+    own_lse = _combine(ranks.to_owners(torch.stack((cols.maximum, cols.total), dim=1)))
+    return rows.logsumexp(), own_lse, text_ND, ranks.gather(own_lse).wait()
+
+
+def _combine(partial: Tensor) -> Tensor:
+    """(b) log-sum-exp of the (ranks, b, [maximum, total]) partial statistics."""
+    first, *others = partial.unbind(0)
+    whole = Statistics(first[:, 0].clone(), first[:, 1].clone())
+    for other in others:
+        whole.merge_(other[:, 0], other[:, 1])
+    return whole.logsumexp()
+
+
+def backward(
+    make_tiles: TileFactory,
+    image_bD: Tensor,
+    text_ND: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    ranks: Ranks,
+    needs_image: bool,
+    needs_text: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, float]:
+    """(G T (b, D), G^T I of the own texts (b, D), sum(G S) of the local images, the scale G was held at)."""
+    tiles = make_tiles(image_bD, ranks.global_batch)
+    width = image_bD.shape[1]
+    image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
+    text_grad = scale.new_zeros((ranks.global_batch, width)) if needs_text else None
+    diagonal = ranks.offsets[ranks.rank]
+    scale_grad = backward_tiles(
+        tiles, image_bD, text_ND, scale, row_lse, col_lse, diagonal, image_grad, text_grad
+    )
+    if text_grad is not None and ranks.size > 1:
+        first, *others = ranks.to_owners(text_grad).unbind(0)
+        for other in others:
+            first += other
+        text_grad = first
+    return image_grad, text_grad, scale_grad, tiles.gradient_scale

@@ -1,0 +1,75 @@
+"""Which backend computes the loss: one table, no luck."""
+
+import logging
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .tiles import TileFactory, TileOperations
+from .torch_tiles import TorchTiles
+
+BACKENDS = ("auto", "triton", "tiled", "reference")
+
+AUTO_BACKEND = {"cuda": "triton", "cpu": "tiled"}
+"""What ``auto`` picks on each device."""
+
+WORKSPACE_BYTES = {"cuda": 512 << 20, "cpu": 16 << 20}
+"""Default workspace on each device: on a GPU large launches, on a CPU tiles that stay in the cache."""
+
+SMALLEST_WORKSPACE_BYTES = 64 << 10
+
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend to use, by name or, for ``auto``, by the table; logs once what ``auto`` picked and why.
+
+    Raises ``ValueError`` for an unknown name, ``RuntimeError`` for one that cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown contrastive loss backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        picked = AUTO_BACKEND.get(device.type, "tiled")
+        why = f"features are on {device.type}"
+        if picked == "triton" and (obstacle := triton_obstacle(device)):
+            picked, why = "tiled", obstacle
+        _log_once(f"contrastive loss: auto picked the {picked} backend ({why})")
+        return picked
+    if backend == "triton" and (obstacle := triton_obstacle(device)):
+        raise RuntimeError(f"contrastive loss backend 'triton' cannot run: {obstacle}")
+    return backend
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this device, or ``None`` if they can."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"features are on {device.type}, which triton does not compile for (TRITON_INTERPRET=1 interprets it)"
+    return None
+
+
+def tile_factory(backend: str, workspace_bytes: int | None) -> TileFactory:
+    """Makes a backend's tiles within the workspace, in bytes; ``None`` takes the device's default."""
+    if workspace_bytes is not None and workspace_bytes < SMALLEST_WORKSPACE_BYTES:
+        raise ValueError(f"workspace_bytes={workspace_bytes} is too small: give at least {SMALLEST_WORKSPACE_BYTES}")
+
+    def make(image: Tensor, num_columns: int) -> TileOperations:
+        size = workspace_bytes or WORKSPACE_BYTES.get(image.device.type, WORKSPACE_BYTES["cuda"])
+        if backend == "triton":
+            from .triton_impl import TritonTiles
+
+            return TritonTiles(image, num_columns, size)
+        return TorchTiles(image, num_columns, size)
+
+    return make
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _log.info(message)

@@ -1,0 +1,59 @@
+"""The autograd function around an exchange and a backend."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .ranks import Ranks
+from .tiles import TileFactory, paired_logits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call computes: on which tiles, between which ranks, by which exchange."""
+
+    make_tiles: TileFactory
+    exchange: ModuleType
+    ranks: Ranks
+
+
+class ContrastiveLoss(torch.autograd.Function):
+    """Global mean loss; each rank's gradients are ``ranks.size`` times its part, so that their average is exact."""
+
+    @staticmethod
+    def forward(ctx, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> Tensor:
+        dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+        scale = logit_scale.detach().to(dtype).reshape(()).exp()
+        row_lse, own_col_lse, texts, col_lse = plan.exchange.forward(plan.make_tiles, image, text, scale, plan.ranks)
+        ctx.save_for_backward(image, texts, scale, row_lse, col_lse)
+        ctx.plan = plan
+        ctx.logit_scale_like = (logit_scale.shape, logit_scale.dtype)
+
+        # Both differences are small where both terms may be large: subtract before summing.
+        pairs = paired_logits(image, text, scale)
+        local = ((row_lse - pairs) + (own_col_lse - pairs)).double().sum() / (2 * plan.ranks.global_batch)
+        loss = plan.ranks.sum(local).to(dtype)
+        return torch.where(torch.isfinite(loss), loss, torch.nan)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        image, texts, scale, row_lse, col_lse = ctx.saved_tensors
+        plan, (needs_image, needs_text, needs_scale, _) = ctx.plan, ctx.needs_input_grad
+        image_grad, text_grad, scale_grad, held_at = plan.exchange.backward(
+            plan.make_tiles, image, texts, scale, row_lse, col_lse, plan.ranks, needs_image, needs_text
+        )
+        factor = grad_output.to(scale.dtype) * (plan.ranks.size / (2 * plan.ranks.global_batch))
+        feature_factor = factor * scale / held_at
+        for grad in (image_grad, text_grad):
+            if grad is not None:
+                grad.mul_(feature_factor)
+        shape, dtype = ctx.logit_scale_like
+        return (
+            None if image_grad is None else image_grad.to(image.dtype),
+            None if text_grad is None else text_grad.to(image.dtype),
+            (factor * scale_grad).to(dtype).reshape(shape) if needs_scale else None,
+            None,
+        )

@@ -1,0 +1,44 @@
+"""The contrastive loss written out densely: what tests and benchmarks compare with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ranks import Ranks
+
+
+def reference_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor) -> Tensor:
+    """Mean of the image-to-text and text-to-image cross entropy over all N pairs (Radford et al. 2021, figure 3).
+
+    Holds several N x N matrices. Computes in the features' own type, fp64 included; half types in fp32.
+    """
+    if image_ND.dtype in (torch.bfloat16, torch.float16):
+        image_ND, text_ND = image_ND.float(), text_ND.float()
+    logits = logit_scale.to(image_ND.dtype).exp() * image_ND @ text_ND.t()
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+
+
+def distributed_reference_loss(image_bD: Tensor, text_bD: Tensor, logit_scale: Tensor, ranks: Ranks) -> Tensor:
+    """``reference_loss`` of all ranks' pairs, on every rank; its gradients follow ``contrastive_loss``'s convention."""
+    if ranks.size == 1:
+        return reference_loss(image_bD, text_bD, logit_scale)
+    image_ND, text_ND = (_gather_with_own_gradient(features, ranks) for features in (image_bD, text_bD))
+    # Every rank has the whole gradient of logit_scale here, which is the average of the ranks' parts times their number.
+    return reference_loss(image_ND, text_ND, logit_scale)
+
+
+def _gather_with_own_gradient(local: Tensor, ranks: Ranks) -> Tensor:
+    every, own = ranks.gather(local.detach()).wait(), ranks.part(ranks.rank)
+    return torch.cat([every[: own.start], _GradientTimes.apply(local, ranks.size), every[own.stop :]])
+
+
+class _GradientTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.factor, None

@@ -1,0 +1,121 @@
+"""The ring exchange: texts travel from rank to rank, so no rank ever holds more than two ranks' texts.
+
+What a rank adds to another's texts (column statistics forward, gradients backward) travels along, one step behind the
+texts themselves, and comes home after a full turn. Both hops of a step overlap with the next tiles.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .ranks import Ranks
+from .statistics import Statistics
+from .tiles import TileFactory, backward_tiles, forward_tiles
+
+_BLOCK, _TOTAL = 1, 2  # tags: what a message carries
+
+
+def forward(
+    make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (b, D), their log-sum-exp again)."""
+    tiles = make_tiles(image_bD, max(ranks.batches))
+    rows = Statistics.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
+
+    def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
+        cols = Statistics.empty(ranks.batches[owner], device=scale.device, dtype=scale.dtype)
+        forward_tiles(tiles, image_bD, block[0], scale, rows, cols)
+        return torch.stack((cols.maximum, cols.total), dim=1)
+
+    def merge(total: Tensor, partial: Tensor) -> None:
+        Statistics(*total.unbind(1)).merge_(*partial.unbind(1))
+
+    own_lse = Statistics(*circulate(ranks, [text_bD.contiguous()], visit, merge).unbind(1)).logsumexp()
+    return rows.logsumexp(), own_lse, text_bD, own_lse
+
+
+def backward(
+    make_tiles: TileFactory,
+    image_bD: Tensor,
+    text_bD: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    ranks: Ranks,
+    needs_image: bool,
+    needs_text: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, float]:
+    """(G T (b, D), G^T I of the own texts (b, D), sum(G S) of the local images, the scale G was held at)."""
+    tiles = make_tiles(image_bD, max(ranks.batches))
+    width = image_bD.shape[1]
+    image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
+    scale_grad = torch.zeros((), device=scale.device, dtype=torch.float64)
+
+    def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
+        text, lse = block
+        text_grad = scale.new_zeros((len(text), width if needs_text else 0))
+        diagonal = ranks.offsets[ranks.rank] - ranks.offsets[owner]
+        scale_grad.add_(
+            backward_tiles(
+                tiles, image_bD, text, scale, row_lse, lse, diagonal, image_grad, text_grad if needs_text else None
+            )
+        )
+        return text_grad
+
+    text_grad = circulate(ranks, [text_bD.contiguous(), col_lse], visit, Tensor.add_)
+    return image_grad, text_grad if needs_text else None, scale_grad, tiles.gradient_scale
+
+
+def circulate(
+    ranks: Ranks,
+    block: Sequence[Tensor],
+    visit: Callable[[int, Sequence[Tensor]], Tensor],
+    merge: Callable[[Tensor, Tensor], object],
+) -> Tensor:
+    """Pass every rank's block round the ring; returns what all visits to the own block made, merged.
+
+    ``visit(owner, block)`` computes a partial result for the block of rank ``owner``; ``merge(total, partial)`` adds it
+    into ``total`` in place, in the order owner, owner + 1, ... of the visiting ranks. Every tensor, of a block or of a
+    partial result, has the owner's pairs as its first dimension.
+    """
+    size, rank = ranks.size, ranks.rank
+    arriving: Hop | None = None
+    for step in range(size):
+        owner, following = (rank - step) % size, (rank - step - 1) % size
+        moving = Hop(ranks, block, following, _BLOCK) if step < size - 1 else None
+        total = visit(owner, block)
+        if size == 1:
+            return total
+        if arriving is not None:
+            partial, (total,) = total, arriving.wait()
+            merge(total, partial)
+        arriving = Hop(ranks, [total], following, _TOTAL)
+        if moving is not None:
+            block = moving.wait()
+    assert arriving is not None
+    return arriving.wait()[0]
+
+
+class Hop:
+    """Tensors on their way to the next rank of the ring, while their like, owned by ``following``, arrive from the
+    rank before."""
+
+    def __init__(self, ranks: Ranks, outgoing: Sequence[Tensor], following: int, tag: int) -> None:
+        self._outgoing = outgoing  # kept until they have left
+        self._incoming = [t.new_empty((ranks.batches[following], *t.shape[1:])) for t in outgoing]
+        after, before = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
+        operations = [_operation(dist.isend, t, after, ranks, tag) for t in self._outgoing if t.numel()]
+        operations += [_operation(dist.irecv, t, before, ranks, tag) for t in self._incoming if t.numel()]
+        self._work = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> list[Tensor]:
+        """The tensors that arrived."""
+        for work in self._work:
+            work.wait()
+        return self._incoming
+
+
+def _operation(kind: Callable, tensor: Tensor, peer: int, ranks: Ranks, tag: int) -> dist.P2POp:
+    return dist.P2POp(kind, tensor, group=ranks.group, tag=tag, group_peer=peer)

@@ -1,0 +1,99 @@
+"""The numerical core: one pass over the logits forward, one backward, tile by tile, on one device.
+
+Shapes: B rows (local images), N columns (texts), D features. With s = exp(logit_scale), S = s I T^T, r and c the row
+and column log-sum-exp of S and a pair's column p(i), the loss 1/(2B) sum_i [(r_i - S_ip(i)) + (c_p(i) - S_ip(i))] has
+
+    dL/dS_ij = 1/(2B) G_ij,   G_ij = exp(S_ij - r_i) + exp(S_ij - c_j) - 2 [j = p(i)],
+
+so dI = s/(2B) G T, dT = s/(2B) G^T I and dL/dlogit_scale = 1/(2B) sum_ij G_ij S_ij. Forward costs 2BND flops (S),
+backward 6BND (S again, G T, G^T I): together the 8BND that no method without the whole of S in memory goes below.
+Nothing here knows of processes or of autograd.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .products import accumulate
+from .statistics import Statistics
+
+
+class TileOperations(Protocol):
+    """What a backend implements: the arithmetic on one tile of logits."""
+
+    rows: int
+    """Most images in a tile."""
+    columns: int
+    """Most texts in a tile."""
+    gradient_scale: float
+    """What ``gradient`` multiplies G by, to keep it within its type's range; a power of two."""
+
+    def operand(self, features: Tensor) -> Tensor:
+        """The features in the type that the tiles and the products with G take."""
+
+    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
+        """Merge the tile's row and column sums of exponentials into ``rows`` (R) and ``cols`` (C)."""
+
+    def gradient(
+        self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
+    ) -> tuple[Tensor, Tensor]:
+        """(G times ``gradient_scale``, (R, C) in the operands' type; sum of G S, a scalar), row i's pair being column
+        i + diagonal. G lies in the workspace: the next call overwrites it."""
+
+
+TileFactory = Callable[[Tensor, int], TileOperations]
+"""Makes the tile arithmetic for images (b, D) against at most so many texts at a time; its workspace lives as long."""
+
+
+def blocks(size: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``step`` that cover ``range(size)``."""
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def forward_tiles(
+    tiles: TileOperations, image_BD: Tensor, text_ND: Tensor, scale: Tensor, rows: Statistics, cols: Statistics
+) -> None:
+    """Merge the logits of these images and texts into the row (B) and column (N) statistics, in one pass."""
+    image_BD, text_ND = tiles.operand(image_BD), tiles.operand(text_ND)
+    for r in blocks(len(image_BD), tiles.rows):
+        for c in blocks(len(text_ND), tiles.columns):
+            tiles.statistics(image_BD[r], text_ND[c], scale, rows[r], cols[c])
+
+
+def backward_tiles(
+    tiles: TileOperations,
+    image_BD: Tensor,
+    text_ND: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    diagonal: int,
+    image_grad: Tensor | None,
+    text_grad: Tensor | None,
+) -> Tensor:
+    """Add G T to ``image_grad`` (B, D) and G^T I to ``text_grad`` (N, D), each times ``tiles.gradient_scale``, both in
+    the accumulator's type; ``None`` skips one. Returns sum(G S), fp64. Image i's pair is text i + diagonal."""
+    image_BD, text_ND = tiles.operand(image_BD), tiles.operand(text_ND)
+    scale_grad = torch.zeros((), device=image_BD.device, dtype=torch.float64)
+    for r in blocks(len(image_BD), tiles.rows):
+        for c in blocks(len(text_ND), tiles.columns):
+            offset = diagonal + r.start - c.start
+            G, weighted = tiles.gradient(image_BD[r], text_ND[c], scale, row_lse[r], col_lse[c], offset)
+            scale_grad += weighted
+            if image_grad is not None:
+                accumulate(G, text_ND[c], image_grad[r])
+            if text_grad is not None:
+                accumulate(G.t(), image_BD[r], text_grad[c])
+    return scale_grad
+
+
+def paired_logits(image_BD: Tensor, text_BD: Tensor, scale: Tensor, step: int = 4096) -> Tensor:
+    """(B,) logits of the true pairs, in the accumulator's type; ``step`` bounds the temporaries."""
+    dots = [
+        torch.linalg.vecdot(image_BD[part].to(scale.dtype), text_BD[part].to(scale.dtype))
+        for part in blocks(len(image_BD), step)
+    ]
+    return torch.cat(dots) * scale if dots else image_BD.new_zeros(0, dtype=scale.dtype)

@@ -1,0 +1,88 @@
+"""The ``tiled`` backend: tiles of logits in PyTorch, on any device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .products import accumulator_dtype, multiply
+from .statistics import Statistics
+
+FP16_GRADIENT_SCALE = 2.0**14
+"""|G| <= 2 and a term of it may be as small as 1/B: this keeps 1/B a normal fp16 number up to a million pairs."""
+
+
+def gradient_scale(operand_dtype: torch.dtype) -> float:
+    """What G is multiplied by when it is held in this type."""
+    return FP16_GRADIENT_SCALE if operand_dtype == torch.float16 else 1.0
+
+
+def tile_shape(num_rows: int, num_columns: int, elements: int, multiple: int = 64) -> tuple[int, int]:
+    """(rows, columns) of a tile of at most ``elements`` logits: as square as the problem allows, because a square tile
+    reads its operands least often; sides are multiples of ``multiple`` where they are not the problem's own."""
+
+    def fit(limit: int, size: int) -> int:
+        if limit >= size:
+            return max(size, 1)
+        return max(limit - limit % multiple, 1) if limit >= multiple else max(limit, 1)
+
+    side = math.isqrt(elements)
+    if num_rows <= side:
+        rows = fit(side, num_rows)
+        return rows, fit(elements // rows, num_columns)
+    columns = fit(side, num_columns)
+    return fit(elements // columns, num_rows), columns
+
+
+class TorchTiles:
+    """Tile arithmetic in PyTorch: the workspace holds three tiles of the accumulator's type and, where operands are
+    half, a fourth of theirs. Operands stay half on a GPU only (see ``products``)."""
+
+    def __init__(self, image: Tensor, num_columns: int, workspace_bytes: int) -> None:
+        dtype = accumulator_dtype(image.dtype)
+        self._operand_dtype = image.dtype if image.device.type == "cuda" else dtype
+        half = self._operand_dtype != dtype
+        per_logit = 3 * dtype.itemsize + (self._operand_dtype.itemsize if half else 0)
+        self.rows, self.columns = tile_shape(len(image), num_columns, workspace_bytes // per_logit)
+        self.gradient_scale = gradient_scale(self._operand_dtype)
+        size = self.rows * self.columns
+        self._tiles = torch.empty(3, size, device=image.device, dtype=dtype)
+        self._half_tile = torch.empty(size, device=image.device, dtype=self._operand_dtype) if half else None
+
+    def operand(self, features: Tensor) -> Tensor:
+        """The features in the type the products take."""
+        return features.to(self._operand_dtype)
+
+    def _views(self, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        S, P, Q = self._tiles[:, : rows * columns].view(3, rows, columns)
+        return S, P, Q
+
+    @staticmethod
+    def _logits(image: Tensor, text: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        if out.device.type == "cpu":  # reading the scale costs nothing there and saves a pass over the tile
+            return torch.addmm(out, image, text.t(), beta=0, alpha=float(scale), out=out)
+        return multiply(image, text.t(), out).mul_(scale)
+
+    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
+        S, P, _ = self._views(len(image_RD), len(text_CD))
+        self._logits(image_RD, text_CD, scale, S)
+        row_max, col_max = S.amax(1), S.amax(0)
+        torch.sub(S, row_max[:, None], out=P).exp_()
+        rows.merge_(row_max, P.sum(1))
+        S.sub_(col_max).exp_()
+        cols.merge_(col_max, S.sum(0))
+
+    def gradient(
+        self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
+    ) -> tuple[Tensor, Tensor]:
+        S, G, Q = self._views(len(image_RD), len(text_CD))
+        self._logits(image_RD, text_CD, scale, S)
+        torch.sub(S, row_lse[:, None], out=G).exp_()
+        G.add_(torch.sub(S, col_lse, out=Q).exp_())
+        if -len(image_RD) < diagonal < len(text_CD):
+            G.diagonal(diagonal).sub_(2)
+        weighted = torch.dot(G.view(-1), S.view(-1))
+        if self._half_tile is None:
+            return G, weighted
+        rounded = self._half_tile[: G.numel()].view(G.shape)
+        return rounded.copy_(G.mul_(self.gradient_scale)), weighted

@@ -1,0 +1,166 @@
+"""``mc2``: the only place that wires all layers together. Each command imports what it needs when it runs."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mc2_hpc import __version__
+from mc2_hpc.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    try:
+        return arguments.command(arguments) or 0
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"mc2: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mc2: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mc2", description="Worldwide CLIP: metadata, curation, training, evaluation, conversion."
+    )
+    parser.add_argument("--version", action="version", version=f"mc2_hpc {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, summary, add_arguments, command in (
+        ("quickstart", "the whole job on this machine, in minutes", _quickstart_arguments, _quickstart),
+        ("train", "train a model from a config file", _train_arguments, _train),
+        ("convert", "convert a checkpoint to open_clip or transformers, or back", _convert_arguments, _convert),
+        ("bench", "run a benchmark against its named peer", _bench_arguments, _bench),
+        ("doctor", "what is installed here, and does it work", _doctor_arguments, _doctor),
+    ):
+        sub = commands.add_parser(name, help=summary, description=summary)
+        add_arguments(sub)
+        # Also after the command, where one tends to type it.
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        sub.set_defaults(command=command)
+    return parser
+
+
+def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of all results")
+    parser.add_argument("--processes", type=int, help="training processes (default: the GPUs found, or 2)")
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.quickstart.run import run_quickstart
+
+    return run_quickstart(arguments.output, processes=arguments.processes)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that differ from the file's")
+    parser.add_argument("--processes", type=int, help="start this many processes on this machine (one a GPU)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds a rank waits for the others [600]")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.config import load_config
+
+    # Bad input shows here, once, before any process is started.
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.processes is not None:
+        _launch(arguments)
+    from mc2_hpc.distributed import process_group
+    from mc2_hpc.training.trainer import NonFiniteError, Trainer
+
+    with process_group(arguments.timeout) as ranks:
+        logging.getLogger().setLevel(logging.INFO if ranks.is_first else logging.WARNING)
+        try:
+            trainer = Trainer(config, ranks)
+            trainer.train()
+        except NonFiniteError as error:
+            print(f"mc2: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    """Replace this process by torchrun with the wanted number of processes."""
+    if arguments.processes < 1:
+        raise UserError(f"--processes {arguments.processes}: must be at least 1")
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--processes inside a launched job (WORLD_SIZE is set): leave it out")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.processes)]
+    command = ["-m", "mc2_hpc.cli", *(["--debug"] if arguments.debug else []), "train"]
+    command += ["--timeout", str(arguments.timeout), str(arguments.config), *arguments.overrides]
+    os.execv(sys.executable, [sys.executable, "-m", *launcher, *command])
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="our checkpoint or run folder, an open_clip or a transformers folder")
+    parser.add_argument("--to", choices=("open_clip", "hf", "mc2"), required=True, help="format to write")
+    parser.add_argument("--out", type=Path, required=True, help="new folder to write")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.conversion.convert import convert
+
+    convert(arguments.source, arguments.to, arguments.out)
+    print(arguments.out)
+    return 0
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="benchmark: the <name> of benchmarks/bench_<name>.py")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and ratios here")
+    parser.add_argument("--quick", action="store_true", help="under a minute, for a smoke test: not for quoting")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import importlib.util
+    import subprocess
+
+    # Benchmarks live beside the package in the repository, not in the wheel.
+    folder = Path(importlib.util.find_spec("mc2_hpc").origin).parents[1] / "benchmarks"  # type: ignore[union-attr,arg-type]
+    script = folder / f"bench_{arguments.name}.py"
+    if not script.is_file():
+        known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+        there = f"choose one of {', '.join(known)}" if known else f"no benchmarks in {folder}: use a source checkout"
+        raise UserError(f"bench {arguments.name!r}: no such benchmark; {there}")
+    command = [sys.executable, str(script), *(["--quick"] if arguments.quick else [])]
+    if arguments.json:
+        command += ["--json", str(arguments.json)]
+    return subprocess.run(command).returncode
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.doctor import examine, to_json
+
+    findings = examine()
+    if arguments.json:
+        print(json.dumps(to_json(findings), indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("component", "status", "version", "self-check, or what to do")
+    colour = {"ok": "green", "missing": "yellow", "broken": "red"}
+    for finding in findings:
+        status = f"[{colour[finding.status]}]{finding.status}[/]"
+        table.add_row(finding.component, status, finding.version, finding.detail)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Folders that ``transformers.MetaClip2Model.from_pretrained``, ``AutoTokenizer`` and ``AutoProcessor`` load."""
+
+from pathlib import Path
+from typing import Any
+
+from mc2_hpc.conversion.keys import from_peer, huggingface_entries, peer_shapes, to_peer
+from mc2_hpc.conversion.model_folder import read_fp32, read_model, refuse_pickles, write_model
+from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
+from mc2_hpc.data.normalise import MEAN, STD
+from mc2_hpc.data.tokenizer import STYLES
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.clip import LOGIT_SCALE_INIT
+from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
+from mc2_hpc.models.weights import ModelCard, TensorFiles, check_names, write_tensors
+from mc2_hpc.storage import read_json, write_json
+
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+MODEL_TYPE = "metaclip_2"
+
+# config.json leaves out what equals the class's default: these are MetaClip2TextConfig's and MetaClip2VisionConfig's.
+TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 49_408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "eos_token_id": 49_407,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+PROJECTION_DIM_DEFAULT = 512
+
+_ACTIVATIONS = {"quick_gelu": True, "gelu": False}
+_BICUBIC = 3  # PIL's number for it
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Write the model of a checkpoint or run folder into ``out``, an existing empty folder.
+
+    Raises:
+        UserError: no checkpoint there, or a tokenizer that cannot be exported.
+    """
+    card, files, tokenizer_file = read_model(checkpoint)
+    write_json(out / CONFIG_FILE, config(card))
+    write_json(out / PREPROCESSOR_FILE, preprocessor_config(card.arch))
+    write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)
+    write_tensors(out / "model.safetensors", dict(to_peer(huggingface_entries(card.arch), files.get)))
+
+
+def import_model(source: Path, out: Path) -> None:
+    """Write the model of a transformers folder into ``out``, an existing empty folder, in our format.
+
+    Raises:
+        UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
+    """
+    preprocessor = source / PREPROCESSOR_FILE
+    path = source / CONFIG_FILE
+    arch = architecture(read_json(path), read_json(preprocessor) if preprocessor.is_file() else {}, str(path))
+    files = _weights(source)
+    entries = huggingface_entries(arch)
+    # Buffers that older versions of transformers stored with the weights.
+    names = [name for name in files.names() if not name.endswith(".position_ids")]
+    check_names(str(source), names, peer_shapes(entries, arch), files)
+    tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size)
+    tensors = from_peer(entries, lambda name: read_fp32(files, name))
+    write_model(out, ModelCard(arch=arch, tokenizer_style=style), tensors, tokenizer_file)
+
+
+def config(card: ModelCard) -> dict[str, Any]:
+    """Contents of ``config.json`` (``MetaClip2Config``)."""
+    arch, vision, text = card.arch, card.arch.vision, card.arch.text
+    layout = STYLES[card.tokenizer_style]
+    common = {
+        "projection_dim": arch.embed_dim,
+        "hidden_act": "quick_gelu" if arch.quick_gelu else "gelu",
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+    }
+    return {
+        "architectures": ["MetaClip2Model"],
+        "model_type": MODEL_TYPE,
+        "dtype": "float32",
+        "projection_dim": arch.embed_dim,
+        "logit_scale_init_value": LOGIT_SCALE_INIT,
+        "text_config": {
+            **common,
+            "model_type": "metaclip_2_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "hidden_size": text.width,
+            "intermediate_size": 4 * text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "bos_token_id": layout.prefix[0] if layout.prefix else None,
+            "pad_token_id": layout.pad,
+            "eos_token_id": text.eos_id,
+        },
+        "vision_config": {
+            **common,
+            "model_type": "metaclip_2_vision_model",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_channels": 3,
+            "hidden_size": vision.width,
+            "intermediate_size": vision.mlp_width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.width // vision.head_width,
+        },
+    }
+
+
+def preprocessor_config(arch: ClipArchitecture) -> dict[str, Any]:
+    """Contents of ``preprocessor_config.json`` (``CLIPImageProcessor``)."""
+    side = arch.vision.image_size
+    square = {"height": side, "width": side}
+    squash = arch.eval_resize == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "CLIPProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square if squash else {"shortest_edge": side},
+        "resample": _BICUBIC,
+        "do_center_crop": not squash,
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
+
+
+def architecture(values: Any, preprocessor: dict[str, Any], source: str) -> ClipArchitecture:
+    """The architecture of a parsed ``config.json`` and ``preprocessor_config.json`` (may be empty).
+
+    Raises:
+        UserError: not a MetaClip2 config, or a model that differs from ours in more than sizes.
+    """
+    if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
+        found = values.get("model_type") if isinstance(values, dict) else None
+        raise UserError(f"{source}: model_type is {found!r}; only {MODEL_TYPE} models can be imported")
+    text = {**TEXT_DEFAULTS, **(values.get("text_config") or {})}
+    vision = {**VISION_DEFAULTS, **(values.get("vision_config") or {})}
+    required = {
+        "vision_config.hidden_act": (vision["hidden_act"], text["hidden_act"]),
+        "vision_config.layer_norm_eps": (vision["layer_norm_eps"], 1e-5),
+        "vision_config.num_channels": (vision["num_channels"], 3),
+        "text_config.layer_norm_eps": (text["layer_norm_eps"], 1e-5),
+        "text_config.intermediate_size": (text["intermediate_size"], 4 * text["hidden_size"]),
+    }
+    for key, (found, wanted) in required.items():
+        if found != wanted:
+            raise UserError(f"{source}: {key}={found!r}: models here have {wanted!r}")
+    if text["hidden_act"] not in _ACTIVATIONS:
+        raise UserError(f"{source}: hidden_act={text['hidden_act']!r}: models here have {' or '.join(_ACTIVATIONS)}")
+    return ClipArchitecture(
+        embed_dim=values.get("projection_dim", PROJECTION_DIM_DEFAULT),
+        quick_gelu=_ACTIVATIONS[text["hidden_act"]],
+        vision=VisionArchitecture(
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            width=vision["hidden_size"],
+            layers=vision["num_hidden_layers"],
+            head_width=vision["hidden_size"] // vision["num_attention_heads"],
+            mlp_width=vision["intermediate_size"],
+        ),
+        text=TextArchitecture(
+            vocab_size=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+            eos_id=text["eos_token_id"],
+            width=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+        ),
+        eval_resize=_eval_resize(preprocessor, source),
+    )
+
+
+def _eval_resize(preprocessor: dict[str, Any], source: str) -> str:
+    for key, wanted in (("image_mean", MEAN), ("image_std", STD)):
+        found = preprocessor.get(key, wanted)
+        # transformers' constants are these to the last digit or, in some versions, one digit shorter.
+        if len(found) != 3 or any(abs(a - b) > 1e-6 for a, b in zip(found, wanted, strict=True)):
+            raise UserError(f"{source}: {PREPROCESSOR_FILE}: {key}={found}: models here take {wanted}")
+    size = preprocessor.get("size", {})
+    return "squash" if isinstance(size, dict) and "height" in size else "shortest"
+
+
+def _weights(folder: Path) -> TensorFiles:
+    if (folder / "model.safetensors.index.json").is_file():
+        return TensorFiles(folder, "model-*")
+    if (folder / "model.safetensors").is_file():
+        return TensorFiles(folder, "model")
+    refuse_pickles(folder)
+    raise UserError(f"{folder}: no weights there (looked for model.safetensors and model.safetensors.index.json)")

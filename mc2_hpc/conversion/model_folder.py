@@ -1,0 +1,92 @@
+"""Reading and writing a model folder of ours for conversion, one tensor in memory at a time."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mc2_hpc.conversion.keys import our_shapes
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.weights import (
+    TOKENIZER_FILE,
+    ModelCard,
+    TensorFiles,
+    check_names,
+    read_card,
+    resolve_checkpoint,
+    write_card,
+    write_tensors,
+)
+
+_FILE_BYTES = 1 << 30
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
+    """The card, the memory-mapped weights and the tokenizer file of a checkpoint or run folder.
+
+    Raises:
+        UserError: no checkpoint there, no tokenizer beside it, or weights that do not fit ``model.json``.
+    """
+    folder = resolve_checkpoint(source)
+    card = read_card(folder)
+    files = TensorFiles(folder, "model")
+    check_names(str(folder), files.names(), our_shapes(card.arch), files)
+    tokenizer_file = folder / TOKENIZER_FILE
+    if not tokenizer_file.is_file():
+        raise UserError(f"{tokenizer_file}: no such file; copy the sentencepiece model of the run there")
+    return card, files, tokenizer_file
+
+
+def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]], tokenizer_file: Path) -> None:
+    """Write a model folder: weights in files of about a gigabyte, the tokenizer, and ``model.json`` last."""
+    pending: dict[str, Tensor] = {}
+    pending_bytes = number = 0
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > _FILE_BYTES:
+            write_tensors(out / f"model.{number:05d}.safetensors", pending)
+            pending, pending_bytes, number = {}, 0, number + 1
+        pending[name] = tensor
+        pending_bytes += tensor.nbytes
+    write_tensors(out / f"model.{number:05d}.safetensors", pending)
+    shutil.copyfile(tokenizer_file, out / TOKENIZER_FILE)
+    write_card(out, card)
+
+
+def read_fp32(files: TensorFiles, name: str) -> Tensor:
+    """One tensor as fp32: half-precision weights widen exactly.
+
+    Raises:
+        UserError: it holds anything but floating-point numbers of at most 32 bits.
+    """
+    tensor = files.get(name)
+    if tensor.dtype not in _FLOATS:
+        raise UserError(f"{files.folder}: {name} is {tensor.dtype}; convert weights of fp32, fp16 or bf16")
+    return tensor.float()
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Say how to mend a folder that has its weights as pickles only.
+
+    Raises:
+        UserError: there is such a file.
+    """
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise refused_pickle(pickles[0])
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether ``path`` is named as the files torch.save writes."""
+    return path.suffix in _PICKLES
+
+
+def refused_pickle(path: Path) -> UserError:
+    """The error for a pickled file, which could run code when read."""
+    return UserError(
+        f"{path}: pickled weights are not read, they can run code; if you trust the file, write it as safetensors: "
+        f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')"
+    )

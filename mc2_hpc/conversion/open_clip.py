@@ -1,0 +1,168 @@
+"""Folders that ``open_clip.create_model_and_transforms("local-dir:DIR")`` and ``get_tokenizer`` load."""
+
+from pathlib import Path
+from typing import Any
+
+from mc2_hpc.conversion.keys import from_peer, open_clip_entries, peer_shapes, to_peer
+from mc2_hpc.conversion.model_folder import read_fp32, read_model, refuse_pickles, write_model
+from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
+from mc2_hpc.data.normalise import MEAN, STD
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
+from mc2_hpc.models.weights import ModelCard, TensorFiles, check_names, write_tensors
+from mc2_hpc.storage import read_json, write_json
+
+CONFIG_FILE = "open_clip_config.json"
+
+# In open_clip's own order of preference.
+_WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model")
+
+# Read from the Hub where a config of that name is loaded by name; a local folder always uses its own files.
+_HUB_TOKENIZERS = {("xlmv", 901_629): "facebook/xlm-v-base", ("mt5", 250_100): "google/mt5-base"}
+
+# Sizes that differ from model to model, with what open_clip assumes where a config says nothing.
+_TOP = {"embed_dim": None, "vision_cfg": None, "text_cfg": None, "quick_gelu": False, "custom_text": False}
+_VISION = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0}
+_TEXT = {"context_length": 77, "vocab_size": 49_408, "width": 512, "heads": 8, "layers": 12, "eos_id": 2}
+# What every model of the family has, and keys without effect on a trained model's output. Any other key that is set
+# belongs to a model that this program does not have.
+_FIXED: dict[str, dict[str, Any]] = {
+    "top": {},
+    "vision_cfg": {"pool_type": "tok", "pos_embed_type": "learnable"},
+    "text_cfg": {"pool_type": "eos", "proj_type": "linear", "mlp_ratio": 4.0},
+}
+_WITHOUT_EFFECT = {
+    "top": {"init_logit_scale", "output_dict"},
+    "vision_cfg": {"patch_dropout", "attn_pooler_queries", "attn_pooler_heads"},
+    "text_cfg": {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id"},
+}
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Write the model of a checkpoint or run folder into ``out``, an existing empty folder.
+
+    Raises:
+        UserError: no checkpoint there, or a tokenizer that cannot be exported.
+    """
+    card, files, tokenizer_file = read_model(checkpoint)
+    write_json(out / CONFIG_FILE, config(card))
+    write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)
+    write_tensors(out / "open_clip_model.safetensors", dict(to_peer(open_clip_entries(card.arch), files.get)))
+
+
+def import_model(source: Path, out: Path) -> None:
+    """Write the model of an open_clip folder into ``out``, an existing empty folder, in our format.
+
+    Raises:
+        UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
+    """
+    path = source / CONFIG_FILE
+    arch, text_prefix = architecture(read_json(path), str(path))
+    files = _weights(source)
+    entries = open_clip_entries(arch, text_prefix)
+    check_names(str(source), files.names(), peer_shapes(entries, arch), files)
+    tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size)
+    tensors = from_peer(entries, lambda name: read_fp32(files, name))
+    write_model(out, ModelCard(arch=arch, tokenizer_style=style), tensors, tokenizer_file)
+
+
+def config(card: ModelCard) -> dict[str, Any]:
+    """Contents of ``open_clip_config.json``."""
+    arch, vision, text = card.arch, card.arch.vision, card.arch.text
+    return {
+        "model_cfg": {
+            "embed_dim": arch.embed_dim,
+            "quick_gelu": arch.quick_gelu,
+            "vision_cfg": {
+                "image_size": vision.image_size,
+                "patch_size": vision.patch_size,
+                "width": vision.width,
+                "layers": vision.layers,
+                "head_width": vision.head_width,
+                "mlp_ratio": mlp_ratio(vision.width, vision.mlp_width),
+            },
+            "text_cfg": {
+                "context_length": text.context_length,
+                "vocab_size": text.vocab_size,
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+                "pool_type": "eos",
+                "eos_id": text.eos_id,
+                # Any value makes open_clip load the tokenizer files of a local folder.
+                "hf_tokenizer_name": _HUB_TOKENIZERS.get((card.tokenizer_style, text.vocab_size), "local-dir"),
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(MEAN),
+            "std": list(STD),
+            "interpolation": "bicubic",
+            "resize_mode": arch.eval_resize,
+        },
+    }
+
+
+def mlp_ratio(width: int, mlp_width: int) -> float:
+    """A ratio with ``int(width * ratio) == mlp_width``, as open_clip computes it: few digits where they do."""
+    short = round(mlp_width / width, 4)
+    return short if int(width * short) == mlp_width else (mlp_width + 0.5) / width
+
+
+def architecture(values: Any, source: str) -> tuple[ClipArchitecture, str]:
+    """The architecture of a parsed ``open_clip_config.json``, and the prefix of its text tower's weights.
+
+    Raises:
+        UserError: not such a config, or a model that differs from ours in more than sizes.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("model_cfg"), dict):
+        raise UserError(f"{source}: no model_cfg there; not an open_clip config")
+    model = values["model_cfg"]
+    top = _take(model, "top", _TOP, source)
+    vision = _take(top["vision_cfg"], "vision_cfg", _VISION, source)
+    text = _take(top["text_cfg"], "text_cfg", _TEXT, source)
+    if top["text_cfg"].get("pool_type") != "eos":
+        raise UserError(f"{source}: text_cfg.pool_type is not 'eos': not a model of the worldwide family")
+    vision["mlp_width"] = int(vision["width"] * vision.pop("mlp_ratio"))
+    arch = ClipArchitecture(
+        embed_dim=top["embed_dim"],
+        quick_gelu=top["quick_gelu"],
+        vision=VisionArchitecture(**vision),
+        text=TextArchitecture(**text),
+        eval_resize=_eval_resize(values.get("preprocess_cfg") or {}, source),
+    )
+    return arch, "text." if top["custom_text"] else ""
+
+
+def _take(values: Any, section: str, sizes: dict[str, Any], source: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {section} is missing; not an open_clip config")
+    where = "" if section == "top" else f"{section}."
+    fixed = _FIXED[section]
+    for key, value in values.items():
+        if key in fixed and value != fixed[key] or key not in {*fixed, *sizes, *_WITHOUT_EFFECT[section]} and value:
+            raise UserError(f"{source}: {where}{key}={value!r}: not a model of the worldwide family")
+    taken = {key: values.get(key, default) for key, default in sizes.items()}
+    for key, value in taken.items():
+        numeric = key not in ("vision_cfg", "text_cfg", "quick_gelu", "custom_text")
+        if numeric and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{source}: {where}{key}={value!r}: not a number")
+    return taken
+
+
+def _eval_resize(preprocess: dict[str, Any], source: str) -> str:
+    ours = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic"}
+    for key, value in ours.items():
+        if list(preprocess.get(key, value)) != list(value):
+            raise UserError(f"{source}: preprocess_cfg.{key}={preprocess[key]}: models here take {value}")
+    mode = preprocess.get("resize_mode", "shortest")
+    if mode not in ("shortest", "squash"):
+        raise UserError(f"{source}: preprocess_cfg.resize_mode={mode!r}: models here take shortest or squash")
+    return mode
+
+
+def _weights(folder: Path) -> TensorFiles:
+    for prefix in _WEIGHTS:
+        if (folder / f"{prefix}.safetensors").is_file():
+            return TensorFiles(folder, prefix)
+    refuse_pickles(folder)
+    raise UserError(f"{folder}: no weights there (looked for {', '.join(f'{p}.safetensors' for p in _WEIGHTS)})")

@@ -1,0 +1,73 @@
+"""Importing the libraries that exported models are made for: open_clip and transformers.
+
+Both import torchvision, whose wheels on PyPI carry operators compiled for CUDA. Beside a CPU build of torch those
+operators do not load, and torchvision stops at the first use of their names. Neither library calls them on our paths
+(they are for object detection), so declaring their schemas is enough for the import to go through.
+"""
+
+import importlib
+import logging
+import sys
+from types import ModuleType
+
+import torch
+
+from mc2_hpc.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_MISSING_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+# A schema lives as long as the Library object that defined it.
+_schema_libraries: list[torch.library.Library] = []
+
+
+def import_open_clip() -> ModuleType:
+    """The ``open_clip`` module.
+
+    Raises:
+        UserError: open_clip or torchvision is not installed.
+    """
+    import_torchvision()
+    return _import("open_clip")
+
+
+def import_transformers() -> ModuleType:
+    """The ``transformers`` module, with torchvision importable for the classes it loads lazily.
+
+    Raises:
+        UserError: transformers or torchvision is not installed.
+    """
+    import_torchvision()
+    return _import("transformers")
+
+
+def import_torchvision() -> ModuleType:
+    """The ``torchvision`` module; where its compiled operators cannot load, their schemas are declared (and logged).
+
+    Raises:
+        UserError: torchvision is not installed.
+    """
+    try:
+        return _import("torchvision")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        logger.info("torchvision's compiled operators do not load beside this torch (%s): declaring their schemas", error)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in _MISSING_SCHEMAS:
+        library.define(schema)
+    _schema_libraries.append(library)
+    return _import("torchvision")
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name} cannot be imported ({error}): pip install mc2_hpc[eval]") from None

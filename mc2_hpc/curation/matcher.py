@@ -1,0 +1,180 @@
+"""Find every metadata entry that occurs in a text, by the rules of :mod:`mc2_hpc.curation.text`.
+
+Patterns with a space at both ends are looked up as windows of tokens in hash tables, all others in a trie over code points;
+both see all overlapping occurrences. The tables are plain arrays: built once, saved as ``.npy``, memory-mapped by every
+process that matches.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mc2_hpc.curation.text import can_match, character_table, check_mode, entry_pattern
+from mc2_hpc.errors import UserError
+from mc2_hpc.metadata.files import check_entries
+from mc2_hpc.storage import atomic_path, read_json, write_json
+
+_FORMAT = 1
+_INFO = "matcher.json"
+_ARRAYS = {
+    "actions": np.uint8,
+    "vocabulary": np.uint64,
+    "token_starts": np.int64,
+    "token_bytes": np.uint8,
+    "token_edges": np.uint64,
+    "character_edges": np.uint64,
+    "first_bits": np.uint8,
+}
+"""Name and type of each table, in the order :func:`match_kernels.match_texts` takes them (``collapse`` after the first)."""
+
+
+class Matcher:
+    """Tables of one language's entries. Make one with :meth:`build` or :meth:`load`."""
+
+    def __init__(self, mode: str, num_entries: int, tables: dict[str, npt.NDArray]):
+        self.mode = mode
+        self.num_entries = num_entries
+        self._tables = tables
+        for table in tables.values():
+            table.flags.writeable = False  # built and memory-mapped tables then share one compiled signature
+
+    @classmethod
+    def build(cls, entries: Sequence[str], mode: str = "fixed") -> Matcher:
+        """Build the tables of ``entries``, whose positions are the entry ids.
+
+        Raises:
+            UserError: an unknown mode; no, a blank or a repeated entry.
+        """
+        from mc2_hpc.curation import match_kernels
+
+        check_mode(mode)
+        check_entries(entries, "metadata")
+        patterns = [entry_pattern(entry, mode) for entry in entries]
+        usable = [position for position, pattern in enumerate(patterns) if can_match(pattern, mode)]
+        whole = [p for p in usable if len(patterns[p]) > 1 and patterns[p][0] == " " and patterns[p][-1] == " "]
+        between_spaces = frozenset(whole)
+        other = [p for p in usable if p not in between_spaces]
+        vocabulary, token_starts, token_bytes, token_edges = match_kernels.build_token_trie(
+            *_join([patterns[p][1:-1] for p in whole], "utf-8", np.uint8), np.array(whole, np.int64)
+        )
+        character_edges, first_bits = match_kernels.build_character_trie(
+            *_join([patterns[p] for p in other], "utf-32-le", np.uint32), np.array(other, np.int64)
+        )
+        tables = {
+            "actions": character_table(mode).copy(),
+            "vocabulary": vocabulary,
+            "token_starts": token_starts,
+            "token_bytes": token_bytes,
+            "token_edges": token_edges,
+            "character_edges": character_edges,
+            "first_bits": first_bits,
+        }
+        return cls(mode, len(entries), tables)
+
+    def match(self, texts: Sequence[str] | pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray, npt.NDArray]:
+        """Entries of each text.
+
+        Args:
+            texts: strings, or an Arrow array of them (read without copying); null counts as empty.
+
+        Returns:
+            offsets int64 ``(len(texts) + 1,)`` and ids uint32: text ``i`` has ``ids[offsets[i]:offsets[i + 1]]``, sorted and
+            unique.
+
+        Raises:
+            UserError: a text is not valid UTF-8.
+        """
+        from mc2_hpc.curation import match_kernels
+
+        column = _string_column(texts)
+        data, offsets = _buffers(column)
+        actions, *tables = (self._tables[name] for name in _ARRAYS)
+        fixed = self.mode == "fixed"
+        if fixed:
+            doubts = match_kernels.normalisation_doubts(data, offsets, actions)
+            if doubts.any():
+                data, offsets = _buffers(_normalised(column, doubts))
+        return match_kernels.match_texts(data, offsets, actions, fixed, *tables)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(table.nbytes for table in self._tables.values())
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tables as ``<name>.npy``, and ``matcher.json`` last: without it the folder counts as unfinished."""
+        folder = Path(folder)
+        (folder / _INFO).unlink(missing_ok=True)
+        for name, table in self._tables.items():
+            with atomic_path(folder / f"{name}.npy") as temporary:
+                np.save(temporary, table, allow_pickle=False)
+        write_json(folder / _INFO, {"format": _FORMAT, "mode": self.mode, "num_entries": self.num_entries})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Matcher:
+        """Memory-map the tables that :meth:`save` wrote.
+
+        Raises:
+            UserError: no tables, unfinished, damaged or of another version of the format.
+        """
+        folder = Path(folder)
+        info = read_json(folder / _INFO)
+        if not isinstance(info, dict) or info.get("format") != _FORMAT:
+            raise UserError(f"{folder}: matcher tables of another format; delete the folder and match again")
+        tables = {name: _map_table(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
+        return cls(info["mode"], info["num_entries"], tables)
+
+
+def _map_table(path: Path, dtype: type) -> npt.NDArray:
+    try:
+        # An empty file cannot be mapped, and the plain array type is what the compiled loops take.
+        table = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)).view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged matcher table ({error}); delete its folder and match again") from None
+    if table.dtype != dtype or table.ndim != 1:
+        raise UserError(f"{path}: damaged matcher table ({table.dtype} {table.shape}); delete its folder and match again")
+    return table
+
+
+def _join(patterns: list[str], encoding: str, dtype: type) -> tuple[npt.NDArray, npt.NDArray]:
+    """Units of all patterns in one array, and where each pattern starts, int64 ``(len(patterns) + 1,)``."""
+    units = [np.frombuffer(pattern.encode(encoding), dtype) for pattern in patterns]
+    offsets = np.zeros(len(patterns) + 1, np.int64)
+    np.cumsum([len(unit) for unit in units], out=offsets[1:])
+    return (np.concatenate(units) if units else np.zeros(0, dtype)), offsets
+
+
+def _string_column(texts: Sequence[str] | pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
+    column = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"texts to match: {error}; drop what is not UTF-8 first") from None
+    return column.cast(pa.large_string()).fill_null("")
+
+
+def _buffers(column: pa.LargeStringArray) -> tuple[npt.NDArray, npt.NDArray]:
+    """Bytes (uint8) and offsets (int64) behind an Arrow column, without a copy."""
+    if len(column) == 0:
+        return np.zeros(0, np.uint8), np.zeros(1, np.int64)
+    _, offset_buffer, data_buffer = column.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
+    data = np.frombuffer(data_buffer, np.uint8) if data_buffer else np.zeros(0, np.uint8)
+    return data, offsets
+
+
+def _normalised(column: pa.LargeStringArray, doubts: npt.NDArray[np.bool_]) -> pa.LargeStringArray:
+    """``column`` with the rows of ``doubts`` brought to NFC."""
+    mask = pa.array(doubts)
+    # Python's own tables, which the entries were normalised with, rather than Arrow's: the two follow other Unicode versions.
+    replacements = [unicodedata.normalize("NFC", text) for text in column.filter(mask).to_pylist()]
+    return pc.replace_with_mask(column, mask, pa.array(replacements, pa.large_string()))

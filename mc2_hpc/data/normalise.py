@@ -1,0 +1,22 @@
+"""The one step of preprocessing that runs on the device: bytes to normalised floats."""
+
+from functools import lru_cache
+
+import torch
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Per channel of RGB in [0, 1]; OpenAI CLIP's, as the recipe has them."""
+
+
+def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``(images / 255 - MEAN) / STD`` of uint8 ``(b, 3, H, W)``, computed in float32 and returned as ``dtype``."""
+    mean, std = _constants(images.device)
+    return images.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # Kept, because making them anew would copy from host to device, and wait for it, every step.
+    shape = (1, 3, 1, 1)
+    return torch.tensor(MEAN, device=device).view(shape), torch.tensor(STD, device=device).view(shape)

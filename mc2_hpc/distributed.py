@@ -1,0 +1,105 @@
+"""Process group and rank facts, the same whether torchrun, srun or nobody launched the process."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mc2_hpc.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 600
+"""No collective waits longer than this many seconds for a missing rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Where this process stands among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all (terminal, logs, shared files)."""
+        return self.rank == 0
+
+
+def _from_environment(name: str, slurm_name: str, default: int) -> int:
+    value = os.environ.get(name, os.environ.get(slurm_name, str(default)))
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"environment variable {name}={value!r}: must be a whole number") from None
+
+
+@contextmanager
+def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
+    """Join the process group that the environment describes; leave it at the end.
+
+    torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) come first, then Slurm's. Without
+    either the process is alone, and needs no port. NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        UserError: several processes are announced but no MASTER_ADDR to meet at, or more local ranks than GPUs.
+    """
+    rank = _from_environment("RANK", "SLURM_PROCID", 0)
+    world_size = _from_environment("WORLD_SIZE", "SLURM_NTASKS", 1)
+    local_rank = _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0)
+    device = _device(local_rank)
+    if world_size > 1:
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise UserError(
+                f"{world_size} processes but MASTER_ADDR/MASTER_PORT are not set: launch with torchrun, "
+                f"`mc2 train --processes`, or slurm/train.sbatch"
+            )
+        store, address = None, "env://"
+    else:
+        store, address = dist.HashStore(), None
+    # Libraries below (DeepSpeed) read the same facts from the environment.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        init_method=address,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        yield Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} but this machine has {torch.cuda.device_count()} GPU(s): start one process a GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def first_error(error: Exception | None) -> None:
+    """Tell every rank whether any rank failed, so that all stop together instead of waiting for the one that did.
+
+    Collective. Raises this rank's own ``error``, or a ``RuntimeError`` naming the rank that failed first.
+    """
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, f"{type(error).__name__}: {error}" if error else None)
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"rank {rank} failed: {message}")

@@ -1,0 +1,75 @@
+"""Metadata on disk: a folder of ``<lang>.json``, each a list of distinct strings whose positions are the entry ids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import read_json, write_json
+
+CARD = "card.json"
+
+
+def write_entries(path: Path, entries: Sequence[str]) -> None:
+    """Write a language's entries in the release's file format, one a line, atomically."""
+    write_json(path, list(entries))
+
+
+def read_entries(path: str | Path) -> list[str]:
+    """Read a language's entries.
+
+    Raises:
+        UserError: not a JSON list of strings, empty, or an entry is blank, repeated or not encodable as UTF-8.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: metadata must be a JSON list of strings, not {type(entries).__name__}")
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, str):
+            raise UserError(f"{path}: entry {position} is {entry!r}, not a string")
+    check_entries(entries, str(path))
+    return entries
+
+
+def check_entries(entries: Sequence[str], where: str) -> None:
+    """Raise a :class:`UserError` that starts with ``where`` for entries no matcher can take.
+
+    Raises:
+        UserError: no entries, or a blank, a repeated or a not encodable one; it is named with its position.
+    """
+    if not entries:
+        raise UserError(f"{where}: no entries; a language needs at least one")
+    first: dict[str, int] = {}
+    for position, entry in enumerate(entries):
+        if not entry.strip():
+            raise UserError(f"{where}: entry {position} is blank; remove it")
+        if entry in first:
+            raise UserError(f"{where}: entries {first[entry]} and {position} are both {entry!r}; remove one")
+        first[entry] = position
+    try:
+        "".join(entries).encode()
+    except UnicodeEncodeError:
+        bad = next(position for position, entry in enumerate(entries) if not _encodable(entry))
+        raise UserError(f"{where}: entry {bad} ({entries[bad]!r}) has a lone surrogate; remove it") from None
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def metadata_files(folder: str | Path) -> dict[str, Path]:
+    """``{language code: file}`` of a metadata folder, in code order.
+
+    Raises:
+        UserError: there is no such folder or no language in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such metadata folder; build one with `mc2 metadata build`")
+    found = {path.stem: path for path in folder.glob("*.json") if path.name != CARD and not path.name.startswith(".")}
+    if not found:
+        raise UserError(f"{folder}: no <language>.json in this metadata folder; build some with `mc2 metadata build`")
+    return dict(sorted(found.items()))

@@ -1,0 +1,228 @@
+"""DeepSpeed around the two towers: ZeRO stages 0-3 behind one interface, and their state by parameter name.
+
+The towers are partitioned by DeepSpeed. ``logit_scale`` is not: one scalar gains nothing from it, has to stay fp32
+and is clamped after every step, so each rank keeps its own equal copy, stepped by the same AdamW on the same gradient.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mc2_hpc.config import RunConfig
+from mc2_hpc.data.normalise import normalise
+from mc2_hpc.distributed import Ranks
+from mc2_hpc.models.clip import CLIP, LOGIT_SCALE_MAX
+from mc2_hpc.models.weights import TensorFiles
+from mc2_hpc.training.optim import adamw, parameter_groups
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Towers(nn.Module):
+    """Both towers on uint8 images and token ids, in the run's precision: what DeepSpeed partitions."""
+
+    def __init__(self, clip: CLIP, precision: str) -> None:
+        super().__init__()
+        self.vision = clip.vision
+        self.text = clip.text
+        self.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32."""
+        enabled = self.autocast_dtype is not None
+        # Inside the module: the engine turns off any autocast around it that it did not set up itself.
+        with torch.autocast(images.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
+            image_features = self.vision(normalise(images, self.autocast_dtype or torch.float32))
+            text_features = self.text(tokens)
+        return (
+            nn.functional.normalize(image_features.float(), dim=-1),
+            nn.functional.normalize(text_features.float(), dim=-1),
+        )
+
+
+def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, on_gpu: bool) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run, generated so that the YAML stays the one place of truth."""
+    bucket = min(config.zero.bucket_elements, num_parameters)
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.stage in (1, 2):
+        zero |= {
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "contiguous_gradients": True,
+            "overlap_comm": on_gpu and config.zero.stage == 2,
+        }
+    elif config.zero.stage == 3:
+        zero |= {
+            "reduce_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket // 10,
+            "stage3_param_persistence_threshold": config.zero.persist_below_elements,
+            "overlap_comm": on_gpu,
+        }
+    return {
+        # Only the number of micro-batches matters here; the loss is already the mean over the global batch.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": num_micro,
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+class Engine:
+    """The model under training: forward, backward, step, and its whole state by parameter name."""
+
+    def __init__(self, clip: CLIP, config: RunConfig, ranks: Ranks, *, num_micro: int) -> None:
+        """Take over ``clip`` (whose weights are equal on all ranks) and partition it.
+
+        Args:
+            num_micro: backward passes a step.
+        """
+        os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+        import deepspeed
+
+        deepspeed.logger.setLevel(logging.WARNING)
+        deepspeed.init_distributed(verbose=False)
+        self.stage = config.zero.stage
+        self.device = ranks.device
+        self.num_micro = num_micro
+        self.logit_scale = nn.Parameter(clip.logit_scale.detach().to(self.device, torch.float32, copy=True))
+        self._scale_optimizer = adamw(parameter_groups([("logit_scale", self.logit_scale)], config.optim), config.optim)
+        towers = Towers(clip, config.precision).to(self.device)
+        num_parameters = sum(p.numel() for p in towers.parameters())
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=towers,
+            optimizer=adamw(parameter_groups(towers.named_parameters(), config.optim), config.optim),
+            config=deepspeed_config(
+                config, num_micro=num_micro, num_parameters=num_parameters, on_gpu=self.device.type == "cuda"
+            ),
+            dist_init_required=False,
+        )
+        self._parameters = dict(self._engine.module.named_parameters())
+        self._create_moments(step=0)
+        if config.model.compile:
+            clip.compile_blocks()
+
+    def features(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of a micro-batch with gradients (see :class:`Towers`); one :meth:`backward` must follow."""
+        return self._engine(images, tokens)
+
+    @torch.no_grad()
+    def features_only(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of a micro-batch without a graph."""
+        return self._engine.module(images, tokens)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``; the last of the step's micro-batches averages them over the ranks."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            # DeepSpeed counts micro-batches by its step(), which updates nothing before the last.
+            self._engine.step()
+
+    def step(self, lr: float) -> Tensor:
+        """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to [0, ln 100].
+
+        Returns:
+            The global norm of the towers' averaged gradients before clipping, a 0-d tensor.
+        """
+        assert self.logit_scale.grad is not None
+        dist.all_reduce(self.logit_scale.grad)
+        self.logit_scale.grad /= dist.get_world_size()
+        for group in (*self._optimizer.param_groups, *self._scale_optimizer.param_groups):
+            group["lr"] = lr
+        # Without ZeRO the engine leaves the averaged gradients on the parameters and computes no norm.
+        norm = self._replicated_norm() if self.stage == 0 else None
+        self._engine.step()
+        self._scale_optimizer.step()
+        self._scale_optimizer.zero_grad()
+        with torch.no_grad():
+            self.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+        if norm is None:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        return norm
+
+    def _replicated_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+
+    def state_names(self) -> list[tuple[str, str]]:
+        """(kind, parameter name) of every tensor of the state; kind is ``weight`` or one of :data:`MOMENTS`."""
+        names = [*self._parameters, "logit_scale"]
+        return [(kind, name) for name in names for kind in ("weight", *MOMENTS)]
+
+    def state_shape(self, name: str) -> torch.Size:
+        """Full shape of a parameter, partitioned or not."""
+        if name == "logit_scale":
+            return self.logit_scale.shape
+        parameter = self._parameters[name]
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Whole state tensors in fp32 on the device, one at a time, in the order of :meth:`state_names`.
+
+        Collective: every rank iterates to the end.
+        """
+        for kind, name in self.state_names():
+            if name == "logit_scale":
+                tensor = self.logit_scale if kind == "weight" else self._scale_optimizer.state[self.logit_scale][kind]
+            else:
+                tensor = self._tower_state(self._parameters[name], kind)
+            yield kind, name, tensor.detach()
+
+    def _tower_state(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return parameter if kind == "weight" else self._optimizer.state[parameter][kind]
+        if kind != "weight":
+            return safe_get_full_optimizer_state(parameter, kind)
+        # Below stage 3 every rank holds the whole parameter, and in fp32 it is the master copy's equal.
+        return safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter
+
+    def load_moments(self, files: TensorFiles, step: int) -> None:
+        """Put AdamW's state after ``step`` steps in place, from tensors named ``<parameter>.<moment>``.
+
+        Any number of ranks and any stage may have written them. Not collective.
+        """
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._create_moments(step)
+        for kind in MOMENTS:
+            self._scale_optimizer.state[self.logit_scale][kind].copy_(files.get(f"logit_scale.{kind}"))
+            for name, parameter in self._parameters.items():
+                value = files.get(f"{name}.{kind}").to(self.device)
+                if self.stage == 0:
+                    self._optimizer.state[parameter][kind].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _create_moments(self, step: int) -> None:
+        """Allocate what AdamW would allocate in its first step, at zero.
+
+        Before it, so that memory runs out at the start or not at all, that a checkpoint has something to fill, and
+        that DeepSpeed links every parameter to its state: left to itself it links all parameter groups after it
+        has stepped the first, when the others have no state yet. DeepSpeed steps flat partitions in place of the
+        parameters and has no public way to do this, hence the attribute names of its optimizers here (0.19).
+        """
+        inner, flats = self._optimizer, list(self._parameters.values())
+        if self.stage in (1, 2):
+            inner, flats = self._optimizer.optimizer, self._optimizer.single_partition_of_fp32_groups
+        elif self.stage == 3:
+            inner, flats = self._optimizer.optimizer, self._optimizer.fp32_partitioned_groups_flat
+        for optimizer, tensors in ((inner, flats), (self._scale_optimizer, [self.logit_scale])):
+            for tensor in tensors:
+                optimizer.state[tensor] = {
+                    # Fused AdamW counts steps on the device, in fp32.
+                    "step": torch.full((), float(step), dtype=torch.float32, device=tensor.device),
+                    **{kind: torch.zeros_like(tensor) for kind in MOMENTS},
+                }
+        if self.stage in (1, 2):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers."""
+        self._engine.destroy()

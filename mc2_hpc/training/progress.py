@@ -1,0 +1,69 @@
+"""How far a run has come: the part of its state that is neither weights nor moments."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from mc2_hpc.config import RunConfig
+from mc2_hpc.errors import UserError
+from mc2_hpc.training.checkpoint import Checkpoint
+
+LanePosition = tuple[int, int, int]
+"""(epoch, shard within the lane's deal, offset within it) of the next sample."""
+
+
+@dataclass
+class Progress:
+    """Run-time state of one rank that a checkpoint carries."""
+
+    step: int = 0
+    samples_seen: int = 0
+    """Pairs, over all ranks."""
+    position: dict[int, LanePosition] = field(default_factory=dict)
+    """Of the lanes this rank has read from."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Samples this rank skipped, by reason."""
+
+    def gathered(self) -> dict[str, Any]:
+        """The same over all ranks, as ``trainer.json`` holds it. Collective."""
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (self.position, dict(self.skipped)))
+        lanes: dict[int, LanePosition] = {}
+        skipped: Counter[str] = Counter()
+        for position, counts in parts:
+            lanes |= position
+            skipped.update(counts)
+        return {
+            "samples_seen": self.samples_seen,
+            "position": [list(lanes[lane]) for lane in sorted(lanes)],
+            "skipped": dict(sorted(skipped.items())),
+        }
+
+
+def restore_progress(
+    checkpoint: Checkpoint | None, config: RunConfig, *, is_first: bool
+) -> tuple[Progress, dict[int, LanePosition] | None]:
+    """Progress to continue from, and the position of every lane for the loader (``None``: from the start).
+
+    Raises:
+        UserError: the checkpoint's data order is not the config's, so it could not continue.
+    """
+    if checkpoint is None:
+        return Progress(), None
+    saved = checkpoint.trainer
+    for key in ("lanes", "seed"):
+        before, now = saved["config"]["data"][key], getattr(config.data, key)
+        if before != now:
+            raise UserError(
+                f"{checkpoint.folder}: trained with data.{key}={before}, the config says {now}: the data order would "
+                f"not continue; keep {before}, or start anew with another output"
+            )
+    progress = Progress(
+        step=checkpoint.step,
+        samples_seen=int(saved["samples_seen"]),
+        # The sum over ranks goes on from the first one's count.
+        skipped=Counter(saved["skipped"]) if is_first else Counter(),
+    )
+    return progress, {lane: (p[0], p[1], p[2]) for lane, p in enumerate(saved["position"])}

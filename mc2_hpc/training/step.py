@@ -1,0 +1,73 @@
+"""One training step: the exact contrastive loss of the global batch, in as many micro-batches as memory asks for."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mc2_hpc.config import LossConfig
+from mc2_hpc.kernels.contrastive import contrastive_loss
+from mc2_hpc.training.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step computed; tensors stay on the device so that reading them can wait."""
+
+    loss: Tensor
+    """Global mean loss before the update, 0-d fp32, equal on all ranks."""
+    grad_norm: Tensor
+    """Norm of the averaged gradients, 0-d."""
+
+
+class ContrastiveStep:
+    """Binds the engine and the loss.
+
+    With one micro-batch the loss is differentiated directly. With several, all features are computed first without
+    graphs, the loss of the *whole* batch gives the gradient of every feature, and each micro-batch is then encoded
+    again and differentiated against its share of them. That is GradCache (Gao et al. 2021, arXiv 2101.06983): the same
+    loss and gradients as one large batch, at the price of a second forward pass. The towers have no dropout, so both
+    passes compute the same features.
+    """
+
+    def __init__(self, engine: Engine, config: LossConfig, *, feature_dtype: torch.dtype) -> None:
+        self._engine = engine
+        self._config = config
+        self._feature_dtype = feature_dtype
+
+    def __call__(self, images: Tensor, tokens: Tensor, lr: float) -> StepResult:
+        """Encode (b, 3, S, S) uint8 images and (b, L) token ids, differentiate, update with learning rate ``lr``."""
+        if self._engine.num_micro == 1:
+            loss = self._loss(*self._engine.features(images, tokens))
+            self._engine.backward(loss)
+        else:
+            loss = self._cached(images, tokens)
+        return StepResult(loss=loss.detach(), grad_norm=self._engine.step(lr))
+
+    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return contrastive_loss(
+            image_features.to(self._feature_dtype),
+            text_features.to(self._feature_dtype),
+            self._engine.logit_scale,
+            backend=self._config.backend,
+            exchange=self._config.exchange,
+        )
+
+    def _cached(self, images: Tensor, tokens: Tensor) -> Tensor:
+        # tensor_split: every rank makes the same number of pieces, whatever the size of its share.
+        pieces = list(
+            zip(images.tensor_split(self._engine.num_micro), tokens.tensor_split(self._engine.num_micro), strict=True)
+        )
+        encoded = [self._engine.features_only(*piece) for piece in pieces]
+        image_features = torch.cat([image for image, _ in encoded]).requires_grad_()
+        text_features = torch.cat([text for _, text in encoded]).requires_grad_()
+        loss = self._loss(image_features, text_features)
+        loss.backward()
+        assert image_features.grad is not None and text_features.grad is not None
+        image_grads = image_features.grad.tensor_split(self._engine.num_micro)
+        text_grads = text_features.grad.tensor_split(self._engine.num_micro)
+        for piece, image_grad, text_grad in zip(pieces, image_grads, text_grads, strict=True):
+            image, text = self._engine.features(*piece)
+            # The gradient of this inner product is the cached gradient.
+            self._engine.backward((image * image_grad).sum() + (text * text_grad).sum())
+        return loss

@@ -1,0 +1,228 @@
+"""The training loop: data in, steps, metrics out, checkpoints, and an orderly stop when numbers go wrong."""
+
+import logging
+import math
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mc2_hpc.config import RunConfig, config_to_dict
+from mc2_hpc.data.loader import Batch, TrainLoader
+from mc2_hpc.data.tokenizer import Tokenizer
+from mc2_hpc.distributed import Ranks
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.clip import CLIP, build_clip
+from mc2_hpc.models.presets import ClipArchitecture, resolve
+from mc2_hpc.models.weights import ModelCard, TensorFiles, resolve_checkpoint
+from mc2_hpc.training.checkpoint import Checkpoint, CheckpointStore, load_weights
+from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.metrics import MetricsLog
+from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.progress import restore_progress
+from mc2_hpc.training.step import ContrastiveStep, StepResult
+from mc2_hpc.training.throughput import ThroughputMeter
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("mc2_hpc", "torch", "deepspeed", "numpy", "sentencepiece", "simplejpeg")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm stopped being a number; the last checkpoint is untouched."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose numbers have not been read from the device yet."""
+
+    step: int
+    lr: float
+    result: StepResult
+    keys: list[str]
+
+
+class Trainer:
+    """One run on this process's rank."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        """Build model, engine and loader, and load the newest checkpoint if the config says to resume. Collective.
+
+        Raises:
+            UserError: config, data, tokenizer and checkpoint do not fit together.
+        """
+        self.config = config
+        self.ranks = ranks
+        self.output = Path(config.output)
+        arch = resolve(config.model)
+        self.tokenizer = Tokenizer(
+            config.data.tokenizer, config.data.tokenizer_style, context_length=arch.text.context_length
+        )
+        _check_vocabulary(arch, self.tokenizer, config.data.tokenizer)
+        self.card = ModelCard(arch=arch, tokenizer_style=config.data.tokenizer_style)
+        self.store = CheckpointStore(self.output / "checkpoints", ranks, keep=config.checkpoint.keep)
+        checkpoint = self.store.newest() if config.checkpoint.resume else None
+        self.progress, position = restore_progress(checkpoint, config, is_first=ranks.is_first)
+        self.loader = TrainLoader(
+            config.data,
+            global_batch=config.global_batch,
+            image_size=arch.vision.image_size,
+            tokenizer=self.tokenizer,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            position=position,
+        )
+        clip = build_clip(arch, seed=config.seed)
+        self._prepare_model(clip, checkpoint)
+        self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))
+        if checkpoint is not None:
+            self._load_moments(checkpoint)
+        self._step = ContrastiveStep(
+            self.engine,
+            config.loss,
+            feature_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        )
+
+    def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None) -> None:
+        model = self.config.model
+        if checkpoint is not None:
+            load_weights(clip, checkpoint.folder)
+            logger.info("resuming %s after step %d", checkpoint.folder, checkpoint.step)
+        elif model.init_from is not None:
+            load_weights(clip, resolve_checkpoint(model.init_from))
+            logger.info("initial weights from %s", model.init_from)
+        clip.set_attention(model.attention, self.ranks.device.type)
+        clip.set_activation_checkpointing(model.activation_checkpointing)
+
+    def _load_moments(self, checkpoint: Checkpoint) -> None:
+        self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step)
+
+    def train(self) -> None:
+        """Train to ``config.steps``, saving on the way and at the end. Collective.
+
+        Raises:
+            NonFiniteError: the loss or gradient norm is NaN or infinite; names the step, its keys and the last
+                good checkpoint.
+        """
+        if self.progress.step >= self.config.steps:
+            logger.info("nothing to do: %s has its %d steps", self.output, self.config.steps)
+            return
+        log = (
+            MetricsLog(self.output, total_steps=self.config.steps, first_step=self.progress.step)
+            if self.ranks.is_first
+            else None
+        )
+        meter = ThroughputMeter(self.config, self.card.arch, self.ranks.device)
+        try:
+            self._loop(meter, log)
+        finally:
+            self.loader.close()
+            if log is not None:
+                log.close()
+
+    def _loop(self, meter: ThroughputMeter, log: MetricsLog | None) -> None:
+        config, progress = self.config, self.progress
+        pending: _Pending | None = None
+        batches = iter(self.loader)
+        meter.start()
+        while progress.step < config.steps:
+            with meter.waiting():
+                batch = next(batches)
+            lr = learning_rate(progress.step, total=config.steps, config=config.optim)
+            images = batch.images.to(self.ranks.device, non_blocking=True)
+            tokens = batch.tokens.to(self.ranks.device, non_blocking=True)
+            result = self._step(images, tokens, lr)
+            # The step before has surely finished by now: reading its numbers makes no one wait.
+            self._check(pending)
+            progress.step += 1
+            self._count(batch)
+            meter.count(batch)
+            pending = _Pending(progress.step, lr, result, batch.keys)
+            if progress.step % config.log_every == 0 or progress.step == config.steps:
+                self._check(pending)
+                rates = meter.rates()
+                if log is not None:
+                    log.write(self._row(pending, rates))
+            if progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
+                # Nothing is saved that has not been seen to be finite.
+                self._check(pending)
+                with meter.paused():
+                    self._save()
+
+    def _row(self, pending: _Pending, rates: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "step": pending.step,
+            "samples_seen": self.progress.samples_seen,
+            "loss": float(pending.result.loss),
+            "logit_scale": float(self.engine.logit_scale.exp()),
+            "lr": pending.lr,
+            "grad_norm": float(pending.result.grad_norm),
+            **rates,
+            "skipped": dict(sorted(self.progress.skipped.items())),
+        }
+
+    def _count(self, batch: Batch) -> None:
+        self.progress.samples_seen += self.config.global_batch
+        self.progress.position.update(batch.position)
+        self.progress.skipped.update(batch.skipped)
+
+    def _check(self, pending: _Pending | None) -> None:
+        if pending is None:
+            return
+        for what, value in (("loss", pending.result.loss), ("gradient norm", pending.result.grad_norm)):
+            # Both are the same on every rank, so every rank stops at the same step.
+            if not math.isfinite(float(value)):
+                latest = self.output / "checkpoints" / "latest"
+                good = f"{latest.parent / latest.read_text().strip()}" if latest.is_file() else "none yet"
+                raise NonFiniteError(
+                    f"{what} is {float(value)} at step {pending.step}; last good checkpoint: {good}; "
+                    f"keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
+                )
+
+    def _save(self) -> None:
+        path = self.store.save(
+            self.engine,
+            step=self.progress.step,
+            card=self.card,
+            tokenizer_file=Path(self.config.data.tokenizer),
+            trainer={
+                **self.progress.gathered(),
+                "config": config_to_dict(self.config),
+                "world_size": self.ranks.world_size,
+                "versions": {name: version(name) for name in _PACKAGES},
+            },
+        )
+        logger.info("saved %s", path)
+
+
+def num_micro_batches(config: RunConfig, world_size: int) -> int:
+    """Backward passes a step: the largest rank share over ``micro_batch``, rounded up; equal on all ranks.
+
+    Raises:
+        UserError: some rank would have fewer pairs than passes.
+    """
+    lanes, per_lane = config.data.lanes, config.global_batch // config.data.lanes
+    if world_size > lanes:
+        raise UserError(f"{world_size} ranks but data.lanes={lanes}: every rank needs at least one lane")
+    largest, smallest = -(-lanes // world_size) * per_lane, lanes // world_size * per_lane
+    if config.micro_batch == 0:
+        return 1
+    num_micro = -(-largest // config.micro_batch)
+    if num_micro > smallest:
+        raise UserError(f"micro_batch={config.micro_batch} makes {num_micro} passes of {smallest} pairs: raise it")
+    return num_micro
+
+
+def _check_vocabulary(arch: ClipArchitecture, tokenizer: Tokenizer, path: str) -> None:
+    if tokenizer.vocab_size > arch.text.vocab_size:
+        raise UserError(
+            f"{path}: {tokenizer.vocab_size} token ids, but model.text.vocab_size={arch.text.vocab_size}: "
+            f"raise it to at least {tokenizer.vocab_size} or use the model's own tokenizer"
+        )
+    if tokenizer.eos_id != arch.text.eos_id:
+        raise UserError(
+            f"{path}: its EOS is id {tokenizer.eos_id}, but model.text.eos_id={arch.text.eos_id}: "
+            f"set data.tokenizer_style and model.text.eos_id to match"
+        )
