@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mc2_hpc import __version__
@@ -15,7 +15,13 @@ from mc2_hpc.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on key=value words that follow an option: take them here.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if rest and (overrides != rest or not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides) or rest[0]}")
+    if overrides:
+        arguments.overrides += overrides
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     try:
         return arguments.command(arguments) or 0
@@ -76,14 +82,18 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.processes is not None:
         _launch(arguments)
-    from mc2_hpc.distributed import process_group
-    from mc2_hpc.training.trainer import NonFiniteError, Trainer
+    import warnings
 
+    from mc2_hpc.distributed import process_group
+    from mc2_hpc.training.trainer import NonFiniteError, Trainer, exclusive_run
+
+    # DeepSpeed calls collectives by names that torch is about to retire; nothing a user can do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with process_group(arguments.timeout) as ranks:
         logging.getLogger().setLevel(logging.INFO if ranks.is_first else logging.WARNING)
         try:
-            trainer = Trainer(config, ranks)
-            trainer.train()
+            with exclusive_run(config, ranks):
+                Trainer(config, ranks).train()
         except NonFiniteError as error:
             print(f"mc2: {error}", file=sys.stderr)
             return 1
@@ -151,13 +161,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps(to_json(findings), indent=2))
         return 0
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("component", "status", "version", "self-check, or what to do")
     colour = {"ok": "green", "missing": "yellow", "broken": "red"}
     for finding in findings:
         status = f"[{colour[finding.status]}]{finding.status}[/]"
-        table.add_row(finding.component, status, finding.version, finding.detail)
+        table.add_row(finding.component, status, finding.version, escape(finding.detail))
     Console().print(table)
     return 0
 

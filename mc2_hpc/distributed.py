@@ -94,12 +94,14 @@ def _device(local_rank: int) -> torch.device:
 def first_error(error: Exception | None) -> None:
     """Tell every rank whether any rank failed, so that all stop together instead of waiting for the one that did.
 
-    Collective. Raises this rank's own ``error``, or a ``RuntimeError`` naming the rank that failed first.
+    Collective. Raises this rank's own ``error``; on the others a ``UserError`` (if it is one) or ``RuntimeError``
+    that names the first rank that failed.
     """
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, f"{type(error).__name__}: {error}" if error else None)
+    found: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (isinstance(error, UserError), f"{error}" or repr(error)) if error else None)
     if error is not None:
         raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise RuntimeError(f"rank {rank} failed: {message}")
+    for rank, failure in enumerate(found):
+        if failure is not None:
+            by_user, message = failure
+            raise (UserError if by_user else RuntimeError)(f"rank {rank} failed: {message}")

@@ -59,7 +59,8 @@ def _cuda() -> tuple[str, str]:
 def _collectives() -> tuple[str, str]:
     import torch.distributed as dist
 
-    backends = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
+    available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    backends = [name for name, there in available.items() if there]
     if not backends:
         raise _Missing("this torch has neither gloo nor NCCL: install another build of torch")
     import torch

@@ -3,12 +3,14 @@
 Nothing here imports torch; curation and training share it.
 """
 
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +96,34 @@ def remove_folder(folder: Path) -> None:
     """Remove ``folder`` and all in it; absent is fine."""
     if folder.exists():
         shutil.rmtree(folder)
+
+
+@contextmanager
+def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
+    """Hold ``folder`` against other processes that do the same; the hold ends with the process, however it ends.
+
+    Raises:
+        UserError: another process still holds it after ``wait_s`` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise UserError(
+                        f"{folder}: {file.read().strip() or 'another process'} is still working there after "
+                        f"{wait_s:.0f} s; stop it, or choose another output"
+                    ) from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
 
 
 def list_shards(spec: str | Path, suffix: str) -> list[Path]:

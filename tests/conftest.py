@@ -1,21 +1,23 @@
-"""Fixtures and shims that every test may use."""
+"""Fixtures that every test may use."""
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
+
+from mc2_hpc.conversion.peers import import_open_clip, import_transformers
 
 
-def _define_torchvision_schemas() -> None:
-    """Let torchvision import where only its CUDA build exists: it needs these two operator schemas to be defined."""
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    globals()["_torchvision_library"] = library  # the schemas live as long as this object
+@pytest.fixture(scope="session")
+def open_clip() -> ModuleType:
+    """open_clip, imported the way the product imports it."""
+    return import_open_clip()
 
 
-if not torch.cuda.is_available():
-    _define_torchvision_schemas()
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """transformers, imported the way the product imports it."""
+    return import_transformers()
 
 
 @pytest.fixture(scope="session")

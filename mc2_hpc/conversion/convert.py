@@ -88,12 +88,15 @@ def detect(source: Path) -> str:
 
 
 def _is_ours(source: Path) -> bool:
-    return any((folder / name).is_file() for folder in (source, source / "checkpoints") for name in ("model.json", "latest"))
+    return any(
+        (folder / name).is_file() for folder in (source, source / "checkpoints") for name in ("model.json", "latest")
+    )
 
 
 def _is_huggingface(source: Path) -> bool:
     path = source / huggingface.CONFIG_FILE
-    return path.is_file() and "model_type" in read_json(path)
+    values = read_json(path) if path.is_file() else None
+    return isinstance(values, dict) and "model_type" in values
 
 
 def _write(source: Path, kind: str, to: str, out: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.conversion.keys import from_peer, huggingface_entries, peer_shapes, to_peer
-from mc2_hpc.conversion.model_folder import read_fp32, read_model, refuse_pickles, write_model
+from mc2_hpc.conversion.model_folder import check_sizes, read_fp32, read_model, refuse_pickles, write_model
 from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.data.tokenizer import STYLES
@@ -155,20 +155,11 @@ def architecture(values: Any, preprocessor: dict[str, Any], source: str) -> Clip
         raise UserError(f"{source}: model_type is {found!r}; only {MODEL_TYPE} models can be imported")
     text = {**TEXT_DEFAULTS, **(values.get("text_config") or {})}
     vision = {**VISION_DEFAULTS, **(values.get("vision_config") or {})}
-    required = {
-        "vision_config.hidden_act": (vision["hidden_act"], text["hidden_act"]),
-        "vision_config.layer_norm_eps": (vision["layer_norm_eps"], 1e-5),
-        "vision_config.num_channels": (vision["num_channels"], 3),
-        "text_config.layer_norm_eps": (text["layer_norm_eps"], 1e-5),
-        "text_config.intermediate_size": (text["intermediate_size"], 4 * text["hidden_size"]),
-    }
-    for key, (found, wanted) in required.items():
-        if found != wanted:
-            raise UserError(f"{source}: {key}={found!r}: models here have {wanted!r}")
-    if text["hidden_act"] not in _ACTIVATIONS:
-        raise UserError(f"{source}: hidden_act={text['hidden_act']!r}: models here have {' or '.join(_ACTIVATIONS)}")
+    embed_dim = values.get("projection_dim", PROJECTION_DIM_DEFAULT)
+    check_sizes(source, {"projection_dim": embed_dim})
+    _check_family(text, vision, source)
     return ClipArchitecture(
-        embed_dim=values.get("projection_dim", PROJECTION_DIM_DEFAULT),
+        embed_dim=embed_dim,
         quick_gelu=_ACTIVATIONS[text["hidden_act"]],
         vision=VisionArchitecture(
             image_size=vision["image_size"],
@@ -188,6 +179,26 @@ def architecture(values: Any, preprocessor: dict[str, Any], source: str) -> Clip
         ),
         eval_resize=_eval_resize(preprocessor, source),
     )
+
+
+def _check_family(text: dict[str, Any], vision: dict[str, Any], source: str) -> None:
+    for section, found, defaults in (("text_config", text, TEXT_DEFAULTS), ("vision_config", vision, VISION_DEFAULTS)):
+        numbers = [key for key, default in defaults.items() if isinstance(default, int)]
+        check_sizes(source, {f"{section}.{key}": found[key] for key in numbers})
+        if found["hidden_size"] % found["num_attention_heads"]:
+            raise UserError(f"{source}: {section}.hidden_size is not a multiple of num_attention_heads")
+    if text["hidden_act"] not in _ACTIVATIONS:
+        raise UserError(f"{source}: hidden_act={text['hidden_act']!r}: models here have {' or '.join(_ACTIVATIONS)}")
+    required = {
+        "vision_config.hidden_act": (vision["hidden_act"], text["hidden_act"]),
+        "vision_config.layer_norm_eps": (vision["layer_norm_eps"], 1e-5),
+        "vision_config.num_channels": (vision["num_channels"], 3),
+        "text_config.layer_norm_eps": (text["layer_norm_eps"], 1e-5),
+        "text_config.intermediate_size": (text["intermediate_size"], 4 * text["hidden_size"]),
+    }
+    for key, (found, wanted) in required.items():
+        if found != wanted:
+            raise UserError(f"{source}: {key}={found!r}: models here have {wanted!r}")
 
 
 def _eval_resize(preprocessor: dict[str, Any], source: str) -> str:

@@ -185,9 +185,7 @@ def _open_clip_block(ours: str, theirs: str) -> list[Entry]:
         "fc": "mlp.c_fc",
         "proj": "mlp.c_proj",
     }
-    qkv = [
-        Entry(f"{ours}.attention.qkv.{kind}", (f"{theirs}.attn.in_proj_{kind}",)) for kind in ("weight", "bias")
-    ]
+    qkv = [Entry(f"{ours}.attention.qkv.{kind}", (f"{theirs}.attn.in_proj_{kind}",)) for kind in ("weight", "bias")]
     return qkv + _block(ours, theirs, names)
 
 

@@ -1,8 +1,9 @@
 """Reading and writing a model folder of ours for conversion, one tensor in memory at a time."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,17 @@ def read_fp32(files: TensorFiles, name: str) -> Tensor:
     if tensor.dtype not in _FLOATS:
         raise UserError(f"{files.folder}: {name} is {tensor.dtype}; convert weights of fp32, fp16 or bf16")
     return tensor.float()
+
+
+def check_sizes(source: str, sizes: Mapping[str, Any]) -> None:
+    """Check the sizes that a config file states.
+
+    Raises:
+        UserError: one is not a whole number of at least 1; it is named.
+    """
+    for key, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{source}: {key}={value!r}: must be a whole number of at least 1")
 
 
 def refuse_pickles(folder: Path) -> None:

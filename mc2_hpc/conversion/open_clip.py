@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.conversion.keys import from_peer, open_clip_entries, peer_shapes, to_peer
-from mc2_hpc.conversion.model_folder import read_fp32, read_model, refuse_pickles, write_model
+from mc2_hpc.conversion.model_folder import check_sizes, read_fp32, read_model, refuse_pickles, write_model
 from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.errors import UserError
@@ -27,12 +27,12 @@ _TEXT = {"context_length": 77, "vocab_size": 49_408, "width": 512, "heads": 8, "
 # What every model of the family has, and keys without effect on a trained model's output. Any other key that is set
 # belongs to a model that this program does not have.
 _FIXED: dict[str, dict[str, Any]] = {
-    "top": {},
+    "": {},
     "vision_cfg": {"pool_type": "tok", "pos_embed_type": "learnable"},
     "text_cfg": {"pool_type": "eos", "proj_type": "linear", "mlp_ratio": 4.0},
 }
 _WITHOUT_EFFECT = {
-    "top": {"init_logit_scale", "output_dict"},
+    "": {"init_logit_scale", "output_dict"},
     "vision_cfg": {"patch_dropout", "attn_pooler_queries", "attn_pooler_heads"},
     "text_cfg": {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id"},
 }
@@ -117,16 +117,21 @@ def architecture(values: Any, source: str) -> tuple[ClipArchitecture, str]:
     if not isinstance(values, dict) or not isinstance(values.get("model_cfg"), dict):
         raise UserError(f"{source}: no model_cfg there; not an open_clip config")
     model = values["model_cfg"]
-    top = _take(model, "top", _TOP, source)
+    top = _take(model, "", _TOP, source)
     vision = _take(top["vision_cfg"], "vision_cfg", _VISION, source)
     text = _take(top["text_cfg"], "text_cfg", _TEXT, source)
     if top["text_cfg"].get("pool_type") != "eos":
         raise UserError(f"{source}: text_cfg.pool_type is not 'eos': not a model of the worldwide family")
-    vision["mlp_width"] = int(vision["width"] * vision.pop("mlp_ratio"))
+    ratio = vision.pop("mlp_ratio")
+    check_sizes(source, {"embed_dim": top["embed_dim"]})
+    check_sizes(source, {f"vision_cfg.{key}": value for key, value in vision.items()})
+    check_sizes(source, {f"text_cfg.{key}": value for key, value in text.items()})
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio <= 0:
+        raise UserError(f"{source}: vision_cfg.mlp_ratio={ratio!r}: must be a positive number")
     arch = ClipArchitecture(
         embed_dim=top["embed_dim"],
-        quick_gelu=top["quick_gelu"],
-        vision=VisionArchitecture(**vision),
+        quick_gelu=bool(top["quick_gelu"]),
+        vision=VisionArchitecture(**vision, mlp_width=int(vision["width"] * ratio)),
         text=TextArchitecture(**text),
         eval_resize=_eval_resize(values.get("preprocess_cfg") or {}, source),
     )
@@ -136,17 +141,11 @@ def architecture(values: Any, source: str) -> tuple[ClipArchitecture, str]:
 def _take(values: Any, section: str, sizes: dict[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{source}: {section} is missing; not an open_clip config")
-    where = "" if section == "top" else f"{section}."
     fixed = _FIXED[section]
     for key, value in values.items():
         if key in fixed and value != fixed[key] or key not in {*fixed, *sizes, *_WITHOUT_EFFECT[section]} and value:
-            raise UserError(f"{source}: {where}{key}={value!r}: not a model of the worldwide family")
-    taken = {key: values.get(key, default) for key, default in sizes.items()}
-    for key, value in taken.items():
-        numeric = key not in ("vision_cfg", "text_cfg", "quick_gelu", "custom_text")
-        if numeric and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"{source}: {where}{key}={value!r}: not a number")
-    return taken
+            raise UserError(f"{source}: {section or 'model_cfg'}.{key}={value!r}: not a model of the worldwide family")
+    return {key: values.get(key, default) for key, default in sizes.items()}
 
 
 def _eval_resize(preprocess: dict[str, Any], source: str) -> str:

@@ -33,7 +33,7 @@ def write_tokenizer(model_file: Path, style: str, context_length: int, out: Path
         UserError: the file is not a sentencepiece model of ``style``, or is of a kind that tokenizers cannot express.
     """
     Tokenizer(model_file, style)  # its checks
-    proto = sentencepiece_proto.ModelProto()
+    proto = sentencepiece_proto.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model_file.read_bytes())
     shutil.copyfile(model_file, out / MODEL_NAMES[style])
     write_json(out / "tokenizer.json", tokenizer_json(proto, style, str(model_file)))
@@ -204,10 +204,13 @@ def _normalizers(proto: Any, style: str, specials: list[str]) -> list[dict[str, 
 def _forging_characters(proto: Any, specials: list[str]) -> list[str]:
     """Characters to make unknown by another name, so that captions cannot spell a special piece.
 
-    The pieces of a tokenizers model can all be matched in text, the special ones too. Their score (:data:`_NEVER`)
-    keeps them out wherever their characters can be spelt otherwise. A character that no piece has cannot: both
-    libraries would call it unknown, but the special piece that contains it would still win.
+    The pieces of a tokenizers unigram model can all be matched in text, the special ones too. Their score
+    (:data:`_NEVER`) keeps them out wherever their characters can be spelt otherwise. A character that no piece has
+    cannot: both libraries would call it unknown, but the special piece that contains it would still win. (A BPE model
+    reaches no piece without merges, and the special ones have none.)
     """
+    if proto.trainer_spec.model_type != _UNIGRAM or proto.trainer_spec.byte_fallback:
+        return []
     known = {c for p in proto.pieces if p.type in (_NORMAL, _USER_DEFINED) for c in p.piece}
     return sorted({next(c for c in piece if c not in known) for piece in specials if not known.issuperset(piece)})
 
@@ -232,8 +235,12 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-# Lower case as Python writes it: a sigma that ends a word has a form of its own, which tokenizers' Lowercase lacks.
-_LOWER_CASE = [_replace({"Regex": r"(?<=\p{L})Σ(?!\p{L})"}, "ς"), {"type": "Lowercase"}]
+# Lower case as Python writes it: a sigma that ends a word has a form of its own, which tokenizers' Lowercase lacks. A
+# word is of cased letters and what Unicode calls case-ignorable (at most one such character is looked back over).
+_CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
+_IGNORABLE = r"[\p{Mn}\p{Me}\p{Cf}\p{Lm}\p{Sk}'’.:·]"
+_FINAL_SIGMA = f"(?<={_CASED}|{_CASED}{_IGNORABLE})Σ(?!{_IGNORABLE}*{_CASED})"
+_LOWER_CASE = [_replace({"Regex": _FINAL_SIGMA}, "ς"), {"type": "Lowercase"}]
 _PUNCTUATION = "[" + "".join(f"\\x{ord(c):02x}" for c in string.punctuation) + "]"
 
 # What data.tokenizer does to a caption before sentencepiece sees it.

@@ -1,8 +1,8 @@
 """Thresholds and keep probabilities of head/tail balancing (Meta CLIP 2, algorithm 1). Arrays only.
 
-An entry counted ``c`` times is kept with probability ``t / max(c, t)``: entries below the threshold ``t`` are the tail and
-always kept, those above are the head and thinned to about ``t`` texts. English has its threshold ``t_en`` set by hand. Any
-other language gets the threshold that leaves the same share ``p`` of its match mass in the tail.
+An entry counted ``c`` times is kept with probability ``t / max(c, t)``: entries below the threshold ``t`` are the tail
+and always kept, those above are the head and thinned to about ``t`` texts. English has its threshold ``t_en`` set by
+hand. Any other language gets the threshold that leaves the same share ``p`` of its match mass in the tail.
 """
 
 import numpy as np
@@ -31,8 +31,8 @@ def mass_to_threshold(counts: Counts, p: float) -> int:
     """The count at which the cumulative share of matches, entries sorted by count, comes closest to ``p``.
 
     The recipe's rule, over entries that were matched at all, so the result is at least 1. It is inclusive where
-    :func:`threshold_to_mass` is strict, so the two are not exact inverses: counts [1, 2, 7, 10] and t = 5 give p = 0.15,
-    and p = 0.15 gives t = 2. Of two positions equally close the lower wins.
+    :func:`threshold_to_mass` is strict, so the two are not exact inverses: counts [1, 2, 7, 10] and t = 5 give p =
+    0.15, and p = 0.15 gives t = 2. Of two positions equally close the lower wins.
 
     Raises:
         UserError: ``p`` lies outside of [0, 1], or nothing was matched.

@@ -1,6 +1,7 @@
 """Exact entry counts: one vote of an entry a text, uint64, added up over shards in any order."""
 
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +20,28 @@ def count_votes(ids: npt.NDArray[np.uint32]) -> Sparse:
     return entries.astype(np.uint32), counts.astype(np.uint64)
 
 
-def merge_votes(shards: Iterable[Sparse], num_entries: int) -> npt.NDArray[np.uint64]:
-    """Sum of many shards' counts, uint64 ``(num_entries,)``.
+def add_votes(total: npt.NDArray[np.uint64], votes: Sparse) -> None:
+    """Add a shard's counts to ``total``, uint64 ``(entries,)``, in place.
 
     Raises:
-        UserError: an entry id that the metadata does not have.
+        UserError: an entry id that ``total`` does not have.
     """
-    total = np.zeros(num_entries, np.uint64)
-    for entries, counts in shards:
-        if len(entries) and int(entries[-1]) >= num_entries:
-            raise UserError(
-                f"entry id {int(entries[-1])} was matched but the metadata has {num_entries} entries; "
-                "match the pool again with this metadata"
-            )
-        total[entries] += counts
-    return total
+    entries, counts = votes
+    if len(entries) and int(entries.max()) >= len(total):
+        raise UserError(
+            f"entry id {int(entries.max())} was matched but the metadata has {len(total)} entries; "
+            "match the pool again with this metadata"
+        )
+    total[entries] += counts
 
 
 def write_votes(path: Path, votes: Mapping[str, Sparse]) -> None:
     """Write a shard's counts of every language to one ``.npz``, atomically; equal counts give equal bytes."""
-    arrays = {}
+    arrays: dict[str, npt.NDArray] = {}
     for lang in sorted(votes):
         arrays[f"{lang}.entries"], arrays[f"{lang}.counts"] = votes[lang]
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        # Keyword names go straight into the archive; `file` is the one that savez keeps for itself.
-        np.savez(stream, allow_pickle=False, **arrays)
+        np.savez(stream, **arrays)  # type: ignore[arg-type]  # mypy takes the arrays for savez's own options
 
 
 def read_votes(path: Path) -> dict[str, Sparse]:
@@ -56,5 +54,5 @@ def read_votes(path: Path) -> dict[str, Sparse]:
         with np.load(path, allow_pickle=False) as archive:
             langs = sorted(name.removesuffix(".entries") for name in archive.files if name.endswith(".entries"))
             return {lang: (archive[f"{lang}.entries"], archive[f"{lang}.counts"]) for lang in langs}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged counts ({error}); delete the file and match again") from None

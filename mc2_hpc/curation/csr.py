@@ -1,4 +1,7 @@
-"""Ragged rows as two arrays: row ``i`` has ``values[offsets[i]:offsets[i + 1]]``. Offsets may start above 0 (a slice)."""
+"""Ragged rows as two arrays: row ``i`` has ``values[offsets[i]:offsets[i + 1]]``.
+
+Offsets may start above 0, as those of a slice do.
+"""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,14 +1,17 @@
-"""Compiled loops of the matcher. Imported only when matching starts: numba takes a second to load.
+"""Compiled loops of the matcher: building its tables, and matching texts. Imported only when needed, as numba is slow.
+
+All in one file: the cache of compiled code sees changes of the file that holds a function, not of what it calls.
 
 Tables
-    Two hash-edge tries share one layout. The *token* trie holds patterns with a space at both ends, over tokens (the pieces
-    between spaces); the *character* trie holds all others, over code points.
+    Two hash-edge tries share one layout. The *token* trie holds patterns with a space at both ends, over tokens (the
+    pieces between spaces); the *character* trie holds all others, over code points.
 
-    slots: uint64 (2 * capacity,), open addressing with linear probing, capacity a power of two, key at even positions, 0 =
-        empty, its value at the odd position after it.
+    slots: uint64 (2 * capacity,), open addressing with linear probing, capacity a power of two, key at even positions,
+        0 = empty, its value at the odd position after it.
     value: (entry id + 1) << 32, 0 if no pattern ends here; ``_BRANCH`` if longer patterns go on; node number + 1 below.
-    vocabulary: token -> value. A token of at most 7 bytes is its own key (bytes, then length + 1 in the top byte), a longer
-        one has a hash with the top bit set and is compared with the stored bytes, so no match rests on a hash alone.
+    vocabulary: token -> value. A token of at most 7 bytes is its own key (bytes, then length + 1 in the top byte), a
+        longer one has a hash with the top bit set and is compared with the stored bytes, so no match rests on a hash
+        alone.
     edges: (parent number + 1) << 32 | (symbol + 1) -> value.
 """
 
@@ -20,8 +23,7 @@ from mc2_hpc.curation.text import ACTION_BITS, KEEP, NORMALISE, SPACE, WRAP
 _U = np.uint64
 _BRANCH = _U(1 << 31)
 _NUMBER = _U((1 << 31) - 1)
-_LOW32 = _U((1 << 32) - 1)
-_S8, _S24, _S29, _S32, _S56 = _U(8), _U(24), _U(29), _U(32), _U(56)
+_S8, _S29, _S32, _S56 = _U(8), _U(29), _U(32), _U(56)
 _ONE, _ZERO = _U(1), _U(0)
 _LONG = _U(1 << 63)
 _K1 = _U(0x9E3779B97F4A7C15)
@@ -30,6 +32,7 @@ _BLANK = 32
 _SHORT = 7
 """Bytes of a token that is its own key."""
 _SMALL_SORT = 24
+"""Most matches that insertion sort is used for."""
 
 _jit = njit(cache=True, nogil=True)
 

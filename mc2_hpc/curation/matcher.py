@@ -1,8 +1,8 @@
 """Find every metadata entry that occurs in a text, by the rules of :mod:`mc2_hpc.curation.text`.
 
-Patterns with a space at both ends are looked up as windows of tokens in hash tables, all others in a trie over code points;
-both see all overlapping occurrences. The tables are plain arrays: built once, saved as ``.npy``, memory-mapped by every
-process that matches.
+Patterns with a space at both ends are looked up as windows of tokens in hash tables, all others in a trie over code
+points; both see all overlapping occurrences. The tables are plain arrays: built once, saved as ``.npy``, memory-mapped
+by every process that matches.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ARRAYS = {
     "character_edges": np.uint64,
     "first_bits": np.uint8,
 }
-"""Name and type of each table, in the order :func:`match_kernels.match_texts` takes them (``collapse`` after the first)."""
+"""Name and type of each table, in the order that :func:`match_kernels.match_texts` takes them."""
 
 
 class Matcher:
@@ -85,8 +85,8 @@ class Matcher:
             texts: strings, or an Arrow array of them (read without copying); null counts as empty.
 
         Returns:
-            offsets int64 ``(len(texts) + 1,)`` and ids uint32: text ``i`` has ``ids[offsets[i]:offsets[i + 1]]``, sorted and
-            unique.
+            offsets int64 ``(len(texts) + 1,)`` and ids uint32: text ``i`` has ``ids[offsets[i]:offsets[i + 1]]``,
+            sorted and unique.
 
         Raises:
             UserError: a text is not valid UTF-8.
@@ -132,20 +132,25 @@ class Matcher:
         return cls(info["mode"], info["num_entries"], tables)
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether :meth:`Matcher.save` finished in ``folder``."""
+    return (folder / _INFO).is_file()
+
+
 def _map_table(path: Path, dtype: type) -> npt.NDArray:
     try:
         # An empty file cannot be mapped, and the plain array type is what the compiled loops take.
         table = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)).view(np.ndarray)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged matcher table ({error}); delete its folder and match again") from None
     if table.dtype != dtype or table.ndim != 1:
-        raise UserError(f"{path}: damaged matcher table ({table.dtype} {table.shape}); delete its folder and match again")
+        raise UserError(f"{path}: damaged matcher table ({table.dtype}); delete its folder and match again")
     return table
 
 
 def _join(patterns: list[str], encoding: str, dtype: type) -> tuple[npt.NDArray, npt.NDArray]:
     """Units of all patterns in one array, and where each pattern starts, int64 ``(len(patterns) + 1,)``."""
-    units = [np.frombuffer(pattern.encode(encoding), dtype) for pattern in patterns]
+    units: list[npt.NDArray] = [np.frombuffer(pattern.encode(encoding), dtype) for pattern in patterns]
     offsets = np.zeros(len(patterns) + 1, np.int64)
     np.cumsum([len(unit) for unit in units], out=offsets[1:])
     return (np.concatenate(units) if units else np.zeros(0, dtype)), offsets
@@ -175,6 +180,7 @@ def _buffers(column: pa.LargeStringArray) -> tuple[npt.NDArray, npt.NDArray]:
 def _normalised(column: pa.LargeStringArray, doubts: npt.NDArray[np.bool_]) -> pa.LargeStringArray:
     """``column`` with the rows of ``doubts`` brought to NFC."""
     mask = pa.array(doubts)
-    # Python's own tables, which the entries were normalised with, rather than Arrow's: the two follow other Unicode versions.
+    # Python's own tables, which the entries were normalised with, rather than Arrow's: the two follow other Unicode
+    # versions.
     replacements = [unicodedata.normalize("NFC", text) for text in column.filter(mask).to_pylist()]
     return pc.replace_with_mask(column, mask, pa.array(replacements, pa.large_string()))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mc2_hpc.curation import csr
 from mc2_hpc.errors import UserError
 
-Hashable = Sequence[str] | npt.NDArray[np.uint64]
+StringsOrHashes = Sequence[str] | npt.NDArray[np.uint64]
 """Strings, or their :func:`hash_keys`."""
 
 _MASK = (1 << 64) - 1
@@ -25,17 +25,13 @@ def hash_keys(keys: Sequence[str]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64, copy=False)
 
 
-def random_uint64(
-    key_hashes: npt.NDArray[np.uint64], *, seed: int, epoch: int, purpose: str
-) -> npt.NDArray[np.uint64]:
+def random_uint64(key_hashes: npt.NDArray[np.uint64], *, seed: int, epoch: int, purpose: str) -> npt.NDArray[np.uint64]:
     """Counter-based random bits, one 64-bit word a key.
 
     The words are the splitmix64 finaliser (Steele, Lea, Flood 2014) applied to the key's hash offset by a digest of
     (seed, epoch, purpose): distinct purposes give independent words for one key.
     """
-    stream = int.from_bytes(
-        hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16).digest(), "little"
-    )
+    stream = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16).digest(), "little")
     with np.errstate(over="ignore"):
         z = key_hashes + np.uint64(stream & _MASK)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -84,7 +80,7 @@ def keep_probability(
     return 1.0 - missed
 
 
-def choose_texts(keys: Hashable, texts: Hashable, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def choose_texts(keys: StringsOrHashes, texts: StringsOrHashes, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """One row of each image, every one of its texts being as likely; rows sharing a key are one image.
 
     Each row draws random bits from (seed, epoch, key, text) and the lowest of its image wins, so the choice depends
@@ -108,8 +104,8 @@ def choose_texts(keys: Hashable, texts: Hashable, *, seed: int, epoch: int) -> n
 
 
 def select(
-    keys: Hashable,
-    texts: Hashable,
+    keys: StringsOrHashes,
+    texts: StringsOrHashes,
     offsets: npt.NDArray[np.integer],
     ids: npt.NDArray[np.uint32],
     langs: Sequence[str] | npt.NDArray,
@@ -121,8 +117,8 @@ def select(
     """Rows that an epoch trains on: one text of each image, kept or not by balancing.
 
     Args:
-        keys, texts: image key and caption of each row: strings, or their :func:`hash_keys` (which a caller may keep over
-            epochs).
+        keys, texts: image key and caption of each row: strings, or their :func:`hash_keys` (which a caller may keep
+            over epochs).
         offsets, ids: matched entries of each row in CSR form.
         langs: language code of each row.
         probs: float32 entry probabilities of each language; ``None`` keeps every chosen row.
@@ -150,7 +146,5 @@ def select(
     return rows[uniform(key_hashes[rows], seed=seed, epoch=epoch, purpose="keep") < probability]
 
 
-def _hashes(values: Hashable) -> npt.NDArray[np.uint64]:
-    if isinstance(values, np.ndarray) and values.dtype == np.uint64:
-        return values
-    return hash_keys(values)
+def _hashes(values: StringsOrHashes) -> npt.NDArray[np.uint64]:
+    return values if isinstance(values, np.ndarray) else hash_keys(values)

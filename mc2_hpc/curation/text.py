@@ -1,26 +1,26 @@
 """The matching rules: what text an entry is looked for in, and as what pattern.
 
 An entry matches a text when :func:`entry_pattern` of the entry is a substring of :func:`spaced_text` of the text. Every
-entry that occurs counts once, overlapping ones included. There are two sets of rules; a pool is matched in one of them, and
-its ``match.json`` records which.
+entry that occurs counts once, overlapping ones included. There are two sets of rules; a pool is matched in one of
+them, and its ``match.json`` records which.
 
 ``compat``: the released rules, bit for bit.
-    Text: a space is put before and after it; each of ``, . ; : ? ! ` `` is wrapped in spaces; tab, line feed and carriage
-    return become a space. Nothing else: no lower-casing, no Unicode normalisation, runs of spaces stay.
-    Entry: a space is put at each end, except at an end whose character is an ideograph, Thai, Lao, Myanmar, Khmer, Tibetan
-    or punctuation (57 marks). The entry is not wrapped as texts are, so "U.S." never matches.
+    Text: a space is put before and after it; each of ``, . ; : ? ! ` `` is wrapped in spaces; tab, line feed and
+    carriage return become a space. Nothing else: no lower-casing, no Unicode normalisation, runs of spaces stay.
+    Entry: a space is put at each end, except at an end whose character is an ideograph, Thai, Lao, Myanmar, Khmer,
+    Tibetan or punctuation (57 marks). The entry is not wrapped as texts are, so "U.S." never matches.
 
 ``fixed``: the default for new pools; mends four holes of the release.
-    Text and entry are first written alike: Unicode NFC; every white-space character (U+3000, no-break spaces, the Ethiopic
-    word space too) is a space; soft hyphen, zero-width space, word joiner and byte-order mark vanish; every
+    Text and entry are first written alike: Unicode NFC; every white-space character (U+3000, no-break spaces, the
+    Ethiopic word space too) is a space; soft hyphen, zero-width space, word joiner and byte-order mark vanish; every
     punctuation mark (general category P) and the grave accent is wrapped in spaces, except the marks that stand inside
-    words (apostrophes, hyphens, connectors, ``&``, middle dots, Hebrew geresh, gershayim and maqaf, Armenian accents); runs
-    of spaces collapse to one; a space is put before and after. So "U.S." is " U . S . " on both sides and matches, also as
-    "U. S."; quotes and brackets do not hide the word they touch; double spaces do not break a bigram.
-    Entry: the space at an end is then dropped where the character at that end belongs to a script written without spaces
-    - kana, hangul, bopomofo and the newer ideographs too - or is a mark or symbol that is not wrapped.
-    Two entries that are written alike ("U.S." and "U. S.") would always match together; the one with the lower id takes the
-    match, the other never matches. Case is kept, and compatibility forms (full-width letters) stay distinct.
+    words (apostrophes, hyphens, connectors, ``&``, middle dots, Hebrew geresh, gershayim and maqaf, Armenian accents);
+    runs of spaces collapse to one; a space is put before and after. So "U.S." is " U . S . " on both sides and
+    matches, also as "U. S."; quotes and brackets do not hide the word they touch; double spaces do not break a bigram.
+    Entry: the space at an end is then dropped where the character at that end belongs to a script written without
+    spaces - kana, hangul, bopomofo and the newer ideographs too - or is a mark or symbol that is not wrapped. Two
+    entries that are written alike ("U.S." and "U. S.") would always match together; the one with the lower id takes
+    the match, the other never matches. Case is kept, and compatibility forms (full-width letters) stay distinct.
 """
 
 import unicodedata

@@ -1,4 +1,4 @@
-"""Which part of a picture a training sample shows: RandomResizedCrop's rule with hash draws instead of a random stream."""
+"""Which part of a picture a training sample shows: RandomResizedCrop's rule, with hash draws for a random stream."""
 
 import math
 from typing import NamedTuple
@@ -50,8 +50,8 @@ def dct_scaled(box: Box, size: int) -> tuple[int, Box]:
     """How far a JPEG may be shrunk while it is decoded: eighths, and ``box`` moved onto the pixels of that scale.
 
     The smallest of 1/8, 1/4, 1/2 at which the box still has ``size`` pixels on each side, else 8 eighths. The box is
-    snapped (by at most 7 pixels) to multiples of what one shrunken pixel covers; unsnapped, the picture would shift by a
-    fraction of a pixel against the reference, which costs 10 dB.
+    snapped (by at most 7 pixels) to multiples of what one shrunken pixel covers; unsnapped, the picture would shift by
+    a fraction of a pixel against the reference, which costs 10 dB.
     """
     for eighths in _DCT_EIGHTHS:
         grid = 8 // eighths

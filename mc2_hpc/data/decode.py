@@ -15,7 +15,8 @@ Orientation tags are not applied, as in open_clip. Transparency is dropped.
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +129,17 @@ def crop_and_resize(data: bytes, choose: Callable[[int, int], Box], size: int, b
             return _resize(rgb, Box(*(side * eighths // 8 for side in box)), size, size)
     rgb = np.array(_loaded(_open(data)))
     return _resize(rgb, choose(rgb.shape[0], rgb.shape[1]), size, size)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch use one thread meanwhile: a picture is too small to share, and waking the others costs more than it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _read(data: bytes) -> _RGB:

@@ -1,29 +1,34 @@
 """Training shards as tables of image-text pairs: curated ones and plain WebDataset ones behind one class each.
 
-A **curated** shard is ``<shard>.tar`` of ``<key>.jpg`` with ``<shard>.parquet`` beside it: columns ``key`` and ``text``,
-perhaps ``lang`` and ``entries``; several rows may share a key. A **plain** shard is any other WebDataset tar: files
-of one key up to the first dot of their names, a picture and a caption (``.txt``, or ``caption`` or ``text`` of a
-``.json``, which may also have ``lang``). (The Parquet file that img2dataset leaves beside its tars has no ``text``
-column, so those shards are plain.)
+A **curated** shard is ``<shard>.tar`` of ``<key>.jpg`` with ``<shard>.parquet`` beside it: columns ``key`` and
+``text``, perhaps ``lang`` and ``entries``; several rows may share a key. A **plain** shard is any other WebDataset tar:
+files of one key up to the first dot of their names, a picture and a caption (``.txt``, or ``caption`` or ``text`` of
+a ``.json``, which may also have ``lang``). The Parquet file that img2dataset leaves beside its tars has no ``text``
+column, so those shards are plain.
 """
 
 import json
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mc2_hpc.curation.sampling import hash_keys
+from mc2_hpc.curation.sampling import hash_keys, select
 from mc2_hpc.data.skips import SkipSample
-from mc2_hpc.data.tar import ByteSource, LocalFile, Member, ShardError, list_members, write_tar
+from mc2_hpc.data.tar import ByteSource, LocalFile, Member, ShardError, list_members
+from mc2_hpc.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_Payload = tuple[int, int]
-_NOWHERE: _Payload = (-1, 0)
+
+Probabilities = Mapping[str, npt.NDArray[np.float32]]
+"""Keep probability of each metadata entry, by language."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,11 @@ class Shard(Protocol):
         """Hash of each row's key, for the draws of the data path."""
         ...
 
-    def candidate_rows(self, balance: Any, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """One row a picture, or none where balancing drops it."""
+    def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """The rows an epoch trains on: one a picture, or none where balancing drops it.
+
+        Raises UserError where ``probs`` do not fit the shard.
+        """
         ...
 
     def read(self, row: int) -> Pair:
@@ -69,6 +77,8 @@ class Shard(Protocol):
     def read_picture(self, index: int) -> Picture:
         """Picture ``index`` of ``num_keys``. Raises SkipSample."""
         ...
+
+
 def open_shard(path: Path) -> Shard:
     """Open a shard of either kind and list what it holds.
 
@@ -81,9 +91,9 @@ def open_shard(path: Path) -> Shard:
         table = _read_pairs_table(path.with_suffix(".parquet"))
     except OSError as error:
         raise ShardError(str(error)) from None
-    return PlainShard(path, source, members, unsafe) if table is None else CuratedShard(
-        path, source, members, unsafe, table
-    )
+    if table is None:
+        return PlainShard(path, source, members, unsafe)
+    return CuratedShard(path, source, members, unsafe, table)
 
 
 class PlainShard:
@@ -102,8 +112,8 @@ class PlainShard:
     def row_hashes(self) -> npt.NDArray[np.uint64]:
         return self._hashes
 
-    def candidate_rows(self, balance: Any, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        if balance is not None:
+    def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        if probs is not None:
             raise UserError(
                 f"{self.path}: data.balance is set, but this is no curated shard (no .parquet with key, text, lang and "
                 f"entries beside it): curate the data first, or unset data.balance"
@@ -145,26 +155,42 @@ class CuratedShard:
         self.path = path
         self.unsafe_names = unsafe_names
         self._source = source
-        self._table = table
         try:
-            keys = table["key"].to_pylist()
-            self._langs = table["lang"].to_pylist() if "lang" in table.column_names else None
+            keys: list[str] = table["key"].to_pylist()
+            langs = [lang or "" for lang in table["lang"].to_pylist()]
         except UnicodeDecodeError as error:
-            raise ShardError(f"{path.with_suffix('.parquet').name}: {error}") from None
+            raise ShardError(f"its .parquet: {error}") from None
         if None in keys:
-            raise ShardError(f"{path.with_suffix('.parquet').name}: a row has no key")
+            raise ShardError("its .parquet has a row without a key")
+        if not keys:
+            raise ShardError("its .parquet has no rows")
         # Captions stay in Arrow's buffers, as bytes, until their turn: a bad one then costs itself alone.
-        self._texts = table["text"].cast("large_binary").combine_chunks()
-        self._keys: list[str] = keys
+        self._texts = table["text"].combine_chunks()
+        self._entries = table["entries"].combine_chunks() if "entries" in table.column_names else None
+        self._keys = keys
+        self._langs = np.array(langs)
         self._rows_of: dict[str, list[int]] = {}
         for row, key in enumerate(keys):
             self._rows_of.setdefault(key, []).append(row)
         self._pictures = list(self._rows_of)
         self.num_keys = len(self._pictures)
-        if not self._pictures:
-            raise ShardError("its .parquet has no rows")
         self._hashes = hash_keys(keys)
         self._images = _images_by_stem(members)
+
+    @cached_property
+    def _text_hashes(self) -> npt.NDArray[np.uint64]:
+        return hash_keys([(raw or b"").decode("utf-8", "surrogateescape") for raw in self._texts.to_pylist()])
+
+    def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        offsets, ids = np.zeros(len(self._keys) + 1, np.int64), np.zeros(0, np.uint32)
+        if probs is not None:
+            if self._entries is None:
+                raise UserError(f"{self.path}: data.balance is set, but the .parquet beside it has no entries column")
+            offsets, ids = self._entries.offsets.to_numpy(), self._entries.values.to_numpy()
+        try:
+            return select(self._hashes, self._text_hashes, offsets, ids, self._langs, probs, seed=seed, epoch=epoch)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
         return self._hashes
@@ -196,44 +222,20 @@ class CuratedShard:
         return _decode_text(raw)
 
     def _lang(self, row: int) -> str:
-        return (self._langs[row] or "") if self._langs is not None else ""
-
-
-def pack_pairs(pairs: Iterable[Pair], folder: str | Path, *, pairs_per_shard: int = 1000) -> list[Path]:
-    """Write pairs as plain WebDataset shards ``00000.tar`` ... in ``folder``, in order; returns their paths.
-
-    The same pairs give the same bytes. Pictures are stored as they are, under the extension of their format.
-    """
-    paths: list[Path] = []
-    remaining = iter(pairs)
-    while batch := list(itertools.islice(remaining, pairs_per_shard)):
-        path = Path(folder) / f"{len(paths):05d}.tar"
-        write_shard(path, ((pair.key, _files_of(pair)) for pair in batch))
-        paths.append(path)
-    return paths
-
-
-def _files_of(pair: Pair) -> dict[str, bytes]:
-    files = {_image_extension(pair.image): pair.image, "txt": pair.text.encode("utf-8")}
-    if pair.lang:
-        files["json"] = json.dumps({"lang": pair.lang}).encode()
-    return files
-
-
-def _image_extension(data: bytes) -> str:
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "jpg"
+        return str(self._langs[row])
 
 
 def _group(members: Iterable[Member]) -> dict[str, dict[str, Member]]:
-    """Members by key and lower-case extension: the first dot of the file name divides them. Hidden files are left out."""
+    """Members by key and lower-case extension: the first dot of the file name divides them.
+
+    Hidden files are left out. Of a name that occurs again the first stays, as in curation.
+    """
     groups: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
         if stem and dot:
-            groups.setdefault(folder + slash + stem, {})[extension.lower()] = member
+            groups.setdefault(folder + slash + stem, {}).setdefault(extension.lower(), member)
     return groups
 
 
@@ -243,11 +245,11 @@ def _is_sample(files: dict[str, Member]) -> bool:
 
 def _images_by_stem(members: Iterable[Member]) -> dict[str, Member]:
     """Pictures by all of the name before the extension; unlike a plain shard's, a curated key may have dots."""
-    images = {}
+    images: dict[str, Member] = {}
     for member in members:
         stem, _, extension = member.name.rpartition(".")
         if extension.lower() in IMAGE_EXTENSIONS:
-            images[stem] = member
+            images.setdefault(stem, member)
     return images
 
 
@@ -286,18 +288,22 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def _read_pairs_table(path: Path) -> "pyarrow.Table | None":
-    """The table of a curated shard; None where ``path`` is absent or is another kind of table."""
+    """Columns ``key``, ``text`` (as bytes), ``lang``, perhaps ``entries``; None if ``path`` is absent or other data."""
     if not path.is_file():
         return None
     # Plain shards must not pay for this import in every worker.
     import pyarrow
     import pyarrow.parquet
 
+    types = {"key": "string", "text": "large_binary", "lang": "string", "entries": pyarrow.list_(pyarrow.uint32())}
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+            columns = [name for name in types if name in file.schema_arrow.names]
             if not {"key", "text"} <= set(columns):
                 return None
-            return file.read(columns=columns, use_threads=False)
-    except pyarrow.ArrowException as error:
+            table = file.read(columns=columns, use_threads=False)
+        if "lang" not in columns:
+            table = table.append_column("lang", pyarrow.nulls(len(table), "string"))
+        return pyarrow.table({name: table[name].cast(types[name]) for name in table.column_names})
+    except (pyarrow.ArrowException, OSError) as error:
         raise ShardError(f"{path.name}: {str(error).splitlines()[0]}") from None

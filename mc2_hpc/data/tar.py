@@ -5,15 +5,10 @@ Own parsing instead of ``tarfile``, because a training shard is listed again for
 under a running job then gives a short read, which is counted, where a map would kill the process (SIGBUS).
 """
 
-import io
 import os
-import tarfile
 import weakref
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
-
-from mc2_hpc.storage import atomic_path
 
 _BLOCK = 512
 _WINDOW = 4096
@@ -69,10 +64,11 @@ class Member(NamedTuple):
 def list_members(source: ByteSource) -> tuple[list[Member], int]:
     """Regular files of a tar in order, without a leading ``./``, and how many were left out for an unsafe name.
 
-    Reads the ustar, GNU (long names, base-256 sizes) and pax headers; a missing end-of-archive block is accepted.
+    Reads the ustar, GNU (long names, base-256 sizes) and pax headers.
 
     Raises:
-        ShardError: empty, not a tar, damaged, or cut off in the middle of a member.
+        ShardError: empty, not a tar, damaged, or cut off. A cut between two members shows in the missing end-of-archive
+            mark.
     """
     members: list[Member] = []
     unsafe = 0
@@ -115,23 +111,6 @@ def is_safe_name(name: str) -> bool:
     return bool(name) and not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
 
 
-def write_tar(path: str | Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write ``(name, payload)`` pairs as a tar, atomically; the same pairs give the same bytes (no owner, no time)."""
-    with atomic_path(path) as temporary:
-        with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as archive:
-            for name, payload in members:
-                if not is_safe_name(name):
-                    raise ValueError(f"{name!r} is not a safe member name: it must be relative and without '..'")
-                info = tarfile.TarInfo(name)
-                info.size = len(payload)
-                archive.addfile(info, io.BytesIO(payload))
-
-
-def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
-    """Write samples, each ``(key, {extension: payload})``, as a WebDataset tar; see :func:`write_tar`."""
-    write_tar(path, ((f"{key}.{ext}", payload) for key, files in samples for ext, payload in files.items()))
-
-
 class _HeaderReader:
     """Headers by position; small members (captions) mostly lie in the window already read for the one before."""
 
@@ -141,14 +120,14 @@ class _HeaderReader:
         self._window = b""
 
     def at(self, position: int) -> bytes | None:
-        """The header block at ``position``; None at the end of the archive."""
+        """The header block at ``position``; None at the end-of-archive mark."""
         begin = position - self._start
         if not 0 <= begin <= len(self._window) - _BLOCK:
             available = min(_WINDOW, self._source.size - position)
-            if available <= 0:
-                return None
             if available < _BLOCK:
-                raise ShardError(f"cut off in the header at byte {position}")
+                raise ShardError(
+                    f"cut off at byte {position}: no end-of-archive mark" if position else "holds no files"
+                )
             try:
                 self._window = self._source.read(position, available)
             except OSError as error:

@@ -3,13 +3,13 @@
 A row is ``[prefix] content EOS padding``, with exactly one EOS. Under a causal mask with EOS pooling nothing after the
 EOS reaches the output, so rows are padded to the longest of their batch only and the padding id is of no consequence.
 
-======  ===============  ==========================  =====================================================================
+======  ===============  ==========================  =================================================================
 style   row              specials                    cleaning
-======  ===============  ==========================  =====================================================================
-xlmv    ``<s> x </s>``   bos 0, pad 1, eos 2, unk 3  none; ids are the model file's + 1 (fairseq), ``<mask>`` comes last
-mt5     ``x </s>``       pad 0, eos 1, unk 2         ASCII punctuation dropped, lower case, whitespace collapsed
+======  ===============  ==========================  =================================================================
+xlmv    ``<s> x </s>``   bos 0, pad 1, eos 2, unk 3  none; ids are the file's + 1 (fairseq), ``<mask>`` comes last
+mt5     ``x </s>``       pad 0, eos 1, unk 2         lower case, ASCII punctuation dropped, white space collapsed
 gemma   ``x <eos>``      pad 0, eos 1, unk 3         lower case (no ``<bos>``: SigLIP 2 encodes text so)
-======  ===============  ==========================  =====================================================================
+======  ===============  ==========================  =================================================================
 
 mt5's cleaning is that of transformers' ``SiglipTokenizer`` with its defaults. That class also *pads* with EOS; here the
 padding is ``<pad>`` as in mT5's own tokenizer, so that "exactly one EOS a row" holds in every style.
@@ -17,6 +17,7 @@ padding is ``<pad>`` as in mT5's own tokenizer, so that "exactly one EOS a row" 
 
 import io
 import math
+import re
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -188,18 +189,15 @@ def _load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def _check_layout(model: sentencepiece.SentencePieceProcessor, path: Path, style: str) -> None:
+    # These are -1 unless the piece is a *control* piece, which sentencepiece never yields from text. A "</s>" among the
+    # ordinary or user-defined pieces would let a caption that spells it end early, and is refused here.
     found = {"unk": model.unk_id(), "bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
     wanted = STYLES[style].model_ids
     if any(found[name] != wanted[name] for name in wanted):
-        shown = ", ".join(f"{name} {found[name]}" for name in wanted)
+        shown = ", ".join(f"{name} {found[name]}" for name in wanted) + " (-1: no such control piece)"
         fits = [name for name, other in STYLES.items() if all(found[k] == v for k, v in other.model_ids.items())]
         hint = f"; it fits style {' or '.join(fits)}" if fits else ""
-        raise UserError(f"{path}: special ids are {shown}, not those of style {style!r}{hint}")
-    # sentencepiece never yields a *control* piece from text, but a user-defined one it does: "</s>" in a caption would
-    # then end it early.
-    for name, piece in wanted.items():
-        if name != "unk" and not model.is_control(piece):
-            raise UserError(f"{path}: {model.id_to_piece(piece)!r} is an ordinary piece there, so captions could forge it")
+        raise UserError(f"{path}: special ids are {shown}, unlike those of style {style}{hint}")
 
 
 def train_tokenizer(texts: Iterable[str], out_file: str | Path, *, vocab_size: int, style: str) -> Tokenizer:
@@ -233,8 +231,9 @@ def train_tokenizer(texts: Iterable[str], out_file: str | Path, *, vocab_size: i
         )
     except (RuntimeError, OSError) as error:
         # The trainer's messages read "INTERNAL: file(line) [condition] sentence"; the sentence may be empty.
-        reason = str(error).strip().rpartition("] ")[2].rstrip("]").rpartition("[")[2] or "no usable text"
-        raise UserError(f"{out_file}: no tokenizer of {vocab_size} ids can be trained on these texts: {reason}") from None
+        sentence = re.search(r"\] (\S.*)$", str(error).strip())
+        reason = sentence[1] if sentence else "there is nothing in them"
+        raise UserError(f"{out_file}: no tokenizer of {vocab_size} ids fits these texts: {reason}") from None
     with atomic_path(out_file) as temporary:
         temporary.write_bytes(out.getvalue())
     return Tokenizer(out_file, style)

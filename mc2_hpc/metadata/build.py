@@ -1,7 +1,7 @@
 """Build a language's metadata from its sources, with the recipe's filters, caps and order.
 
-Order: the numbers 0-99, the wordnet, unigrams, bigrams, titles. The first source that has an entry owns it; a cap counts new
-entries only. Same inputs give the same bytes.
+Order: the numbers 0-99, the wordnet, unigrams, bigrams, titles. The first source that has an entry owns it; a cap
+counts new entries only. Same inputs give the same bytes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ class Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class Caps:
-    """How many entries a source may add: the smaller of a number and a share of its candidates (the recipe's numbers)."""
+    """How many entries a source may add: the smaller of a number and a share of its candidates (the recipe's)."""
 
     unigrams: int = 251_465
     unigram_share: float = 0.10
@@ -121,14 +121,14 @@ def build_folder(
     out: str | Path,
     caps: Caps | None = None,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[str, int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Write ``out/<lang>.json`` for every requested language and ``out/card.json``, and return the card.
 
     Languages that the folder already has and that are not requested stay, in the card too.
 
     Args:
-        progress: called with (languages done, languages in all, the language just finished).
+        progress: called with ("metadata", languages done, languages in all, the language just finished).
 
     Raises:
         UserError: see :func:`build_metadata`.
@@ -153,7 +153,7 @@ def build_folder(
             "sha256": file_sha256(path),
         }
         if progress:
-            progress(done, len(requests), lang)
+            progress("metadata", done, len(requests), lang)
     write_json(out / CARD, card)
     return card
 

@@ -140,7 +140,7 @@ _BY_LID = {row.lid: row.code for row in LANGUAGES.values() if row.lid is not Non
 
 
 def code_of_lid(label: str) -> str:
-    """Our code for a label of lid.176; a label without a row is its own code (no metadata, so its texts are counted)."""
+    """Our code for a label of lid.176; a label without a row is its own code."""
     return _BY_LID.get(label, label)
 
 

@@ -4,9 +4,10 @@ Bigrams are ranked by the corrected score of the Meta CLIP 2 paper's NeurIPS ver
 
     score = (c12 + 1) ** 0.7 * (PMI - PMI_30)          PMI = log(c12 * N / (c1 * c2))
 
-with c12, c1, c2 the counts of the bigram and its words, N the number of words, and PMI_30 the 30th percentile of PMI over
-the corpus' distinct bigrams. A raw threshold on PMI, as in MetaCLIP 1, admits only words seen a handful of times (PMI is at
-most log(N / c)); the power of c12 mends that. The logarithm's base scales every score alike and so cannot change the rank.
+with c12, c1, c2 the counts of the bigram and its words, N the number of words, and PMI_30 the 30th percentile of PMI
+over the corpus' distinct bigrams. A raw threshold on PMI, as in MetaCLIP 1, admits only words seen a handful of times
+(PMI is at most log(N / c)); the power of c12 mends that. The logarithm's base scales every score alike and so cannot
+change the rank.
 """
 
 import gzip
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.metadata.scripts import is_pure_punctuation, is_punctuation, is_release_unspaced
+from mc2_hpc.metadata.scripts import is_punctuation, is_pure_punctuation, is_release_unspaced
 
 Segmenter = Callable[[str], Sequence[str]]
 """Splits one line of text into words; punctuation marks are words of their own."""
@@ -36,8 +37,10 @@ class NgramCounts:
 
 
 def split_words(text: str) -> list[str]:
-    """Split at white space; each punctuation mark and each ideograph, Thai, Lao, Myanmar, Khmer or Tibetan character is a
-    word of its own (the recipe's tokenizer for languages without a segmenter)."""
+    """Split at white space, and around every punctuation mark and every character of a script without spaces.
+
+    The recipe's tokenizer for languages without a segmenter; kana and hangul are not split.
+    """
     words: list[str] = []
     start = -1
     for position, char in enumerate(text):

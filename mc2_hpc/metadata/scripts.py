@@ -1,4 +1,4 @@
-"""Character classes that metadata building and caption matching share: which writing needs no spaces, what punctuation is.
+"""Character classes that metadata building and caption matching share.
 
 The code-point ranges of the released rules ("compat") and of ours are both here, side by side.
 """
@@ -67,7 +67,8 @@ def is_release_punctuation(char: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def is_unspaced(char: str) -> bool:
-    """Whether words of the character's script meet other words without a space: the release's test, kana and hangul too.
+    """Whether words of the character's script meet other words without a space: the release's test, kana and hangul
+    too.
 
     Hangul is written with spaces, but particles are glued to the noun they follow, so a noun's end is not a space.
     """

@@ -53,6 +53,12 @@ class ClipArchitecture:
 
     def __post_init__(self) -> None:
         vision, text = self.vision, self.text
+        sizes = {"embed_dim": self.embed_dim}
+        sizes |= {f"vision.{name}": size for name, size in vars(vision).items()}
+        sizes |= {f"text.{name}": size for name, size in vars(text).items() if name != "eos_id"}
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"model.{name}={size}: must be at least 1")
         if vision.image_size % vision.patch_size:
             raise UserError(
                 f"model.vision.image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}"

@@ -111,7 +111,8 @@ class TensorFiles:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file atomically; an empty mapping writes an empty file of the format."""
     with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        # transformers refuses a file that does not name the library it was written from.
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.Size], files: TensorFiles) -> None:

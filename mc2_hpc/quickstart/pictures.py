@@ -71,7 +71,7 @@ def _glyph(
     size = (max(4, round(width * rng.uniform(0.94, 1.06))), max(4, round(height * rng.uniform(0.94, 1.06))))
     large = photo.resize(size, Image.Resampling.BICUBIC)
     turned = large.rotate(rng.uniform(-7, 7), Image.Resampling.BILINEAR)
-    return np.asarray(turned, np.float32) / 255
+    return np.asarray(turned, np.float32) / np.float32(255)
 
 
 def _stamp(canvas: npt.NDArray[np.float32], glyph: npt.NDArray[np.float32], top: float, left: float) -> None:

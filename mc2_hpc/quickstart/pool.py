@@ -5,8 +5,9 @@
     folder/heldout/heldout-00000.tar    <key>.jpg, other writers' digits, every number equally often
     folder/heldout/heldout-00000.parquet  key, text, lang, source, number: one row a language
 
-As on the web, a few numbers and a few languages make up most of the pool, English most of all, an image may have several
-candidate captions, and some captions say nothing. Every draw comes from (seed, shard): the same seed writes the same bytes.
+As on the web, a few numbers and a few languages make up most of the pool, English most of all, an image may have
+several candidate captions, and some captions say nothing. Every draw comes from (seed, shard): the same seed writes the
+same bytes.
 """
 
 import io
@@ -54,7 +55,7 @@ def make_pool(
     seed: int = 0,
     progress: Callable[[int], None] = lambda images: None,
 ) -> PoolSummary:
-    """Write the pool and the held-out set under ``folder``; ``progress`` is called with the images of each shard done."""
+    """Write the pool and the held-out set under ``folder``; ``progress`` is told the pictures of a shard."""
     folder = Path(folder)
     names = number_names()
     training, heldout = load_handwriting()

@@ -104,7 +104,7 @@ class Engine:
             dist_init_required=False,
         )
         self._parameters = dict(self._engine.module.named_parameters())
-        self._create_moments(step=0)
+        self._moment_owners = self._create_moments()
         if config.model.compile:
             clip.compile_blocks()
 
@@ -188,25 +188,38 @@ class Engine:
 
         Any number of ranks and any stage may have written them. Not collective.
         """
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        self._create_moments(step)
+        for optimizer in self._moment_owners:
+            for state in optimizer.state.values():
+                state["step"].fill_(step)
         for kind in MOMENTS:
             self._scale_optimizer.state[self.logit_scale][kind].copy_(files.get(f"logit_scale.{kind}"))
             for name, parameter in self._parameters.items():
-                value = files.get(f"{name}.{kind}").to(self.device)
-                if self.stage == 0:
-                    self._optimizer.state[parameter][kind].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, kind)
+                self._set_moment(parameter, kind, files.get(f"{name}.{kind}"))
 
-    def _create_moments(self, step: int) -> None:
+    def _set_moment(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage == 0:
+            self._optimizer.state[parameter][kind].copy_(value)
+        elif self.stage == 3:
+            # Every rank holds an equal piece, the last ones padded; the whole-tensor setter does not know of padding.
+            piece = torch.zeros(parameter.ds_tensor.numel(), device=self.device)
+            start = dist.get_rank() * piece.numel()
+            mine = value.flatten()[start : start + piece.numel()]
+            piece[: mine.numel()] = mine
+            safe_set_local_optimizer_state(parameter, piece, kind)
+        else:
+            safe_set_full_optimizer_state(parameter, value.to(self.device), kind)
+
+    def _create_moments(self) -> list[torch.optim.Optimizer]:
         """Allocate what AdamW would allocate in its first step, at zero.
 
         Before it, so that memory runs out at the start or not at all, that a checkpoint has something to fill, and
         that DeepSpeed links every parameter to its state: left to itself it links all parameter groups after it
         has stepped the first, when the others have no state yet. DeepSpeed steps flat partitions in place of the
         parameters and has no public way to do this, hence the attribute names of its optimizers here (0.19).
+
+        Returns the optimizers that own the state.
         """
         inner, flats = self._optimizer, list(self._parameters.values())
         if self.stage in (1, 2):
@@ -217,11 +230,12 @@ class Engine:
             for tensor in tensors:
                 optimizer.state[tensor] = {
                     # Fused AdamW counts steps on the device, in fp32.
-                    "step": torch.full((), float(step), dtype=torch.float32, device=tensor.device),
+                    "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
                     **{kind: torch.zeros_like(tensor) for kind in MOMENTS},
                 }
         if self.stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
+        return [inner, self._scale_optimizer]
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""

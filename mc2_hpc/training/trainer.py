@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +14,12 @@ import torch
 from mc2_hpc.config import RunConfig, config_to_dict
 from mc2_hpc.data.loader import Batch, TrainLoader
 from mc2_hpc.data.tokenizer import Tokenizer
-from mc2_hpc.distributed import Ranks
+from mc2_hpc.distributed import Ranks, first_error
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.presets import ClipArchitecture, resolve
 from mc2_hpc.models.weights import ModelCard, TensorFiles, resolve_checkpoint
+from mc2_hpc.storage import exclusive_folder
 from mc2_hpc.training.checkpoint import Checkpoint, CheckpointStore, load_weights
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.metrics import MetricsLog
@@ -156,7 +159,7 @@ class Trainer:
             "step": pending.step,
             "samples_seen": self.progress.samples_seen,
             "loss": float(pending.result.loss),
-            "logit_scale": float(self.engine.logit_scale.exp()),
+            "logit_scale": float(self.engine.logit_scale.detach().exp()),
             "lr": pending.lr,
             "grad_norm": float(pending.result.grad_norm),
             **rates,
@@ -195,6 +198,26 @@ class Trainer:
             },
         )
         logger.info("saved %s", path)
+
+
+@contextmanager
+def exclusive_run(config: RunConfig, ranks: Ranks) -> Iterator[None]:
+    """Hold the run's folder against another job that would train into it (such as ranks whose launcher was killed).
+
+    Collective.
+
+    Raises:
+        UserError: another job holds it.
+    """
+    with ExitStack() as stack:
+        error: Exception | None = None
+        if ranks.is_first:
+            try:
+                stack.enter_context(exclusive_folder(Path(config.output)))
+            except (UserError, OSError) as failure:
+                error = failure
+        first_error(error)
+        yield
 
 
 def num_micro_batches(config: RunConfig, world_size: int) -> int:

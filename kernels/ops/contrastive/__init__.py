@@ -53,12 +53,14 @@ def contrastive_loss(
     ranks = discover_ranks(image_features, group)
     if ranks.global_batch == 0:
         raise ValueError("contrastive_loss was given no pairs on any rank: give at least one")
-    if backend == "reference":
-        return distributed_reference_loss(image_features, text_features, logit_scale, ranks)
     if backend == "triton" and image_features.dtype == torch.float64:
         raise ValueError("the triton backend takes bf16, fp16 and fp32 features, not fp64: use backend='tiled'")
-    plan = Plan(tile_factory(backend, workspace_bytes), EXCHANGES[exchange], ranks)
-    return ContrastiveLoss.apply(image_features, text_features, logit_scale, plan)
+    # Autocast would round logits to half.
+    with torch.autocast(image_features.device.type, enabled=False):
+        if backend == "reference":
+            return distributed_reference_loss(image_features, text_features, logit_scale, ranks)
+        plan = Plan(tile_factory(backend, workspace_bytes), EXCHANGES[exchange], ranks)
+        return ContrastiveLoss.apply(image_features, text_features, logit_scale, plan)
 
 
 def _check(image: Tensor, text: Tensor, logit_scale: Tensor, exchange: str) -> None:
@@ -67,9 +69,7 @@ def _check(image: Tensor, text: Tensor, logit_scale: Tensor, exchange: str) -> N
             f"image and text features must both be (pairs, width), got {tuple(image.shape)} and {tuple(text.shape)}"
         )
     if image.dtype != text.dtype or image.dtype not in _DTYPES:
-        raise ValueError(
-            f"image and text features must both be bf16, fp16 or fp32, got {image.dtype} and {text.dtype}"
-        )
+        raise ValueError(f"image and text features must both be bf16, fp16 or fp32, got {image.dtype} and {text.dtype}")
     if image.device != text.device or image.device != logit_scale.device:
         raise ValueError(
             "features and logit_scale must be on one device, got "

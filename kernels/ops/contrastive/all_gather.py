@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .ranks import Ranks
 from .statistics import Statistics
-from .tiles import TileFactory, backward_tiles, forward_tiles
+from .tiles import TileFactory, add_pairs, backward_tiles, forward_tiles
 
 
 def forward(
@@ -54,19 +54,19 @@ def backward(
     ranks: Ranks,
     needs_image: bool,
     needs_text: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, float]:
-    """(G T (b, D), G^T I of the own texts (b, D), sum(G S) of the local images, the scale G was held at)."""
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """(G T (b, D), G^T I of the own texts (b, D), the scale G was held at)."""
     tiles = make_tiles(image_bD, ranks.global_batch)
     width = image_bD.shape[1]
     image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
     text_grad = scale.new_zeros((ranks.global_batch, width)) if needs_text else None
     diagonal = ranks.offsets[ranks.rank]
-    scale_grad = backward_tiles(
-        tiles, image_bD, text_ND, scale, row_lse, col_lse, diagonal, image_grad, text_grad
-    )
+    backward_tiles(tiles, image_bD, text_ND, scale, row_lse, col_lse, diagonal, image_grad, text_grad)
     if text_grad is not None and ranks.size > 1:
         first, *others = ranks.to_owners(text_grad).unbind(0)
         for other in others:
             first += other
         text_grad = first
-    return image_grad, text_grad, scale_grad, tiles.gradient_scale
+    own = ranks.part(ranks.rank)
+    add_pairs(image_bD, text_ND[own], scale, row_lse, col_lse[own], image_grad, text_grad, tiles.gradient_scale)
+    return image_grad, text_grad, tiles.gradient_scale

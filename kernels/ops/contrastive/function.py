@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .ranks import Ranks
-from .tiles import TileFactory, paired_logits
+from .tiles import TileFactory, paired_dots
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class ContrastiveLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> Tensor:
+        image, text = image.contiguous(), text.contiguous()
         dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
         scale = logit_scale.detach().to(dtype).reshape(()).exp()
         row_lse, own_col_lse, texts, col_lse = plan.exchange.forward(plan.make_tiles, image, text, scale, plan.ranks)
@@ -32,7 +33,7 @@ class ContrastiveLoss(torch.autograd.Function):
         ctx.logit_scale_like = (logit_scale.shape, logit_scale.dtype)
 
         # Both differences are small where both terms may be large: subtract before summing.
-        pairs = paired_logits(image, text, scale)
+        pairs = paired_dots(image, text, dtype) * scale
         local = ((row_lse - pairs) + (own_col_lse - pairs)).double().sum() / (2 * plan.ranks.global_batch)
         loss = plan.ranks.sum(local).to(dtype)
         return torch.where(torch.isfinite(loss), loss, torch.nan)
@@ -42,18 +43,30 @@ class ContrastiveLoss(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         image, texts, scale, row_lse, col_lse = ctx.saved_tensors
         plan, (needs_image, needs_text, needs_scale, _) = ctx.plan, ctx.needs_input_grad
-        image_grad, text_grad, scale_grad, held_at = plan.exchange.backward(
-            plan.make_tiles, image, texts, scale, row_lse, col_lse, plan.ranks, needs_image, needs_text
-        )
-        factor = grad_output.to(scale.dtype) * (plan.ranks.size / (2 * plan.ranks.global_batch))
-        feature_factor = factor * scale / held_at
-        for grad in (image_grad, text_grad):
-            if grad is not None:
-                grad.mul_(feature_factor)
-        shape, dtype = ctx.logit_scale_like
+        with torch.autocast(image.device.type, enabled=False):
+            # The scale's gradient is made of the images': sum_ij G_ij S_ij = s sum_i <(G T)_i, I_i>.
+            image_grad, text_grad, held_at = plan.exchange.backward(
+                plan.make_tiles,
+                image,
+                texts,
+                scale,
+                row_lse,
+                col_lse,
+                plan.ranks,
+                needs_image or needs_scale,
+                needs_text,
+            )
+            factor = grad_output.to(scale.dtype) * scale * (plan.ranks.size / (2 * plan.ranks.global_batch * held_at))
+            for grad in (image_grad, text_grad):
+                if grad is not None:
+                    grad.mul_(factor)
+            scale_grad = None
+            if needs_scale:
+                shape, dtype = ctx.logit_scale_like
+                scale_grad = paired_dots(image_grad, image, scale.dtype).double().sum().to(dtype).reshape(shape)
         return (
-            None if image_grad is None else image_grad.to(image.dtype),
-            None if text_grad is None else text_grad.to(image.dtype),
-            (factor * scale_grad).to(dtype).reshape(shape) if needs_scale else None,
+            image_grad.to(image.dtype) if needs_image else None,
+            text_grad.to(image.dtype) if needs_text else None,
+            scale_grad,
             None,
         )

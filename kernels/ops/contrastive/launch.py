@@ -15,7 +15,7 @@ class Launch:
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
-    """Features a step of the fused kernels multiplies; the chunked ones have no such step."""
+    """Features multiplied a step; without meaning where dot products come from memory."""
     num_warps: int
     num_stages: int
 
@@ -23,19 +23,19 @@ class Launch:
         """Blocks of rows and of columns that cover a tile."""
         return -(-num_rows // self.BLOCK_M), -(-num_columns // self.BLOCK_N)
 
-    def constants(self, width: int, variant: str) -> dict[str, int | bool]:
+    def constants(self, width: int, source: str) -> dict[str, int | bool | str]:
         """What the kernel is compiled for, for features of this width."""
         return {
             "BLOCK_M": self.BLOCK_M,
             "BLOCK_N": self.BLOCK_N,
             "BLOCK_K": self.BLOCK_K,
             "EVEN_K": width % self.BLOCK_K == 0,
-            "FUSED": variant == "fused",
+            "SOURCE": source,
         }
 
-    def options(self, width: int, variant: str) -> dict[str, int | bool]:
+    def options(self, width: int, source: str) -> dict[str, int | bool | str]:
         """The keyword arguments of a launch."""
-        return {**self.constants(width, variant), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constants(width, source), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 VARIANTS = {
@@ -43,28 +43,40 @@ VARIANTS = {
     torch.float16: "fused",
     torch.float32: "chunked",
 }
-"""Variant by type of the features. ``fused`` computes logits and epilogue in one kernel, so logits never leave the
-chip; ``chunked`` takes dot products from cuBLAS and runs the epilogue over them. fp32 products come from cuBLAS because
-it follows PyTorch's own setting of TF32 (off unless the user turned it on) at full speed."""
+"""Variant by type of the features. ``fused`` computes dot products and epilogue in one kernel, so logits never leave
+the chip; ``chunked`` takes dot products from cuBLAS and runs the epilogue over them. fp32 products come from cuBLAS
+because it follows PyTorch's own setting of TF32 (off unless the user turned it on)."""
+
+SOURCES = ("descriptor", "pointer", "memory")
+"""Where a kernel has dot products from: it multiplies features that the bulk copy engine brings (compute capability
+9.0 and rows of a multiple of 16 bytes), or that it loads itself (any), or it reads products from memory (chunked)."""
 
 LAUNCHES = {
-    ("statistics", "fused"): {
-        80: Launch(128, 128, 64, num_warps=8, num_stages=3),
+    ("statistics", "descriptor"): {
+        90: Launch(256, 128, 64, num_warps=8, num_stages=4),
+        100: Launch(128, 128, 64, num_warps=8, num_stages=3),
+    },
+    ("gradient", "descriptor"): {
         90: Launch(128, 256, 64, num_warps=8, num_stages=4),
         100: Launch(128, 256, 64, num_warps=8, num_stages=4),
     },
-    ("gradient", "fused"): {
-        80: Launch(128, 128, 64, num_warps=8, num_stages=3),
-        90: Launch(128, 256, 64, num_warps=8, num_stages=3),
-        100: Launch(128, 256, 64, num_warps=8, num_stages=3),
-    },
-    ("statistics", "chunked"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
-    ("gradient", "chunked"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
+    ("statistics", "pointer"): {80: Launch(128, 128, 64, num_warps=8, num_stages=3)},
+    ("gradient", "pointer"): {80: Launch(128, 128, 64, num_warps=8, num_stages=3)},
+    ("statistics", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
+    ("gradient", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
 }
-"""Launch parameters by kernel and variant, then by the lowest compute capability (major * 10 + minor) they are for."""
+"""Launch parameters by kernel and source, then by the lowest compute capability (major * 10 + minor) they are for: the
+largest blocks that compile without a register spill for every capability and Triton version they are used with."""
 
 
-def launch_for(kernel: str, variant: str, capability: int) -> Launch:
+def source_for(variant: str, capability: int, row_bytes: int, address: int) -> str:
+    """The source a variant takes on this chip for features whose rows have this size and start at this address."""
+    if variant == "chunked":
+        return "memory"
+    return "descriptor" if capability >= 90 and row_bytes % 16 == 0 and address % 16 == 0 else "pointer"
+
+
+def launch_for(kernel: str, source: str, capability: int) -> Launch:
     """The entry for the newest capability in the table that this chip has; below the oldest, the oldest."""
-    table = LAUNCHES[kernel, variant]
+    table = LAUNCHES[kernel, source]
     return table[max((level for level in table if level <= capability), default=min(table))]

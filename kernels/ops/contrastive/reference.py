@@ -24,7 +24,7 @@ def distributed_reference_loss(image_bD: Tensor, text_bD: Tensor, logit_scale: T
     if ranks.size == 1:
         return reference_loss(image_bD, text_bD, logit_scale)
     image_ND, text_ND = (_gather_with_own_gradient(features, ranks) for features in (image_bD, text_bD))
-    # Every rank has the whole gradient of logit_scale here, which is the average of the ranks' parts times their number.
+    # logit_scale's gradient is whole on every rank, and so is its average over ranks.
     return reference_loss(image_ND, text_ND, logit_scale)
 
 

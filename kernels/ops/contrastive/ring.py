@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .ranks import Ranks
 from .statistics import Statistics
-from .tiles import TileFactory, backward_tiles, forward_tiles
+from .tiles import TileFactory, add_pairs, backward_tiles, forward_tiles
 
 _BLOCK, _TOTAL = 1, 2  # tags: what a message carries
 
@@ -46,26 +46,24 @@ def backward(
     ranks: Ranks,
     needs_image: bool,
     needs_text: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, float]:
-    """(G T (b, D), G^T I of the own texts (b, D), sum(G S) of the local images, the scale G was held at)."""
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """(G T (b, D), G^T I of the own texts (b, D), the scale G was held at)."""
     tiles = make_tiles(image_bD, max(ranks.batches))
     width = image_bD.shape[1]
     image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
-    scale_grad = torch.zeros((), device=scale.device, dtype=torch.float64)
 
     def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
         text, lse = block
         text_grad = scale.new_zeros((len(text), width if needs_text else 0))
         diagonal = ranks.offsets[ranks.rank] - ranks.offsets[owner]
-        scale_grad.add_(
-            backward_tiles(
-                tiles, image_bD, text, scale, row_lse, lse, diagonal, image_grad, text_grad if needs_text else None
-            )
-        )
+        wanted = text_grad if needs_text else None
+        backward_tiles(tiles, image_bD, text, scale, row_lse, lse, diagonal, image_grad, wanted)
         return text_grad
 
     text_grad = circulate(ranks, [text_bD.contiguous(), col_lse], visit, Tensor.add_)
-    return image_grad, text_grad if needs_text else None, scale_grad, tiles.gradient_scale
+    text_grad = text_grad if needs_text else None
+    add_pairs(image_bD, text_bD, scale, row_lse, col_lse, image_grad, text_grad, tiles.gradient_scale)
+    return image_grad, text_grad, tiles.gradient_scale
 
 
 def circulate(

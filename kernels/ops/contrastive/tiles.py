@@ -5,8 +5,12 @@ and column log-sum-exp of S and a pair's column p(i), the loss 1/(2B) sum_i [(r_
 
     dL/dS_ij = 1/(2B) G_ij,   G_ij = exp(S_ij - r_i) + exp(S_ij - c_j) - 2 [j = p(i)],
 
-so dI = s/(2B) G T, dT = s/(2B) G^T I and dL/dlogit_scale = 1/(2B) sum_ij G_ij S_ij. Forward costs 2BND flops (S),
-backward 6BND (S again, G T, G^T I): together the 8BND that no method without the whole of S in memory goes below.
+so dI = s/(2B) G T, dT = s/(2B) G^T I and dL/dlogit_scale = 1/(2B) sum_ij G_ij S_ij = sum_i <dI_i, I_i>. Forward takes
+2BND flops (S), backward 6BND (S again, G T, G^T I): together the 8BND below which no method goes that does not keep S.
+
+The pairs' own terms of G, far larger than all others and close to cancelling, never enter the products, whose operands
+may be half: ``add_pairs`` adds what they contribute in the accumulator's type.
+
 Nothing here knows of processes or of autograd.
 """
 
@@ -38,9 +42,9 @@ class TileOperations(Protocol):
 
     def gradient(
         self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
-    ) -> tuple[Tensor, Tensor]:
-        """(G times ``gradient_scale``, (R, C) in the operands' type; sum of G S, a scalar), row i's pair being column
-        i + diagonal. G lies in the workspace: the next call overwrites it."""
+    ) -> Tensor:
+        """G times ``gradient_scale``, (R, C) in the operands' type, with zeros for the pairs: row i's is column
+        i + diagonal. It lies in the workspace: the next call overwrites it."""
 
 
 TileFactory = Callable[[Tensor, int], TileOperations]
@@ -73,27 +77,43 @@ def backward_tiles(
     diagonal: int,
     image_grad: Tensor | None,
     text_grad: Tensor | None,
-) -> Tensor:
-    """Add G T to ``image_grad`` (B, D) and G^T I to ``text_grad`` (N, D), each times ``tiles.gradient_scale``, both in
-    the accumulator's type; ``None`` skips one. Returns sum(G S), fp64. Image i's pair is text i + diagonal."""
+) -> None:
+    """Add G T to ``image_grad`` (B, D) and G^T I to ``text_grad`` (N, D), without the pairs' terms and each times
+    ``tiles.gradient_scale``, both in the accumulator's type; ``None`` skips one. Image i's pair is text i + diagonal."""
     image_BD, text_ND = tiles.operand(image_BD), tiles.operand(text_ND)
-    scale_grad = torch.zeros((), device=image_BD.device, dtype=torch.float64)
     for r in blocks(len(image_BD), tiles.rows):
         for c in blocks(len(text_ND), tiles.columns):
             offset = diagonal + r.start - c.start
-            G, weighted = tiles.gradient(image_BD[r], text_ND[c], scale, row_lse[r], col_lse[c], offset)
-            scale_grad += weighted
+            G = tiles.gradient(image_BD[r], text_ND[c], scale, row_lse[r], col_lse[c], offset)
             if image_grad is not None:
                 accumulate(G, text_ND[c], image_grad[r])
             if text_grad is not None:
                 accumulate(G.t(), image_BD[r], text_grad[c])
-    return scale_grad
 
 
-def paired_logits(image_BD: Tensor, text_BD: Tensor, scale: Tensor, step: int = 4096) -> Tensor:
-    """(B,) logits of the true pairs, in the accumulator's type; ``step`` bounds the temporaries."""
-    dots = [
-        torch.linalg.vecdot(image_BD[part].to(scale.dtype), text_BD[part].to(scale.dtype))
-        for part in blocks(len(image_BD), step)
-    ]
-    return torch.cat(dots) * scale if dots else image_BD.new_zeros(0, dtype=scale.dtype)
+def paired_dots(left_BD: Tensor, right_BD: Tensor, dtype: torch.dtype, step: int = 4096) -> Tensor:
+    """(B,) dot products of paired rows, multiplied and added in ``dtype``; ``step`` bounds the temporaries."""
+    dots = left_BD.new_empty(len(left_BD), dtype=dtype)
+    for part in blocks(len(left_BD), step):
+        torch.sum(left_BD[part].to(dtype) * right_BD[part].to(dtype), dim=1, out=dots[part])
+    return dots
+
+
+def add_pairs(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    image_grad: Tensor | None,
+    text_grad: Tensor | None,
+    gradient_scale: float,
+) -> None:
+    """Add the pairs' terms, left out by ``backward_tiles``, to the gradients of paired images and texts."""
+    logits = paired_dots(image_BD, text_BD, scale.dtype) * scale
+    # p - 1 and q - 1 rather than p + q - 2: exact also when both are nearly 1.
+    G = (torch.expm1(logits - row_lse) + torch.expm1(logits - col_lse)).mul_(gradient_scale)[:, None]
+    if image_grad is not None:
+        image_grad.addcmul_(text_BD, G)
+    if text_grad is not None:
+        text_grad.addcmul_(image_BD, G)

@@ -9,7 +9,8 @@ from .products import accumulator_dtype, multiply
 from .statistics import Statistics
 
 FP16_GRADIENT_SCALE = 2.0**14
-"""|G| <= 2 and a term of it may be as small as 1/B: this keeps 1/B a normal fp16 number up to a million pairs."""
+"""|G| <= 2 off the pairs, and a term of it may be as small as 1/B: this keeps 1/B a normal fp16 number up to a quarter
+of a billion pairs."""
 
 
 def gradient_scale(operand_dtype: torch.dtype) -> float:
@@ -35,27 +36,27 @@ def tile_shape(num_rows: int, num_columns: int, elements: int, multiple: int = 6
 
 
 class TorchTiles:
-    """Tile arithmetic in PyTorch: the workspace holds three tiles of the accumulator's type and, where operands are
-    half, a fourth of theirs. Operands stay half on a GPU only (see ``products``)."""
+    """Tile arithmetic in PyTorch: the workspace holds two tiles of the accumulator's type and, where operands are
+    half, a third of theirs. Operands stay half on a GPU only (see ``products``)."""
 
     def __init__(self, image: Tensor, num_columns: int, workspace_bytes: int) -> None:
         dtype = accumulator_dtype(image.dtype)
         self._operand_dtype = image.dtype if image.device.type == "cuda" else dtype
         half = self._operand_dtype != dtype
-        per_logit = 3 * dtype.itemsize + (self._operand_dtype.itemsize if half else 0)
+        per_logit = 2 * dtype.itemsize + (self._operand_dtype.itemsize if half else 0)
         self.rows, self.columns = tile_shape(len(image), num_columns, workspace_bytes // per_logit)
         self.gradient_scale = gradient_scale(self._operand_dtype)
         size = self.rows * self.columns
-        self._tiles = torch.empty(3, size, device=image.device, dtype=dtype)
+        self._tiles = torch.empty(2, size, device=image.device, dtype=dtype)
         self._half_tile = torch.empty(size, device=image.device, dtype=self._operand_dtype) if half else None
 
     def operand(self, features: Tensor) -> Tensor:
         """The features in the type the products take."""
         return features.to(self._operand_dtype)
 
-    def _views(self, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-        S, P, Q = self._tiles[:, : rows * columns].view(3, rows, columns)
-        return S, P, Q
+    def _views(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        first, second = self._tiles[:, : rows * columns].view(2, rows, columns)
+        return first, second
 
     @staticmethod
     def _logits(image: Tensor, text: Tensor, scale: Tensor, out: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class TorchTiles:
         return multiply(image, text.t(), out).mul_(scale)
 
     def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
-        S, P, _ = self._views(len(image_RD), len(text_CD))
+        S, P = self._views(len(image_RD), len(text_CD))
         self._logits(image_RD, text_CD, scale, S)
         row_max, col_max = S.amax(1), S.amax(0)
         torch.sub(S, row_max[:, None], out=P).exp_()
@@ -74,15 +75,14 @@ class TorchTiles:
 
     def gradient(
         self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
-    ) -> tuple[Tensor, Tensor]:
-        S, G, Q = self._views(len(image_RD), len(text_CD))
+    ) -> Tensor:
+        S, G = self._views(len(image_RD), len(text_CD))
         self._logits(image_RD, text_CD, scale, S)
         torch.sub(S, row_lse[:, None], out=G).exp_()
-        G.add_(torch.sub(S, col_lse, out=Q).exp_())
+        G.add_(S.sub_(col_lse).exp_())
         if -len(image_RD) < diagonal < len(text_CD):
-            G.diagonal(diagonal).sub_(2)
-        weighted = torch.dot(G.view(-1), S.view(-1))
+            G.diagonal(diagonal).zero_()
         if self._half_tile is None:
-            return G, weighted
+            return G
         rounded = self._half_tile[: G.numel()].view(G.shape)
-        return rounded.copy_(G.mul_(self.gradient_scale)), weighted
+        return rounded.copy_(G.mul_(self.gradient_scale))

@@ -2,15 +2,16 @@
 
 Per tile, forward leaves the row maxima and sums of exponentials of each BLOCK_M x BLOCK_N block in memory and adds
 blocks up in a fixed order afterwards: no atomics, so two runs give the same bits. Backward turns logits into
-G = exp(S - r) + exp(S - c) - 2 [pair] and writes it once, in the features' type; G T and G^T I are plain products.
+G = exp(S - r) + exp(S - c), zero for the pairs, and writes it once, in the features' type; G T and G^T I are plain products.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import VARIANTS, Launch, launch_for
+from .launch import VARIANTS, Launch, launch_for, source_for
 from .products import multiply
 from .statistics import Statistics
 from .torch_tiles import gradient_scale, tile_shape
@@ -19,6 +20,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Triton's interpreter multiplies bf16 operands as if they were integers: there they are widened first, which is exact.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _ALIGNED = 64
+# Kernels count a tile's elements in 32 bits; padding adds less than a row of 64 for each.
+_MOST_ELEMENTS = 2**30
 
 
 @triton.jit
@@ -33,7 +36,7 @@ def _block_of(num_rows, num_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _dot_products(
+def _dot_products_by_pointer(
     image_ptr, text_ptr, rows, cols, num_rows, num_cols, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
@@ -46,8 +49,7 @@ def _dot_products(
     dots = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
         if EVEN_K:
-            image = tl.load(image_ptrs)
-            text = tl.load(text_ptrs)
+            image, text = tl.load(image_ptrs), tl.load(text_ptrs)
         else:
             image = tl.load(image_ptrs, mask=features[None, :] < width - start, other=0.0)
             text = tl.load(text_ptrs, mask=features[:, None] < width - start, other=0.0)
@@ -60,85 +62,139 @@ def _dot_products(
 
 
 @triton.jit
-def _dots_of_block(
-    image_ptr, text_ptr, dots_ptr, dots_stride, rows, cols, num_rows, num_cols, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FUSED: tl.constexpr,
+def _dot_products_by_descriptor(
+    images, texts, row_block, col_block, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    if FUSED:
-        dots = _dot_products(
-            image_ptr, text_ptr, rows, cols, num_rows, num_cols, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
+    """(BLOCK_M, BLOCK_N) fp32 dot products by the bulk copy engine, which reads zeros past every end."""
+    dots = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, width, BLOCK_K):
+        image, text = images.load([row_block * BLOCK_M, start]), texts.load([col_block * BLOCK_N, start])
+        if INTERPRETED:
+            image, text = image.to(tl.float32), text.to(tl.float32)
+        dots = tl.dot(image, text.T, dots)
+    return dots
+
+
+@triton.jit
+def _dots_of_block(
+    images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SOURCE: tl.constexpr,
+):  # fmt: skip
+    if SOURCE == "descriptor":
+        dots = _dot_products_by_descriptor(images, texts, row_block, col_block, width, BLOCK_M, BLOCK_N, BLOCK_K)
+    elif SOURCE == "pointer":
+        dots = _dot_products_by_pointer(
+            images, texts, rows, cols, num_rows, num_cols, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
         )
     else:
-        at = rows.to(tl.int64)[:, None] * dots_stride + cols[None, :]
+        at = rows[:, None] * stride + cols[None, :]
         dots = tl.load(dots_ptr + at, mask=(rows < num_rows)[:, None] & (cols < num_cols)[None, :], other=0.0)
     return dots
 
 
 @triton.jit
-def statistics_kernel(
-    image_ptr, text_ptr, dots_ptr, scale_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
-    dots_stride, num_rows, num_cols, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FUSED: tl.constexpr,
+def _halves(dots, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and right half of a block: epilogues work on one at a time, which halves the registers they need."""
+    return tl.split(dots.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def _half_statistics(
+    dots, scale, cols, valid_rows, row_block, num_cols, col_max_ptr, col_sum_ptr,
 ):  # fmt: skip
-    """Row and column statistics of a tile of logits, from features (FUSED) or their dot products; a program a block."""
-    row_block, col_block = _block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
-    rows, cols = row_block * BLOCK_M + tl.arange(0, BLOCK_M), col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    dots = _dots_of_block(
-        image_ptr, text_ptr, dots_ptr, dots_stride, rows, cols, num_rows, num_cols, width,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, FUSED,
-    )  # fmt: skip
-    scale = tl.load(scale_ptr)
-    to_power_of_2 = scale * LOG2E
-    valid_rows, valid_cols = rows < num_rows, cols < num_cols
-
-    of_rows = tl.where(valid_cols[None, :], dots, float("-inf"))
-    row_max = tl.max(of_rows, 1)
-    row_sum = tl.sum(tl.exp2((of_rows - row_max[:, None]) * to_power_of_2), 1)
-    row_at = col_block.to(tl.int64) * num_rows + rows
-    tl.store(row_max_ptr + row_at, row_max * scale, mask=valid_rows)
-    tl.store(row_sum_ptr + row_at, row_sum, mask=valid_rows)
-
+    """Store the column maxima and sums of a half block; returns the row ones, the maxima not yet scaled."""
+    valid_cols, to_power_of_2 = cols < num_cols, scale * LOG2E
     of_cols = tl.where(valid_rows[:, None], dots, float("-inf"))
     col_max = tl.max(of_cols, 0)
     col_sum = tl.sum(tl.exp2((of_cols - col_max[None, :]) * to_power_of_2), 0)
-    col_at = row_block.to(tl.int64) * num_cols + cols
-    tl.store(col_max_ptr + col_at, col_max * scale, mask=valid_cols)
-    tl.store(col_sum_ptr + col_at, col_sum, mask=valid_cols)
+    tl.store(col_max_ptr + row_block * num_cols + cols, col_max * scale, mask=valid_cols)
+    tl.store(col_sum_ptr + row_block * num_cols + cols, col_sum, mask=valid_cols)
+
+    of_rows = tl.where(valid_cols[None, :], dots, float("-inf"))
+    row_max = tl.max(of_rows, 1)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # the right half may lie past the last column
+    return row_max, tl.sum(tl.exp2((of_rows - shift[:, None]) * to_power_of_2), 1)
+
+
+@triton.jit
+def statistics_kernel(
+    images, texts, dots_ptr, scale_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
+    stride, num_rows, num_cols, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SOURCE: tl.constexpr,
+):  # fmt: skip
+    """Row and column maxima and sums of exponentials of each block of a tile of logits; one program a block.
+
+    Writes row ones as (column blocks, rows) and column ones as (row blocks, columns).
+    """
+    row_block, col_block = _block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
+    rows, cols = row_block * BLOCK_M + tl.arange(0, BLOCK_M), col_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    dots = _dots_of_block(
+        images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SOURCE,
+    )  # fmt: skip
+    scale, valid_rows = tl.load(scale_ptr), rows < num_rows
+    left, right = _halves(dots, BLOCK_M, BLOCK_N)
+    half_cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    max_0, sum_0 = _half_statistics(left, scale, half_cols, valid_rows, row_block, num_cols, col_max_ptr, col_sum_ptr)
+    half_cols += BLOCK_N // 2
+    max_1, sum_1 = _half_statistics(right, scale, half_cols, valid_rows, row_block, num_cols, col_max_ptr, col_sum_ptr)
+    row_max = tl.maximum(max_0, max_1)
+    sum_0 *= tl.exp2((max_0 - row_max) * scale * LOG2E)
+    sum_1 *= tl.exp2((max_1 - row_max) * scale * LOG2E)
+    tl.store(row_max_ptr + col_block * num_rows + rows, row_max * scale, mask=valid_rows)
+    tl.store(row_sum_ptr + col_block * num_rows + rows, sum_0 + sum_1, mask=valid_rows)
+
+
+@triton.jit
+def _store_half_gradient(
+    dots, scale, rows, cols, valid_rows, num_cols, row_lse, col_lse_ptr, diagonal, grad_ptr, stride,
+    GRADIENT_SCALE: tl.constexpr,
+):  # fmt: skip
+    logits, valid_cols = dots * scale, cols < num_cols
+    col_lse = tl.load(col_lse_ptr + cols, mask=valid_cols, other=float("inf"))
+    # Subtract before the change of base: the difference is small where both terms are large.
+    grad = tl.exp2((logits - row_lse[:, None]) * LOG2E) + tl.exp2((logits - col_lse[None, :]) * LOG2E)
+    grad = tl.where((rows + diagonal)[:, None] == cols[None, :], 0.0, grad)
+    at = rows[:, None] * stride + cols[None, :]
+    valid = valid_rows[:, None] & valid_cols[None, :]
+    tl.store(grad_ptr + at, (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def gradient_kernel(
-    image_ptr, text_ptr, dots_ptr, scale_ptr, row_lse_ptr, col_lse_ptr, grad_ptr, weighted_ptr,
-    dots_stride, grad_stride, num_rows, num_cols, width, diagonal,
+    images, texts, dots_ptr, scale_ptr, row_lse_ptr, col_lse_ptr, grad_ptr,
+    stride, num_rows, num_cols, width, diagonal,
     GRADIENT_SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FUSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
-    """G times GRADIENT_SCALE, and each block's sum of G S, from features (FUSED) or dot products; a program a block."""
+    """G times GRADIENT_SCALE of a tile of logits, in the type of ``grad_ptr``; one program a block."""
     row_block, col_block = _block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
     rows, cols = row_block * BLOCK_M + tl.arange(0, BLOCK_M), col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     dots = _dots_of_block(
-        image_ptr, text_ptr, dots_ptr, dots_stride, rows, cols, num_rows, num_cols, width,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, FUSED,
+        images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SOURCE,
     )  # fmt: skip
-    logits = dots * tl.load(scale_ptr)
-    valid_rows, valid_cols = rows < num_rows, cols < num_cols
+    scale, valid_rows = tl.load(scale_ptr), rows < num_rows
     row_lse = tl.load(row_lse_ptr + rows, mask=valid_rows, other=float("inf"))
-    col_lse = tl.load(col_lse_ptr + cols, mask=valid_cols, other=float("inf"))
-    # Subtract before the change of base: the difference is small where both terms are large.
-    grad = tl.exp2((logits - row_lse[:, None]) * LOG2E) + tl.exp2((logits - col_lse[None, :]) * LOG2E)
-    grad = tl.where((rows + diagonal)[:, None] == cols[None, :], grad - 2.0, grad)
-    valid = valid_rows[:, None] & valid_cols[None, :]
-    weighted = tl.sum(tl.sum(tl.where(valid, grad * logits, 0.0), 1), 0)
-    tl.store(weighted_ptr + tl.program_id(0), weighted)
-    grad_at = rows.to(tl.int64)[:, None] * grad_stride + cols[None, :]
-    tl.store(grad_ptr + grad_at, (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty), mask=valid)
+    left, right = _halves(dots, BLOCK_M, BLOCK_N)
+    half_cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    _store_half_gradient(
+        left, scale, rows, half_cols, valid_rows, num_cols, row_lse, col_lse_ptr, diagonal, grad_ptr, stride,
+        GRADIENT_SCALE,
+    )  # fmt: skip
+    half_cols += BLOCK_N // 2
+    _store_half_gradient(
+        right, scale, rows, half_cols, valid_rows, num_cols, row_lse, col_lse_ptr, diagonal, grad_ptr, stride,
+        GRADIENT_SCALE,
+    )  # fmt: skip
 
 
 class TritonTiles:
     """Tile arithmetic in Triton kernels.
 
     The workspace holds one tile of G and, for ``chunked``, one of fp32 dot products, with rows padded to a multiple of
-    64 columns so that each starts aligned, or the blocks' statistics.
+    64 columns so that each starts aligned; in forward, the blocks' statistics.
     """
 
     def __init__(
@@ -147,20 +203,22 @@ class TritonTiles:
         num_columns: int,
         workspace_bytes: int,
         variant: str | None = None,
-        launches: dict[str, Launch] | None = None,
+        launches: dict[tuple[str, str], Launch] | None = None,
     ) -> None:
-        self.variant = variant or VARIANTS[image.dtype]
-        if self.variant == "fused" and image.dtype == torch.float32:
+        """``variant`` and ``launches``, by kernel and source, override the tables of ``launch`` for measurements."""
+        self._variant = variant or VARIANTS[image.dtype]
+        if self._variant == "fused" and image.dtype == torch.float32:
             raise ValueError("the fused kernels take bf16 and fp16 features: use the chunked variant for fp32")
-        self._launches = launches or default_launches(self.variant, image.device)
+        major, minor = torch.cuda.get_device_capability(image.device) if image.device.type == "cuda" else (8, 0)
+        self._capability, self._launches = major * 10 + minor, launches or {}
         self.gradient_scale = gradient_scale(image.dtype)
-        smallest = min(min(launch.BLOCK_M, launch.BLOCK_N) for launch in self._launches.values())
-        statistics_bytes = 16 / smallest  # at most: a maximum and a sum, of rows and of columns, a block
-        per_logit = (4 if self.variant == "chunked" else 0) + max(image.dtype.itemsize, statistics_bytes)
-        elements = max(int(workspace_bytes / per_logit), _ALIGNED)
+        self._chunked = self._variant == "chunked"
+        # A maximum and a sum, of rows and of columns, for every block of at least 64 x 64.
+        per_logit = (4 if self._chunked else 0) + max(image.dtype.itemsize, 16 / 64)
+        elements = min(max(int(workspace_bytes / per_logit), _ALIGNED), _MOST_ELEMENTS)
         self.rows, self.columns = tile_shape(len(image), num_columns, elements, multiple=_ALIGNED)
-        capacity = self.rows * _padded(self.columns)
-        self._dots = torch.empty(capacity, device=image.device) if self.variant == "chunked" else None
+        self._capacity = self.rows * _padded(self.columns)
+        self._dots = torch.empty(self._capacity, device=image.device) if self._chunked else None
         self._grad: Tensor | None = None
 
     def operand(self, features: Tensor) -> Tensor:
@@ -168,48 +226,48 @@ class TritonTiles:
         return features.contiguous()
 
     def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
-        launch = self._launches["statistics"]
+        launch, features, options = self._prepare("statistics", image_RD, text_CD)
         row_blocks, col_blocks = launch.grid(len(image_RD), len(text_CD))
         row_max, row_sum = scale.new_empty(2, col_blocks, len(image_RD))
         col_max, col_sum = scale.new_empty(2, row_blocks, len(text_CD))
-        dots = self._dot_products(image_RD, text_CD)
         with torch.cuda.device_of(image_RD):
             statistics_kernel[(row_blocks * col_blocks,)](
-                image_RD, text_CD, dots, scale, row_max, row_sum, col_max, col_sum,
-                _stride(dots), len(image_RD), len(text_CD), image_RD.shape[1],
-                **launch.options(image_RD.shape[1], self.variant),
+                *features, scale, row_max, row_sum, col_max, col_sum,
+                _padded(len(text_CD)), len(image_RD), len(text_CD), image_RD.shape[1], **options,
             )  # fmt: skip
         rows.merge_(*_add_up(row_max, row_sum))
         cols.merge_(*_add_up(col_max, col_sum))
 
     def gradient(
         self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
-    ) -> tuple[Tensor, Tensor]:
-        launch = self._launches["gradient"]
+    ) -> Tensor:
+        launch, features, options = self._prepare("gradient", image_RD, text_CD)
         row_blocks, col_blocks = launch.grid(len(image_RD), len(text_CD))
-        weighted = scale.new_empty(row_blocks * col_blocks)
         if self._grad is None:
-            self._grad = image_RD.new_empty(self.rows * _padded(self.columns))
+            self._grad = image_RD.new_empty(self._capacity)
         grad = _tile(self._grad, len(image_RD), len(text_CD))
-        dots = self._dot_products(image_RD, text_CD)
         with torch.cuda.device_of(image_RD):
             gradient_kernel[(row_blocks * col_blocks,)](
-                image_RD, text_CD, dots, scale, row_lse, col_lse, grad, weighted,
-                _stride(dots), grad.stride(0), len(image_RD), len(text_CD), image_RD.shape[1], diagonal,
-                GRADIENT_SCALE=self.gradient_scale, **launch.options(image_RD.shape[1], self.variant),
+                *features, scale, row_lse, col_lse, grad, _padded(len(text_CD)),
+                len(image_RD), len(text_CD), image_RD.shape[1], diagonal,
+                GRADIENT_SCALE=self.gradient_scale, **options,
             )  # fmt: skip
-        return grad, weighted.double().sum()
+        return grad
 
-    def _dot_products(self, image: Tensor, text: Tensor) -> Tensor | None:
-        if self._dots is None:
-            return None
-        return multiply(image, text.t(), _tile(self._dots, len(image), len(text)))
-
-
-def default_launches(variant: str, device: torch.device) -> dict[str, Launch]:
-    """The table's launch parameters of both kernels for this device (the interpreter takes the oldest chip's)."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return {kernel: launch_for(kernel, variant, major * 10 + minor) for kernel in ("statistics", "gradient")}
+    def _prepare(self, kernel: str, image: Tensor, text: Tensor) -> tuple[Launch, tuple, dict]:
+        """(launch parameters, the kernel's images, texts and dot products, its options), the products computed."""
+        width, address = image.shape[1], image.data_ptr() | text.data_ptr()
+        source = source_for(self._variant, self._capability, width * image.itemsize, address)
+        launch = self._launches.get((kernel, source)) or launch_for(kernel, source, self._capability)
+        options = launch.options(width, source)
+        if self._dots is not None:
+            dots = multiply(image, text.t(), _tile(self._dots, len(image), len(text)))
+            return launch, (None, None, dots), options
+        if source == "descriptor":
+            images = TensorDescriptor.from_tensor(image, [launch.BLOCK_M, launch.BLOCK_K])
+            texts = TensorDescriptor.from_tensor(text, [launch.BLOCK_N, launch.BLOCK_K])
+            return launch, (images, texts, None), options
+        return launch, (image, text, None), options
 
 
 def _add_up(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +282,3 @@ def _padded(columns: int) -> int:
 
 def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * _padded(columns)].view(rows, -1)[:, :columns]
-
-
-def _stride(dots: Tensor | None) -> int:
-    return 0 if dots is None else dots.stride(0)

@@ -1,0 +1,49 @@
+# Everything a newcomer or CI runs; each target installs what it needs into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow test-gpu lint bench plots wheel clean
+
+quickstart: .venv/quickstart
+	$(BIN)/mc2 quickstart
+
+test: .venv/dev lint
+	$(BIN)/python -m pytest
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev
+	$(BIN)/mc2 bench train --json benchmarks/results/train.json
+	$(BIN)/mc2 bench contrastive --json benchmarks/results/contrastive.json
+	$(BIN)/mc2 bench kernels --json benchmarks/results/kernels.json
+	$(MAKE) plots
+
+plots: .venv/dev
+	$(BIN)/python benchmarks/plot.py
+
+wheel: .venv/dev
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/quickstart: pyproject.toml setup.py | .venv/bin/python
+	$(BIN)/pip install --quiet -e '.[quickstart]'
+	touch $@
+
+.venv/dev: pyproject.toml setup.py | .venv/bin/python
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info runs

@@ -1,0 +1,105 @@
+"""What every benchmark shares: the machine's description, timing in turns, the command line and the JSON of results.
+
+A benchmark module has ``run(quick) -> dict`` with ``name``, ``config``, ``rows`` and ``ratios``; ratios are ours over
+the peer's in the same run, larger is better unless the name ends in ``_memory``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit: without them a figure means nothing."""
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if cuda else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each contender's calls, taken in turn (A B A B ...) so that a slow spell of the machine hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        for name, call in contenders.items():
+            _synchronize()
+            start = time.perf_counter()
+            call()
+            _synchronize()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median, smallest and largest of raw samples."""
+    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
+
+
+def main(name: str, run: Callable[[bool], dict[str, Any]]) -> None:
+    """Command line of a benchmark: ``[--quick] [--json FILE]``; prints rows and ratios."""
+    parser = argparse.ArgumentParser(prog=f"mc2 bench {name}")
+    parser.add_argument("--quick", action="store_true", help="under a minute; a smoke test, not for quoting")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    arguments = parser.parse_args()
+    result = {"name": name, "env": environment(), "quick": arguments.quick, **run(arguments.quick)}
+    for row in result["rows"]:
+        print("  ".join(f"{k}={_short(v)}" for k, v in row.items() if not isinstance(v, list)))
+    for key, value in result["ratios"].items():
+        print(f"{key}: {value:.2f}")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.flush()
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,118 @@
+"""Stage 3: the images of a matched pool, and its rows, as training shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mc2_hpc.curation.balance_stage import read_settings
+from mc2_hpc.curation.image_tars import TarIndex, fits_tar_name, write_tar
+from mc2_hpc.curation.match_stage import sum_stats
+from mc2_hpc.curation.matched import read_matched, write_matched
+from mc2_hpc.curation.pools import escapes, list_pool
+from mc2_hpc.curation.shards import Progress, open_stage, run_shards, stats_path
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import atomic_path, read_json, write_json
+
+_SETTINGS = "pack.json"
+
+
+def pack(
+    pool: str | Path,
+    matched: str | Path,
+    out: str | Path,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write training shards: ``<shard>.tar`` of ``<key>.jpg`` in key order, the matched rows in ``<shard>.parquet``.
+
+    Only images with a matched row are written; a shard without any gets no files. Shards already finished are skipped.
+
+    Args:
+        pool: the folder that was matched; its ``<shard>.tar`` hold the images.
+        matched: folder that :func:`match_stage.match` filled, every shard of it finished.
+
+    Returns:
+        counters over all shards: ``images``, ``texts`` and ``drops`` by reason: ``missing_image`` (matched, not in the
+        tar), ``unmatched_image``, ``unsafe_name`` (would escape its folder), ``long_name``, ``duplicate_image``,
+        ``unsupported_image`` (no JPEG)
+
+    Raises:
+        UserError: unfinished input, or shards that could not be read (every other one is done).
+    """
+    matched, out = Path(matched), Path(out)
+    settings = read_settings(matched)
+    in_pool = {shard.name: shard.images for shard in list_pool(pool)}
+    shards = settings.pop("shards")
+    open_stage(out, _SETTINGS, {"matched": settings}, shards)
+    run_shards(
+        {name: in_pool.get(name) for name in shards},
+        _PackShard(matched, out),
+        lambda name: _is_packed(out, name),
+        stage="pack",
+        workers=workers,
+        progress=progress,
+    )
+    return sum_stats([read_json(stats_path(out, name)) for name in shards])
+
+
+def _is_packed(out: Path, shard: str) -> bool:
+    path = stats_path(out, shard)
+    if not path.is_file():
+        return False
+    return read_json(path)["images"] == 0 or all((out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
+
+
+@dataclass(frozen=True)
+class _PackShard:
+    """Packs one shard; picklable."""
+
+    matched: Path
+    out: Path
+
+    def __call__(self, name: str, tar: Path | None) -> None:
+        rows = read_matched(self.matched / f"{name}.parquet")
+        if tar is None:
+            raise UserError(f"the pool has no {name}.tar with the images of {self.matched / name}.parquet")
+        with TarIndex(tar) as index:
+            images, drops = index.images()
+            images = _usable(images, set(rows["key"].to_pylist()), drops)
+            rows = rows.filter(pc.is_in(rows["key"], pa.array(list(images), pa.string())))
+            rows = rows.sort_by([("key", "ascending"), ("text", "ascending")])
+            if images:
+                with atomic_path(self.out / f"{name}.tar") as temporary:
+                    write_tar(temporary, _files(index, images))
+                write_matched(self.out / f"{name}.parquet", rows)
+        stats = {"images": len(images), "texts": len(rows), "drops": dict(drops)}
+        write_json(stats_path(self.out, name), stats)
+
+
+def _usable(images: dict[str, str], wanted: set[str], drops: Counter[str]) -> dict[str, str]:
+    """Images to write, by key; the others are counted in ``drops``."""
+    usable = {}
+    for key, member in images.items():
+        if escapes(key):
+            drops["unsafe_name"] += 1
+        elif key not in wanted:
+            drops["unmatched_image"] += 1
+        elif not fits_tar_name(f"{key}.jpg"):
+            drops["long_name"] += 1
+            wanted = wanted - {key}
+        else:
+            usable[key] = member
+    missing = len(wanted - usable.keys())
+    if missing:
+        drops["missing_image"] += missing
+    return usable
+
+
+def _files(index: TarIndex, images: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+    for key in sorted(images):
+        yield f"{key}.jpg", index.read(images[key])

@@ -1,0 +1,64 @@
+"""Writing image-text pairs as plain WebDataset shards."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from mc2_hpc.curation.image_tars import write_tar
+from mc2_hpc.data.shards import Pair
+from mc2_hpc.data.tar import is_safe_name
+from mc2_hpc.storage import atomic_path
+
+
+def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write samples, each ``(key, {extension: payload})``, as a WebDataset tar, atomically.
+
+    The same samples give the same bytes: no times, no owners.
+
+    Raises:
+        ValueError: a key that would lead out of a folder, or that is too long for a tar header.
+    """
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for key, files in samples:
+            for extension, payload in files.items():
+                name = f"{key}.{extension}"
+                if not is_safe_name(name):
+                    raise ValueError(f"{name!r} is no safe member name: it must be relative and without '..'")
+                yield name, payload
+
+    with atomic_path(path) as temporary:
+        write_tar(temporary, members())
+
+
+def pack_pairs(pairs: Iterable[Pair], folder: str | Path, *, pairs_per_shard: int = 1000) -> list[Path]:
+    """Write pairs as plain WebDataset shards ``00000.tar`` ... in ``folder``, in order; returns their paths.
+
+    The same pairs give the same bytes. Pictures are stored as they are, under the extension of their format.
+
+    Raises:
+        ValueError: a key that cannot name a member, or that has a dot in its last part, where readers would end it.
+    """
+    paths: list[Path] = []
+    remaining = iter(pairs)
+    while batch := list(itertools.islice(remaining, pairs_per_shard)):
+        path = Path(folder) / f"{len(paths):05d}.tar"
+        write_shard(path, ((pair.key, _files_of(pair)) for pair in batch))
+        paths.append(path)
+    return paths
+
+
+def _files_of(pair: Pair) -> dict[str, bytes]:
+    if "." in pair.key.rpartition("/")[2]:
+        raise ValueError(f"key {pair.key!r}: WebDataset readers end a key at its first dot")
+    files = {_image_extension(pair.image): pair.image, "txt": pair.text.encode("utf-8")}
+    if pair.lang:
+        files["json"] = json.dumps({"lang": pair.lang}).encode()
+    return files
+
+
+def _image_extension(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "jpg"

@@ -1,0 +1,274 @@
+"""The order of samples: a fixed number of lanes, each an endless stream that any process can take up at any position.
+
+Every epoch the shards are permuted by hash of (seed, epoch, shard name), laid end to end, and cut into as many equal
+lengths as there are lanes; a cut falls inside a shard where it must. Inside a shard the samples are permuted by hash
+of (seed, epoch, key). Lane, epoch, place in the lane's hand of parts and offset therefore name a sample without any
+history, so ranks and workers may be redealt the lanes at every start, and nothing is read to find a position.
+
+Bad samples are skipped by moving the offset on: which ones are good is a property of the data, so a lane's good samples
+are the same whoever reads it. Each good sample of an epoch comes exactly once over all lanes.
+"""
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mc2_hpc.curation.sampling import hash_keys, random_uint64
+from mc2_hpc.data.shards import Pair, Probabilities, Shard, open_shard
+from mc2_hpc.data.skips import SkipSample, log_skip
+from mc2_hpc.data.tar import ShardError
+from mc2_hpc.errors import UserError
+
+_PROBE_SAMPLES = 4096
+_PROBE_SHARDS = 64
+_logger = logging.getLogger(__name__)
+
+Transform = Callable[[bytes, np.uint64, int], torch.Tensor]
+"""(encoded picture, key hash, epoch) to a tensor; raises SkipSample."""
+
+
+class Position(NamedTuple):
+    """Where a lane goes on: the next sample is ``offset`` in shard ``shard`` of the lane's hand of ``epoch``."""
+
+    epoch: int = 0
+    shard: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of shard number ``shard`` from ``begin / of`` to ``end / of`` of its permuted length."""
+
+    shard: int
+    begin: int = 0
+    end: int = 1
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class Example:
+    """One good sample: caption and picture ready for the batch."""
+
+    pair: Pair
+    image: torch.Tensor
+
+
+class Deck:
+    """Which shards each lane gets in each epoch; a pure function of the shard names and the seed."""
+
+    def __init__(self, names: list[str], *, lanes: int, seed: int) -> None:
+        self._hashes = hash_keys(names)
+        self._lanes = lanes
+        self._seed = seed
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The permutation of shard numbers in ``epoch``."""
+        if epoch not in self._orders:
+            if len(self._orders) > 3:  # lanes of a process are seldom more than an epoch apart
+                self._orders.pop(min(self._orders))
+            words = random_uint64(self._hashes, seed=self._seed, epoch=epoch, purpose="shard order")
+            self._orders[epoch] = np.argsort(words, kind="stable")
+        return self._orders[epoch]
+
+    def hand(self, epoch: int, lane: int) -> list[Part]:
+        """The parts of ``lane``, in reading order; over all lanes they make up every shard once."""
+        order, lanes = self.order(epoch), self._lanes
+        first, last = lane * len(order), (lane + 1) * len(order)  # in units of 1/lanes of a shard
+        return [
+            Part(int(order[place]), max(first - place * lanes, 0), min(last - place * lanes, lanes), lanes)
+            for place in range(first // lanes, -(-last // lanes))
+        ]
+
+
+class ShardPool:
+    """The data of a run as one process sees it: shards opened when a lane needs them, shared while lanes read them.
+
+    Args:
+        paths: all shards, in the same order everywhere.
+        lanes, seed: as the config has them.
+        probs: entry probabilities for online balancing; None keeps one text of every picture.
+        transform: decodes a picture.
+        name: of the data, for errors.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        *,
+        lanes: int,
+        seed: int,
+        probs: Probabilities | None,
+        transform: Transform,
+        name: str,
+    ) -> None:
+        self.deck = Deck([path.name for path in paths], lanes=lanes, seed=seed)
+        self.skipped: Counter[str] = Counter()
+        """Skips since somebody last cleared it. What concerns a whole shard is counted with its beginning alone, so
+        that sums over lanes are true."""
+        self._paths = paths
+        self._lanes = lanes
+        self._seed = seed
+        self._probs = probs
+        self._transform = transform
+        self._name = name
+        self._open: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
+        self._good_lately = False
+        self._enough = False
+        self._logged: set[int] = set()
+
+    def open(self, number: int) -> Shard:
+        """Shard ``number``; ShardError if it cannot be used."""
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = open_shard(self._paths[number])
+        return shard
+
+    def rows(self, shard: Shard, part: Part, epoch: int) -> npt.NDArray[np.int64]:
+        """Rows of a part in the order of ``epoch``."""
+        rows = shard.select_rows(self._probs, seed=self._seed, epoch=epoch)
+        words = random_uint64(shard.row_hashes()[rows], seed=self._seed, epoch=epoch, purpose="sample order")
+        ordered = rows[np.argsort(words, kind="stable")]
+        return ordered[part.begin * len(rows) // part.of : part.end * len(rows) // part.of]
+
+    def load(self, shard: Shard, row: int, epoch: int) -> Example:
+        """Read and decode; SkipSample (logged, not counted) if the sample is bad."""
+        try:
+            pair = shard.read(row)
+            example = Example(pair, self._transform(pair.image, shard.row_hashes()[row], epoch))
+        except SkipSample as skip:
+            log_skip(skip.reason, f"{shard.path}, row {row}", skip.detail)
+            raise
+        self._good_lately = True
+        return example
+
+    def log_unreadable(self, number: int, error: ShardError) -> None:
+        """Log a shard that is skipped, the first time."""
+        if number not in self._logged:
+            self._logged.add(number)
+            _logger.warning("skipped, shard_unreadable: %s: %s", self._paths[number], error)
+
+    def check_enough_samples(self) -> None:
+        """Raise UserError if there are fewer pictures than lanes, good or bad."""
+        if self._enough or len(self._paths) >= self._lanes:
+            return  # no shard that opens is without pictures
+        self._enough = True
+        total = 0
+        for number in range(len(self._paths)):
+            try:
+                total += self.open(number).num_keys
+            except ShardError:
+                continue  # counted where it is read
+        if 0 < total < self._lanes:
+            raise UserError(f"{self._name}: {total} samples are too few for data.lanes={self._lanes}: set fewer lanes")
+
+    def check_something_good(self) -> None:
+        """Called by a lane that found nothing good in a whole epoch: raise UserError if that is true of all the data.
+
+        Looks at up to 4,096 samples spread over the shards, so that the answer comes in bounded time; only the data
+        decide it, not which lanes this process has.
+        """
+        if self._good_lately:
+            self._good_lately = False  # the next barren epoch asks again: the data may have gone since
+            return
+        skipped: Counter[str] = Counter()
+        budget = _PROBE_SAMPLES
+        a_shard = -(-budget // min(len(self._paths), _PROBE_SHARDS))
+        for number in self.deck.order(0)[:_PROBE_SAMPLES].tolist():
+            if budget <= 0:
+                break
+            try:
+                shard = self.open(number)
+            except ShardError as error:
+                self.log_unreadable(number, error)
+                skipped["shard_unreadable"] += 1
+                budget -= 1
+                continue
+            rows = self.rows(shard, Part(number), 0)
+            skipped["dropped_by_balancing"] += shard.num_keys - len(rows)
+            for row in rows[:a_shard].tolist():
+                try:
+                    self.load(shard, row, 0)
+                    return
+                except SkipSample as skip:
+                    skipped[skip.reason] += 1
+            budget -= max(1, min(a_shard, len(rows)))
+        counts = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common() if count)
+        raise UserError(f"{self._name}: not one sample can be used; everything was skipped: {counts}")
+
+
+class Lane:
+    """One endless stream of good samples, from ``position`` on.
+
+    Iteration raises UserError if the data hold nothing good at all, or fewer samples than there are lanes.
+    """
+
+    def __init__(self, pool: ShardPool, lane: int, position: Position) -> None:
+        self.position = position
+        self._pool = pool
+        self._lane = lane
+        self._hand: list[Part] | None = None
+        self._shard: Shard | None = None
+        self._rows: npt.NDArray[np.int64] | None = None
+        self._from_start = position.shard == 0 and position.offset == 0
+        self._found = False
+
+    def __iter__(self) -> "Lane":
+        return self
+
+    def __next__(self) -> Example:
+        while True:
+            epoch, place, offset = self.position
+            if self._hand is None:
+                self._hand = self._pool.deck.hand(epoch, self._lane)
+            if place >= len(self._hand):
+                self._finish_epoch()
+                continue
+            if self._rows is None:
+                self._open_part(self._hand[place])
+            if self._shard is None or self._rows is None or offset >= len(self._rows):
+                self._leave_part()
+                continue
+            self.position = Position(epoch, place, offset + 1)
+            try:
+                example = self._pool.load(self._shard, int(self._rows[offset]), epoch)
+            except SkipSample as skip:
+                self._pool.skipped[skip.reason] += 1
+                continue
+            self._found = True
+            return example
+
+    def _open_part(self, part: Part) -> None:
+        # A part that is taken up in its middle was already counted by whoever read its beginning.
+        counts = part.begin == 0 and self.position.offset == 0
+        try:
+            self._shard = self._pool.open(part.shard)
+        except ShardError as error:
+            self._pool.log_unreadable(part.shard, error)
+            self._pool.skipped["shard_unreadable"] += counts
+            return
+        if counts and self._shard.unsafe_names:
+            log_skip("unsafe_name", str(self._shard.path), f"{self._shard.unsafe_names} members")
+            self._pool.skipped["unsafe_name"] += self._shard.unsafe_names
+        self._rows = self._pool.rows(self._shard, part, self.position.epoch)
+        if len(self._rows) == 0:
+            self._pool.check_enough_samples()
+
+    def _leave_part(self) -> None:
+        self._shard = self._rows = None
+        self.position = Position(self.position.epoch, self.position.shard + 1)
+
+    def _finish_epoch(self) -> None:
+        if self._from_start and not self._found:
+            self._pool.check_something_good()
+        self.position = Position(self.position.epoch + 1)
+        self._hand = None
+        self._from_start, self._found = True, False

@@ -1,0 +1,13 @@
+"""Loading the curation package costs neither torch nor numba: they come with the first match."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ["mc2_hpc.curation.pipeline", "mc2_hpc.curation.sampling", "mc2_hpc.metadata.build"])
+def test_import_is_light(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'numba', 'fasttext', 'num2words') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

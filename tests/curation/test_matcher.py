@@ -1,0 +1,136 @@
+"""The matcher equals a naive scan by the rules, in both modes, built or loaded."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc2_hpc.curation.matcher import Matcher, is_saved
+from mc2_hpc.curation.text import MODES, entry_pattern, spaced_text
+from mc2_hpc.errors import UserError
+
+ALPHABET = "ab .,!'-+\t\n\u00a0\u200b\u3000e\u0301é犬京カメ강지ไทก\u1100\u1161\U00020000😀«»"
+words = st.text(alphabet=ALPHABET, min_size=1, max_size=7)
+
+
+def naive(entries: list[str], texts: list[str], mode: str) -> list[list[int]]:
+    """Every pattern against every text with `in`; of equal patterns the first counts."""
+    patterns: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        patterns.setdefault(entry_pattern(entry, mode), number)
+    return [sorted(n for p, n in patterns.items() if p in spaced_text(text, mode)) for text in texts]
+
+
+def rows(matches: tuple[np.ndarray, np.ndarray]) -> list[list[int]]:
+    offsets, ids = matches
+    assert offsets.dtype == np.int64 and ids.dtype == np.uint32 and offsets[0] == 0 and offsets[-1] == len(ids)
+    return [ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+
+
+def usable(entry: str) -> bool:
+    return bool(spaced_text(entry, "fixed").strip() and entry.strip())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=300, deadline=None)
+@given(
+    entries=st.lists(words.filter(usable), min_size=1, max_size=12, unique=True),
+    texts=st.lists(st.text(alphabet=ALPHABET, max_size=30), max_size=6),
+    data=st.data(),
+)
+def test_equals_naive_scan(mode, entries, texts, data):
+    # Texts made of the entries themselves hit far more often than free ones.
+    pieces = st.sampled_from([*entries, " ", "", ", ", "a"])
+    texts = [*texts, "".join(data.draw(st.lists(pieces, max_size=8)))]
+    assert rows(Matcher.build(entries, mode).match(texts)) == naive(entries, texts, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_overlapping_long_and_nested_patterns(mode):
+    entries = [
+        "a",
+        "a a",
+        "a a a",
+        "internationalisation",
+        "internationalisation b",
+        "b internationalisation",
+        "犬",
+        "子犬",
+        "犬が",
+    ]
+    texts = ["a a a a", "b internationalisation b", "子犬が a", "internationalisations"]
+    assert rows(Matcher.build(entries, mode).match(texts)) == naive(entries, texts, mode)
+
+
+def test_many_matches_in_one_text():
+    entries = [f"w{n}" for n in range(500)]
+    text = " ".join(f"w{n % 500}" for n in range(2000, 0, -1))
+    assert rows(Matcher.build(entries).match([text, "", text])) == [list(range(500)), [], list(range(500))]
+
+
+def test_a_text_of_megabytes():
+    matcher = Matcher.build(["needle", "針"])
+    hay = "straw " * 300_000
+    assert rows(matcher.match([hay, hay + "needle 針" + hay])) == [[], [0, 1]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("entries", [["dog", "big dog"], ["犬"], ["dog", "犬", "C++", "internationalisation"]])
+def test_saved_tables_match_alike_and_are_the_same_bytes(tmp_path, mode, entries):
+    texts = ["big dog, 子犬 C++ internationalisation", ""]
+    matcher = Matcher.build(entries, mode)
+    assert not is_saved(tmp_path / "a")
+    matcher.save(tmp_path / "a")
+    Matcher.build(entries, mode).save(tmp_path / "b")
+    loaded = Matcher.load(tmp_path / "a")
+    assert is_saved(tmp_path / "a") and loaded.mode == mode and loaded.num_entries == len(entries)
+    assert rows(loaded.match(texts)) == rows(matcher.match(texts)) == naive(entries, texts, mode)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_arrow_input_slices_chunks_and_nulls():
+    matcher = Matcher.build(["dog", "é"])
+    array = pa.array(["x", "dog", None, "e\u0301 dog", "dog"])
+    assert rows(matcher.match(array)) == [[], [0], [], [0, 1], [0]]
+    assert rows(matcher.match(array[1:4])) == [[0], [], [0, 1]]
+    assert rows(matcher.match(pa.chunked_array([array[:1], array[3:]]))) == [[], [0, 1], [0]]
+    assert rows(matcher.match(pa.array([], pa.string()))) == rows(matcher.match([])) == []
+
+
+def test_invalid_utf8_is_refused_not_read_past():
+    broken = pa.array([b"dog \xe4\xb8", b"dog"]).view(pa.string())
+    with pytest.raises(UserError, match="drop what is not UTF-8"):
+        Matcher.build(["dog"]).match(broken)
+
+
+def test_bad_entries():
+    with pytest.raises(UserError, match="entries 0 and 2 are both 'dog'"):
+        Matcher.build(["dog", "cat", "dog"])
+    with pytest.raises(UserError, match="entry 1 is blank"):
+        Matcher.build(["dog", ""])
+    with pytest.raises(UserError, match="no entries"):
+        Matcher.build([])
+    with pytest.raises(UserError, match="mode 'x'"):
+        Matcher.build(["dog"], "x")
+
+
+def test_entries_written_alike_give_the_match_to_the_first():
+    assert rows(Matcher.build(["U. S.", "U.S."]).match(["U.S."])) == [[0]]
+    assert rows(Matcher.build(["e\u0301", "é"]).match(["é"])) == [[0]]
+
+
+def test_damaged_tables(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        Matcher.load(tmp_path)
+    Matcher.build(["dog"]).save(tmp_path)
+    (tmp_path / "vocabulary.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="vocabulary.npy: damaged"):
+        Matcher.load(tmp_path)
+    np.save(tmp_path / "vocabulary.npy", np.zeros(8, np.float32))
+    with pytest.raises(UserError, match="vocabulary.npy: damaged"):
+        Matcher.load(tmp_path)
+    (tmp_path / "matcher.json").write_text('{"format": 0}')
+    with pytest.raises(UserError, match="another format"):
+        Matcher.load(tmp_path)

@@ -1,0 +1,181 @@
+"""Reading caption pools: every bad row is counted by reason, every bad file is named."""
+
+import io
+import json
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mc2_hpc.curation.image_tars import TarIndex, fits_tar_name, write_tar
+from mc2_hpc.curation.pools import PoolShard, escapes, list_pool, read_captions
+from mc2_hpc.errors import UserError
+
+
+def parquet_shard(tmp_path, **columns) -> PoolShard:
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table(columns), path)
+    return PoolShard("s", path, None)
+
+
+def test_list_pool(tmp_path):
+    for name in ("b.tar", "a.parquet", "a.tar", ".hidden.tar", "notes.txt"):
+        (tmp_path / name).touch()
+    assert list_pool(tmp_path) == [
+        PoolShard("a", tmp_path / "a.parquet", tmp_path / "a.tar"),
+        PoolShard("b", None, tmp_path / "b.tar"),
+    ]
+    with pytest.raises(UserError, match="no such pool folder"):
+        list_pool(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \*.parquet or \*.tar"):
+        list_pool(tmp_path / "empty")
+
+
+def test_parquet_rows_and_their_drops(tmp_path):
+    shard = parquet_shard(
+        tmp_path,
+        key=["a", "a", "a", None, "", "/etc/x", "../x", "b", "c"],
+        text=["dog", "dog", "cat", "x", "x", "x", "x", " \n\u3000", None],
+        lang=["en", "en", None, "en", "en", "en", "en", "en", "en"],
+        unknown=[1] * 9,
+    )
+    rows, drops = read_captions(shard)
+    assert rows.to_pylist() == [{"key": "a", "text": "dog", "lang": "en"}, {"key": "a", "text": "cat", "lang": None}]
+    assert drops == {"duplicate_text": 1, "missing_key": 2, "unsafe_key": 2, "empty_text": 2}
+
+
+def test_parquet_with_invalid_utf8(tmp_path):
+    broken = pa.array([b"dog", b"\xff\xfe", b"caf\xc3\xa9", None]).view(pa.string())
+    rows, drops = read_captions(parquet_shard(tmp_path, key=["a", "b", "c", "d"], text=broken))
+    assert rows["text"].to_pylist() == ["dog", "café"] and drops == {"invalid_utf8": 1, "empty_text": 1}
+
+
+def test_parquet_with_other_string_types(tmp_path):
+    dictionary = pa.array(["x", "y", "x"]).dictionary_encode()
+    rows, drops = read_captions(
+        parquet_shard(tmp_path, key=pa.array(["a", "b", "c"], pa.large_string()), text=dictionary)
+    )
+    assert rows["text"].to_pylist() == ["x", "y", "x"] and not drops
+
+
+def test_shard_without_rows(tmp_path):
+    rows, drops = read_captions(parquet_shard(tmp_path, key=pa.array([], pa.string()), text=pa.array([], pa.string())))
+    assert len(rows) == 0 and not drops
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"key": ["a"]}, "s.parquet: no column 'text'"),
+        ({"text": ["a"]}, "s.parquet: no column 'key'"),
+        ({"key": [1], "text": ["a"]}, "s.parquet: column 'key' is int64, must be string"),
+        ({"key": ["a"], "text": [b"a"]}, "s.parquet: column 'text' is binary, must be string"),
+    ],
+)
+def test_wrong_columns(tmp_path, columns, message):
+    with pytest.raises(UserError, match=message):
+        read_captions(parquet_shard(tmp_path, **columns))
+
+
+@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[:-20], lambda raw: b"PAR1" + b"x" * 100 + b"PAR1"])
+def test_broken_parquet(tmp_path, damage):
+    shard = parquet_shard(tmp_path, key=["a"] * 1000, text=[f"text {n}" for n in range(1000)])
+    shard.captions.write_bytes(damage(shard.captions.read_bytes()))
+    with pytest.raises(UserError, match="s.parquet: cannot be read as Parquet"):
+        read_captions(shard)
+
+
+def make_tar(path, files: dict[str, bytes]) -> PoolShard:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return PoolShard("s", None, path)
+
+
+def test_tar_captions_and_their_drops(tmp_path):
+    def record(value: object) -> bytes:
+        return json.dumps(value).encode()
+
+    shard = make_tar(
+        tmp_path / "s.tar",
+        {
+            "a.jpg": b"...",
+            "a.txt": b"ein Hund",
+            "a.json": record({"caption": "ignored, there is a txt"}),
+            "b.json": record({"caption": "from json"}),
+            "c.json": b"{broken",
+            "d.json": record({"title": "no caption"}),
+            "e.json": record(["no object"]),
+            "f.json": record({"caption": None}),
+            "g.txt": b"\xff\xfe",
+            "h.json": record({"caption": "\ud800"}),
+            "../i.txt": b"escapes",
+            "j.txt": b"  ",
+        },
+    )
+    rows, drops = read_captions(shard)
+    assert rows.to_pylist() == [{"key": "a", "text": "ein Hund"}, {"key": "b", "text": "from json"}]
+    assert drops == {"bad_json": 3, "invalid_utf8": 2, "unsafe_key": 1, "empty_text": 2}
+
+
+def test_tar_without_captions(tmp_path):
+    rows, drops = read_captions(make_tar(tmp_path / "s.tar", {}))
+    assert len(rows) == 0 and not drops
+
+
+def test_real_webdataset_tar(shared_data):
+    rows, drops = read_captions(PoolShard("cc12m-32", None, shared_data / "cc12m-32.tar"))
+    assert len(rows) == 32 and not drops
+    with TarIndex(shared_data / "cc12m-32.tar") as index:
+        images, _ = index.images()
+    assert set(images) == set(rows["key"].to_pylist())
+
+
+def damage_header(raw: bytes) -> bytes:
+    return raw[:1024] + b"\x01" * 512 + raw[1536:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda raw: b"", lambda raw: b"no tar" * 200, lambda raw: raw[:700], lambda raw: raw[:1024], damage_header],
+)
+def test_broken_tar(tmp_path, damage):
+    shard = make_tar(tmp_path / "s.tar", {"a.txt": b"x" * 300, "b.txt": b"y" * 300})
+    shard.images.write_bytes(damage(shard.images.read_bytes()))
+    with pytest.raises(UserError, match="s.tar: "):
+        read_captions(shard)
+
+
+def test_images_of_a_tar(tmp_path):
+    shard = make_tar(tmp_path / "s.tar", {"a.jpg": b"1", "b.JPEG": b"2", "c.png": b"3", "d.txt": b"4"})
+    with tarfile.open(shard.images, "a") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+        folder = tarfile.TarInfo("x.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    with TarIndex(shard.images) as index:
+        images, drops = index.images()
+        assert images == {"a": "a.jpg", "b": "b.JPEG"}
+        assert index.read("a.jpg") == b"1"
+    assert drops == {"unsupported_image": 1, "duplicate_image": 1}
+
+
+def test_written_tar_depends_on_content_alone(tmp_path):
+    files = [("a.jpg", b"x" * 600), ("b.jpg", b""), ("日本.jpg", b"y")]
+    write_tar(tmp_path / "one.tar", files)
+    write_tar(tmp_path / "two.tar", iter(files))
+    assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
+    with tarfile.open(tmp_path / "one.tar") as tar:
+        assert [(m.name, m.size, m.mtime, m.uid, m.mode) for m in tar] == [
+            (name, len(content), 0, 0, 0o644) for name, content in files
+        ]
+
+
+def test_names():
+    assert fits_tar_name("a" * 100) and not fits_tar_name("a" * 101)
+    assert fits_tar_name("a" * 150 + "/" + "b" * 90) and not fits_tar_name("日" * 40)
+    assert [escapes(key) for key in ("a", "a/b", "a..b", "..", "/a", "a/../b", "a\\b")] == [False] * 3 + [True] * 4

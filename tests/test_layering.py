@@ -1,0 +1,113 @@
+"""Imports run downwards only, the command line is light, and the wheel is whole."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Lowest first; a module may import its own layer's package and every layer below.
+LAYERS = [
+    {"mc2_hpc.errors"},
+    {"mc2_hpc.config", "mc2_hpc.distributed", "mc2_hpc.storage"},
+    {"mc2_hpc.metadata"},
+    {"mc2_hpc.curation", "mc2_hpc.kernels"},
+    {"mc2_hpc.data", "mc2_hpc.models"},
+    {"mc2_hpc.training", "mc2_hpc.evaluation", "mc2_hpc.conversion"},
+    {"mc2_hpc.quickstart", "mc2_hpc.doctor"},
+    {"mc2_hpc.cli"},
+]
+RANK = {package: rank for rank, layer in enumerate(LAYERS) for package in layer}
+
+
+def modules():
+    """(module name, file) of every Python file of the product."""
+    for path in sorted((ROOT / "mc2_hpc").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+    for path in sorted((ROOT / "kernels" / "ops").rglob("*.py")):
+        parts = path.relative_to(ROOT / "kernels" / "ops").with_suffix("").parts
+        yield ".".join(("mc2_hpc", "kernels", *(parts[:-1] if parts[-1] == "__init__" else parts))), path
+
+
+def imports(path):
+    """Absolute names of all that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def package_of(module):
+    """The layered package a module belongs to."""
+    return next((p for p in RANK if module == p or module.startswith(p + ".")), None)
+
+
+@pytest.mark.parametrize("module, path", [pytest.param(*m, id=m[0]) for m in modules()])
+def test_imports_run_downwards(module, path):
+    own = package_of(module)
+    assert own is not None or module == "mc2_hpc", f"{module} is in no layer"
+    for name in imports(path):
+        assert name.split(".")[0] not in {"kernels", "benchmarks", "configs", "tests"}, f"{module} imports {name}"
+        other = package_of(name)
+        if own == "mc2_hpc.kernels":
+            assert other in (None, own), f"the kernels import {name}"
+        elif other is not None and other != own:
+            assert RANK[other] < RANK[own], f"{module} imports {name}, which is not below it"
+        if own in ("mc2_hpc.metadata", "mc2_hpc.curation"):
+            assert name.split(".")[0] != "torch", f"{module} imports torch"
+
+
+def test_help_loads_no_heavy_package():
+    """What makes ``mc2 --help`` answer at once: nothing big is imported for it."""
+    code = (
+        "import sys; from mc2_hpc.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'deepspeed', 'pyarrow', 'omegaconf', 'numba', 'rich'} & set(sys.modules)\n"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "quickstart" in result.stdout
+
+
+def test_wheel_works_from_another_folder(tmp_path):
+    """The wheel holds every package, kernels at their other name, and imports without the source tree."""
+    source = tmp_path / "source"  # a copy: building leaves files behind that the next wheel would pick up
+    for name in ("mc2_hpc", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(site)
+    for module, path in modules():
+        inside = module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
+        assert inside in names, f"the wheel lacks {inside}"
+    assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
+    code = "import mc2_hpc.kernels.contrastive as c, mc2_hpc.training.trainer, os; print(os.path.dirname(c.__file__))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.stdout.strip() == str(site / "mc2_hpc" / "kernels" / "contrastive"), result.stderr

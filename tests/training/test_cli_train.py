@@ -1,0 +1,149 @@
+"""``mc2 train`` end to end on several gloo processes: learning, resuming, stopping."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mc2_hpc.cli import main
+from mc2_hpc.models.weights import TensorFiles, load_clip
+from mc2_hpc.training.checkpoint import find_damage
+
+STEPS = 40  # long enough that a kill after the checkpoint of step 10 comes before the end
+
+
+def rows(run):
+    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+
+
+def tensors(checkpoint, prefix):
+    files = TensorFiles(checkpoint, prefix)
+    return {name: files.get(name) for name in files.names()}
+
+
+def train(torchrun, config, run, processes=2, *overrides, **options):
+    arguments = [f"output={run}", f"steps={STEPS}", "checkpoint.every=10", *overrides]
+    return torchrun(processes, "-m", "mc2_hpc.cli", "train", config, *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(torchrun, module_config, tmp_path_factory):
+    """A finished run on 2 ranks at ZeRO stage 1."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    train(torchrun, module_config, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(module_config, tmp_path_factory):
+    """The same run, all its processes killed with -9 soon after the checkpoint of step 10; tests resume copies."""
+    run = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(module_config), "--processes", "2", f"output={run}"]
+    process = subprocess.Popen(
+        [*command, f"steps={STEPS}", "checkpoint.every=10"],
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    latest, deadline = run / "checkpoints" / "latest", time.monotonic() + 120
+    while not latest.exists():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        assert time.monotonic() < deadline, "no checkpoint within 120 s"
+        time.sleep(0.01)
+    time.sleep(0.3)  # some steps past the checkpoint, which will be trained again
+    # torchrun puts its workers into sessions of their own: find every process that has the run on its command line.
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            mine = str(run).encode() in entry.read_bytes()
+        except OSError:
+            continue  # ended meanwhile
+        if mine:
+            os.kill(int(entry.parent.name), signal.SIGKILL)
+    process.wait(timeout=30)
+    assert latest.read_text().strip() < f"step-{STEPS:08d}", "the run ended before it was killed"
+    return run
+
+
+def resumed(torchrun, config, killed, run, processes=2, *overrides):
+    shutil.copytree(killed, run, dirs_exist_ok=True)
+    train(torchrun, config, run, processes, *overrides)
+
+
+def test_learns_and_saves(undisturbed):
+    metrics = rows(undisturbed)
+    assert sorted(metrics) == list(range(2, STEPS + 1, 2))
+    assert metrics[STEPS]["loss"] < metrics[2]["loss"] - 0.5
+    assert metrics[STEPS]["samples_seen"] == STEPS * 32
+    for key in ("logit_scale", "lr", "grad_norm", "samples_per_second", "mfu", "data_wait"):
+        assert metrics[STEPS][key] >= 0
+    assert metrics[STEPS]["language_share"] == {"en": 1.0}
+    checkpoints = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+    assert checkpoints == ["latest", "step-00000030", "step-00000040"]  # keep: 2
+    assert list((undisturbed / "tensorboard").glob("events.*"))
+
+
+def test_checkpoint_is_a_model(undisturbed):
+    model, card = load_clip(undisturbed)
+    assert card.tokenizer_style == "xlmv"
+    image_features, text_features, scale = model(torch.zeros(1, 3, 32, 32), torch.tensor([[0, 5, 2]]))
+    assert image_features.shape == text_features.shape == (1, 32)
+    metrics = rows(undisturbed)
+    assert float(scale.detach().exp()) == pytest.approx(metrics[STEPS]["logit_scale"], rel=1e-6)
+
+
+def test_resumes_bitwise_after_kill(torchrun, undisturbed, killed, module_config, tmp_path):
+    resumed(torchrun, module_config, killed, tmp_path)
+    for prefix in ("model", "optimizer"):
+        found = tensors(tmp_path / "checkpoints" / "step-00000040", prefix)
+        expected = tensors(undisturbed / "checkpoints" / "step-00000040", prefix)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    before, after = rows(undisturbed), rows(tmp_path)
+    assert {step: row["loss"] for step, row in after.items()} == {step: row["loss"] for step, row in before.items()}
+
+
+@pytest.mark.parametrize("processes, stage", [(1, 2), (3, 3)])
+def test_resumes_on_other_ranks_and_stages(torchrun, undisturbed, killed, module_config, tmp_path, processes, stage):
+    """10 steps on 2 ranks at stage 1, the rest elsewhere: the same samples, so the same losses up to rounding."""
+    resumed(torchrun, module_config, killed, tmp_path, processes, f"zero.stage={stage}")
+    before, after = rows(undisturbed), rows(tmp_path)
+    assert before.keys() == after.keys()
+    for step in before:
+        assert after[step]["loss"] == pytest.approx(before[step]["loss"], rel=1e-4), step
+    trainer = [
+        json.loads((run / "checkpoints/step-00000040/trainer.json").read_text()) for run in (undisturbed, tmp_path)
+    ]
+    assert trainer[0]["position"] == trainer[1]["position"]
+    assert trainer[1]["world_size"] == processes
+
+
+def test_micro_batches_change_nothing(torchrun, undisturbed, module_config, tmp_path):
+    train(torchrun, module_config, tmp_path, 2, "micro_batch=6")
+    before, after = rows(undisturbed), rows(tmp_path)
+    for step in before:
+        assert after[step]["loss"] == pytest.approx(before[step]["loss"], rel=1e-4), step
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(torchrun, module_config, tmp_path):
+    train(torchrun, module_config, tmp_path, 1, "steps=10")
+    result = train(torchrun, module_config, tmp_path, 1, "optim.lr=1e30", "optim.warmup=0", check=False)
+    assert result.returncode != 0
+    line = next(line for line in result.stderr.splitlines() if "mc2:" in line)
+    assert "nan at step 12" in line or "inf at step 11" in line or "nan at step 11" in line
+    assert "step-00000010" in line and "keys of rank 0's batch: 0" in line
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-00000010"
+    assert find_damage(tmp_path / "checkpoints" / "step-00000010") is None
+
+
+def test_finished_run_has_nothing_to_do(undisturbed, module_config, capsys):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    assert main(["train", str(module_config), f"output={undisturbed}", f"steps={STEPS}"]) == 0
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before

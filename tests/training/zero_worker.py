@@ -1,0 +1,106 @@
+"""Trains 20 steps at every ZeRO stage on the ranks of a torchrun job; writes each step's numbers and the final weights.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 zero_worker.py OUT [CASE ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mc2_hpc.config import RunConfig, config_from_dict
+from mc2_hpc.distributed import Ranks, process_group
+from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.presets import resolve
+from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.step import ContrastiveStep
+
+STEPS, BATCH, CONTEXT = 20, 16, 12
+
+# (name, ZeRO stage, backward passes a step, precision, activation checkpointing)
+CASES = [
+    *((f"zero{stage}", stage, 1, "fp32", False) for stage in range(4)),
+    *((f"zero{stage}_gradcache", stage, 2, "fp32", False) for stage in range(4)),
+    ("zero3_checkpointing", 3, 2, "fp32", True),
+    ("zero1_bf16", 1, 1, "bf16", False),
+    ("zero3_bf16", 3, 1, "bf16", False),
+]
+
+
+def run_config(stage: int, precision: str = "fp32", **top: object) -> RunConfig:
+    """A tiny run whose larger parameters ZeRO-3 really partitions."""
+    return config_from_dict(
+        {
+            "precision": precision,
+            "global_batch": BATCH,
+            "steps": STEPS,
+            "zero": {"stage": stage, "persist_below_elements": 100},
+            "data": {"lanes": 4},
+            "optim": {"lr": 1e-3, "warmup": 5},
+            "loss": {"backend": "tiled"},
+            "model": {
+                "preset": "ViT-S-16-worldwide",
+                "embed_dim": 32,
+                "vision": {"image_size": 32, "width": 64, "layers": 2, "head_width": 32},
+                "text": {"vocab_size": 100, "context_length": CONTEXT, "width": 48, "heads": 3, "layers": 2},
+            },
+            **top,
+        }
+    )
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same random global batches on every rank: uint8 images and token rows with one EOS each."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for _ in range(STEPS):
+        images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        body = torch.randint(3, 100, (BATCH, CONTEXT - 1), generator=generator)
+        result.append((images, torch.cat([body, torch.full((BATCH, 1), 2)], dim=1)))
+    return result
+
+
+def share(ranks: Ranks) -> slice:
+    """This rank's rows: unequal shares where the ranks do not divide the batch."""
+    return slice(BATCH * ranks.rank // ranks.world_size, BATCH * (ranks.rank + 1) // ranks.world_size)
+
+
+def train(
+    config: RunConfig, ranks: Ranks, *, num_micro: int, checkpointing: bool
+) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """(loss, gradient norm, logit scale) of every step, and the final weights by name."""
+    clip = build_clip(resolve(config.model), seed=0)
+    clip.set_activation_checkpointing(checkpointing)
+    engine = Engine(clip, config, ranks, num_micro=num_micro)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    step = ContrastiveStep(engine, config.loss, feature_dtype=dtype)
+    rows = []
+    for number, (images, tokens) in enumerate(batches()):
+        lr = learning_rate(number, total=STEPS, config=config.optim)
+        result = step(images[share(ranks)], tokens[share(ranks)], lr)
+        rows.append([float(result.loss), float(result.grad_norm), float(engine.logit_scale)])
+    weights = {name: tensor.clone() for kind, name, tensor in engine.state() if kind == "weight"}
+    engine.close()
+    return rows, weights
+
+
+def main(out: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    rows = {}
+    with process_group(timeout_s=120) as ranks:
+        for name, stage, num_micro, precision, checkpointing in CASES:
+            if names and name not in names:
+                continue
+            config = run_config(stage, precision)
+            rows[name], weights = train(config, ranks, num_micro=num_micro, checkpointing=checkpointing)
+            if ranks.is_first:
+                save_file(weights, out / f"{name}.safetensors")
+        if ranks.is_first:
+            (out / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
