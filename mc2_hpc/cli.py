@@ -1,6 +1,7 @@
 """``mc2``: the only place that wires all layers together. Each command imports what it needs when it runs."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, summary, add_arguments, command in (
         ("quickstart", "the whole job on this machine, in minutes", _quickstart_arguments, _quickstart),
+        ("metadata", "build the entries that captions are matched against", _metadata_arguments, _metadata),
+        ("curate", "match captions, set thresholds, write training shards", _curate_arguments, _curate),
         ("train", "train a model from a config file", _train_arguments, _train),
         ("convert", "convert a checkpoint to open_clip or transformers, or back", _convert_arguments, _convert),
         ("bench", "run a benchmark against its named peer", _bench_arguments, _bench),
@@ -66,6 +69,92 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     from mc2_hpc.quickstart.run import run_quickstart
 
     return run_quickstart(arguments.output, processes=arguments.processes)
+
+
+def _metadata_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="write <lang>.json for every language of a folder of sources")
+    build.add_argument("sources", type=Path, help="folder of <lang>/{wordnet.txt,corpus*.txt[.gz],titles.txt}")
+    build.add_argument("--out", type=Path, required=True, help="folder to write")
+    build.add_argument("--number-names", action="store_true", help="add the names of 0-99 (needs num2words)")
+    build.add_argument(
+        "--cap",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a cap of the recipe: unigrams, unigram_share, bigrams, bigram_share, titles, title_share ...",
+    )
+
+
+def _metadata(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.metadata.build import Caps, build_folder, find_sources
+    from mc2_hpc.terminal import progress
+
+    known = {entry.name: entry.type for entry in dataclasses.fields(Caps)}
+    caps = {}
+    for word in arguments.cap:
+        name, _, value = word.partition("=")
+        if name not in known:
+            raise UserError(f"--cap {word}: choose one of {', '.join(known)}")
+        try:
+            caps[name] = known[name](value)
+        except ValueError:
+            raise UserError(f"--cap {word}: {value!r} is not a number") from None
+    sources = find_sources(arguments.sources, number_names=arguments.number_names)
+    with progress() as report:
+        card = build_folder(sources, arguments.out, Caps(**caps), progress=report)
+    print(json.dumps(card, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _curate_arguments(parser: argparse.ArgumentParser) -> None:
+    from_pool = argparse.ArgumentParser(add_help=False)
+    from_pool.add_argument("pool", type=Path, help="folder of <shard>.parquet and <shard>.tar, or of WebDataset tars")
+    matching = argparse.ArgumentParser(add_help=False)
+    matching.add_argument("--metadata", type=Path, required=True, help="folder of <lang>.json")
+    matching.add_argument("--mode", choices=("fixed", "compat"), default="fixed", help="matching rules [fixed]")
+    threshold = argparse.ArgumentParser(add_help=False)
+    threshold.add_argument("--t-en", type=int, required=True, help="English threshold: 20000 (400M) to 170000 (2.5B)")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", type=Path, required=True, help="folder to write")
+    common.add_argument("--workers", type=int, default=os.cpu_count(), help="processes [all cores]")
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    actions.add_parser("match", parents=[from_pool, matching, common], help="captions to the entries in them")
+    balance = actions.add_parser("balance", parents=[threshold, common], help="counts, thresholds, probabilities")
+    balance.add_argument("matched", type=Path, help="what match wrote")
+    balance.add_argument("--metadata", type=Path, required=True, help="folder of <lang>.json")
+    pack = actions.add_parser("pack", parents=[from_pool, common], help="training shards of what matched")
+    pack.add_argument("--matched", type=Path, required=True, help="what match wrote")
+    actions.add_parser("run", parents=[from_pool, matching, threshold, common], help="all three in turn")
+
+
+def _curate(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.curation import pipeline
+    from mc2_hpc.terminal import progress
+
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: must be at least 1")
+    with progress() as report:
+        parallel = {"workers": arguments.workers, "progress": report}
+        if arguments.action == "match":
+            result = pipeline.match(arguments.pool, arguments.metadata, arguments.out, arguments.mode, **parallel)
+        elif arguments.action == "balance":
+            result = pipeline.balance(
+                arguments.matched, arguments.metadata, arguments.out, arguments.t_en, progress=report
+            )
+        elif arguments.action == "pack":
+            result = pipeline.pack(arguments.pool, arguments.matched, arguments.out, **parallel)
+        else:
+            result = pipeline.run(
+                arguments.pool,
+                arguments.metadata,
+                arguments.out,
+                t_en=arguments.t_en,
+                mode=arguments.mode,
+                **parallel,
+            )
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+    return 0
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

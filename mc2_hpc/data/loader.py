@@ -12,6 +12,7 @@ the number of ranks nor on that of workers.
 import logging
 import multiprocessing
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from mc2_hpc.storage import list_shards
 
 WAIT_SECONDS = 300
 """Longest wait for one worker's share of a batch; then training stops with an error."""
+
+# Workers are the fork server's children, so their death sends no signal here: it shows when a wait ends empty-handed.
+_POLL_SECONDS = 5
 
 _logger = logging.getLogger(__name__)
 
@@ -132,7 +136,7 @@ class TrainLoader:
                 num_workers=self._num_workers,
                 prefetch_factor=self._prefetch,
                 multiprocessing_context=context,
-                timeout=WAIT_SECONDS,
+                timeout=min(_POLL_SECONDS, WAIT_SECONDS),
                 collate_fn=_as_is,
                 worker_init_fn=_prepare_worker,
             )
@@ -140,16 +144,23 @@ class TrainLoader:
 
     def _next_chunk(self, worker: int) -> Batch:
         assert self._iterator is not None
-        try:
-            chunk = next(self._iterator)
-        except (RuntimeError, OSError, EOFError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            if self._num_workers == 0 or "in DataLoader worker process" in reason:
-                raise  # the loading code's own error, with its traceback
-            lanes = _share(sorted(self._source.positions), worker, self._num_workers)
-            raise RuntimeError(
-                f"rank {self._rank}: no samples from data worker {worker} (lanes {lanes[0]}-{lanes[-1]}): {reason}"
-            ) from error
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                chunk = next(self._iterator)
+                break
+            except (RuntimeError, OSError, EOFError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                if self._num_workers == 0 or "in DataLoader worker process" in reason:
+                    raise  # the loading code's own error, with its traceback
+                if "timed out" in reason:
+                    if time.monotonic() < deadline:
+                        continue
+                    reason = f"waited {WAIT_SECONDS} s; is the storage of {self._source.name} reachable?"
+                lanes = _share(sorted(self._source.positions), worker, self._num_workers)
+                raise RuntimeError(
+                    f"rank {self._rank}: no samples from data worker {worker} (lanes {lanes[0]}-{lanes[-1]}): {reason}"
+                ) from error
         if isinstance(chunk, _Failure):
             raise UserError(chunk.message)
         return chunk
@@ -176,6 +187,7 @@ class _ChunkSource(IterableDataset):
         positions: dict[int, Position],
     ) -> None:
         self.positions = positions
+        self.name = f"data.train={config.train}"
         self._config = config
         self._paths = list_shards(config.train, ".tar")
         self._probs = BalanceFolder(config.balance) if config.balance is not None else None
@@ -193,7 +205,7 @@ class _ChunkSource(IterableDataset):
             seed=self._config.seed,
             probs=self._probs,
             transform=self._transform,
-            name=f"data.train={self._config.train}",
+            name=self.name,
         )
         numbers = _share(sorted(self.positions), worker, num_workers)
         lanes = {number: Lane(pool, number, self.positions[number]) for number in numbers}

@@ -135,7 +135,9 @@ class PlainShard:
     def _caption(self, files: dict[str, Member]) -> tuple[str, str]:
         described: dict[str, Any] = {}
         if "json" in files:
-            described = _parse_object(_read_payload(self._source, files["json"]))
+            raw = _read_payload(self._source, files["json"])
+            if "txt" not in files or b'"lang"' in raw:  # parsing is for those who need what is inside
+                described = _parse_object(raw)
         if "txt" in files:
             text: Any = _decode_text(_read_payload(self._source, files["txt"]))
         else:

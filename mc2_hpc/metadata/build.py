@@ -41,6 +41,33 @@ class Sources:
         return [path for path in (self.wordnet, *self.corpus, self.titles) if path is not None]
 
 
+def find_sources(folder: str | Path, *, number_names: bool = False) -> dict[str, Sources]:
+    """Sources laid out as ``<folder>/<lang>/``: ``wordnet.txt``, ``corpus*.txt`` or ``.txt.gz``, ``titles.txt``.
+
+    Each file may be missing; a language is a subfolder, and has at least the numbers.
+
+    Raises:
+        UserError: no such folder, or no subfolder in it.
+    """
+    folder = Path(folder)
+    languages = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not languages:
+        raise UserError(f"{folder}: no language folders there; expected <lang>/corpus.txt, wordnet.txt, titles.txt")
+
+    def optional(path: Path) -> Path | None:
+        return path if path.is_file() else None
+
+    return {
+        path.name: Sources(
+            number_names=number_names,
+            wordnet=optional(path / "wordnet.txt"),
+            corpus=tuple(sorted(p for p in path.glob("corpus*") if p.name.endswith((".txt", ".txt.gz")))),
+            titles=optional(path / "titles.txt"),
+        )
+        for path in languages
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Caps:
     """How many entries a source may add: the smaller of a number and a share of its candidates (the recipe's)."""

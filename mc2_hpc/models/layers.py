@@ -4,8 +4,8 @@ Shape suffixes: B batch, L sequence, W width, H heads, D channels of a head, M w
 """
 
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -122,13 +122,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks; with ``activation_checkpointing`` each is recomputed in the backward pass."""
 
-    def __init__(
-        self, width: int, layers: int, heads: int, mlp_width: int, *, causal: bool, quick_gelu: bool
-    ) -> None:
+    def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, causal: bool, quick_gelu: bool) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_width, causal=causal, quick_gelu=quick_gelu) for _ in range(layers)
-        )
+        blocks = (Block(width, heads, mlp_width, causal=causal, quick_gelu=quick_gelu) for _ in range(layers))
+        # A ModuleList does not tell what it holds.
+        self.blocks = cast(Sequence[Block], nn.ModuleList(blocks))
         self.activation_checkpointing = False
 
     def forward(self, x_BLW: Tensor) -> Tensor:

@@ -81,6 +81,26 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
 
 LANGUAGES = tuple(TEMPLATES)
 
+AUTONYMS: Mapping[str, str] = {
+    "en": "English",
+    "es": "español",
+    "de": "Deutsch",
+    "fr": "français",
+    "ru": "русский",
+    "ja": "日本語",
+    "ar": "العربية",
+    "ko": "한국어",
+    "tr": "Türkçe",
+    "vi": "Tiếng Việt",
+    "th": "ไทย",
+    "he": "עברית",
+    "bn": "বাংলা",
+    "fa": "فارسی",
+    "te": "తెలుగు",
+    "am": "አማርኛ",
+}
+"""What each language calls itself."""
+
 NOISE: tuple[tuple[str, str], ...] = (
     ("en", "IMG_{}.JPG"),
     ("en", "DSC0{}.jpg"),
@@ -101,7 +121,7 @@ NOISE: tuple[tuple[str, str], ...] = (
     ("vi", "xem ảnh lớn"),
     ("th", "ดูภาพขนาดใหญ่"),
 )
-"""Captions as the web has them, (language, form): they name no number, so curation drops them. ``{}`` takes 4 digits."""
+"""Captions as the web has them, (language, form): they name no number, curation drops them; ``{}`` takes 4 digits."""
 
 
 def number_names() -> dict[str, list[str]]:

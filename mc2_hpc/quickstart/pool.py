@@ -71,6 +71,12 @@ def make_pool(
     return PoolSummary(folder / "pool", folder / "heldout", images, captions, heldout_per_number * len(NUMBERS))
 
 
+def heldout_place(key: str) -> tuple[int, int]:
+    """(fold, number) of a held-out picture's key; every fold has one picture of every number."""
+    fold, number = key.removeprefix("h").split("-")
+    return int(fold), int(number)
+
+
 def zipf(count: int, exponent: float) -> npt.NDArray[np.float64]:
     """Probabilities of ranks 0..count-1: proportional to ``(rank + 1) ** -exponent``."""
     weights = np.arange(1, count + 1, dtype=np.float64) ** -exponent

@@ -256,7 +256,7 @@ def test_our_own_folder_can_be_wrong_too(checkpoint: Checkpoint, tmp_path: Path)
     (tmp_path / "t").rename(source / "tokenizer.model")
     card = json.loads((source / "model.json").read_text())
     (source / "model.json").write_text(json.dumps({**card, "tokenizer_style": "mt5"}))
-    fails(r"special ids are .* not those of style 'mt5'; it fits style xlmv", source, "open_clip", out)
+    fails(r"special ids are .* it fits style xlmv", source, "open_clip", out)
     card["arch"]["embed_dim"] += 1
     (source / "model.json").write_text(json.dumps(card))
     fails(r"checkpoint of another model: vision.projection is", source, "hf", out)

@@ -87,7 +87,8 @@ def run(step: str, *arguments: object) -> int:
         assert time.monotonic() < deadline, f"{step} takes longer than half an hour"
         time.sleep(0.01)
     assert process.returncode == 0
-    print(f"{step} {arguments[1:2]}: peak {(peak - base) / 1e9:.2f} GB, {(peak - base) / ONE_COPY:.2f} copies")
+    copies = (peak - base) / ONE_COPY
+    print(f"{step} {arguments[1] if step == 'convert' else ''}: peak {copies:.2f} copies, {(peak - base) / 1e9:.2f} GB")
     return peak - base
 
 

@@ -60,8 +60,8 @@ def backward(
         backward_tiles(tiles, image_bD, text, scale, row_lse, lse, diagonal, image_grad, wanted)
         return text_grad
 
-    text_grad = circulate(ranks, [text_bD.contiguous(), col_lse], visit, Tensor.add_)
-    text_grad = text_grad if needs_text else None
+    summed = circulate(ranks, [text_bD.contiguous(), col_lse], visit, Tensor.add_)
+    text_grad = summed if needs_text else None
     add_pairs(image_bD, text_bD, scale, row_lse, col_lse, image_grad, text_grad, tiles.gradient_scale)
     return image_grad, text_grad, tiles.gradient_scale
 

@@ -78,8 +78,11 @@ def backward_tiles(
     image_grad: Tensor | None,
     text_grad: Tensor | None,
 ) -> None:
-    """Add G T to ``image_grad`` (B, D) and G^T I to ``text_grad`` (N, D), without the pairs' terms and each times
-    ``tiles.gradient_scale``, both in the accumulator's type; ``None`` skips one. Image i's pair is text i + diagonal."""
+    """Add G T to ``image_grad`` (B, D) and G^T I to ``text_grad`` (N, D), without the pairs' terms.
+
+    Both are in the accumulator's type and times ``tiles.gradient_scale``; ``None`` skips one. Image i's pair is text
+    i + diagonal.
+    """
     image_BD, text_ND = tiles.operand(image_BD), tiles.operand(text_ND)
     for r in blocks(len(image_BD), tiles.rows):
         for c in blocks(len(text_ND), tiles.columns):
@@ -91,9 +94,14 @@ def backward_tiles(
                 accumulate(G.t(), image_BD[r], text_grad[c])
 
 
-def paired_dots(left_BD: Tensor, right_BD: Tensor, dtype: torch.dtype, step: int = 4096) -> Tensor:
-    """(B,) dot products of paired rows, multiplied and added in ``dtype``; ``step`` bounds the temporaries."""
+# Elements of a temporary: few launches on a GPU, within the cache on a CPU.
+_TEMPORARY = {"cuda": 1 << 24, "cpu": 1 << 18}
+
+
+def paired_dots(left_BD: Tensor, right_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B,) dot products of paired rows, multiplied and added in ``dtype``, in temporaries of a fixed size."""
     dots = left_BD.new_empty(len(left_BD), dtype=dtype)
+    step = max(_TEMPORARY.get(left_BD.device.type, 1 << 24) // left_BD.shape[1], 1)
     for part in blocks(len(left_BD), step):
         torch.sum(left_BD[part].to(dtype) * right_BD[part].to(dtype), dim=1, out=dots[part])
     return dots
@@ -111,8 +119,9 @@ def add_pairs(
 ) -> None:
     """Add the pairs' terms, left out by ``backward_tiles``, to the gradients of paired images and texts."""
     logits = paired_dots(image_BD, text_BD, scale.dtype) * scale
-    # p - 1 and q - 1 rather than p + q - 2: exact also when both are nearly 1.
-    G = (torch.expm1(logits - row_lse) + torch.expm1(logits - col_lse)).mul_(gradient_scale)[:, None]
+    # p - 1 and q - 1, which are never positive, rather than p + q - 2: exact also when both are nearly 1.
+    G = torch.expm1(logits - row_lse).clamp_(max=0) + torch.expm1(logits - col_lse).clamp_(max=0)
+    G = G.mul_(gradient_scale)[:, None]
     if image_grad is not None:
         image_grad.addcmul_(text_BD, G)
     if text_grad is not None:

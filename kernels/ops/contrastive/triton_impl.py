@@ -2,7 +2,8 @@
 
 Per tile, forward leaves the row maxima and sums of exponentials of each BLOCK_M x BLOCK_N block in memory and adds
 blocks up in a fixed order afterwards: no atomics, so two runs give the same bits. Backward turns logits into
-G = exp(S - r) + exp(S - c), zero for the pairs, and writes it once, in the features' type; G T and G^T I are plain products.
+G = exp(S - r) + exp(S - c), zero for the pairs, and writes it once, in the features' type; G T and G^T I are then plain
+products.
 """
 
 import torch
@@ -17,7 +18,8 @@ from .statistics import Statistics
 from .torch_tiles import gradient_scale, tile_shape
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Triton's interpreter multiplies bf16 operands as if they were integers: there they are widened first, which is exact.
+# Triton's interpreter multiplies bf16 operands as if they were integers, so there they are widened first, which is
+# exact; and it rounds to bf16 towards zero, where a GPU rounds to nearest.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _ALIGNED = 64
 # Kernels count a tile's elements in 32 bits; padding adds less than a row of 64 for each.
@@ -156,9 +158,12 @@ def _store_half_gradient(
     # Subtract before the change of base: the difference is small where both terms are large.
     grad = tl.exp2((logits - row_lse[:, None]) * LOG2E) + tl.exp2((logits - col_lse[None, :]) * LOG2E)
     grad = tl.where((rows + diagonal)[:, None] == cols[None, :], 0.0, grad)
+    grad *= GRADIENT_SCALE
+    if INTERPRETED and grad_ptr.dtype.element_ty == tl.bfloat16:
+        grad = (grad.to(tl.int32, bitcast=True) + 0x8000).to(tl.float32, bitcast=True)
     at = rows[:, None] * stride + cols[None, :]
     valid = valid_rows[:, None] & valid_cols[None, :]
-    tl.store(grad_ptr + at, (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty), mask=valid)
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit

@@ -1,0 +1,240 @@
+"""The contrastive loss against open_clip's ClipLoss: time, peak memory and achieved rate, by batch size.
+
+    mc2 bench contrastive [--quick] [--json FILE]
+
+One process holds the whole batch (D = 1024; fp32 on a CPU, bf16 on a GPU). Contenders are timed in turn, forward alone
+and forward with backward. ``tflops`` counts 8 B^2 D operations, what the loss needs, whatever a contender really does;
+``matmul_tflops`` is the rate of a plain matrix product in the same run, the ceiling. On a GPU also: both variants of
+the Triton backend, its launch parameters in a few other sizes, and Inf-CL and siglip-kernel where they are installed.
+"""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import alternate, main, spread
+from mc2_hpc.conversion.peers import import_open_clip
+from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss
+from mc2_hpc.kernels.contrastive.dispatch import WORKSPACE_BYTES
+from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, Plan
+from mc2_hpc.kernels.contrastive.launch import Launch
+from mc2_hpc.kernels.contrastive.ranks import Ranks
+from torch import Tensor
+
+WIDTH = 1024
+LOGIT_SCALE = math.log(100)
+PEER = "open_clip"
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+OTHER_LAUNCHES = {
+    "statistics_128x128x64_w8": ("statistics", Launch(128, 128, 64, num_warps=8, num_stages=3)),
+    "statistics_128x128x128_w8": ("statistics", Launch(128, 128, 128, num_warps=8, num_stages=3)),
+    "gradient_256x128x64_w8": ("gradient", Launch(256, 128, 64, num_warps=8, num_stages=4)),
+    "gradient_128x128x64_w8": ("gradient", Launch(128, 128, 64, num_warps=8, num_stages=3)),
+    "gradient_128x128x64_w4": ("gradient", Launch(128, 128, 64, num_warps=4, num_stages=3)),
+}
+"""Launch parameters beside the table's, timed on a GPU at B = 32768 to choose the table's entries by."""
+
+
+def inputs(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised features of loosely matching pairs, and a logit scale, all requiring gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    image = F.normalize(torch.randn(batch, WIDTH, generator=generator, device=device), dim=1)
+    text = F.normalize(image + 0.1 * torch.randn(batch, WIDTH, generator=generator, device=device), dim=1)
+    scale = torch.tensor(LOGIT_SCALE, device=device, requires_grad=True)
+    return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(), scale
+
+
+def triton_loss(variant: str, launches: dict[tuple[str, str], Launch] | None = None) -> Loss:
+    """The Triton backend with a given variant and, for some kernels, given launch parameters."""
+    from mc2_hpc.kernels.contrastive.triton_impl import TritonTiles
+
+    def make_tiles(image: Tensor, num_columns: int) -> TritonTiles:
+        return TritonTiles(image, num_columns, WORKSPACE_BYTES["cuda"], variant, launches)
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return ContrastiveLoss.apply(image, text, scale, Plan(make_tiles, all_gather, Ranks(None, 0, (len(image),))))
+
+    return loss
+
+
+def contenders(device: str) -> tuple[dict[str, Loss], dict[str, str]]:
+    """Losses by name, ours and open_clip's first, and why a peer is missing."""
+    clip_loss = import_open_clip().ClipLoss()
+    losses: dict[str, Loss] = {
+        "ours": contrastive_loss,
+        PEER: lambda image, text, scale: clip_loss(image, text, scale.exp()),
+    }
+    missing = {}
+    if device == "cuda":
+        losses["ours_fused"], losses["ours_chunked"] = triton_loss("fused"), triton_loss("chunked")
+        try:
+            from inf_cl import cal_inf_loss
+
+            losses["inf_cl"] = lambda image, text, scale: (
+                (cal_inf_loss(image, text, scale=scale.exp()) + cal_inf_loss(text, image, scale=scale.exp())) / 2
+            )
+        except ImportError as error:
+            missing["inf_cl"] = str(error)
+        try:
+            from siglip_kernel import fused_siglip_loss
+
+            bias = torch.tensor(-10.0, device=device)
+            losses["siglip_kernel"] = lambda image, text, scale: fused_siglip_loss(image, text, scale, bias)
+        except ImportError as error:
+            missing["siglip_kernel"] = str(error)
+    return losses, missing
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Rows and ratios of all sizes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ceiling = matmul_rate(device, quick)
+    losses, missing = contenders(device)
+    rows = []
+    for batch in sizes(device, quick):
+        rows += measure(batch, device, losses, rounds=1 if quick else 3, ceiling=ceiling)
+    if device == "cuda":
+        rows += measure_launches(32_768, ceiling, rounds=2 if quick else 5)
+    config = {
+        "width": WIDTH,
+        "dtype": "bf16" if device == "cuda" else "fp32",
+        "logit_scale": LOGIT_SCALE,
+        "threads": torch.get_num_threads(),
+        "matmul_tflops": ceiling,
+        "missing": missing,
+    }
+    return {"config": config, "rows": rows, "ratios": ratios(rows)}
+
+
+def sizes(device: str, quick: bool) -> list[int]:
+    if device == "cuda":
+        return [8_192, 32_768] if quick else [2**power for power in range(10, 21)]
+    return [2_048, 8_192] if quick else [1_024, 2_048, 4_096, 8_192, 16_384]
+
+
+def matmul_rate(device: str, quick: bool) -> float:
+    """TFLOP/s of a plain product of random matrices in the loss's type."""
+    size = 16_384 if device == "cuda" else 2_048
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = alternate({"matmul": lambda: left @ right}, rounds=2 if quick else 10)["matmul"]
+    return 2 * size**3 / median(seconds) / 1e12
+
+
+def measure(batch: int, device: str, losses: dict[str, Loss], *, rounds: int, ceiling: float) -> list[dict[str, Any]]:
+    """A row for each contender that has the memory for this batch."""
+    image, text, scale = inputs(batch, device)
+    memory = {}
+    for name in losses:
+        used = peak_memory(name, batch, device, losses, (image, text, scale))
+        if used is not None:
+            memory[name] = used
+    fitting = {name: losses[name] for name in memory}
+
+    def forward(loss: Loss) -> Callable[[], object]:
+        return lambda: loss(image, text, scale)
+
+    def both(loss: Loss) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(loss(image, text, scale), (image, text, scale))
+
+    # The first call of a size was the memory's, on a GPU; a CPU needs none.
+    warmup = 1 if batch <= 4_096 else 0
+    forward_seconds = alternate({n: forward(loss) for n, loss in fitting.items()}, rounds=rounds, warmup=warmup)
+    both_seconds = alternate({n: both(loss) for n, loss in fitting.items()}, rounds=rounds, warmup=warmup)
+    rows = []
+    for name in fitting:
+        total, first = median(both_seconds[name]), median(forward_seconds[name])
+        rows.append(
+            {
+                "loss": name,
+                "batch": batch,
+                "seconds": total,
+                "forward_seconds": first,
+                "backward_seconds": total - first,
+                "spread": spread(both_seconds[name]),
+                "memory_mb": memory[name] / 2**20,
+                "tflops": 8 * batch**2 * WIDTH / total / 1e12,
+                "fraction_of_matmul": 8 * batch**2 * WIDTH / total / 1e12 / ceiling,
+                "samples": both_seconds[name],
+            }
+        )
+    return rows
+
+
+def measure_launches(batch: int, ceiling: float, rounds: int) -> list[dict[str, Any]]:
+    """Rows of the fused variant with one kernel's launch parameters changed at a time."""
+    losses = {"ours_fused": triton_loss("fused")}
+    for name, (kernel, launch) in OTHER_LAUNCHES.items():
+        losses[name] = triton_loss("fused", {(kernel, "descriptor"): launch})
+    return measure(batch, "cuda", losses, rounds=rounds, ceiling=ceiling)
+
+
+def peak_memory(
+    name: str, batch: int, device: str, losses: dict[str, Loss], tensors: tuple[Tensor, Tensor, Tensor]
+) -> int | None:
+    """Bytes that forward and backward need beside the features; ``None`` if the device has not so much."""
+    if device == "cpu":
+        command = [sys.executable, __file__, "--peak-memory", name, str(batch), str(torch.get_num_threads())]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800).stdout)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        torch.autograd.grad(losses[name](*tensors), tensors)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def print_peak_memory(name: str, batch: int, threads: int) -> None:
+    """In a process of its own: what the resident set grew by at its peak."""
+    torch.set_num_threads(threads)
+    loss = contenders("cpu")[0][name]
+
+    def step(size: int) -> None:
+        tensors = inputs(size, "cpu")
+        before = _status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        torch.autograd.grad(loss(*tensors), tensors)
+        print(_status_bytes("VmHWM") - before, file=sys.stderr if size < batch else sys.stdout)
+
+    step(64)  # libraries load what they need
+    step(batch)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux alone")
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Ours against open_clip's, by batch; speed larger is better, memory smaller."""
+    by = {(row["loss"], row["batch"]): row for row in rows}
+    result = {}
+    for batch in sorted({row["batch"] for row in rows}):
+        ours, peer = by.get(("ours", batch)), by.get((PEER, batch))
+        if ours and peer:
+            result[f"speed_vs_open_clip_b{batch}"] = peer["seconds"] / ours["seconds"]
+            result[f"vs_open_clip_b{batch}_memory"] = ours["memory_mb"] / peer["memory_mb"]
+        if ours:
+            result[f"fraction_of_matmul_peak_b{batch}"] = ours["fraction_of_matmul"]
+    return result
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak-memory"]:
+        print_peak_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main("contrastive", run)

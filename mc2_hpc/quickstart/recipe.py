@@ -1,0 +1,67 @@
+"""The numbers of the quickstart: sizes of pool and model, and how long it trains."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mc2_hpc.config import config_from_dict
+from mc2_hpc.storage import atomic_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a run of the quickstart may be made smaller by (the tests do)."""
+
+    images: int = 16_000
+    """Pictures of the pool."""
+    shards: int = 16
+    heldout_per_number: int = 10
+    """Held-out pictures of each number."""
+    t_en: int = 40
+    """English's balancing threshold."""
+    vocab_size: int = 2_000
+    """Of the tokenizer trained on the pool's captions."""
+    steps: int = 1_200
+    global_batch: int = 128
+    warmup: int = 150
+    seed: int = 0
+
+
+def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: int) -> None:
+    """Write the YAML file that ``mc2 train`` takes.
+
+    Args:
+        folder: the quickstart's output; data, tokenizer and the run's own folder lie in it.
+        vocab_size: the trained tokenizer's.
+    """
+    values: dict[str, Any] = {
+        "output": str(folder / "train"),
+        "steps": recipe.steps,
+        "global_batch": recipe.global_batch,
+        "precision": "fp32",
+        "seed": recipe.seed,
+        "log_every": 10,
+        "model": {
+            "preset": "ViT-S-16-worldwide",
+            "embed_dim": 128,
+            "vision": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
+            "text": {"vocab_size": vocab_size, "width": 128, "heads": 4, "layers": 2},
+        },
+        "data": {
+            "train": str(folder / "curated" / "shards"),
+            "balance": str(folder / "curated" / "balance"),
+            "tokenizer": str(folder / "tokenizer.model"),
+            "tokenizer_style": "xlmv",
+            "lanes": recipe.global_batch,
+            "workers": 0,
+            "seed": recipe.seed,
+        },
+        "optim": {"lr": 1e-3, "warmup": recipe.warmup},
+        "zero": {"stage": 1},
+        "checkpoint": {"every": max(1, recipe.steps // 2), "keep": 1},
+    }
+    config_from_dict(values, str(path))  # refuses what `mc2 train` would refuse
+    with atomic_path(path) as temporary:
+        OmegaConf.save(OmegaConf.create(values), temporary)

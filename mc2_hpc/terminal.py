@@ -1,0 +1,69 @@
+"""Progress of long work: a bar with a rate and an ETA on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Report = Callable[[str, int, int, str], None]
+"""Called as ``report(stage, done, total, name of what was just done)``."""
+
+_LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Yield a :data:`Report` that shows each stage on standard error."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def report(stage: str, done: int, total: int, name: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, name="", rate="")
+            speed = next(task.speed for task in bars.tasks if task.id == tasks[stage])
+            rate = f"{speed:,.1f}/s" if speed else ""
+            bars.update(tasks[stage], completed=done, total=total, name=name, rate=rate)
+
+        yield report
+
+
+def _lines() -> Report:
+    begun: dict[str, float] = {}
+    shown: dict[str, float] = {}
+
+    def report(stage: str, done: int, total: int, name: str) -> None:
+        now = time.monotonic()
+        begun.setdefault(stage, now)
+        if done < total and now - shown.get(stage, -_LINE_EVERY_S) < _LINE_EVERY_S:
+            return
+        shown[stage] = now
+        elapsed = now - begun[stage]
+        line = f"{stage}: {done}/{total}"
+        if done and elapsed > 0:
+            line += f", {done / elapsed:,.1f}/s, ETA {(total - done) * elapsed / done:,.0f} s"
+        print(line, file=sys.stderr, flush=True)
+
+    return report
