@@ -18,10 +18,11 @@ from typing import Any
 
 import triton
 from harness import main
-from mc2_hpc.kernels.contrastive import triton_impl
-from mc2_hpc.kernels.contrastive.launch import LAUNCHES, Launch, launch_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from mc2_hpc.kernels.contrastive import triton_impl
+from mc2_hpc.kernels.contrastive.launch import LAUNCHES, Launch, launch_for
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory a block may have, by architecture (CUDA C++ Programming Guide, table of compute capabilities)."""

@@ -36,10 +36,10 @@ LOG_EVERY, WARMUP_ROWS = 4, 2
 
 def run(quick: bool) -> dict[str, Any]:
     """Samples a second of both programs, run in turn."""
-    rounds, steps, batch = (1, 16, 32) if quick else (5, 40, 64)
+    rounds, steps, batch = (1, 16, 8) if quick else (5, 32, 64)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        vocab_size = _make_data(folder, num_images=512 if quick else 2048)
+        vocab_size = _make_data(folder, num_images=256 if quick else 2048)
         rates: dict[str, list[float]] = {"ours": [], "open_clip": []}
         for number in range(rounds):
             rates["ours"].append(_ours(folder / f"ours{number}", folder, vocab_size, steps, batch))

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mc2_hpc import __version__
 from mc2_hpc.errors import UserError
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         ("metadata", "build the entries that captions are matched against", _metadata_arguments, _metadata),
         ("curate", "match captions, set thresholds, write training shards", _curate_arguments, _curate),
         ("train", "train a model from a config file", _train_arguments, _train),
+        ("eval", "retrieval of a checkpoint on image-text shards", _eval_arguments, _eval),
         ("convert", "convert a checkpoint to open_clip or transformers, or back", _convert_arguments, _convert),
         ("bench", "run a benchmark against its named peer", _bench_arguments, _bench),
         ("doctor", "what is installed here, and does it work", _doctor_arguments, _doctor),
@@ -90,8 +92,8 @@ def _metadata(arguments: argparse.Namespace) -> int:
     from mc2_hpc.metadata.build import Caps, build_folder, find_sources
     from mc2_hpc.terminal import progress
 
-    known = {entry.name: entry.type for entry in dataclasses.fields(Caps)}
-    caps = {}
+    known: dict[str, Any] = {entry.name: type(entry.default) for entry in dataclasses.fields(Caps)}
+    caps: dict[str, Any] = {}
     for word in arguments.cap:
         name, _, value = word.partition("=")
         if name not in known:
@@ -199,6 +201,37 @@ def _launch(arguments: argparse.Namespace) -> None:
     command = ["-m", "mc2_hpc.cli", *(["--debug"] if arguments.debug else []), "train"]
     command += ["--timeout", str(arguments.timeout), str(arguments.config), *arguments.overrides]
     os.execv(sys.executable, [sys.executable, "-m", *launcher, *command])
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="checkpoint or run folder")
+    parser.add_argument("--shards", type=Path, required=True, help="folder of curated or WebDataset shards")
+    parser.add_argument("--batch", type=int, default=64, help="pictures encoded at a time [64]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.evaluation.shards import evaluate_shards
+    from mc2_hpc.storage import write_json
+    from mc2_hpc.terminal import progress
+
+    if arguments.batch < 1:
+        raise UserError(f"--batch {arguments.batch}: must be at least 1")
+    with progress() as report:
+        result = evaluate_shards(
+            arguments.checkpoint,
+            arguments.shards,
+            batch=arguments.batch,
+            progress=lambda done: report("pictures", done, 0, ""),
+        )
+    if arguments.json:
+        write_json(arguments.json, result)
+    for name, row in result["retrieval"].items():
+        forward, back = row["text_to_image"]["R@1"], row["image_to_text"]["R@1"]
+        print(f"{name:>5}  {row['texts']:>7} texts  text-to-image R@1 {forward:6.1%}  image-to-text R@1 {back:6.1%}")
+    if result["skipped"]:
+        print("skipped:", ", ".join(f"{reason} {count}" for reason, count in result["skipped"].items()))
+    return 0
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

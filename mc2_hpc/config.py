@@ -259,9 +259,11 @@ def _build(loaded: Any, overrides: list[str], source: str) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        near = difflib.get_close_matches(key, _known_keys(RunConfig), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{source}: unknown key {key!r}{hint}") from None
+        section = key.rpartition(".")[0]
+        known = [name for name in _known_keys(RunConfig) if name.rpartition(".")[0] == section]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"{source}: unknown key {key!r}; {hint}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key or 'value'}: {_first_line(error)}") from None
     assert isinstance(config, RunConfig)

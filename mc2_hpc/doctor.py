@@ -4,6 +4,8 @@ Every line is the outcome of a probe that ran just now, never of a version numbe
 """
 
 import importlib
+import importlib.util
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -77,6 +79,9 @@ def _collectives() -> tuple[str, str]:
 
 def _deepspeed() -> tuple[str, str]:
     found = _package_version("deepspeed", "pip install 'deepspeed>=0.19,<0.20'")
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
     name = deepspeed.accelerator.get_accelerator().device_name()
@@ -85,22 +90,9 @@ def _deepspeed() -> tuple[str, str]:
 
 def _triton() -> tuple[str, str]:
     found = _package_version("triton", "pip install 'mc2_hpc[gpu]'")
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from mc2_hpc.kernels.self_check import compile_for
 
-    _double = triton.JITFunction(_double_source)
-    source = ASTSource(fn=_double, signature={"x": "*fp32", "y": "*fp32"}, constexprs={})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert tl is not None and "cubin" in compiled.asm
-    return found, "compiled a kernel for sm_90"
-
-
-def _double_source(x, y):  # type: ignore[no-untyped-def]  # Triton's language, not Python's
-    import triton.language as tl
-
-    tl.store(y, 2 * tl.load(x))
+    return found, f"compiled a kernel for sm_90: {compile_for(90):,} bytes"
 
 
 def _xformers() -> tuple[str, str]:
@@ -133,7 +125,7 @@ def _dali() -> tuple[str, str]:
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def constant():  # type: ignore[no-untyped-def]
+    def constant():
         return fn.constant(idata=[7])
 
     pipe = constant()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[str, int, int, str], None]
-"""Called as ``report(stage, done, total, name of what was just done)``."""
+"""Called as ``report(stage, done, total, name of what was just done)``; a total of 0 is one that is not known yet."""
 
 _LINE_EVERY_S = 10.0
 
@@ -42,10 +42,10 @@ def progress() -> Iterator[Report]:
 
         def report(stage: str, done: int, total: int, name: str) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, name="", rate="")
+                tasks[stage] = bars.add_task(stage, total=total or None, name="", rate="")
             speed = next(task.speed for task in bars.tasks if task.id == tasks[stage])
             rate = f"{speed:,.1f}/s" if speed else ""
-            bars.update(tasks[stage], completed=done, total=total, name=name, rate=rate)
+            bars.update(tasks[stage], completed=done, total=total or None, name=name, rate=rate)
 
         yield report
 
@@ -57,13 +57,14 @@ def _lines() -> Report:
     def report(stage: str, done: int, total: int, name: str) -> None:
         now = time.monotonic()
         begun.setdefault(stage, now)
-        if done < total and now - shown.get(stage, -_LINE_EVERY_S) < _LINE_EVERY_S:
+        if (done < total or not total) and now - shown.get(stage, -_LINE_EVERY_S) < _LINE_EVERY_S:
             return
         shown[stage] = now
         elapsed = now - begun[stage]
-        line = f"{stage}: {done}/{total}"
+        line = f"{stage}: {done}" + (f"/{total}" if total else "")
         if done and elapsed > 0:
-            line += f", {done / elapsed:,.1f}/s, ETA {(total - done) * elapsed / done:,.0f} s"
+            line += f", {done / elapsed:,.1f}/s"
+            line += f", ETA {(total - done) * elapsed / done:,.0f} s" if total else ""
         print(line, file=sys.stderr, flush=True)
 
     return report

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mc2_hpc.data.crop import Box, dct_scaled, random_crop
 from mc2_hpc.data.skips import SkipSample
@@ -177,6 +177,8 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_PIL_FORMATS)
     except Image.DecompressionBombError:
         raise SkipSample("too_many_pixels") from None
+    except UnidentifiedImageError:
+        raise SkipSample("undecodable_image", "no known picture format") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds for damaged files

@@ -30,7 +30,12 @@ def build_classifier(
     transposed.
     """
     texts = encode_texts(model, tokenize, fill(templates, names), batch=batch, device=device)
-    return F.normalize(texts.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+    return average_templates(texts.view(len(names), len(templates), -1))
+
+
+def average_templates(features: Tensor) -> Tensor:
+    """Classifier weights (C, D) of unit-length text features (C, T, D)."""
+    return F.normalize(features.mean(dim=1), dim=-1)
 
 
 def predict(features: Tensor, weights: Tensor, *, k: int = 1) -> Tensor:

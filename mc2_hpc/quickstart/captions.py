@@ -4,7 +4,7 @@ The names come from num2words. The sentence forms hold no number name of their o
 matches exactly the metadata entries of the number it names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -129,6 +129,18 @@ def number_names() -> dict[str, list[str]]:
     from num2words import num2words
 
     return {lang: [num2words(number, lang=lang) for number in NUMBERS] for lang in LANGUAGES}
+
+
+def tokenizer_texts(captions: Iterable[str]) -> list[str]:
+    """What the tokenizer is trained on: the captions, and every word of the names and sentence forms with a full stop.
+
+    sentencepiece takes as pieces only what occurs in two *different* words, however often one occurs. In a corpus of
+    so few words most would be spelt letter by letter, twice as long; the full stop makes each of them two.
+    """
+    phrases = [template.replace("{}", " ") for templates in TEMPLATES.values() for template in templates]
+    phrases += [name for names in number_names().values() for name in names]
+    words = sorted({word for phrase in phrases for word in phrase.split()})
+    return [*captions, *(f"{word}." for word in words)]
 
 
 def draw_caption(lang: str, name: str, rng: np.random.Generator) -> str:

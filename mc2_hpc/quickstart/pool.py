@@ -29,18 +29,18 @@ _CAPTION_COUNTS = (0.35, 0.35, 0.2, 0.1)
 """Chance that a picture has 1, 2, 3 or 4 candidate captions."""
 _NOISE_SHARE = 0.12
 """Chance that a candidate caption is noise."""
-_LANGUAGE_EXPONENT = 0.85
-_NUMBER_EXPONENT = {"en": 1.15}
-_OTHER_NUMBER_EXPONENT = 0.6
-"""Zipf exponents. English repeats its most frequent numbers more than the others do, so balancing lowers its share."""
+_ENGLISH_SHARE = 0.3
+_LANGUAGE_EXPONENT = 0.4
+"""Zipf exponent of the other languages' frequencies."""
+_ENGLISH_NUMBER_EXPONENT = 1.15
+_NUMBER_EXPONENT = 0.6
+"""Zipf exponents of the numbers' frequencies. English repeats its head more than others do: balancing thins it more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PoolSummary:
-    """What :func:`make_pool` wrote."""
+    """How much :func:`make_pool` wrote."""
 
-    pool: Path
-    heldout: Path
     images: int
     captions: int
     heldout_images: int
@@ -49,26 +49,34 @@ class PoolSummary:
 def make_pool(
     folder: str | Path,
     *,
-    images: int = 16_000,
-    shards: int = 16,
+    images: int = 20_000,
+    shards: int = 20,
     heldout_per_number: int = 10,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda images: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PoolSummary:
-    """Write the pool and the held-out set under ``folder``; ``progress`` is told the pictures of a shard."""
+    """Write the pool and the held-out set under ``folder``.
+
+    Args:
+        images: of the pool.
+        heldout_per_number: held-out pictures of each number.
+        progress: called with (pictures made, pictures in all).
+    """
     folder = Path(folder)
     names = number_names()
     training, heldout = load_handwriting()
-    captions = 0
+    num_heldout = heldout_per_number * len(NUMBERS)
+    captions = done = 0
     for shard in range(shards):
         count = images * (shard + 1) // shards - images * shard // shards
         rng = np.random.default_rng([seed, 0, shard])
         captions += _write_pool_shard(folder / "pool" / f"pool-{shard:05d}", shard, count, training, names, rng)
-        progress(count)
+        done += count
+        progress(done, images + num_heldout)
     rng = np.random.default_rng([seed, 1])
     _write_heldout(folder / "heldout" / "heldout-00000", heldout_per_number, heldout, names, rng)
-    progress(heldout_per_number * len(NUMBERS))
-    return PoolSummary(folder / "pool", folder / "heldout", images, captions, heldout_per_number * len(NUMBERS))
+    progress(images + num_heldout, images + num_heldout)
+    return PoolSummary(images=images, captions=captions, heldout_images=num_heldout)
 
 
 def heldout_place(key: str) -> tuple[int, int]:
@@ -86,19 +94,22 @@ def zipf(count: int, exponent: float) -> npt.NDArray[np.float64]:
 def _write_pool_shard(
     stem: Path, shard: int, count: int, digits: HandwrittenDigits, names: dict[str, list[str]], rng: np.random.Generator
 ) -> int:
-    language_weights = zipf(len(LANGUAGES), _LANGUAGE_EXPONENT)
-    number_weights = {
-        lang: zipf(len(NUMBERS), _NUMBER_EXPONENT.get(lang, _OTHER_NUMBER_EXPONENT)) for lang in LANGUAGES
-    }
-    pictures, rows = [], []
-    for index in range(count):
+    others = zipf(len(LANGUAGES) - 1, _LANGUAGE_EXPONENT)
+    language_weights = np.concatenate([[_ENGLISH_SHARE], (1 - _ENGLISH_SHARE) * others])
+    num_captions = 1 + rng.choice(len(_CAPTION_COUNTS), size=count, p=_CAPTION_COUNTS)
+    languages = rng.choice(LANGUAGES, size=(count, len(_CAPTION_COUNTS)), p=language_weights)
+    # The number is drawn as the picture's first language draws numbers.
+    numbers = np.empty(count, np.int64)
+    for lang in LANGUAGES:
+        own = languages[:, 0] == lang
+        exponent = _ENGLISH_NUMBER_EXPONENT if lang == "en" else _NUMBER_EXPONENT
+        numbers[own] = rng.choice(len(NUMBERS), size=int(own.sum()), p=zipf(len(NUMBERS), exponent))
+    pictures: list[tuple[str, bytes]] = []
+    rows: list[dict[str, object]] = []
+    for index, number in enumerate(numbers.tolist()):
         key = f"{shard:03d}-{index:06d}"
-        first = LANGUAGES[rng.choice(len(LANGUAGES), p=language_weights)]
-        number = int(rng.choice(len(NUMBERS), p=number_weights[first]))
         pictures.append((key, draw_number(number, digits, rng)))
-        num_captions = 1 + int(rng.choice(len(_CAPTION_COUNTS), p=_CAPTION_COUNTS))
-        others = rng.choice(len(LANGUAGES), size=num_captions - 1, p=language_weights)
-        for lang in (first, *(LANGUAGES[other] for other in others)):
+        for lang in languages[index, : num_captions[index]].tolist():
             if rng.random() < _NOISE_SHARE:
                 lang, text = draw_noise(rng)
             else:
@@ -112,7 +123,8 @@ def _write_pool_shard(
 def _write_heldout(
     stem: Path, per_number: int, digits: HandwrittenDigits, names: dict[str, list[str]], rng: np.random.Generator
 ) -> None:
-    pictures, rows = [], []
+    pictures: list[tuple[str, bytes]] = []
+    rows: list[dict[str, object]] = []
     for fold in range(per_number):
         for number in NUMBERS:
             key = f"h{fold:02d}-{number:02d}"

@@ -14,14 +14,14 @@ from mc2_hpc.storage import atomic_path
 class Recipe:
     """What a run of the quickstart may be made smaller by (the tests do)."""
 
-    images: int = 16_000
+    images: int = 20_000
     """Pictures of the pool."""
-    shards: int = 16
+    shards: int = 20
     heldout_per_number: int = 10
     """Held-out pictures of each number."""
     t_en: int = 40
     """English's balancing threshold."""
-    vocab_size: int = 2_000
+    vocab_size: int = 1_600
     """Of the tokenizer trained on the pool's captions."""
     steps: int = 1_200
     global_batch: int = 128

@@ -196,15 +196,17 @@ def _accounts(report: Report) -> str:
 
 
 def _go_on(report: Report) -> str:
-    export, run = escape(report["outputs"]["open_clip"]), escape(report["outputs"]["train"])
+    outputs = report["outputs"]
+    export, run, config = (escape(outputs[name]) for name in ("open_clip", "train", "train.yaml"))
+    hf = escape(str(Path(outputs["train"]).with_name("hf")))
     return f"""<section><div class="kicker">Next</div><h2>How to go on</h2>
 <p>The model is an open_clip folder. Load it as any other:</p>
 <pre>import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{export}")
 tokenizer = open_clip.get_tokenizer("local-dir:{export}")</pre>
 <p>Train it longer, on the same data (it continues from its checkpoint), or convert it for transformers:</p>
-<pre>mc2 train {run}/config.yaml steps={2 * report["steps"]}
-mc2 convert {run} --to hf --out {run}/hf</pre></section>"""
+<pre>mc2 train {config} steps={2 * report["steps"]}
+mc2 convert {run} --to hf --out {hf}</pre></section>"""
 
 
 def _machine(report: Report) -> str:

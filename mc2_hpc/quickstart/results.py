@@ -18,8 +18,9 @@ from mc2_hpc.data.evalset import EvalBatches
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.evaluation.features import DualEncoder, Tokenize, encode_images, encode_texts
 from mc2_hpc.evaluation.nearest import nearest
+from mc2_hpc.evaluation.prompts import fill
 from mc2_hpc.evaluation.retrieval import recall
-from mc2_hpc.evaluation.zero_shot import build_classifier, top_k_accuracy
+from mc2_hpc.evaluation.zero_shot import average_templates, top_k_accuracy
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.quickstart.captions import LANGUAGES, NUMBERS, TEMPLATES, number_names
 from mc2_hpc.quickstart.pool import heldout_place
@@ -81,9 +82,12 @@ def evaluate(model: DualEncoder, tokenize: Tokenize, heldout: Heldout, update: A
     per_language: dict[str, dict[str, dict[str, float]]] = {}
     examples = []
     for done, lang in enumerate(LANGUAGES, start=1):
-        weights = build_classifier(model, tokenize, names[lang], TEMPLATES[lang])
+        prompts = fill(TEMPLATES[lang], names[lang])
+        # In one call, because most captions are prompts too.
+        features = encode_texts(model, tokenize, prompts + heldout.captions[lang])
+        weights = average_templates(features[: len(prompts)].view(len(NUMBERS), len(TEMPLATES[lang]), -1))
         zero_shot[lang] = top_k_accuracy(images, weights, heldout.numbers, (1,))[1]
-        texts = encode_texts(model, tokenize, heldout.captions[lang])
+        texts = features[len(prompts) :]
         per_language[lang] = _retrieval(images, texts, heldout.folds)
         if lang in _EXAMPLE_LANGUAGES:
             examples.append(_search(lang, images, texts, heldout))

@@ -20,7 +20,8 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
     """AdamW groups, decayed first; a group without parameters is left out."""
-    with_decay, without = [], []
+    with_decay: list[nn.Parameter] = []
+    without: list[nn.Parameter] = []
     for name, parameter in named:
         (with_decay if decays(name, parameter) else without).append(parameter)
     groups = [

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from mc2_hpc.config import LossConfig
+from mc2_hpc.errors import UserError
 from mc2_hpc.kernels.contrastive import contrastive_loss
+from mc2_hpc.kernels.contrastive.dispatch import choose_backend
 from mc2_hpc.training.engine import Engine
 
 
@@ -18,6 +20,18 @@ class StepResult:
     """Global mean loss before the update, 0-d fp32, equal on all ranks."""
     grad_norm: Tensor
     """Norm of the averaged gradients, 0-d."""
+
+
+def check_loss(config: LossConfig, device: torch.device) -> None:
+    """Find out before any work whether the configured loss can run on ``device``.
+
+    Raises:
+        UserError: its backend cannot.
+    """
+    try:
+        choose_backend(config.backend, device)
+    except RuntimeError as error:
+        raise UserError(f"loss.backend={config.backend}: {error}") from None
 
 
 class ContrastiveStep:

@@ -25,7 +25,7 @@ from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.metrics import MetricsLog
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.progress import restore_progress
-from mc2_hpc.training.step import ContrastiveStep, StepResult
+from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss
 from mc2_hpc.training.throughput import ThroughputMeter
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Trainer:
         self.config = config
         self.ranks = ranks
         self.output = Path(config.output)
+        check_loss(config.loss, ranks.device)
         arch = resolve(config.model)
         self.tokenizer = Tokenizer(
             config.data.tokenizer, config.data.tokenizer_style, context_length=arch.text.context_length

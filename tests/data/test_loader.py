@@ -123,7 +123,7 @@ def test_worker_processes_share_the_same_batches(make_loader, folder: Path) -> N
     write_shard(bad, [("bad", {"jpg": b"nothing", "txt": b"x"})])
     try:
         alone = take(make_loader(folder), 12)
-        many = take(make_loader(folder, workers=3), 12)
+        many = take(make_loader(folder, workers=2), 12)
     finally:
         bad.unlink()
     assert_equal_steps(joined([many]), joined([alone]))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mc2_hpc.cli import main
+from mc2_hpc.conversion.convert import convert
 from mc2_hpc.models.weights import TensorFiles, load_clip
 from mc2_hpc.training.checkpoint import find_damage
 
@@ -111,7 +112,9 @@ def test_resumes_bitwise_after_kill(torchrun, undisturbed, killed, module_config
 
 
 @pytest.mark.parametrize("processes, stage", [(1, 2), (3, 3)])
-def test_resumes_on_other_ranks_and_stages(torchrun, undisturbed, killed, module_config, tmp_path, processes, stage):
+def test_resumes_on_other_ranks_and_stages(
+    torchrun, undisturbed, killed, module_config, tmp_path, open_clip, processes, stage
+):
     """10 steps on 2 ranks at stage 1, the rest elsewhere: the same samples, so the same losses up to rounding."""
     resumed(torchrun, module_config, killed, tmp_path, processes, f"zero.stage={stage}")
     before, after = rows(undisturbed), rows(tmp_path)
@@ -123,6 +126,17 @@ def test_resumes_on_other_ranks_and_stages(torchrun, undisturbed, killed, module
     ]
     assert trainer[0]["position"] == trainer[1]["position"]
     assert trainer[1]["world_size"] == processes
+    # Whatever wrote it, the checkpoint converts, and open_clip computes what our model does.
+    out = convert(tmp_path, "open_clip", tmp_path / "open_clip")
+    theirs = open_clip.create_model_and_transforms(f"local-dir:{out}")[0].eval()
+    ours, _ = load_clip(tmp_path)
+    images, tokens = torch.randn(2, 3, 32, 32), torch.tensor([[0, 7, 9, 2], [0, 8, 2, 1]])
+    padded = torch.nn.functional.pad(tokens, (0, 20), value=1)  # open_clip wants whole rows
+    with torch.no_grad():
+        image_features, text_features, scale = ours(images, tokens)
+        expected = scale.exp() * image_features @ text_features.T
+        found = theirs(images, padded)
+    torch.testing.assert_close(found[2] * found[0] @ found[1].T, expected, rtol=0, atol=1e-5)
 
 
 def test_micro_batches_change_nothing(torchrun, undisturbed, module_config, tmp_path):

@@ -69,9 +69,9 @@ LAUNCHES = {
 largest blocks that compile without a register spill for every capability and Triton version they are used with."""
 
 
-def source_for(variant: str, capability: int, row_bytes: int, address: int) -> str:
-    """The source a variant takes on this chip for features whose rows have this size and start at this address."""
-    if variant == "chunked":
+def source_for(chunked: bool, capability: int, row_bytes: int, address: int) -> str:
+    """The source on this chip for features whose rows have this size and start at this address."""
+    if chunked:
         return "memory"
     return "descriptor" if capability >= 90 and row_bytes % 16 == 0 and address % 16 == 0 else "pointer"
 

@@ -21,11 +21,11 @@ def reference_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor) -> Te
 
 def distributed_reference_loss(image_bD: Tensor, text_bD: Tensor, logit_scale: Tensor, ranks: Ranks) -> Tensor:
     """``reference_loss`` of all ranks' pairs, on every rank; its gradients follow ``contrastive_loss``'s convention."""
-    if ranks.size == 1:
-        return reference_loss(image_bD, text_bD, logit_scale)
-    image_ND, text_ND = (_gather_with_own_gradient(features, ranks) for features in (image_bD, text_bD))
+    if ranks.size > 1:
+        image_bD, text_bD = (_gather_with_own_gradient(features, ranks) for features in (image_bD, text_bD))
     # logit_scale's gradient is whole on every rank, and so is its average over ranks.
-    return reference_loss(image_ND, text_ND, logit_scale)
+    loss = reference_loss(image_bD, text_bD, logit_scale)
+    return torch.where(torch.isfinite(loss), loss, torch.nan)
 
 
 def _gather_with_own_gradient(local: Tensor, ranks: Ranks) -> Tensor:

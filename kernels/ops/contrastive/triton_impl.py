@@ -207,22 +207,22 @@ class TritonTiles:
         image: Tensor,
         num_columns: int,
         workspace_bytes: int,
-        variant: str | None = None,
+        source: str | None = None,
         launches: dict[tuple[str, str], Launch] | None = None,
     ) -> None:
-        """``variant`` and ``launches``, by kernel and source, override the tables of ``launch`` for measurements."""
-        self._variant = variant or VARIANTS[image.dtype]
-        if self._variant == "fused" and image.dtype == torch.float32:
-            raise ValueError("the fused kernels take bf16 and fp16 features: use the chunked variant for fp32")
+        """``source`` and ``launches``, by kernel and source, override the tables of ``launch``, for measurements."""
+        self._chunked = source == "memory" if source else VARIANTS[image.dtype] == "chunked"
+        if not self._chunked and image.dtype == torch.float32:
+            raise ValueError("the fused kernels take bf16 and fp16 features: fp32 ones need their products from memory")
         major, minor = torch.cuda.get_device_capability(image.device) if image.device.type == "cuda" else (8, 0)
-        self._capability, self._launches = major * 10 + minor, launches or {}
+        self._capability = major * 10 + minor
+        self._source, self._launches = source, launches or {}
         self.gradient_scale = gradient_scale(image.dtype)
-        self._chunked = self._variant == "chunked"
         # A maximum and a sum, of rows and of columns, for every block of at least 64 x 64.
         per_logit = (4 if self._chunked else 0) + max(image.dtype.itemsize, 16 / 64)
         elements = min(max(int(workspace_bytes / per_logit), _ALIGNED), _MOST_ELEMENTS)
-        self.rows, self.columns = tile_shape(len(image), num_columns, elements, multiple=_ALIGNED)
-        self._capacity = self.rows * _padded(self.columns)
+        self.rows, self.columns = tile_shape(len(image), _padded(num_columns), elements, multiple=_ALIGNED)
+        self._capacity = self.rows * self.columns
         self._dots = torch.empty(self._capacity, device=image.device) if self._chunked else None
         self._grad: Tensor | None = None
 
@@ -262,7 +262,7 @@ class TritonTiles:
     def _prepare(self, kernel: str, image: Tensor, text: Tensor) -> tuple[Launch, tuple, dict]:
         """(launch parameters, the kernel's images, texts and dot products, its options), the products computed."""
         width, address = image.shape[1], image.data_ptr() | text.data_ptr()
-        source = source_for(self._variant, self._capability, width * image.itemsize, address)
+        source = self._source or source_for(self._chunked, self._capability, width * image.itemsize, address)
         launch = self._launches.get((kernel, source)) or launch_for(kernel, source, self._capability)
         options = launch.options(width, source)
         if self._dots is not None:

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# What to run on a machine with a GPU, unattended: benchmarks/gpu_suite.sh [part ...]   (default: all, in this order)
+#
+#   setup    install this checkout and the wheels in .whl/ into the machine's own Python, without its dependencies
+#   correct  GPU tests; every Triton kernel against float64 on the hardware; compute-sanitizer on one case
+#   loss     the contrastive loss by batch size, beside open_clip's and a matrix product of the same run
+#   kernels  the ahead-of-time table, and Nsight Compute on the loss kernels
+#
+# A part that has finished leaves a marker in $OUT and is not run again; a failed part does not stop the next.
+# Results: $OUT/<date>_<gpu>_<part>.json, to be committed under benchmarks/results/.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmarks/results}
+SITE=${SITE:-/tmp/mc2_site}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+GPU=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr 'A-Z ' 'a-z_' | sed 's/nvidia_//')
+STEM="$OUT/$(date +%F)_${GPU:-cpu}"
+
+setup() {
+    if compgen -G '.whl/*.whl' >/dev/null; then
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" .whl/*.whl
+    fi
+    "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
+    "$PYTHON" -m mc2_hpc.cli doctor
+}
+
+correct() {
+    timeout 150 "$PYTHON" -m pytest -q -m gpu tests/kernels || return 1
+    if command -v compute-sanitizer >/dev/null; then
+        timeout 60 compute-sanitizer --error-exitcode 1 \
+            "$PYTHON" -m pytest -q -m gpu tests/kernels/test_triton_kernels.py -k launch_parameters
+    fi
+}
+
+loss() {
+    timeout 170 "$PYTHON" benchmarks/bench_contrastive.py --json "${STEM}_loss.json"
+}
+
+kernels() {
+    timeout 120 "$PYTHON" benchmarks/bench_kernels.py --json "${STEM}_kernels.json" || return 1
+    if command -v ncu >/dev/null; then
+        local metrics=sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active
+        metrics+=,dram__bytes.sum,sm__warps_active.avg.pct_of_peak_sustained_active
+        timeout 60 ncu --clock-control none -k 'regex:statistics_kernel|gradient_kernel' -c 8 --metrics "$metrics" \
+            --csv --log-file "${STEM}_ncu.csv" "$PYTHON" benchmarks/bench_contrastive.py --quick
+    fi
+}
+
+failed=0
+for part in "${@:-setup correct loss kernels}"; do
+    for name in $part; do
+        marker="$OUT/.done_$name"
+        if [ -e "$marker" ]; then
+            echo "== $name: done before"
+        elif ! declare -F "$name" >/dev/null; then
+            echo "== $name: no such part" >&2
+            failed=1
+        else
+            echo "== $name"
+            if "$name"; then touch "$marker"; else echo "== $name FAILED" >&2; failed=1; fi
+        fi
+    done
+done
+exit "$failed"

@@ -1,0 +1,61 @@
+"""Pictures for the report: copied out of the shards into ``output/pictures``."""
+
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from mc2_hpc.curation.matched import read_matched
+from mc2_hpc.storage import atomic_path, list_shards
+
+_SAMPLES = 16
+
+
+def draw_samples(output: Path) -> list[dict[str, Any]]:
+    """Pictures of the pool with all of their captions, for the report; those that curation dropped are ``noise``.
+
+    Taken from the first shard: among pictures with several captions, those whose languages have been shown least.
+    """
+    captions = list_shards(output / "pool", ".parquet")[0]
+    matched = read_matched(output / "curated" / "matched" / captions.name, ["key", "text"])
+    kept = set(zip(matched["key"].to_pylist(), matched["text"].to_pylist(), strict=True))
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in pq.read_table(captions).to_pylist():
+        noise = (row["key"], row["text"]) not in kept
+        rows.setdefault(row["key"], []).append({"lang": row["lang"], "text": row["text"], "noise": noise})
+    samples = [{"key": key, "captions": rows[key]} for key in _varied(rows)]
+    save_pictures(output, output / "pool", samples)
+    return samples
+
+
+def save_pictures(output: Path, shards: Path, entries: list[dict[str, Any]]) -> None:
+    """Copy the picture of every entry's ``key`` to ``output/pictures`` and name it under ``image``."""
+    wanted = {f"{entry['key']}.jpg" for entry in entries}
+    for path in list_shards(shards, ".tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name in wanted:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    with atomic_path(output / "pictures" / member.name) as temporary:
+                        temporary.write_bytes(file.read())
+                    wanted.discard(member.name)
+        if not wanted:
+            break
+    for entry in entries:
+        entry["image"] = f"pictures/{entry['key']}.jpg"
+
+
+def _varied(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Keys of pictures with three captions or more, each chosen for the languages that were shown least so far."""
+    shown: Counter[str] = Counter()
+    left = [key for key, captions in rows.items() if len(captions) >= 3]
+    keys: list[str] = []
+    while left and len(keys) < _SAMPLES:
+        best = min(left, key=lambda key: max(shown[caption["lang"]] for caption in rows[key]))
+        left.remove(best)
+        keys.append(best)
+        shown.update(caption["lang"] for caption in rows[best])
+    return keys

@@ -1,0 +1,82 @@
+"""Inputs and float64 references that all kernel tests compare with."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mc2_hpc.kernels.contrastive import reference_loss
+
+# Triton chooses between compiling and interpreting when it is imported: see test_triton_interpreter.py.
+collect_ignore = (
+    [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["test_triton_kernels.py"]
+)
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+"""Largest relative error by type of the features; gradients of half features are themselves rounded to half."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A loss and its gradients."""
+
+    loss: Tensor
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor
+
+
+def features(pairs: int, width: int, dtype: torch.dtype, *, seed: int = 0, norm: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Random image and text features, pairs of which resemble each other."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(pairs, width, generator=generator, dtype=torch.float64)
+    text = torch.randn(pairs, width, generator=generator, dtype=torch.float64) + image
+    return tuple((norm * x / x.norm(dim=1, keepdim=True)).to(dtype) for x in (image, text))
+
+
+def solve(loss: Callable[..., Tensor], image: Tensor, text: Tensor, logit_scale: Tensor, **options) -> Solution:
+    """Value and gradients of a loss, on copies of the inputs."""
+    inputs = [x.detach().clone().requires_grad_() for x in (image, text, logit_scale)]
+    value = loss(*inputs, **options)
+    return Solution(value.detach(), *torch.autograd.grad(value, inputs))
+
+
+def assert_exact(found: Solution, image: Tensor, text: Tensor, logit_scale: Tensor, *, slack: float = 1.0) -> None:
+    """Value and all gradients equal the dense float64 reference's, to the tolerance of the features' type.
+
+    An error is measured against the size of one pair's contribution: gradients are differences of such terms, and may
+    cancel to nothing. fp32 logits of size L are off by some 1e-7 L, and so are the exponents made of them.
+    """
+    exact = [x.detach().cpu().double() for x in (image, text, logit_scale)]
+    true = solve(reference_loss, *exact)
+    scale, norms = exact[2].exp(), [float(x.norm(dim=1).max()) for x in exact[:2]]
+    logit = float(scale) * norms[0] * norms[1]
+    tolerance = TOLERANCE[image.dtype] * slack * max(1.0, logit / 10)
+    pair = float(scale) / len(image)
+    for name, size in {
+        "loss": min(logit, 1 + float(true.loss)),
+        "image": pair * norms[1],
+        "text": pair * norms[0],
+        "logit_scale": logit,
+    }.items():
+        got, want = getattr(found, name).cpu().double(), getattr(true, name)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * size, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="session")
+def kit() -> SimpleNamespace:
+    """The helpers above, for test modules, which cannot import one another."""
+    return SimpleNamespace(Solution=Solution, features=features, solve=solve, assert_exact=assert_exact)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The cores are shared with other tests: small products are faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,134 @@
+"""The contrastive loss on several gloo ranks: the same as one process, by both exchanges, and no hang when one dies."""
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+EXCHANGES = ("all_gather", "ring")
+BATCHES = {1: [(5,)], 2: [(4, 4), (1, 6)], 3: [(3, 3, 3), (5, 0, 2)], 4: [(7, 7, 7, 7), (2, 9, 1, 4)]}
+TIMEOUT = 120
+
+
+def start(size: int, folder: Path, task: str) -> list[subprocess.Popen]:
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(size), str(folder), task],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(ranks: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of every rank; none outlives the test."""
+    try:
+        results = []
+        for rank in ranks:
+            out, err = rank.communicate(timeout=TIMEOUT)
+            results.append((rank.returncode, out, err))
+        return results
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def all_cases(kit) -> dict[str, dict]:
+    cases = {}
+    for size, batches in ((size, b) for size, several in BATCHES.items() for b in several):
+        for exchange, backend, dtype in itertools.product(
+            EXCHANGES, ("tiled", "reference"), (torch.float64, torch.float32, torch.bfloat16)
+        ):
+            if backend == "reference" and (exchange == "ring" or dtype == torch.bfloat16):
+                continue
+            image, text = kit.features(sum(batches), 6, dtype, seed=size)
+            options = {"exchange": exchange, "backend": backend}
+            scale = torch.tensor(2.5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            cases[f"{batches} {exchange} {backend} {dtype}"] = {
+                "batches": batches, "image": image, "text": text, "logit_scale": scale, "options": options,
+            }  # fmt: skip
+    # More pairs than one tile of the smallest workspace holds.
+    image, text = kit.features(300, 8, torch.float32)
+    for exchange in EXCHANGES:
+        cases[f"tiles {exchange}"] = {
+            "batches": (110, 90, 100), "image": image, "text": text, "logit_scale": torch.tensor(3.0),
+            "options": {"exchange": exchange, "backend": "tiled", "workspace_bytes": 1 << 16},
+        }  # fmt: skip
+    return cases
+
+
+@pytest.fixture(scope="module")
+def found(kit, tmp_path_factory):
+    """Every case with what each of its ranks got: one start of four processes for all of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = all_cases(kit)
+    torch.save(cases, folder / "cases.pt")
+    for code, _, err in finish(start(4, folder, "solve")):
+        assert code == 0, err[-3000:]
+    ranks = [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(4)]
+    return {name: (case, [ranks[k][name] for k in range(len(case["batches"]))]) for name, case in cases.items()}
+
+
+def test_ranks_together_equal_float64(kit, found):
+    for name, (case, ranks) in found.items():
+        size = len(ranks)
+        losses, images, texts, scales = zip(*ranks, strict=True)
+        assert all(torch.equal(losses[0], loss) for loss in losses), f"{name}: ranks disagree on the loss"
+        # Averaging is what data parallelism does with gradients; a feature's own average has one term of its rank.
+        together = kit.Solution(
+            losses[0], torch.cat(images) / size, torch.cat(texts) / size, torch.stack(scales).mean()
+        )
+        try:
+            kit.assert_exact(together, case["image"], case["text"], case["logit_scale"])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def test_both_exchanges_agree_to_rounding(found):
+    compared = 0
+    for name, (_, ranks) in found.items():
+        if "ring" not in name:
+            continue
+        for ring, gathered in zip(ranks, found[name.replace("ring", "all_gather")][1], strict=True):
+            for a, b in zip(ring, gathered, strict=True):
+                epsilon = torch.finfo(a.dtype).eps
+                torch.testing.assert_close(a, b, rtol=50 * epsilon, atol=50 * epsilon, msg=name)
+                compared += 1
+    assert compared > 50
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_killed_rank_makes_the_others_fail(exchange, tmp_path):
+    *others, killed = finish(start(3, tmp_path, f"vanish-{exchange}"))
+    assert killed[0] == -9
+    for code, _, err in others:
+        assert code not in (0, -9), "a rank went on without its peer"
+        assert "Error" in err
+
+
+def test_a_rank_that_never_calls_makes_the_others_fail_within_the_timeout(tmp_path):
+    began = time.monotonic()
+    ranks = start(2, tmp_path, "stall-all_gather")
+    try:
+        _, err = ranks[0].communicate(timeout=45)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode not in (0, -9)
+    assert "imed out" in err, err[-2000:]
+    assert time.monotonic() - began < 45
+
+
+def test_ranks_with_different_widths_all_say_so(tmp_path):
+    for code, out, err in finish(start(2, tmp_path, "mismatch")):
+        assert code == 0, err[-2000:]
+        assert "ranks hold different feature widths: [3, 4]" in out

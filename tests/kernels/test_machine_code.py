@@ -1,0 +1,85 @@
+"""Kernels compiled ahead of time for GPUs this machine need not have: no spills, shared memory, tensor cores."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_kernels.py"
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+
+def compile_table(tmp_path, *options: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--json", str(tmp_path / "table.json"), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((tmp_path / "table.json").read_text())["rows"]
+
+
+def test_kernels_of_bf16_training_compile_for_every_architecture(tmp_path):
+    rows = compile_table(tmp_path, "--quick")
+    kernels = {"contrastive_statistics", "contrastive_gradient"}
+    architectures = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+    assert {(row["kernel"], row["arch"], row["tensor_core"]) for row in rows} == {
+        (kernel, *architecture) for kernel in kernels for architecture in architectures.items()
+    }
+    assert all(0 < row["registers"] <= 255 and row["shared_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_every_entry_of_the_dispatch_tables_compiles(tmp_path):
+    assert len(compile_table(tmp_path)) > 40
+
+
+@pytest.fixture
+def bench_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    spec = importlib.util.spec_from_file_location("bench_kernels", BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_kernels", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, None),
+        ({"spills": 3}, "3 register spills"),
+        ({"shared_bytes": 240_000}, "240000 bytes of shared memory"),
+        ({"tensor_core": None}, "not on tensor cores"),
+    ],
+)
+def test_a_breach_is_told(bench_kernels, change, complaint):
+    case = bench_kernels.Case("gradient", "descriptor", 90, "bf16", 1024)
+    row = {
+        "kernel": "contrastive_gradient",
+        "variant": case.variant,
+        "arch": "sm_90",
+        "spills": 0,
+        "shared_bytes": 196_640,
+        "tensor_core": "HGMMA",
+    }
+    told = bench_kernels.breaches({**row, **change}, case)
+    assert told == [] if complaint is None else len(told) == 1 and complaint in told[0]
+
+
+def test_the_table_covers_every_launch_entry(bench_kernels):
+    from mc2_hpc.kernels.contrastive.launch import LAUNCHES
+
+    cases = list(bench_kernels.cases(quick=False))
+    assert {(case.kernel, case.source) for case in cases} == set(LAUNCHES)
+    compiled = {(case.kernel, case.source, case.launch) for case in cases}
+    assert compiled == {(*key, launch) for key, table in LAUNCHES.items() for launch in table.values()}

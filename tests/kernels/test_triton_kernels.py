@@ -1,0 +1,149 @@
+"""The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so without a GPU this module is collected only in a process of its
+own, which ``test_triton_interpreter.py`` starts.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc2_hpc.kernels.contrastive import contrastive_loss, reference_loss
+from mc2_hpc.kernels.contrastive.dispatch import SMALLEST_WORKSPACE_BYTES
+from mc2_hpc.kernels.contrastive.launch import LAUNCHES, SOURCES, Launch, launch_for, source_for
+from mc2_hpc.kernels.contrastive.statistics import Statistics
+from mc2_hpc.kernels.contrastive.tiles import backward_tiles, forward_tiles
+
+GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if GPU else []
+DEVICE = "cuda" if GPU else "cpu"
+
+# Small blocks make small problems of many blocks, with edges on all sides; on a GPU the table's own are run too.
+SMALL = {
+    (kernel, source): Launch(32, 64, 32, num_warps=4, num_stages=2)
+    for kernel in ("statistics", "gradient")
+    for source in SOURCES
+}
+DTYPES = {
+    "descriptor": [torch.bfloat16, torch.float16],
+    "pointer": [torch.bfloat16, torch.float16],
+    "memory": [torch.bfloat16, torch.float16, torch.float32],
+}
+CASES = [(source, dtype) for source in SOURCES for dtype in DTYPES[source]]
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+def tiles_of(source, image, num_columns, *, workspace_bytes=SMALLEST_WORKSPACE_BYTES, launches=None):
+    """Triton tiles whose kernels have their dot products from a given source."""
+    from mc2_hpc.kernels.contrastive.triton_impl import TritonTiles
+
+    if source == "descriptor" and GPU and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no bulk copy engine")
+    return TritonTiles(image, num_columns, workspace_bytes, source, launches)
+
+
+def check_tiles(tiles, image, text, log_scale, diagonal):
+    """Statistics and both products with G against float64."""
+    scale = torch.tensor(math.exp(log_scale), device=DEVICE)
+    rows, cols = (Statistics.empty(len(x), device=scale.device, dtype=scale.dtype) for x in (image, text))
+    forward_tiles(tiles, image, text, scale, rows, cols)
+    images, texts = image.double().cpu(), text.double().cpu()
+    S = math.exp(log_scale) * images @ texts.t()
+    row_lse, col_lse = torch.logsumexp(S, 1), torch.logsumexp(S, 0)
+    size = max(1.0, float(S.abs().max()))
+    torch.testing.assert_close(rows.logsumexp().double().cpu(), row_lse, rtol=1e-6, atol=1e-6 * size)
+    torch.testing.assert_close(cols.logsumexp().double().cpu(), col_lse, rtol=1e-6, atol=1e-6 * size)
+
+    image_grad, text_grad = (torch.zeros(x.shape, device=DEVICE) for x in (image, text))
+    lse = (row_lse.float().to(DEVICE), col_lse.float().to(DEVICE))
+    backward_tiles(tiles, image, text, scale, *lse, diagonal, image_grad, text_grad)
+    G = torch.exp(S - row_lse[:, None]) + torch.exp(S - col_lse)
+    if -len(images) < diagonal < len(texts):
+        G.diagonal(diagonal).zero_()
+    error = ERROR[image.dtype] * max(1.0, size / 10)
+    for grad, want, weights in ((image_grad, G @ texts, G.sum(1)), (text_grad, G.t() @ images, G.sum(0))):
+        bound = error * float(weights.max() * max(images.norm(dim=1).max(), texts.norm(dim=1).max()))
+        got = grad.double().cpu() / tiles.gradient_scale
+        torch.testing.assert_close(got, want, rtol=0, atol=bound + 1e-30)
+
+
+@pytest.mark.parametrize(("source", "dtype"), CASES)
+@settings(max_examples=10, deadline=None)
+@given(
+    num_rows=st.integers(1, 140),
+    num_columns=st.integers(1, 150),
+    width=st.integers(1, 12).map(lambda n: 8 * n) | st.integers(1, 80),
+    log_scale=st.floats(0, math.log(100)),
+    diagonal=st.integers(-150, 150),
+)
+def test_tiles_equal_float64(kit, source, dtype, num_rows, num_columns, width, log_scale, diagonal):
+    if source == "descriptor":
+        width = -(-width // 8) * 8  # the table gives other widths to the pointer kernels
+    image, _ = kit.features(num_rows, width, dtype, seed=1)
+    text, _ = kit.features(num_columns, width, dtype, seed=2)
+    image, text = image.to(DEVICE), text.to(DEVICE)
+    check_tiles(tiles_of(source, image, num_columns, launches=SMALL), image, text, log_scale, diagonal)
+
+
+@pytest.mark.parametrize(("source", "dtype"), CASES)
+def test_tiles_with_the_launch_parameters_of_the_table(kit, source, dtype):
+    image, text = (x.to(DEVICE) for x in kit.features(259, 72, dtype))
+    check_tiles(tiles_of(source, image, 259, workspace_bytes=1 << 20), image, text, math.log(50), 0)
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("pairs", [1, 63, 200])
+def test_loss_and_gradients_equal_float64(kit, pairs, dtype):
+    image, text = (x.to(DEVICE) for x in kit.features(pairs, 40, dtype))
+    scale = torch.tensor(math.log(30), device=DEVICE)
+    found = kit.solve(contrastive_loss, image, text, scale, backend="triton", workspace_bytes=SMALLEST_WORKSPACE_BYTES)
+    kit.assert_exact(found, image, text, scale, slack=2)
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+def test_two_runs_give_the_same_bits(kit, dtype):
+    image, text = (x.to(DEVICE) for x in kit.features(150, 32, dtype))
+    runs = [kit.solve(contrastive_loss, image, text, torch.tensor(3.0, device=DEVICE), backend="triton") for _ in "ab"]
+    for name in ("loss", "image", "text", "logit_scale"):
+        assert torch.equal(getattr(runs[0], name), getattr(runs[1], name)), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy notices the NaN
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_feature_makes_the_loss_nan(kit, dtype, bad):
+    image, text = (x.to(DEVICE) for x in kit.features(70, 16, dtype))
+    text[66, 2] = bad
+    assert contrastive_loss(image, text, torch.tensor(2.0, device=DEVICE), backend="triton").isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_logits_stay_finite(kit, dtype):
+    image, text = (x.to(DEVICE) for x in kit.features(70, 16, dtype, norm=30.0))
+    scale = torch.tensor(math.log(100), device=DEVICE)
+    found = kit.solve(contrastive_loss, image, text, scale, backend="triton")
+    true = kit.solve(reference_loss, image.cpu().double(), text.cpu().double(), scale.cpu().double())
+    torch.testing.assert_close(found.loss.cpu().double(), true.loss, rtol=1e-5, atol=0)
+    assert found.image.isfinite().all() and found.text.isfinite().all()
+
+
+def test_fp64_is_sent_to_another_backend(kit):
+    image, text = (x.to(DEVICE) for x in kit.features(4, 4, torch.float64))
+    with pytest.raises(ValueError, match="not fp64: use backend='tiled'"):
+        contrastive_loss(image, text, torch.tensor(0.0, device=DEVICE), backend="triton")
+
+
+def test_the_table_has_an_entry_for_every_chip():
+    assert source_for(False, 90, 2048, 1 << 20) == "descriptor"
+    assert source_for(False, 90, 2050, 1 << 20) == "pointer"
+    assert source_for(False, 90, 2048, (1 << 20) + 2) == "pointer"
+    assert source_for(False, 86, 2048, 1 << 20) == "pointer"
+    assert source_for(True, 90, 2048, 1 << 20) == "memory"
+    for kernel, source in LAUNCHES:
+        for capability in (75, 80, 86, 89, 90, 100, 103, 120):
+            assert isinstance(launch_for(kernel, source, capability), Launch)
+    assert launch_for("gradient", "descriptor", 90) is LAUNCHES["gradient", "descriptor"][90]
+    assert launch_for("gradient", "pointer", 75) is LAUNCHES["gradient", "pointer"][80]

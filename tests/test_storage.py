@@ -1,0 +1,79 @@
+"""Files that are whole or absent, and a folder held against others."""
+
+import json
+import multiprocessing
+import stat
+
+import pytest
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import (
+    atomic_path,
+    exclusive_folder,
+    is_complete,
+    list_shards,
+    mark_complete,
+    read_json,
+    write_json,
+)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"b": 1, "a": "ä"})
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": "ä", "b": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+    assert path.read_text() == '{\n  "a": "ä",\n  "b": 1\n}\n'
+    assert path.stat().st_mode & stat.S_IRUSR
+
+
+def test_read_json_names_the_file(tmp_path):
+    with pytest.raises(UserError, match="none.json: no such file"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_bytes(b'{"a": \xff}')
+    with pytest.raises(UserError, match="bad.json: not valid JSON"):
+        read_json(tmp_path / "bad.json")
+
+
+def test_list_shards(tmp_path):
+    for name in ("b.tar", "a.tar", "c.parquet", ".d.tar"):
+        (tmp_path / name).touch()
+    assert [p.name for p in list_shards(tmp_path, ".tar")] == ["a.tar", "b.tar"]
+    assert [p.name for p in list_shards(f"{tmp_path}/b*", ".tar")] == ["b.tar"]
+    assert list_shards(tmp_path / "b.tar", ".tar") == [tmp_path / "b.tar"]
+    with pytest.raises(UserError, match="no \\*.zip shards"):
+        list_shards(tmp_path, ".zip")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        list_shards(tmp_path / "nowhere", ".tar")
+
+
+def test_completion_marker(tmp_path):
+    assert not is_complete(tmp_path)
+    mark_complete(tmp_path)
+    assert is_complete(tmp_path)
+
+
+def _hold(folder, ready, release):
+    with exclusive_folder(folder):
+        ready.set()
+        release.wait(60)
+
+
+def test_a_folder_has_one_holder_at_a_time(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, release))
+    other.start()
+    assert ready.wait(60)
+    with (
+        pytest.raises(UserError, match=f"process {other.pid} .*still working there"),
+        exclusive_folder(tmp_path, wait_s=0.3),
+    ):
+        pass
+    other.kill()  # a killed holder holds nothing
+    other.join(30)
+    with exclusive_folder(tmp_path, wait_s=10):
+        pass
