@@ -23,9 +23,9 @@ class Recipe:
     """English's balancing threshold."""
     vocab_size: int = 1_600
     """Of the tokenizer trained on the pool's captions."""
-    steps: int = 1_200
+    steps: int = 1_600
     global_batch: int = 128
-    warmup: int = 150
+    warmup: int = 200
     seed: int = 0
 
 
@@ -46,7 +46,7 @@ def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: 
         "model": {
             "preset": "ViT-S-16-worldwide",
             "embed_dim": 128,
-            "vision": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
+            "vision": {"image_size": 32, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32},
             "text": {"vocab_size": vocab_size, "width": 128, "heads": 4, "layers": 2},
         },
         "data": {
@@ -58,7 +58,7 @@ def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: 
             "workers": 0,
             "seed": recipe.seed,
         },
-        "optim": {"lr": 1e-3, "warmup": recipe.warmup},
+        "optim": {"lr": 2e-3, "warmup": recipe.warmup},
         "zero": {"stage": 1},
         "checkpoint": {"every": max(1, recipe.steps // 2), "keep": 1},
     }

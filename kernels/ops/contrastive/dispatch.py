@@ -13,8 +13,8 @@ from .torch_tiles import TorchTiles
 BACKENDS = ("auto", "triton", "tiled", "reference")
 
 AUTO_BACKEND = {"cuda": "tiled", "cpu": "tiled"}
-"""What ``auto`` picks on each device. On CUDA ``triton`` has to be asked for by name until a run on a GPU has shown that
-it is right and faster there."""
+"""What ``auto`` picks on each device. On CUDA ``triton`` has to be asked for by name until a run on a GPU has shown
+that it is right and faster there."""
 
 WORKSPACE_BYTES = {"cuda": 512 << 20, "cpu": 16 << 20}
 """Default workspace on each device: on a GPU large launches, on a CPU tiles that stay in the cache."""
