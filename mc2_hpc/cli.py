@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides) or rest[0]}")
     if overrides:
         arguments.overrides += overrides
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    _product_log().setLevel(logging.INFO)
     try:
         return arguments.command(arguments) or 0
     except UserError as error:
@@ -35,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mc2: interrupted", file=sys.stderr)
         return 130
+
+
+def _product_log() -> logging.Logger:
+    """The parent of all our loggers: other libraries stay at warnings."""
+    return logging.getLogger("mc2_hpc")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,7 +187,7 @@ def _train(arguments: argparse.Namespace) -> int:
     # DeepSpeed calls collectives by names that torch is about to retire; nothing a user can do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with process_group(arguments.timeout) as ranks:
-        logging.getLogger().setLevel(logging.INFO if ranks.is_first else logging.WARNING)
+        _product_log().setLevel(logging.INFO if ranks.is_first else logging.WARNING)
         try:
             with exclusive_run(config, ranks):
                 Trainer(config, ranks).train()
