@@ -65,7 +65,9 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
     else:
         store, address = dist.HashStore(), None
     # Libraries below (DeepSpeed) read the same facts from the environment.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    facts = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
+    before = {name: os.environ.get(name) for name in facts}
+    os.environ.update(facts)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         init_method=address,
@@ -78,6 +80,12 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
         yield Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
     finally:
         dist.destroy_process_group()
+        # What this process starts later is not a rank of this group.
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _device(local_rank: int) -> torch.device:

@@ -173,7 +173,8 @@ class _MatchShard:
     def _with_language(self, rows: pa.Table) -> pa.Table:
         if "lang" in rows.column_names:
             return rows
-        langs = self.identifier.identify(rows["text"].to_pylist())
+        texts = rows["text"].to_pylist()
+        langs = self.identifier.identify(texts) if texts else []
         return rows.append_column("lang", pa.array(langs, pa.large_string()))
 
     def _known(self, rows: pa.Table, drops: Counter[str]) -> pa.Table:
