@@ -36,7 +36,7 @@ LOG_EVERY, WARMUP_ROWS = 4, 2
 
 def run(quick: bool) -> dict[str, Any]:
     """Samples a second of both programs, run in turn."""
-    rounds, steps, batch = (1, 16, 8) if quick else (5, 32, 64)
+    rounds, steps, batch = (1, 16, 8) if quick else (3, 20, 64)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vocab_size = _make_data(folder, num_images=256 if quick else 2048)

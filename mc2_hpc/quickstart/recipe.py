@@ -23,7 +23,7 @@ class Recipe:
     """English's balancing threshold."""
     vocab_size: int = 1_600
     """Of the tokenizer trained on the pool's captions."""
-    steps: int = 1_600
+    steps: int = 1_300
     global_batch: int = 128
     warmup: int = 200
     seed: int = 0
