@@ -1,0 +1,93 @@
+"""``mc2`` outside of training: metadata, curation and conversion as a user types them."""
+
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mc2_hpc.cli import main
+from mc2_hpc.curation.image_tars import write_tar
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Two shards of 20 grey pictures with English and German captions."""
+    data = io.BytesIO()
+    Image.new("RGB", (32, 32), "grey").save(data, "JPEG")
+    for shard in range(2):
+        keys = [f"{shard}{number:02d}" for number in range(20)]
+        texts = ["a red house" if int(key) % 2 else "ein rotes Haus" for key in keys]
+        langs = ["en" if int(key) % 2 else "de" for key in keys]
+        (tmp_path / "pool").mkdir(exist_ok=True)
+        write_tar(tmp_path / "pool" / f"{shard}.tar", ((f"{key}.jpg", data.getvalue()) for key in keys))
+        pq.write_table(pa.table({"key": keys, "text": texts, "lang": langs}), tmp_path / "pool" / f"{shard}.parquet")
+    return tmp_path / "pool"
+
+
+@pytest.fixture
+def metadata(tmp_path, capsys):
+    """Built by the command line from one corpus a language."""
+    for lang, text in (("en", "the red house\na house\n"), ("de", "das Haus\nein Haus\n")):
+        (tmp_path / "sources" / lang).mkdir(parents=True)
+        (tmp_path / "sources" / lang / "corpus.txt").write_text(text * 3, encoding="utf-8")
+    caps = ["--cap", "unigram_share=1", "--cap", "bigram_share=1"]
+    assert main(["metadata", "build", str(tmp_path / "sources"), "--out", str(tmp_path / "metadata"), *caps]) == 0
+    assert json.loads(capsys.readouterr().out)
+    return tmp_path / "metadata"
+
+
+def test_metadata_has_numbers_and_words(metadata):
+    entries = json.loads((metadata / "en.json").read_text(encoding="utf-8"))
+    assert entries[:3] == ["0", "1", "2"] and {"red", "house"} <= set(entries)
+
+
+def test_stages_alone_equal_all_in_turn(pool, metadata, tmp_path, capsys):
+    common = ["--workers", "1", "--out"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    place = ["--metadata", str(metadata)]
+    assert main(["curate", "run", str(pool), *place, "--t-en", "5", *common, str(whole)]) == 0
+    assert main(["curate", "match", str(pool), *place, *common, str(parts / "matched")]) == 0
+    matched = str(parts / "matched")
+    assert main(["curate", "balance", matched, *place, "--t-en", "5", *common, str(parts / "balance")]) == 0
+    assert main(["curate", "pack", str(pool), "--matched", matched, *common, str(parts / "shards")]) == 0
+    capsys.readouterr()
+    for name in ("balance/balance.json", "balance/probs/de.npy", "shards/0.tar", "shards/1.parquet"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    balance = json.loads((whole / "balance/balance.json").read_text(encoding="utf-8"))
+    assert balance["t"]["en"] == 5 and balance["t"]["de"] >= 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["metadata", "build", "nowhere", "--out", "x"], "nowhere: no language folders"),
+        (["metadata", "build", "nowhere", "--out", "x", "--cap", "words=3"], "choose one of unigrams"),
+        (["metadata", "build", "nowhere", "--out", "x", "--cap", "titles=many"], "'many' is not a number"),
+        (["curate", "run", "nowhere", "--metadata", "y", "--t-en", "5", "--out", "x", "--workers", "0"], "--workers 0"),
+        (["convert", "nowhere", "--to", "open_clip", "--out", "x"], "nowhere"),
+        (["bench", "nothing"], "no such benchmark; choose one of contrastive, kernels, train"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("mc2: ") and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_curation_names_what_is_missing(pool, tmp_path, capsys):
+    assert (
+        main(["curate", "run", str(pool), "--metadata", str(tmp_path), "--t-en", "5", "--out", str(tmp_path / "o")])
+        == 2
+    )
+    assert capsys.readouterr().err.splitlines()[-1].startswith("mc2: ")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("mc2_hpc ")
