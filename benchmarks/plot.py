@@ -23,7 +23,7 @@ def plot_contrastive(result: dict[str, Any], path: Path) -> None:
     for name in sorted({row["loss"] for row in result["rows"]}):
         rows = sorted((row for row in result["rows"] if row["loss"] == name), key=lambda row: row["batch"])
         batches = [row["batch"] for row in rows]
-        seconds = [row["seconds"] for row in rows]
+        seconds = [row["spread"] for row in rows]
         left.errorbar(
             batches,
             [s["median"] for s in seconds],

@@ -1,0 +1,62 @@
+"""``mc2``: the only place that wires all layers together. Each command imports what it needs when it runs."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from mc2_hpc import __version__
+from mc2_hpc.cli import bench, convert, curate, doctor, eval, metadata, quickstart, train
+from mc2_hpc.errors import UserError
+
+COMMANDS = {
+    "quickstart": quickstart,
+    "metadata": metadata,
+    "curate": curate,
+    "train": train,
+    "eval": eval,
+    "convert": convert,
+    "bench": bench,
+    "doctor": doctor,
+}
+"""A module a command, with ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on key=value words that follow an option: take them here.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if rest and (overrides != rest or not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides) or rest[0]}")
+    if overrides:
+        arguments.overrides += overrides
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("mc2_hpc").setLevel(logging.INFO)  # the parent of all our loggers; other libraries stay quiet
+    try:
+        return arguments.command(arguments) or 0
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"mc2: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mc2: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mc2", description="Worldwide CLIP: metadata, curation, training, evaluation, conversion."
+    )
+    parser.add_argument("--version", action="version", version=f"mc2_hpc {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        sub = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        module.add_arguments(sub)
+        # Also after the command, where one tends to type it.
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        sub.set_defaults(command=module.run)
+    return parser

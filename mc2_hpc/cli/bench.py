@@ -1,0 +1,32 @@
+"""``mc2 bench``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mc2_hpc.errors import UserError
+
+SUMMARY = "run a benchmark against its named peer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="benchmark: the <name> of benchmarks/bench_<name>.py")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and ratios here")
+    parser.add_argument("--quick", action="store_true", help="under a minute, for a smoke test: not for quoting")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import importlib.util
+    import subprocess
+
+    # Benchmarks live beside the package in the repository, not in the wheel.
+    folder = Path(importlib.util.find_spec("mc2_hpc").origin).parents[1] / "benchmarks"  # type: ignore[union-attr,arg-type]
+    script = folder / f"bench_{arguments.name}.py"
+    if not script.is_file():
+        known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+        there = f"choose one of {', '.join(known)}" if known else f"no benchmarks in {folder}: use a source checkout"
+        raise UserError(f"bench {arguments.name!r}: no such benchmark; {there}")
+    command = [sys.executable, str(script), *(["--quick"] if arguments.quick else [])]
+    if arguments.json:
+        command += ["--json", str(arguments.json)]
+    return subprocess.run(command).returncode

@@ -1,0 +1,30 @@
+"""``mc2 doctor``."""
+
+import argparse
+import json
+
+SUMMARY = "what is installed here, and does it work"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.doctor import examine, to_json
+
+    findings = examine()
+    if arguments.json:
+        print(json.dumps(to_json(findings), indent=2))
+        return 0
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("component", "status", "version", "self-check, or what to do")
+    colour = {"ok": "green", "missing": "yellow", "broken": "red"}
+    for finding in findings:
+        status = f"[{colour[finding.status]}]{finding.status}[/]"
+        table.add_row(finding.component, status, finding.version, escape(finding.detail))
+    Console().print(table)
+    return 0
