@@ -4,6 +4,7 @@
 #   setup    install this checkout and the wheels in .whl/ into the machine's own Python, without its dependencies
 #   correct  GPU tests; every Triton kernel against float64 on the hardware; compute-sanitizer on one case
 #   loss     the contrastive loss by batch size, beside open_clip's and a matrix product of the same run
+#   step     the ViT-H/14 train step on one GPU by setting, beside open_clip's; needs deepspeed and open_clip in .whl/
 #   kernels  the ahead-of-time table, and Nsight Compute on the loss kernels
 #
 # A part that has finished leaves a marker in $OUT and is not run again; a failed part does not stop the next.
@@ -38,6 +39,10 @@ loss() {
     timeout 170 "$PYTHON" benchmarks/bench_contrastive.py --json "${STEM}_loss.json"
 }
 
+step() {
+    timeout 290 "$PYTHON" benchmarks/bench_step.py --json "${STEM}_step.json"
+}
+
 kernels() {
     timeout 120 "$PYTHON" benchmarks/bench_kernels.py --json "${STEM}_kernels.json" || return 1
     if command -v ncu >/dev/null; then
@@ -49,7 +54,7 @@ kernels() {
 }
 
 failed=0
-for part in "${@:-setup correct loss kernels}"; do
+for part in "${@:-setup correct loss step kernels}"; do
     for name in $part; do
         marker="$OUT/.done_$name"
         if [ -e "$marker" ]; then

@@ -1,0 +1,247 @@
+"""One training step on one device, without a data loader: ours by setting, and open_clip's model at its best.
+
+    mc2 bench step [--quick] [--json FILE]
+
+On a GPU: ViT-H/14 worldwide in bf16 autocast, 196 pairs (the recipe's share of a GPU), by attention backend,
+torch.compile and activation checkpointing; open_clip's side is its model, ClipLoss and fused AdamW under the same
+autocast, in the same settings. On a CPU: a small model in fp32, which shows that the script works and little
+else. Every contender runs in a process of its own: DeepSpeed keeps global state, and memory is then its own too.
+
+A row has the median seconds a step, samples a second, MFU over the model's own flops (recomputation does not count),
+and peak memory. ``config.profile`` lists the ten largest costs of our fastest setting.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import main, spread
+from torch import Tensor
+
+from mc2_hpc.config import RunConfig, config_from_dict
+from mc2_hpc.data.normalise import normalise
+from mc2_hpc.distributed import Ranks, process_group
+from mc2_hpc.models.clip import build_clip, flops_per_pair
+from mc2_hpc.models.presets import ClipArchitecture, resolve
+from mc2_hpc.training.throughput import peak_flops
+
+PEER = "open_clip"
+WARMUP_STEPS = 3
+"""Compilation, and the choice of algorithms, come with the first ones."""
+SECONDS_IN_ALL = 240
+"""No contender starts later than this, and none may run longer: a visit to a GPU is short."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ours_sdpa": {"attention": "sdpa", "activation_checkpointing": True},
+    PEER: {"activation_checkpointing": True},
+    "ours_compiled": {"attention": "sdpa", "activation_checkpointing": True, "compile": True},
+    f"{PEER}_compiled": {"activation_checkpointing": True, "compile": True},
+    "ours_xformers": {"attention": "xformers", "activation_checkpointing": True},
+    "ours_keeping_activations": {"attention": "sdpa", "activation_checkpointing": False},
+    f"{PEER}_keeping_activations": {"activation_checkpointing": False},
+}
+"""Values of the ``model`` part of a run's config, by contender, the most telling first."""
+
+ON_CPU = ("ours_sdpa", PEER, "ours_keeping_activations", f"{PEER}_keeping_activations")
+
+Step = Callable[[Tensor, Tensor], object]
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Rows of all contenders that run here, and our best rate over open_clip's best."""
+    cuda = torch.cuda.is_available()
+    start = time.monotonic()
+    rows, missing = [], {}
+    for name in SETTINGS if cuda else ON_CPU:
+        if time.monotonic() - start > SECONDS_IN_ALL:
+            missing[name] = "no time left"
+            continue
+        try:
+            rows.append({"who": name, **_in_its_own_process(name, quick)})
+        except RuntimeError as error:
+            missing[name] = str(error)
+    best = {side: _best(rows, side) for side in ("ours", PEER)}
+    ratios = {}
+    if best["ours"] and best[PEER]:
+        ratios["samples_per_second_vs_open_clip"] = (
+            best["ours"]["samples_per_second"] / best[PEER]["samples_per_second"]
+        )
+    profile = _in_its_own_process(best["ours"]["who"], quick, "--profile") if best["ours"] else []
+    return {
+        "config": {**_sizes(quick), "missing": missing, "profile": profile},
+        "rows": rows,
+        "ratios": ratios,
+    }
+
+
+def _best(rows: list[dict[str, Any]], side: str) -> dict[str, Any] | None:
+    mine = [row for row in rows if row["who"].startswith(side)]
+    return max(mine, key=lambda row: row["samples_per_second"], default=None)
+
+
+def _sizes(quick: bool) -> dict[str, Any]:
+    if torch.cuda.is_available():
+        return {
+            "preset": "ViT-H-14-worldwide-quickgelu",
+            "precision": "bf16",
+            "batch": 196,
+            "steps": 3 if quick else 10,
+        }
+    return {"preset": "ViT-S-16-worldwide", "precision": "fp32", "batch": 8, "steps": 2 if quick else 5}
+
+
+def _run_config(name: str, quick: bool) -> RunConfig:
+    sizes = _sizes(quick)
+    # The small model's text tower is a toy's: a table of 900k rows would be all of its step.
+    text = {} if torch.cuda.is_available() else {"text": {"vocab_size": 8_000}}
+    values = {
+        "global_batch": sizes["batch"],
+        "precision": sizes["precision"],
+        "model": {"preset": sizes["preset"], **SETTINGS[name], **text},
+        "data": {"lanes": 1},
+        "zero": {"stage": 1},
+    }
+    return config_from_dict(values, "benchmark")
+
+
+def _in_its_own_process(name: str, quick: bool, *options: str) -> Any:
+    """What ``measure`` or ``profile`` prints for a contender; its last line of error as a RuntimeError."""
+    command = [sys.executable, __file__, "--contender", name, *(["--quick"] if quick else []), *options]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_IN_ALL)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took more than {SECONDS_IN_ALL} s") from None
+    if result.returncode:
+        raise RuntimeError((result.stderr.strip() or "no message").splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure(name: str, quick: bool) -> dict[str, Any]:
+    """The row of one contender, in this process."""
+    config = _run_config(name, quick)
+    arch = resolve(config.model)
+    seconds = []
+    with process_group(60) as ranks:
+        step, images, tokens = _prepare(name, config, arch, ranks)
+        device = ranks.device
+        for number in range(WARMUP_STEPS + _sizes(quick)["steps"]):
+            _synchronize(device)
+            start = time.perf_counter()
+            step(images, tokens)
+            _synchronize(device)
+            if number >= WARMUP_STEPS:
+                seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    flops = len(images) * flops_per_pair(arch, tokens.shape[1])
+    row = {
+        "seconds": median,
+        "spread": spread(seconds),
+        "samples_per_second": len(images) / median,
+        "mfu": flops / median / peak_flops(device, dtype),
+        "samples": seconds,
+    }
+    if device.type == "cuda":
+        row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return row
+
+
+def profile(name: str, quick: bool) -> list[dict[str, Any]]:
+    """The ten operators that take most of a step's time, with their share of it."""
+    config = _run_config(name, quick)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with process_group(60) as ranks:
+        device = ranks.device
+        step, images, tokens = _prepare(name, config, resolve(config.model), ranks)
+        step(images, tokens)
+        _synchronize(device)
+        with torch.profiler.profile(activities=activities) as recorded:
+            step(images, tokens)
+            _synchronize(device)
+    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    costs = sorted(recorded.key_averages(), key=lambda event: getattr(event, attribute), reverse=True)
+    total = sum(getattr(event, attribute) for event in costs)
+    return [
+        {"operator": event.key, "calls": event.count, "share": getattr(event, attribute) / total}
+        for event in costs[:10]
+    ]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _prepare(name: str, config: RunConfig, arch: ClipArchitecture, ranks: Ranks) -> tuple[Step, Tensor, Tensor]:
+    """A contender's step, and the uint8 images (b, 3, S, S) and token ids (b, L) it takes, on the device."""
+    device = ranks.device
+    generator = torch.Generator().manual_seed(0)
+    size, length = arch.vision.image_size, arch.text.context_length
+    images = torch.randint(0, 256, (config.global_batch, 3, size, size), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(5, arch.text.vocab_size, (config.global_batch, length), generator=generator)
+    tokens[:, -1] = arch.text.eos_id
+    step = _open_clip_step(config, arch, device) if name.startswith(PEER) else _our_step(config, arch, ranks)
+    return step, images.to(device), tokens.to(device)
+
+
+def _our_step(config: RunConfig, arch: ClipArchitecture, ranks: Ranks) -> Step:
+    from mc2_hpc.training.engine import Engine
+    from mc2_hpc.training.step import ContrastiveStep
+
+    clip = build_clip(arch, seed=0)
+    clip.set_attention(config.model.attention, ranks.device.type)
+    clip.set_activation_checkpointing(config.model.activation_checkpointing)
+    engine = Engine(clip, config, ranks, num_micro=1)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    step = ContrastiveStep(engine, config.loss, feature_dtype=dtype)
+    return lambda images, tokens: step(images, tokens, config.optim.lr)
+
+
+def _open_clip_step(config: RunConfig, arch: ClipArchitecture, device: torch.device) -> Step:
+    from mc2_hpc.conversion.open_clip import config as open_clip_config
+    from mc2_hpc.conversion.peers import import_open_clip
+    from mc2_hpc.models.weights import ModelCard
+
+    open_clip = import_open_clip()
+    values = open_clip_config(ModelCard(arch=arch, tokenizer_style="xlmv"))["model_cfg"]
+    values["text_cfg"].pop("hf_tokenizer_name", None)
+    with torch.device(device):
+        model = open_clip.model.CLIP(**values, output_dict=True)
+    model.set_grad_checkpointing(config.model.activation_checkpointing)
+    loss = open_clip.ClipLoss()
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+    forward = torch.compile(model) if config.model.compile else model
+    half = config.precision == "bf16"
+
+    def step(images: Tensor, tokens: Tensor) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            loss(**forward(normalise(images, torch.bfloat16 if half else torch.float32), tokens)).backward()
+        optimizer.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contender"]:
+        os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+        what = profile if "--profile" in sys.argv else measure
+        print(json.dumps(what(sys.argv[2], "--quick" in sys.argv)))
+    else:
+        main("step", run)

@@ -1,0 +1,46 @@
+"""What the benchmarks share: committed rows can be drawn, and the scripts that only a GPU runs in full start."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
+    from plot import PLOTS
+
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["rows"] and result["env"]["commit"] and result["env"]["machine"]
+    assert not result.get("quick"), "a quick run is not for quoting"
+    if result["name"] in PLOTS:
+        picture = tmp_path / "plot.png"
+        PLOTS[result["name"]](result, picture)
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert path.with_suffix(".png").is_file(), "make plots"
+
+
+def test_the_gpu_suite_refuses_a_part_it_does_not_have(tmp_path):
+    command = ["bash", str(BENCHMARKS / "gpu_suite.sh"), "nonsense"]
+    result = subprocess.run(command, env={"OUT": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert result.returncode == 1 and "nonsense: no such part" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contender", ["ours_sdpa", "open_clip"])
+def test_a_step_of_each_side_is_measured(contender):
+    command = [sys.executable, str(BENCHMARKS / "bench_step.py"), "--contender", contender, "--quick"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout.splitlines()[-1])
+    assert row["samples_per_second"] > 0 and 0 < row["mfu"] < 1.5
