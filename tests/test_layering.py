@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first; a module may import its own layer's package and every layer below.
 LAYERS = [
     {"mc2_hpc.errors"},
-    {"mc2_hpc.config", "mc2_hpc.distributed", "mc2_hpc.storage", "mc2_hpc.terminal"},
+    {"mc2_hpc.config", "mc2_hpc.distributed", "mc2_hpc.page_style", "mc2_hpc.storage", "mc2_hpc.terminal"},
     {"mc2_hpc.metadata"},
     {"mc2_hpc.curation", "mc2_hpc.kernels"},
     {"mc2_hpc.data", "mc2_hpc.models"},

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.page_style import STYLE
 from mc2_hpc.quickstart.captions import AUTONYMS
 from mc2_hpc.quickstart.charts import head_tail, line_chart, moving_average
-from mc2_hpc.quickstart.style import STYLE
 from mc2_hpc.storage import atomic_path
 
 Report = Mapping[str, Any]

@@ -124,6 +124,7 @@ def _claim(output: Path, console: Console) -> None:
 def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any]:
     """Pool to training config; the report's keys about data."""
     from mc2_hpc.curation import pipeline
+    from mc2_hpc.curation.engines import Local
     from mc2_hpc.data.tokenizer import train_tokenizer
     from mc2_hpc.metadata.build import Sources, build_folder
     from mc2_hpc.quickstart.pool import make_pool
@@ -146,9 +147,10 @@ def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any
             output / "metadata",
             output / "curated",
             t_en=recipe.t_en,
-            workers=_cores(),
+            engine=Local(workers=_cores()),
             progress=lambda stage, done, total, name: update(done, total),
         )
+    assert curation is not None  # only where it is submitted and not waited for
     with stages.stage("train a tokenizer"):
         texts = tokenizer_texts(_matched_captions(output / "curated" / "matched"))
         tokenizer = train_tokenizer(texts, output / "tokenizer.model", vocab_size=recipe.vocab_size, style="xlmv")

@@ -1,4 +1,4 @@
-"""The report's style sheet: light and dark by the reader's setting, one column on a phone, system fonts."""
+"""The style sheet of every report: light and dark by the reader's setting, one column on a phone, system fonts."""
 
 STYLE = """
 :root { color-scheme: light dark;

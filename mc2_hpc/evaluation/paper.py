@@ -1,0 +1,64 @@
+"""Numbers that Meta CLIP 2 reports (arXiv 2507.22062, tables 1, 3 and 4), in per cent, to stand beside our own.
+
+"WW" is the worldwide recipe, with billions of pairs seen; B/32 rows are table 3's, whose tokenizer they name.
+"""
+
+from collections.abc import Mapping
+
+COLUMNS = {
+    "ImageNet": ("imagenet", "top1"),
+    "Babel-ImageNet": ("babel_imagenet", "top1"),
+    "XM3600 T2I": ("xm3600", "text_to_image_R@1"),
+    "XM3600 I2T": ("xm3600", "image_to_text_R@1"),
+    "CVQA EN": ("cvqa", "EN"),
+    "CVQA LOCAL": ("cvqa", "LOCAL"),
+    "Flickr30k-200 T2I": ("flickr30k_200", "text_to_image_R@1"),
+    "Flickr30k-200 I2T": ("flickr30k_200", "image_to_text_R@1"),
+    "XTD-10 T2I": ("xtd10", "text_to_image_R@1"),
+    "XTD-10 I2T": ("xtd10", "image_to_text_R@1"),
+    "XTD-200 T2I": ("xtd200", "text_to_image_R@1"),
+    "XTD-200 I2T": ("xtd200", "image_to_text_R@1"),
+    "Dollar Street top-1": ("dollar_street", "top1"),
+    "Dollar Street top-5": ("dollar_street", "top5"),
+    "GLDv2": ("gldv2", "top1"),
+    "GeoDE": ("geode", "top1"),
+}
+"""Column of the paper -> (name of the set in a suite, metric)."""
+
+_TABLE_1 = tuple(COLUMNS)[:12]
+_TABLE_4 = tuple(COLUMNS)[12:]
+_TABLE_3 = tuple(COLUMNS)[:6]
+
+
+def _row(columns: tuple[str, ...], *values: float) -> dict[str, float]:
+    return dict(zip(columns, values, strict=True))
+
+
+REPORTED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "H/14": {
+        "H/14 WW 29B": {
+            **_row(_TABLE_1, 81.3, 50.2, 51.5, 64.3, 61.5, 57.4, 50.9, 53.2, 86.1, 87.5, 48.9, 51.0),
+            **_row(_TABLE_4, 37.9, 64.0, 69.0, 93.4),
+        },
+        "H/14 WW 13B": {
+            **_row(_TABLE_1, 79.5, 47.1, 49.6, 62.6, 59.9, 56.0, 49.1, 52.1, 85.2, 87.1, 47.0, 49.7),
+            **_row(_TABLE_4, 37.2, 63.7, 65.8, 94.3),
+        },
+    },
+    "L/14": {
+        "L/14 WW 29B": _row(_TABLE_1, 78.8, 44.2, 45.3, 58.2, 59.2, 55.1, 41.9, 45.8, 82.8, 85.0, 41.9, 44.8),
+    },
+    "B/32": {
+        "B/32 WW 1.0x, XLM-V": _row(_TABLE_3, 64.7, 32.7, 40.0, 51.4, 50.4, 47.4),
+        "B/32 WW 1.0x, mT5": _row(_TABLE_3, 64.7, 31.5, 38.1, 50.0, 50.3, 46.6),
+    },
+}
+"""By size, then row, then column."""
+
+SIZES = {(1280, 14): "H/14", (1024, 14): "L/14", (768, 32): "B/32"}
+"""Vision width and patch -> size."""
+
+
+def reported(width: int, patch_size: int) -> Mapping[str, Mapping[str, float]]:
+    """The paper's rows for a vision tower of this width and patch; none where it reports none."""
+    return REPORTED.get(SIZES.get((width, patch_size), ""), {})

@@ -1,0 +1,46 @@
+"""Readers of evaluation sets: each follows one public file layout and makes a task of it.
+
+A reader is ``read(path, **options) -> Task``. It checks that every file it needs is there and names the first that is
+not; it downloads nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mc2_hpc.evaluation.sets import captions, classes, culture, cvqa
+from mc2_hpc.evaluation.tasks import Task
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a set is read, and by which protocol its numbers are computed."""
+
+    read: Callable[..., Task]
+    protocol: str
+
+
+_TOP1 = "unit-length mean of unit-length text features over templates; cosine; any right class counts"
+_RECALL = "share of texts whose picture is among the k closest, and of pictures with a caption among the k closest"
+
+READERS = {
+    "imagenet": Reader(classes.imagenet, f"80 templates; {_TOP1}"),
+    "babel_imagenet": Reader(classes.babel_imagenet, f"each language's own classes and prompts; {_TOP1}; mean of all"),
+    "class_folders": Reader(classes.class_folders, _TOP1),
+    "labelled_parquet": Reader(classes.labelled_parquet, _TOP1),
+    "clip_benchmark": Reader(classes.clip_benchmark, f"CLIP_benchmark's layout; {_TOP1}; or {_RECALL}"),
+    "xm3600": Reader(captions.xm3600, f"all captions of each locale; {_RECALL}; mean of locales"),
+    "caption_lines": Reader(captions.caption_lines, f"one caption a line; {_RECALL}; mean of languages"),
+    "coco": Reader(captions.coco, f"COCO caption annotations; {_RECALL}"),
+    "cvqa": Reader(
+        cvqa.cvqa, "question and option as one text, the closest of the options is the answer; all questions"
+    ),
+    "dollar_street": Reader(culture.dollar_street, f"ImageNet's names and 80 templates; {_TOP1}"),
+    "geode": Reader(culture.geode, _TOP1),
+    "gldv2": Reader(culture.gldv2, _TOP1),
+    "dollar_street_places": Reader(culture.dollar_street_places, "ridge regression on 5, 10, 25 pictures a place"),
+    "geode_places": Reader(
+        culture.geode_places, "ridge regression on 5, 10, 25 pictures a place; 20,000 to learn from"
+    ),
+    "xm3600_places": Reader(culture.xm3600_places, "ridge regression on 5, 10, 25 pictures a place; halves"),
+}
+"""By the name that a suite file gives as ``reader``."""

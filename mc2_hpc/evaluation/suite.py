@@ -1,0 +1,174 @@
+"""Suites: a YAML file names evaluation sets and where they lie; one call scores a checkpoint on all of them.
+
+    root: /data/eval
+    sets:
+      xm3600: {reader: xm3600, path: xm3600}
+
+A set that is missing or broken does not stop the others: its error stands in the results in place of numbers.
+"""
+
+import dataclasses
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mc2_hpc.distributed import first_error
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
+from mc2_hpc.evaluation.scoring import Scores, score
+from mc2_hpc.evaluation.sets import READERS
+from mc2_hpc.evaluation.tasks import Classification, Retrieval, Task
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[str, int, int, str], None]
+"""Called with (set, pictures done, pictures in all, "")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetConfig:
+    """One evaluation set of a suite."""
+
+    reader: str
+    """A name from ``mc2_hpc.evaluation.sets.READERS``."""
+    path: str
+    """Where it lies; relative to the suite's ``root``."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the reader."""
+    languages: list[str] = field(default_factory=list)
+    """Those to score; empty scores all that the set has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What a suite file says."""
+
+    root: str = "."
+    sets: dict[str, SetConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetResult:
+    """What became of one set: scores, or why there are none."""
+
+    name: str
+    config: SetConfig
+    task: Task | None = None
+    pictures: PictureFeatures | None = None
+    scores: Scores | None = None
+    error: str = ""
+    seconds: float = 0.0
+
+
+def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
+    """Read a suite file and apply ``key.sub=value`` overrides.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, reader or option, or no set at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such suite file")
+    try:
+        loaded = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
+        suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Suite), loaded))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # yaml raises a family of errors without a common public base
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    assert isinstance(suite, Suite)
+    if not suite.sets:
+        raise UserError(f"{path}: no sets in it")
+    for name, config in suite.sets.items():
+        _check(f"{path}: sets.{name}", config)
+    return suite
+
+
+def _check(where: str, config: SetConfig) -> None:
+    if config.reader not in READERS:
+        raise UserError(f"{where}: unknown reader {config.reader!r}; choose one of {', '.join(READERS)}")
+    parameters = list(inspect.signature(READERS[config.reader].read).parameters.values())[1:]
+    known = {parameter.name for parameter in parameters}
+    unknown = sorted(set(config.options) - known)
+    if unknown:
+        raise UserError(
+            f"{where}: {config.reader} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}"
+        )
+    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in config.options]
+    if needed:
+        raise UserError(f"{where}: {config.reader} needs the option {needed[0]!r}")
+
+
+def run_suite(suite: Suite, encoder: Encoder, progress: Report | None = None) -> list[SetResult]:
+    """Score every set of the suite. Collective."""
+    return [_run_set(name, config, Path(suite.root), encoder, progress) for name, config in suite.sets.items()]
+
+
+def _run_set(name: str, config: SetConfig, root: Path, encoder: Encoder, progress: Report | None) -> SetResult:
+    start = time.perf_counter()
+    try:
+        task = _read(config, root)
+
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress(name, done, total, "")
+
+        pictures = encoder.pictures(task.pictures, report)
+        scores = score(task, pictures, encoder)
+    except UserError as error:
+        logger.warning("%s: %s", name, error)
+        return SetResult(name=name, config=config, error=str(error))
+    seconds = time.perf_counter() - start
+    return SetResult(name=name, config=config, task=task, pictures=pictures, scores=scores, seconds=seconds)
+
+
+def _read(config: SetConfig, root: Path) -> Task:
+    """The set's task, or on every rank the error of the first one that cannot read it. Collective."""
+    task, error = None, None
+    try:
+        task = _only(READERS[config.reader].read(root / config.path, **config.options), config.languages)
+    except UserError as failure:
+        error = failure
+    first_error(error)
+    assert task is not None
+    return task
+
+
+def _only(task: Task, languages: list[str]) -> Task:
+    """The task in these languages alone."""
+    if not languages:
+        return task
+    if not isinstance(task, Classification | Retrieval):
+        raise UserError("languages: only sets that are scored by language can be limited to some")
+    missing = [lang for lang in languages if lang not in task.languages]
+    if missing:
+        raise UserError(f"no language {missing[0]!r} in the set; it has {', '.join(task.languages)}")
+    return dataclasses.replace(task, languages={lang: task.languages[lang] for lang in languages})  # type: ignore[arg-type]
+
+
+def to_json(results: list[SetResult]) -> dict[str, Mapping[str, Any]]:
+    """Every number with its protocol, the set's hash and what it is of; or the error."""
+    return {result.name: _set_json(result) for result in results}
+
+
+def _set_json(result: SetResult) -> dict[str, Any]:
+    reader = {"reader": result.config.reader, "protocol": READERS[result.config.reader].protocol}
+    if result.task is None or result.scores is None:
+        return {**reader, "error": result.error}
+    return {
+        **reader,
+        "set": result.task.pictures.fingerprint(),
+        "pictures": len(result.task.pictures),
+        "mean": dict(result.scores.mean),
+        "groups": {group: dict(numbers) for group, numbers in result.scores.groups.items()},
+        "n": dict(result.scores.counts),
+        "skipped": dict(result.scores.skipped),
+        "seconds": result.seconds,
+    }

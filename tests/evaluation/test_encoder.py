@@ -1,0 +1,130 @@
+"""Features: the same on any number of ranks, computed once, and honest about pictures that cannot be decoded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.encoder import Encoder
+from mc2_hpc.evaluation.pictures import PictureFiles
+
+_WORKER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from mc2_hpc.distributed import process_group
+from mc2_hpc.evaluation.encoder import Encoder
+from mc2_hpc.evaluation.pictures import PictureFiles
+
+checkpoint, folder, out = map(Path, sys.argv[1:])
+with process_group(60) as ranks:
+    encoder = Encoder.load(checkpoint, ranks, batch=2)
+    found = encoder.pictures(PictureFiles(folder, sorted(p.name for p in folder.iterdir())))
+    texts = encoder.texts(["a photo of a cat", "ein Foto", "a photo of a cat", "猫"])
+    save_file({"features": found.features, "usable": found.usable, "texts": texts}, out / f"{ranks.rank}.safetensors")
+"""
+
+
+class CountingPictures(PictureFiles):
+    """Files that count how often they are read."""
+
+    reads = 0
+
+    def read(self, index: int) -> bytes:
+        self.reads += 1
+        return super().read(index)
+
+
+def all_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_ranks_finds_the_same_features(processes, tiny_checkpoint, encoder, picture_folder, tmp_path):
+    (picture_folder / "04.jpg").write_bytes(b"not a picture")
+    script = tmp_path / "worker.py"
+    script.write_text(_WORKER)
+    (tmp_path / "out").mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    result = subprocess.run(
+        [*launcher, str(script), str(tiny_checkpoint), str(picture_folder), str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    alone = encoder.pictures(PictureFiles(picture_folder, all_of(picture_folder)))
+    texts = encoder.texts(["a photo of a cat", "ein Foto", "a photo of a cat", "猫"])
+    for rank in range(processes):
+        found = load_file(tmp_path / "out" / f"{rank}.safetensors")
+        assert torch.equal(found["usable"], alone.usable)
+        torch.testing.assert_close(found["features"], alone.features, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found["texts"], texts, atol=1e-6, rtol=0)
+
+
+def test_a_broken_picture_has_no_feature_and_is_counted(encoder, picture_folder):
+    (picture_folder / "03.jpg").write_bytes((picture_folder / "03.jpg").read_bytes()[:50])
+    found = encoder.pictures(PictureFiles(picture_folder, all_of(picture_folder)))
+    assert found.usable.tolist() == [number != 3 for number in range(10)]
+    assert found.skipped() == {"undecodable_picture": 1}
+    lengths = found.features.norm(dim=1)
+    assert float(lengths[3]) == 0 and torch.allclose(lengths[found.usable], torch.ones(9))
+
+
+def test_no_picture_at_all_is_an_error(encoder, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"none of 1 pictures can be decoded, such as a\.jpg"):
+        encoder.pictures(PictureFiles(tmp_path, ["a.jpg"]))
+
+
+def test_features_are_computed_once(tiny_checkpoint, ranks, picture_folder, tmp_path, noise):
+    encoder = Encoder.load(tiny_checkpoint, ranks, cache=tmp_path / "cache")
+    pictures = CountingPictures(picture_folder, all_of(picture_folder))
+    first = encoder.pictures(pictures)
+    again = encoder.pictures(pictures)
+    assert pictures.reads == 10 and torch.equal(first.features, again.features)
+
+    (picture_folder / "00.jpg").write_bytes(noise(99))  # a replaced picture is another set
+    assert not torch.equal(encoder.pictures(pictures).features, first.features)
+    assert pictures.reads == 20
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another set"])
+def test_damaged_features_are_computed_again(damage, tiny_checkpoint, ranks, picture_folder, tmp_path):
+    encoder = Encoder.load(tiny_checkpoint, ranks, cache=tmp_path / "cache")
+    pictures = CountingPictures(picture_folder, all_of(picture_folder))
+    first = encoder.pictures(pictures)
+    (file,) = (tmp_path / "cache").glob("*.safetensors")
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        save_file({"features": first.features[:3], "usable": first.usable[:3]}, file)
+    assert torch.equal(encoder.pictures(pictures).features, first.features) and pictures.reads == 20
+
+
+def test_another_checkpoint_has_another_identity(tiny_checkpoint, ranks, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.00000-of-00001.safetensors")
+    weights["logit_scale"] = weights["logit_scale"] + 1
+    save_file(weights, tmp_path / "other" / "model.00000-of-00001.safetensors", metadata={"format": "pt"})
+    same = [Encoder.load(tiny_checkpoint, ranks).identity for _ in range(2)]
+    half = Encoder.load(tiny_checkpoint, ranks, precision="bf16").identity
+    assert same[0] == same[1] and len({same[0], half, Encoder.load(tmp_path / "other", ranks).identity}) == 3
+
+
+def test_a_checkpoint_without_its_tokenizer_is_named(tiny_checkpoint, ranks, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_checkpoint, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.model beside the weights"):
+        Encoder.load(tmp_path / "bare", ranks)

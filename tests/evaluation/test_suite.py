@@ -1,0 +1,161 @@
+"""``mc2 eval --suite``: a YAML file to numbers, tables and a page, for our checkpoints and others' alike."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+from mc2_hpc.cli import main
+from mc2_hpc.conversion.convert import convert
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.results import markdown
+from mc2_hpc.evaluation.suite import load_suite
+
+CONFIGS = __import__("pathlib").Path(__file__).parents[2] / "configs" / "eval"
+
+
+@pytest.fixture
+def suite_file(tmp_path, picture_folder):
+    """Two languages of captions, folders of classes, and a set that is not there."""
+    (tmp_path / "filenames.txt").write_text("".join(f"{n:02d}.jpg\n" for n in range(10)))
+    for lang in ("de", "en"):
+        (tmp_path / f"{lang}.txt").write_text("".join(f"{lang} & <caption> {n}\n" for n in range(10)))
+    for number in range(10):
+        folder = tmp_path / "classes" / f"class_{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes((picture_folder / f"{number:02d}.jpg").read_bytes())
+    suite = {
+        "root": str(tmp_path),
+        "sets": {
+            "xtd10": {"reader": "caption_lines", "path": "."},
+            "folders": {"reader": "class_folders", "path": "classes"},
+            "xm3600": {"reader": "xm3600", "path": "not/there"},
+        },
+    }
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return tmp_path / "suite.yaml"
+
+
+def evaluate(checkpoint, suite_file, out, *more):
+    assert main(["eval", str(checkpoint), "--suite", str(suite_file), "--out", str(out), *more]) == 0
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def test_numbers_tables_and_page(tiny_checkpoint, suite_file, tmp_path, capsys):
+    found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out")
+    assert set(found["sets"]["xtd10"]["groups"]) == {"de", "en"} and found["sets"]["xtd10"]["n"] == {"de": 10, "en": 10}
+    assert found["sets"]["folders"]["pictures"] == 10 and 0 <= found["sets"]["folders"]["mean"]["top1"] <= 1
+    assert "not/there/captions.jsonl: no such file" in found["sets"]["xm3600"]["error"]
+    assert all(entry["protocol"] for entry in found["sets"].values()) and len(found["identity"]) == 64
+    table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert "| xm3600 | not scored |" in table and "| XTD-10 T2I |" in table and table in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "&amp; &lt;caption&gt;" in page and "<caption>" not in page
+    assert page.count('src="data:image/jpeg;base64,') == 2 * 5 and not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_features_are_kept_between_runs(tiny_checkpoint, suite_file, tmp_path):
+    first = evaluate(tiny_checkpoint, suite_file, tmp_path / "out")
+    kept = sorted(path.name for path in (tmp_path / "out" / "features").iterdir())
+    assert len(kept) == 2
+    again = evaluate(tiny_checkpoint, suite_file, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out" / "features").iterdir()) == kept
+    for name in ("xtd10", "folders"):
+        assert first["sets"][name]["groups"] == again["sets"][name]["groups"]
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "hf"])
+def test_others_checkpoints_get_the_same_numbers(kind, tiny_checkpoint, suite_file, tmp_path):
+    convert(tiny_checkpoint, kind, tmp_path / kind)
+    ours = evaluate(tiny_checkpoint, suite_file, tmp_path / "ours")
+    theirs = evaluate(tmp_path / kind, suite_file, tmp_path / "theirs")
+    for name in ("xtd10", "folders"):
+        assert ours["sets"][name]["groups"] == theirs["sets"][name]["groups"]
+
+
+def test_only_some_languages_by_an_override(tiny_checkpoint, suite_file, tmp_path):
+    found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out", "sets.xtd10.languages=[de]")
+    assert set(found["sets"]["xtd10"]["groups"]) == {"de"}
+    found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out", "sets.xtd10.languages=[fr]")
+    assert "no language 'fr' in the set; it has de, en" in found["sets"]["xtd10"]["error"]
+
+
+def test_nothing_to_score_is_an_error(tiny_checkpoint, suite_file, tmp_path, capsys):
+    words = ["eval", str(tiny_checkpoint), "--suite", str(suite_file), f"root={tmp_path / 'nowhere'}"]
+    assert main(words) == 2
+    assert "not one set could be scored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"reader": "nothing", "path": "x"}, "sets.a: unknown reader 'nothing'; choose one of imagenet"),
+        ({"reader": "coco", "path": "x"}, "sets.a: coco needs the option 'images'"),
+        (
+            {"reader": "xm3600", "path": "x", "options": {"picture": "y"}},
+            "xm3600 has no option 'picture'; it has images",
+        ),
+        ({"reader": "xm3600", "path": "x", "color": "red"}, "color"),
+        ({"reader": "xm3600"}, "sets.a.path"),
+    ],
+)
+def test_bad_suites_are_named(entry, message, tmp_path):
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": {"a": entry}}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_suite(tmp_path / "suite.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_suites_can_be_read(path):
+    suite = load_suite(path, ["root=/elsewhere"])
+    assert suite.sets and all(
+        "/elsewhere" in str(v) for c in suite.sets.values() for v in c.options.values() if "/" in v
+    )
+
+
+def test_the_papers_row_stands_below_ours():
+    sets = {"imagenet": {"mean": {"top1": 0.5, "top5": 0.9}, "skipped": {}}}
+    table = markdown("mine", sets, {"H/14 WW 29B": {"ImageNet": 81.3}, "other": {}})
+    assert "| mine | 50.0 |\n| H/14 WW 29B | 81.3 |\n| other | - |" in table
+
+
+def test_real_photographs_named_in_many_languages(tiny_checkpoint, shared_data, ranks):
+    """CIFAR-10 in the words of Babel-ImageNet: every picture's answer in each language equals a plain product's."""
+    import pyarrow.parquet as pq
+
+    from mc2_hpc.evaluation.encoder import Encoder
+    from mc2_hpc.evaluation.pictures import PictureColumn
+    from mc2_hpc.evaluation.scoring import class_weights, score
+    from mc2_hpc.evaluation.sets.classes import babel_languages
+    from mc2_hpc.evaluation.tasks import Classification, ClassTexts
+    from mc2_hpc.evaluation.zero_shot import predict
+
+    in_imagenet = {"frog": 30, "dog": 207, "cat": 281, "horse": 339, "airplane": 404, "truck": 867, "ship": 510}
+    babel = babel_languages(shared_data / "babel_imagenet-298.json", shared_data / "babel_imagenet_prompts.json")
+    languages = {}
+    for lang, texts in babel.items():
+        named = dict(zip(texts.classes, texts.names, strict=True))
+        own = {number: named[number] for number in in_imagenet.values() if number in named}
+        if len(own) >= 5 and len(texts.templates) > 1:
+            languages[lang] = ClassTexts(classes=list(own), names=list(own.values()), templates=texts.templates[:3])
+    assert len(languages) >= 10
+    table = pq.read_table(shared_data / "cifar10-test.parquet").slice(0, 300)
+    table = table.filter([label in in_imagenet for label in table["label"].to_pylist()])
+    task = Classification(
+        pictures=PictureColumn(table["jpg"], table["key"].to_pylist()),
+        labels=[(in_imagenet[label],) for label in table["label"].to_pylist()],
+        languages=languages,
+    )
+    encoder = Encoder.load(tiny_checkpoint, ranks)
+    pictures = encoder.pictures(task.pictures)
+    found = score(task, pictures, encoder)
+    assert set(found.groups) == set(languages) and pictures.usable.all()
+    for lang, texts in languages.items():
+        weights = class_weights(texts, lang, encoder)
+        shown = [index for index, (label,) in enumerate(task.labels) if label in texts.classes]
+        naive = (pictures.features[shown] @ weights.T).argmax(1)
+        assert torch.equal(predict(pictures.features[shown], weights)[:, 0], naive)
+        right = [texts.classes[int(best)] == task.labels[i][0] for best, i in zip(naive, shown, strict=True)]
+        assert found.groups[lang]["top1"] == pytest.approx(sum(right) / len(right))
