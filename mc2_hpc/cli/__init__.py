@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mc2_hpc import __version__
-from mc2_hpc.cli import bench, convert, curate, doctor, eval, metadata, quickstart, train
+from mc2_hpc.cli import bench, convert, curate, doctor, eval, metadata, quickstart, search, train
 from mc2_hpc.errors import UserError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "curate": curate,
     "train": train,
     "eval": eval,
+    "search": search,
     "convert": convert,
     "bench": bench,
     "doctor": doctor,
@@ -26,12 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse gives up on key=value words that follow an option: take them here.
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if rest and (overrides != rest or not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides) or rest[0]}")
-    if overrides:
-        arguments.overrides += overrides
+    rest = _take_late(arguments, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("mc2_hpc").setLevel(logging.INFO)  # the parent of all our loggers; other libraries stay quiet
     try:
@@ -44,6 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mc2: interrupted", file=sys.stderr)
         return 130
+
+
+def _take_late(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Give a command the words that argparse does not find once an option has come before them: ``key=value``
+    overrides, and a query. Returns the others."""
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if overrides and hasattr(arguments, "overrides"):
+        arguments.overrides += overrides
+        rest = [word for word in rest if word not in overrides]
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "query", "") is None:
+        arguments.query, rest = rest[0], []
+    return rest
 
 
 def _parser() -> argparse.ArgumentParser:

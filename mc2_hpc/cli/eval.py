@@ -65,9 +65,8 @@ def _suite(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
     """Score the suite on all ranks; the first one writes and prints."""
-    import tempfile
-
     from mc2_hpc import __version__
+    from mc2_hpc.cli.checkpoints import as_ours
     from mc2_hpc.evaluation.encoder import Encoder
     from mc2_hpc.evaluation.paper import reported
     from mc2_hpc.evaluation.results import markdown, write_report
@@ -76,8 +75,7 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
     from mc2_hpc.terminal import progress
 
     cache = arguments.cache or (arguments.out / "features" if arguments.out else None)
-    with tempfile.TemporaryDirectory() as scratch, progress() as report:
-        checkpoint = _ours(arguments.checkpoint, Path(scratch))
+    with as_ours(arguments.checkpoint) as checkpoint, progress() as report:
         encoder = Encoder.load(checkpoint, ranks, batch=arguments.batch, cache=cache, precision=arguments.precision)
         results = run_suite(suite, encoder, report if ranks.is_first else None)
         if arguments.out:
@@ -102,13 +100,3 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
     if not any(result.scores for result in results):
         raise UserError(f"{arguments.suite}: not one set could be scored; see the table above")
     return 0
-
-
-def _ours(source: Path, scratch: Path) -> Path:
-    """The checkpoint itself, or a copy in our format of an open_clip or transformers model."""
-    from mc2_hpc.conversion.convert import convert
-
-    if (source / "open_clip_config.json").is_file() or (source / "config.json").is_file():
-        convert(source, "mc2", scratch / "model")
-        return scratch / "model"
-    return source

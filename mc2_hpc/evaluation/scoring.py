@@ -3,6 +3,7 @@
 N pictures, C classes, T texts, D embedding width.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.embedding_quality import alignment, modality_gap, uniformity
 from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
 from mc2_hpc.evaluation.geolocation import ridge_accuracy
 from mc2_hpc.evaluation.nearest import nearest
 from mc2_hpc.evaluation.prompts import fill, templates_of
 from mc2_hpc.evaluation.retrieval import recall
-from mc2_hpc.evaluation.tasks import Captions, Choice, Classification, ClassTexts, Places, Question, Retrieval, Task
+from mc2_hpc.evaluation.tasks import Choice, Classification, ClassTexts, Places, Question, Retrieval, Task
 from mc2_hpc.evaluation.zero_shot import average_templates
 
 SHOTS = (5, 10, 25)
 """Pictures a place that few-shot geo-localisation learns from."""
+QUALITY_PAIRS = 5_000
+"""Pairs that alignment and uniformity are computed of, as many as the paper takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Scores:
     """Group -> how many pictures, texts or questions its numbers are of."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """What no number includes, by reason."""
+    embedding: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """For pairs, by language: alignment, uniformity of both sides, modality gap (``embedding_quality``)."""
 
 
 def score(task: Task, pictures: PictureFeatures, encoder: Encoder) -> Scores:
@@ -53,7 +59,7 @@ def score(task: Task, pictures: PictureFeatures, encoder: Encoder) -> Scores:
     else:
         found = _places(task, pictures)
     skipped = {**task.skipped, **pictures.skipped(), **found.skipped}
-    return Scores(mean=found.mean, groups=found.groups, counts=found.counts, skipped=skipped)
+    return dataclasses.replace(found, skipped=skipped)
 
 
 def _mean(groups: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -116,28 +122,41 @@ def _accuracies(features: Tensor, weights: Tensor, labels: Tensor, metric: str) 
 
 
 def _retrieval(task: Retrieval, pictures: PictureFeatures, encoder: Encoder) -> Scores:
-    groups, counts, lost = {}, {}, 0
+    groups, counts, embedding, lost = {}, {}, {}, 0
     for lang, captions in task.languages.items():
-        numbers, texts = _recalls(captions, pictures, encoder)
-        lost += len(captions.texts) - texts
-        if texts:
-            groups[lang], counts[lang] = numbers, texts
+        owners = torch.tensor(captions.pictures)
+        usable = pictures.usable[owners]
+        lost += int((~usable).sum())
+        if not usable.any():
+            continue
+        texts = encoder.texts([text for text, good in zip(captions.texts, usable.tolist(), strict=True) if good])
+        shown, local = owners[usable].unique(return_inverse=True)
+        groups[lang] = _recalls(pictures.features[shown], texts, local)
+        counts[lang] = len(texts)
+        if len(shown) > 1:
+            embedding[lang] = _quality(pictures.features[shown], texts, local)
     if not groups:
         raise UserError("no caption has a picture that can be decoded")
-    return Scores(mean=_mean(groups), groups=groups, counts=counts, skipped=_count("caption_without_picture", lost))
+    skipped = _count("caption_without_picture", lost)
+    return Scores(mean=_mean(groups), groups=groups, counts=counts, skipped=skipped, embedding=embedding)
 
 
-def _recalls(captions: Captions, pictures: PictureFeatures, encoder: Encoder) -> tuple[dict[str, float], int]:
-    """R@k both ways of one language, and of how many captions."""
-    owners = torch.tensor(captions.pictures)
-    usable = pictures.usable[owners]
-    if not usable.any():
-        return {}, 0
-    texts = [text for text, good in zip(captions.texts, usable.tolist(), strict=True) if good]
-    shown, local = owners[usable].unique(return_inverse=True)
-    found = recall(pictures.features[shown], encoder.texts(texts), local)
+def _recalls(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
+    found = recall(images, texts, owners)
     forward = {f"text_to_image_R@{k}": value for k, value in found.text_to_image.items()}
-    return forward | {f"image_to_text_R@{k}": value for k, value in found.image_to_text.items()}, len(texts)
+    return forward | {f"image_to_text_R@{k}": value for k, value in found.image_to_text.items()}
+
+
+def _quality(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
+    """Of the first ``QUALITY_PAIRS`` pictures and the first caption of each."""
+    first = torch.full((len(images),), len(texts)).scatter_reduce_(0, owners, torch.arange(len(texts)), "amin")
+    image, text = images[:QUALITY_PAIRS], texts[first[:QUALITY_PAIRS]]
+    return {
+        "alignment": alignment(image, text),
+        "uniformity_image": uniformity(image),
+        "uniformity_text": uniformity(text),
+        "modality_gap": modality_gap(image, text),
+    }
 
 
 def _choice(task: Choice, pictures: PictureFeatures, encoder: Encoder) -> Scores:

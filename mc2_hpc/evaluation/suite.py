@@ -169,6 +169,7 @@ def _set_json(result: SetResult) -> dict[str, Any]:
         "mean": dict(result.scores.mean),
         "groups": {group: dict(numbers) for group, numbers in result.scores.groups.items()},
         "n": dict(result.scores.counts),
+        "embedding": {lang: dict(numbers) for lang, numbers in result.scores.embedding.items()},
         "skipped": dict(result.scores.skipped),
         "seconds": result.seconds,
     }

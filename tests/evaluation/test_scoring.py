@@ -138,6 +138,17 @@ def test_retrieval_equals_clip_benchmark(encoder):
         assert found[f"image_to_text_R@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-6)
 
 
+def test_the_embedding_of_pairs_is_of_each_pictures_first_caption(encoder):
+    task = Retrieval(pictures=Shown(3), languages={"en": Captions(texts=["c", "a", "b", "x"], pictures=[2, 0, 1, 0])})
+    pictures = features_of(3)
+    found = score(task, pictures, encoder).embedding["en"]
+    text = encoder.texts(["a", "b", "c"])
+    assert found["alignment"] == pytest.approx(alignment(pictures.features, text))
+    assert found["modality_gap"] == pytest.approx(modality_gap(pictures.features, text))
+    assert found["uniformity_text"] == pytest.approx(uniformity(text))
+    assert found["uniformity_image"] == pytest.approx(uniformity(pictures.features))
+
+
 def test_captions_of_broken_pictures_are_left_out_and_counted(encoder):
     captions = Captions(texts=["cat", "dog", "tree"], pictures=[0, 1, 2])
     task = Retrieval(pictures=Shown(3), languages={"en": captions})

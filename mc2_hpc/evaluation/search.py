@@ -1,0 +1,182 @@
+"""Search in a folder of pictures with words of any language; also as a page in the browser.
+
+index = PictureIndex(encoder, folder)
+index.search("кошка", 10)
+"""
+
+import io
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import torch
+from PIL import Image
+
+from mc2_hpc.evaluation.encoder import Encoder
+from mc2_hpc.evaluation.nearest import nearest
+from mc2_hpc.evaluation.pictures import PictureFiles
+from mc2_hpc.evaluation.sets.files import pictures_below
+from mc2_hpc.page_style import STYLE
+
+HOST = "127.0.0.1"
+_THUMBNAIL = 320
+_LONGEST_QUERY = 1_000
+_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture found."""
+
+    index: int
+    """Among the folder's pictures in order of their names."""
+    name: str
+    """Path below the folder."""
+    score: float
+    """Cosine of picture and words."""
+
+
+class PictureIndex:
+    """The pictures in and below a folder, embedded once."""
+
+    def __init__(self, encoder: Encoder, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
+        """
+        Raises:
+            UserError: no such folder, or not one picture in it that can be decoded.
+        """
+        self.pictures = PictureFiles(folder, pictures_below(folder))
+        self._encoder = encoder
+        found = encoder.pictures(self.pictures, progress)
+        self._numbers = torch.nonzero(found.usable).flatten()
+        self._features = found.features[self._numbers]
+        self.skipped = found.skipped()
+        self._one_at_a_time = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def search(self, query: str, count: int) -> list[Hit]:
+        """The pictures closest to ``query``, best first; at most ``count``."""
+        with self._one_at_a_time:
+            words = self._encoder.texts([query])
+        scores, places = nearest(words, self._features, min(count, len(self)))
+        numbers = self._numbers[places[0]].tolist()
+        return [
+            Hit(number, self.pictures.name(number), score)
+            for number, score in zip(numbers, scores[0].tolist(), strict=True)
+        ]
+
+
+def make_server(index: PictureIndex, port: int) -> ThreadingHTTPServer:
+    """A server of the search page for this machine alone; port 0 takes a free one. ``serve_forever`` runs it.
+
+    Raises:
+        OSError: the port is taken.
+    """
+
+    class Handler(_Handler):
+        pass
+
+    Handler.index = index
+    return ThreadingHTTPServer((HOST, port), Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """``/`` is the page, ``/search?q=`` its JSON, ``/picture/<number>`` a thumbnail: nothing in a request is a path."""
+
+    index: PictureIndex
+    timeout = 30
+
+    def do_GET(self) -> None:
+        address = urlsplit(self.path)
+        if address.path == "/":
+            self._send("text/html; charset=utf-8", _PAGE.encode())
+        elif address.path == "/search":
+            query = parse_qs(address.query).get("q", [""])[0].strip()[:_LONGEST_QUERY]
+            hits = self.index.search(query, _SHOWN) if query else []
+            found = [{"index": hit.index, "name": hit.name, "score": round(hit.score, 4)} for hit in hits]
+            self._send("application/json", json.dumps(found).encode())
+        elif address.path.startswith("/picture/"):
+            self._picture(address.path.removeprefix("/picture/"))
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _picture(self, number: str) -> None:
+        if not (number.isascii() and number.isdigit() and int(number) < len(self.index.pictures)):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        try:
+            image = Image.open(io.BytesIO(self.index.pictures.read(int(number)))).convert("RGB")
+        except OSError:  # gone or replaced since it was embedded
+            self.send_error(HTTPStatus.GONE)
+            return
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=85)
+        self._send("image/jpeg", data.getvalue())
+
+    def _send(self, kind: str, body: bytes) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Requests are not news."""
+
+
+_PAGE = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Picture search</title>
+<style>{STYLE}
+form {{ margin: 40px 0 24px; }}
+input {{ width: 100%; padding: 14px 18px; font: inherit; font-size: 1.3rem; color: inherit; background: var(--card);
+  border: 1px solid var(--rule); border-radius: 14px; }}
+input:focus {{ outline: 2px solid var(--accent); }}
+.found {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 190px), 1fr)); gap: 16px; }}
+figure {{ margin: 0; }} figcaption {{ font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; margin-top: 4px; }}
+</style>
+<main>
+<form><input name="q" type="search" autofocus autocomplete="off" dir="auto" aria-label="Search"
+  placeholder="cat · кошка · 猫 · قطة · बिल्ली"></form>
+<p class="soft" id="state" role="status"></p>
+<div class="found" id="found"></div>
+</main>
+<script>
+const input = document.querySelector("input"), found = document.querySelector("#found");
+const state = document.querySelector("#state");
+let latest = 0;
+async function search() {{
+  const query = input.value.trim(), mine = ++latest;
+  history.replaceState(null, "", query ? "?q=" + encodeURIComponent(query) : "/");
+  let hits = [], trouble = "";
+  try {{
+    const answer = await fetch("/search?q=" + encodeURIComponent(query));
+    if (!answer.ok) throw new Error(answer.statusText);
+    hits = await answer.json();
+  }} catch (error) {{ trouble = "No answer: " + error.message; }}
+  if (mine !== latest) return;
+  found.replaceChildren(...hits.map(hit => {{
+    const figure = document.createElement("figure"), image = document.createElement("img");
+    image.src = "/picture/" + hit.index; image.alt = hit.name; image.loading = "lazy";
+    const caption = document.createElement("figcaption");
+    caption.textContent = hit.name + " · " + hit.score.toFixed(3);
+    figure.append(image, caption);
+    return figure;
+  }}));
+  state.textContent = trouble || (hits.length ? hits.length + " closest pictures" : "");
+}}
+let pause;
+input.addEventListener("input", () => {{ clearTimeout(pause); pause = setTimeout(search, 250); }});
+document.querySelector("form").addEventListener("submit", event => {{ event.preventDefault(); search(); }});
+input.value = new URLSearchParams(location.search).get("q") || "";
+if (input.value) search();
+</script></html>
+"""

@@ -1,0 +1,119 @@
+"""``mc2 search``: on the terminal, over HTTP, and as a page in a real browser."""
+
+import json
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import pytest
+
+from mc2_hpc.cli import main
+from mc2_hpc.evaluation.pictures import PictureFiles
+from mc2_hpc.evaluation.search import PictureIndex, make_server
+
+
+@pytest.fixture
+def index(encoder, picture_folder):
+    (picture_folder / "below").mkdir()
+    shutil.copy(picture_folder / "00.jpg", picture_folder / "below" / "<b>&.jpg")
+    (picture_folder / "05.jpg").write_bytes(b"damaged")
+    return PictureIndex(encoder, picture_folder)
+
+
+@pytest.fixture
+def address(index):
+    server = make_server(index, 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def get(address: str):
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        return answer.headers["Content-Type"], answer.read()
+
+
+def test_hits_are_ordered_by_cosine(index, encoder, picture_folder):
+    features = encoder.pictures(PictureFiles(picture_folder, [index.pictures.name(i) for i in range(11)])).features
+    scores = (features @ encoder.texts(["кошка"])[0]).tolist()
+    hits = index.search("кошка", 20)
+    assert len(hits) == len(index) == 10 and index.skipped == {"undecodable_picture": 1}
+    expected = sorted((i for i in range(11) if index.pictures.name(i) != "05.jpg"), key=lambda i: (-scores[i], i))
+    assert [hit.index for hit in hits] == expected
+    assert [hit.score for hit in hits] == pytest.approx([scores[i] for i in expected], abs=1e-6)
+
+
+def test_on_the_terminal_and_only_embedded_once(tiny_checkpoint, picture_folder, tmp_path, capsys):
+    words = ["search", str(tiny_checkpoint), "--images", str(picture_folder), "--cache", str(tmp_path / "cache")]
+    assert main([*words, "猫", "--top", "3"]) == 0
+    first = capsys.readouterr().out
+    assert len(first.splitlines()) == 3 and str(picture_folder) in first
+    (kept,) = (tmp_path / "cache").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert main([*words, "猫", "--top", "3"]) == 0
+    assert capsys.readouterr().out == first and kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "give either words to look for, or --serve"),
+        (["cat", "--top", "0"], "--top 0: must be at least 1"),
+        (["--serve", "99999"], "--serve 99999: not a port"),
+        (["cat", "--images", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, tiny_checkpoint, picture_folder, capsys):
+    images = [] if "--images" in words else ["--images", str(picture_folder)]
+    assert main(["search", str(tiny_checkpoint), *words, *images]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_over_http(address, index):
+    kind, page = get(f"{address}/")
+    assert kind.startswith("text/html") and b"<input" in page
+    kind, body = get(f"{address}/search?q={urllib.parse.quote('кошка')}")
+    found = json.loads(body)
+    assert kind == "application/json" and [hit["index"] for hit in found] == [
+        h.index for h in index.search("кошка", 24)
+    ]
+    assert json.loads(get(f"{address}/search?q=%20")[1]) == []
+    kind, picture = get(f"{address}/picture/{found[0]['index']}")
+    assert kind == "image/jpeg" and picture.startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("path", ["/picture/11", "/picture/../../etc/passwd", "/picture/-1", "/other", "/picture/%30"])
+def test_nothing_else_is_served(address, path):
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        get(address + path)
+    assert answer.value.code == 404
+
+
+def test_a_picture_that_went_away(address, picture_folder):
+    (picture_folder / "01.jpg").unlink()
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        get(f"{address}/picture/1")
+    assert answer.value.code == 410
+
+
+def test_in_a_browser(address, index, tmp_path):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=20000 --dump-dom"
+    page = f"{address}/?q={urllib.parse.quote('кошка')}"
+    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert result.stdout.count("<figure>") == len(index) == 10, result.stderr[-2000:]
+    assert "10 closest pictures" in result.stdout
+    assert "below/&lt;b&gt;&amp;.jpg" in result.stdout  # a file's name is text, not markup
+    first = index.search("кошка", 1)[0]
+    assert result.stdout.index(f'src="/picture/{first.index}"') == result.stdout.index('src="/picture/')
