@@ -12,13 +12,12 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import alternate, main, spread
+from harness import alternate, main, resident_growth, spread
 from torch import Tensor
 
 from mc2_hpc.conversion.peers import import_open_clip
@@ -216,20 +215,11 @@ def print_peak_memory(name: str, batch: int, threads: int) -> None:
 
     def step(size: int) -> None:
         tensors = inputs(size, "cpu")
-        before = _status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        torch.autograd.grad(loss(*tensors), tensors)
-        print(_status_bytes("VmHWM") - before, file=sys.stderr if size < batch else sys.stdout)
+        grown = resident_growth(lambda: torch.autograd.grad(loss(*tensors), tensors))
+        print(grown, file=sys.stderr if size < batch else sys.stdout)
 
     step(64)  # libraries load what they need
     step(batch)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux alone")
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:

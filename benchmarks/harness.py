@@ -79,6 +79,21 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def resident_growth(call: Callable[[], object]) -> int:
+    """Bytes that this process's resident set grows by at its peak during the call; of use in a process of its own."""
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    call()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux alone")
+
+
 def spread(samples: list[float]) -> dict[str, float]:
     """Median, smallest and largest of raw samples."""
     return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
