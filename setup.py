@@ -11,4 +11,5 @@ kernel_packages = ["mc2_hpc.kernels", *(f"mc2_hpc.kernels.{name}" for name in fi
 setup(
     packages=[*find_packages(include=["mc2_hpc", "mc2_hpc.*"]), *kernel_packages],
     package_dir={"mc2_hpc.kernels": "kernels/ops"},
+    package_data={"mc2_hpc.metadata": ["languages.tsv"]},
 )

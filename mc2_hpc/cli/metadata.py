@@ -14,9 +14,22 @@ SUMMARY = "build the entries that captions are matched against"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     build = actions.add_parser("build", help="write <lang>.json for every language of a folder of sources")
-    build.add_argument("sources", type=Path, help="folder of <lang>/{wordnet.txt,corpus*.txt[.gz],titles.txt}")
+    build.add_argument("sources", type=Path, help="folder laid out as docs/metadata.md says")
     build.add_argument("--out", type=Path, required=True, help="folder to write")
+    build.add_argument("--languages", metavar="A,B", help="build these alone")
+    build.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     build.add_argument("--number-names", action="store_true", help="add the names of 0-99 (needs num2words)")
+    build.add_argument(
+        "--segmenter",
+        action="append",
+        default=[],
+        metavar="LANG=NAME",
+        help="split a language's text by this segmenter; `characters` needs no package",
+    )
+    build.add_argument("--hourly-views", type=int, help="views an hour from which a title counts (default: 50)")
+    build.add_argument(
+        "--merge-unknown", action="store_true", help="put languages that lid.176 does not know into other.json"
+    )
     build.add_argument(
         "--cap",
         action="append",
@@ -24,10 +37,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change a cap of the recipe: unigrams, unigram_share, bigrams, bigram_share, titles, title_share ...",
     )
+    build.set_defaults(action=_build)
+    fetch = actions.add_parser("fetch", help="download dumps and page views, going on where it broke off")
+    fetch.add_argument(
+        "--wiki", action="append", default=[], metavar="CODE", help="a Wikipedia, such as sw; repeatable"
+    )
+    fetch.add_argument("--date", metavar="YYYYMMDD", help="of the dumps")
+    fetch.add_argument(
+        "--pageviews", action="append", default=[], metavar="YYYYMMDD[-HH]", help="an hour (UTC) or a day; repeatable"
+    )
+    fetch.add_argument("--out", type=Path, required=True, help="folder to write, as `build` takes it")
+    fetch.add_argument("--mirror", help="another server with the layout of dumps.wikimedia.org")
+    fetch.set_defaults(action=_fetch)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from mc2_hpc.metadata.build import Caps, build_folder, find_sources
+    return arguments.action(arguments)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.metadata.build import Caps, build_folder
+    from mc2_hpc.metadata.pageviews import MIN_HOURLY_VIEWS
+    from mc2_hpc.metadata.sources import choose_languages, find_sources
     from mc2_hpc.terminal import progress
 
     known: dict[str, Any] = {entry.name: type(entry.default) for entry in dataclasses.fields(Caps)}
@@ -40,8 +71,50 @@ def run(arguments: argparse.Namespace) -> int:
             caps[name] = known[name](value)
         except ValueError:
             raise UserError(f"--cap {word}: {value!r} is not a number") from None
+    segmenters = {}
+    for word in arguments.segmenter:
+        lang, equals, name = word.partition("=")
+        if not equals:
+            raise UserError(f"--segmenter {word}: write LANG=NAME")
+        segmenters[lang] = name
+    hourly_views = MIN_HOURLY_VIEWS if arguments.hourly_views is None else arguments.hourly_views
+    if hourly_views < 1:
+        raise UserError(f"--hourly-views {hourly_views}: must be at least 1")
     sources = find_sources(arguments.sources, number_names=arguments.number_names)
+    if arguments.languages is not None:
+        sources = choose_languages(sources, arguments.languages.split(","))
     with progress() as report:
-        card = build_folder(sources, arguments.out, Caps(**caps), progress=report)
+        card = build_folder(
+            sources,
+            arguments.out,
+            Caps(**caps),
+            segmenters=segmenters,
+            min_hourly_views=hourly_views,
+            merge_unknown=arguments.merge_unknown,
+            workers=arguments.workers,
+            progress=report,
+        )
     print(json.dumps(card, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.metadata.download import MIRROR, fetch_dump, fetch_pageviews, pageview_names
+    from mc2_hpc.terminal import progress
+
+    if not arguments.wiki and not arguments.pageviews:
+        raise UserError("nothing to fetch: name a --wiki with its --date, or --pageviews")
+    if arguments.wiki and not arguments.date:
+        raise UserError("--wiki needs --date YYYYMMDD, the day the dump was begun")
+    mirror = arguments.mirror or MIRROR
+    names = [name for spec in arguments.pageviews for name in pageview_names(spec)]
+    with progress() as report:
+
+        def bytes_of(name: str) -> Any:
+            return lambda here, total: report(name, here, total, "")
+
+        for code in arguments.wiki:
+            print(fetch_dump(code, arguments.date, arguments.out, mirror=mirror, report=bytes_of(code)))
+        for name in names:
+            print(fetch_pageviews(name, arguments.out, mirror=mirror, report=bytes_of(name)))
     return 0

@@ -1,71 +1,34 @@
-"""Build a language's metadata from its sources, with the recipe's filters, caps and order.
+"""Build the languages' metadata from their sources, with the recipe's filters, caps and order.
 
 Order: the numbers 0-99, the wordnet, unigrams, bigrams, titles. The first source that has an entry owns it; a cap
-counts new entries only. Same inputs give the same bytes.
+counts new entries only. Wikipedias of one curation language are built one by one and then joined, the language's own
+first. Same inputs give the same bytes, on any number of processes.
 """
 
+import hashlib
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc import __version__
 from mc2_hpc.errors import UserError
-from mc2_hpc.metadata.files import CARD, check_entries, metadata_files, write_entries
+from mc2_hpc.metadata.counting import count_corpus
+from mc2_hpc.metadata.files import CARD, check_entries, read_entries, write_entries
 from mc2_hpc.metadata.languages import is_spaced
-from mc2_hpc.metadata.ngrams import Segmenter, count_ngrams, rank_bigrams, rank_unigrams, read_lines, split_words
-from mc2_hpc.metadata.scripts import is_pure_punctuation
+from mc2_hpc.metadata.ngrams import read_lines
+from mc2_hpc.metadata.pageviews import MIN_HOURLY_VIEWS, count_views, rank_titles
+from mc2_hpc.metadata.scripts import is_pure_punctuation, is_unspaced
+from mc2_hpc.metadata.segmenters import choose_segmenter, segmenter_versions
+from mc2_hpc.metadata.sources import Sources, group_by_curation
+from mc2_hpc.metadata.wordnet import read_lemmas
+from mc2_hpc.metadata.workers import Workers
 from mc2_hpc.storage import file_sha256, read_json, write_json
+from mc2_hpc.terminal import Report
 
 _MAX_CHARS = 256
-_PLUS_IN_WORDNET = ("zh", "ja", "fr")
-"""Languages whose wordnet joins the parts of a lemma with "+"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """Where a language's entries come from; each may be left out."""
-
-    numbers: bool = True
-    """The numbers 0-99 in digits."""
-    number_names: bool = False
-    """Their names as well (needs num2words; a language it lacks contributes none)."""
-    wordnet: Path | None = None
-    """A word list, one lemma a line; ``_`` stands for a space."""
-    corpus: tuple[Path, ...] = ()
-    """UTF-8 ``.txt`` or ``.txt.gz``: unigrams and bigrams are counted in it."""
-    titles: Path | None = None
-    """Titles, one a line, as ``title`` (the best first) or ``title<TAB>views``; ``_`` stands for a space."""
-
-    def files(self) -> list[Path]:
-        """Every file that is read."""
-        return [path for path in (self.wordnet, *self.corpus, self.titles) if path is not None]
-
-
-def find_sources(folder: str | Path, *, number_names: bool = False) -> dict[str, Sources]:
-    """Sources laid out as ``<folder>/<lang>/``: ``wordnet.txt``, ``corpus*.txt`` or ``.txt.gz``, ``titles.txt``.
-
-    Each file may be missing; a language is a subfolder, and has at least the numbers.
-
-    Raises:
-        UserError: no such folder, or no subfolder in it.
-    """
-    folder = Path(folder)
-    languages = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not languages:
-        raise UserError(f"{folder}: no language folders there; expected <lang>/corpus.txt, wordnet.txt, titles.txt")
-
-    def optional(path: Path) -> Path | None:
-        return path if path.is_file() else None
-
-    return {
-        path.name: Sources(
-            number_names=number_names,
-            wordnet=optional(path / "wordnet.txt"),
-            corpus=tuple(sorted(p for p in path.glob("corpus*") if p.name.endswith((".txt", ".txt.gz")))),
-            titles=optional(path / "titles.txt"),
-        )
-        for path in languages
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +61,7 @@ class _Entries:
     """Distinct entries in order of arrival, and how many each source brought."""
 
     entries: dict[str, None] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, source: str, candidates: Iterable[str], cap: int | None = None) -> None:
         """Append the candidates not seen before, at most ``cap`` of them."""
@@ -107,40 +70,52 @@ class _Entries:
             if cap is not None and len(self.entries) - before >= cap:
                 break
             self.entries.setdefault(candidate)
-        self.counts[source] = len(self.entries) - before
+        self.counts[source] += len(self.entries) - before
 
 
 def build_metadata(
-    lang: str, sources: Sources, caps: Caps | None = None, *, segment: Segmenter = split_words
+    lang: str,
+    sources: Sources,
+    caps: Caps | None = None,
+    *,
+    segmenter: str | None = None,
+    views: Mapping[str, int] | None = None,
+    workers: Workers | None = None,
+    told: Callable[[int, str], None] | None = None,
 ) -> tuple[list[str], dict[str, int]]:
     """Entries of ``lang`` in id order, and how many each source added.
 
     Args:
-        lang: language code; decides whether bigrams are joined by a space.
-        segment: splits the corpus into words.
+        lang: language code; decides how the corpus is split and how bigrams are joined.
+        segmenter: name in :mod:`mc2_hpc.metadata.segmenters`; by default the language's own.
+        views: of its titles, for sources without a file of titles.
+        told: see :func:`mc2_hpc.metadata.counting.count_corpus`.
 
     Raises:
         UserError: a source cannot be read, or nothing at all came of them.
     """
-    caps = caps or Caps()
+    caps, workers = caps or Caps(), workers or Workers()
+    if sources.ready is not None:
+        entries = read_entries(sources.ready)
+        return entries, {"ready": len(entries)}
     merged = _Entries()
     merged.add("numbers", (str(number) for number in range(100)) if sources.numbers else ())
     merged.add("number_names", _clean(_number_names(lang)) if sources.number_names else ())
-    merged.add("wordnet", _clean(_lemmas(lang, sources.wordnet)) if sources.wordnet else ())
+    for path in sources.wordnet:
+        merged.add("wordnet", _clean(read_lemmas(lang, path)))
     if sources.corpus:
-        counts = count_ngrams((line for path in sources.corpus for line in read_lines(path)), segment)
-        unigrams = _clean(rank_unigrams(counts, caps.unigram_min_count))
+        counts = count_corpus(sources.corpus, lang, segmenter or choose_segmenter(lang, {}), workers, told)
+        unigrams = list(_clean(counts.rank_unigrams(caps.unigram_min_count)))
         unigram_cap = min(caps.unigrams, _share(caps.unigram_share, len(unigrams)))
         merged.add("unigrams", unigrams, unigram_cap)
-        joiner = " " if is_spaced(lang) else ""
-        bigrams = _clean(joiner.join(pair) for pair in rank_bigrams(counts))
+        bigrams = _clean(_join(lang, *pair) for pair in counts.rank_bigrams())
         merged.add("bigrams", bigrams, min(caps.bigrams, _share(caps.bigram_share, unigram_cap)))
-    if sources.titles:
-        titles = _clean(_titles(sources.titles))
+    if sources.titles or views:
+        titles = list(dict.fromkeys(_clean(_titles(sources.titles) if sources.titles else rank_titles(views or {}))))
         merged.add("titles", titles, min(caps.titles, _share(caps.title_share, len(titles))))
     entries = list(merged.entries)
     check_entries(entries, f"metadata of {lang!r}")
-    return entries, merged.counts
+    return entries, dict(merged.counts)
 
 
 def build_folder(
@@ -148,41 +123,126 @@ def build_folder(
     out: str | Path,
     caps: Caps | None = None,
     *,
-    progress: Callable[[str, int, int, str], None] | None = None,
+    segmenters: Mapping[str, str] | None = None,
+    min_hourly_views: int = MIN_HOURLY_VIEWS,
+    merge_unknown: bool = False,
+    workers: int = 1,
+    progress: Report | None = None,
 ) -> dict[str, Any]:
     """Write ``out/<lang>.json`` for every requested language and ``out/card.json``, and return the card.
 
-    Languages that the folder already has and that are not requested stay, in the card too.
+    Languages that the folder already has and that are not requested stay, in the card too. A language that cannot be
+    built costs the others nothing.
 
     Args:
-        progress: called with ("metadata", languages done, languages in all, the language just finished).
+        requests: sources by Wikipedia's code; those of one curation language become one file.
+        segmenters: names of segmenters by language, where they are not to be the languages' own.
+        min_hourly_views: see :func:`mc2_hpc.metadata.pageviews.count_views`.
+        merge_unknown: put the languages that language id does not know into ``other.json``.
+        workers: processes.
+        progress: told of ("metadata", languages done, languages in all, the language just finished), of the hourly
+            files read ("page views") and of the lines and articles handed out so far ("texts").
 
     Raises:
-        UserError: see :func:`build_metadata`.
+        UserError: some languages could not be built (see :func:`build_metadata`); each is named, the rest are there.
     """
-    out = Path(out)
-    caps = caps or Caps()
-    card: dict[str, Any] = {"languages": {}}
-    if (out / CARD).is_file():
-        present = metadata_files(out)
-        card["languages"] = {k: v for k, v in read_json(out / CARD)["languages"].items() if k in present}
-    for done, (lang, sources) in enumerate(requests.items(), start=1):
+    out, caps, segmenters = Path(out), caps or Caps(), segmenters or {}
+    for lang in requests:
         if "/" in lang or lang.startswith(".") or f"{lang}.json" == CARD:
             raise UserError(f"language {lang!r}: not a name for a file; use a code such as 'en'")
-        entries, counts = build_metadata(lang, sources, caps)
-        path = out / f"{lang}.json"
-        write_entries(path, entries)
-        card["languages"][lang] = {
-            "entries": len(entries),
-            "by_source": counts,
-            "caps": asdict(caps),
-            "files": [{"name": file.name, "sha256": file_sha256(file)} for file in sources.files()],
-            "sha256": file_sha256(path),
-        }
-        if progress:
-            progress("metadata", done, len(requests), lang)
-    write_json(out / CARD, card)
+    for lang in segmenters:
+        choose_segmenter(lang, segmenters)
+    card = _card_of(out)
+    groups = group_by_curation(requests, merge_unknown=merge_unknown)
+    failures: list[str] = []
+    with Workers(workers) as pool:
+        titles = _rank_pages(requests, min_hourly_views, pool, progress)
+        build = _Build(caps, segmenters, *titles, pool, progress)
+        for done, (lang, group) in enumerate(groups.items(), start=1):
+            try:
+                parts = {code: build.part(code, requests[code]) for code in group}
+                entries = list(dict.fromkeys(entry for part, _ in parts.values() for entry in part))
+                write_entries(out / f"{lang}.json", entries)
+                card["languages"][lang] = {
+                    "entries": len(entries),
+                    "caps": asdict(caps),
+                    "wikipedias": {code: facts for code, (_, facts) in parts.items()},
+                    "versions": _versions(),
+                    "sha256": file_sha256(out / f"{lang}.json"),
+                }
+                write_json(out / CARD, card)
+            except UserError as error:
+                failures.append(f"{lang}: {error}")
+            if progress:
+                progress("metadata", done, len(groups), lang)
+    if failures:
+        named = "; ".join(failures)
+        raise UserError(f"{len(failures)} of {len(groups)} languages failed, the others are built: {named}")
     return card
+
+
+@dataclass
+class _Build:
+    """What the Wikipedias of one call share."""
+
+    caps: Caps
+    segmenters: Mapping[str, str]
+    views: Mapping[str, Mapping[str, int]]
+    views_facts: Mapping[str, Any]
+    workers: Workers
+    progress: Report | None
+    texts: int = 0
+
+    def part(self, code: str, sources: Sources) -> tuple[list[str], dict[str, Any]]:
+        """A Wikipedia's entries, and what the card says of them."""
+        facts: dict[str, Any] = {}
+        segmenter, views = None, self.views.get(code)
+        if sources.corpus:
+            segmenter = choose_segmenter(code, self.segmenters)
+            facts["segmenter"] = {"name": segmenter, "versions": segmenter_versions(segmenter)}
+        if views is not None:
+            facts["pageviews"] = self.views_facts
+        entries, facts["by_source"] = build_metadata(
+            code, sources, self.caps, segmenter=segmenter, views=views, workers=self.workers, told=self._count_texts
+        )
+        facts["files"] = _hashes(sources.files())
+        return entries, facts
+
+    def _count_texts(self, texts: int, file: str) -> None:
+        self.texts += texts
+        if self.progress:
+            self.progress("texts", self.texts, 0, file)
+
+
+def _rank_pages(
+    requests: Mapping[str, Sources], min_hourly_views: int, workers: Workers, progress: Report | None
+) -> tuple[Mapping[str, Mapping[str, int]], dict[str, Any]]:
+    """Views by Wikipedia and title, of those whose titles come from page views, and what the card says of them."""
+    wanted = {code: s for code, s in requests.items() if s.pageviews and s.titles is None and s.ready is None}
+    files = sorted({path for sources in wanted.values() for path in sources.pageviews})
+    if not files:
+        return {}, {}
+    views = count_views(files, list(wanted), min_views=min_hourly_views, workers=workers, progress=progress)
+    lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in _hashes(files))
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return views, {"min_hourly_views": min_hourly_views, "files": len(files), "sha256sums_sha256": digest}
+
+
+def _card_of(out: Path) -> dict[str, Any]:
+    """The card that is there, without the languages whose files are gone."""
+    if not (out / CARD).is_file():
+        return {"languages": {}}
+    present = {path.stem for path in out.glob("*.json")}
+    return {"languages": {k: v for k, v in read_json(out / CARD)["languages"].items() if k in present}}
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides the entries, beside the segmenters: our rules and Python's table of Unicode."""
+    return {"mc2_hpc": __version__, "unicode": unicodedata.unidata_version}
+
+
+def _hashes(files: Iterable[Path]) -> list[dict[str, str]]:
+    return [{"name": file.name, "sha256": file_sha256(file)} for file in files]
 
 
 def _share(share: float, count: int) -> int:
@@ -190,10 +250,16 @@ def _share(share: float, count: int) -> int:
     return int(share * count + 1e-9)
 
 
-def _clean(candidates: Iterable[str]) -> list[str]:
-    """Distinct candidates, stripped, without the empty, the over-long and the purely punctuational."""
+def _clean(candidates: Iterable[str]) -> Iterator[str]:
+    """The candidates, stripped, without the empty, the over-long and the purely punctuational."""
     stripped = (candidate.strip() for candidate in candidates)
-    return list(dict.fromkeys(c for c in stripped if c and len(c) <= _MAX_CHARS and not is_pure_punctuation(c)))
+    return (c for c in stripped if c and len(c) <= _MAX_CHARS and not is_pure_punctuation(c))
+
+
+def _join(lang: str, first: str, second: str) -> str:
+    """A bigram as a text has it: without a space in languages without spaces, save between words of other scripts."""
+    glued = not is_spaced(lang) and (is_unspaced(first[-1]) or is_unspaced(second[0]))
+    return first + second if glued else f"{first} {second}"
 
 
 def _number_names(lang: str) -> list[str]:
@@ -204,12 +270,6 @@ def _number_names(lang: str) -> list[str]:
     if lang not in CONVERTER_CLASSES:  # asked here because num2words itself takes "ceb" for "ce", another language
         return []
     return [num2words(number, lang=lang) for number in range(100)]
-
-
-def _lemmas(lang: str, path: Path) -> Iterator[str]:
-    for line in read_lines(path):
-        lemma = line.replace("_", " ")
-        yield lemma.replace("+", "") if lang in _PLUS_IN_WORDNET else lemma
 
 
 def _titles(path: Path) -> Sequence[str]:

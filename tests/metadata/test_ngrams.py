@@ -2,11 +2,48 @@
 
 import gzip
 import math
+from collections import Counter
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.metadata.ngrams import count_ngrams, rank_bigrams, rank_unigrams, read_lines, split_words
+from mc2_hpc.metadata.ngrams import NgramCounts, read_lines, split_words
+from mc2_hpc.metadata.scripts import is_punctuation, is_pure_punctuation, is_release_unspaced
+
+TEXT = st.text(st.sampled_from("ab. ,<>東ไ\u3000\u200b\U00020000\tñ"), max_size=40)
+
+
+def naive_words(text):
+    """The rule of :func:`split_words`, character by character."""
+    words, word = [], ""
+    for char in text + " ":
+        alone = is_punctuation(char) or is_release_unspaced(char)
+        if alone or char.isspace():
+            words += [word] if word else []
+            words += [char] if alone else []
+            word = ""
+        else:
+            word += char
+    return words
+
+
+def naive_counts(lines):
+    """Words and pairs of ``lines``, counted one by one."""
+    unigrams, bigrams = Counter(), Counter()
+    for line in lines:
+        before = None
+        for word in naive_words(line):
+            if is_pure_punctuation(word):
+                before = None
+                continue
+            unigrams[word] += 1
+            if before is not None:
+                bigrams[before, word] += 1
+            before = word
+    return unigrams, bigrams
 
 
 def test_split_words():
@@ -16,34 +53,70 @@ def test_split_words():
     assert split_words(" \t") == []
 
 
-def test_count_ngrams_strips_tags_and_breaks_pairs_at_punctuation_and_lines():
-    counts = count_ngrams(["a <b>b</b>, c &lt;i&gt;d", "e"])
-    assert counts.unigrams == {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}
-    assert counts.bigrams == {("a", "b"): 1, ("c", "d"): 1}
+@given(st.text())
+def test_split_words_is_the_rule_on_any_text(text):
+    assert split_words(text) == naive_words(text)
+
+
+def test_tags_are_stripped_and_pairs_break_at_punctuation_and_lines():
+    counts = NgramCounts.of_lines(["a <b>b</b>, c &lt;i&gt;d", "e"])
+    assert counts.unigrams() == {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}
+    assert counts.bigrams() == {("a", "b"): 1, ("c", "d"): 1}
+
+
+@given(st.lists(st.lists(TEXT.map(lambda text: text.replace("<", "")), max_size=5), max_size=6), st.randoms())
+def test_counts_are_exact_however_they_are_cut_and_added(batches, random):
+    unigrams, bigrams = naive_counts(line for batch in batches for line in batch)
+    random.shuffle(batches)
+    counts = NgramCounts()
+    for batch in batches:
+        counts.add(NgramCounts.of_lines(batch))
+    assert counts.unigrams() == unigrams and counts.bigrams() == bigrams
+
+
+def test_many_additions_are_merged_on_the_way():
+    counts, whole = NgramCounts(), NgramCounts.of_lines(["a b c"] * 50 + ["c a b"] * 50)
+    for line in ["a b c"] * 50 + ["c a b"] * 50:
+        counts.add(NgramCounts.of_lines([line]))
+        counts.bigrams()  # merges what is pending
+    assert counts.unigrams() == whole.unigrams() == {"a": 100, "b": 100, "c": 100}
+    assert counts.bigrams() == whole.bigrams() == {("a", "b"): 100, ("b", "c"): 50, ("c", "a"): 50}
 
 
 def test_rank_unigrams_by_count_then_code_point():
-    counts = count_ngrams(["b a c b", "c x"])
-    assert rank_unigrams(counts, 1) == ["b", "c", "a", "x"]
-    assert rank_unigrams(counts, 2) == ["b", "c"]
+    counts = NgramCounts.of_lines(["b a c b", "c x"])
+    assert counts.rank_unigrams(1) == ["b", "c", "a", "x"]
+    assert counts.rank_unigrams(2) == ["b", "c"]
 
 
 def test_rank_bigrams_is_the_papers_score():
-    counts = count_ngrams(["new york is new", "new york is big", "is new york big", "big big"])
-    n = counts.unigrams.total()
-    pmi = {
-        pair: math.log(c * n / (counts.unigrams[pair[0]] * counts.unigrams[pair[1]]))
-        for pair, c in counts.bigrams.items()
-    }
+    random = Random(1)
+    chance = [" ".join(random.choices("abcdefghij", weights=range(1, 11), k=9)) for _ in range(40)]
+    counts = NgramCounts.of_lines(["new york is new", "new york is big", "is new york big", "big big", *chance])
+    unigrams, bigrams = counts.unigrams(), counts.bigrams()
+    n = sum(unigrams.values())
+    pmi = {pair: math.log(c * n / (unigrams[pair[0]] * unigrams[pair[1]])) for pair, c in bigrams.items()}
     ordered = sorted(pmi.values())
     place = 0.3 * (len(ordered) - 1)
     low = ordered[math.floor(place)]
     p30 = low + (place - math.floor(place)) * (ordered[math.floor(place) + 1] - low)
-    score = {pair: (counts.bigrams[pair] + 1) ** 0.7 * (pmi[pair] - p30) for pair in pmi}
-    expected = sorted((pair for pair in score if score[pair] > 1e-12), key=lambda pair: (-round(score[pair], 9), pair))
-    assert rank_bigrams(counts) == expected
-    assert rank_bigrams(counts)[0] == ("new", "york")
-    assert rank_bigrams(count_ngrams(["one"])) == []
+    score = {pair: (bigrams[pair] + 1) ** 0.7 * (pmi[pair] - p30) for pair in pmi}
+    expected = sorted((pair for pair in score if score[pair] > 1e-6), key=lambda pair: (-round(score[pair], 6), pair))
+    assert list(counts.rank_bigrams()) == expected
+    assert expected[0] == ("new", "york") and len(expected) > 50
+    assert list(NgramCounts.of_lines(["one"]).rank_bigrams()) == []
+
+
+def test_rank_of_added_counts_is_that_of_the_whole():
+    lines = ["the red house", "a red house", "the blue sky", "a blue sky at night", "night sky"] * 3
+    forward, backward = NgramCounts(), NgramCounts()
+    for line in lines:
+        forward.add(NgramCounts.of_lines([line]))
+    for line in reversed(lines):
+        backward.add(NgramCounts.of_lines([line]))
+    whole = NgramCounts.of_lines(lines)
+    assert list(forward.rank_bigrams()) == list(backward.rank_bigrams()) == list(whole.rank_bigrams())
+    assert forward.rank_unigrams(1) == backward.rank_unigrams(1) == whole.rank_unigrams(1)
 
 
 def test_read_lines(tmp_path):

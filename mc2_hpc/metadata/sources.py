@@ -1,0 +1,131 @@
+"""What a language's metadata is built from, and how a folder of sources is laid out.
+
+::
+
+    sources/
+      sw/                                a Wikipedia's code (sw, zh_yue or zh-yue); each file may be missing
+        wordnet.txt                      lemmas, one a line
+        wn-data-swa.tab[.gz]             Open Multilingual Wordnet
+        *.xml[.gz]                       a wordnet in WN-LMF
+        wordnet/data.{noun,verb,adj,adv} Princeton's WNDB
+        corpus*.txt[.gz]                 text, a sentence or a paragraph a line
+        *-pages-articles*.xml.bz2        Wikipedia dumps
+        titles.txt                       titles, one a line, as `title` or `title<TAB>views`
+        metadata.json                    entries that are taken as they are; then nothing else may be there
+      wordnet/**/wn-data-<code>.tab      wordnets of any language, for every folder without one of its own
+      pageviews/pageviews-*.gz           hourly page views, for every folder without titles.txt
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.metadata.languages import code_of_folder, code_of_wordnet, curation_code
+from mc2_hpc.metadata.wordnet import TAB_FILE, WNDB_FILES, wordnet_files
+
+PAGEVIEWS, WORDNET, READY = "pageviews", "wordnet", "metadata.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where a language's entries come from; each may be left out."""
+
+    numbers: bool = True
+    """The numbers 0-99 in digits."""
+    number_names: bool = False
+    """Their names as well (needs num2words; a language it lacks contributes none)."""
+    wordnet: tuple[Path, ...] = ()
+    """Files and folders of :func:`mc2_hpc.metadata.wordnet.read_lemmas`."""
+    corpus: tuple[Path, ...] = ()
+    """UTF-8 text files, and Wikipedia dumps (``.xml.bz2``): unigrams and bigrams are counted in them."""
+    titles: Path | None = None
+    """Titles, one a line, as ``title`` (the best first) or ``title<TAB>views``; ``_`` stands for a space."""
+    pageviews: tuple[Path, ...] = ()
+    """Hourly page views, read where there are no ``titles``."""
+    ready: Path | None = None
+    """A metadata file whose entries are taken as they are, in place of everything else."""
+
+    def files(self) -> list[Path]:
+        """Every file that is read for this language alone."""
+        if self.ready is not None:
+            return [self.ready]
+        wordnets = [file for path in self.wordnet for file in wordnet_files(path)]
+        return [*wordnets, *self.corpus, *([self.titles] if self.titles else [])]
+
+
+def find_sources(folder: str | Path, *, number_names: bool = False) -> dict[str, Sources]:
+    """Sources of every Wikipedia in ``folder``, which is laid out as the module says, by code.
+
+    Raises:
+        UserError: no such folder, no language in it, or a language's sources contradict each other.
+    """
+    folder = Path(folder)
+    names = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    languages = [path for path in names if path.name not in (PAGEVIEWS, WORDNET) and not path.name.startswith(".")]
+    if not languages:
+        raise UserError(f"{folder}: no language folders there; expected <lang>/corpus.txt, wordnet.txt, titles.txt")
+    pageviews = tuple(sorted((folder / PAGEVIEWS).glob("pageviews-*.gz")))
+    shared: dict[str, list[Path]] = {}
+    for path in sorted((folder / WORDNET).rglob("wn-data-*.tab*")):
+        match = TAB_FILE.fullmatch(path.name)
+        if match and (code := code_of_wordnet(match[1])):
+            shared.setdefault(code, []).append(path)
+    found: dict[str, Sources] = {}
+    for path in languages:
+        code = code_of_folder(path.name)
+        if code in found:
+            raise UserError(f"{path}: a second folder for {code!r}; join the two")
+        sources = replace(_sources_in(path), number_names=number_names, pageviews=pageviews)
+        if not sources.wordnet and sources.ready is None:
+            sources = replace(sources, wordnet=tuple(shared.get(code, ())))
+        found[code] = sources
+    return found
+
+
+def _sources_in(folder: Path) -> Sources:
+    def optional(path: Path) -> Path | None:
+        return path if path.is_file() else None
+
+    names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    wordnet = [p for p in names if p.name == "wordnet.txt" or p.name.removesuffix(".gz").endswith((".tab", ".xml"))]
+    if (folder / WORDNET).is_dir():
+        missing = [name for name in WNDB_FILES if not (folder / WORDNET / name).is_file()]
+        if missing:
+            raise UserError(f"{folder / WORDNET}: WNDB's {', '.join(missing)} are missing")
+        wordnet.append(folder / WORDNET)
+    corpus = [p for p in names if p.name.startswith("corpus") and p.name.endswith((".txt", ".txt.gz"))]
+    dumps = [p for p in names if "-pages-articles" in p.name and p.name.endswith(".xml.bz2")]
+    multistream = {p for p in dumps if "multistream" in p.name}
+    if multistream and len(multistream) < len(dumps):
+        raise UserError(f"{folder}: the same dump as multistream and as one stream; remove one")
+    sources = Sources(
+        wordnet=tuple(wordnet),
+        corpus=(*corpus, *dumps),
+        titles=optional(folder / "titles.txt"),
+        ready=optional(folder / READY),
+    )
+    if sources.ready and (wordnet or sources.corpus or sources.titles):
+        raise UserError(f"{sources.ready}: taken as it is, but other sources lie beside it; remove it or them")
+    return sources
+
+
+def choose_languages(sources: Mapping[str, Sources], wanted: Collection[str]) -> dict[str, Sources]:
+    """The sources of the languages ``wanted``, by their own code or by the one they are merged into.
+
+    Raises:
+        UserError: one has no sources.
+    """
+    codes = {code_of_folder(name) for name in wanted}
+    missing = codes - set(sources) - {curation_code(code) for code in sources}
+    if missing:
+        raise UserError(f"no sources for {', '.join(sorted(missing))}; there are {', '.join(sorted(sources))}")
+    return {code: value for code, value in sources.items() if {code, curation_code(code)} & codes}
+
+
+def group_by_curation(codes: Collection[str], *, merge_unknown: bool = False) -> dict[str, list[str]]:
+    """``{curation language: codes merged into it}`` in a fixed order: the language's own Wikipedia comes first."""
+    groups: dict[str, list[str]] = {}
+    for code in sorted(codes):
+        groups.setdefault(curation_code(code, merge_unknown=merge_unknown), []).append(code)
+    return {name: sorted(group, key=lambda code: (code != name, code)) for name, group in sorted(groups.items())}

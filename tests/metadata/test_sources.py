@@ -1,0 +1,73 @@
+"""How a folder of sources is read, chosen from, and grouped."""
+
+import pytest
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.metadata.sources import choose_languages, find_sources, group_by_curation
+from mc2_hpc.metadata.wordnet import WNDB_FILES
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_layout(tmp_path):
+    touch(tmp_path, "sw/corpus.txt", "sw/corpus-2.txt.gz", "sw/notes.txt", "sw/titles.txt", "sw/wordnet.txt")
+    touch(tmp_path, "sw/swwiki-20240501-pages-articles.xml.bz2", "sw/.swwiki-20240501-pages-articles.xml.bz2")
+    touch(tmp_path, "zh-yue/corpus.txt.part", "be_x_old/corpus.txt", "sv/swe.xml.gz", "pageviews/pageviews-1.gz")
+    touch(tmp_path, *(f"en/wordnet/{name}" for name in WNDB_FILES))
+    touch(tmp_path, "wordnet/wns/als/wn-data-als.tab", "wordnet/swe/wn-data-swe.tab", "sq/corpus.txt", "als/corpus.txt")
+    found = find_sources(tmp_path, number_names=True)
+    assert set(found) == {"als", "be_tarask", "en", "sq", "sv", "sw", "zh_yue"}
+    sw = found["sw"]
+    names = ["corpus-2.txt.gz", "corpus.txt", "swwiki-20240501-pages-articles.xml.bz2"]
+    assert [path.name for path in sw.corpus] == names and sw.number_names
+    assert [path.name for path in sw.files()] == ["wordnet.txt", *names, "titles.txt"]
+    assert [path.name for path in sw.pageviews] == ["pageviews-1.gz"]
+    assert found["en"].files() == [tmp_path / "en/wordnet" / name for name in WNDB_FILES]
+    assert found["sq"].wordnet == (tmp_path / "wordnet/wns/als/wn-data-als.tab",)
+    assert found["als"].wordnet == ()
+    assert found["sv"].wordnet == (tmp_path / "sv/swe.xml.gz",)  # its own before the shared one
+    assert found["zh_yue"].corpus == ()
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ([], "no language folders"),
+        (["pageviews/pageviews-1.gz"], "no language folders"),
+        (["zh_yue/corpus.txt", "zh-yue/corpus.txt"], "a second folder for 'zh_yue'"),
+        (["en/metadata.json", "en/corpus.txt"], "taken as it is, but other sources lie beside it"),
+        (["en/wordnet/data.noun"], "WNDB's data.verb, data.adj, data.adv are missing"),
+        (
+            ["sw/a-pages-articles.xml.bz2", "sw/a-pages-articles-multistream.xml.bz2"],
+            "the same dump as multistream and as one stream",
+        ),
+    ],
+)
+def test_contradictions(tmp_path, names, message):
+    touch(tmp_path, *names)
+    with pytest.raises(UserError, match=message):
+        find_sources(tmp_path)
+
+
+def test_choice_by_own_code_or_the_one_merged_into(tmp_path):
+    touch(tmp_path, "en/corpus.txt", "simple/corpus.txt", "de/corpus.txt", "zh-yue/corpus.txt")
+    found = find_sources(tmp_path)
+    assert set(choose_languages(found, ["en"])) == {"en", "simple"}
+    assert set(choose_languages(found, ["simple", "zh-yue"])) == {"simple", "zh_yue"}
+    with pytest.raises(UserError, match="no sources for fr, sw; there are de, en, simple, zh_yue"):
+        choose_languages(found, ["sw", "de", "fr"])
+
+
+def test_groups():
+    codes = ["zh_classical", "simple", "tw", "zh", "gan", "en", "my-own"]
+    assert group_by_curation(codes) == {
+        "en": ["en", "simple"],
+        "my-own": ["my-own"],
+        "tw": ["tw"],
+        "zh": ["zh", "gan", "zh_classical"],
+    }
+    assert group_by_curation(["tw", "aa"], merge_unknown=True) == {"other": ["aa", "tw"]}
