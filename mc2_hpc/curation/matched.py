@@ -1,5 +1,7 @@
 """The matched pool on disk (stage 1): caption rows with their language and entries, one Parquet a shard."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,22 @@ def matched_table(rows: pa.Table, offsets: npt.NDArray[np.int64], ids: npt.NDArr
 
 def write_matched(path: Path, table: pa.Table) -> None:
     """Write a shard's rows atomically; the same rows give the same bytes."""
+    write_matched_batches(path, [table])
+
+
+def write_matched_batches(path: Path, tables: Iterable[pa.Table]) -> None:
+    """As :func:`write_matched`, the rows given piece by piece, of which one at a time is in memory.
+
+    Args:
+        tables: one at least, all of one schema; each becomes a row group, so other pieces give other bytes.
+    """
+    tables = iter(tables)
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        first = next(tables)
+        with pq.ParquetWriter(temporary, first.schema, compression="zstd") as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(table)
 
 
 def read_matched(path: str | Path, columns: list[str] | None = None) -> pa.Table:
@@ -37,6 +53,19 @@ def read_matched(path: str | Path, columns: list[str] | None = None) -> pa.Table
     Raises:
         UserError: cannot be read, or a column is missing or of another type.
     """
+    with _open_matched(path) as file:
+        return file.read(columns).combine_chunks()
+
+
+def matched_batches(path: str | Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """As :func:`read_matched`, a row group at a time."""
+    with _open_matched(path) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns).combine_chunks()
+
+
+@contextmanager
+def _open_matched(path: str | Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -45,7 +74,7 @@ def read_matched(path: str | Path, columns: list[str] | None = None) -> pa.Table
                     raise UserError(f"{path}: no column {name!r}; not a matched pool (see `mc2 curate match`)")
                 if not schema.field(name).type.equals(kind):
                     raise UserError(f"{path}: column {name!r} is {schema.field(name).type}, must be {kind}")
-            return file.read(columns).combine_chunks()
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).strip().splitlines()[0]})") from None
 

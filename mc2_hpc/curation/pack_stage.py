@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mc2_hpc.curation.balance_stage import read_settings
+from mc2_hpc.curation.engines import Engine
 from mc2_hpc.curation.image_tars import TarIndex, fits_tar_name, write_tar
-from mc2_hpc.curation.match_stage import sum_stats
+from mc2_hpc.curation.match_stage import planned_settings, read_settings
 from mc2_hpc.curation.matched import read_matched, write_matched
 from mc2_hpc.curation.pools import escapes, list_pool
-from mc2_hpc.curation.shards import Progress, open_stage, run_shards, stats_path
+from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
-_SETTINGS = "pack.json"
+SETTINGS = "pack.json"
 
 
 def pack(
@@ -28,39 +29,43 @@ def pack(
     matched: str | Path,
     out: str | Path,
     *,
-    workers: int = 1,
+    engine: Engine | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Write training shards: ``<shard>.tar`` of ``<key>.jpg`` in key order, the matched rows in ``<shard>.parquet``.
 
     Only images with a matched row are written; a shard without any gets no files. Shards already finished are skipped.
+    The rows of a shard and the names in its tar are held in memory, its images one at a time.
 
     Args:
         pool: the folder that was matched; its ``<shard>.tar`` hold the images.
         matched: folder that :func:`match_stage.match` filled, every shard of it finished.
+        engine: where the work is done; one worker of this machine by default.
 
     Returns:
         counters over all shards: ``images``, ``texts`` and ``drops`` by reason: ``missing_image`` (matched, not in the
         tar), ``unmatched_image``, ``unsafe_name`` (would escape its folder), ``long_name``, ``duplicate_image``,
-        ``unsupported_image`` (no JPEG)
+        ``unsupported_image`` (no JPEG); None where the work was only submitted to Slurm
 
     Raises:
         UserError: unfinished input, or shards that could not be read (every other one is done).
     """
-    matched, out = Path(matched), Path(out)
-    settings = read_settings(matched)
-    in_pool = {shard.name: shard.images for shard in list_pool(pool)}
+    read_settings(Path(matched))
+    stages = plan_pack(pool, matched, out)
+    if not run_stages(stages, engine, progress):
+        return None
+    return sum_stats(Path(out), list(stages[-1].shards))
+
+
+def plan_pack(pool: str | Path, matched: str | Path, out: str | Path) -> list[Stage]:
+    """The stages of :func:`pack` for a pool whose shards may still have to be matched."""
+    matched, out = Path(matched).absolute(), Path(out).absolute()
+    settings = planned_settings(matched)
+    in_pool = {shard.name: shard.images for shard in list_pool(Path(pool).absolute())}
     shards = settings.pop("shards")
-    open_stage(out, _SETTINGS, {"matched": settings}, shards)
-    run_shards(
-        {name: in_pool.get(name) for name in shards},
-        _PackShard(matched, out),
-        lambda name: _is_packed(out, name),
-        stage="pack",
-        workers=workers,
-        progress=progress,
-    )
-    return sum_stats([read_json(stats_path(out, name)) for name in shards])
+    open_stage(out, SETTINGS, {"matched": settings}, shards)
+    tars = {name: in_pool.get(name) for name in shards}
+    return [Stage("pack", out, tars, _PackShard(matched, out), partial(_is_packed, out))]
 
 
 def _is_packed(out: Path, shard: str) -> bool:

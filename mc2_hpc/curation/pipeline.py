@@ -6,11 +6,13 @@ Each stage may be run alone, and a killed one is continued by calling it again.
 from pathlib import Path
 from typing import Any
 
-from mc2_hpc.curation.balance_stage import balance
+from mc2_hpc.curation.balance_stage import balance, plan_balance
+from mc2_hpc.curation.engines import Engine
 from mc2_hpc.curation.language_id import LanguageIdentifier
-from mc2_hpc.curation.match_stage import match
-from mc2_hpc.curation.pack_stage import pack
-from mc2_hpc.curation.shards import Progress
+from mc2_hpc.curation.match_stage import match, plan_match
+from mc2_hpc.curation.pack_stage import pack, plan_pack
+from mc2_hpc.curation.shards import Progress, run_stages, sum_stats
+from mc2_hpc.storage import read_json
 
 __all__ = ["balance", "match", "pack", "run"]
 
@@ -23,19 +25,29 @@ def run(
     t_en: int,
     mode: str = "fixed",
     identifier: LanguageIdentifier | None = None,
-    workers: int = 1,
+    engine: Engine | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """All stages in turn, into ``out/matched``, ``out/balance`` and ``out/shards``.
 
+    Args:
+        engine: where the work is done; one worker of this machine by default. On Slurm all stages are submitted at
+            once, each depending on the one before.
+
     Returns:
-        what each stage returns, under ``match``, ``balance`` and ``pack``
+        what each stage returns, under ``match``, ``balance`` and ``pack``; None where the work was only submitted
 
     Raises:
         UserError: see :func:`match`, :func:`balance` and :func:`pack`.
     """
-    out = Path(out)
-    matched = match(pool, metadata, out / "matched", mode, identifier=identifier, workers=workers, progress=progress)
-    balanced = balance(out / "matched", metadata, out / "balance", t_en, progress=progress)
-    packed = pack(pool, out / "matched", out / "shards", workers=workers, progress=progress)
-    return {"match": matched, "balance": balanced, "pack": packed}
+    matched, balanced, shards = (Path(out) / name for name in ("matched", "balance", "shards"))
+    matching = plan_match(pool, metadata, matched, mode, identifier)
+    balancing = plan_balance(matched, metadata, balanced, t_en)
+    packing = plan_pack(pool, matched, shards)
+    if not run_stages([*matching, *balancing, *packing], engine, progress):
+        return None
+    return {
+        "match": sum_stats(matched, list(matching[-1].shards)),
+        "balance": read_json(balanced / "balance.json"),
+        "pack": sum_stats(shards, list(packing[-1].shards)),
+    }

@@ -7,6 +7,7 @@ A shard is ``<name>.parquet`` (columns ``key``, ``text``, optional ``lang`` and 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mc2_hpc.curation.distinct import Distinct
 from mc2_hpc.curation.image_tars import TarIndex
 from mc2_hpc.errors import UserError
 
+BATCH_ROWS = 1 << 17
+"""Rows of a Parquet shard that are in memory at a time."""
+
+_NUL = pa.scalar("\0", pa.large_string())
 _ESCAPES = r"^/|(^|/)\.\.(/|$)|\\|\x00"
 _ESCAPING_KEY = re.compile(_ESCAPES)
 
@@ -56,49 +62,68 @@ def list_pool(pool: str | Path) -> list[PoolShard]:
     return [PoolShard(name, existing(f"{name}.parquet"), existing(f"{name}.tar")) for name in names]
 
 
-def read_captions(shard: PoolShard) -> tuple[pa.Table, Counter[str]]:
-    """Usable caption rows of a shard, and how many others were dropped, by reason.
+def iter_captions(shard: PoolShard, *, keep_repeated: bool = False) -> Iterator[tuple[pa.Table, Counter[str]]]:
+    """Usable caption rows of a shard, piece by piece, and how many others were dropped of each piece, by reason.
 
     Reasons: ``missing_key``, ``unsafe_key`` (would escape its folder), ``invalid_utf8``, ``bad_json``, ``empty_text``,
-    ``duplicate_text`` (the same key and text again). Reading a Parquet shard holds all of it in memory.
+    ``duplicate_text`` (the same key and text again, anywhere before in the shard). A piece of a Parquet shard is
+    :data:`BATCH_ROWS` rows, so that a shard of any size fits in memory; the captions of a tar are one piece.
+
+    Args:
+        keep_repeated: drop nothing as ``duplicate_text``.
 
     Returns:
-        table of ``key``, ``text`` and, where the pool has them, ``lang`` and ``source``; large strings, one chunk
+        tables of ``key``, ``text`` and, where the pool has them, ``lang`` and ``source``; large strings, one chunk;
+        one table at least
 
     Raises:
         UserError: the file cannot be read, or lacks a column.
     """
+    seen = Distinct()
+    for table, drops in _pieces(shard):
+        table = _drop(table, drops, "invalid_utf8", ~_valid_utf8(table))
+        table = _drop(table, drops, "missing_key", pc.equal(pc.binary_length(pc.fill_null(table["key"], "")), 0))
+        table = _drop(table, drops, "unsafe_key", pc.match_substring_regex(table["key"], _ESCAPES))
+        blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(table["text"], ""))), 0)
+        table = _drop(table, drops, "empty_text", blank)
+        if not keep_repeated:
+            # A key has no NUL here, so that key + NUL + text is as good as the pair.
+            pairs = pc.binary_join_element_wise(table["key"], table["text"], _NUL).combine_chunks()
+            table = _drop(table, drops, "duplicate_text", ~seen.is_new(pairs))
+        yield table, drops
+
+
+def _pieces(shard: PoolShard) -> Iterator[tuple[pa.Table, Counter[str]]]:
     if shard.captions is not None:
-        table = _read_parquet(shard.captions)
-        drops: Counter[str] = Counter()
+        yield from ((table, Counter()) for table in _read_parquet(shard.captions))
     else:
         assert shard.images is not None
-        table, drops = _read_tar_captions(shard.images)
-    table = _drop(table, drops, "invalid_utf8", ~_valid_utf8(table))
-    table = _drop(table, drops, "missing_key", pc.equal(pc.binary_length(pc.fill_null(table["key"], "")), 0))
-    table = _drop(table, drops, "unsafe_key", pc.match_substring_regex(table["key"], _ESCAPES))
-    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(table["text"], ""))), 0)
-    table = _drop(table, drops, "empty_text", blank)
-    table = _drop(table, drops, "duplicate_text", ~_first_of_equals(table))
-    return table, drops
+        yield _read_tar_captions(shard.images)
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _read_parquet(path: Path) -> Iterator[pa.Table]:
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            missing = [name for name in ("key", "text") if name not in names]
+        # Through a buffer and not ahead, or a row group is read whole, however large it is.
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            missing = [name for name in ("key", "text") if name not in schema.names]
             if missing:
                 raise UserError(f"{path}: no column {missing[0]!r}; a caption pool needs key and text")
-            table = file.read([name for name in ("key", "text", "lang", "source") if name in names])
+            names = [name for name in ("key", "text", "lang", "source") if name in schema.names]
+            for name in names:
+                _check_string(path, schema.field(name))
+            if file.metadata.num_rows == 0:
+                yield _one_chunk(schema.empty_table().select(names))
+            for batch in file.iter_batches(BATCH_ROWS, columns=names):
+                yield _one_chunk(pa.table(batch).select(names))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
-    for name in table.column_names:
-        kind = table[name].type
-        value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(value_type) or pa.types.is_large_string(value_type) or pa.types.is_null(value_type)):
-            raise UserError(f"{path}: column {name!r} is {kind}, must be string")
-    return _one_chunk(table)
+
+
+def _check_string(path: Path, field: pa.Field) -> None:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise UserError(f"{path}: column {field.name!r} is {field.type}, must be string")
 
 
 def _one_chunk(table: pa.Table) -> pa.Table:
@@ -133,15 +158,6 @@ def _drop(table: pa.Table, drops: Counter[str], reason: str, mask: pa.ChunkedArr
         return table
     drops[reason] += int(unwanted.sum())
     return table.filter(pa.array(~unwanted))
-
-
-def _first_of_equals(table: pa.Table) -> np.ndarray:
-    """Rows (bool) whose key and text did not occur together in an earlier row."""
-    rows = pa.table({"key": table["key"], "text": table["text"], "row": np.arange(len(table))})
-    first = rows.group_by(["key", "text"]).aggregate([("row", "min")])["row_min"]
-    mask = np.zeros(len(table), bool)
-    mask[np.asarray(first)] = True
-    return mask
 
 
 def _read_tar_captions(path: Path) -> tuple[pa.Table, Counter[str]]:

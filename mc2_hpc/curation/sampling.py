@@ -2,6 +2,8 @@
 
 No draw depends on a process's random stream, so curation and loading make the same choices on any number of shards,
 ranks and workers, and a resumed run repeats none of them differently.
+
+All rows of an image must stand in one shard, as its picture does: choices among its texts are made within a shard.
 """
 
 import hashlib
@@ -16,30 +18,73 @@ from mc2_hpc.errors import UserError
 StringsOrHashes = Sequence[str] | npt.NDArray[np.uint64]
 """Strings, or their :func:`hash_keys`."""
 
+WORD_STEP = 0x9E3779B97F4A7C15
+LENGTH_STEP = 0xD6E8FEB86659FD93
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+_BLOCK = 1 << 15  # words; the temporaries of a block stay in a core's cache
 
 
 def hash_keys(keys: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """64-bit BLAKE2b digests of ``keys`` (UTF-8; lone surrogates allowed), shape ``(len(keys),)``."""
-    digests = b"".join(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64, copy=False)
+    """64-bit hashes of ``keys`` (as UTF-8; lone surrogates allowed), shape ``(len(keys),)``.
+
+    The bytes are cut into little-endian words ``w_j``, at least one, the last padded with zeros, and
+
+        hash = mix(length * LENGTH_STEP + sum_j mix(w_j + (j + 1) * WORD_STEP))    modulo 2**64
+
+    where ``mix`` is the splitmix64 finaliser (Steele, Lea, Flood 2014). Not for secrets: who chooses keys can make two
+    of them collide. :func:`mc2_hpc.curation.hash_kernels.hash_column` gives the same for an Arrow column, faster.
+    """
+    encoded = [key.encode("utf-8", "surrogatepass") for key in keys]
+    offsets = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(key) for key in encoded], out=offsets[1:])
+    return _hash_bytes(np.frombuffer(b"".join(encoded) + bytes(8), np.uint8), offsets)
+
+
+def _hash_bytes(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Hashes of ``data[offsets[i]:offsets[i + 1]]``; 8 more bytes follow the last."""
+    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # one beginning at every byte
+    lengths = np.diff(offsets)
+    counts = np.maximum((lengths + 7) // 8, 1)
+    ends = np.cumsum(counts)
+    hashes = lengths.astype(np.uint64) * np.uint64(LENGTH_STEP)
+    begin = 0
+    while begin < len(lengths):
+        before = ends[begin] - counts[begin]
+        end = max(begin + 1, int(np.searchsorted(ends, before + _BLOCK)))
+        num = counts[begin:end]
+        firsts = ends[begin:end] - num - before
+        at = np.arange(ends[end - 1] - before) - np.repeat(firsts, num)
+        block = words[np.repeat(offsets[begin:end], num) + 8 * at].astype(np.uint64)
+        padding = (8 * num - lengths[begin:end]).astype(np.uint64)
+        half = np.uint64(4) * padding  # an empty string's word is all padding, and a shift by 64 bits is undefined
+        block[firsts + num - 1] &= (np.uint64(_MASK) >> half) >> half
+        block += (at + 1).astype(np.uint64) * np.uint64(WORD_STEP)
+        hashes[begin:end] += np.add.reduceat(_mix(block), firsts)
+        begin = end
+    return _mix(hashes)
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The splitmix64 finaliser, in place."""
+    for shift, factor in ((30, MIX_1), (27, MIX_2)):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def random_uint64(key_hashes: npt.NDArray[np.uint64], *, seed: int, epoch: int, purpose: str) -> npt.NDArray[np.uint64]:
     """Counter-based random bits, one 64-bit word a key.
 
-    The words are the splitmix64 finaliser (Steele, Lea, Flood 2014) applied to the key's hash offset by a digest of
-    (seed, epoch, purpose): distinct purposes give independent words for one key.
+    The words are the splitmix64 finaliser applied twice to the key's hash, each time offset by half a digest of (seed,
+    epoch, purpose): distinct purposes give independent words for one key.
     """
     stream = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16).digest(), "little")
-    with np.errstate(over="ignore"):
-        z = key_hashes + np.uint64(stream & _MASK)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = (z ^ (z >> np.uint64(31))) + np.uint64(stream >> 64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    z = _mix(key_hashes + np.uint64(stream & _MASK))
+    z += np.uint64(stream >> 64)
+    return _mix(z)
 
 
 def uniform(key_hashes: npt.NDArray[np.uint64], *, seed: int, epoch: int, purpose: str) -> npt.NDArray[np.float64]:
@@ -95,12 +140,24 @@ def choose_texts(keys: StringsOrHashes, texts: StringsOrHashes, *, seed: int, ep
     key_hashes, text_hashes = _hashes(keys), _hashes(texts)
     if len(key_hashes) == 0:
         return np.zeros(0, np.int64)
-    of_key = random_uint64(key_hashes, seed=seed, epoch=epoch, purpose="text of key")
-    draws = random_uint64(text_hashes ^ of_key, seed=seed, epoch=epoch, purpose="text")
-    order = np.lexsort((draws, key_hashes))
-    ordered = key_hashes[order]
-    is_first = np.concatenate(([True], ordered[1:] != ordered[:-1]))
-    return np.sort(order[is_first])
+    order, firsts = None, _run_starts(key_hashes)
+    if len(_run_starts(np.sort(key_hashes[firsts]))) < len(firsts):  # an image's rows do not follow each other
+        order = np.argsort(key_hashes, kind="stable")
+        key_hashes, text_hashes = key_hashes[order], text_hashes[order]
+        firsts = _run_starts(key_hashes)
+    num_rows = np.diff(firsts, append=len(key_hashes))
+    of_key = random_uint64(key_hashes[firsts], seed=seed, epoch=epoch, purpose="text of key")
+    draws = random_uint64(text_hashes ^ np.repeat(of_key, num_rows), seed=seed, epoch=epoch, purpose="text")
+    lowest = np.minimum.reduceat(draws, firsts)
+    rows = np.flatnonzero(draws == np.repeat(lowest, num_rows))
+    if len(rows) > len(firsts):
+        rows = rows[_run_starts(key_hashes[rows])]
+    return rows if order is None else np.sort(order[rows])
+
+
+def _run_starts(values: npt.NDArray) -> npt.NDArray[np.int64]:
+    """Where each run of equal ``values`` begins; there is at least one value."""
+    return np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
 
 
 def select(
@@ -133,17 +190,51 @@ def select(
     rows = choose_texts(key_hashes, texts, seed=seed, epoch=epoch)
     if probs is None or len(rows) == 0:
         return rows
+    names, codes = np.unique(np.asarray(langs)[rows], return_inverse=True)
+    return rows[passes(key_hashes[rows], rows, offsets, ids, names, codes, probs, seed=seed, epoch=epoch)]
+
+
+def passes(
+    key_hashes: npt.NDArray[np.uint64],
+    rows: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.integer],
+    ids: npt.NDArray[np.uint32],
+    names: Sequence[str] | npt.NDArray,
+    codes: npt.NDArray[np.integer],
+    probs: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    seed: int,
+    epoch: int,
+) -> npt.NDArray[np.bool_]:
+    """Whether each of ``rows``, already drawn among its image's, is kept by balancing.
+
+    Args:
+        key_hashes: of the image of each of ``rows``, ``(n,)``.
+        rows: row numbers, ``(n,)``.
+        offsets, ids: matched entries of all rows in CSR form.
+        names, codes: the language of ``rows[i]`` is ``names[codes[i]]``.
+
+    Returns:
+        bool ``(n,)``
+
+    Raises:
+        UserError: ``probs`` lacks a language or an entry that the rows have.
+    """
+    by_language = np.argsort(codes, kind="stable")
+    bounds = np.searchsorted(codes[by_language], np.arange(len(names) + 1))
+    taken, entries = csr.take(offsets, ids, rows[by_language])
     probability = np.zeros(len(rows), np.float64)
-    chosen = np.asarray(langs)[rows]
-    for lang in np.unique(chosen).tolist():
+    for name, begin, end in zip(names, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if begin == end:
+            continue
+        lang = str(name)
         if lang not in probs:
             raise UserError(
                 f"no balancing probabilities for language {lang!r}; "
                 "the shards and the balance folder come from different pools"
             )
-        of_lang = np.flatnonzero(chosen == lang)
-        probability[of_lang] = keep_probability(*csr.take(offsets, ids, rows[of_lang]), probs[lang])
-    return rows[uniform(key_hashes[rows], seed=seed, epoch=epoch, purpose="keep") < probability]
+        probability[by_language[begin:end]] = keep_probability(taken[begin : end + 1], entries, probs[lang])
+    return uniform(key_hashes, seed=seed, epoch=epoch, purpose="keep") < probability
 
 
 def _hashes(values: StringsOrHashes) -> npt.NDArray[np.uint64]:

@@ -1,25 +1,66 @@
-"""Running a stage over shards: finished shards are skipped, broken ones are named at the end, the rest is done.
+"""Stages over shards: finished shards are skipped, broken ones are named at the end, the rest is done.
 
 A shard's outputs are files of their own, each written atomically; its ``stats/<shard>.json`` is written last and so
 marks it as finished. A stage's settings lie beside them, and other settings are refused rather than mixed in.
 """
 
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from mc2_hpc.curation.engines import Engine, Local, Ray, Slurm, num_tasks
+from mc2_hpc.curation.watch import Progress, Watch
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import read_json, write_json
+from mc2_hpc.storage import exclusive_folder, read_json, remove_folder, write_json
 
-Progress = Callable[[str, int, int, str], None]
-"""Called with (stage, shards done, shards in all, name of the shard just done or "" for those done before)."""
+__all__ = ["Progress", "Stage", "open_stage", "run_stages", "stats_path", "sum_stats"]
 
-_SHOWN_FAILURES = 3
-_Input = TypeVar("_Input")
-_Result = tuple[str, UserError | None]
+JOB = "job.json"
+"""Among a stage's logs: the Slurm job that it was submitted as."""
+BUSY_S = 10.0
+"""How long to wait for another process that works in the same folder, before that is an error."""
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")
+"""Names that :func:`~mc2_hpc.storage.atomic_path` gives to files that are being written."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Work on every shard of a list, on any engine."""
+
+    name: str
+    folder: Path
+    """Where the stage writes; its logs and its executor's markers go to ``logs/<name>/`` below."""
+    shards: Mapping[str, Any]
+    """Input of each shard by name, picklable."""
+    work: Callable[[str, Any], object]
+    """Called with name and input, in any process or on any machine, so it is picklable; raises :class:`UserError` for
+    a shard that it cannot do."""
+    is_done: Callable[[str], bool]
+    """Whether all outputs of a shard are there; picklable too."""
+    unit: str = "shards"
+    """What the shards of this stage are, in the plural."""
+    invalidates: tuple[Path, ...] = ()
+    """Files and folders made from this stage's outputs: removed before it does anything."""
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the stage's logs, plan and markers."""
+        return self.folder / "logs" / self.name.replace(" ", "-")
+
+    def undone(self) -> list[str]:
+        """Names of the shards that are not done, in order."""
+        return [name for name in self.shards if not self.is_done(name)]
+
+    def invalidate(self) -> None:
+        """Remove what was made from outputs that are about to change."""
+        for path in self.invalidates:
+            if path.is_dir():
+                remove_folder(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def stats_path(out: Path, shard: str) -> Path:
@@ -27,11 +68,29 @@ def stats_path(out: Path, shard: str) -> Path:
     return out / "stats" / f"{shard}.json"
 
 
+def sum_stats(out: Path, shards: Sequence[str]) -> dict[str, Any]:
+    """Add up the counters of finished shards, nested dictionaries key by key, keys sorted; one shard in memory."""
+    total: dict[str, Any] = {}
+    for name in shards:
+        _add(total, read_json(stats_path(out, name)))
+    return total
+
+
+def _add(total: dict[str, Any], more: dict[str, Any]) -> None:
+    for key in sorted(more):
+        if isinstance(more[key], dict):
+            _add(total.setdefault(key, {}), more[key])
+        else:
+            total[key] = total.get(key, 0) + more[key]
+
+
 def open_stage(out: Path, file: str, settings: Mapping[str, Any], shards: Sequence[str]) -> None:
     """Record ``settings`` and the shards in ``out/file``, or check that they are those recorded before.
 
+    Shards may be added; one that was finished may not vanish.
+
     Raises:
-        UserError: the folder was made with other settings.
+        UserError: the folder was made with other settings, or a finished shard is no longer among ``shards``.
     """
     path = out / file
     if path.is_file():
@@ -41,90 +100,79 @@ def open_stage(out: Path, file: str, settings: Mapping[str, Any], shards: Sequen
             raise UserError(
                 f"{path}: this folder was made with another {', '.join(changed)}; name another folder or delete it"
             )
+        listed = set(shards)
+        gone = [name for name in before["shards"] if name not in listed and stats_path(out, name).is_file()]
+        if gone:
+            raise UserError(
+                f"{path}: {len(gone)} shards that are finished have gone from the input, the first is {gone[0]!r}; "
+                f"put them back, or delete {stats_path(out, gone[0])} and {out / gone[0]}.* to go on without"
+            )
     write_json(path, {**settings, "shards": list(shards)})
 
 
-def run_shards(
-    shards: Mapping[str, _Input],
-    work: Callable[[str, _Input], object],
-    is_done: Callable[[str], bool],
-    *,
-    stage: str,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> None:
-    """Call ``work(name, input)`` for every shard that is not done.
+def run_stages(stages: Sequence[Stage], engine: Engine | None = None, progress: Progress | None = None) -> bool:
+    """Do every shard that is not done of every stage, each stage after the one before.
 
     Args:
-        shards: input of each shard by name.
-        work: picklable if ``workers`` > 1; raises :class:`UserError` for a shard it cannot read.
-        workers: processes; 1 works in this one.
+        engine: where; one worker of this machine by default.
+
+    Returns:
+        whether all is done; not, where the stages were only submitted to Slurm
 
     Raises:
-        UserError: some shards could not be done (every other one is), or a worker process died.
+        UserError: some shards could not be done (every other one of that stage is), or a worker died.
     """
-    if workers < 1:
-        raise UserError(f"workers={workers}: must be at least 1")
-    todo = {name: value for name, value in shards.items() if not is_done(name)}
-    done = len(shards) - len(todo)
-    if progress and done:
-        progress(stage, done, len(shards), "")
-    alone = workers == 1 or len(todo) <= 1
-    results = _in_this_process(todo, work) if alone else _in_processes(todo, work, workers, stage)
-    failures: list[tuple[str, UserError]] = []
-    for name, error in results:
-        if error is not None:
-            failures.append((name, error))
-        done += 1
-        if progress:
-            progress(stage, done, len(shards), name)
-    if failures:
-        shown = "; ".join(str(error) for _, error in sorted(failures, key=lambda f: f[0])[:_SHOWN_FAILURES])
-        more = f" (and {len(failures) - _SHOWN_FAILURES} more)" if len(failures) > _SHOWN_FAILURES else ""
-        raise UserError(
-            f"{stage}: {len(failures)} of {len(shards)} shards failed, the others are done: {shown}{more}; "
-            "mend or remove these and run the same command again"
-        )
+    engine = engine or Local()
+    if isinstance(engine, Slurm):
+        from mc2_hpc.curation.slurm_jobs import run_on_slurm
+
+        return run_on_slurm(stages, engine, progress)
+    if isinstance(engine, Ray) and find_spec("ray") is None:
+        raise UserError("--executor ray: Ray is not installed: pip install 'mc2_hpc[ray]'")
+    for stage in stages:
+        _run_here(stage, engine, progress)
+    return True
 
 
-def _in_this_process(todo: Mapping[str, _Input], work: Callable[[str, _Input], object]) -> Iterator[_Result]:
-    for name, value in todo.items():
-        yield name, _attempt(work, name, value)
+def _run_here(stage: Stage, engine: Local | Ray, progress: Progress | None) -> None:
+    """One stage in this process, in processes of this machine, or on Ray."""
+    with exclusive_folder(stage.folder, wait_s=BUSY_S):
+        if (stage.logs / JOB).is_file():
+            from mc2_hpc.curation.slurm_jobs import refuse_live_job
+
+            refuse_live_job(stage)
+        undone = stage.undone()
+        watch = Watch(stage.name, stage.unit, len(stage.shards), len(stage.shards) - len(undone), progress)
+        if not undone:
+            return
+        tasks = plan_tasks(stage, engine, undone)
+        from mc2_hpc.curation import executors  # loads datatrove: when there is something to do
+
+        if isinstance(engine, Local) and (engine.workers == 1 or len(undone) == 1):
+            executors.run_in_process(stage.logs, tasks, stage.work, stage.is_done, watch)
+        else:
+            executors.run_in_processes(stage.logs, tasks, stage.work, stage.is_done, engine, watch)
+        watch.raise_failures()
 
 
-def _in_processes(
-    todo: Mapping[str, _Input], work: Callable[[str, _Input], object], workers: int, stage: str
-) -> Iterator[_Result]:
-    """As :func:`_in_this_process`, in ``workers`` processes, in order of completion."""
-    # Not forked: Arrow's thread pool does not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
-        queue = iter(todo.items())
-        running: dict[Future[UserError | None], str] = {}
-        try:
-            while True:
-                for name, value in queue:
-                    running[pool.submit(_attempt, work, name, value)] = name
-                    if len(running) >= 2 * workers:  # enough to keep them busy, and no more in memory
-                        break
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    result = future.result()
-                    yield running.pop(future), result
-        except BrokenProcessPool:
-            raise UserError(
-                f"{stage}: a worker process died, probably out of memory, near shard {min(running.values())!r}; "
-                "finished shards are kept: run the same command again with fewer workers"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files that a killed run left in ``folder`` and the folders in it."""
+    for path in [*folder.iterdir(), *folder.glob("*/.*")]:
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
-def _attempt(work: Callable[[str, _Input], object], name: str, value: _Input) -> UserError | None:
-    try:
-        work(name, value)
-    except UserError as error:
-        return error
-    return None
+def plan_tasks(stage: Stage, engine: Engine, undone: Sequence[str]) -> int:
+    """Make ready for a stage's work: clear away what it makes stale, and lay down the plan of its tasks, each a fixed
+    slice of the sorted shards; returns their number."""
+    from mc2_hpc.curation.tasks import TaskFiles, cut
+
+    stage.invalidate()
+    _remove_unfinished(stage.folder)
+    tasks, wanted = num_tasks(engine, len(stage.shards)), set(undone)
+    slices = {}
+    for task, names in enumerate(cut(sorted(stage.shards), tasks)):
+        if slice_ := {name: stage.shards[name] for name in names if name in wanted}:
+            slices[task] = slice_
+    TaskFiles(stage.logs).write_plan(slices, tasks)
+    return tasks

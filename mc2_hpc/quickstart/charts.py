@@ -5,6 +5,7 @@ browser shapes every script.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from html import escape
 
@@ -99,7 +100,7 @@ def head_tail(
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` round numbers whose first is at most ``low`` and whose last is at least ``high``."""
-    if high <= low:
+    if (high - low) / count < sys.float_info.min:  # nothing, or so little that its logarithm has no value
         high = low + max(abs(low), 1.0)
     raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mc2_hpc.curation import language_id
+from mc2_hpc.curation.engines import Local
 from mc2_hpc.curation.matched import entries_of, read_matched
 from mc2_hpc.curation.pipeline import balance, match, pack, run
 from mc2_hpc.curation.text import entry_pattern, spaced_text
@@ -88,7 +89,9 @@ def naive_rows(pool: Path, mode: str) -> list[tuple[str, str, str, list[int]]]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
+    """Contents of every file but hidden ones and logs."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = (path for path in files if "logs" not in path.relative_to(folder).parts)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -184,7 +187,7 @@ def test_shard_without_a_match_gets_no_training_shard(pool, metadata, tmp_path):
 
 def test_two_workers_write_the_same_bytes_as_one(pool, metadata, tmp_path):
     match(pool, metadata, tmp_path / "one")
-    match(pool, metadata, tmp_path / "two", workers=2)
+    match(pool, metadata, tmp_path / "two", engine=Local(workers=2))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -196,7 +199,15 @@ def test_progress_is_told(pool, metadata, tmp_path):
 
     run(pool, metadata, tmp_path / "one", t_en=30, progress=progress)
     assert [call for call in calls if call[0] == "match"] == [("match", done, 3) for done in (1, 2, 3)]
-    assert {stage for stage, _, _ in calls} == {"matcher tables", "match", "count", "expected share", "pack"}
+    assert {stage for stage, _, _ in calls} == {
+        "matcher tables",
+        "match",
+        "count 1",
+        "thresholds",
+        "expected share",
+        "balance",
+        "pack",
+    }
 
 
 KILLED = """
@@ -266,6 +277,77 @@ def test_broken_shards_are_named_and_the_others_done(pool, metadata, tmp_path):
     assert match(pool, metadata, tmp_path / "m")["matched"] == len(naive_rows(pool, "fixed"))
 
 
+def test_a_matched_shard_that_vanishes_is_named(pool, metadata, tmp_path):
+    run(pool, metadata, tmp_path / "out", t_en=30)
+    for kind in ("tar", "parquet"):
+        (pool / f"shard-1.{kind}").unlink()
+    with pytest.raises(UserError, match="match.json: 1 shards that are finished have gone.*'shard-1'; put them back"):
+        run(pool, metadata, tmp_path / "out", t_en=30)
+
+
+FULL_DISK = """
+import resource, sys
+from mc2_hpc.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_full_disk(pool, metadata, tmp_path):
+    """A limit on the size of files stands in for a disk without space: the same error on the same calls."""
+    match(pool, metadata, tmp_path / "whole")
+    words = ["curate", "match", pool, "--metadata", metadata, "--out", tmp_path / "m", "--workers", "1"]
+    match(pool, metadata, tmp_path / "m")
+    for name in ("shard-1", "shard-2"):
+        (tmp_path / "m" / f"{name}.parquet").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, "1500", *map(str, words)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 2 and "match: 2 of 3 shards failed" in done.stderr, done.stderr
+    assert "shard-1: " in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
+    match(pool, metadata, tmp_path / "m")
+    assert tree(tmp_path / "m") == tree(tmp_path / "whole")
+    assert not list((tmp_path / "m").glob(".shard*"))
+
+
+def test_caption_of_ten_megabytes(metadata, tmp_path):
+    long = "a dog and no more " * (10 << 20 >> 4)
+    write_shard(tmp_path / "pool", "s", [("a", long, "en"), ("b", "x" * (10 << 20), "en"), ("c", "a cat", "en")])
+    report = run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)
+    rows = read_matched(tmp_path / "out" / "shards" / "s.parquet").to_pylist()
+    assert [(row["key"], row["entries"]) for row in rows] == [("a", [0]), ("c", [1])] and rows[0]["text"] == long
+    assert report["match"]["drops"] == {"no_match": 1}
+
+
+def test_a_shard_in_pieces_gives_the_same(pool, metadata, tmp_path, monkeypatch):
+    whole = run(pool, metadata, tmp_path / "whole", t_en=30)
+    monkeypatch.setattr("mc2_hpc.curation.pools.BATCH_ROWS", 7)
+    assert run(pool, metadata, tmp_path / "pieces", t_en=30) == whole
+    for kind in ("matched", "shards"):
+        for path in list_shards(tmp_path / "whole" / kind, ".parquet"):
+            assert read_matched(path).equals(read_matched(tmp_path / "pieces" / kind / path.name))
+
+
+def test_languages_without_matches_have_a_reason(tmp_path, metadata):
+    write_shard(tmp_path / "pool", "s", [("a", "a dog", "en"), ("b", "nichts", "de"), ("c", "gar nichts", "de")])
+    report = run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)["balance"]
+    assert report["languages_without_matches"] == {
+        "de": "none of its 2 captions has an entry in it",
+        "ja": "no caption of the pool is in this language",
+    }
+
+
+def test_redone_shard_is_balanced_anew(pool, metadata, tmp_path):
+    """Counts stay as they were, the rows do not: nothing of the old report may stay."""
+    run(pool, metadata, tmp_path / "out", t_en=30)
+    rows = pq.read_table(pool / "shard-1.parquet")
+    pq.write_table(rows.slice(0, len(rows) - 5), pool / "shard-1.parquet")  # rows that never matched
+    (tmp_path / "out" / "matched" / "stats" / "shard-1.json").unlink()
+    report = run(pool, metadata, tmp_path / "out", t_en=30)["balance"]
+    run(pool, metadata, tmp_path / "fresh", t_en=30)
+    assert report == json.loads((tmp_path / "fresh" / "balance" / "balance.json").read_text())
+
+
 def test_pool_without_images(pool, metadata, tmp_path):
     match(pool, metadata, tmp_path / "m")
     (pool / "shard-1.tar").unlink()
@@ -284,8 +366,8 @@ def test_pool_without_english(metadata, tmp_path):
 def test_bad_arguments(pool, metadata, tmp_path):
     with pytest.raises(UserError, match="mode 'x'"):
         match(pool, metadata, tmp_path / "m", "x")
-    with pytest.raises(UserError, match="workers=0"):
-        match(pool, metadata, tmp_path / "m", workers=0)
+    with pytest.raises(UserError, match="--workers 0"):
+        Local(workers=0)
     with pytest.raises(UserError, match="not a matched pool"):
         balance(tmp_path / "none", metadata, tmp_path / "b", 30)
     match(pool, metadata, tmp_path / "m")
@@ -369,7 +451,8 @@ def test_balancing_again_leaves_no_language_of_before(pool, metadata, tmp_path):
     report = balance(tmp_path / "n", metadata, tmp_path / "b", 1)
     for folder in ("counts", "probs"):
         assert [path.name for path in (tmp_path / "b" / folder).iterdir()] == ["en.npy"]
-    assert report["languages_without_matches"] == ["de", "ja"]
+    none = "no caption of the pool is in this language"
+    assert report["languages_without_matches"] == {"de": none, "ja": none}
 
 
 def test_real_captions_in_four_languages(shared_data, tmp_path):

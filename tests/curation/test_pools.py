@@ -2,14 +2,18 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mc2_hpc.curation import pools
 from mc2_hpc.curation.image_tars import TarIndex, fits_tar_name, write_tar
-from mc2_hpc.curation.pools import PoolShard, escapes, list_pool, read_captions
+from mc2_hpc.curation.pools import PoolShard, escapes, iter_captions, list_pool
 from mc2_hpc.errors import UserError
 
 
@@ -17,6 +21,12 @@ def parquet_shard(tmp_path, **columns) -> PoolShard:
     path = tmp_path / "s.parquet"
     pq.write_table(pa.table(columns), path)
     return PoolShard("s", path, None)
+
+
+def read_captions(shard: PoolShard) -> tuple[pa.Table, Counter[str]]:
+    """All pieces as one."""
+    tables, drops = zip(*iter_captions(shard), strict=True)
+    return pa.concat_tables(tables), sum(drops, Counter())
 
 
 def test_list_pool(tmp_path):
@@ -58,6 +68,42 @@ def test_parquet_with_other_string_types(tmp_path):
         parquet_shard(tmp_path, key=pa.array(["a", "b", "c"], pa.large_string()), text=dictionary)
     )
     assert rows["text"].to_pylist() == ["x", "y", "x"] and not drops
+
+
+def test_pieces_make_the_whole(tmp_path, monkeypatch):
+    """Rows, drops and first occurrences are the same however the rows are cut, by us or by row groups."""
+    keys = [f"k{n % 7}" for n in range(100)]
+    texts = ["" if n % 9 == 0 else f"text {n % 13}" for n in range(100)]
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table({"key": keys, "text": texts}), path, row_group_size=30)
+    shard = PoolShard("s", path, None)
+    whole, drops = read_captions(shard)
+    assert whole["text"].null_count == 0 and len(whole) + drops.total() == 100 and drops["duplicate_text"] > 0
+    assert len(set(zip(*whole.to_pydict().values(), strict=True))) == len(whole)
+    for rows in (1, 7, 64):
+        monkeypatch.setattr(pools, "BATCH_ROWS", rows)
+        assert max(len(table) for table, _ in iter_captions(shard)) <= rows
+        again, again_drops = read_captions(shard)
+        assert again.to_pydict() == whole.to_pydict() and again_drops == drops
+    kept = list(iter_captions(shard, keep_repeated=True))
+    assert sum(len(table) for table, _ in kept) == 100 - drops["empty_text"]
+
+
+def test_a_large_row_group_is_not_held_whole(tmp_path):
+    """A row group of 60 MB: Arrow's pool never holds half of it."""
+    path = tmp_path / "s.parquet"
+    table = pa.table({"key": [str(n) for n in range(60_000)], "text": [f"{n} " + "a" * 1000 for n in range(60_000)]})
+    pq.write_table(table, path, row_group_size=10**6, use_dictionary=False, compression="none")
+    assert pq.ParquetFile(path).num_row_groups == 1 and path.stat().st_size > 60e6
+    code = (
+        "import sys; import pyarrow as pa; from pathlib import Path; from mc2_hpc.curation import pools\n"
+        "pools.BATCH_ROWS = 2000\n"
+        "rows = sum(len(t) for t, _ in pools.iter_captions(pools.PoolShard('s', Path(sys.argv[1]), None)))\n"
+        "print(rows, pa.default_memory_pool().max_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=True)
+    rows, most = map(int, done.stdout.split())
+    assert rows == 60_000 and most < 30e6
 
 
 def test_shard_without_rows(tmp_path):

@@ -3,11 +3,13 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.curation.sampling import choose_texts, hash_keys, keep_probability, select, uniform
+from mc2_hpc.curation.hash_kernels import hash_column
+from mc2_hpc.curation.sampling import choose_texts, hash_keys, keep_probability, random_uint64, select, uniform
 from mc2_hpc.errors import UserError
 
 
@@ -78,6 +80,15 @@ def test_selection_is_free_of_row_order_and_sharding(probs):
     assert (len(whole) == 200) == (probs is None)
 
 
+def test_a_drawn_text_is_kept_by_the_probabilities_of_its_language():
+    keys, texts, entries, langs = example()
+    drawn = choose_texts(keys, texts, seed=3, epoch=1).tolist()
+    draws = uniform(hash_keys(keys), seed=3, epoch=1, purpose="keep")
+    kept = [r for r in drawn if draws[r] < 1 - math.prod(1 - float(BOTH[langs[r]][entry]) for entry in entries[r])]
+    assert select(keys, texts, *csr(entries), langs, BOTH, seed=3, epoch=1).tolist() == kept
+    assert 0 < len(kept) < len(drawn) and {langs[r] for r in kept} == {"en", "de"}
+
+
 def test_hashes_may_stand_for_strings():
     keys, texts, entries, langs = example()
     by_string = select(keys, texts, *csr(entries), langs, BOTH, seed=0, epoch=0)
@@ -126,3 +137,59 @@ def test_draws_of_two_purposes_are_independent():
     hashes = hash_keys([f"k{key}" for key in range(20000)])
     one, two = (uniform(hashes, seed=0, epoch=0, purpose=purpose) for purpose in ("keep", "crop"))
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.03 and 0 <= one.min() and one.max() < 1
+
+
+strings = st.lists(st.one_of(st.text(max_size=40), st.text("ab", max_size=40), st.just("")), max_size=12)
+
+
+def naive_hash(text: str) -> int:
+    """The formula in ``hash_keys``'s docstring, in Python's integers."""
+    m = 2**64
+
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % m
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % m
+        return z ^ (z >> 31)
+
+    raw = text.encode("utf-8", "surrogatepass")
+    total = len(raw) * 0xD6E8FEB86659FD93
+    for j in range(max(-(-len(raw) // 8), 1)):
+        total += mix((int.from_bytes(raw[8 * j : 8 * j + 8], "little") + (j + 1) * 0x9E3779B97F4A7C15) % m)
+    return mix(total % m)
+
+
+@given(strings)
+def test_hashes_follow_the_formula(texts):
+    assert hash_keys(texts).tolist() == [naive_hash(text) for text in texts]
+
+
+def test_hashes_of_long_strings_and_of_lone_surrogates():
+    texts = ["x" * 1_000_003, "", "\ud800", "y" * 7, "z" * 8, "w" * 9] * 2
+    assert hash_keys(texts).tolist() == [naive_hash(text) for text in texts]
+
+
+@settings(deadline=None)  # the first example loads compiled code
+@given(strings, st.sampled_from([pa.string(), pa.large_string()]), st.integers(0, 5), st.integers(0, 5))
+def test_compiled_hashes_are_the_same(texts, kind, before, after):
+    column = pa.array(["x"] * before + texts + ["y"] * after, kind).slice(before, len(texts))
+    assert hash_column(column).tolist() == hash_keys(texts).tolist()
+
+
+def test_hashes_of_structured_keys_are_distinct_and_even():
+    """Digits exchanged between words, counted-up names and growing runs of one letter."""
+    keys = [f"{a:08d}{b:08d}" for a in range(400) for b in range(400)]
+    keys += [f"https://example.org/images/{n}.jpg" for n in range(100_000)] + ["a" * n for n in range(500)]
+    hashes = hash_keys(keys)
+    assert len(np.unique(hashes)) == len(keys)
+    bits = (hashes[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    assert abs(bits.mean(axis=0) - 0.5).max() < 5 * 0.5 / math.sqrt(len(keys))
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("stuv")), max_size=14))
+def test_the_lowest_draw_of_an_image_wins(rows):
+    """Images in any order, rows of one apart, texts repeated."""
+    keys, texts = hash_keys([key for key, _ in rows]), hash_keys([text for _, text in rows])
+    of_key = random_uint64(keys, seed=4, epoch=2, purpose="text of key")
+    draws = random_uint64(texts ^ of_key, seed=4, epoch=2, purpose="text").tolist()
+    expected = [min((n for n, row in enumerate(rows) if row[0] == key), key=lambda n: draws[n]) for key, _ in rows]
+    assert choose_texts(keys, texts, seed=4, epoch=2).tolist() == sorted(set(expected))

@@ -1,0 +1,145 @@
+"""``mc2 curate sample | explain | report``: what curation keeps, why, and a page that shows it."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mc2_hpc.cli.curate_stages import engine_flags, on_engine
+from mc2_hpc.errors import UserError
+
+if TYPE_CHECKING:
+    from mc2_hpc.curation.explain import Explanation
+
+
+def add_actions(actions: Any) -> None:
+    sample = actions.add_parser("sample", parents=[engine_flags()], help="write the rows that one epoch would train on")
+    sample.add_argument("matched", type=Path, help="what match wrote")
+    sample.add_argument("--balance", type=Path, required=True, help="what balance wrote")
+    sample.add_argument("--out", type=Path, required=True, help="folder to write")
+    _add_draw(sample)
+    sample.set_defaults(action=on_engine(_sample))
+
+    explain = actions.add_parser("explain", help="what happens to one caption, and why")
+    explain.add_argument("caption")
+    explain.add_argument("--lang", help="its language code [identified]")
+    explain.add_argument("--metadata", type=Path, required=True, help="folder of <lang>.json")
+    explain.add_argument("--matched", type=Path, help="what match wrote: its mode and its tables are used")
+    explain.add_argument("--balance", type=Path, help="what balance wrote: adds counts, probabilities, the verdict")
+    explain.add_argument("--mode", choices=("fixed", "compat"), help="matching rules [the folder's, else fixed]")
+    explain.add_argument("--key", help="image key: tells whether it is kept with this seed and epoch")
+    _add_draw(explain)
+    explain.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    explain.set_defaults(action=_explain)
+
+    report = actions.add_parser("report", help="write curation.html and its plots")
+    report.add_argument("run", type=Path, help="the --out folder of `mc2 curate run`")
+    report.add_argument("--metadata", type=Path, required=True, help="folder of <lang>.json")
+    report.set_defaults(action=_report)
+
+
+def _add_draw(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, as data.seed of training [0]")
+    parser.add_argument("--epoch", type=int, default=0, help="of the draws [0]")
+
+
+def _sample(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:
+    from mc2_hpc.curation.sample_stage import sample
+
+    return sample(
+        arguments.matched,
+        arguments.balance,
+        arguments.out,
+        seed=arguments.seed,
+        epoch=arguments.epoch,
+        engine=engine,
+        progress=report,
+    )
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.curation.explain import explain
+
+    if arguments.key is not None and arguments.balance is None:
+        raise UserError("--key tells whether balancing keeps the caption: name the balance folder with --balance")
+    explanation = explain(
+        arguments.caption,
+        arguments.metadata,
+        lang=arguments.lang,
+        mode=arguments.mode,
+        matched=arguments.matched,
+        balance=arguments.balance,
+        key=arguments.key,
+        seed=arguments.seed,
+        epoch=arguments.epoch,
+    )
+    if arguments.json:
+        print(json.dumps(explanation.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        _show(explanation)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.curation.report.page import write_report
+
+    print(write_report(arguments.run, arguments.metadata))
+    return 0
+
+
+def _show(explanation: "Explanation") -> None:
+    """Print an explanation as a table."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    source = "" if explanation.lang_from == "given" else f" (identified by {explanation.lang_from})"
+    console.print(Text(f"language {explanation.lang or 'unknown'}{source}, mode {explanation.mode}"))
+    if explanation.lang_from != "given" and explanation.drop_reason == "unknown_language":
+        console.print("name the language with --lang if that is wrong")
+    # Visible spaces, for they decide what matches.
+    console.print(Text("looked for in: ").append(explanation.spaced_text.replace(" ", "\u00b7"), "bold"))
+    if explanation.matches:
+        console.print(_table(explanation))
+    for miss in explanation.near_misses:
+        console.print(Text(f"near: {miss.entry!r} (entry {miss.id}) {miss.reason}"))
+    console.print(Text(_verdict(explanation), _VERDICT_STYLES[explanation.kept]))
+
+
+_VERDICT_STYLES = {True: "bold green", False: "bold red", None: "bold"}
+
+
+def _table(explanation: "Explanation") -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    weighed = explanation.keep_probability is not None
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("entry")
+    table.add_column("id", justify="right")
+    table.add_column("pattern")
+    table.add_column("at", justify="right")
+    if weighed:
+        for name in ("count", "probability", "part"):
+            table.add_column(name, justify="left" if name == "part" else "right")
+    rarest_first = sorted(explanation.matches, key=lambda match: (-(match.probability or 0), match.id))
+    for match in rarest_first:
+        places = ", ".join(map(str, match.at[:4])) + (", ..." if len(match.at) > 4 else "")
+        cells = [match.entry, str(match.id), match.pattern.replace(" ", "\u00b7"), places]
+        if weighed:
+            cells += [f"{match.count:,}", f"{match.probability:.3g}", str(match.part)]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _verdict(explanation: "Explanation") -> str:
+    if explanation.drop_reason is not None:
+        return f"dropped: {explanation.drop_reason}"
+    if explanation.keep_probability is None:
+        return f"matches {len(explanation.matches)} entries; --balance tells how likely it is kept"
+    odds = f"keep probability {explanation.keep_probability:.4g} (t = {explanation.threshold:,})"
+    if explanation.draw is None:
+        return odds
+    verb = "kept" if explanation.kept else "not kept"
+    return f"{odds}, draw {explanation.draw:.4f}: {verb} in an epoch that draws this caption for its image"

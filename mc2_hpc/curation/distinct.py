@@ -1,0 +1,77 @@
+"""Which strings occur for the first time, over more of them than fit in memory."""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_DIGEST = 16
+_MAX_RUN = 1 << 22
+"""Digests in the longest run, 64 MB, so that merging two needs little beside what is kept."""
+
+
+class Distinct:
+    """Strings seen so far, given piece by piece.
+
+    The first piece is kept as it is: most shards have but one, and Arrow compares strings faster than they can be
+    hashed. From the second on, 16 bytes a distinct string are kept: 128-bit BLAKE2b digests, in sorted runs of which
+    each is at most half as long as the one before, as long as they are short.
+    """
+
+    def __init__(self) -> None:
+        self._first: pa.Array | None = None
+        self._runs: list[npt.NDArray[np.bytes_]] = []
+
+    def add(self, strings: pa.Array) -> None:
+        """See ``strings`` (no nulls)."""
+        if self._first is None and not self._runs:
+            self._first = strings
+        else:
+            self.is_new(strings)
+
+    def is_new(self, strings: pa.Array) -> npt.NDArray[np.bool_]:
+        """See ``strings`` (no nulls); which of them were not seen before, nor stand earlier among them, bool."""
+        if self._first is None and not self._runs:
+            self._first = strings
+            return _first_occurrences(strings)
+        if self._first is not None:
+            self._insert(np.unique(_digests(self._first)))
+            self._first = None
+        digests, first = np.unique(_digests(strings), return_index=True)
+        for run in self._runs:
+            at = np.minimum(np.searchsorted(run, digests), len(run) - 1)
+            unseen = run[at] != digests
+            digests, first = digests[unseen], first[unseen]
+        self._insert(digests)
+        mask = np.zeros(len(strings), bool)
+        mask[first] = True
+        return mask
+
+    def __len__(self) -> int:
+        """Number of distinct strings seen."""
+        if self._first is not None:
+            return pc.count_distinct(self._first).as_py()
+        return sum(len(run) for run in self._runs)
+
+    def _insert(self, run: npt.NDArray[np.bytes_]) -> None:
+        """Take in a sorted run of digests none of which is in another."""
+        while self._runs and 2 * len(run) > len(self._runs[-1]) and len(run) + len(self._runs[-1]) <= _MAX_RUN:
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        if len(run):
+            self._runs.append(run)
+
+
+def _first_occurrences(strings: pa.Array) -> npt.NDArray[np.bool_]:
+    rows = pa.table({"string": strings, "row": np.arange(len(strings))})
+    first = rows.group_by("string").aggregate([("row", "min")])["row_min"]
+    mask = np.zeros(len(strings), bool)
+    mask[np.asarray(first)] = True
+    return mask
+
+
+def _digests(strings: pa.Array) -> npt.NDArray[np.bytes_]:
+    """128-bit BLAKE2b digests, as fixed-width byte strings."""
+    raw = strings.cast(pa.large_binary()).to_pylist()
+    return np.frombuffer(b"".join(hashlib.blake2b(value, digest_size=_DIGEST).digest() for value in raw), f"S{_DIGEST}")

@@ -1,0 +1,184 @@
+"""Sampling offline: the rows that one epoch of online balancing would train on, written out.
+
+A sample is itself a matched pool - the same files, ``match.json`` telling what it is a sample of - so it can be packed,
+counted and explained like any other. Balance it no further: leave ``data.balance`` unset when training on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mc2_hpc.curation import csr
+from mc2_hpc.curation.balance_folder import REPORT, BalanceFolder
+from mc2_hpc.curation.counts import count_votes, write_votes
+from mc2_hpc.curation.engines import Engine
+from mc2_hpc.curation.match_stage import SETTINGS, counts_path, is_matched, read_settings, rows_by_language
+from mc2_hpc.curation.matched import entries_of, read_matched, write_matched
+from mc2_hpc.curation.sampling import choose_texts, passes
+from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
+
+_CHECKED_KEYS = 1 << 20
+_logger = logging.getLogger(__name__)
+
+
+def sample(
+    matched: str | Path,
+    balance: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Write the rows of a matched pool that the loader would keep in ``epoch`` with this seed.
+
+    A pure function of the rows: the same subset on any number of shards, workers and machines, given that all rows of
+    an image stand in one shard. Shards already finished are skipped.
+
+    Args:
+        matched: folder that :func:`match_stage.match` filled, every shard of it finished.
+        balance: folder that :func:`balance_stage.balance` wrote from this metadata.
+        engine: where it runs; one worker of this machine by default.
+
+    Returns:
+        counters over all shards: ``rows`` looked at, ``captions`` (the same by language), ``matched`` (rows kept),
+        ``images`` and ``languages`` of these, ``drops`` by reason (``other_text``: another text of its image was drawn;
+        ``balanced``: drawn, but thinned), and ``keys_in_several_shards``: how many of the ``checked`` keys break the
+        rule above. None where the work was only submitted to Slurm
+
+    Raises:
+        UserError: unfinished or foreign input, or shards that could not be read (every other one is done).
+    """
+    stages = plan_sample(matched, balance, out, seed=seed, epoch=epoch)
+    if not run_stages(stages, engine, progress):
+        return None
+    shards = list(stages[0].shards)
+    return {**sum_stats(Path(out), shards), "keys_in_several_shards": _check_keys(Path(out), shards)}
+
+
+def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, seed: int, epoch: int) -> list[Stage]:
+    """Check the arguments of :func:`sample`, record them, and return what is to be done."""
+    matched, out = Path(matched).absolute(), Path(out).absolute()
+    settings = read_settings(matched)
+    probs = BalanceFolder(Path(balance).absolute())
+    _check_same_pool(matched, settings, probs)
+    shards = settings.pop("shards")
+    images = sum(read_json(stats_path(matched, name))["images"] for name in shards)
+    origin = {"seed": seed, "epoch": epoch, "balance": file_sha256(probs.folder / REPORT)}
+    open_stage(out, SETTINGS, {**settings, "sample": origin}, shards)
+    work = _SampleShard(matched, out, probs, seed, epoch, min(1.0, _CHECKED_KEYS / max(images, 1)))
+    return [Stage("sample", out, dict.fromkeys(shards), work, partial(_is_sampled, out))]
+
+
+def _is_sampled(out: Path, shard: str) -> bool:
+    return is_matched(out, shard) and _keys_path(out, shard).is_file()
+
+
+def select_rows(
+    rows: pa.Table, probs: BalanceFolder, *, seed: int, epoch: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of a matched table that are drawn for their image, and those of them that balancing keeps.
+
+    The second equals :func:`sampling.select`, computed from Arrow columns.
+    """
+    from mc2_hpc.curation.hash_kernels import hash_column
+
+    if len(rows) == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    keys = hash_column(rows["key"].combine_chunks())
+    chosen = choose_texts(keys, hash_column(rows["text"].combine_chunks()), seed=seed, epoch=epoch)
+    langs = rows["lang"].combine_chunks().dictionary_encode()
+    codes = np.asarray(langs.indices)[chosen]
+    names = langs.dictionary.to_pylist()
+    kept = passes(keys[chosen], chosen, *entries_of(rows), names, codes, probs, seed=seed, epoch=epoch)
+    return chosen, chosen[kept]
+
+
+def _check_same_pool(matched: Path, settings: dict[str, Any], probs: BalanceFolder) -> None:
+    if "sample" in settings:
+        raise UserError(f"{matched}: is a sample already; name the matched pool that it was drawn from")
+    report = probs.report()
+    if report["sources"]["metadata"] != settings["metadata"] or report["mode"] != settings["mode"]:
+        raise UserError(
+            f"{probs.folder}: was balanced with other metadata or another mode than {matched} was matched with; "
+            "run `mc2 curate balance` on this matched pool"
+        )
+
+
+@dataclass(frozen=True)
+class _SampleShard:
+    """Samples one shard; picklable."""
+
+    matched: Path
+    out: Path
+    probs: BalanceFolder
+    seed: int
+    epoch: int
+    checked_share: float
+
+    def __call__(self, name: str, value: None) -> None:
+        path = self.matched / f"{name}.parquet"
+        rows = read_matched(path)
+        try:
+            chosen, kept = select_rows(rows, self.probs, seed=self.seed, epoch=self.epoch)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        self._write_checked_keys(name, rows["key"].take(pa.array(chosen)))
+        num_rows, captions = len(rows), {lang: len(members) for lang, members in rows_by_language(rows)}
+        rows = rows.take(pa.array(kept))
+        offsets, ids = entries_of(rows)
+        votes, languages = {}, {}
+        for lang, members in rows_by_language(rows):
+            _, of_lang = csr.take(offsets, ids, members)
+            votes[lang] = count_votes(of_lang)
+            languages[lang] = {"texts": len(members), "images": len(members), "matches": len(of_lang)}
+        write_votes(counts_path(self.out, name), votes)
+        write_matched(self.out / f"{name}.parquet", rows)
+        stats = {
+            "rows": num_rows,
+            "matched": len(rows),
+            "images": len(rows),
+            "drops": {"other_text": num_rows - len(chosen), "balanced": len(chosen) - len(rows)},
+            "captions": captions,
+            "languages": languages,
+        }
+        write_json(stats_path(self.out, name), stats)
+
+    def _write_checked_keys(self, name: str, keys: pa.ChunkedArray) -> None:
+        """Leave the hashes of a share of the keys: the same key is in it, or not, wherever it stands."""
+        from mc2_hpc.curation.hash_kernels import hash_column
+
+        hashes = np.sort(hash_column(keys.combine_chunks()))
+        highest = np.uint64(min(int(self.checked_share * 2**64), 2**64 - 1))
+        checked = hashes[: np.searchsorted(hashes, highest, side="right")]
+        with atomic_path(_keys_path(self.out, name)) as temporary:
+            np.save(temporary, checked, allow_pickle=False)
+
+
+def _keys_path(out: Path, shard: str) -> Path:
+    return out / "keys" / f"{shard}.npy"
+
+
+def _check_keys(out: Path, shards: list[str]) -> dict[str, int]:
+    """Count keys that stand in more than one shard among those left for this check, and warn of them."""
+    hashes = np.concatenate([np.load(_keys_path(out, name), allow_pickle=False) for name in shards])
+    distinct, times = np.unique(hashes, return_counts=True)
+    found = int((times > 1).sum())
+    if found:
+        _logger.warning(
+            "%s: %d of %d image keys that were checked stand in several shards; each shard drew a text for its own "
+            "copy: put all rows of an image in one shard, beside its picture",
+            *(out, found, len(distinct)),
+        )
+    return {"checked": len(distinct), "found": found}

@@ -1,0 +1,246 @@
+"""Exact de-duplication of a caption pool by image: every key in one shard, every text of a key once.
+
+Two passes, so that no process ever holds more than one shard. The *scatter* pass deals the rows of each shard to
+partitions by a hash of their key; the *gather* pass collects a partition from all scattered shards, sorts it and drops
+repetitions. The result depends on the set of rows alone: not on how they were spread over shards, nor on the order or
+number of workers. So a pool too large for one run may be de-duplicated in parts, and the parts together again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mc2_hpc.curation.engines import Engine
+from mc2_hpc.curation.hash_kernels import hash_column
+from mc2_hpc.curation.pools import PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import atomic_path, read_json, write_json
+
+SETTINGS = "deduplicate.json"
+_ROWS_A_SHARD = 1_000_000
+_ROWS_A_RUN = 1 << 20
+_COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
+
+
+def deduplicate(
+    pool: str | Path,
+    out: str | Path,
+    *,
+    shards: int | None = None,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Write ``00000.parquet`` ... of distinct (key, text), sorted, each key in the shard that its hash names.
+
+    All rows of a key get the alphabetically first ``source`` among them. What is finished is skipped, and the scattered
+    rows (about the size of the pool) are deleted at the end. A partition's rows are held in memory: about three times
+    their bytes.
+
+    Args:
+        pool: folder of ``<shard>.parquet`` alone; images are fetched later, one a key.
+        shards: to write; by default one for each million rows of the pool.
+        engine: where it runs; this process by default.
+
+    Returns:
+        counters: ``rows`` read, ``kept``, ``images`` (distinct keys), and ``drops`` by reason: ``duplicate_text`` and
+        those of :func:`~mc2_hpc.curation.pools.iter_captions`; None where the work was only submitted to Slurm
+
+    Raises:
+        UserError: no such pool, one with images, shards of other columns or unreadable (every other one is done), or a
+            folder made from another pool.
+    """
+    out = Path(out)
+    stages = plan_deduplicate(pool, out, shards=shards)
+    if not run_stages(stages, engine, progress):
+        return None
+    inputs, names = _inputs(pool), list(stages[-1].shards)
+    for name in inputs:
+        _scattered_path(out, name).unlink(missing_ok=True)
+    counters = sum_stats(out, names)
+    read = sum_stats(_scatter_folder(out), list(inputs))
+    return {**counters, **read, "drops": dict(Counter(counters["drops"]) + Counter(read["drops"]))}
+
+
+def plan_deduplicate(pool: str | Path, out: str | Path, *, shards: int | None = None) -> list[Stage]:
+    """The stages of :func:`deduplicate` that are not done, the arguments checked and the settings written."""
+    out = Path(out)
+    inputs = _inputs(pool)
+    columns = _columns(next(iter(inputs.values())))
+    partitions = _number_of_shards(out, inputs, shards)
+    names = {f"{number:05d}": number for number in range(partitions)}
+    settings = {"columns": columns, "num_shards": partitions}
+    open_stage(out, SETTINGS, settings, list(names))
+    open_stage(_scatter_folder(out), "scatter.json", settings, list(inputs))
+    scatter = Stage(
+        "scatter",
+        _scatter_folder(out),
+        inputs,
+        _ScatterShard(out, partitions, columns),
+        partial(_is_scattered, out),
+        invalidates=(out / "stats",),
+    )
+    gather = Stage("gather", out, names, _GatherShard(out, list(inputs), partitions), partial(_is_gathered, out))
+    # The scattered rows of a finished pool are gone; they are made again where it has grown or a shard was lost.
+    is_known = all(stats_path(scatter.folder, name).is_file() for name in inputs)
+    return [gather] if is_known and not gather.undone() else [scatter, gather]
+
+
+def _inputs(pool: str | Path) -> dict[str, PoolShard]:
+    return {shard.name: _captions_only(shard) for shard in list_pool(pool)}
+
+
+def _captions_only(shard: PoolShard) -> PoolShard:
+    if shard.captions is None or shard.images is not None:
+        raise UserError(
+            f"{shard.images}: a pool with images cannot be spread anew; de-duplicate it before fetching them"
+        )
+    return shard
+
+
+def _columns(shard: PoolShard) -> list[str]:
+    return next(iter_captions(shard, keep_repeated=True))[0].column_names
+
+
+def _runs(shard: PoolShard, drops: Counter[str]) -> Iterator[pa.Table]:
+    """Usable rows in tables of a million or so, none empty; drops are added up in ``drops``."""
+    pieces: list[pa.Table] = []
+    for rows, dropped in iter_captions(shard, keep_repeated=True):
+        drops.update(dropped)
+        if len(rows):
+            pieces.append(rows)
+        if sum(map(len, pieces)) >= _ROWS_A_RUN:
+            yield pa.concat_tables(pieces)
+            pieces = []
+    if pieces:
+        yield pa.concat_tables(pieces)
+
+
+def _number_of_shards(out: Path, inputs: dict[str, PoolShard], shards: int | None) -> int:
+    """What the user asked for, what an earlier run of this folder chose, or what the pool's rows suggest."""
+    if shards is not None:
+        if shards < 1:
+            raise UserError(f"shards={shards}: must be at least 1")
+        return shards
+    if (out / SETTINGS).is_file():
+        return int(read_json(out / SETTINGS)["num_shards"])
+    rows = sum(_num_rows(shard.captions) for shard in inputs.values() if shard.captions)
+    return max(1, -(-rows // _ROWS_A_SHARD))
+
+
+def _num_rows(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).strip().splitlines()[0]})") from None
+
+
+def _scatter_folder(out: Path) -> Path:
+    return out / "scattered"
+
+
+def _scattered_path(out: Path, shard: str) -> Path:
+    return _scatter_folder(out) / f"{shard}.arrow"
+
+
+def _is_scattered(out: Path, shard: str) -> bool:
+    return stats_path(_scatter_folder(out), shard).is_file() and _scattered_path(out, shard).is_file()
+
+
+def _is_gathered(out: Path, name: str) -> bool:
+    return stats_path(out, name).is_file() and (out / f"{name}.parquet").is_file()
+
+
+@dataclass(frozen=True)
+class _ScatterShard:
+    """Deals one shard's rows to the partitions; picklable.
+
+    The Arrow file is a sequence of runs, each of one record batch for every partition, perhaps without rows: partition
+    ``j`` is the batches ``j``, ``j + partitions``, ``j + 2 * partitions`` ...
+    """
+
+    out: Path
+    partitions: int
+    columns: list[str]
+
+    def __call__(self, name: str, shard: PoolShard) -> None:
+        columns = _columns(shard)
+        if columns != self.columns:
+            raise UserError(
+                f"{shard.captions}: has the columns {', '.join(columns)}, the pool's first shard "
+                f"{', '.join(self.columns)}; a pool's shards need the same"
+            )
+        schema = pa.schema([(column, pa.large_string()) for column in columns])
+        drops: Counter[str] = Counter()
+        usable = 0
+        with (
+            atomic_path(_scattered_path(self.out, name)) as temporary,
+            pa.ipc.new_file(temporary, schema, options=_COMPRESSED) as writer,
+        ):
+            for rows in _runs(shard, drops):
+                usable += len(rows)
+                for part in self._deal(rows):
+                    writer.write_batch(part)
+        stats = {"rows": usable + drops.total(), "drops": dict(drops)}
+        write_json(stats_path(_scatter_folder(self.out), name), stats)
+
+    def _deal(self, rows: pa.Table) -> Iterator[pa.RecordBatch]:
+        partition = (hash_column(rows["key"].combine_chunks()) % np.uint64(self.partitions)).astype(np.int64)
+        order = np.argsort(partition, kind="stable")
+        bounds = np.searchsorted(partition[order], np.arange(self.partitions + 1))
+        (dealt,) = rows.take(pa.array(order)).combine_chunks().to_batches()
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+            yield dealt.slice(begin, end - begin)
+
+
+@dataclass(frozen=True)
+class _GatherShard:
+    """Collects one partition and writes it without repetitions; picklable."""
+
+    out: Path
+    inputs: list[str]
+    partitions: int
+
+    def __call__(self, name: str, partition: int) -> None:
+        rows = pa.Table.from_batches(list(self._batches(partition)))
+        kept = distinct(rows)
+        images = pc.count_distinct(kept["key"]).as_py()
+        try:
+            table = pa.table({column: kept[column].cast(pa.string()) for column in kept.column_names})
+        except pa.ArrowInvalid:
+            raise UserError(f"{self.out / name}: more than 2 GB of text in one shard; use more shards") from None
+        with atomic_path(self.out / f"{name}.parquet") as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+        drops = {"duplicate_text": len(rows) - len(kept)} if len(kept) < len(rows) else {}
+        write_json(stats_path(self.out, name), {"kept": len(kept), "images": images, "drops": drops})
+
+    def _batches(self, partition: int) -> Iterator[pa.RecordBatch]:
+        for name in self.inputs:
+            with pa.memory_map(str(_scattered_path(self.out, name))) as file:
+                reader = pa.ipc.open_file(file)
+                yield pa.RecordBatch.from_pylist([], reader.schema)
+                for index in range(partition, reader.num_record_batches, self.partitions):
+                    yield reader.get_batch(index)
+
+
+def distinct(rows: pa.Table) -> pa.Table:
+    """Distinct (key, text) of ``rows``, sorted; each has its first ``lang``, and the first ``source`` of its key."""
+    others = [(name, "min") for name in rows.column_names if name not in ("key", "text")]
+    kept = rows.group_by(["key", "text"]).aggregate(others)
+    kept = kept.rename_columns([name.removesuffix("_min") for name in kept.column_names])
+    kept = kept.select(rows.column_names).sort_by([("key", "ascending"), ("text", "ascending")])
+    if "source" in rows.column_names:
+        first = kept.group_by("key", use_threads=False).aggregate([("source", "min")])
+        of_key = pc.index_in(kept["key"], first["key"])
+        kept = kept.set_column(kept.schema.get_field_index("source"), "source", first["source_min"].take(of_key))
+    return kept

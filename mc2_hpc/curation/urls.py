@@ -1,0 +1,89 @@
+"""Addresses of images: made absolute, made canonical, and the key of an image.
+
+The *canonical* address decides which images are one. It never merges what may be two pictures: it differs from the
+absolute address only in that
+
+- the scheme is ``https``, the host in lower case, the scheme's default port and the fragment are gone;
+- characters that an address cannot hold are percent-encoded as UTF-8, and escapes have upper-case digits;
+- parameters of the query that follow a visitor (``utm_*``, ``fbclid`` ...) are gone;
+- where the path ends in the name of a picture (``.jpg``, ``.png`` ...), so are those that choose a rendition (``w``,
+  ``quality``, ``format`` ...) or beat a cache (``v``, ``ts`` ...). Elsewhere (``image.php?v=7``) they may be what
+  chooses the picture.
+
+Every other parameter survives, in its place.
+"""
+
+import hashlib
+import re
+from urllib.parse import quote, urljoin, urlsplit
+
+_TRACKING = frozenset({"fbclid", "gclid", "dclid", "msclkid", "yclid", "igshid", "mc_cid", "mc_eid", "_ga"})
+_RENDITION = frozenset(
+    "w h width height maxwidth maxheight q quality fit crop auto fm format dpr resize size scale strip ssl sharpen "
+    "lossy compress v ver version rev t ts timestamp itok cb nocache _".split()
+)
+_PICTURE = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".jxl", ".heic")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_IS_PLAIN = re.compile(r"[!#-;=?-Z\[\]_a-z~]*").fullmatch  # printable ASCII but " < > \ ^ ` { | }
+_LOWER_ESCAPE = re.compile(r"%(?=[0-9A-F]?[a-f])[0-9A-Fa-f]{2}")
+_SAFE = "!#$%&'()*+,/:;=?@[]~"
+
+
+class UnusableUrl(ValueError):
+    """No address to fetch an image from; the message is the reason it is counted under."""
+
+
+def absolute_url(source: str, base: str) -> str:
+    """The http(s) address that ``source``, an attribute of a page, means on a page whose addresses start at ``base``.
+
+    Raises:
+        UnusableUrl: ``no_url`` (empty), ``not_http`` (``data:``, ``blob:`` ...), ``bad_url`` (no host, a port that is
+            no number, credentials, characters that are no text).
+    """
+    source = source.strip()
+    if not source:
+        raise UnusableUrl("no_url")
+    try:
+        if not source.startswith(("http://", "https://")):
+            source = urljoin(base, source)
+        parts = urlsplit(source)
+        if parts.scheme not in _DEFAULT_PORTS:
+            raise UnusableUrl("not_http")
+        host, port = parts.hostname, parts.port
+        if not host or "@" in parts.netloc:
+            raise UnusableUrl("bad_url")
+        host = host if host.isascii() else host.encode("idna").decode()
+        path, query = _escaped(parts.path or "/"), _escaped(parts.query)
+    except UnusableUrl:
+        raise
+    except ValueError:  # a UnicodeError too
+        raise UnusableUrl("bad_url") from None
+    if not _IS_PLAIN(host):
+        raise UnusableUrl("bad_url")
+    host = f"[{host}]" if ":" in host else host
+    place = host if port is None or port == _DEFAULT_PORTS[parts.scheme] else f"{host}:{port}"
+    return f"{parts.scheme}://{place}{path}?{query}" if query else f"{parts.scheme}://{place}{path}"
+
+
+def _escaped(part: str) -> str:
+    if not _IS_PLAIN(part):
+        part = quote(part, safe=_SAFE)
+    return _LOWER_ESCAPE.sub(lambda escape: escape[0].upper(), part) if "%" in part else part
+
+
+def canonical_url(url: str) -> str:
+    """The canonical form (see the module) of what :func:`absolute_url` returned."""
+    path, _, query = url.removeprefix("https:").removeprefix("http:").partition("?")
+    if query:
+        dropped = _RENDITION if path.lower().endswith(_PICTURE) else frozenset()
+        query = "&".join(item for item in query.split("&") if not _is_dropped(item.partition("=")[0].lower(), dropped))
+    return f"https:{path}?{query}" if query else f"https:{path}"
+
+
+def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
+    return not name or name in dropped or name in _TRACKING or name.startswith("utm_")
+
+
+def image_key(url: str) -> str:
+    """24 hex digits: the first 96 bits of the SHA-224 of the canonical form of ``url`` (MetaCLIP 1's keys)."""
+    return hashlib.sha224(canonical_url(url).encode()).hexdigest()[:24]

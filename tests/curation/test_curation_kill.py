@@ -1,0 +1,111 @@
+"""Killed runs of ``mc2 curate``: continued by the same command, only what is unfinished is done, bytes are equal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mc2_hpc.curation.image_tars import write_tar
+from mc2_hpc.curation.pipeline import run
+from mc2_hpc.storage import write_json
+
+WAIT_S = 240
+
+
+@pytest.fixture
+def pool(tmp_path) -> Path:
+    write_json(tmp_path / "metadata" / "en.json", ["dog", "cat", "big dog"])
+    write_json(tmp_path / "metadata" / "de.json", ["Hund", "Katze"])
+    for shard in range(6):
+        keys = [f"{shard}-{n:03d}" for n in range(30)]
+        texts = [f"a big dog {n}" if n % 3 else f"Hund und Katze {n}" for n in range(30)]
+        langs = ["en" if n % 3 else "de" for n in range(30)]
+        path = tmp_path / "pool" / f"{shard}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"key": keys, "text": texts, "lang": langs}), path)
+        write_tar(path.with_suffix(".tar"), ((f"{key}.jpg", key.encode()) for key in keys))
+    return tmp_path / "pool"
+
+
+def command(pool: Path, out: Path) -> list[str]:
+    words = ["curate", "run", pool, "--metadata", pool.parent / "metadata", "--t-en", "30", "--out", out]
+    return [sys.executable, "-m", "mc2_hpc.cli", *map(str, words), "--workers", "2"]
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = (path for path in files if "logs" not in path.relative_to(folder).parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def wait_until(condition, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("victim", ["driver", "worker"])
+def test_killed_run_is_continued(pool, tmp_path, victim):
+    """A shard that nobody writes to (a named pipe) holds a worker at a known place until it is killed."""
+    run(pool, pool.parent / "metadata", tmp_path / "whole", t_en=30)
+    whole, out = outputs(tmp_path / "whole"), tmp_path / "out"
+    held = pool / "4.parquet"
+    content = held.read_bytes()
+    held.unlink()
+    os.mkfifo(held)
+    driver = subprocess.Popen(command(pool, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stats = out / "matched" / "stats"
+    wait_until(lambda: stats.is_dir() and len(list(stats.glob("[0-9].json"))) == 5, driver)
+    record = out / "matched" / "logs" / "match" / "events" / "00004.jsonl"
+    worker = json.loads(record.read_text().splitlines()[0])["pid"]
+    os.kill(driver.pid if victim == "driver" else worker, signal.SIGKILL)
+    _, message = driver.communicate(timeout=WAIT_S)
+    if victim == "worker":
+        assert driver.returncode == 2
+        assert "match: a worker was killed at '4'" in message and "run the same command again" in message
+    deadline = time.monotonic() + WAIT_S
+    while not gone(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    held.unlink()
+    held.write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in (out / "matched").glob("[0-9].parquet")}
+    assert len(before) == 5 and list((out / "matched").glob(".4.*"))
+    subprocess.run(command(pool, out), check=True, capture_output=True, timeout=WAIT_S)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {name: content for name, content in outputs(out).items() if not name.startswith("report/")} == whole
+    assert not list((out / "matched").glob(".4.*")), "what the killed worker was writing is still there"
+
+
+def test_killed_merge_and_balance_are_continued(pool, tmp_path):
+    """Every file of balancing taken away in turn, as a kill may leave it: the same command brings it back."""
+
+    def again() -> None:
+        run(pool, pool.parent / "metadata", tmp_path / "out", t_en=30)
+
+    again()
+    whole = outputs(tmp_path / "out")
+    for name in whole:
+        if name.startswith(("balance/", "matched/merged/")) and not name.startswith(
+            ("balance/counts", "balance/probs")
+        ):
+            (tmp_path / "out" / name).unlink()
+            again()
+            assert outputs(tmp_path / "out") == whole, name
