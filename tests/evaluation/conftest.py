@@ -1,14 +1,14 @@
 """A tiny untrained checkpoint, pictures to show it, and the process group that evaluation runs in."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mc2_hpc.data.tokenizer import train_tokenizer
+from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.distributed import process_group
 from mc2_hpc.evaluation.encoder import Encoder
 from mc2_hpc.models.clip import build_clip
@@ -34,20 +34,32 @@ def _noise(seed: int, *, kind: str = "JPEG", size: tuple[int, int] = (40, 48)) -
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Path:
+def make_checkpoint() -> Callable[..., Tokenizer]:
+    """``make_checkpoint(folder, sentences, vocab_size)``: random weights and a tokenizer of the sentences."""
+
+    def make(folder: Path, sentences: Sequence[str], vocab_size: int) -> Tokenizer:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = train_tokenizer(sentences, folder / TOKENIZER_FILE, vocab_size=vocab_size, style="xlmv")
+        arch = ClipArchitecture(
+            embed_dim=16,
+            quick_gelu=False,
+            vision=VisionArchitecture(image_size=32, patch_size=16, width=32, layers=1, head_width=16, mlp_width=64),
+            text=TextArchitecture(
+                vocab_size=tokenizer.vocab_size, context_length=24, eos_id=2, width=32, layers=1, heads=2
+            ),
+        )
+        write_card(folder, ModelCard(arch=arch, tokenizer_style="xlmv"))
+        write_tensors(folder / "model.00000-of-00001.safetensors", build_clip(arch, seed=0).state_dict())
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_checkpoint, tmp_path_factory) -> Path:
     """A checkpoint folder of random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer(SENTENCES * 3, folder / TOKENIZER_FILE, vocab_size=80, style="xlmv")
-    arch = ClipArchitecture(
-        embed_dim=16,
-        quick_gelu=False,
-        vision=VisionArchitecture(image_size=32, patch_size=16, width=32, layers=1, head_width=16, mlp_width=64),
-        text=TextArchitecture(
-            vocab_size=tokenizer.vocab_size, context_length=24, eos_id=2, width=32, layers=1, heads=2
-        ),
-    )
-    write_card(folder, ModelCard(arch=arch, tokenizer_style="xlmv"))
-    write_tensors(folder / "model.00000-of-00001.safetensors", build_clip(arch, seed=0).state_dict())
+    make_checkpoint(folder, SENTENCES * 3, 80)
     return folder
 
 

@@ -14,14 +14,11 @@ from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.data.shards import Pair
-from mc2_hpc.data.tokenizer import train_tokenizer
-from mc2_hpc.models.clip import build_clip
-from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
-from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_card, write_tensors
+from mc2_hpc.models.weights import TOKENIZER_FILE, load_clip
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(make_checkpoint, tmp_path_factory):
     """Folder of an untrained checkpoint and 60 noise pictures with captions in two languages."""
     folder = tmp_path_factory.mktemp("eval")
     rng = np.random.default_rng(0)
@@ -32,19 +29,7 @@ def place(tmp_path_factory):
         lang = "de" if number % 3 else "en"
         pairs.append(Pair(key=f"{number:03d}", image=data.getvalue(), text=f"{lang} text {number * 7}", lang=lang))
     pack_pairs(pairs, folder / "shards", pairs_per_shard=25)
-    checkpoint = folder / "checkpoint"
-    checkpoint.mkdir()
-    tokenizer = train_tokenizer([p.text for p in pairs], checkpoint / TOKENIZER_FILE, vocab_size=40, style="xlmv")
-    arch = ClipArchitecture(
-        embed_dim=16,
-        quick_gelu=False,
-        vision=VisionArchitecture(image_size=32, patch_size=16, width=32, layers=1, head_width=16, mlp_width=64),
-        text=TextArchitecture(
-            vocab_size=tokenizer.vocab_size, context_length=16, eos_id=2, width=32, layers=1, heads=2
-        ),
-    )
-    write_card(checkpoint, ModelCard(arch=arch, tokenizer_style="xlmv"))
-    write_tensors(checkpoint / "model.00000-of-00001.safetensors", build_clip(arch, seed=0).state_dict())
+    tokenizer = make_checkpoint(folder / "checkpoint", [p.text for p in pairs], 40)
     return folder, pairs, tokenizer
 
 
