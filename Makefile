@@ -24,6 +24,9 @@ lint: .venv/dev
 bench: .venv/dev
 	$(BIN)/mc2 bench train --json benchmarks/results/train.json
 	$(BIN)/mc2 bench contrastive --json benchmarks/results/contrastive.json
+	$(BIN)/mc2 bench loader --json benchmarks/results/loader.json
+	$(BIN)/mc2 bench curation --json benchmarks/results/curation.json
+	$(BIN)/mc2 bench eval --json benchmarks/results/eval.json
 	$(BIN)/mc2 bench kernels --json benchmarks/results/kernels.json
 	$(MAKE) plots
 

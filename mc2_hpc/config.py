@@ -82,7 +82,8 @@ class DataConfig:
     """Where the pairs come from and how they become tensors."""
 
     train: str = ""
-    """Folder, file or glob pattern of ``.tar`` shards: curated (``.parquet`` beside each) or plain WebDataset."""
+    """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, glob or brace pattern,
+    local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
     tokenizer: str = ""
     """A sentencepiece model file."""
     tokenizer_style: str = "xlmv"
@@ -96,21 +97,34 @@ class DataConfig:
     prefetch: int = 2
     """Batches each worker holds ready."""
     decode: str = "auto"
-    """``turbo`` (DCT-scaled), ``turbo_exact`` (full decode), ``pil``, or ``auto`` (turbo)."""
+    """``turbo`` (DCT-scaled), ``turbo_exact`` (full decode), ``pil``, ``dali`` (on the GPU), or ``auto`` (turbo)."""
+    hw_decoder_load: float = 0.65
+    """``dali``: share of the JPEGs for the GPU's own JPEG engine, where it has one; 0 leaves all to its cores."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Area range of RandomResizedCrop."""
     seed: int = 0
     """Seeds every random draw of the data path: text choice, balancing, order, crop."""
+    stall_seconds: float = 600
+    """Longest wait for samples: then the run ends with an error that names the rank, worker and shard."""
+    cache_dir: str | None = None
+    """Folder, on a local disk, of remote shards and of tar indexes that cannot lie beside their tars; null is the
+    user's cache folder."""
+    cache_gb: float = 100
+    """Most that remote shards may take there, in 10^9 bytes, over all processes of the machine."""
 
     def __post_init__(self) -> None:
         _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
-        _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil"))
+        _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil", "dali"))
         _at_least("data.lanes", self.lanes, 1)
         _at_least("data.workers", self.workers, 0)
         _at_least("data.prefetch", self.prefetch, 1)
+        _at_least("data.stall_seconds", self.stall_seconds, 1)
+        _at_least("data.cache_gb", self.cache_gb, 0)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"data.crop_scale=[{low}, {high}]: needs 0 < low <= high <= 1")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(f"data.hw_decoder_load={self.hw_decoder_load}: must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +191,8 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder, if there is one."""
+    background: bool = True
+    """Train on while a copy of the state is written; false waits until each checkpoint is on disk."""
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 1)

@@ -9,7 +9,7 @@ from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict, load_con
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.presets import resolve
 
-SHIPPED = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[1] / "configs" / "train").rglob("*.yaml"))
 
 
 @pytest.fixture

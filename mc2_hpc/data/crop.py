@@ -23,6 +23,13 @@ class Box(NamedTuple):
     width: int
 
 
+class EncodedCrop(NamedTuple):
+    """A JPEG yet to be decoded, and the part of it that is wanted."""
+
+    data: bytes
+    box: Box
+
+
 def random_crop(
     height: int, width: int, *, key_hash: np.uint64, seed: int, epoch: int, scale: tuple[float, float]
 ) -> Box:

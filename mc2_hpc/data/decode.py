@@ -6,6 +6,7 @@ backend          JPEG                                                    resize 
 ``turbo``        simplejpeg, shrunk in the DCT to just above the target  torch, antialiased bicubic, uint8  training
 ``turbo_exact``  simplejpeg, in full                                     the same                           both
 ``pil``          Pillow                                                  Pillow: open_clip's, bit for bit   both
+``dali``         NVIDIA's decoders, the crop alone (``data/dali.py``)    DALI, antialiased bicubic, uint8   training
 ===============  ======================================================  =================================  ==========
 
 Pictures of other formats, told by their first bytes, and CMYK ones are decoded by Pillow in every backend. So is a JPEG
@@ -13,6 +14,7 @@ that simplejpeg refuses: Pillow is the judge of what is damaged, and the backend
 Orientation tags are not applied, as in open_clip. Transparency is dropped.
 """
 
+import importlib.util
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -25,17 +27,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-from mc2_hpc.data.crop import Box, dct_scaled, random_crop
+from mc2_hpc.data.crop import Box, EncodedCrop, dct_scaled, random_crop
 from mc2_hpc.data.skips import SkipSample
 from mc2_hpc.errors import UserError
 
 MAX_PIXELS = 1 << 26
 """Largest picture that is decoded, and largest one a resize may make: 67 million pixels, 200 MB of RGB."""
 
-TRAIN_BACKENDS = ("turbo", "turbo_exact", "pil")
+CPU_BACKENDS = ("turbo", "turbo_exact", "pil")
+TRAIN_BACKENDS = (*CPU_BACKENDS, "dali")
 EVAL_BACKENDS = ("turbo_exact", "pil")
 AUTO = {"train": "turbo", "eval": "turbo_exact"}
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_END_OF_JPEG = b"\xff\xd9"
 _logger = logging.getLogger(__name__)
 
 _RGB = npt.NDArray[np.uint8]
@@ -45,7 +49,7 @@ def resolve_backend(name: str, use: str) -> str:
     """The backend that ``name`` (perhaps ``auto``) means for ``use``: ``train`` or ``eval``.
 
     Raises:
-        UserError: no such backend for that use.
+        UserError: no such backend for that use, or its package is not installed.
     """
     if name == "auto":
         _logger.info("decode for %s: auto is %s", use, AUTO[use])
@@ -53,11 +57,17 @@ def resolve_backend(name: str, use: str) -> str:
     known = TRAIN_BACKENDS if use == "train" else EVAL_BACKENDS
     if name not in known:
         raise UserError(f"decode backend {name!r} cannot be used for {use}: choose one of auto, {', '.join(known)}")
+    if name == "dali" and importlib.util.find_spec("nvidia.dali") is None:
+        raise UserError("data.decode=dali: DALI is not installed: pip install 'mc2_hpc[dali]', or choose turbo")
     return name
 
 
 class TrainTransform:
-    """RandomResizedCrop to a square. Calls raise SkipSample for a picture that cannot be used."""
+    """RandomResizedCrop to a square. Calls raise SkipSample for a picture that cannot be used.
+
+    With ``dali`` a JPEG whose header and end are in order is left encoded, for the rank's pipeline; anything else is
+    decoded at once as by ``turbo_exact``, so that what can be told without decoding costs its sample here.
+    """
 
     def __init__(self, image_size: int, crop_scale: tuple[float, float], seed: int, backend: str) -> None:
         self._size = image_size
@@ -65,13 +75,18 @@ class TrainTransform:
         self._seed = seed
         self._backend = backend
 
-    def __call__(self, data: bytes, key_hash: np.uint64, epoch: int) -> torch.Tensor:
-        """uint8 ``(3, size, size)``: the crop that (seed, epoch, key) choose."""
+    def __call__(self, data: bytes, key_hash: np.uint64, epoch: int) -> torch.Tensor | EncodedCrop:
+        """uint8 ``(3, size, size)``: the crop that (seed, epoch, key) choose; or what it is to be made from."""
 
         def choose(height: int, width: int) -> Box:
             return random_crop(height, width, key_hash=key_hash, seed=self._seed, epoch=epoch, scale=self._scale)
 
-        return crop_and_resize(data, choose, self._size, self._backend)
+        if self._backend != "dali":
+            return crop_and_resize(data, choose, self._size, self._backend)
+        shape = _jpeg_shape(data)
+        if shape is not None and data.endswith(_END_OF_JPEG):
+            return EncodedCrop(data, choose(*shape))
+        return crop_and_resize(data, choose, self._size, "turbo_exact")
 
 
 class EvalTransform:

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from mc2_hpc.data.decode import EvalTransform, one_torch_thread
-from mc2_hpc.data.shards import Picture, Shard, open_shard
+from mc2_hpc.data.locations import find_shards
+from mc2_hpc.data.shards import Picture, Shard
 from mc2_hpc.data.skips import SkipSample, log_skip
 from mc2_hpc.data.tar import ShardError
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import list_shards
 
 _Loaded = tuple[Picture, torch.Tensor]
 
@@ -39,7 +39,7 @@ class EvalBatches:
     """The pictures of ``shards`` in order, ``batch`` at a time; every iteration is a pass over all of them.
 
     Args:
-        shards: folder, file or glob pattern of curated or plain shards.
+        shards: curated or plain ones; a folder, file or pattern, local or remote (``mc2_hpc.data.locations``).
         image_size: side of the square pictures.
         batch: pictures a batch; the last one may have fewer.
         rank, world_size: picture ``i`` of the set goes to rank ``i % world_size``. Ranks differ by one picture at most,
@@ -69,7 +69,7 @@ class EvalBatches:
         threads: int = 1,
     ) -> None:
         self.skipped: Counter[str] = Counter()
-        self._paths = list_shards(shards, ".tar")
+        self._shards = find_shards(shards)
         self._name = str(shards)
         self._transform = EvalTransform(image_size, transform, decode)
         self._batch = batch
@@ -101,11 +101,11 @@ class EvalBatches:
 
     def _places(self) -> Iterator[tuple[Shard, int]]:
         number = 0
-        for path in self._paths:
+        for position, name in enumerate(self._shards.names):
             try:
-                shard = open_shard(path)
+                shard = self._shards.open(position)
             except ShardError as error:
-                log_skip("shard_unreadable", str(path), str(error))
+                log_skip("shard_unreadable", name, str(error))
                 self.skipped["shard_unreadable"] += self._rank == 0
                 continue
             if shard.unsafe_names:
@@ -123,7 +123,7 @@ class EvalBatches:
             picture = shard.read_picture(index)
             return picture, self._transform(picture.image)
         except SkipSample as skip:
-            log_skip(skip.reason, f"{shard.path}, picture {index}", skip.detail)
+            log_skip(skip.reason, f"{shard.name}, picture {index}", skip.detail)
             return skip
 
     def _nothing(self) -> UserError:

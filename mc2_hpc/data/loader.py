@@ -13,29 +13,39 @@ import logging
 import multiprocessing
 import signal
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mc2_hpc.config import DataConfig
-from mc2_hpc.data.balance import BalanceFolder
+from mc2_hpc.curation.balance_folder import BalanceFolder
+from mc2_hpc.data.crop import EncodedCrop
+from mc2_hpc.data.dali import IN_FLIGHT, DaliDecoder, Jpegs
 from mc2_hpc.data.decode import TrainTransform, one_torch_thread, resolve_backend
+from mc2_hpc.data.locations import find_shards
+from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.stream import Example, Lane, Position, ShardPool
 from mc2_hpc.data.tokenizer import Tokenizer
+from mc2_hpc.data.watch import Board, Patient
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import list_shards
 
-WAIT_SECONDS = 300
-"""Longest wait for one worker's share of a batch; then training stops with an error."""
-
-# Workers are the fork server's children, so their death sends no signal here: it shows when a wait ends empty-handed.
-_POLL_SECONDS = 5
+_POLL_S = 1.0
+_CLOSE_S = 10.0
+# Storage that fails is to be named by its error before the watchdog sees nothing but silence.
+_PATIENCE_SHARE = 0.8
+_CAUSES = {int(signal.SIGBUS): "; is /dev/shm full?", int(signal.SIGKILL): "; out of memory?"}
 
 _logger = logging.getLogger(__name__)
+
+
+class DataStalled(RuntimeError):
+    """No samples came for ``data.stall_seconds``, a worker died, or the storage cannot be reached; one line says which
+    rank, worker and shard. The run can be resumed."""
 
 
 @dataclass
@@ -73,6 +83,7 @@ class TrainLoader:
     Raises:
         UserError: bad sizes, no shards, no balance folder, a position of other lanes; and while iterating: data
             without a single usable sample, or with fewer samples than lanes.
+        DataStalled: while iterating.
     """
 
     def __init__(
@@ -92,85 +103,149 @@ class TrainLoader:
         if world_size > lanes:
             raise UserError(f"{world_size} ranks but data.lanes={lanes}: every rank needs a lane, so raise data.lanes")
         own = range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
+        self._num_workers = min(config.workers, len(own))
+        if self._num_workers < config.workers:
+            _logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
+        backend = resolve_backend(config.decode, "train")
         self._source = _ChunkSource(
             config,
-            backend=resolve_backend(config.decode, "train"),
+            backend=backend,
             image_size=image_size,
             tokenizer=tokenizer,
             samples_a_lane=global_batch // lanes,
             positions=_own_positions(position, own, lanes),
+            board=Board(max(1, self._num_workers)),
         )
         self._rank = rank
-        self._num_workers = min(config.workers, len(own))
-        if self._num_workers < config.workers:
-            _logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
-        self._prefetch = config.prefetch
+        self._config = config
         self._pad_id = tokenizer.pad_id
         self._pin = torch.cuda.is_available()
-        self._iterator: Iterator[Batch | _Failure] | None = None
+        self._decoder: DaliDecoder | None = None
+        if backend == "dali":
+            self._decoder = DaliDecoder(
+                image_size=image_size,
+                max_batch=len(own) * (global_batch // lanes),
+                device=torch.device("cuda", torch.cuda.current_device()) if self._pin else torch.device("cpu"),
+                num_threads=max(1, config.workers),
+                hw_decoder_load=config.hw_decoder_load,
+            )
+        self._decoding: deque[Batch] = deque()
+        self._chunks: Patient[_Chunk | _Failure] | None = None
+        self._workers: list[BaseProcess] = []
 
     def __iter__(self) -> "TrainLoader":
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._start()
-        chunks = [self._next_chunk(worker) for worker in range(max(1, self._num_workers))]
-        return _concatenate(chunks, pad_id=self._pad_id, pin=self._pin)
+        if self._decoder is None:
+            return _concatenate([chunk.batch for chunk in self._next_chunks()], pad_id=self._pad_id, pin=self._pin)
+        while len(self._decoding) < IN_FLIGHT:
+            self._submit(self._decoder)
+        batch = self._decoding.popleft()
+        batch.images, skipped = self._decoder.receive()
+        batch.skipped = dict(skipped + Counter(batch.skipped))
+        return batch
 
     def close(self) -> None:
         """Stop the workers. Iterating again would start from the original position."""
-        self._iterator = None
+        if self._chunks is not None:
+            self._chunks.close(_CLOSE_S)
+        for worker in self._workers:  # those that hang
+            worker.kill()
+        self._chunks, self._workers = None, []
+        self._decoding.clear()
 
-    def _start(self) -> "Iterator[Batch | _Failure]":
+    def _submit(self, decoder: DaliDecoder) -> None:
+        chunks = self._next_chunks()
+        batch = _concatenate([chunk.batch for chunk in chunks], pad_id=self._pad_id, pin=False)
+        parts, first = [], 0
+        for chunk in chunks:
+            if chunk.jpegs is not None:
+                parts.append((first, chunk.jpegs))
+            first += len(chunk.batch.keys)
+        decoder.submit(len(batch.keys), batch.images, parts)
+        self._decoding.append(batch)
+
+    def _start(self) -> "Patient[_Chunk | _Failure]":
         if self._num_workers == 0:
-            return iter(self._source)
+            return Patient(iter(self._source))
         # A process that has run torch threads, CUDA or DeepSpeed must not be forked. The fork server is a clean one,
         # which imports torch once; every worker is then forked from it in milliseconds.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        return iter(
-            DataLoader(
-                self._source,
-                batch_size=None,
-                num_workers=self._num_workers,
-                prefetch_factor=self._prefetch,
-                multiprocessing_context=context,
-                timeout=min(_POLL_SECONDS, WAIT_SECONDS),
-                collate_fn=_as_is,
-                worker_init_fn=_prepare_worker,
-            )
+        loader = DataLoader(
+            self._source,
+            batch_size=None,
+            num_workers=self._num_workers,
+            prefetch_factor=self._config.prefetch,
+            multiprocessing_context=context,
+            collate_fn=_as_is,
+            worker_init_fn=_prepare_worker,
         )
+        others = set(multiprocessing.active_children())
+        chunks = Patient(iter(loader))
+        self._workers = [child for child in multiprocessing.active_children() if child not in others]
+        return chunks
 
-    def _next_chunk(self, worker: int) -> Batch:
-        assert self._iterator is not None
-        deadline = time.monotonic() + WAIT_SECONDS
-        while True:
+    def _next_chunks(self) -> "list[_Chunk]":
+        if self._chunks is None:
+            self._chunks = self._start()
+        return [self._next_chunk(self._chunks, worker) for worker in range(max(1, self._num_workers))]
+
+    def _next_chunk(self, chunks: "Patient[_Chunk | _Failure]", worker: int) -> "_Chunk":
+        deadline = time.monotonic() + self._config.stall_seconds
+        chunk: _Chunk | _Failure | None = None
+        while chunk is None:
             try:
-                chunk = next(self._iterator)
-                break
+                chunk = chunks.next(max(0.0, min(_POLL_S, deadline - time.monotonic())))
+            except TimeoutError:
+                # Workers are the fork server's children, so their death sends no signal here. One that is killed while
+                # it writes leaves its share half sent and the others waiting for their turn to send.
+                if dead := self._dead_workers():
+                    raise self._stalled(worker, _obituary(dead)) from None
+                if time.monotonic() >= deadline:
+                    raise self._stalled(worker, f"none for {self._config.stall_seconds:g} s") from None
             except (RuntimeError, OSError, EOFError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                if self._num_workers == 0 or "in DataLoader worker process" in reason:
-                    raise  # the loading code's own error, with its traceback
-                if "timed out" in reason:
-                    if time.monotonic() < deadline:
-                        continue
-                    reason = f"waited {WAIT_SECONDS} s; is the storage of {self._source.name} reachable?"
-                lanes = _share(sorted(self._source.positions), worker, self._num_workers)
-                raise RuntimeError(
-                    f"rank {self._rank}: no samples from data worker {worker} (lanes {lanes[0]}-{lanes[-1]}): {reason}"
-                ) from error
+                if not isinstance(error, RuntimeError):
+                    time.sleep(_POLL_S)  # a connection may break before its end is seen to be dead
+                if dead := self._dead_workers():
+                    raise self._stalled(worker, _obituary(dead)) from error
+                raise  # the loading code's own error, with its traceback
         if isinstance(chunk, _Failure):
-            raise UserError(chunk.message)
+            if isinstance(chunk.error, UserError):
+                raise chunk.error
+            raise self._stalled(worker, str(chunk.error))
         return chunk
+
+    def _dead_workers(self) -> list[BaseProcess]:
+        return [process for process in self._workers if not process.is_alive()]
+
+    def _stalled(self, worker: int, reason: str) -> DataStalled:
+        lanes = _share(sorted(self._source.positions), worker, max(1, self._num_workers))
+        where = f"rank {self._rank}: no samples from data worker {worker} (lanes {lanes[0]}-{lanes[-1]})"
+        reading = self._source.board.reading(worker)
+        if reading is not None:
+            shard, seconds = reading
+            where += f", which has been at {self._source.shards.names[shard]} for {seconds:.0f} s"
+        for process in self._workers:
+            process.kill()
+        self._chunks = None  # nothing more can come of it, so nobody need wait for its thread
+        return DataStalled(f"{where}: {reason}; mend it and start the run again, it resumes from its last checkpoint")
+
+
+@dataclass
+class _Chunk:
+    """A worker's share of a batch. With JPEGs, the batch's images are the other pictures alone."""
+
+    batch: Batch
+    jpegs: Jpegs | None
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """A UserError on its way from a worker; raised there, torch would wrap its message in a traceback."""
+    """An error of one line on its way from a worker; raised there, torch would wrap its message in a traceback."""
 
-    message: str
+    error: UserError | CannotReach
 
 
 class _ChunkSource(IterableDataset):
@@ -185,27 +260,35 @@ class _ChunkSource(IterableDataset):
         tokenizer: Tokenizer,
         samples_a_lane: int,
         positions: dict[int, Position],
+        board: Board,
     ) -> None:
         self.positions = positions
-        self.name = f"data.train={config.train}"
+        self.board = board
+        self.shards = find_shards(
+            config.train,
+            cache=config.cache_dir,
+            cache_gb=config.cache_gb,
+            patience_s=_PATIENCE_SHARE * config.stall_seconds,
+        )
         self._config = config
-        self._paths = list_shards(config.train, ".tar")
         self._probs = BalanceFolder(config.balance) if config.balance is not None else None
         self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend)
         self._image_size = image_size
         self._tokenizer = tokenizer
         self._samples_a_lane = samples_a_lane
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Iterator[_Chunk | _Failure]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        reading = self.board.writer(worker)
         pool = ShardPool(
-            self._paths,
+            self.shards,
             lanes=self._config.lanes,
             seed=self._config.seed,
             probs=self._probs,
             transform=self._transform,
-            name=self.name,
+            name=f"data.train={self._config.train}",
+            reading=reading,
         )
         numbers = _share(sorted(self.positions), worker, num_workers)
         lanes = {number: Lane(pool, number, self.positions[number]) for number in numbers}
@@ -213,29 +296,41 @@ class _ChunkSource(IterableDataset):
             while True:
                 with one_torch_thread():
                     chunk = self._chunk(pool, lanes)
+                reading(None)
                 yield chunk
-        except UserError as error:
-            yield _Failure(str(error))
+        except (UserError, CannotReach) as error:
+            while True:  # a worker that ended would look like one that died
+                yield _Failure(error)
 
-    def _chunk(self, pool: ShardPool, lanes: dict[int, Lane]) -> Batch:
+    def _chunk(self, pool: ShardPool, lanes: dict[int, Lane]) -> _Chunk:
         size = self._image_size
-        images = torch.empty((len(lanes) * self._samples_a_lane, 3, size, size), dtype=torch.uint8)
+        num = len(lanes) * self._samples_a_lane
+        images: torch.Tensor | None = None
+        num_ready = 0
         examples: list[Example] = []
+        encoded: dict[int, EncodedCrop] = {}
         for lane in lanes.values():
             for _ in range(self._samples_a_lane):
                 example = next(lane)
-                images[len(examples)] = example.image
+                if isinstance(example.image, EncodedCrop):
+                    encoded[len(examples)] = example.image
+                else:
+                    if images is None:  # most batches are all pixels or all JPEGs
+                        images = torch.empty((num - len(examples), 3, size, size), dtype=torch.uint8)
+                    images[num_ready] = example.image
+                    num_ready += 1
                 examples.append(example)
         skipped = dict(pool.skipped)
         pool.skipped.clear()
-        return Batch(
-            images=images,
+        batch = Batch(
+            images=images[:num_ready] if images is not None else torch.empty((0, 3, size, size), dtype=torch.uint8),
             tokens=self._tokenizer.encode([example.pair.text for example in examples]),
             keys=[example.pair.key for example in examples],
             langs=[example.pair.lang for example in examples],
             position={number: lane.position for number, lane in lanes.items()},
             skipped=skipped,
         )
+        return _Chunk(batch, Jpegs.pack(encoded) if encoded else None)
 
 
 def _share(lanes: Sequence[int], index: int, count: int) -> Sequence[int]:
@@ -260,15 +355,16 @@ def _concatenate(chunks: list[Batch], *, pad_id: int, pin: bool) -> Batch:
     """One batch of the workers' chunks; images and tokens are pinned if asked, so that copies to the GPU overlap."""
     if len(chunks) == 1 and not pin:
         return chunks[0]
-    num = sum(len(chunk.images) for chunk in chunks)
+    num = sum(len(chunk.keys) for chunk in chunks)
     width = max(chunk.tokens.shape[1] for chunk in chunks)
-    images = torch.empty((num, *chunks[0].images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+    num_images = sum(len(chunk.images) for chunk in chunks)
+    images = torch.empty((num_images, *chunks[0].images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+    torch.cat([chunk.images for chunk in chunks], out=images)
     tokens = torch.full((num, width), pad_id, dtype=torch.int64, pin_memory=pin)
     batch = Batch(images, tokens, keys=[], langs=[], position={}, skipped={})
     skipped: Counter[str] = Counter()
     for chunk in chunks:
         rows = slice(len(batch.keys), len(batch.keys) + len(chunk.keys))
-        images[rows] = chunk.images
         tokens[rows, : chunk.tokens.shape[1]] = chunk.tokens
         batch.keys += chunk.keys
         batch.langs += chunk.langs
@@ -276,6 +372,15 @@ def _concatenate(chunks: list[Batch], *, pad_id: int, pin: bool) -> Batch:
         skipped.update(chunk.skipped)
     batch.skipped = dict(skipped)
     return batch
+
+
+def _obituary(dead: list[BaseProcess]) -> str:
+    ends = []
+    for process in dead:
+        code = process.exitcode or 0
+        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        ends.append(f"process {process.pid} died ({end}{_CAUSES.get(-code, '')})")
+    return ", ".join(ends)
 
 
 def _as_is(chunk: Any) -> Any:

@@ -8,31 +8,31 @@ column, so those shards are plain.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.curation.sampling import hash_keys, select
+from mc2_hpc.data.index import ShardIndex, cache_folder, open_index
 from mc2_hpc.data.skips import SkipSample
-from mc2_hpc.data.tar import ByteSource, LocalFile, Member, ShardError, list_members
+from mc2_hpc.data.tar import ByteSource, LocalFile, ShardError
 from mc2_hpc.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_SIDE_BY_SIDE = 8192
 
 Probabilities = Mapping[str, npt.NDArray[np.float32]]
 """Keep probability of each metadata entry, by language."""
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One picture, still encoded, and one of its captions; ``lang`` is empty where nobody knows it."""
 
     key: str
@@ -54,9 +54,12 @@ class Picture:
 class Shard(Protocol):
     """What the stream and the evaluation need of a shard of either kind. A *row* is one caption of one picture."""
 
-    path: Path
+    name: str
+    """For messages: its path or address."""
     unsafe_names: int
     """Members left out because their names lead out of the shard."""
+    changed: bool
+    """Whether it was rewritten since it was last listed."""
     num_keys: int
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
@@ -79,35 +82,44 @@ class Shard(Protocol):
         ...
 
 
-def open_shard(path: Path) -> Shard:
-    """Open a shard of either kind and list what it holds.
+def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None, pin: object = None) -> Shard:
+    """Open a shard of either kind and list what it holds, or read its kept index.
+
+    Args:
+        name: for messages; None is the path.
+        cache: folder for indexes of shards whose own folder cannot be written; None is the user's cache folder.
+        pin: kept as long as the shard is.
 
     Raises:
         ShardError: missing, empty, damaged or cut off.
     """
     try:
-        source = LocalFile(path)
-        members, unsafe = list_members(source)
+        source = LocalFile(path, pin)
         table = _read_pairs_table(path.with_suffix(".parquet"))
+        index = open_index(path, source, curated=table is not None, cache=cache or cache_folder())
     except OSError as error:
         raise ShardError(str(error)) from None
     if table is None:
-        return PlainShard(path, source, members, unsafe)
-    return CuratedShard(path, source, members, unsafe, table)
+        return PlainShard(name or str(path), source, index)
+    return CuratedShard(name or str(path), source, index, table)
 
 
 class PlainShard:
     """A WebDataset tar: every picture has one caption, so rows and pictures are the same."""
 
-    def __init__(self, path: Path, source: ByteSource, members: Sequence[Member], unsafe_names: int) -> None:
-        self.path = path
-        self.unsafe_names = unsafe_names
-        self._source = source
-        self._samples = [(key, files) for key, files in _group(members).items() if _is_sample(files)]
-        self.num_keys = len(self._samples)
-        if not self._samples:
+    def __init__(self, name: str, source: ByteSource, index: ShardIndex) -> None:
+        if not index.keys:
             raise ShardError("holds neither pictures nor captions")
-        self._hashes = hash_keys([key for key, _ in self._samples])
+        self.name = name
+        self.unsafe_names = index.unsafe_names
+        self.changed = index.changed
+        self.num_keys = len(index.keys)
+        self._source = source
+        self._keys = index.keys
+        self._hashes = index.hashes
+        # Plain integers, because picking one row's numbers out of an array takes longer than reading its caption.
+        flat = index.places.reshape(-1, 6).T.tolist()
+        self._image, self._image_size, self._text, self._text_size, self._json, self._json_size = flat
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
         return self._hashes
@@ -115,47 +127,49 @@ class PlainShard:
     def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
         if probs is not None:
             raise UserError(
-                f"{self.path}: data.balance is set, but this is no curated shard (no .parquet with key, text, lang and "
+                f"{self.name}: data.balance is set, but this is no curated shard (no .parquet with key, text, lang and "
                 f"entries beside it): curate the data first, or unset data.balance"
             )
         return np.arange(self.num_keys)
 
     def read(self, row: int) -> Pair:
-        key, files = self._samples[row]
-        image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
-        if image is None:
+        offset = self._image[row]
+        if offset < 0:
             raise SkipSample("image_missing")
-        text, lang = self._caption(files)
-        return Pair(key, _read_payload(self._source, image), _require_text(text), lang)
+        try:
+            raw, raw_json = self._caption_files(row)
+            image = self._source.read(offset, self._image_size[row])
+        except OSError as error:
+            raise SkipSample("read_error", str(error)) from None
+        text, lang = _caption(raw, raw_json)
+        return Pair(self._keys[row], image, text, lang)
 
     def read_picture(self, index: int) -> Picture:
         pair = self.read(index)
         return Picture(pair.key, pair.image, [pair.text], [pair.lang])
 
-    def _caption(self, files: dict[str, Member]) -> tuple[str, str]:
-        described: dict[str, Any] = {}
-        if "json" in files:
-            raw = _read_payload(self._source, files["json"])
-            if "txt" not in files or b'"lang"' in raw:  # parsing is for those who need what is inside
-                described = _parse_object(raw)
-        if "txt" in files:
-            text: Any = _decode_text(_read_payload(self._source, files["txt"]))
-        else:
-            text = described.get("caption", described.get("text"))
-        if not isinstance(text, str):
-            raise SkipSample("caption_missing")
-        lang = described.get("lang")
-        return text, lang if isinstance(lang, str) else ""
+    def _caption_files(self, row: int) -> tuple[bytes | None, bytes | None]:
+        """The ``.txt`` and the ``.json``, in one read where they lie side by side."""
+        text, more = self._text[row], self._json[row]
+        read = self._source.read
+        if more < 0:
+            return (read(text, self._text_size[row]) if text >= 0 else None), None
+        if text < 0:
+            return None, read(more, self._json_size[row])
+        gap = text - more
+        if 0 <= gap <= _SIDE_BY_SIDE:
+            both = read(more, gap + self._text_size[row])
+            return both[gap:], both[: self._json_size[row]]
+        return read(text, self._text_size[row]), read(more, self._json_size[row])
 
 
 class CuratedShard:
     """A tar with the table of its pairs beside it."""
 
-    def __init__(
-        self, path: Path, source: ByteSource, members: Sequence[Member], unsafe_names: int, table: "pyarrow.Table"
-    ) -> None:
-        self.path = path
-        self.unsafe_names = unsafe_names
+    def __init__(self, name: str, source: ByteSource, index: ShardIndex, table: "pyarrow.Table") -> None:
+        self.name = name
+        self.unsafe_names = index.unsafe_names
+        self.changed = index.changed
         self._source = source
         try:
             keys: list[str] = table["key"].to_pylist()
@@ -177,7 +191,7 @@ class CuratedShard:
         self._pictures = list(self._rows_of)
         self.num_keys = len(self._pictures)
         self._hashes = hash_keys(keys)
-        self._images = _images_by_stem(members)
+        self._images = dict(zip(index.keys, index.places[:, 0].tolist(), strict=True))
 
     @cached_property
     def _text_hashes(self) -> npt.NDArray[np.uint64]:
@@ -187,12 +201,12 @@ class CuratedShard:
         offsets, ids = np.zeros(len(self._keys) + 1, np.int64), np.zeros(0, np.uint32)
         if probs is not None:
             if self._entries is None:
-                raise UserError(f"{self.path}: data.balance is set, but the .parquet beside it has no entries column")
+                raise UserError(f"{self.name}: data.balance is set, but the .parquet beside it has no entries column")
             offsets, ids = self._entries.offsets.to_numpy(), self._entries.values.to_numpy()
         try:
             return select(self._hashes, self._text_hashes, offsets, ids, self._langs, probs, seed=seed, epoch=epoch)
         except UserError as error:
-            raise UserError(f"{self.path}: {error}") from None
+            raise UserError(f"{self.name}: {error}") from None
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
         return self._hashes
@@ -212,10 +226,10 @@ class CuratedShard:
         )
 
     def _image(self, key: str) -> bytes:
-        member = self._images.get(key)
-        if member is None:
+        place = self._images.get(key)
+        if place is None:
             raise SkipSample("image_missing")
-        return _read_payload(self._source, member)
+        return _read_payload(self._source, *place)
 
     def _text(self, row: int) -> str:
         raw = self._texts[row].as_py()
@@ -227,37 +241,21 @@ class CuratedShard:
         return str(self._langs[row])
 
 
-def _group(members: Iterable[Member]) -> dict[str, dict[str, Member]]:
-    """Members by key and lower-case extension: the first dot of the file name divides them.
-
-    Hidden files are left out. Of a name that occurs again the first stays, as in curation.
-    """
-    groups: dict[str, dict[str, Member]] = {}
-    for member in members:
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        if stem and dot:
-            groups.setdefault(folder + slash + stem, {}).setdefault(extension.lower(), member)
-    return groups
+def _caption(raw: bytes | None, raw_json: bytes | None) -> tuple[str, str]:
+    """Caption and language of a plain sample by its ``.txt`` and ``.json``."""
+    if raw is not None and (raw_json is None or b'"lang"' not in raw_json):
+        return _require_text(_decode_text(raw)), ""  # parsing is for those who need what is inside
+    described = _parse_object(raw_json) if raw_json is not None else {}
+    text = _decode_text(raw) if raw is not None else described.get("caption", described.get("text"))
+    if not isinstance(text, str):
+        raise SkipSample("caption_missing")
+    lang = described.get("lang")
+    return _require_text(text), lang if isinstance(lang, str) else ""
 
 
-def _is_sample(files: dict[str, Member]) -> bool:
-    return any(extension in files for extension in (*IMAGE_EXTENSIONS, "txt", "json"))
-
-
-def _images_by_stem(members: Iterable[Member]) -> dict[str, Member]:
-    """Pictures by all of the name before the extension; unlike a plain shard's, a curated key may have dots."""
-    images: dict[str, Member] = {}
-    for member in members:
-        stem, _, extension = member.name.rpartition(".")
-        if extension.lower() in IMAGE_EXTENSIONS:
-            images.setdefault(stem, member)
-    return images
-
-
-def _read_payload(source: ByteSource, member: Member) -> bytes:
+def _read_payload(source: ByteSource, offset: int, size: int) -> bytes:
     try:
-        return source.read(member.offset, member.size)
+        return source.read(offset, size)
     except OSError as error:
         raise SkipSample("read_error", str(error)) from None
 

@@ -4,6 +4,7 @@
 reason                  meaning
 ======================  ===========================================================================
 ``shard_unreadable``    the tar or its Parquet file is missing, empty, truncated or damaged
+``shard_changed``       the tar was rewritten since it was last listed: read, but its order is another one
 ``unsafe_name``         a member's name is absolute or climbs out of its folder
 ``read_error``          the payload could not be read from storage any more
 ``image_missing``       a caption without a picture

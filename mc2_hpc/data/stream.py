@@ -14,7 +14,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,9 @@ import numpy.typing as npt
 import torch
 
 from mc2_hpc.curation.sampling import hash_keys, random_uint64
-from mc2_hpc.data.shards import Pair, Probabilities, Shard, open_shard
+from mc2_hpc.data.crop import EncodedCrop
+from mc2_hpc.data.locations import ShardSet
+from mc2_hpc.data.shards import Pair, Probabilities, Shard
 from mc2_hpc.data.skips import SkipSample, log_skip
 from mc2_hpc.data.tar import ShardError
 from mc2_hpc.errors import UserError
@@ -31,8 +32,8 @@ _PROBE_SAMPLES = 4096
 _PROBE_SHARDS = 64
 _logger = logging.getLogger(__name__)
 
-Transform = Callable[[bytes, np.uint64, int], torch.Tensor]
-"""(encoded picture, key hash, epoch) to a tensor; raises SkipSample."""
+Transform = Callable[[bytes, np.uint64, int], torch.Tensor | EncodedCrop]
+"""(encoded picture, key hash, epoch) to what the batch takes; raises SkipSample."""
 
 
 class Position(NamedTuple):
@@ -58,7 +59,7 @@ class Example:
     """One good sample: caption and picture ready for the batch."""
 
     pair: Pair
-    image: torch.Tensor
+    image: torch.Tensor | EncodedCrop
 
 
 class Deck:
@@ -93,33 +94,37 @@ class ShardPool:
     """The data of a run as one process sees it: shards opened when a lane needs them, shared while lanes read them.
 
     Args:
-        paths: all shards, in the same order everywhere.
+        shards: of the run.
         lanes, seed: as the config has them.
         probs: entry probabilities for online balancing; None keeps one text of every picture.
         transform: decodes a picture.
         name: of the data, for errors.
+        reading: told the number of a shard before anything of it is read.
     """
 
     def __init__(
         self,
-        paths: list[Path],
+        shards: ShardSet,
         *,
         lanes: int,
         seed: int,
         probs: Probabilities | None,
         transform: Transform,
         name: str,
+        reading: Callable[[int], None] = lambda shard: None,
     ) -> None:
-        self.deck = Deck([path.name for path in paths], lanes=lanes, seed=seed)
+        self.deck = Deck([name.rpartition("/")[2] for name in shards.names], lanes=lanes, seed=seed)
         self.skipped: Counter[str] = Counter()
         """Skips since somebody last cleared it. What concerns a whole shard is counted with its beginning alone, so
         that sums over lanes are true."""
-        self._paths = paths
+        self._shards = shards
+        self._num_shards = len(shards.names)
         self._lanes = lanes
         self._seed = seed
         self._probs = probs
         self._transform = transform
         self._name = name
+        self._reading = reading
         self._open: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
         self._good_lately = False
         self._enough = False
@@ -129,8 +134,14 @@ class ShardPool:
         """Shard ``number``; ShardError if it cannot be used."""
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = open_shard(self._paths[number])
+            self._reading(number)
+            shard = self._open[number] = self._shards.open(number)
         return shard
+
+    def expect(self, number: int) -> None:
+        """Shard ``number`` is the next of a lane."""
+        if number not in self._open:
+            self._shards.expect(number)
 
     def rows(self, shard: Shard, part: Part, epoch: int) -> npt.NDArray[np.int64]:
         """Rows of a part in the order of ``epoch``."""
@@ -139,13 +150,14 @@ class ShardPool:
         ordered = rows[np.argsort(words, kind="stable")]
         return ordered[part.begin * len(rows) // part.of : part.end * len(rows) // part.of]
 
-    def load(self, shard: Shard, row: int, epoch: int) -> Example:
-        """Read and decode; SkipSample (logged, not counted) if the sample is bad."""
+    def load(self, number: int, shard: Shard, row: int, epoch: int) -> Example:
+        """Read and decode row ``row`` of shard ``number``; SkipSample (logged, not counted) if the sample is bad."""
+        self._reading(number)
         try:
             pair = shard.read(row)
             example = Example(pair, self._transform(pair.image, shard.row_hashes()[row], epoch))
         except SkipSample as skip:
-            log_skip(skip.reason, f"{shard.path}, row {row}", skip.detail)
+            log_skip(skip.reason, f"{shard.name}, row {row}", skip.detail)
             raise
         self._good_lately = True
         return example
@@ -154,15 +166,15 @@ class ShardPool:
         """Log a shard that is skipped, the first time."""
         if number not in self._logged:
             self._logged.add(number)
-            _logger.warning("skipped, shard_unreadable: %s: %s", self._paths[number], error)
+            _logger.warning("skipped, shard_unreadable: %s: %s", self._shards.names[number], error)
 
     def check_enough_samples(self) -> None:
         """Raise UserError if there are fewer pictures than lanes, good or bad."""
-        if self._enough or len(self._paths) >= self._lanes:
+        if self._enough or self._num_shards >= self._lanes:
             return  # no shard that opens is without pictures
         self._enough = True
         total = 0
-        for number in range(len(self._paths)):
+        for number in range(self._num_shards):
             try:
                 total += self.open(number).num_keys
             except ShardError:
@@ -181,7 +193,7 @@ class ShardPool:
             return
         skipped: Counter[str] = Counter()
         budget = _PROBE_SAMPLES
-        a_shard = -(-budget // min(len(self._paths), _PROBE_SHARDS))
+        a_shard = -(-budget // min(self._num_shards, _PROBE_SHARDS))
         for number in self.deck.order(0)[:_PROBE_SAMPLES].tolist():
             if budget <= 0:
                 break
@@ -196,7 +208,7 @@ class ShardPool:
             skipped["dropped_by_balancing"] += shard.num_keys - len(rows)
             for row in rows[:a_shard].tolist():
                 try:
-                    self.load(shard, row, 0)
+                    self.load(number, shard, row, 0)
                     return
                 except SkipSample as skip:
                     skipped[skip.reason] += 1
@@ -239,7 +251,7 @@ class Lane:
                 continue
             self.position = Position(epoch, place, offset + 1)
             try:
-                example = self._pool.load(self._shard, int(self._rows[offset]), epoch)
+                example = self._pool.load(self._hand[place].shard, self._shard, int(self._rows[offset]), epoch)
             except SkipSample as skip:
                 self._pool.skipped[skip.reason] += 1
                 continue
@@ -256,11 +268,22 @@ class Lane:
             self._pool.skipped["shard_unreadable"] += counts
             return
         if counts and self._shard.unsafe_names:
-            log_skip("unsafe_name", str(self._shard.path), f"{self._shard.unsafe_names} members")
+            log_skip("unsafe_name", self._shard.name, f"{self._shard.unsafe_names} members")
             self._pool.skipped["unsafe_name"] += self._shard.unsafe_names
+        if counts and self._shard.changed:
+            log_skip("shard_changed", self._shard.name)
+            self._pool.skipped["shard_changed"] += 1
         self._rows = self._pool.rows(self._shard, part, self.position.epoch)
         if len(self._rows) == 0:
             self._pool.check_enough_samples()
+        self._expect_next(part)
+
+    def _expect_next(self, part: Part) -> None:
+        assert self._hand is not None
+        epoch, place, _ = self.position
+        following = self._hand[place + 1 :] or self._pool.deck.hand(epoch + 1, self._lane)
+        if following[0].shard != part.shard:
+            self._pool.expect(following[0].shard)
 
     def _leave_part(self) -> None:
         self._shard = self._rows = None

@@ -86,7 +86,7 @@ def curated(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_equals_what_the_loader_keeps_of_the_packed_shards(curated, tmp_path):
-    from mc2_hpc.data.balance import BalanceFolder
+    from mc2_hpc.curation.balance_folder import BalanceFolder
     from mc2_hpc.data.shards import open_shard
 
     matched, balanced = curated

@@ -17,8 +17,8 @@ from PIL import Image
 from mc2_hpc.curation.sampling import hash_keys
 from mc2_hpc.data.crop import Box, dct_scaled, random_crop
 from mc2_hpc.data.decode import (
+    CPU_BACKENDS,
     MAX_PIXELS,
-    TRAIN_BACKENDS,
     EvalTransform,
     TrainTransform,
     crop_and_resize,
@@ -161,7 +161,7 @@ def test_eval_transform_is_open_clips(mode: str, open_clip: ModuleType, pictures
 
 def test_small_pictures_are_enlarged(make_jpeg: Callable[..., bytes]) -> None:
     data = make_jpeg(32, 32, 5)
-    pictures = {b: TrainTransform(64, (0.9, 1.0), 0, b)(data, KEYS[0], 0) for b in TRAIN_BACKENDS}
+    pictures = {b: TrainTransform(64, (0.9, 1.0), 0, b)(data, KEYS[0], 0) for b in CPU_BACKENDS}
     assert all(p.shape == (3, 64, 64) and p.dtype == torch.uint8 for p in pictures.values())
     assert psnr(pictures["turbo"], pictures["pil"]) > 50
 
@@ -175,7 +175,7 @@ def encoded(image: Image.Image, kind: str, **save: object) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("backend", TRAIN_BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(
     ("mode", "kind"),
     [("RGB", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP")]
@@ -196,7 +196,7 @@ def reason(call: Callable[[], object]) -> str:
     return caught.value.reason
 
 
-@pytest.mark.parametrize("backend", TRAIN_BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_bad_bytes_have_a_reason(backend: str, make_jpeg: Callable[..., bytes]) -> None:
     good = make_jpeg(80, 90)
     transform = TrainTransform(32, (0.9, 1.0), 0, backend)
@@ -208,7 +208,7 @@ def test_bad_bytes_have_a_reason(backend: str, make_jpeg: Callable[..., bytes]) 
         assert reason(lambda data=data: transform(data, KEYS[0], 0)) == "undecodable_image"
 
 
-@pytest.mark.parametrize("backend", TRAIN_BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_damage_that_pillow_forgives_is_no_reason_to_skip(backend: str, make_jpeg: Callable[..., bytes]) -> None:
     data = bytearray(make_jpeg(200, 200, 3))
     data[len(data) // 2 : len(data) // 2 + 30] = bytes(30)
@@ -225,7 +225,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("backend", TRAIN_BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_decompression_bombs_are_not_decoded(backend: str, make_jpeg: Callable[..., bytes]) -> None:
     transform = TrainTransform(32, (0.9, 1.0), 0, backend)
     for width in (MAX_PIXELS // 8192 + 1, 60_000):

@@ -1,9 +1,6 @@
 """The loader: the same samples for any ranks and workers, exact resume, bad data counted, errors that surface."""
 
 import json
-import multiprocessing
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +13,6 @@ import pytest
 import torch
 
 from mc2_hpc.config import DataConfig
-from mc2_hpc.data import loader as loader_module
 from mc2_hpc.data.loader import Batch, TrainLoader
 from mc2_hpc.data.packing import pack_pairs, write_shard
 from mc2_hpc.data.shards import Pair
@@ -241,34 +237,6 @@ def test_a_shard_that_vanishes_between_batches_costs_itself(make_loader, folder:
     batches = take(loader, 60)
     assert {"0048"} <= {f"{i:04d}" for i in range(48, 72)} - {key for b in batches[30:] for key in b.keys}
     assert sum(b.skipped.get("shard_unreadable", 0) for b in batches) >= 2
-
-
-# Worker processes that fail
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_killed_worker_is_an_error(make_loader, folder: Path) -> None:
-    loader = make_loader(folder, workers=2)
-    next(loader)
-    # torch's own handler of dead children may be the first to notice.
-    with pytest.raises(RuntimeError, match="no samples from data worker|DataLoader worker .* is killed by signal"):
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-        take(loader, 1000)
-
-
-def test_storage_that_hangs_is_an_error_that_names_the_lanes(
-    make_loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo(tmp_path / "hangs.tar")  # opening it waits for a writer for ever, like a dead file server
-    monkeypatch.setattr(loader_module, "WAIT_SECONDS", 2)
-    monkeypatch.setattr(loader_module, "_POLL_SECONDS", 1)
-    loader = make_loader(tmp_path, workers=2, rank=1, world_size=2)
-    with pytest.raises(
-        RuntimeError, match=r"rank 1: no samples from data worker 0 \(lanes 3-3\): waited 2 s; is .* reachable"
-    ):
-        next(loader)
-    for child in multiprocessing.active_children():
-        child.kill()
 
 
 # Curated shards, and real data

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mc2_hpc.curation.balance_folder import BalanceFolder
 from mc2_hpc.curation.sampling import hash_keys, select
-from mc2_hpc.data.balance import BalanceFolder
 from mc2_hpc.data.packing import pack_pairs, write_shard
 from mc2_hpc.data.shards import CuratedShard, Pair, PlainShard, open_shard
 from mc2_hpc.data.skips import SkipSample
@@ -155,6 +155,7 @@ def test_unreadable_shards(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"], "text": [[1]]}), path.with_suffix(".parquet"))
     with pytest.raises(ShardError, match=r"00000\.parquet: .*cast"):
         open_shard(path)
+    path.with_suffix(".parquet").unlink()
     path.write_bytes(path.read_bytes()[:520])
     with pytest.raises(ShardError, match="cut off"):
         open_shard(path)

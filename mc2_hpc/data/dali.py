@@ -1,0 +1,219 @@
+"""Decoding on the GPU: a DALI pipeline that is fed with JPEGs and crop boxes, and gives pixels.
+
+Which samples a batch has, where each is cropped and which are bad is settled before a JPEG comes here, so balancing,
+resume and skips are those of every other backend. One broken JPEG stops a whole pipeline of DALI; the batch is then
+decoded on the CPU as by ``turbo_exact``, a JPEG that cannot be decoded there either becomes a grey picture and is
+counted, and a new pipeline takes over.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+
+from mc2_hpc.data.crop import Box, EncodedCrop
+from mc2_hpc.data.decode import crop_and_resize, one_torch_thread
+from mc2_hpc.data.skips import SkipSample, log_skip
+
+IN_FLIGHT = 2
+"""Batches to submit before the first is received: the pipeline works on them meanwhile."""
+
+_GREY = 128
+_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # those of operators have no class of their own
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Jpegs:
+    """Encoded pictures of a batch, as they cross from a worker: tensors, so through shared memory.
+
+    Attributes:
+        data: uint8 ``(n,)``, one after another.
+        ends: int64 ``(k,)``, where each ends.
+        boxes: int32 ``(k, 4)``: top, left, height, width of each one's crop.
+        rows: int64 ``(k,)``, their places in the batch.
+    """
+
+    data: torch.Tensor
+    ends: torch.Tensor
+    boxes: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def pack(cls, crops: dict[int, EncodedCrop]) -> "Jpegs":
+        """From crops by place in the batch."""
+        data = torch.from_numpy(np.frombuffer(b"".join(crop.data for crop in crops.values()) or b"\0", np.uint8).copy())
+        return cls(
+            data,
+            torch.tensor([len(crop.data) for crop in crops.values()], dtype=torch.int64).cumsum(0),
+            torch.tensor([crop.box for crop in crops.values()], dtype=torch.int32).reshape(-1, 4),
+            torch.tensor(list(crops), dtype=torch.int64),
+        )
+
+    def split(self) -> list[npt.NDArray[np.uint8]]:
+        """Every JPEG, without copying."""
+        ends = self.ends.tolist()
+        data = self.data.numpy()
+        return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@dataclass
+class _Job:
+    ready: torch.Tensor
+    jpegs: list[npt.NDArray[np.uint8]]
+    boxes: npt.NDArray[np.int32]
+    is_jpeg: torch.Tensor
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+class DaliDecoder:
+    """Batches of JPEG crops in, uint8 ``(b, 3, S, S)`` pictures on the device out, in order.
+
+    Args:
+        image_size: S.
+        max_batch: most JPEGs a batch.
+        device: where the pictures are wanted; ``cuda`` decodes there (DALI's ``mixed``), ``cpu`` on the CPU.
+        num_threads: of the CPU's part.
+        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes, where it has one.
+    """
+
+    def __init__(
+        self, *, image_size: int, max_batch: int, device: torch.device, num_threads: int, hw_decoder_load: float
+    ) -> None:
+        self._size = image_size
+        self._device = device
+        self._new_pipeline = partial(_pipeline, image_size, max_batch, device, num_threads, hw_decoder_load)
+        # Training's kernels queue on the current stream; waiting for a picture must not be waiting for them.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._jobs: deque[_Job] = deque()
+        self._restart()
+
+    def submit(self, num: int, ready: torch.Tensor, parts: list[tuple[int, Jpegs]]) -> None:
+        """Begin a batch of ``num`` pictures.
+
+        Args:
+            ready: uint8 ``(m, 3, S, S)``, those that need no decoding, in order.
+            parts: the others; the rows of each part count from its number.
+        """
+        is_jpeg = torch.zeros(num, dtype=torch.bool)
+        for first, part in parts:
+            is_jpeg[part.rows + first] = True
+        jpegs = [jpeg for _, part in parts for jpeg in part.split()]
+        boxes = np.concatenate([part.boxes.numpy() for _, part in parts])
+        self._jobs.append(_Job(ready, jpegs, boxes, is_jpeg))
+        self._feed(self._jobs[-1])
+
+    def receive(self) -> tuple[torch.Tensor, Counter[str]]:
+        """The oldest batch, and what of it could not be decoded, by reason; :data:`IN_FLIGHT` are submitted."""
+        assert len(self._jobs) >= IN_FLIGHT, "submit before you receive"
+        job = self._jobs.popleft()
+        try:
+            if self._broken is not None:
+                raise self._broken
+            (output,) = self._pipeline.share_outputs()
+        except _DALI_ERRORS as error:
+            _logger.warning("DALI gave up a batch, which the CPU decodes: %s", _cause(error))
+            pixels = self._on_cpu(job)
+            self._restart()
+        else:
+            pixels = self._copy(output)[: len(job.jpegs)]
+        images = torch.empty((len(job.is_jpeg), 3, self._size, self._size), dtype=torch.uint8, device=self._device)
+        is_jpeg = job.is_jpeg.to(self._device)
+        images[is_jpeg] = pixels
+        images[~is_jpeg] = job.ready.to(self._device)
+        return images, job.skipped
+
+    def _restart(self) -> None:
+        self._pipeline = self._new_pipeline()
+        self._num_fed = 0
+        self._broken: Exception | None = None
+        for job in self._jobs:
+            self._feed(job)
+
+    def _feed(self, job: _Job) -> None:
+        # A batch without JPEGs must pass through too, so that the pipeline's batches are ours.
+        boxes = job.boxes if job.jpegs else np.array([[0, 0, 8, 8]], np.int32)
+        try:
+            self._pipeline.feed_input("jpegs", job.jpegs or [_tiny_jpeg()])
+            self._pipeline.feed_input("start", list(boxes[:, :2]))
+            self._pipeline.feed_input("shape", list(boxes[:, 2:]))
+            self._num_fed += 1
+            if self._num_fed >= IN_FLIGHT:
+                self._pipeline.schedule_run()  # the first of them runs all that were fed
+        except _DALI_ERRORS as error:  # of a batch before: a pipeline works ahead
+            self._broken = error
+
+    def _copy(self, output: Any) -> torch.Tensor:
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            pixels = torch.from_dlpack(output.as_tensor()).clone()
+        if self._stream is not None:
+            self._stream.synchronize()
+            pixels.record_stream(torch.cuda.current_stream(self._device))
+        self._pipeline.release_outputs()
+        return pixels
+
+    def _on_cpu(self, job: _Job) -> torch.Tensor:
+        pixels = torch.full((len(job.jpegs), 3, self._size, self._size), _GREY, dtype=torch.uint8)
+        with one_torch_thread():
+            for row, (jpeg, box) in enumerate(zip(job.jpegs, job.boxes.tolist(), strict=True)):
+                try:
+                    pixels[row] = crop_and_resize(jpeg.tobytes(), _always(Box(*box)), self._size, "turbo_exact")
+                except SkipSample as skip:
+                    log_skip(skip.reason, "a JPEG that DALI refused; it is grey in its batch", skip.detail)
+                    job.skipped[skip.reason] += 1
+        return pixels.to(self._device)
+
+
+def _pipeline(image_size: int, max_batch: int, device: torch.device, num_threads: int, hw_decoder_load: float) -> Any:
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+
+    on_gpu = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=max_batch,
+        num_threads=num_threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=IN_FLIGHT,
+    )
+    with pipeline:
+        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
+        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+        shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+        pictures = fn.decoders.image_slice(
+            jpegs,
+            start=start,
+            shape=shape,
+            axis_names="HW",
+            output_type=types.RGB,
+            **({"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}),
+        )
+        resized = fn.resize(
+            pictures, size=(image_size, image_size), interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8
+        )
+        pipeline.set_outputs(fn.transpose(resized, perm=[2, 0, 1]))
+    pipeline.build()
+    return pipeline
+
+
+@lru_cache(maxsize=1)
+def _tiny_jpeg() -> npt.NDArray[np.uint8]:
+    return np.frombuffer(simplejpeg.encode_jpeg(np.full((8, 8, 3), _GREY, np.uint8)), np.uint8)
+
+
+def _always(box: Box) -> Callable[[int, int], Box]:
+    return lambda height, width: box
+
+
+def _cause(error: Exception) -> str:
+    """The line of DALI's report that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = [lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("encountered")]
+    return (after or lines or [type(error).__name__])[0]

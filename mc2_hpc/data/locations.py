@@ -1,0 +1,161 @@
+"""Where shards lie: what ``data.train`` may say, and the list of shards it means, local or remote.
+
+============================================  =======================================================================
+``data.train``                                means
+============================================  =======================================================================
+a folder, a file or a glob pattern            local shards
+``…/{000..127}.tar``, ``…/{en,de}/*.tar``     every expansion of the braces; local or remote
+``s3://…``, ``gs://…``, ``hf://datasets/…``   a folder (its ``.tar`` files), a file or a glob pattern there
+``http(s)://…``                               a file, a page that links to shards, or braces
+an address that ends in ``.txt``              a list there, one shard a line: addresses, or names beside the list
+``file://…``                                  the local path
+============================================  =======================================================================
+
+Other protocols of fsspec work likewise; their packages come with ``pip install 'mc2_hpc[remote]'``. Credentials and
+end points come from where those packages look for them (``AWS_ENDPOINT_URL``, ``FSSPEC_S3_…``, ``~/.aws``).
+"""
+
+import re
+from pathlib import Path
+from typing import Protocol
+
+from mc2_hpc.data.index import cache_folder
+from mc2_hpc.data.remote import CannotReach, ShardCache, file_system, patiently
+from mc2_hpc.data.shards import Shard, open_shard
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import list_shards
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MOST_NAMES = 10_000_000
+# At the start somebody may be looking on, and nothing is lost yet.
+_LISTING_PATIENCE_S = 60
+
+
+class ShardSet(Protocol):
+    """The shards of a run in the same order on every process; picklable."""
+
+    names: list[str]
+    """Paths or addresses, for messages; the last part also seeds the order of shards."""
+
+    def open(self, number: int) -> Shard:
+        """Raises ShardError if the shard cannot be used, CannotReach if nobody can tell."""
+        ...
+
+    def expect(self, number: int) -> None:
+        """Shard ``number`` will be wanted before long."""
+        ...
+
+
+def find_shards(
+    spec: str | Path, *, cache: str | Path | None = None, cache_gb: float = 100, patience_s: float = 600
+) -> ShardSet:
+    """The shards that ``spec`` means, by the module's table.
+
+    Args:
+        cache: folder of remote shards and of indexes that cannot lie beside theirs; None is the user's cache folder.
+        cache_gb: most that remote shards may take there, in 10^9 bytes.
+        patience_s: how long storage that gives errors is asked again.
+
+    Raises:
+        UserError: nothing is there, the storage does not answer, or its package is not installed.
+    """
+    folder = Path(cache) if cache is not None else cache_folder()
+    text = str(spec).removeprefix("file://")
+    if "://" not in text:
+        return LocalShards(_list_local(text), folder)
+    try:
+        names = _list_remote(text, min(patience_s, _LISTING_PATIENCE_S))
+    except CannotReach as error:
+        raise UserError(f"{spec}: {error}") from None
+    if not names:
+        raise UserError(f"{spec}: no *.tar shards there")
+    return RemoteShards(names, ShardCache(folder / "shards", int(cache_gb * 1e9), patience_s))
+
+
+class LocalShards:
+    """Shards in a file system of this machine."""
+
+    def __init__(self, paths: list[Path], cache: Path) -> None:
+        self.names = [str(path) for path in paths]
+        self._cache = cache
+
+    def open(self, number: int) -> Shard:
+        return open_shard(Path(self.names[number]), cache=self._cache)
+
+    def expect(self, number: int) -> None:
+        """Nothing to do: the system reads ahead by itself."""
+
+
+class RemoteShards:
+    """Shards in remote storage, copied to a local folder of bounded size before they are read."""
+
+    def __init__(self, names: list[str], cache: ShardCache) -> None:
+        self.names = names
+        self._cache = cache
+
+    def open(self, number: int) -> Shard:
+        copy = self._cache.fetch(self.names[number])
+        return open_shard(copy.tar, name=self.names[number], pin=copy)
+
+    def expect(self, number: int) -> None:
+        self._cache.fetch_ahead(self.names[number])
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every string that ``pattern`` stands for: ``{a,b}`` gives each alternative, ``{08..10}`` each number, as wide as
+    the first bound.
+
+    Raises:
+        UserError: more than ten million, or a range that runs backwards.
+    """
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    numbers = _RANGE.fullmatch(match[1])
+    if numbers is None:
+        choices = match[1].split(",")
+    else:
+        first, last = int(numbers[1]), int(numbers[2])
+        if not first <= last < first + _MOST_NAMES:
+            raise UserError(f"{pattern}: {{{match[1]}}} is no range of 1 to {_MOST_NAMES:,} numbers")
+        choices = [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]
+    tails = expand_braces(pattern[match.end() :])
+    if len(choices) * len(tails) > _MOST_NAMES:
+        raise UserError(f"{pattern}: stands for more than {_MOST_NAMES:,} names")
+    return [pattern[: match.start()] + choice + tail for choice in choices for tail in tails]
+
+
+def _list_local(spec: str) -> list[Path]:
+    if Path(spec).exists():  # braces may also be letters of a name
+        return list_shards(spec, ".tar")
+    return sorted({path for one in expand_braces(spec) for path in list_shards(one, ".tar")})
+
+
+def _list_remote(spec: str, patience_s: float) -> list[str]:
+    expanded = expand_braces(spec)
+    return sorted({name for one in expanded for name in _list_address(one, patience_s)})
+
+
+def _list_address(address: str, patience_s: float) -> list[str]:
+    has_pattern = any(letter in address.partition("://")[2] for letter in "*[")
+    if address.endswith(".tar") and not has_pattern:
+        return [address]
+    system, path = file_system(address)
+    try:
+        if address.endswith(".txt"):
+            lines = patiently(lambda: system.cat_file(path), address, patience_s).decode("utf-8").split()
+            return [line if "://" in line else f"{address.rpartition('/')[0]}/{line}" for line in lines]
+        if has_pattern:
+            found = patiently(lambda: system.glob(path), address, patience_s)
+        else:
+            found = patiently(lambda: system.ls(path, detail=False), address, patience_s)
+    except FileNotFoundError:
+        raise UserError(f"{address}: no such folder, file or list") from None
+    except (PermissionError, UnicodeDecodeError) as error:
+        raise UserError(f"{address}: cannot be listed: {error}") from None
+    return [str(system.unstrip_protocol(name)) for name in found if _is_shard(name)]
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".tar") and not name.rpartition("/")[2].startswith(".")
