@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-gpu lint bench plots wheel clean
+.PHONY: quickstart test test-slow test-gpu lint bench scale soak plots wheel clean
 
 quickstart: .venv/quickstart
 	$(BIN)/mc2 quickstart
@@ -28,6 +28,10 @@ bench: .venv/dev
 	$(BIN)/mc2 bench curation --json benchmarks/results/curation.json
 	$(BIN)/mc2 bench eval --json benchmarks/results/eval.json
 	$(BIN)/mc2 bench kernels --json benchmarks/results/kernels.json
+	$(MAKE) plots
+
+scale: .venv/dev
+	$(BIN)/python benchmarks/scale_curation.py --json benchmarks/results/scale_curation.json
 	$(MAKE) plots
 
 plots: .venv/dev

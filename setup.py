@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 kernel_packages = ["mc2_hpc.kernels", *(f"mc2_hpc.kernels.{name}" for name in find_packages("kernels/ops"))]
 
 setup(
-    packages=[*find_packages(include=["mc2_hpc", "mc2_hpc.*"]), *kernel_packages],
-    package_dir={"mc2_hpc.kernels": "kernels/ops"},
-    package_data={"mc2_hpc.metadata": ["languages.tsv"]},
+    packages=[*find_packages(include=["mc2_hpc", "mc2_hpc.*"]), "mc2_hpc.slurm_scripts", *kernel_packages],
+    package_dir={"mc2_hpc.kernels": "kernels/ops", "mc2_hpc.slurm_scripts": "slurm"},
+    package_data={"mc2_hpc.metadata": ["languages.tsv"], "mc2_hpc.slurm_scripts": ["*.sbatch", "*.sh"]},
 )

@@ -51,6 +51,66 @@ def plot_train(result: dict[str, Any], path: Path) -> None:
     _save(figure, "Training a small model end to end", result, path)
 
 
+def plot_loader(result: dict[str, Any], path: Path) -> None:
+    """A panel a part: rates relative to the peer's median, every round a point; and memory over samples."""
+    peers = {"tar": "webdataset", "decode": "open_clip", "loader": "open_clip"}
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4))
+    for axis, (part, peer) in zip(axes, peers.items(), strict=False):
+        rows = [row for row in result["rows"] if row["part"] == part]
+        medians = {row["pictures"]: row["median"] for row in rows if row["who"] == peer}
+        for place, row in enumerate(rows):
+            times = [sample / medians[row["pictures"]] for sample in row["samples"]]
+            axis.bar(place, row["median"] / medians[row["pictures"]], width=0.6, alpha=0.5)
+            axis.plot([place] * len(times), times, "k_")
+        labels = [f"{row['who']}\n{row['pictures']}" for row in rows]
+        axis.set_xticks(range(len(rows)), labels, rotation=45, ha="right", fontsize=7)
+        axis.set(title=part, ylabel=f"times {peer}")
+        axis.grid(axis="y", alpha=0.3)
+    (memory,) = (row for row in result["rows"] if row["part"] == "memory")
+    axes[3].plot(memory["at_samples"], memory["samples"], marker="o")
+    axes[3].set(title="memory", xlabel="samples", ylabel=memory["unit"])
+    axes[3].set_ylim(0, 1.2 * memory["max"])
+    axes[3].grid(alpha=0.3)
+    _save(figure, "Data path", result, path)
+
+
+def plot_curation(result: dict[str, Any], path: Path) -> None:
+    """Captions, or images, a second by contender, a panel for each thing done, every round a mark."""
+    rows = [row for row in result["rows"] if "median" in row]
+    parts = list(dict.fromkeys(row["what"] for row in rows))
+    figure, axes = plt.subplots(1, len(parts), figsize=(3 * len(parts), 4))
+    for axis, part in zip(axes, parts, strict=True):
+        for place, row in enumerate(row for row in rows if row["what"] == part):
+            axis.bar(place, row["median"] / 1000, width=0.5, alpha=0.5)
+            axis.plot([place] * len(row["samples"]), [sample / 1000 for sample in row["samples"]], "k_")
+        labels = [row["who"] for row in rows if row["what"] == part]
+        axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        axis.set_title(part)
+        axis.set_ylabel("thousand images a second" if part == "sampling" else "thousand captions a second")
+        axis.grid(axis="y", alpha=0.3)
+    _save(figure, f"Curation, {result['config']['entries']:,} entries", result, path)
+
+
+def plot_scale(result: dict[str, Any], path: Path) -> None:
+    """Time and memory of each stage by captions done."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for stage in ("match", "sample"):
+        rows = [row for row in result["rows"] if row.get("stage") == stage]
+        captions = [row["captions"] / 1e6 for row in rows]
+        left.plot(captions, [row["seconds"] for row in rows], marker="o", label=stage)
+        right.plot(captions, [row["resident_mb"] for row in rows], marker="o", label=f"{stage}, resident")
+        right.plot(captions, [row["private_mb"] for row in rows], marker=".", label=f"{stage}, private")
+    for axis, what in ((left, "seconds since the stage began"), (right, "largest worker so far, MB")):
+        axis.set(xlabel="million captions done", ylabel=what)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    config = result["config"]
+    title = f"Curation at scale: {config['languages']} languages, {config['workers']} workers"
+    _save(figure, title, result, path)
+
+
 def _save(figure: Any, title: str, result: dict[str, Any], path: Path) -> None:
     figure.suptitle(title)
     figure.text(0.5, 0.01, _caption(result), ha="center", fontsize=7)
@@ -59,7 +119,13 @@ def _save(figure: Any, title: str, result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {"contrastive": plot_contrastive, "train": plot_train}
+PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "contrastive": plot_contrastive,
+    "curation": plot_curation,
+    "loader": plot_loader,
+    "scale_curation": plot_scale,
+    "train": plot_train,
+}
 
 
 def main() -> None:

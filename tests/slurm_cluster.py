@@ -123,13 +123,18 @@ class SlurmCluster:
     def resume_nodes(self) -> None:
         """Bring every node back to work, whatever a test did to it."""
         for node in self.nodes:
-            if "idle" not in self.node_state(node):
+            if not self._at_work(node):
+                # A node that answers comes back by itself, perhaps just before this, which is then refused.
                 self.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)
-        self.wait_until("idle nodes", lambda: all(self.node_state(node) == "idle" for node in self.nodes))
+        self.wait_until("nodes at work", lambda: all(map(self._at_work, self.nodes)))
+
+    def _at_work(self, node: str) -> bool:
+        return not any(word in self.node_state(node) for word in ("DOWN", "DRAIN", "NOT_RESPONDING"))
 
     def node_state(self, node: str) -> str:
-        """Such as ``idle``, ``mixed``, ``down``."""
-        return self.command("sinfo", "--noheader", "--nodes", node, "--format", "%T", check=False)
+        """Such as ``IDLE``, ``MIXED``, ``DOWN``, ``IDLE+COMPLETING``; nothing while the controller does not answer."""
+        text = self.command("scontrol", "show", "node", "--oneliner", node, check=False)
+        return next((word.removeprefix("State=") for word in text.split() if word.startswith("State=")), "")
 
     def report(self) -> str:
         """Queue, nodes and the ends of the daemons' logs, for a failing test."""
@@ -186,7 +191,7 @@ def _start(folder: Path, stack: ExitStack) -> SlurmCluster:
     _daemon(cluster, stack, "slurmctld", "-D")
     for node in NODES:
         _daemon(cluster, stack, "slurmd", "-D", "-N", node)
-    _wait_for("idle nodes", cluster, lambda: all(cluster.node_state(node) == "idle" for node in NODES))
+    _wait_for("idle nodes", cluster, lambda: all(cluster.node_state(node) == "IDLE" for node in NODES))
     stack.callback(_clear, cluster)  # before the daemons are stopped
     return cluster
 

@@ -32,7 +32,9 @@ def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
 
 def test_the_gpu_suite_refuses_a_part_it_does_not_have(tmp_path):
     command = ["bash", str(BENCHMARKS / "gpu_suite.sh"), "nonsense"]
-    result = subprocess.run(command, env={"OUT": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env={"OUT": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
     assert result.returncode == 1 and "nonsense: no such part" in result.stderr
 
 

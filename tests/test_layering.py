@@ -82,7 +82,7 @@ def test_help_loads_no_heavy_package():
 def test_wheel_works_from_another_folder(tmp_path):
     """The wheel holds every package, kernels at their other name, and imports without the source tree."""
     source = tmp_path / "source"  # a copy: building leaves files behind that the next wheel would pick up
-    for name in ("mc2_hpc", "kernels"):
+    for name in ("mc2_hpc", "kernels", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -100,6 +100,7 @@ def test_wheel_works_from_another_folder(tmp_path):
     for module, path in modules():
         inside = module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
         assert inside in names, f"the wheel lacks {inside}"
+    assert {"mc2_hpc/metadata/languages.tsv", "mc2_hpc/slurm_scripts/train.sbatch"} <= names
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
     code = "import mc2_hpc.kernels.contrastive as c, mc2_hpc.training.trainer, os; print(os.path.dirname(c.__file__))"
     result = subprocess.run(

@@ -19,6 +19,8 @@ from mc2_hpc.storage import atomic_path
 
 FAN_IN = 100
 """Files that are merged to one: three levels for a million shards."""
+_DENSE = 8
+"""Entries a match up to which counting in an array is the faster way."""
 
 Sparse = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]
 """Ids of the entries that were matched, ascending, and their counts."""
@@ -26,7 +28,12 @@ Sparse = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]
 
 def count_votes(ids: npt.NDArray[np.uint32]) -> Sparse:
     """Counts of the entries in ``ids``, the concatenated matches of many texts (each unique within its text)."""
-    entries, counts = np.unique(ids, return_counts=True)
+    if len(ids) and int(ids.max()) < _DENSE * len(ids):  # an array of all entries beats sorting the matches
+        dense_counts = np.bincount(ids)
+        entries = np.flatnonzero(dense_counts)
+        counts = dense_counts[entries]
+    else:
+        entries, counts = np.unique(ids, return_counts=True)
     return entries.astype(np.uint32), counts.astype(np.uint64)
 
 

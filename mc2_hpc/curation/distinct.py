@@ -64,11 +64,9 @@ class Distinct:
 
 
 def _first_occurrences(strings: pa.Array) -> npt.NDArray[np.bool_]:
-    rows = pa.table({"string": strings, "row": np.arange(len(strings))})
-    first = rows.group_by("string").aggregate([("row", "min")])["row_min"]
-    mask = np.zeros(len(strings), bool)
-    mask[np.asarray(first)] = True
-    return mask
+    codes = np.asarray(strings.dictionary_encode().indices, np.int64)
+    # Codes are given in order of appearance, so a string is new where its code is above all before it.
+    return np.diff(np.maximum.accumulate(codes), prepend=-1) > 0
 
 
 def _digests(strings: pa.Array) -> npt.NDArray[np.bytes_]:

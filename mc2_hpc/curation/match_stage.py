@@ -178,7 +178,7 @@ class _Tally:
         keys = rows["key"].combine_chunks()
         self.images.add(keys)
         for lang, members in rows_by_language(rows):
-            _, of_lang = csr.take(offsets, ids, members)
+            of_lang = ids if len(members) == len(rows) else csr.take(offsets, ids, members)[1]
             votes = count_votes(of_lang)
             self.votes[lang] = add_sparse([self.votes[lang], votes]) if lang in self.votes else votes
             self.languages.setdefault(lang, Counter()).update(texts=len(members), matches=len(of_lang))
@@ -220,9 +220,9 @@ class _MatchShard:
             has_match = np.diff(offsets) > 0
             if not has_match.all():
                 drops["no_match"] += int((~has_match).sum())
-            kept = np.flatnonzero(has_match)
-            rows = rows.take(pa.array(kept))
-            offsets, ids = csr.take(offsets, ids, kept)
+                kept = np.flatnonzero(has_match)
+                rows = rows.take(pa.array(kept))
+                offsets, ids = csr.take(offsets, ids, kept)
             tally.drops += drops
             tally.add_matched(rows, offsets, ids)
             yield matched_table(rows, offsets, ids)
@@ -245,9 +245,12 @@ class _MatchShard:
     def _match(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
         """Entries of every row in CSR form, each language's rows matched together."""
         texts = rows["text"].combine_chunks()
+        by_language = rows_by_language(rows)
+        if len(by_language) == 1:
+            return _matcher(tables_folder(self.out, by_language[0][0])).match(texts)
         order: list[npt.NDArray[np.int64]] = []
         lengths, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)]
-        for lang, members in rows_by_language(rows):
+        for lang, members in by_language:
             found = _matcher(tables_folder(self.out, lang)).match(texts.take(pa.array(members)))
             order.append(members)
             lengths.append(np.diff(found[0]))

@@ -13,6 +13,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.storage import atomic_path
 
 _ENTRIES = pa.list_(pa.uint32())
+_REPEATING = ["lang", "source"]
 _REQUIRED = {"key": pa.string(), "text": pa.string(), "lang": pa.string(), "entries": _ENTRIES}
 
 
@@ -38,7 +39,8 @@ def write_matched_batches(path: Path, tables: Iterable[pa.Table]) -> None:
     tables = iter(tables)
     with atomic_path(path) as temporary:
         first = next(tables)
-        with pq.ParquetWriter(temporary, first.schema, compression="zstd") as writer:
+        # Other columns hardly repeat: their dictionaries would only be built to be given up.
+        with pq.ParquetWriter(temporary, first.schema, compression="zstd", use_dictionary=_REPEATING) as writer:
             writer.write_table(first)
             for table in tables:
                 writer.write_table(table)

@@ -21,16 +21,15 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import check_entries
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
-_FORMAT = 1
+_FORMAT = 2
 _INFO = "matcher.json"
 _ARRAYS = {
     "actions": np.uint8,
     "vocabulary": np.uint64,
-    "token_starts": np.int64,
-    "token_bytes": np.uint8,
+    "token_words": np.uint64,
     "token_edges": np.uint64,
     "character_edges": np.uint64,
-    "first_bits": np.uint8,
+    "openings": np.uint8,
 }
 """Name and type of each table, in the order that :func:`match_kernels.match_texts` takes them."""
 
@@ -61,20 +60,19 @@ class Matcher:
         whole = [p for p in usable if len(patterns[p]) > 1 and patterns[p][0] == " " and patterns[p][-1] == " "]
         between_spaces = frozenset(whole)
         other = [p for p in usable if p not in between_spaces]
-        vocabulary, token_starts, token_bytes, token_edges = match_kernels.build_token_trie(
+        vocabulary, token_words, token_edges = match_kernels.build_token_trie(
             *_join([patterns[p][1:-1] for p in whole], "utf-8", np.uint8), np.array(whole, np.int64)
         )
-        character_edges, first_bits = match_kernels.build_character_trie(
+        character_edges, openings = match_kernels.build_character_trie(
             *_join([patterns[p] for p in other], "utf-32-le", np.uint32), np.array(other, np.int64)
         )
         tables = {
             "actions": character_table(mode).copy(),
             "vocabulary": vocabulary,
-            "token_starts": token_starts,
-            "token_bytes": token_bytes,
+            "token_words": token_words,
             "token_edges": token_edges,
             "character_edges": character_edges,
-            "first_bits": first_bits,
+            "openings": openings,
         }
         return cls(mode, len(entries), tables)
 
@@ -89,7 +87,7 @@ class Matcher:
             sorted and unique.
 
         Raises:
-            UserError: a text is not valid UTF-8.
+            UserError: a text is not valid UTF-8, or has a lone surrogate.
         """
         from mc2_hpc.curation import match_kernels
 
@@ -159,10 +157,10 @@ def _join(patterns: list[str], encoding: str, dtype: type) -> tuple[npt.NDArray,
 def _string_column(texts: Sequence[str] | pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
-    column = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
     try:
+        column = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
         column.validate(full=True)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, UnicodeEncodeError) as error:  # the latter by lone surrogates
         raise UserError(f"texts to match: {error}; drop what is not UTF-8 first") from None
     return column.cast(pa.large_string()).fill_null("")
 

@@ -11,11 +11,14 @@ the number of ranks nor on that of workers.
 
 import logging
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -173,6 +176,7 @@ class TrainLoader:
         # which imports torch once; every worker is then forked from it in milliseconds.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        _start_fork_server()
         loader = DataLoader(
             self._source,
             batch_size=None,
@@ -387,6 +391,26 @@ def _as_is(chunk: Any) -> Any:
     return chunk
 
 
+def _start_fork_server() -> None:
+    """Start what the workers descend from, deaf to the signals that are the trainer's to act upon: Slurm sends them to
+    every process of a step."""
+    ours = {signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # what is blocked stays so in processes that start now
+    try:
+        resource_tracker.ensure_running()  # unblocks SIGTERM, and ignores it by itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker(worker: int) -> None:
-    # Slurm sends its warning to every process of a step; it is the trainer's to act upon.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """torch's own watch is on the worker's parent, which is the fork server and lives as long as a worker does."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)

@@ -75,33 +75,65 @@ def colliding_tokens() -> tuple[str, str]:
     """Two tokens of 16 letters that the tables' hash does not tell apart, found by undoing its second round."""
 
     def first_round(chunk: bytes) -> int:
-        digest = ((16 ^ int.from_bytes(chunk, "big")) * 0xBF58476D1CE4E5B9) % 2**64
+        digest = ((16 ^ int.from_bytes(chunk, "little")) * 0xBF58476D1CE4E5B9) % 2**64
         return digest ^ (digest >> 29)
 
     one, tail = b"abcdefgh", b"ijklmnop"
-    wanted = first_round(one) ^ int.from_bytes(tail, "big")
+    wanted = first_round(one) ^ int.from_bytes(tail, "little")
     for letters in itertools.product(b"abcdefghijklmnopqrst", repeat=4):
         other = b"wxyz" + bytes(letters)
-        end = (first_round(other) ^ wanted).to_bytes(8, "big")
+        end = (first_round(other) ^ wanted).to_bytes(8, "little")
         if end.isascii() and end.decode().isprintable() and not set(end) & set(b" ,.;:?!`"):
             return (one + tail).decode(), (other + end).decode()
     raise AssertionError("no collision among the candidates")
 
 
 def test_tokens_with_the_same_hash_are_told_apart():
-    from mc2_hpc.curation.match_kernels import _token_key
+    from mc2_hpc.curation.match_kernels import _padded, _token_key
 
     one, other = colliding_tokens()
-    keys = [_token_key(np.frombuffer(token.encode(), np.uint8), 0, 16) for token in (one, other)]
+    keys = [_token_key(_padded(np.frombuffer(token.encode(), np.uint8)), 0, 16) for token in (one, other)]
     assert one != other and keys[0] == keys[1]
     assert rows(Matcher.build([one], "compat").match([other, one])) == [[], [0]]
     assert rows(Matcher.build([one, other], "compat").match([other, one])) == [[1], [0]]
 
 
-def test_a_text_of_megabytes():
-    matcher = Matcher.build(["needle", "針"])
-    hay = "straw " * 300_000
-    assert rows(matcher.match([hay, hay + "needle 針" + hay])) == [[], [0, 1]]
+@pytest.mark.parametrize("mode", MODES)
+def test_a_caption_of_ten_megabytes(mode):
+    matcher = Matcher.build(["needle", "針", "a b", "straw"], mode)
+    hay = "straw " * 1_700_000
+    texts = ["needle", hay + "needle 針 a b " + hay, "a b", "," * 10_000_000, "x" * 10_000_000, ""]
+    assert rows(matcher.match(texts)) == [[0], [0, 1, 2, 3], [2], [], [], []]
+
+
+def test_more_matches_than_were_given_room():
+    # Nested phrases match quadratically in the length of the text, far more often than 8 times a text.
+    entries = [" ".join(["a"] * size) for size in range(1, 61)]
+    nested = [*(" ".join(["a"] * size) for size in range(50, 60)), "犬"]
+    assert rows(Matcher.build(entries, "fixed").match(nested)) == naive(entries, nested, "fixed")
+    characters = ["犬" * size for size in range(1, 61)]
+    assert rows(Matcher.build(characters, "fixed").match(["犬" * 60, "犬"])) == [list(range(60)), [0]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_texts_of_nothing_but_spaces_and_punctuation(mode):
+    texts = ["", " ", "\t\n", ",", ".,.", "...", "!!! ?", "«»", " - ", "\u200b", "``"]
+    entries = ["dog", ",", ".", "!", "-", "...", "?", "«"]
+    assert rows(Matcher.build(entries, mode).match(texts)) == naive(entries, texts, mode)
+    assert rows(Matcher.build(["dog"], mode).match(texts)) == [[]] * len(texts)
+
+
+def test_blocks_of_many_and_of_long_texts():
+    entries = ["one", "two", "one two", "犬"]
+    texts = ["one", "", "two 犬", "one two " * 40] * 700 + ["two " * 9000] + ["one", "two"] * 300
+    assert rows(Matcher.build(entries).match(texts)) == naive(entries, texts, "fixed")
+
+
+def test_lone_surrogates_are_refused():
+    with pytest.raises(UserError, match="drop what is not UTF-8"):
+        Matcher.build(["dog"]).match(["dog", "a \ud800 dog"])
+    with pytest.raises(UserError, match="lone surrogate"):
+        Matcher.build(["dog", "\udfff"])
 
 
 @pytest.mark.parametrize("mode", MODES)

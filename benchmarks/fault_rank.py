@@ -1,0 +1,192 @@
+"""``mc2 train`` that breaks as told and keeps a diary of its samples: what ``faults.py`` and ``soak.py`` run.
+
+    python benchmarks/fault_rank.py JOB.json     one job in fresh processes, as a user starts it
+    python benchmarks/fault_rank.py              a JSON job a line from standard input, ranks forked from here: imports
+                                                 are done once, so a job starts in a moment
+
+A job has ``folder`` (diary, log, marks of faults that have struck), ``config``, ``overrides``, ``processes``,
+``restarts``, ``timeout``, ``step_seconds`` (least time of a step), ``stop_after`` (a step after which all ranks save
+and leave, or null) and ``faults``: each ``{at, step, rank, do}`` strikes
+once, when that rank passes that moment (:data:`MOMENTS`) of that step; ``do`` is a list of signals, as in ``KILL`` to
+the rank itself and ``launcher:TERM`` to the process that started it, or ``fill:FOLDER``, ``free:FOLDER``.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mc2_hpc.cli
+from mc2_hpc.training import launch, saving, trainer
+from mc2_hpc.training.engine import Engine
+
+Job = dict[str, Any]
+
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "start-up": (trainer, "newest_checkpoint"),
+    "mid-step": (Engine, "step"),  # gradients are there, nothing is updated
+    "copy": (saving, "_owners"),
+    "writing": (saving, "write_tensors"),
+    "before rename": (saving, "fsync_folder"),
+    "before latest": (saving, "atomic_path"),  # the folder has its name, `latest` has the one before
+}
+"""What is called at each moment of a step or of the save after it."""
+
+
+def run_rank(job: Job) -> int:
+    """Train as this process's rank of ``job``."""
+    rank, trained, saved = int(os.environ["RANK"]), 0, 0
+    attempt = f"{os.getppid()}-{os.environ['MASTER_PORT']}"
+    diary = open(Path(job["folder"]) / f"{attempt}-{rank}.jsonl", "a", encoding="utf-8", buffering=1)
+
+    def note(run: trainer.Trainer, batch: Any) -> None:
+        nonlocal trained
+        trained = run.progress.step
+        line = {"step": trained, "world": run.ranks.world_size, "time": time.time(), "keys": batch.keys}
+        diary.write(json.dumps(line) + "\n")
+        time.sleep(job["step_seconds"])
+
+    def note_save(*_: Any, step: int, **__: Any) -> None:
+        nonlocal saved
+        saved = step
+
+    def checkpoint(run: trainer.Trainer, pending: Any, *, stop: bool, written: bool) -> None:
+        plain_checkpoint(run, pending, stop=stop or pending.step == job["stop_after"], written=written)
+
+    def strike(at: str) -> None:
+        for number, fault in enumerate(job["faults"]):
+            step = trained + 1 if at in ("start-up", "mid-step") else saved
+            if (fault["at"], fault["rank"]) == (at, rank) and (at == "start-up" or fault["step"] == step):
+                _strike_once(Path(job["folder"]) / f"fault{number}", fault["do"])
+
+    plain_checkpoint, trainer.Trainer._checkpoint = trainer.Trainer._checkpoint, checkpoint
+    _before(trainer.Trainer, "_count", note)
+    _before(saving.CheckpointWriter, "begin", note_save)
+    for at, (owner, name) in MOMENTS.items():
+        _before(owner, name, lambda *_, at=at, **__: strike(at))
+    options = ["--timeout", str(job["timeout"])]
+    return mc2_hpc.cli.main(["train", *options, job["config"], *job["overrides"]])
+
+
+def _before(owner: Any, name: str, hook: Callable[..., None]) -> None:
+    original = getattr(owner, name)
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        hook(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, both)
+
+
+def _strike_once(mark: Path, deeds: list[str]) -> None:
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    for deed in deeds:
+        whom, _, what = deed.rpartition(":")
+        if whom == "fill":
+            _fill(Path(what))
+        elif whom == "free":
+            (Path(what) / "ballast").unlink()
+        else:
+            os.kill(os.getppid() if whom == "launcher" else os.getpid(), signal.Signals[f"SIG{what}"])
+
+
+def _fill(folder: Path) -> None:
+    """Leave no room on the disk of ``folder``."""
+    with open(folder / "ballast", "wb", buffering=0) as file:
+        size = 1 << 20
+        while size:
+            try:
+                file.write(bytes(size))
+            except OSError:
+                size //= 2
+
+
+class _Forked:
+    """A rank forked from this process, with as much of ``subprocess.Popen`` as the launcher needs."""
+
+    def __init__(self, environment: dict[str, str], job: Job) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                for number in (signal.SIGTERM, signal.SIGUSR1):
+                    signal.signal(number, signal.SIG_DFL)
+                os.setsid()
+                launch.end_with_parent()
+                os.environ.update(environment)
+                code = run_rank(job)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run_job(job: Job, *, fork: bool) -> int:
+    """Run a job as ``mc2 train --processes N --restarts K`` does; returns its exit code."""
+    log = os.open(Path(job["folder"]) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    command = [sys.executable, __file__, "--rank", json.dumps(job)]
+    if fork:
+        launch.start_rank = lambda command, environment: _Forked(environment, job)
+    return launch.launch(command, processes=job["processes"], restarts=job["restarts"], stop_s=60)
+
+
+def _serve() -> None:
+    """Fork a process for every job; print its id when it starts and its exit code when it has ended."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setsid()
+                code = run_job(json.loads(line), fork=True)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        sys.exit(run_rank(json.loads(sys.argv[2])))
+    if sys.argv[1:]:
+        sys.exit(run_job(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), fork=False))
+    _serve()

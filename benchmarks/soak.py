@@ -1,0 +1,205 @@
+"""Training under fire: a random fault every minute, then proof that none of them changed anything.
+
+    python benchmarks/soak.py --minutes 30
+
+Ranks are killed, hung, asked to stop, the launcher is killed, the newest checkpoint is damaged, and the number of ranks
+changes, in an order drawn from ``--seed``. When the time is up the run is stopped and saved. Then it is trained once
+more with no fault, each step on as many ranks as the first time: samples, losses, weights and moments must be the same
+to the last bit, and each epoch must have had every sample once. Exit code 1 if not.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import faults
+from harness import environment
+
+from mc2_hpc.storage import exclusive_folder
+from mc2_hpc.training.checkpoint import complete_folders, find_damage
+from mc2_hpc.training.stop import LOST_RANK, SAVED
+
+STEP_SECONDS = 0.2
+"""Least time of a step, so that the second run takes less than the first."""
+CHECKPOINT_EVERY = 20
+WAIT_S = 10
+"""After this long without an answer a rank is taken for lost."""
+
+
+class Soak:
+    """The run under fire."""
+
+    def __init__(self, config: Path, folder: Path, seed: int) -> None:
+        self._config = config
+        self._folder = folder
+        self._random = random.Random(seed)
+        self._ranks = 2
+        self._process: subprocess.Popen[bytes] | None = None
+        self.struck: Counter[str] = Counter()
+
+    def run(self, seconds: float, every: float) -> None:
+        """Train for ``seconds`` with a fault about every ``every`` of them, then save."""
+        began = time.monotonic()
+        next_fault = began + every
+        self._start()
+        while time.monotonic() - began < seconds:
+            time.sleep(0.2)
+            if self._process.poll() is not None:
+                self._ended()
+                self._start()
+            if time.monotonic() > next_fault:
+                next_fault += every
+                self._strike(time.monotonic() - began)
+        self._stop()
+
+    def _start(self) -> None:
+        task = faults.job(
+            self._config,
+            self._folder,
+            processes=self._ranks,
+            restarts=1000,
+            timeout=WAIT_S,
+            step_seconds=STEP_SECONDS,
+            overrides=OVERRIDES,
+        )
+        path = self._folder / "job.json"
+        path.write_text(json.dumps(task), encoding="utf-8")
+        self._process = subprocess.Popen([sys.executable, str(faults.SCRIPT), str(path)])
+
+    def _ended(self) -> None:
+        """Wait until nobody works in the run's folder any more."""
+        code = self._process.wait(180)
+        # A launcher that was asked before it listened dies of it; ranks whose launcher was killed save on their own.
+        if code not in (SAVED, LOST_RANK, -signal.SIGKILL, -signal.SIGTERM):
+            log = (self._folder / "log").read_text(encoding="utf-8")[-4000:]
+            raise AssertionError(f"exit code {code}\n{log}")
+        with exclusive_folder(self._folder / "run", wait_s=180):
+            pass
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        self._ended()
+
+    def _strike(self, at: float) -> None:
+        name = self._random.choice(["kill", "hang", "term", "usr1", "launcher", "damage", "ranks"])
+        self.struck[name] += 1
+        print(f"{at:6.0f} s  {name}", flush=True)
+        if name in ("kill", "hang", "term"):
+            number = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP, "term": signal.SIGTERM}[name]
+            pids = self._rank_pids()
+            if pids:  # none between two starts
+                os.kill(self._random.choice(pids), number)
+        elif name == "usr1":
+            self._process.send_signal(signal.SIGUSR1)
+        elif name == "launcher":
+            self._process.kill()
+        else:
+            self._stop()
+            if name == "damage" and len(list((self._folder / "run" / "checkpoints").glob("step-*"))) > 1:
+                faults.flip_byte(self._folder)
+            elif name == "ranks":
+                self._ranks = self._random.choice([n for n in (1, 2, 3) if n != self._ranks])
+            self._start()
+
+    def _rank_pids(self) -> list[int]:
+        pids = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (process / "cmdline").read_bytes()
+            except OSError:
+                continue  # ended meanwhile
+            if b"--rank" in command and str(self._folder).encode() in command:
+                pids.append(int(process.name))
+        return sorted(pids)
+
+
+OVERRIDES = ["steps=100000", f"checkpoint.every={CHECKPOINT_EVERY}"]
+
+
+def last_step(soaked: Path) -> int:
+    """Step of the newest whole checkpoint; a start that was stopped early may not have made up for later ones."""
+    folders = complete_folders(soaked / "run" / "checkpoints")
+    return max((int(folder.name[-8:]) for folder in folders if find_damage(folder) is None), default=0)
+
+
+def repeat(config: Path, folder: Path, soaked: Path) -> None:
+    """Train the steps of ``soaked`` with no fault, each on as many ranks as it had there."""
+    kept, last = faults.history(faults.read_diary(soaked)), last_step(soaked)
+    starter = faults.Starter(fork=False)
+    for step in range(1, last + 1):
+        if step == last or kept[step + 1].world != kept[step].world:
+            task = faults.job(
+                config, folder, processes=kept[step].world, stop_after=step, overrides=[*OVERRIDES, "checkpoint.keep=2"]
+            )
+            code = starter.run(task)
+            if code != SAVED:
+                raise AssertionError(f"the undisturbed run ended with exit code {code}; see {folder / 'log'}")
+
+
+def check(soaked: Path, undisturbed: Path) -> dict[str, Any]:
+    """Compare; returns the figures of the soak.
+
+    Raises:
+        AssertionError: a sample, loss, weight or moment differs.
+    """
+    found, expected = (faults.history(faults.read_diary(folder)) for folder in (soaked, undisturbed))
+    steps = range(1, last_step(soaked) + 1)
+    assert steps and all(step in found and step in expected for step in steps), "steps are missing"
+    assert all(found[step].keys[step] == expected[step].keys[step] for step in steps), "other samples"
+    ours, theirs = faults.losses(soaked), faults.losses(undisturbed)
+    differing = [step for step in steps if ours.get(step) is None or ours[step] != theirs[step]]
+    assert not differing, f"other losses from step {differing[0]} on, or no row of it"
+    assert faults.state_hashes(soaked, steps[-1]) == faults.state_hashes(undisturbed, steps[-1]), "other state"
+    seen = Counter(key for step in steps[: len(steps) // faults.EPOCH * faults.EPOCH] for key in found[step].keys[step])
+    assert len(seen) == faults.SAMPLES and len(set(seen.values())) == 1, "samples lost or repeated"
+    attempts = faults.read_diary(soaked)
+    return {
+        "steps": len(steps),
+        "starts": len(attempts),
+        "steps_lost": faults.account(soaked)["steps_lost"],
+        "samples_lost": 0,
+        "samples_repeated": 0,
+        "ranks": sorted({attempt.world for attempt in attempts}),
+        "equal_bits": True,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between two faults [60]")
+    parser.add_argument("--seed", type=int, default=0, help="draws the faults [0]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = faults.prepare(folder)
+        (folder / "soaked").mkdir()
+        soak = Soak(config, folder / "soaked", arguments.seed)
+        try:
+            soak.run(arguments.minutes * 60, arguments.every)
+            print("the same again, undisturbed", flush=True)
+            repeat(config, folder / "undisturbed", folder / "soaked")
+            row = {**check(folder / "soaked", folder / "undisturbed"), "faults": dict(soak.struck)}
+        except AssertionError as error:
+            print(f"soak: {error}", file=sys.stderr)
+            return 1
+    print("  ".join(f"{key}={value}" for key, value in row.items()))
+    if arguments.json:
+        plan = {"minutes": arguments.minutes, "fault_every_seconds": arguments.every, "seed": arguments.seed}
+        result = {"name": "soak", "env": environment(), "config": plan, "rows": [row], "ratios": {}}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Training jobs on Slurm: ``slurm/train.sbatch`` filled for one run and submitted, and a bound on its starts.
+
+The batch script runs this module before the ranks (``python -m mc2_hpc.training.slurm CONFIG key.sub=value ...``), so
+nothing here imports torch.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mc2_hpc.config import RunConfig, load_config
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import read_json, write_json
+
+KEYS = {"nodes": "nodes", "gpus": "gpus-per-node", "ranks": "ntasks-per-node", "cpus": "cpus-per-task"}
+"""Short names of sbatch's options: nodes; GPUs and ranks a node; cores a rank."""
+OPTIONS = (
+    *("time", "partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude", "mem", "job-name"),
+    *("signal", "dependency", "begin", "comment", "licenses", "mail-user", "mail-type", "gres", "network", "switches"),
+)
+"""Options passed on to sbatch as they are."""
+
+MAX_STARTS = 5
+"""Starts of one job without a new checkpoint between them, unless the variable MC2_MAX_STARTS says otherwise."""
+
+_SUBMIT_S = 120
+
+
+def scripts_folder() -> Path:
+    """Folder of ``train.sbatch`` and its companions: inside an installed package, beside it in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed, checkout = package / "slurm_scripts", package.parent / "slurm"
+    return installed if installed.is_dir() else checkout
+
+
+def parse_options(words: Sequence[str]) -> dict[str, str]:
+    """``key=value`` words as a dictionary.
+
+    Raises:
+        UserError: a word that is none, an unknown key, a value that is empty, has a space, or is no count.
+    """
+    options = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--slurm {word}: write it as key=value")
+        if key not in (*KEYS, *OPTIONS, "env"):
+            known = ", ".join((*KEYS, "env", *OPTIONS))
+            raise UserError(
+                f"--slurm {word}: no such key; overrides of the config come before --slurm, and it has {known}"
+            )
+        if not value or re.search(r"\s", value):
+            raise UserError(f"--slurm {key}={value!r}: the value is empty or has a space")
+        if key in KEYS and not (value.isascii() and value.isdigit() and int(value) >= (0 if key == "gpus" else 1)):
+            raise UserError(f"--slurm {word}: must be a whole number{'' if key == 'gpus' else ' of at least 1'}")
+        options[key] = value
+    return options
+
+
+def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[str, str]) -> str:
+    """The text of ``train.sbatch`` for one run.
+
+    Args:
+        arguments: what ``mc2 train`` gets in every rank: config file, overrides, flags.
+        options: of :func:`parse_options`; what is not given stays as the shipped script has it, but there are as many
+            ranks as GPUs, and a core for each decoding process.
+
+    Raises:
+        UserError: a run that does not resume, no GPUs and no number of ranks, more ranks than lanes, or no such ``env``
+            file.
+    """
+    if not config.checkpoint.resume:
+        raise UserError("--slurm with checkpoint.resume=false: each start of the job would begin the run anew")
+    script = (scripts_folder() / "train.sbatch").read_text(encoding="utf-8")
+    header: dict[str, str] = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, flags=re.MULTILINE))
+    gpus = options.get("gpus", header["gpus-per-node"])
+    if gpus == "0" and "ranks" not in options:
+        raise UserError("--slurm gpus=0: how many ranks a node? add ranks=N")
+    values = {
+        "job-name": Path(config.output).name,
+        "output": f"{config.output.replace('%', '%%')}/slurm-%j.log",
+        "ntasks-per-node": gpus,
+        "cpus-per-task": str(config.data.workers + 2),
+        **{KEYS.get(key, key): value for key, value in options.items() if key != "env"},
+    }
+    ranks = int(values.get("nodes", header["nodes"])) * int(values["ntasks-per-node"])
+    if ranks > config.data.lanes:
+        raise UserError(
+            f"--slurm: {ranks} ranks but data.lanes={config.data.lanes}: every rank needs at least one lane"
+        )
+    environment = Path(options.get("env", scripts_folder() / "env.sh")).resolve()
+    if not environment.is_file():
+        raise UserError(f"--slurm env={environment}: no such file")
+    exports = {"MC2_SLURM": scripts_folder(), "MC2_ENV": environment, "MC2_PYTHON": sys.executable}
+    filling = [f"export {name}={shlex.quote(str(value))}" for name, value in exports.items()]
+    return _with_header(script, values, [*filling, f"set -- {shlex.join(arguments)}"])
+
+
+def _with_header(script: str, values: Mapping[str, str], after: Sequence[str]) -> str:
+    """``script`` with its ``#SBATCH --name=value`` lines replaced and added to, and lines ``after`` them."""
+    lines, new = script.splitlines(), dict(values)
+    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    header = []
+    for line in lines[: last + 1]:
+        found = re.match(r"#SBATCH --([\w-]+)=", line)
+        header.append(f"#SBATCH --{found[1]}={shlex.quote(new.pop(found[1]))}" if found and found[1] in new else line)
+    header += [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in new.items()]
+    # A cluster without GPUs does not know the option.
+    header = [line for line in header if line != "#SBATCH --gpus-per-node=0"]
+    return "\n".join([*header, *after, *lines[last + 1 :]]) + "\n"
+
+
+def submit(script: str) -> str:
+    """Give the script to sbatch; returns the job's id.
+
+    Raises:
+        UserError: there is no sbatch here, it does not answer, or it refuses; with its reason.
+    """
+    try:
+        result = subprocess.run(
+            ["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=_SUBMIT_S
+        )
+    except FileNotFoundError:
+        raise UserError(
+            "--slurm: no sbatch on PATH; submit from a login node, or see the script by --dry-run"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"--slurm: sbatch did not answer within {_SUBMIT_S} s; see `scontrol ping`") from None
+    if result.returncode:
+        raise UserError(f"--slurm: {'; '.join(result.stderr.strip().splitlines()) or 'sbatch failed'}")
+    return result.stdout.strip().split(";")[0]
+
+
+def count_start(output: Path, job_id: str, *, max_starts: int) -> int:
+    """Note one more start of a job in the run's folder; how many there were since its newest checkpoint, with this one.
+
+    Raises:
+        UserError: they are more than ``max_starts``: whatever ends the job would end it again.
+    """
+    record, latest = output / "slurm-starts.json", output / "checkpoints" / "latest"
+    newest = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    before = read_json(record) if record.is_file() else {}
+    again = (before.get("job"), before.get("newest")) == (job_id, newest)
+    starts = before["starts"] + 1 if again else 1
+    if starts > max_starts:
+        raise UserError(
+            f"{output}: {max_starts} starts of job {job_id} and no checkpoint after {newest or 'the beginning'}: given "
+            f"up; mend what its log shows and submit anew"
+        )
+    write_json(record, {"job": job_id, "newest": newest, "starts": starts})
+    return starts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """What the batch script asks before it starts the ranks: 0 to go on, 2 (and one line) not to."""
+    parser = argparse.ArgumentParser(prog="mc2_hpc.training.slurm", add_help=False)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    arguments, _ = parser.parse_known_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, [word for word in arguments.overrides if "=" in word])
+        limit = os.environ.get("MC2_MAX_STARTS", str(MAX_STARTS))
+        if not limit.isdigit() or int(limit) < 1:
+            raise UserError(f"environment variable MC2_MAX_STARTS={limit!r}: must be a whole number of at least 1")
+        count_start(Path(config.output), os.environ["SLURM_JOB_ID"], max_starts=int(limit))
+    except UserError as error:
+        print(f"mc2: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
