@@ -34,6 +34,9 @@ scale: .venv/dev
 	$(BIN)/python benchmarks/scale_curation.py --json benchmarks/results/scale_curation.json
 	$(MAKE) plots
 
+soak: .venv/dev
+	$(BIN)/python benchmarks/soak.py --minutes 30 --json benchmarks/results/soak.json
+
 plots: .venv/dev
 	$(BIN)/python benchmarks/plot.py
 

@@ -19,6 +19,9 @@ from typing import Any
 from mc2_hpc.errors import UserError
 
 _COMPLETE = ".complete"
+# Asking for it sets it for a moment, which threads would notice: so it is asked for once.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -36,9 +39,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp creates 0600; a result is as readable as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_UMASK)
         fsync_file(temporary)
         os.replace(temporary, path)
         fsync_folder(path.parent)

@@ -6,7 +6,7 @@ and is clamped after every step, so each rank keeps its own equal copy, stepped 
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,15 +124,25 @@ class Engine:
             # DeepSpeed counts micro-batches by its step(), which updates nothing before the last.
             self._engine.step()
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, votes: Sequence[bool] = ()) -> tuple[Tensor, Tensor]:
         """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to [0, ln 100].
 
+        Args:
+            votes: this rank's answers to questions that all ranks ask; they ride in the all-reduce of the scale's
+                gradient, so asking costs no message and no wait of its own.
+
         Returns:
-            The global norm of the towers' averaged gradients before clipping, a 0-d tensor.
+            The global norm of the towers' averaged gradients before clipping, a 0-d tensor, and for every vote how
+            many ranks said yes, (len(votes),).
         """
         assert self.logit_scale.grad is not None
-        dist.all_reduce(self.logit_scale.grad)
-        self.logit_scale.grad /= dist.get_world_size()
+        shared = torch.zeros(1 + len(votes), device=self.device)
+        shared[0] = self.logit_scale.grad
+        for number, vote in enumerate(votes, start=1):
+            if vote:
+                shared[number].fill_(1)  # a kernel on the device: a copy from the host would wait
+        dist.all_reduce(shared)
+        self.logit_scale.grad.copy_(shared[0] / dist.get_world_size())
         for group in (*self._optimizer.param_groups, *self._scale_optimizer.param_groups):
             group["lr"] = lr
         # Without ZeRO the engine leaves the averaged gradients on the parameters and computes no norm.
@@ -144,7 +154,7 @@ class Engine:
             self.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return norm
+        return norm, shared[1:]
 
     def _replicated_norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: the terminal, ``metrics.jsonl`` and TensorBoard, all from the first rank."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mc2_hpc.storage import atomic_path
 
+logger = logging.getLogger(__name__)
+
 
 class MetricsLog:
-    """Rows of one run. A resumed run appends; rows of steps that will be trained again are dropped first."""
+    """Rows of one run. A resumed run appends; rows of steps that will be trained again are dropped first.
+
+    A full disk ends no run: rows wait in memory until there is room again, TensorBoard's copy of them ends.
+    """
 
     def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
         """Open the log of a run that continues after ``first_step`` steps (0: a new run)."""
@@ -21,8 +27,9 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self._keep_rows_up_to(first_step)
-        self._file = open(self.path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._file = open(self.path, "ab", buffering=0)
+        self._unwritten = b""
+        self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         if sys.stderr.isatty():
@@ -56,15 +63,9 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; it must have ``step``. Nested dictionaries become TensorBoard tags ``key/subkey``."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps(row, ensure_ascii=False) + "\n")
+        self._draw(row)
         step = row["step"]
-        for key, value in row.items():
-            if isinstance(value, dict):
-                for name, number in value.items():
-                    self._board.add_scalar(f"{key}/{name}", number, step)
-            elif isinstance(value, int | float) and key != "step":
-                self._board.add_scalar(key, value, step)
         skipped = sum(row.get("skipped", {}).values())
         note = (
             f"loss {row['loss']:.4f}  scale {row['logit_scale']:.3f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  "
@@ -77,9 +78,37 @@ class MetricsLog:
             remaining = (self._total_steps - step) / max(row["steps_per_second"], 1e-9)
             print(f"step {step}/{self._total_steps}  {note}  ETA {remaining:,.0f} s", file=sys.stderr, flush=True)
 
+    def _append(self, line: str) -> None:
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            logger.error("%s: %d bytes wait to be written: %s", self.path, len(self._unwritten), error)
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        try:
+            for key, value in row.items():
+                if isinstance(value, dict):
+                    for name, number in value.items():
+                        self._board.add_scalar(f"{key}/{name}", number, row["step"])
+                elif isinstance(value, int | float) and key != "step":
+                    self._board.add_scalar(key, value, row["step"])
+        except OSError as error:  # of its writing thread, which is over with it
+            logger.error("TensorBoard's log ends at step %d: %s", row["step"], error)
+            self._board = None
+
     def close(self) -> None:
         """Flush and close all outputs."""
         if self._progress is not None:
             self._progress.stop()
+        if self._unwritten:
+            self._append("")
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as error:
+                logger.error("TensorBoard's log is not whole: %s", error)

@@ -1,5 +1,6 @@
 """One training step: the exact contrastive loss of the global batch, in as many micro-batches as memory asks for."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ class StepResult:
     """Global mean loss before the update, 0-d fp32, equal on all ranks."""
     grad_norm: Tensor
     """Norm of the averaged gradients, 0-d."""
+    votes: Tensor
+    """How many ranks said yes to each vote."""
 
 
 def check_loss(config: LossConfig, device: torch.device) -> None:
@@ -44,10 +47,22 @@ class ContrastiveStep:
     passes compute the same features.
     """
 
-    def __init__(self, engine: Engine, config: LossConfig, *, feature_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: LossConfig,
+        *,
+        feature_dtype: torch.dtype,
+        votes: Callable[[], Sequence[bool]] = tuple,
+    ) -> None:
+        """
+        Args:
+            votes: called late in every step for what this rank answers (see :meth:`Engine.step`).
+        """
         self._engine = engine
         self._config = config
         self._feature_dtype = feature_dtype
+        self._votes = votes
 
     def __call__(self, images: Tensor, tokens: Tensor, lr: float) -> StepResult:
         """Encode (b, 3, S, S) uint8 images and (b, L) token ids, differentiate, update with learning rate ``lr``."""
@@ -56,7 +71,8 @@ class ContrastiveStep:
             self._engine.backward(loss)
         else:
             loss = self._cached(images, tokens)
-        return StepResult(loss=loss.detach(), grad_norm=self._engine.step(lr))
+        grad_norm, votes = self._engine.step(lr, self._votes())
+        return StepResult(loss=loss.detach(), grad_norm=grad_norm, votes=votes)
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         return contrastive_loss(

@@ -73,6 +73,7 @@ class ThroughputMeter:
         self._steps = 0
         self._flops = 0
         self._wait = 0.0
+        self._stall = 0.0
         self._languages: Counter[str] = Counter()
 
     @contextmanager
@@ -83,11 +84,11 @@ class ThroughputMeter:
         self._wait += time.perf_counter() - begin
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside (a save) counts in no rate."""
+    def stalled(self) -> Iterator[None]:
+        """Time spent inside (the part of a save that training waits for) counts in no rate, but as stall."""
         begin = time.perf_counter()
         yield
-        self._since += time.perf_counter() - begin
+        self._stall += time.perf_counter() - begin
 
     def count(self, batch: Batch) -> None:
         """Account for one step's local batch."""
@@ -97,13 +98,14 @@ class ThroughputMeter:
 
     def rates(self) -> dict[str, Any]:
         """Metric columns of the interval that ends here; begins the next."""
-        elapsed = time.perf_counter() - self._since
+        elapsed = time.perf_counter() - self._since - self._stall
         seen = sum(self._languages.values())
         rates = {
             "samples_per_second": self._steps * self._global_batch / elapsed,
             "steps_per_second": self._steps / elapsed,
             "mfu": self._flops / elapsed / self._peak,
             "data_wait": self._wait / elapsed,
+            "checkpoint_stall_seconds": self._stall,
             "language_share": {lang: count / seen for lang, count in self._languages.most_common(20)},
         }
         self.start()

@@ -1,4 +1,4 @@
-"""The training loop: data in, steps, metrics out, checkpoints, and an orderly stop when numbers go wrong."""
+"""The training loop: data in, steps, metrics out, checkpoints, and an orderly stop on signals and wrong numbers."""
 
 import logging
 import math
@@ -20,12 +20,15 @@ from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.presets import ClipArchitecture, resolve
 from mc2_hpc.models.weights import ModelCard, TensorFiles, resolve_checkpoint
 from mc2_hpc.storage import exclusive_folder
-from mc2_hpc.training.checkpoint import Checkpoint, CheckpointStore, load_weights
+from mc2_hpc.training.checkpoint import Checkpoint, complete_folders, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import MetricsLog
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.progress import restore_progress
+from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss
+from mc2_hpc.training.stop import Stopped, StopRequest
 from mc2_hpc.training.throughput import ThroughputMeter
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,10 @@ _PACKAGES = ("mc2_hpc", "torch", "deepspeed", "numpy", "sentencepiece", "simplej
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient norm stopped being a number; the last checkpoint is untouched."""
+
+
+class SaveError(RuntimeError):
+    """The run's last save failed; the checkpoint before it is untouched."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,11 @@ class _Pending:
 class Trainer:
     """One run on this process's rank."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> None:
         """Build model, engine and loader, and load the newest checkpoint if the config says to resume. Collective.
+
+        Args:
+            stop: asked in every step whether to save and stop; ``None``: nobody will ask.
 
         Raises:
             UserError: config, data, tokenizer and checkpoint do not fit together.
@@ -59,6 +69,7 @@ class Trainer:
         self.config = config
         self.ranks = ranks
         self.output = Path(config.output)
+        self.stop = stop or StopRequest()
         check_loss(config.loss, ranks.device)
         arch = resolve(config.model)
         self.tokenizer = Tokenizer(
@@ -66,8 +77,9 @@ class Trainer:
         )
         _check_vocabulary(arch, self.tokenizer, config.data.tokenizer)
         self.card = ModelCard(arch=arch, tokenizer_style=config.data.tokenizer_style)
-        self.store = CheckpointStore(self.output / "checkpoints", ranks, keep=config.checkpoint.keep)
-        checkpoint = self.store.newest() if config.checkpoint.resume else None
+        folder = self.output / "checkpoints"
+        checkpoint = newest_checkpoint(folder, ranks) if config.checkpoint.resume else None
+        self.writer = CheckpointWriter(folder, ranks, keep=config.checkpoint.keep)
         self.progress, position = restore_progress(checkpoint, config, is_first=ranks.is_first)
         self.loader = TrainLoader(
             config.data,
@@ -87,6 +99,7 @@ class Trainer:
             self.engine,
             config.loss,
             feature_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            votes=lambda: (self.stop.requested is not None, self.writer.own_part_done),
         )
 
     def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None) -> None:
@@ -109,6 +122,9 @@ class Trainer:
         Raises:
             NonFiniteError: the loss or gradient norm is NaN or infinite; names the step, its keys and the last
                 good checkpoint.
+            Stopped: a signal asked for it, and the state is saved.
+            SaveError: it could not be saved at the end. (In between, training goes on and the next save is tried.)
+            LostRankError: another rank went away; names the step that waited for it.
         """
         if self.progress.step >= self.config.steps:
             logger.info("nothing to do: %s has its %d steps", self.output, self.config.steps)
@@ -119,10 +135,13 @@ class Trainer:
             else None
         )
         meter = ThroughputMeter(self.config, self.card.arch, self.ranks.device)
+        self.stop.defer()
         try:
-            self._loop(meter, log)
+            with naming_the_wait(self.ranks.rank, lambda: f"in step {self.progress.step + 1}"):
+                self._loop(meter, log)
         finally:
             self.loader.close()
+            self.writer.close()
             if log is not None:
                 log.close()
 
@@ -139,21 +158,37 @@ class Trainer:
             tokens = batch.tokens.to(self.ranks.device, non_blocking=True)
             result = self._step(images, tokens, lr)
             # The step before has surely finished by now: reading its numbers makes no one wait.
-            self._check(pending)
+            num_stop, num_written = self._read(pending)
             progress.step += 1
             self._count(batch)
             meter.count(batch)
+            # Votes up to the step of a save were on the save before it.
+            written = num_written == self.ranks.world_size and progress.step - 1 > self.writer.step
             pending = _Pending(progress.step, lr, result, batch.keys)
             if progress.step % config.log_every == 0 or progress.step == config.steps:
-                self._check(pending)
+                self._read(pending)
                 rates = meter.rates()
                 if log is not None:
                     log.write(self._row(pending, rates))
-            if progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
-                # Nothing is saved that has not been seen to be finite.
-                self._check(pending)
-                with meter.paused():
-                    self._save()
+            with meter.stalled():
+                self._checkpoint(pending, stop=num_stop > 0, written=written)
+
+    def _checkpoint(self, pending: _Pending, *, stop: bool, written: bool) -> None:
+        """What the agreed votes and the step ask of the checkpoints; the same on all ranks."""
+        config, step = self.config, pending.step
+        if self.writer.busy and written:
+            self.writer.advance()
+        last = step == config.steps
+        if stop or last or step % config.checkpoint.every == 0:
+            self._read(pending)  # nothing is saved that has not been seen to be finite
+            self._save()
+        if stop or last or not config.checkpoint.background:
+            self.writer.finish()
+        if (stop or last) and self.writer.failure is not None:
+            raise SaveError(f"step {step} could not be saved: {self.writer.failure}; {self._last_good()}")
+        if stop and not last:
+            reason = self.stop.requested or "a signal to another rank"
+            raise Stopped(f"{reason}: saved after step {step} of {config.steps}; the same command continues")
 
     def _row(self, pending: _Pending, rates: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -172,21 +207,27 @@ class Trainer:
         self.progress.position.update(batch.position)
         self.progress.skipped.update(batch.skipped)
 
-    def _check(self, pending: _Pending | None) -> None:
+    def _read(self, pending: _Pending | None) -> tuple[int, int]:
+        """See that a step's numbers are finite; its votes: ranks that were asked to stop, ranks that have written."""
         if pending is None:
-            return
+            return 0, 0
         for what, value in (("loss", pending.result.loss), ("gradient norm", pending.result.grad_norm)):
             # Both are the same on every rank, so every rank stops at the same step.
             if not math.isfinite(float(value)):
-                latest = self.output / "checkpoints" / "latest"
-                good = f"{latest.parent / latest.read_text().strip()}" if latest.is_file() else "none yet"
+                self.writer.finish()
                 raise NonFiniteError(
-                    f"{what} is {float(value)} at step {pending.step}; last good checkpoint: {good}; "
+                    f"{what} is {float(value)} at step {pending.step}; {self._last_good()}; "
                     f"keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
+        num_stop, num_written = pending.result.votes.tolist()
+        return int(num_stop), int(num_written)
+
+    def _last_good(self) -> str:
+        folders = complete_folders(self.writer.folder)
+        return f"last good checkpoint: {folders[-1] if folders else 'none yet'}"
 
     def _save(self) -> None:
-        path = self.store.save(
+        self.writer.begin(
             self.engine,
             step=self.progress.step,
             card=self.card,
@@ -198,7 +239,6 @@ class Trainer:
                 "versions": {name: version(name) for name in _PACKAGES},
             },
         )
-        logger.info("saved %s", path)
 
 
 @contextmanager

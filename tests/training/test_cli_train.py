@@ -41,34 +41,50 @@ def undisturbed(torchrun, module_config, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def killed(module_config, tmp_path_factory):
-    """The same run, all its processes killed with -9 soon after the checkpoint of step 10; tests resume copies."""
-    run = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(module_config), "--processes", "2", f"output={run}"]
-    process = subprocess.Popen(
-        [*command, f"steps={STEPS}", "checkpoint.every=10"],
-        start_new_session=True,
+def start(config, run, *options):
+    """The same run, started as a user would on one machine."""
+    command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(config), "--processes", "2", *options]
+    return subprocess.Popen(
+        [*command, f"output={run}", f"steps={STEPS}", "checkpoint.every=10"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def wait_for_checkpoint(process, run):
     latest, deadline = run / "checkpoints" / "latest", time.monotonic() + 120
     while not latest.exists():
         assert process.poll() is None, "the run ended before its first checkpoint"
         assert time.monotonic() < deadline, "no checkpoint within 120 s"
         time.sleep(0.01)
-    time.sleep(0.1)  # some steps past the checkpoint, which will be trained again
-    # torchrun puts its workers into sessions of their own: find every process that has the run on its command line.
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+
+
+def processes_of(run):
+    """Ids of all processes that have the run on their command line, by rank; the launcher's is under ``None``."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            mine = str(run).encode() in entry.read_bytes()
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue  # ended meanwhile
-        if mine:
-            os.kill(int(entry.parent.name), signal.SIGKILL)
-    process.wait(timeout=30)
-    assert latest.read_text().strip() < f"step-{STEPS:08d}", "the run ended before it was killed"
+        if str(run).encode() in command:
+            rank = next((int(line[5:]) for line in environment if line.startswith(b"RANK=")), None)
+            found[rank] = int(folder.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(module_config, tmp_path_factory):
+    """The same run, all its processes killed with -9 soon after the checkpoint of step 10; tests resume copies."""
+    run = tmp_path_factory.mktemp("killed")
+    process = start(module_config, run)
+    wait_for_checkpoint(process, run)
+    for pid in processes_of(run).values():
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert (run / "checkpoints" / "latest").read_text().strip() < f"step-{STEPS:08d}", "it ended before it was killed"
     return run
 
 
@@ -99,15 +115,30 @@ def test_checkpoint_is_a_model(undisturbed):
     assert float(scale.detach().exp()) == pytest.approx(metrics[STEPS]["logit_scale"], rel=1e-6)
 
 
-def test_resumes_bitwise_after_kill(torchrun, undisturbed, killed, module_config, tmp_path):
-    resumed(torchrun, module_config, killed, tmp_path)
+def same_bits(found_run, expected_run):
     for prefix in ("model", "optimizer"):
-        found = tensors(tmp_path / "checkpoints" / "step-00000060", prefix)
-        expected = tensors(undisturbed / "checkpoints" / "step-00000060", prefix)
+        found = tensors(found_run / "checkpoints" / "step-00000060", prefix)
+        expected = tensors(expected_run / "checkpoints" / "step-00000060", prefix)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    before, after = rows(undisturbed), rows(tmp_path)
+    before, after = rows(expected_run), rows(found_run)
     assert {step: row["loss"] for step, row in after.items()} == {step: row["loss"] for step, row in before.items()}
+
+
+def test_resumes_bitwise_after_kill(torchrun, undisturbed, killed, module_config, tmp_path):
+    resumed(torchrun, module_config, killed, tmp_path)
+    same_bits(tmp_path, undisturbed)
+
+
+def test_restarts_by_itself_when_a_rank_is_killed(undisturbed, module_config, tmp_path):
+    process = start(module_config, tmp_path, "--restarts", "1")
+    wait_for_checkpoint(process, tmp_path)
+    os.kill(processes_of(tmp_path)[1], signal.SIGKILL)
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == 0, log
+    for words in ("rank 1 was killed by SIGKILL", "rank 0 lost another rank in step", "restart 1 of 1", "resuming"):
+        assert words in log
+    same_bits(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize("processes, stage", [(1, 2), (3, 3)])
@@ -119,7 +150,7 @@ def test_resumes_on_other_ranks_and_stages(
     before, after = rows(undisturbed), rows(tmp_path)
     assert before.keys() == after.keys()
     for step in before:
-        assert after[step]["loss"] == pytest.approx(before[step]["loss"], rel=1e-4), step
+        assert after[step]["loss"] == pytest.approx(before[step]["loss"], rel=1e-5), step
     trainer = [
         json.loads((run / "checkpoints/step-00000060/trainer.json").read_text()) for run in (undisturbed, tmp_path)
     ]

@@ -1,0 +1,159 @@
+"""The ranks of one machine as child processes, started again when one dies: ``mc2 train --processes N --restarts K``.
+
+torchrun turns every failure into exit code 1, restarts whatever the reason, and kills after 30 seconds what is still
+saving. Here the exit codes of ``mc2_hpc.training.stop`` decide: a death is worth a restart, bad input or a loss that is
+no number is not, and a signal is passed on, waited for, and answered with the ranks' own code.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from mc2_hpc.training.stop import LOST_RANK, SAVED, SIGNALS
+
+logger = logging.getLogger(__name__)
+
+_GRACE_S = 10
+"""What the other ranks get to notice that one failed and to say so; then they are killed."""
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def launch(command: Sequence[str], *, processes: int, restarts: int, stop_s: float) -> int:
+    """Run ``command`` as ``processes`` ranks; returns the exit code of the job.
+
+    Args:
+        restarts: how often all ranks are started anew after some died.
+        stop_s: longest wait for the ranks to save after SIGTERM or SIGUSR1; then they are killed.
+    """
+    job = _Job(command, processes, stop_s)
+    with job.passing_signals_on():
+        for restart in range(restarts + 1):
+            code = verdict(job.run(), passed_on=job.signal)
+            if code is not None:
+                return code
+            if restart < restarts:
+                logger.warning("restart %d of %d from the newest checkpoint", restart + 1, restarts)
+    return LOST_RANK
+
+
+def verdict(codes: Sequence[int], *, passed_on: int | None) -> int | None:
+    """The job's exit code from its ranks' (negative: killed by that signal); ``None`` if a restart may help.
+
+    Args:
+        passed_on: the signal they were sent, which ends a rank that has not yet begun to listen.
+    """
+    codes = [SAVED if passed_on is not None and code == -passed_on else code for code in codes]
+    final = [code for code in codes if code > 0 and code not in (SAVED, LOST_RANK)]
+    if final:
+        return final[0]
+    if SAVED in codes:
+        return SAVED
+    if any(codes):
+        return LOST_RANK if passed_on is not None else None
+    return 0
+
+
+def start_rank(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start one rank, in a session of its own so that it does not get the terminal's signals a second time."""
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
+
+
+def end_with_parent() -> None:
+    """Have the kernel ask this process to save and leave should its parent be killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class _Job:
+    def __init__(self, command: Sequence[str], processes: int, stop_s: float) -> None:
+        self.signal: int | None = None
+        """The latest signal passed on to the ranks."""
+        self._command = list(command)
+        self._processes = processes
+        self._stop_s = stop_s
+        self._deadline: float | None = None
+        self._ranks: list[subprocess.Popen[bytes]] = []
+
+    @contextmanager
+    def passing_signals_on(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self._limit(self._stop_s)
+        for rank in self._ranks:
+            rank.send_signal(number)
+
+    def _limit(self, seconds: float) -> None:
+        """Whoever still runs in ``seconds`` is killed."""
+        end = time.monotonic() + seconds
+        self._deadline = end if self._deadline is None else min(self._deadline, end)
+
+    def run(self) -> list[int]:
+        """Start all ranks and wait until they have ended; their exit codes."""
+        if self.signal is not None:
+            return [SAVED]  # it came between two starts
+        self._ranks, self._deadline = [], None
+        port = _free_port()
+        try:
+            for rank in range(self._processes):
+                self._ranks.append(self._start(rank, port))
+            if self.signal is not None:  # it came before all were in the list
+                self._pass_on(self.signal, None)
+            return self._wait()
+        finally:
+            for rank_process in self._ranks:
+                rank_process.kill()
+                rank_process.wait()
+
+    def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._processes, "LOCAL_WORLD_SIZE": self._processes}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        threads = {"OMP_NUM_THREADS": "1"} if self._processes > 1 else {}
+        environment = {**threads, **os.environ, **meeting, **{name: str(value) for name, value in facts.items()}}
+        return start_rank(self._command, environment)
+
+    def _wait(self) -> list[int]:
+        running = dict(enumerate(self._ranks))
+        try:
+            while running:
+                time.sleep(_POLL_S)
+                for number, rank in list(running.items()):
+                    if rank.poll() is not None:
+                        del running[number]
+                        self._ended(number, rank.returncode)
+                if running and self._deadline is not None and time.monotonic() > self._deadline:
+                    logger.error("killing ranks %s, which still run", ", ".join(map(str, running)))
+                    for rank in running.values():
+                        rank.kill()
+                    self._deadline = None
+        except KeyboardInterrupt:
+            for rank in running.values():
+                rank.send_signal(signal.SIGINT)
+            time.sleep(1)  # to say so; run() kills what is left
+            raise
+        return [rank.returncode for rank in self._ranks]
+
+    def _ended(self, number: int, code: int) -> None:
+        if code < 0:
+            logger.error("rank %d was killed by %s", number, signal.Signals(-code).name)
+        if code not in (0, SAVED):
+            self._limit(_GRACE_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

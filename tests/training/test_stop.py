@@ -1,0 +1,179 @@
+"""Signals and exit codes: what ranks do when asked to stop, and what the launcher makes of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mc2_hpc.cli import main
+from mc2_hpc.training.launch import launch, verdict
+from mc2_hpc.training.lost_rank import LostRankError, naming_the_wait
+from mc2_hpc.training.stop import LOST_RANK, SAVED, StopRequest
+
+VERDICTS = {
+    "all done": ([0, 0], None, 0),
+    "all saved": ([SAVED, SAVED], None, SAVED),
+    "one left before the first step, the other noticed": ([SAVED, LOST_RANK], None, SAVED),
+    "one killed": ([-9, LOST_RANK], None, None),
+    "one out of memory, the other hangs and is killed": ([-9, -9], None, None),
+    "bad input": ([2, 2], None, 2),
+    "not a number": ([1, 1], None, 1),
+    "a bug in one": ([1, LOST_RANK], None, 1),
+    "a bug in one, the other killed": ([-9, 1], None, 1),
+    "a signal before they listened": ([-15, -15], 15, SAVED),
+    "a signal before one listened": ([-10, SAVED], 10, SAVED),
+    "a signal, but they did not save in time": ([-9, -9], 15, LOST_RANK),
+}
+
+
+@pytest.mark.parametrize("codes, passed_on, expected", VERDICTS.values(), ids=VERDICTS)
+def test_verdict(codes, passed_on, expected):
+    assert verdict(codes, passed_on=passed_on) == expected
+    assert verdict(codes[::-1], passed_on=passed_on) == expected
+
+
+def rank(code):
+    """A command for the launcher."""
+    return [sys.executable, "-c", f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}"]
+
+
+def test_restarts_until_it_works(tmp_path):
+    """Rank 1 is killed in the first start; rank 0 would wait for ever and is ended."""
+    code = f"""
+path = {str(tmp_path)!r} + f"/{{rank}}"
+with open(path, "a") as file:
+    file.write("x")
+if os.path.getsize(path) == 1:
+    os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(100)
+"""
+    assert launch(rank(code), processes=2, restarts=2, stop_s=5) == 0
+    assert [(tmp_path / name).read_text() for name in "01"] == ["xx", "xx"]
+
+
+def test_restarts_are_bounded_and_only_for_deaths(tmp_path):
+    count = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')"
+    assert launch(rank(f"{count}; os.kill(os.getpid(), 9)"), processes=1, restarts=2, stop_s=5) == LOST_RANK
+    assert (tmp_path / "starts").read_text() == "xxx"
+    assert launch(rank(f"{count}; sys.exit(2)"), processes=1, restarts=2, stop_s=5) == 2
+    assert (tmp_path / "starts").read_text() == "xxxx"
+
+
+LAUNCHER = "import sys; from mc2_hpc.training.launch import launch; sys.exit(launch(sys.argv[1:], processes=2, {}))"
+
+
+def launcher(code, options):
+    command = [sys.executable, "-c", LAUNCHER.format(options), *rank(code)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_passed_on_and_waited_for(number):
+    code = f"""
+signal.signal({int(number)}, lambda *_: (time.sleep(0.5), sys.exit(75)))
+print("ready", flush=True)
+time.sleep(100)
+"""
+    process = launcher(code, "restarts=3, stop_s=60")
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(number)
+    assert process.wait(60) == SAVED
+
+
+def test_ranks_that_do_not_save_in_time_are_killed():
+    code = "signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(100)"
+    process = launcher(code, "restarts=3, stop_s=0.5")
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.terminate()
+    assert process.wait(60) == LOST_RANK
+    assert "killing ranks 0, 1" in process.stderr.read()
+
+
+def test_ranks_are_asked_to_save_when_the_launcher_is_killed():
+    code = """
+signal.signal(15, lambda *_: (print("saved", flush=True), sys.exit(75)))
+print("ready", flush=True)
+time.sleep(100)
+"""
+    process = launcher(code, "restarts=0, stop_s=60")
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.kill()
+    assert sorted(process.stdout.read().split()) == ["saved", "saved"]
+
+
+def listen(code):
+    script = f"""
+import signal, time
+from mc2_hpc.training.stop import StopRequest
+stop = StopRequest()
+with stop.listening():
+{code}
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_the_first_step_a_signal_ends_a_rank_that_waits_for_others(number):
+    """The rendezvous waits inside a library, where no handler written in Python would run for a minute."""
+    code = """
+    from datetime import timedelta
+    import torch.distributed as dist
+    print("ready", flush=True)
+    dist.init_process_group(
+        "gloo", init_method="tcp://127.0.0.1:9", rank=1, world_size=2, timeout=timedelta(seconds=300)
+    )
+"""
+    process = listen(code)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(number)
+    assert process.wait(60) == SAVED
+    assert f"{number.name} before the first step: nothing to save" in process.stderr.read()
+
+
+def test_later_signals_are_noted_once():
+    code = """
+    stop.defer()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        signal.raise_signal(number)
+        while stop.requested is None:
+            time.sleep(0.01)
+    time.sleep(0.1)
+    print(stop.requested)
+signal.signal(signal.SIGTERM, signal.SIG_DFL) == signal.SIG_DFL or exit(3)
+"""
+    process = listen(code)
+    assert process.stdout.read() == "SIGUSR1\n" and process.wait(60) == 0
+
+
+def test_nobody_asks_by_default():
+    assert StopRequest().requested is None
+
+
+def test_only_lost_ranks_are_called_so():
+    with pytest.raises(LostRankError, match=r"^rank 3 lost another rank in step 7: .*Connection closed by peer"):
+        with naming_the_wait(3, lambda: "in step 7"):
+            raise RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer\nmore")
+    with pytest.raises(RuntimeError, match="shapes") as other:
+        with naming_the_wait(3, lambda: "in step 7"):
+            raise RuntimeError("shapes cannot be multiplied")
+    assert not isinstance(other.value, LostRankError)
+
+
+BAD = {
+    "no process": (["--processes", "0"], "at least 1 process"),
+    "negative restarts": (["--processes", "2", "--restarts", "-1"], "at least 1 process and 0 restarts"),
+    "restarts without processes": (["--restarts", "2"], "--restarts needs --processes"),
+    "restarts that begin anew": (["--processes", "2", "--restarts", "2", "checkpoint.resume=false"], "begin anew"),
+}
+
+
+@pytest.mark.parametrize("words, expected", BAD.values(), ids=BAD)
+def test_bad_launches_are_one_line(module_config, capsys, words, expected):
+    assert main(["train", str(module_config), *words]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
