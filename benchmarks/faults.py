@@ -288,20 +288,20 @@ _DISK = "{disk}"
 ROWS = [
     _kill("start-up", 0, at_most=0),
     _kill("start-up", 1, at_most=0, slow=True),
-    _kill("mid-step", 0),
+    _kill("mid-step", 0, slow=True),
     _kill("mid-step", 1),
     _kill("copy", 1, step=16, slow=True),
     _kill("writing", 0, step=16),
     _kill("writing", 1, step=16, slow=True),
     _kill("before rename", 0, step=16),
-    _kill("before latest", 0, step=16),
+    _kill("before latest", 0, step=16, slow=True),
     _signal("SIGTERM to one rank", "mid-step", ["TERM"], says="saved after step"),
     _signal("SIGUSR1 to the launcher", "mid-step", ["launcher:USR1"], says="SIGUSR1: saved after step"),
     _signal("SIGTERM and SIGUSR1, twice each", "mid-step", ["TERM", "USR1", "TERM", "launcher:USR1"], slow=True),
     _signal(
         "SIGTERM to the launcher", "start-up", ["launcher:TERM"], outcome="exit 75 at once; the next start goes on"
     ),
-    _signal("SIGTERM to one rank", "writing", ["TERM"], step=16),
+    _signal("SIGTERM to one rank", "writing", ["TERM"], step=16, slow=True),
     Row(
         fault="kill -9 of the launcher",
         moment="in step 20",
@@ -360,8 +360,8 @@ ROWS = [
     _damage("flipped byte in the newest checkpoint", flip_byte, _BACK, says="does not match its SHA-256"),
     _damage("truncated file in it", _truncate, _BACK, says="has 1000 bytes instead of", slow=True),
     _damage("missing file in it", _remove_file, _BACK, says="is missing", slow=True),
-    _damage("broken manifest in it", _break_manifest, _BACK, says="manifest.json cannot be read"),
-    _damage("empty `latest`", _empty_latest, "not needed to go on", at_most=0),
+    _damage("broken manifest in it", _break_manifest, _BACK, says="manifest.json cannot be read", slow=True),
+    _damage("empty `latest`", _empty_latest, "not needed to go on", at_most=0, slow=True),
     _damage("`latest` names nothing", _dangling_latest, "not needed to go on", at_most=0, slow=True),
     Row(
         fault="allocation 1, 2, 3, 1 ranks, each killed with -9",

@@ -185,6 +185,7 @@ def test_loss_that_is_no_number_is_not_requeued(make_job):
     assert "another start would not help" in job.log()
 
 
+@pytest.mark.slow  # as many starts as it takes to give up
 def test_job_that_always_dies_is_given_up(make_job, tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/bash\nif [ "$2" = mc2_hpc.cli ]; then kill -9 $$; fi\nexec {sys.executable} "$@"\n')

@@ -72,6 +72,7 @@ def test_balancing_lowers_the_head(curated):
     assert balance["t"]["en"] == 200 and all(threshold >= 1 for threshold in balance["t"].values())
 
 
+@pytest.mark.slow
 def test_learns_cifar_in_five_languages(curated, shared_data, torchrun, tmp_path):
     folder, _ = curated
     tokenizer = Tokenizer(folder / "sp.model", "xlmv")
