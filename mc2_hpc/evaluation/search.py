@@ -78,12 +78,7 @@ def make_server(index: PictureIndex, port: int) -> ThreadingHTTPServer:
     Raises:
         OSError: the port is taken.
     """
-
-    class Handler(_Handler):
-        pass
-
-    Handler.index = index
-    return ThreadingHTTPServer((HOST, port), Handler)
+    return ThreadingHTTPServer((HOST, port), type("Handler", (_Handler,), {"index": index}))
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -8,41 +8,21 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from mc2_hpc.curation.image_tars import write_tar
 from mc2_hpc.curation.pipeline import run
-from mc2_hpc.storage import write_json
 
 WAIT_S = 240
 
 
 @pytest.fixture
-def pool(tmp_path) -> Path:
-    write_json(tmp_path / "metadata" / "en.json", ["dog", "cat", "big dog"])
-    write_json(tmp_path / "metadata" / "de.json", ["Hund", "Katze"])
-    for shard in range(6):
-        keys = [f"{shard}-{n:03d}" for n in range(30)]
-        texts = [f"a big dog {n}" if n % 3 else f"Hund und Katze {n}" for n in range(30)]
-        langs = ["en" if n % 3 else "de" for n in range(30)]
-        path = tmp_path / "pool" / f"{shard}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table({"key": keys, "text": texts, "lang": langs}), path)
-        write_tar(path.with_suffix(".tar"), ((f"{key}.jpg", key.encode()) for key in keys))
-    return tmp_path / "pool"
+def pool(make_pool) -> Path:
+    return make_pool(6)
 
 
 def command(pool: Path, out: Path) -> list[str]:
     words = ["curate", "run", pool, "--metadata", pool.parent / "metadata", "--t-en", "30", "--out", out]
     return [sys.executable, "-m", "mc2_hpc.cli", *map(str, words), "--workers", "2"]
-
-
-def outputs(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = (path for path in files if "logs" not in path.relative_to(folder).parts)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def wait_until(condition, process: subprocess.Popen[str]) -> None:
@@ -62,7 +42,7 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
-def test_killed_run_is_continued(pool, tmp_path, victim):
+def test_killed_run_is_continued(pool, tmp_path, victim, outputs):
     """A shard that nobody writes to (a named pipe) holds a worker at a known place until it is killed."""
     run(pool, pool.parent / "metadata", tmp_path / "whole", t_en=30)
     whole, out = outputs(tmp_path / "whole"), tmp_path / "out"
@@ -94,7 +74,7 @@ def test_killed_run_is_continued(pool, tmp_path, victim):
     assert not list((out / "matched").glob(".4.*")), "what the killed worker was writing is still there"
 
 
-def test_killed_merge_and_balance_are_continued(pool, tmp_path):
+def test_killed_merge_and_balance_are_continued(pool, tmp_path, outputs):
     """Every file of balancing taken away in turn, as a kill may leave it: the same command brings it back."""
 
     def again() -> None:

@@ -2,44 +2,24 @@
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mc2_hpc.curation.engines import Slurm
-from mc2_hpc.curation.image_tars import write_tar
 from mc2_hpc.curation.pipeline import run
 from mc2_hpc.curation.shards import Stage, run_stages
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import write_json
 
 
 @pytest.fixture
-def pool(tmp_path) -> Path:
-    write_json(tmp_path / "metadata" / "en.json", ["dog", "cat", "big dog"])
-    write_json(tmp_path / "metadata" / "de.json", ["Hund", "Katze"])
-    for shard in range(4):
-        keys = [f"{shard}-{n:03d}" for n in range(30)]
-        texts = [f"a big dog {n}" if n % 3 else f"Hund und Katze {n}" for n in range(30)]
-        langs = ["en" if n % 3 else "de" for n in range(30)]
-        path = tmp_path / "pool" / f"{shard}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table({"key": keys, "text": texts, "lang": langs}), path)
-        write_tar(path.with_suffix(".tar"), ((f"{key}.jpg", key.encode()) for key in keys))
-    return tmp_path / "pool"
-
-
-def outputs(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = (path for path in files if "logs" not in path.relative_to(folder).parts)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+def pool(make_pool) -> Path:
+    return make_pool(4)
 
 
 def queue(cluster) -> list[str]:
     return cluster.command("squeue", "--noheader", "--format", "%j").split()
 
 
-def test_chain_of_array_jobs(slurm_cluster, pool, tmp_path, monkeypatch, caplog):
+def test_chain_of_array_jobs(slurm_cluster, pool, tmp_path, monkeypatch, caplog, outputs):
     caplog.set_level("INFO", logger="mc2_hpc")
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm_cluster.env[name])
