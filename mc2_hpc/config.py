@@ -200,6 +200,29 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation during training, by all ranks between two steps."""
+
+    suite: str | None = None
+    """A suite file (``configs/eval/``); null evaluates nothing."""
+    every: int = 20_000
+    """Steps between evaluations; the last step's weights are always evaluated."""
+    root: str | None = None
+    """Where the sets lie, in place of the suite's ``root``."""
+    batch: int = 64
+    """Pictures a rank encodes at a time."""
+    best: str | None = None
+    """``<set>/<metric>`` whose largest value so far decides which checkpoint is kept as the best; null: the leading
+    metric of the first set that could be scored."""
+
+    def __post_init__(self) -> None:
+        _at_least("eval.every", self.every, 1)
+        _at_least("eval.batch", self.batch, 1)
+        if self.suite is None and (self.best is not None or self.root is not None):
+            raise UserError("eval.best and eval.root: need eval.suite, the sets to evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
@@ -223,6 +246,7 @@ class RunConfig:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         _choose("precision", self.precision, ("fp32", "bf16"))

@@ -6,7 +6,9 @@ D embedding width, S image side.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,12 @@ Progress = Callable[[int, int], None]
 
 _FORMAT = "1"
 """Part of every cached feature's name: raise it when pictures come to be prepared in another way."""
+
+_MAX_THREADS = 16
+
+
+def _nothing() -> None:
+    """What is done between two batches where nobody asks for anything."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Encoder:
         batch: int = 64,
         cache: Path | None = None,
         precision: torch.dtype = torch.float32,
+        threads: int | None = None,
+        between: Callable[[], None] = _nothing,
     ) -> None:
         """
         Args:
@@ -75,6 +85,10 @@ class Encoder:
             batch: pictures, or texts, encoded at a time.
             cache: folder of features computed before; None keeps none.
             precision: float32, or bfloat16 for autocast.
+            threads: that decode the next batch while the model has this one; 0 decodes in between. None: 0 where the
+                model computes on the CPU, which it keeps busy alone, else a share of the machine's cores.
+            between: called before every batch, equally often on every rank, so it may communicate; what it raises on
+                all ranks ends the work.
         """
         self.model = model
         self.tokenize = tokenize
@@ -82,10 +96,12 @@ class Encoder:
         self.card = card
         self._transform = transform
         self._image_size = image_size
-        self._ranks = ranks
+        self.ranks = ranks
         self._batch = batch
         self._cache = cache
         self._precision = precision
+        self._threads = _decoding_threads(ranks) if threads is None else threads
+        self._between = between
 
     @classmethod
     def load(
@@ -126,7 +142,7 @@ class Encoder:
     @property
     def writes(self) -> bool:
         """Whether this rank writes what all have found."""
-        return self._ranks.is_first
+        return self.ranks.is_first
 
     def pictures(self, pictures: Pictures, progress: Progress | None = None) -> PictureFeatures:
         """Features of every picture, on the CPU, the same on every rank. Collective.
@@ -145,7 +161,7 @@ class Encoder:
         usable = features.abs().sum(1) > 0
         if not usable.any():
             raise UserError(f"none of {len(pictures)} pictures can be decoded, such as {pictures.name(0)}")
-        if path is not None and self._ranks.is_first:
+        if path is not None and self.ranks.is_first:
             write_tensors(path, {"features": features, "usable": usable})
         return PictureFeatures(features, usable)
 
@@ -159,50 +175,80 @@ class Encoder:
             raise UserError("no texts to encode")
         # Of like length together, since a batch is padded to its longest; every rank gets some of each length.
         ordered = sorted(dict.fromkeys(texts), key=lambda text: (len(text), text))
-        own = ordered[self._ranks.rank :: self._ranks.world_size]
-        share, error = None, None
-        try:
-            if own:
-                with self._autocast():
-                    share = encode_texts(
-                        self.model, self.tokenize, own, batch=4 * self._batch, device=self._ranks.device
+        own = ordered[self.ranks.rank :: self.ranks.world_size]
+        parts: list[Tensor] = []
+        error = None
+        size = 4 * self._batch
+        for start in self._starts(len(ordered), size):
+            self._between()
+            if error is not None or start >= len(own):
+                continue
+            try:
+                with self.autocast():
+                    parts.append(
+                        encode_texts(self.model, self.tokenize, own[start : start + size], device=self.ranks.device)
                     )
-        except UserError as failure:
-            error = failure
+            except UserError as failure:
+                error = failure
         first_error(error)
+        share = torch.cat(parts) if parts else None
         features = self._gathered(share, len(ordered))
         row = {text: index for index, text in enumerate(ordered)}
         return features[torch.tensor([row[text] for text in texts])]
 
+    def pixels(self, pictures: Pictures, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pictures as the model sees them, uint8 (n, 3, S, S), and which of them could be decoded, bool (n,)."""
+        with one_torch_thread():
+            return _stacked([self._load(pictures, index) for index in indices])
+
+    def autocast(self) -> torch.autocast:
+        """The context of the precision that this encoder computes in."""
+        half = self._precision != torch.float32
+        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=half)
+
     @torch.inference_mode()
     def _share_of_pictures(self, pictures: Pictures, progress: Progress | None) -> Tensor | None:
         """This rank's features (own, D), zero for pictures that cannot be decoded; None where no one is its own."""
-        own = range(self._ranks.rank, len(pictures), self._ranks.world_size)
+        own = range(self.ranks.rank, len(pictures), self.ranks.world_size)
+        loaded = self._loaded(pictures, [own[i : i + self._batch] for i in range(0, len(own), self._batch)])
         parts: list[Tensor] = []
-        for start in range(0, len(own), self._batch):
-            loaded = [self._load(pictures, index) for index in own[start : start + self._batch]]
-            images = torch.stack([image for image, _ in loaded]).to(self._ranks.device)
-            with self._autocast():
-                features = self.model.encode_image(normalise(images), normalize=True).float().cpu()
-            good = torch.tensor([usable for _, usable in loaded])
-            parts.append(features * good[:, None])
+        for start in self._starts(len(pictures), self._batch):
+            self._between()
+            if start >= len(own):
+                continue
+            images, good = next(loaded)
+            with self.autocast():
+                features = self.model.encode_image(normalise(images.to(self.ranks.device)), normalize=True)
+            parts.append(features.float().cpu() * good[:, None])
             if progress is not None:
                 progress(min(start + self._batch, len(own)), len(own))
         return torch.cat(parts) if parts else None
 
+    def _starts(self, total: int, size: int) -> range:
+        """Where batches begin in the largest rank's share of ``total``; a smaller share may end before the last."""
+        return range(0, -(-total // self.ranks.world_size), size)
+
+    def _loaded(self, pictures: Pictures, batches: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches in order (see :meth:`pixels`)."""
+        if not self._threads:
+            yield from (self.pixels(pictures, batch) for batch in batches)
+            return
+        # One torch thread a decoding thread: a picture is too small to share.
+        with one_torch_thread(), ThreadPoolExecutor(self._threads, "decode", torch.set_num_threads, (1,)) as pool:
+            ahead: list[Future[tuple[Tensor, bool]]] = []
+            for batch in (*batches, range(0)):
+                waiting, ahead = ahead, [pool.submit(self._load, pictures, index) for index in batch]
+                if waiting:
+                    yield _stacked([future.result() for future in waiting])
+
     def _load(self, pictures: Pictures, index: int) -> tuple[Tensor, bool]:
         try:
-            with one_torch_thread():
-                return self._transform(pictures.read(index)), True
+            return self._transform(pictures.read(index)), True
         except SkipSample as skip:
             log_skip(skip.reason, pictures.name(index), skip.detail)
         except OSError as error:
             log_skip("read_error", pictures.name(index), str(error))
         return torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8), False
-
-    def _autocast(self) -> torch.autocast:
-        half = self._precision != torch.float32
-        return torch.autocast(self._ranks.device.type, dtype=torch.bfloat16, enabled=half)
 
     def _cached(self, pictures: Pictures) -> Path | None:
         if self._cache is None:
@@ -212,15 +258,15 @@ class Encoder:
 
     def _all_agree(self, value: bool) -> bool:
         """Whether it holds on every rank: a file may show on one node earlier than on another."""
-        if self._ranks.world_size == 1:
+        if self.ranks.world_size == 1:
             return value
-        word = torch.tensor(int(value), device=self._ranks.device)
+        word = torch.tensor(int(value), device=self.ranks.device)
         dist.all_reduce(word, dist.ReduceOp.MIN)
         return bool(word)
 
     def _gathered(self, share: Tensor | None, total: int) -> Tensor:
         """(total, D) on the CPU from every rank's rows ``rank::world_size``."""
-        world_size, device = self._ranks.world_size, self._ranks.device
+        world_size, device = self.ranks.world_size, self.ranks.device
         if world_size == 1:
             assert share is not None
             return share
@@ -234,6 +280,17 @@ class Encoder:
         dist.all_gather_into_tensor(gathered.view(-1, int(width)), padded)
         # Row i of rank r is picture i * world_size + r.
         return gathered.transpose(0, 1).reshape(-1, int(width))[:total].cpu()
+
+
+def _stacked(loaded: Sequence[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([image for image, _ in loaded]), torch.tensor([usable for _, usable in loaded])
+
+
+def _decoding_threads(ranks: Ranks) -> int:
+    if ranks.device.type == "cpu":
+        return 0
+    on_this_machine = min(ranks.world_size, torch.cuda.device_count())
+    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // on_this_machine))
 
 
 def checkpoint_hash(folder: Path, card: ModelCard, precision: str) -> str:

@@ -50,7 +50,19 @@ def markdown(name: str, sets: Mapping[str, Mapping[str, Any]], paper: Mapping[st
         skipped = ", ".join(f"{reason} {count}" for reason, count in entry["skipped"].items())
         for metric, value in entry["mean"].items():
             rows.append([where, metric, f"{100 * value:.1f}", skipped])
-    return "\n".join([*lines, *_table(["set", "metric", "per cent", "left out"], rows), ""])
+    lines += [*_table(["set", "metric", "per cent", "left out"], rows), ""]
+    lines += _embedding_tables(sets)
+    return "\n".join(lines)
+
+
+def _embedding_tables(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of sets of pairs: alignment, uniformity, modality gap, gradient cosines, as means over languages."""
+    rows = [
+        [where, metric, f"{value:.3f}"]
+        for where, entry in sets.items()
+        for metric, value in entry.get("embedding_mean", {}).items()
+    ]
+    return [*_table(["set", "embeddings, mean over languages", "value"], rows), ""] if rows else []
 
 
 def _cells(values: Mapping[str, float], columns: Mapping[str, float]) -> list[str]:

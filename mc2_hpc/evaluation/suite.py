@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mc2_hpc.distributed import first_error
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
+from mc2_hpc.evaluation.gradients import gradient_cosines
 from mc2_hpc.evaluation.scoring import Scores, score
 from mc2_hpc.evaluation.sets import READERS
 from mc2_hpc.evaluation.tasks import Classification, Retrieval, Task
@@ -44,6 +46,13 @@ class SetConfig:
     """Further arguments of the reader."""
     languages: list[str] = field(default_factory=list)
     """Those to score; empty scores all that the set has."""
+    gradient_pairs: int = 0
+    """Retrieval sets: pairs a language whose loss's gradient is compared with English's (``gradients``); 0 compares
+    none."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_pairs < 0 or self.gradient_pairs == 1:
+            raise UserError(f"gradient_pairs={self.gradient_pairs}: must be 0, or 2 at least")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +131,22 @@ def _run_set(name: str, config: SetConfig, root: Path, encoder: Encoder, progres
 
         pictures = encoder.pictures(task.pictures, report)
         scores = score(task, pictures, encoder)
+        if config.gradient_pairs:
+            scores = _with_gradients(scores, task, pictures, encoder, config.gradient_pairs)
     except UserError as error:
         logger.warning("%s: %s", name, error)
         return SetResult(name=name, config=config, error=str(error))
     seconds = time.perf_counter() - start
     return SetResult(name=name, config=config, task=task, pictures=pictures, scores=scores, seconds=seconds)
+
+
+def _with_gradients(scores: Scores, task: Task, pictures: PictureFeatures, encoder: Encoder, pairs: int) -> Scores:
+    if not isinstance(task, Retrieval):
+        raise UserError("gradient_pairs: only sets of pictures with captions have pairs")
+    found = gradient_cosines(task, pictures, encoder, pairs=pairs)
+    return dataclasses.replace(
+        scores, embedding={lang: {**scores.embedding.get(lang, {}), **found.get(lang, {})} for lang in task.languages}
+    )
 
 
 def _read(config: SetConfig, root: Path) -> Task:
@@ -170,6 +190,16 @@ def _set_json(result: SetResult) -> dict[str, Any]:
         "groups": {group: dict(numbers) for group, numbers in result.scores.groups.items()},
         "n": dict(result.scores.counts),
         "embedding": {lang: dict(numbers) for lang, numbers in result.scores.embedding.items()},
+        "embedding_mean": embedding_mean(result.scores),
         "skipped": dict(result.scores.skipped),
         "seconds": result.seconds,
     }
+
+
+def embedding_mean(scores: Scores) -> dict[str, float]:
+    """The mean of each number of ``scores.embedding`` over the languages that have it."""
+    values: dict[str, list[float]] = {}
+    for numbers in scores.embedding.values():
+        for metric, value in numbers.items():
+            values.setdefault(metric, []).append(value)
+    return {metric: fmean(found) for metric, found in values.items()}

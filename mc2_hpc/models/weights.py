@@ -21,6 +21,8 @@ from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArc
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
 TOKENIZER_FILE = "tokenizer.model"
+BEST = "best.json"
+"""In a run's checkpoints folder: which of them an evaluation found to be the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +62,34 @@ def read_card(folder: Path) -> ModelCard:
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """The folder that holds ``model.json``: ``path`` itself, or what the ``latest`` file in it (or below it in
-    ``checkpoints``) names, so a run folder will do.
+    ``checkpoints``) names, so a run folder will do; or what ``path`` names, if it is a run's ``best.json``.
 
     Raises:
         UserError: there is no checkpoint.
     """
     path = Path(path)
+    # Names, not paths: what a file says must not lead out of the folder.
+    if path.name == BEST and path.is_file():
+        return path.parent / Path(read_best(path)[0]).name
     for folder in (path, path / "checkpoints"):
         if (folder / "model.json").is_file():
             return folder
         if (folder / "latest").is_file():
-            # A name, not a path: what a file says must not lead out of the folder.
             return folder / Path((folder / "latest").read_text(encoding="utf-8").strip()).name
     raise UserError(f"{path}: no checkpoint there (looked for model.json, latest, checkpoints/latest)")
+
+
+def read_best(path: Path) -> tuple[str, str, float]:
+    """What a ``best.json`` says: a checkpoint's name, a metric, and its value.
+
+    Raises:
+        UserError: the file is missing or says something else.
+    """
+    values = read_json(path)
+    try:
+        return str(values["checkpoint"]), str(values["metric"]), float(values["value"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: does not name a checkpoint ({error!r}); name the checkpoint folder itself") from None
 
 
 class TensorFiles:

@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole tensors by parameter name in safetensors, written by all ranks, readable by any number.
 
     <run>/checkpoints/latest                     the newest complete checkpoint's name
+    <run>/checkpoints/best.json                  the name of the best by an evaluation, which stays; metric and value
     <run>/checkpoints/step-00002000/
         model.json, tokenizer.model              what the weights are (mc2_hpc.models.weights)
         model.00000-of-00004.safetensors ...     fp32 weights

@@ -7,6 +7,7 @@ and is clamped after every step, so each rank keeps its own equal copy, stepped 
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,8 +88,14 @@ class Engine:
         import deepspeed
 
         deepspeed.logger.setLevel(logging.WARNING)
+        if ranks.device.type == "cpu":
+            # DeepSpeed would compile an operator for inference, which nothing here calls, under a lock file that
+            # outlives a process killed meanwhile: from then on every start would wait for it for ever.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
         self.stage = config.zero.stage
+        self._clip = clip
+        self._attention = config.model.attention
         self.device = ranks.device
         self.num_micro = num_micro
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().to(self.device, torch.float32, copy=True))
@@ -192,6 +199,28 @@ class Engine:
             return safe_get_full_optimizer_state(parameter, kind)
         # Below stage 3 every rank holds the whole parameter, and in fp32 it is the master copy's equal.
         return safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter
+
+    @contextmanager
+    def whole_model(self) -> Iterator[CLIP]:
+        """The model with its present weights whole on every rank, to be read and not changed. Collective.
+
+        At stage 3 a copy that lives as long as the block does, in fp32; below it the model under training itself.
+        """
+        model = self._clip if self.stage < 3 else self._gathered_copy()
+        with torch.no_grad():
+            model.logit_scale.copy_(self.logit_scale)
+        yield model
+
+    def _gathered_copy(self) -> CLIP:
+        with torch.device("meta"):
+            model = CLIP(self._clip.arch)
+        model = model.to_empty(device=self.device)
+        model.set_attention(self._attention, self.device.type)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name != "logit_scale":
+                    parameter.copy_(self._tower_state(self._parameters[name], "weight"))
+        return model
 
     def load_moments(self, files: TensorFiles, step: int) -> None:
         """Put AdamW's state after ``step`` steps in place, from tensors named ``<parameter>.<moment>``.

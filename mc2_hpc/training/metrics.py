@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.storage import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,8 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        self._keep_rows_up_to(first_step)
-        self._file = open(self.path, "ab", buffering=0)
-        self._unwritten = b""
+        self._steps = _Rows(folder / "metrics.jsonl", last_step=first_step)
+        self._evaluations = _Rows(folder / "evaluations.jsonl", last_step=first_step)
         self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
@@ -47,23 +46,28 @@ class MetricsLog:
             self._progress.start()
         self._total_steps = total_steps
 
-    def _keep_rows_up_to(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the torn last line of a killed run
-            if row["step"] <= step:
-                kept.append(line)
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    def was_evaluated(self, step: int) -> bool:
+        """Whether there is an evaluation's row of that step."""
+        return step in self._evaluations.steps
+
+    def write_evaluation(self, row: dict[str, Any]) -> None:
+        """Append an evaluation: its ``step``, and ``sets`` as ``mc2_hpc.evaluation.suite.to_json`` has them.
+
+        TensorBoard gets ``eval/<set>/<metric>``, and by language the metric that the set is ordered by.
+        """
+        self._evaluations.append(row)
+        scalars: dict[str, float] = {}
+        for name, entry in row["sets"].items():
+            for metric, value in {**entry.get("mean", {}), **entry.get("embedding_mean", {})}.items():
+                scalars[f"eval/{name}/{metric}"] = value
+            for group, numbers in entry.get("groups", {}).items():
+                leading = leading_metric(numbers)
+                scalars[f"eval_by_group/{name}_{leading}/{group}"] = numbers[leading]
+        self._draw({"step": row["step"], **scalars})
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; it must have ``step``. Nested dictionaries become TensorBoard tags ``key/subkey``."""
-        self._append(json.dumps(row, ensure_ascii=False) + "\n")
+        self._steps.append(row)
         self._draw(row)
         step = row["step"]
         skipped = sum(row.get("skipped", {}).values())
@@ -77,14 +81,6 @@ class MetricsLog:
         else:
             remaining = (self._total_steps - step) / max(row["steps_per_second"], 1e-9)
             print(f"step {step}/{self._total_steps}  {note}  ETA {remaining:,.0f} s", file=sys.stderr, flush=True)
-
-    def _append(self, line: str) -> None:
-        self._unwritten += line.encode()
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        except OSError as error:
-            logger.error("%s: %d bytes wait to be written: %s", self.path, len(self._unwritten), error)
 
     def _draw(self, row: dict[str, Any]) -> None:
         if self._board is None:
@@ -104,11 +100,53 @@ class MetricsLog:
         """Flush and close all outputs."""
         if self._progress is not None:
             self._progress.stop()
-        if self._unwritten:
-            self._append("")
-        self._file.close()
+        self._steps.close()
+        self._evaluations.close()
         if self._board is not None:
             try:
                 self._board.close()
             except OSError as error:
                 logger.error("TensorBoard's log is not whole: %s", error)
+
+
+class _Rows:
+    """A file of JSON rows, one a line, each of a ``step``."""
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        """Open the file to append to, without its rows of steps beyond ``last_step``."""
+        self._path = path
+        self.steps: set[int] = set()
+        """Those it has rows of."""
+        if path.exists():
+            self._drop_beyond(last_step)
+        self._file = open(path, "ab", buffering=0)
+        self._unwritten = b""
+
+    def _drop_beyond(self, step: int) -> None:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the torn last line of a killed run
+            if row["step"] <= step:
+                kept.append(line)
+                self.steps.add(row["step"])
+        with atomic_path(self._path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.steps.add(row["step"])
+        self._unwritten += (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            logger.error("%s: %d bytes wait to be written: %s", self._path, len(self._unwritten), error)
+
+    def close(self) -> None:
+        self._write()
+        self._file.close()

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mc2_hpc.distributed import Ranks
-from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card, write_tensors
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.weights import BEST, TOKENIZER_FILE, ModelCard, read_best, write_card, write_tensors
 from mc2_hpc.storage import atomic_path, file_sha256, fsync_file, fsync_folder, remove_folder, write_json
 from mc2_hpc.training.checkpoint import LATEST, MANIFEST, TRAINER, complete_folders
 from mc2_hpc.training.engine import Engine
@@ -41,10 +42,14 @@ class CheckpointWriter:
     Every method is collective, and all ranks see :attr:`busy`, :attr:`step` and :attr:`failure` alike.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int, newest: int = -1) -> None:
+        """
+        Args:
+            newest: step of the complete checkpoint that the run goes on from; -1: it starts anew.
+        """
         self.folder = folder
-        self.step = -1
-        """Step of the newest save begun here; -1 before the first."""
+        self.step = newest
+        """Step of the newest save."""
         self.failure: str | None = None
         """Why the newest save came to nothing."""
         self._ranks = ranks
@@ -107,6 +112,19 @@ class CheckpointWriter:
         """Wait until no save is under way; see :attr:`failure` for how it went."""
         while self.busy:
             self.advance()
+
+    def mark_best(self, metric: str, value: float) -> None:
+        """Keep the newest save, which is complete, as the best so far; it stays until another is.
+
+        A disk without room for that is said in the log and ends nothing.
+        """
+        if self.busy or self.failure is not None:
+            raise ValueError("the newest save is not complete")
+        if self._ranks.is_first:
+            try:
+                write_json(self.folder / BEST, {"checkpoint": self._name(), "metric": metric, "value": value})
+            except OSError as error:
+                logger.error("%s is not marked as the best: %s", self._name(), error)
 
     def close(self) -> None:
         """Let this rank's thread end, so that a process that gives up does not pull the files from under it."""
@@ -192,10 +210,22 @@ class CheckpointWriter:
         fsync_folder(self.folder)
         with atomic_path(self.folder / LATEST) as path:
             path.write_text(final.name + "\n", encoding="utf-8")
+        best = self._best()
         for old in complete_folders(self.folder)[: -self._keep]:
+            if old.name == best:
+                continue
             # Under a name that the next start removes: a folder that lost some files would stay for good.
             remove_folder(old.rename(self.folder / f".{old.name}.partial"))
         return {}
+
+    def _best(self) -> str | None:
+        if not (self.folder / BEST).is_file():
+            return None
+        try:
+            return read_best(self.folder / BEST)[0]
+        except UserError as error:
+            logger.warning("%s", error)
+            return None
 
 
 class _Task:

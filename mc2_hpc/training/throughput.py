@@ -74,6 +74,7 @@ class ThroughputMeter:
         self._flops = 0
         self._wait = 0.0
         self._stall = 0.0
+        self._paused = 0.0
         self._languages: Counter[str] = Counter()
 
     @contextmanager
@@ -90,6 +91,13 @@ class ThroughputMeter:
         yield
         self._stall += time.perf_counter() - begin
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside (an evaluation) counts nowhere."""
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
     def count(self, batch: Batch) -> None:
         """Account for one step's local batch."""
         self._steps += 1
@@ -98,7 +106,7 @@ class ThroughputMeter:
 
     def rates(self) -> dict[str, Any]:
         """Metric columns of the interval that ends here; begins the next."""
-        elapsed = time.perf_counter() - self._since - self._stall
+        elapsed = time.perf_counter() - self._since - self._stall - self._paused
         seen = sum(self._languages.values())
         rates = {
             "samples_per_second": self._steps * self._global_batch / elapsed,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig, config_to_dict
 from mc2_hpc.data.loader import Batch, TrainLoader
@@ -22,6 +23,7 @@ from mc2_hpc.models.weights import ModelCard, TensorFiles, resolve_checkpoint
 from mc2_hpc.storage import exclusive_folder
 from mc2_hpc.training.checkpoint import Checkpoint, complete_folders, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import MetricsLog
 from mc2_hpc.training.optim import learning_rate
@@ -79,7 +81,14 @@ class Trainer:
         self.card = ModelCard(arch=arch, tokenizer_style=config.data.tokenizer_style)
         folder = self.output / "checkpoints"
         checkpoint = newest_checkpoint(folder, ranks) if config.checkpoint.resume else None
-        self.writer = CheckpointWriter(folder, ranks, keep=config.checkpoint.keep)
+        self.writer = CheckpointWriter(
+            folder, ranks, keep=config.checkpoint.keep, newest=checkpoint.step if checkpoint else -1
+        )
+        self.evaluation: PeriodicEvaluation | None = None
+        if config.eval.suite is not None:
+            self.evaluation = PeriodicEvaluation(config, self.card, self.tokenizer, ranks, self.stop)
+            if checkpoint is not None:
+                self.evaluation.restore_best(folder)
         self.progress, position = restore_progress(checkpoint, config, is_first=ranks.is_first)
         self.loader = TrainLoader(
             config.data,
@@ -117,7 +126,7 @@ class Trainer:
         self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step)
 
     def train(self) -> None:
-        """Train to ``config.steps``, saving on the way and at the end. Collective.
+        """Train to ``config.steps``, saving and evaluating on the way and at the end. Collective.
 
         Raises:
             NonFiniteError: the loss or gradient norm is NaN or infinite; names the step, its keys and the last
@@ -126,7 +135,8 @@ class Trainer:
             SaveError: it could not be saved at the end. (In between, training goes on and the next save is tried.)
             LostRankError: another rank went away; names the step that waited for it.
         """
-        if self.progress.step >= self.config.steps:
+        done = self.progress.step >= self.config.steps
+        if done and self.evaluation is None:
             logger.info("nothing to do: %s has its %d steps", self.output, self.config.steps)
             return
         log = (
@@ -134,11 +144,16 @@ class Trainer:
             if self.ranks.is_first
             else None
         )
-        meter = ThroughputMeter(self.config, self.card.arch, self.ranks.device)
         self.stop.defer()
         try:
-            with naming_the_wait(self.ranks.rank, lambda: f"in step {self.progress.step + 1}"):
-                self._loop(meter, log)
+            # Due at the last start, which ended before.
+            self._evaluate(log)
+            if done:
+                logger.info("nothing to train: %s has its %d steps", self.output, self.config.steps)
+            else:
+                meter = ThroughputMeter(self.config, self.card.arch, self.ranks.device)
+                with naming_the_wait(self.ranks.rank, lambda: f"in step {self.progress.step + 1}"):
+                    self._loop(meter, log)
         finally:
             self.loader.close()
             self.writer.close()
@@ -172,6 +187,8 @@ class Trainer:
                     log.write(self._row(pending, rates))
             with meter.stalled():
                 self._checkpoint(pending, stop=num_stop > 0, written=written)
+            with meter.paused():
+                self._evaluate(log, pending)
 
     def _checkpoint(self, pending: _Pending, *, stop: bool, written: bool) -> None:
         """What the agreed votes and the step ask of the checkpoints; the same on all ranks."""
@@ -187,8 +204,57 @@ class Trainer:
         if (stop or last) and self.writer.failure is not None:
             raise SaveError(f"step {step} could not be saved: {self.writer.failure}; {self._last_good()}")
         if stop and not last:
-            reason = self.stop.requested or "a signal to another rank"
-            raise Stopped(f"{reason}: saved after step {step} of {config.steps}; the same command continues")
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        reason = self.stop.requested or "a signal to another rank"
+        return Stopped(
+            f"{reason}: saved after step {self.progress.step} of {self.config.steps}; the same command continues"
+        )
+
+    def _evaluate(self, log: MetricsLog | None, pending: _Pending | None = None) -> None:
+        """Evaluate the present weights if they are due and have not been, and keep the best. Collective."""
+        step, evaluation = self.progress.step, self.evaluation
+        if evaluation is None or not evaluation.due(step):
+            return
+        missing = [log is not None and not log.was_evaluated(step)]
+        dist.broadcast_object_list(missing, src=0)
+        if not missing[0]:
+            return
+        self._read(pending)  # numbers of weights that are not finite would be of no use
+        with naming_the_wait(self.ranks.rank, lambda: f"in the evaluation after step {step}"):
+            try:
+                found = evaluation.run(self.engine)
+            except Interrupted:
+                if not self._save_now():
+                    raise SaveError(
+                        f"step {step} could not be saved: {self.writer.failure}; {self._last_good()}"
+                    ) from None
+                raise self._stopped() from None
+            best = evaluation.is_best(found)
+            if log is not None:
+                row = {"step": step, "samples_seen": self.progress.samples_seen, "seconds": found.seconds}
+                log.write_evaluation({**row, "best": best, "sets": found.sets})
+                shown = "no number" if found.value is None else f"{found.value:.4f}"
+                logger.info(
+                    "evaluation after step %d: %s %s%s, %.1f s",
+                    step,
+                    found.metric,
+                    shown,
+                    ", the best so far" if best else "",
+                    found.seconds,
+                )
+            if best and self._save_now():
+                assert found.value is not None
+                self.writer.mark_best(found.metric, found.value)
+                evaluation.best = (found.metric, found.value)
+
+    def _save_now(self) -> bool:
+        """Whether the present state is on disk, once all has been done for that."""
+        if self.writer.step != self.progress.step:
+            self._save()
+        self.writer.finish()
+        return self.writer.failure is None
 
     def _row(self, pending: _Pending, rates: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -1,0 +1,124 @@
+"""Whether languages pull a model the same way: the cosine between the gradients of two languages' losses.
+
+Meta CLIP 2 takes it as its measure of the "curse of multilinguality": English against every other language (its
+NeurIPS text; 0.546 for ViT-L/14 and 0.697 for ViT-H/14 at the end of training).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mc2_hpc.data.normalise import normalise
+from mc2_hpc.distributed import first_error
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
+from mc2_hpc.evaluation.tasks import Captions, Retrieval
+
+PARTS = ("vision", "text", "both")
+"""Of which tower's parameters the cosines are."""
+
+
+def gradient_cosines(
+    task: Retrieval, pictures: PictureFeatures, encoder: Encoder, *, pairs: int, reference: str = "en"
+) -> dict[str, dict[str, float]]:
+    """Language -> ``gradient_cosine_<part>`` for the parts of :data:`PARTS`, for every language but the reference.
+
+    The gradient of a language is that of the symmetric contrastive loss (the training's, temperature included) of its
+    first ``pairs`` pictures that can be decoded, each with its first caption, in the towers' parameters; the
+    temperature's own gradient is left out. Languages with fewer pairs have no cosine, since the loss depends on their
+    number. Collective: the ranks share the languages, each computes the reference's gradient for itself.
+
+    Args:
+        pairs: at least 2; one pair has no gradient.
+
+    Raises:
+        UserError: the set lacks the reference language, or pairs in it.
+    """
+    if reference not in task.languages:
+        raise UserError(f"gradient_pairs: no language {reference!r} in the set to compare the others with")
+    found: dict[str, dict[str, float]] = {}
+    error = None
+    try:
+        found = _own_share(task, pictures, encoder, pairs, reference)
+    except UserError as failure:
+        error = failure
+    first_error(error)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, found)
+    every = {lang: numbers for part in parts for lang, numbers in part.items()}
+    return {lang: every[lang] for lang in task.languages if lang in every}
+
+
+def _own_share(
+    task: Retrieval, pictures: PictureFeatures, encoder: Encoder, pairs: int, reference: str
+) -> dict[str, dict[str, float]]:
+    others = [lang for lang in task.languages if lang != reference]
+    own = others[encoder.ranks.rank :: encoder.ranks.world_size]
+    if not own:
+        return {}
+    rows = first_pairs(task.languages[reference], pictures.usable, pairs)
+    if rows is None:
+        raise UserError(f"gradient_pairs: fewer than {pairs} pairs in {reference!r}; lower it")
+    expected = _gradient(task, task.languages[reference], rows, encoder)
+    found = {}
+    for lang in own:
+        rows = first_pairs(task.languages[lang], pictures.usable, pairs)
+        if rows is not None:
+            found[lang] = cosines(expected, _gradient(task, task.languages[lang], rows, encoder))
+    return found
+
+
+def first_pairs(captions: Captions, usable: Tensor, pairs: int) -> list[int] | None:
+    """Rows of the first caption of each of the first ``pairs`` usable pictures, or None where there are fewer."""
+    first: dict[int, int] = {}
+    for row, picture in enumerate(captions.pictures):
+        if usable[picture]:
+            first.setdefault(picture, row)
+    rows = [first[picture] for picture in sorted(first)[:pairs]]
+    return rows if len(rows) == pairs else None
+
+
+def _gradient(task: Retrieval, captions: Captions, rows: Sequence[int], encoder: Encoder) -> Mapping[str, Tensor]:
+    """The loss's gradient by parameter name, for the pairs of ``rows``."""
+    images, _ = encoder.pixels(task.pictures, [captions.pictures[row] for row in rows])
+    tokens = encoder.tokenize([captions.texts[row] for row in rows])
+    return loss_gradient(encoder, images, tokens)
+
+
+def loss_gradient(encoder: Encoder, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Gradient of the contrastive loss of pairs, uint8 images (n, 3, S, S) and token ids (n, L), by parameter name."""
+    model, device = encoder.model, encoder.ranks.device
+    assert isinstance(model, nn.Module)
+    parameters = {name: p for name, p in model.named_parameters() if name != "logit_scale"}
+    with torch.enable_grad(), encoder.autocast():
+        image = model.encode_image(normalise(images.to(device)), normalize=True)
+        text = model.encode_text(tokens.to(device), normalize=True)
+    with torch.enable_grad():
+        logits = model.logit_scale.detach().float().exp() * image @ text.T  # type: ignore[operator]
+        labels = torch.arange(len(logits), device=device)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        # Not backward(): during training the parameters' own gradients, and what waits for them, are not ours.
+        return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+def cosines(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    """``gradient_cosine_<part>`` of two gradients by parameter name."""
+    found = {}
+    for part in PARTS:
+        names = [name for name in one if part == "both" or name.startswith(f"{part}.")]
+        inner, first, second = (
+            sum(_inner(a[name], b[name]) for name in names) for a, b in ((one, other), (one, one), (other, other))
+        )
+        if first > 0 and second > 0:
+            found[f"gradient_cosine_{part}"] = inner / (first * second) ** 0.5
+    return found
+
+
+def _inner(one: Tensor, other: Tensor) -> float:
+    """Inner product in float64, piece by piece: a whole token table of doubles would take gigabytes."""
+    pieces = zip(one.flatten().split(1 << 24), other.flatten().split(1 << 24), strict=True)
+    return sum(float(a.double() @ b.double()) for a, b in pieces)

@@ -1,0 +1,157 @@
+"""Evaluation during training: `mc2 eval`'s numbers, the best checkpoint kept, and training untouched by it."""
+
+import json
+
+import faults  # conftest.py has put benchmarks/ on the path
+import pytest
+import yaml
+from fault_diary import losses
+from tiny_run import draw_pairs, write_config, write_pool
+
+from mc2_hpc.cli import main
+from mc2_hpc.config import load_config
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.weights import resolve_checkpoint
+from mc2_hpc.training.stop import SAVED
+
+STEPS, EVERY = 12, 4
+
+
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory):
+    """Where PyTorch would put what it compiles."""
+    return tmp_path_factory.mktemp("extensions")
+
+
+@pytest.fixture(scope="module")
+def starter(extensions):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+        starter = faults.Starter(fork=True)
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """Sixteen pictures with captions in two languages, and a set that is not there."""
+    folder = tmp_path_factory.mktemp("sets")
+    pairs = list(draw_pairs(16))
+    (folder / "squares" / "images").mkdir(parents=True)
+    names = [f"{pair.key}.jpg" for pair in pairs]
+    for name, pair in zip(names, pairs, strict=True):
+        (folder / "squares" / "images" / name).write_bytes(pair.image)
+    (folder / "squares" / "filenames.txt").write_text("\n".join(names))
+    (folder / "squares" / "en.txt").write_text("\n".join(pair.text for pair in pairs))
+    (folder / "squares" / "de.txt").write_text("\n".join(pair.text.replace("square", "Quadrat") for pair in pairs))
+    path = folder / "suite.yaml"
+    sets = {
+        "squares": {"reader": "caption_lines", "path": "squares", "gradient_pairs": 4},
+        "nowhere": {"reader": "xm3600", "path": "nowhere"},
+    }
+    path.write_text(yaml.safe_dump({"root": str(folder), "sets": sets}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    values = {"steps": STEPS, "log_every": 1, "checkpoint": {"every": EVERY, "keep": 1}}
+    return write_config(folder / "run.yaml", write_pool(folder), **values)
+
+
+@pytest.fixture(scope="module")
+def plain(config, starter, tmp_path_factory):
+    """A run that evaluates nothing."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert starter.run(faults.job(config, folder)) == 0
+    return folder
+
+
+def train(config, folder, starter, suite, *overrides, **options):
+    """The exit code of two ranks that evaluate the suite every 4 steps."""
+    changes = [f"eval.suite={suite}", f"eval.every={EVERY}", "eval.batch=3", *overrides]
+    code = starter.run(faults.job(config, folder, overrides=changes, **options))
+    assert code in (0, SAVED), (folder / "log").read_text()
+    return code
+
+
+def evaluations(folder):
+    lines = (folder / "run" / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
+def same_numbers(found, expected):
+    """Two sets of results, but for the time they took."""
+    found, expected = ({key: value for key, value in entry.items() if key != "seconds"} for entry in (found, expected))
+    for part in ("mean", "embedding_mean"):
+        assert found.pop(part) == pytest.approx(expected.pop(part), abs=1e-5)
+    for part in ("groups", "embedding"):
+        ours, theirs = found.pop(part), expected.pop(part)
+        assert {lang: pytest.approx(numbers, abs=1e-5) for lang, numbers in theirs.items()} == ours
+    assert found == expected
+
+
+def test_changes_no_bit_of_the_training_and_equals_mc2_eval(config, starter, suite, plain, tmp_path):
+    assert train(config, tmp_path, starter, suite) == 0
+    assert losses(tmp_path) == losses(plain)
+    assert faults.state_hashes(tmp_path, STEPS) == faults.state_hashes(plain, STEPS)
+    rows = evaluations(tmp_path)
+    assert sorted(rows) == [4, 8, 12]
+    assert "nowhere" in rows[12]["sets"]["nowhere"]["error"]
+    cosines = rows[12]["sets"]["squares"]["embedding"]["de"]
+    assert -1 <= cosines["gradient_cosine_both"] <= 1
+    assert main(["eval", str(tmp_path / "run"), "--suite", str(suite), "--out", str(tmp_path / "eval")]) == 0
+    again = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))["sets"]
+    same_numbers(rows[12]["sets"]["squares"], again["squares"])
+    table = (tmp_path / "eval" / "results.md").read_text(encoding="utf-8")
+    assert "gradient_cosine_both" in table
+
+
+def test_the_best_checkpoint_stays(config, starter, suite, tmp_path):
+    """With nothing learnt the first evaluation stays the best, long after two newer checkpoints."""
+    assert train(config, tmp_path, starter, suite, "optim.lr=0") == 0
+    rows = evaluations(tmp_path)
+    assert [rows[step]["best"] for step in (4, 8, 12)] == [True, False, False]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000004", "step-00000012"]
+    assert resolve_checkpoint(checkpoints / "best.json") == checkpoints / "step-00000004"
+    best = json.loads((checkpoints / "best.json").read_text())
+    assert best["metric"] == "squares/text_to_image_R@1"
+    assert best["value"] == rows[4]["sets"]["squares"]["mean"]["text_to_image_R@1"]
+
+
+def test_partitioned_weights_are_evaluated_whole(config, starter, suite, tmp_path):
+    """Stage 3 on three ranks: the numbers of the checkpoint that it saved."""
+    options = ["zero.stage=3", "zero.persist_below_elements=0", "steps=4"]
+    assert train(config, tmp_path, starter, suite, *options, processes=3) == 0
+    assert main(["eval", str(tmp_path / "run"), "--suite", str(suite), "--out", str(tmp_path / "eval")]) == 0
+    again = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))["sets"]
+    same_numbers(evaluations(tmp_path)[4]["sets"]["squares"], again["squares"])
+
+
+def test_a_signal_ends_an_evaluation_and_the_next_start_does_it(config, starter, suite, plain, tmp_path):
+    """Between two saves, so that the state is saved because of the signal."""
+    changes = ["checkpoint.every=100", "eval.every=6"]
+    fault = {"at": "evaluation", "step": 6, "rank": 1, "do": ["TERM"]}
+    assert train(config, tmp_path, starter, suite, *changes, faults=[fault]) == SAVED
+    assert not evaluations(tmp_path)
+    assert train(config, tmp_path, starter, suite, *changes, faults=[fault]) == 0
+    assert sorted(evaluations(tmp_path)) == [6, 12]
+    assert losses(tmp_path) == losses(plain)
+    assert faults.state_hashes(tmp_path, STEPS) == faults.state_hashes(plain, STEPS)
+
+
+def test_nothing_is_compiled_to_train_on_a_cpu(plain, extensions):
+    """A process killed while it compiles leaves a lock that the next ones would wait for."""
+    assert list(extensions.iterdir()) == []
+
+
+def test_bad_settings_are_one_line(config, suite, tmp_path, capsys):
+    with pytest.raises(UserError, match="need eval.suite"):
+        load_config(config, ["eval.best=squares/top1"])
+    command = ["train", str(config), f"output={tmp_path}", f"eval.suite={suite}"]
+    assert main([*command, "eval.best=circles/top1"]) == 2
+    assert "has no such set; write <set>/<metric> with one of nowhere, squares" in capsys.readouterr().err
+    assert main(["train", str(config), f"output={tmp_path}", "eval.suite=nowhere.yaml"]) == 2
+    assert "nowhere.yaml: no such suite file" in capsys.readouterr().err
