@@ -5,6 +5,7 @@
 #   correct  GPU tests; every Triton kernel against float64 on the hardware; compute-sanitizer on one case
 #   loss     the contrastive loss by batch size, beside open_clip's and a matrix product of the same run
 #   step     the ViT-H/14 train step on one GPU by setting, beside open_clip's; needs deepspeed and open_clip in .whl/
+#   decode   JPEGs to crops on the GPU by DALI and nvJPEG, and on the CPU's cores; needs simplejpeg and DALI in .whl/
 #   kernels  the ahead-of-time table, and Nsight Compute on the loss kernels
 #
 # A part that has finished leaves a marker in $OUT and is not run again; a failed part does not stop the next.
@@ -20,6 +21,10 @@ GPU=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 
 STEM="$OUT/$(date +%F)_${GPU:-cpu}"
 
 setup() {
+    # Wheels too large for one transfer come in parts: NAME.whl.aa NAME.whl.ab ... (split -b 55m).
+    for first in .whl/*.whl.aa; do
+        [ -e "$first" ] && cat "${first%.aa}".?? >"${first%.aa}" && rm "${first%.aa}".??
+    done
     if compgen -G '.whl/*.whl' >/dev/null; then
         "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" .whl/*.whl
     fi
@@ -43,6 +48,10 @@ step() {
     timeout 290 "$PYTHON" benchmarks/bench_step.py --json "${STEM}_step.json"
 }
 
+decode() {
+    timeout 170 "$PYTHON" benchmarks/bench_decode.py --json "${STEM}_decode.json"
+}
+
 kernels() {
     timeout 120 "$PYTHON" benchmarks/bench_kernels.py --json "${STEM}_kernels.json" || return 1
     if command -v ncu >/dev/null; then
@@ -54,7 +63,7 @@ kernels() {
 }
 
 failed=0
-for part in "${@:-setup correct loss step kernels}"; do
+for part in "${@:-setup correct loss step decode kernels}"; do
     for name in $part; do
         marker="$OUT/.done_$name"
         if [ -e "$marker" ]; then
