@@ -4,19 +4,21 @@ Meta CLIP 2 takes it as its measure of the "curse of multilinguality": English a
 NeurIPS text; 0.546 for ViT-L/14 and 0.697 for ViT-H/14 at the end of training).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import first_error
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
 from mc2_hpc.evaluation.tasks import Captions, Retrieval
+from mc2_hpc.models.clip import CLIP
 
 PARTS = ("vision", "text", "both")
 """Of which tower's parameters the cosines are."""
@@ -90,19 +92,34 @@ def _gradient(task: Retrieval, captions: Captions, rows: Sequence[int], encoder:
 
 
 def loss_gradient(encoder: Encoder, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Gradient of the contrastive loss of pairs, uint8 images (n, 3, S, S) and token ids (n, L), by parameter name."""
+    """Gradient of the contrastive loss of pairs, uint8 images (n, 3, S, S) and token ids (n, L), by parameter name.
+
+    On the CPU, and with activations recomputed: during training there may be little room on the device.
+    """
     model, device = encoder.model, encoder.ranks.device
-    assert isinstance(model, nn.Module)
+    assert isinstance(model, CLIP)
     parameters = {name: p for name, p in model.named_parameters() if name != "logit_scale"}
-    with torch.enable_grad(), encoder.autocast():
-        image = model.encode_image(normalise(images.to(device)), normalize=True)
-        text = model.encode_text(tokens.to(device), normalize=True)
-    with torch.enable_grad():
-        logits = model.logit_scale.detach().float().exp() * image @ text.T  # type: ignore[operator]
+    with torch.enable_grad(), _recomputing(model):
+        with encoder.autocast():
+            image = model.encode_image(normalise(images.to(device)), normalize=True)
+            text = model.encode_text(tokens.to(device), normalize=True)
+        logits = model.logit_scale.detach().float().exp() * image @ text.T
         labels = torch.arange(len(logits), device=device)
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         # Not backward(): during training the parameters' own gradients, and what waits for them, are not ours.
-        return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return {name: gradient.cpu() for name, gradient in zip(parameters, gradients, strict=True)}
+
+
+@contextmanager
+def _recomputing(model: CLIP) -> Iterator[None]:
+    before = [transformer.activation_checkpointing for transformer in model.transformers()]
+    model.set_activation_checkpointing(True)
+    try:
+        yield
+    finally:
+        for transformer, setting in zip(model.transformers(), before, strict=True):
+            transformer.activation_checkpointing = setting
 
 
 def cosines(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:

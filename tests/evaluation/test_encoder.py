@@ -23,7 +23,7 @@ from mc2_hpc.evaluation.encoder import Encoder
 from mc2_hpc.evaluation.pictures import PictureFiles
 
 checkpoint, folder, out = map(Path, sys.argv[1:])
-with process_group(60) as ranks:
+with process_group(300) as ranks:
     encoder = Encoder.load(checkpoint, ranks, batch=2)
     found = encoder.pictures(PictureFiles(folder, sorted(p.name for p in folder.iterdir())))
     texts = encoder.texts(["a photo of a cat", "ein Foto", "a photo of a cat", "猫"])
