@@ -68,7 +68,7 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
     from mc2_hpc import __version__
     from mc2_hpc.cli.checkpoints import as_ours
     from mc2_hpc.evaluation.encoder import Encoder
-    from mc2_hpc.evaluation.paper import reported
+    from mc2_hpc.evaluation.paper import columns_of, reported
     from mc2_hpc.evaluation.results import markdown, write_report
     from mc2_hpc.evaluation.suite import run_suite, to_json
     from mc2_hpc.storage import atomic_path, write_json
@@ -92,6 +92,7 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
                 "identity": encoder.identity,
                 "precision": arguments.precision,
                 "version": __version__,
+                "paper_columns": columns_of(sets),
                 "sets": sets,
             }
             write_json(arguments.out / "results.json", result)

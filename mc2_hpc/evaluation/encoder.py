@@ -179,17 +179,16 @@ class Encoder:
         parts: list[Tensor] = []
         error = None
         size = 4 * self._batch
-        for start in self._starts(len(ordered), size):
-            self._between()
-            if error is not None or start >= len(own):
-                continue
-            try:
-                with self.autocast():
-                    parts.append(
-                        encode_texts(self.model, self.tokenize, own[start : start + size], device=self.ranks.device)
-                    )
-            except UserError as failure:
-                error = failure
+        with self.autocast():
+            for start in self._starts(len(ordered), size):
+                self._between()
+                if error is not None or start >= len(own):
+                    continue
+                try:
+                    texts_of_batch = own[start : start + size]
+                    parts.append(encode_texts(self.model, self.tokenize, texts_of_batch, device=self.ranks.device))
+                except UserError as failure:
+                    error = failure
         first_error(error)
         share = torch.cat(parts) if parts else None
         features = self._gathered(share, len(ordered))
@@ -212,16 +211,16 @@ class Encoder:
         own = range(self.ranks.rank, len(pictures), self.ranks.world_size)
         loaded = self._loaded(pictures, [own[i : i + self._batch] for i in range(0, len(own), self._batch)])
         parts: list[Tensor] = []
-        for start in self._starts(len(pictures), self._batch):
-            self._between()
-            if start >= len(own):
-                continue
-            images, good = next(loaded)
-            with self.autocast():
+        with self.autocast():  # once: it keeps the weights that it has cast
+            for start in self._starts(len(pictures), self._batch):
+                self._between()
+                if start >= len(own):
+                    continue
+                images, good = next(loaded)
                 features = self.model.encode_image(normalise(images.to(self.ranks.device)), normalize=True)
-            parts.append(features.float().cpu() * good[:, None])
-            if progress is not None:
-                progress(min(start + self._batch, len(own)), len(own))
+                parts.append(features.float().cpu() * good[:, None])
+                if progress is not None:
+                    progress(min(start + self._batch, len(own)), len(own))
         return torch.cat(parts) if parts else None
 
     def _starts(self, total: int, size: int) -> range:

@@ -10,7 +10,11 @@ from torch import Tensor
 from mc2_hpc.errors import UserError
 
 RIDGE = 2.0**10
-"""Weight of the squared norm of the coefficients; from a public script of the protocol, no paper states it."""
+"""Weight of the squared norm of the coefficients."""
+BIAS = 100.0
+"""The constant feature: large, so its coefficient is hardly held back."""
+_SPREAD = 1e-5
+"""Added to each feature's standard deviation."""
 
 
 def ridge_accuracy(
@@ -18,8 +22,10 @@ def ridge_accuracy(
 ) -> float:
     """Share of test pictures whose place scores highest.
 
-    One-hot places are regressed on unit-length features and a constant, ``(X^T X + ridge I) W = X^T Y`` with the
-    constant's own coefficient free, in float64; of equal scores the lower place wins.
+    big_vision's few-shot regression, as the scripts proposed to the paper's repository call it: features are put to
+    mean 0 and deviation 1 by those learnt from, a constant stands beside them, targets are 1 and -1, and the
+    coefficients solve ``(X^T X + ridge I) W = X^T Y``; here in float64. Of equal scores the lower place wins. A place
+    of which nothing is learnt is never found.
 
     Args:
         features: float32 (N, D).
@@ -31,13 +37,17 @@ def ridge_accuracy(
     """
     if len(train) == 0 or len(test) == 0:
         raise UserError(f"geo-localisation needs pictures to learn from and to test: {len(train)} and {len(test)}")
-    chosen = torch.cat([train[labels[train] == place][:shots] for place in labels[train].unique()])
-    inputs = features[chosen].double()
-    targets = F.one_hot(labels[chosen], int(labels.max()) + 1).double()
-    # A free constant is the same as centring both sides.
-    input_mean, target_mean = inputs.mean(0), targets.mean(0)
-    centred = inputs - input_mean
-    gram = centred.T @ centred + ridge * torch.eye(centred.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(gram, centred.T @ (targets - target_mean))
-    scores = (features[test].double() - input_mean) @ weights + target_mean
-    return (scores.argmax(1) == labels[test]).double().mean().item()
+    places = labels[train].unique()
+    chosen = torch.cat([train[labels[train] == place][:shots] for place in places])
+    learnt = features[chosen].double()
+    mean, deviation = learnt.mean(0), learnt.std(0, correction=0) + _SPREAD
+
+    def inputs(part: Tensor) -> Tensor:
+        return F.pad((part.double() - mean) / deviation, (0, 1), value=BIAS)
+
+    design = inputs(learnt)
+    targets = 2 * (labels[chosen][:, None] == places).double() - 1
+    gram = design.T @ design + ridge * torch.eye(design.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(gram, design.T @ targets)
+    found = places[(inputs(features[test]) @ weights).argmax(1)]
+    return (found == labels[test]).double().mean().item()

@@ -1,57 +1,99 @@
-"""The best matches of each query in a gallery, tile by tile: the similarity matrix is never whole in memory."""
+"""The best matches of each query in a gallery, tile by tile: the similarity matrix is never whole in memory.
+
+Ties: of equal float32 scores the lower index comes first (a stable sort of the full matrix gives the same).
+"""
 
 import torch
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
 
-_LOW_32 = 0xFFFFFFFF
+Nearest = tuple[Tensor, Tensor]
+"""Scores float32 (Q, k) and gallery indices int64 (Q, k) of Q queries, best first."""
 
 
 @torch.inference_mode()
-def nearest(queries: Tensor, gallery: Tensor, k: int, *, tile: int = 2048) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, gallery: Tensor, k: int, *, tile: int = 2048) -> Nearest:
     """The ``k`` gallery rows with the largest inner product with each query.
-
-    Ties: of equal float32 scores the lower gallery index comes first (a stable sort of the full matrix gives the same).
 
     Args:
         queries: float32 (Q, D).
-        gallery: float32 (G, D), G < 2**32.
+        gallery: float32 (G, D).
         k: at most G.
-        tile: queries and gallery rows compared at a time; memory is about ``20 * tile**2`` bytes.
-
-    Returns:
-        scores float32 (Q, k) and gallery indices int64 (Q, k), best first.
+        tile: queries and gallery rows compared at a time; memory is about ``4 * tile**2`` bytes.
 
     Raises:
         UserError: widths differ, ``k`` exceeds the gallery, or a score is NaN.
     """
+    _check(queries, gallery, k)
+    best = _Best(len(queries), k, tile, queries.device)
+    for row, query_tile in enumerate(queries.split(tile)):
+        for start in range(0, len(gallery), tile):
+            best.see(row, query_tile @ gallery[start : start + tile].T, start)
+    return best.found()
+
+
+@torch.inference_mode()
+def nearest_both_ways(left: Tensor, right: Tensor, k: int, *, tile: int = 2048) -> tuple[Nearest, Nearest]:
+    """``nearest(left, right, k)`` and ``nearest(right, left, k)`` from one product of each two tiles.
+
+    A ``k`` beyond the size of a gallery takes all of it.
+    """
+    _check(left, right, min(k, len(right)))
+    _check(right, left, min(k, len(left)))
+    of_left = _Best(len(left), min(k, len(right)), tile, left.device)
+    of_right = _Best(len(right), min(k, len(left)), tile, left.device)
+    for row, left_tile in enumerate(left.split(tile)):
+        for column, right_tile in enumerate(right.split(tile)):
+            scores = left_tile @ right_tile.T
+            of_left.see(row, scores, column * tile)
+            of_right.see(column, scores.T, row * tile)
+    return of_left.found(), of_right.found()
+
+
+def _check(queries: Tensor, gallery: Tensor, k: int) -> None:
     if queries.shape[1] != gallery.shape[1]:
         raise UserError(f"queries of width {queries.shape[1]} against a gallery of width {gallery.shape[1]}")
     if not 1 <= k <= len(gallery):
         raise UserError(f"k={k}: must lie between 1 and the size of the gallery, {len(gallery)}")
-    rows = []
-    for query_tile in queries.split(tile):
-        best = torch.empty((len(query_tile), 0), dtype=torch.int64, device=queries.device)
-        for start in range(0, len(gallery), tile):
-            keys = _sort_keys(query_tile @ gallery[start : start + tile].T, start)
-            best = torch.cat([best, keys.topk(min(k, keys.shape[1])).values], dim=1)
-            best = best.topk(min(k, best.shape[1])).values
-        rows.append(best)
-    best = torch.cat(rows) if rows else torch.empty((0, k), dtype=torch.int64, device=queries.device)
-    return _scores(best), _LOW_32 - (best & _LOW_32)
 
 
-def _sort_keys(scores: Tensor, first: int) -> Tensor:
-    """int64 keys that order as (score, then lower index first): topk of unequal keys has one answer on every device."""
-    if bool(scores.isnan().any()):
-        raise UserError("a similarity is NaN: the features are not finite")
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are equal scores
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # IEEE 754: negative numbers order backwards
-    index = torch.arange(first, first + scores.shape[1], device=scores.device)
-    return (ordered.long() << 32) | (_LOW_32 - index)
+class _Best:
+    """The ``k`` best so far of every query, while tiles of the gallery come by in its order."""
+
+    def __init__(self, queries: int, k: int, tile: int, device: torch.device) -> None:
+        self._k = k
+        sizes = [min(tile, queries - start) for start in range(0, max(queries, 1), tile)]
+        self._scores = [torch.empty((size, 0), device=device) for size in sizes]
+        self._indices = [torch.empty((size, 0), dtype=torch.int64, device=device) for size in sizes]
+
+    def see(self, row: int, scores: Tensor, start: int) -> None:
+        """Take in what the queries' tile number ``row`` scores with the gallery from ``start`` on."""
+        values, indices = _first_k(scores.float(), self._k)
+        # Earlier tiles hold the lower indices and stand first: a stable sort keeps them first among equals.
+        merged, order = torch.cat([self._scores[row], values], dim=1).sort(dim=1, descending=True, stable=True)
+        indices = torch.cat([self._indices[row], indices + start], dim=1).gather(1, order)
+        self._scores[row], self._indices[row] = merged[:, : self._k], indices[:, : self._k]
+
+    def found(self) -> Nearest:
+        """Raises UserError if a score was NaN."""
+        scores, indices = torch.cat(self._scores), torch.cat(self._indices)
+        if bool(scores.isnan().any()):  # NaN sorts first, so none hides below the best
+            raise UserError("a similarity is NaN: the features are not finite")
+        return scores, indices
 
 
-def _scores(keys: Tensor) -> Tensor:
-    ordered = (keys >> 32).int()
-    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+def _first_k(scores: Tensor, k: int) -> Nearest:
+    """What a stable descending sort of each row begins with: ``min(k, columns)`` of it."""
+    columns = scores.shape[1]
+    values, indices = scores.topk(min(k + 1, columns), dim=1)
+    # Which of several equals topk picks, and in what order, is the device's choice. Among the k it is put right by
+    # sorting; a row with equals on both sides of the k-th place is sorted whole.
+    torn = (values[:, k - 1] == values[:, k]).nonzero()[:, 0] if columns > k else indices.new_empty(0)
+    indices = indices[:, :k].sort(dim=1).values
+    values, order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True)
+    indices = indices.gather(1, order)
+    if len(torn):
+        whole = scores[torn].sort(dim=1, descending=True, stable=True)
+        values[torn], indices[torn] = whole.values[:, :k], whole.indices[:, :k]
+    return values, indices

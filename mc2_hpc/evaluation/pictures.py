@@ -11,8 +11,9 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from mc2_hpc.data.tar import LocalFile, Member, ShardError, list_members
+from mc2_hpc.data.index import list_safe_members
 from mc2_hpc.errors import UserError
+from mc2_hpc.tar import LocalFile, Member, TarError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -129,8 +130,8 @@ def tar_samples(path: Path) -> dict[str, dict[str, Member]]:
         UserError: not a readable tar.
     """
     try:
-        members, _ = list_members(LocalFile(path))
-    except ShardError as error:
+        members, _ = list_safe_members(LocalFile(path))
+    except (TarError, OSError) as error:
         raise UserError(f"{path}: {error}") from None
     samples: dict[str, dict[str, Member]] = {}
     for member in members:

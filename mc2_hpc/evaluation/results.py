@@ -12,7 +12,7 @@ from PIL import Image
 
 from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
 from mc2_hpc.evaluation.nearest import nearest
-from mc2_hpc.evaluation.paper import COLUMNS
+from mc2_hpc.evaluation.paper import columns_of, why_no_slip_26
 from mc2_hpc.evaluation.pictures import Pictures
 from mc2_hpc.evaluation.suite import SetResult
 from mc2_hpc.evaluation.tasks import Retrieval
@@ -31,17 +31,15 @@ def markdown(name: str, sets: Mapping[str, Mapping[str, Any]], paper: Mapping[st
         sets: what ``suite.to_json`` made.
         paper: rows of ``paper.reported``.
     """
-    found = {
-        column: 100 * sets[where]["mean"][metric]
-        for column, (where, metric) in COLUMNS.items()
-        if metric in sets.get(where, {}).get("mean", {})
-    }
+    found = columns_of(sets)
     lines = []
     if found:
         lines += _table(
             ["model", *found], [[name, *_cells(found, found)]] + [[r, *_cells(v, found)] for r, v in paper.items()]
         )
         lines += ["", "In per cent. Rows below the first are the paper's (arXiv 2507.22062); a dash: not reported.", ""]
+    if why := why_no_slip_26(sets):
+        lines += [why, ""]
     rows = []
     for where, entry in sets.items():
         if "error" in entry:

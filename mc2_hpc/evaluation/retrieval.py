@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.nearest import nearest
+from mc2_hpc.evaluation.nearest import nearest_both_ways
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ def recall(image_features: Tensor, text_features: Tensor, text_image: Tensor, ks
     without = num_images - len(text_image.unique())
     if without:
         raise UserError(f"{without} of {num_images} images have no text: leave them out")
-    images = nearest(text_features, image_features, min(max(ks), num_images))[1]
-    texts = nearest(image_features, text_features, min(max(ks), num_texts))[1]
+    (_, images), (_, texts) = nearest_both_ways(text_features, image_features, max(ks))
     return Recall(
         text_to_image=_recall_at(images == text_image[:, None], ks),
         image_to_text=_recall_at(text_image[texts] == torch.arange(num_images, device=texts.device)[:, None], ks),

@@ -106,19 +106,46 @@ def class_weights(texts: ClassTexts, lang: str, encoder: Encoder) -> Tensor:
 
 
 def _accuracies(features: Tensor, weights: Tensor, labels: Tensor, metric: str) -> dict[str, float]:
-    """Top-1 and top-5 over pictures, or over classes; labels (N, most of a picture)."""
+    """The numbers of ``tasks.METRICS``; labels (N, most of a picture)."""
+    if metric == "roc_auc":
+        logits = (features @ weights.T).double()
+        return {"roc_auc": roc_auc(logits[:, 1] - logits[:, 0], labels[:, 0] == 1)}
     best = nearest(features, weights, min(5, len(weights)))[1]
     right = (best[:, :, None] == labels[:, None, :]).any(2)
-    numbers = {}
-    for k in (1, 5):
-        hit = right[:, :k].any(1).double()
-        if metric == "accuracy":
-            numbers[f"top{k}"] = hit.mean().item()
-        else:
-            sums = torch.zeros(len(weights), dtype=torch.float64).index_add_(0, labels[:, 0], hit)
-            sizes = torch.bincount(labels[:, 0], minlength=len(weights))
-            numbers[f"mean_per_class_top{k}"] = (sums[sizes > 0] / sizes[sizes > 0]).mean().item()
-    return numbers
+    hits = {k: right[:, :k].any(1).double() for k in (1, 5)}
+    if metric == "mean_per_class":
+        return {f"mean_per_class_top{k}": _mean_per_class(hit, labels[:, 0]) for k, hit in hits.items()}
+    numbers = {f"top{k}": hit.mean().item() for k, hit in hits.items()}
+    return {"mean_top1_top5": fmean(numbers.values()), **numbers} if metric == "mean_top1_top5" else numbers
+
+
+def _mean_per_class(hit: Tensor, labels: Tensor) -> float:
+    """Mean over the classes that have a picture; hit float64 (N,), labels int64 (N,)."""
+    sizes = torch.bincount(labels)
+    sums = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, labels, hit)
+    return (sums[sizes > 0] / sizes[sizes > 0]).mean().item()
+
+
+def roc_auc(scores: Tensor, positive: Tensor) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, an equal score counting half.
+
+    By ranks (Mann-Whitney): exact, with ties.
+
+    Args:
+        scores: (N,).
+        positive: bool (N,).
+
+    Raises:
+        UserError: one of the two has no member.
+    """
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
+        raise UserError(f"ROC-AUC needs pictures of both classes: {negatives} and {positives}")
+    _, group, sizes = scores.unique(return_inverse=True, return_counts=True)
+    last = sizes.cumsum(0).double()
+    ranks = (last - (sizes - 1) / 2)[group]  # from 1; equals share the mean of theirs
+    return (ranks[positive].sum().item() - positives * (positives + 1) / 2) / (positives * negatives)
 
 
 def _retrieval(task: Retrieval, pictures: PictureFeatures, encoder: Encoder) -> Scores:

@@ -156,6 +156,8 @@ def _read(config: SetConfig, root: Path) -> Task:
         task = _only(READERS[config.reader].read(root / config.path, **config.options), config.languages)
     except UserError as failure:
         error = failure
+    except OSError as failure:  # such as a file that may not be read: the other sets need not go without for it
+        error = UserError(str(failure))
     first_error(error)
     assert task is not None
     return task

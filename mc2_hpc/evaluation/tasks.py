@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.pictures import Pictures
 
-METRICS = ("accuracy", "mean_per_class")
+METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class ClassTexts:
     def __post_init__(self) -> None:
         if len(self.classes) != len(self.names) or not self.names:
             raise UserError(f"{len(self.classes)} classes with {len(self.names)} names: needs one a class, and a class")
+        for number, name in zip(self.classes, self.names, strict=True):
+            if not name.strip():
+                raise UserError(f"class {number} has an empty name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class Classification:
     """Right classes of each picture, mostly one; naming any of them is right."""
     languages: Mapping[str, ClassTexts]
     metric: str = "accuracy"
-    """``accuracy`` (share of pictures), or ``mean_per_class`` (mean over classes of each one's share)."""
+    """``accuracy`` (share of pictures), ``mean_per_class`` (mean over classes of each one's share), ``mean_top1_top5``
+    (mean of both accuracies), or ``roc_auc`` (of two classes, by how much closer the second one is)."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """What the reader left out, by reason."""
 
@@ -46,8 +50,10 @@ class Classification:
             raise UserError(f"metric {self.metric!r}: choose one of {', '.join(METRICS)}")
         if len(self.labels) != len(self.pictures):
             raise UserError(f"{len(self.pictures)} pictures with {len(self.labels)} labels")
-        if self.metric == "mean_per_class" and any(len(classes) != 1 for classes in self.labels):
-            raise UserError("metric 'mean_per_class' needs one class a picture")
+        if self.metric in ("mean_per_class", "roc_auc") and any(len(classes) != 1 for classes in self.labels):
+            raise UserError(f"metric {self.metric!r} needs one class a picture")
+        if self.metric == "roc_auc" and any(sorted(texts.classes) != [0, 1] for texts in self.languages.values()):
+            raise UserError("metric 'roc_auc' needs two classes, 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,16 +179,28 @@ def test_choice_takes_the_closest_option(encoder):
     assert found.skipped["question_without_picture"] == 2
 
 
-def test_ridge_equals_sklearns():
+def test_ridge_equals_sklearns_on_standardised_features():
     from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
 
-    features = features_of(200).features
-    labels = torch.arange(200) % 5
-    train, test = torch.arange(100), torch.arange(100, 200)
-    chosen = torch.cat([train[labels[train] == place][:10] for place in range(5)])
-    model = Ridge(alpha=0.5).fit(features[chosen].double().numpy(), F.one_hot(labels[chosen], 5).double().numpy())
-    expected = (torch.tensor(model.predict(features[test].double().numpy())).argmax(1) == labels[test]).double().mean()
-    assert ridge_accuracy(features, labels, train, test, shots=10, ridge=0.5) == pytest.approx(float(expected))
+    features = features_of(400).features.double().numpy()
+    labels = (torch.arange(400) % 6).numpy()
+    labels[:200][labels[:200] == 5] = 4  # place 5 is nowhere to learn from
+    train, test = list(range(200)), list(range(200, 400))
+    chosen = [index for place in range(5) for index in [i for i in train if labels[i] == place][:10]]
+    scaler = StandardScaler().fit(features[chosen])
+    scaler.scale_ += 1e-5
+
+    def inputs(rows):
+        return np.hstack([scaler.transform(features[rows]), np.full((len(rows), 1), 100.0)])
+
+    targets = 2.0 * (labels[chosen][:, None] == np.arange(5)) - 1
+    model = Ridge(alpha=2.0**10, fit_intercept=False).fit(inputs(chosen), targets)
+    expected = (model.predict(inputs(test)).argmax(1) == labels[test]).mean()
+    found = ridge_accuracy(
+        features_of(400).features, torch.tensor(labels), torch.tensor(train), torch.tensor(test), shots=10
+    )
+    assert found == pytest.approx(expected) and 0 < expected < 5 / 6
 
 
 def test_places_that_are_apart_are_told_apart():

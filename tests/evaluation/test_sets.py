@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mc2_hpc.curation.image_tars import write_tar
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.sets import READERS
 from mc2_hpc.evaluation.sets.captions import caption_lines, coco, xm3600
@@ -15,11 +14,11 @@ from mc2_hpc.evaluation.sets.classes import (
     babel_imagenet,
     babel_languages,
     class_folders,
-    clip_benchmark,
     imagenet,
     labelled_parquet,
     openai_imagenet,
 )
+from mc2_hpc.evaluation.sets.clip_benchmark import clip_benchmark
 from mc2_hpc.evaluation.sets.culture import (
     dollar_street,
     dollar_street_places,
@@ -29,6 +28,7 @@ from mc2_hpc.evaluation.sets.culture import (
     xm3600_places,
 )
 from mc2_hpc.evaluation.sets.cvqa import cvqa
+from mc2_hpc.tar import write_tar
 
 
 def write_csv(path, rows):
@@ -52,6 +52,7 @@ def imagenet_folder(tmp_path, noise):
 
 def test_imagenet(imagenet_folder):
     task = imagenet(imagenet_folder)
+    assert task.skipped == {"class_without_picture": 997}
     assert task.labels == [(0,), (0,), (1,), (1,), (2,), (2,)]
     texts = task.languages["en"]
     assert len(texts.names) == 1000 and texts.names[:2] == ["tench", "goldfish"]
@@ -140,7 +141,8 @@ def test_clip_benchmark_retrieval(tmp_path, noise):
 
 
 def test_clip_benchmark_with_a_lost_shard(tmp_path, noise):
-    folder = webdataset(tmp_path, [(0, {"jpg": noise(0), "cls": b"0"}), (1, {"jpg": noise(1), "cls": b"x"})])
+    samples = [(0, {"jpg": noise(0), "cls": b"0"}), (1, {"jpg": noise(1), "cls": b"x"})]
+    folder = webdataset(tmp_path, samples, classnames="cat\n", zeroshot_classification_templates="{c}\n")
     with pytest.raises(UserError, match=r"the .cls beside s0001.jpg is 'x', not a class number"):
         clip_benchmark(folder)
     (folder / "test" / "1.tar").unlink()
@@ -235,7 +237,7 @@ def test_cvqa_without_answers_or_columns(tmp_path, noise):
     with pytest.raises(UserError, match=r"question 1_0 has no right option \(label 9\)"):
         cvqa(tmp_path)
     pq.write_table(cvqa_table(noise).drop_columns(["Subset"]), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no column 'Subset'; not CVQA"):
+    with pytest.raises(UserError, match="a.parquet: no column 'Subset'; there are image, ID"):
         cvqa(tmp_path)
 
 
@@ -274,7 +276,8 @@ def test_geode(tmp_path, picture_folder):
     ]
     write_csv(tmp_path / "index.csv", rows)
     task = geode(tmp_path)
-    assert task.languages["en"].names == ["cleaning equipment", "stove"] and task.labels[:2] == [(1,), (0,)]
+    assert task.languages["en"].names == ["cleaning_equipment", "stove"] and task.labels[:2] == [(1,), (0,)]
+    assert len(task.languages["en"].templates) == 80
     places = geode_places(tmp_path, train=4)
     assert len(places.train) == 4 and set(places.places) == {"country", "region"}
     with pytest.raises(UserError, match="train=20000: the set has 10 pictures"):
@@ -296,8 +299,8 @@ def test_gldv2(tmp_path, noise):
     ]
     write_csv(tmp_path / "train_label_to_category.csv", names)
     task = gldv2(tmp_path)
-    assert task.languages["en"].names == ["Haus am Horn", "Grün"]
-    assert task.labels == [(1, 0), (0,)] and task.skipped == {"picture_without_landmark": 1}
+    assert task.languages["en"].names == ["Grün", "Haus am Horn"] and task.languages["en"].templates == ["{}"]
+    assert task.labels == [(0, 1), (1,)] and task.skipped == {"picture_without_landmark": 1}
 
 
 @pytest.mark.parametrize("name", sorted(READERS))

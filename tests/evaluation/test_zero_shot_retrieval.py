@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.features import encode_images, encode_texts
-from mc2_hpc.evaluation.nearest import nearest
+from mc2_hpc.evaluation.nearest import nearest, nearest_both_ways
 from mc2_hpc.evaluation.prompts import PHOTO, fill, templates_of
 from mc2_hpc.evaluation.retrieval import recall
 from mc2_hpc.evaluation.zero_shot import build_classifier, predict, top_k_accuracy
@@ -68,6 +68,26 @@ def test_nearest_is_a_stable_sort_of_the_full_matrix(num_queries, num_gallery, t
     assert torch.equal(scores, (queries @ gallery.T).gather(1, expected))
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    num_left=st.integers(1, 19),
+    num_right=st.integers(1, 23),
+    k=st.integers(1, 30),
+    tile=st.integers(1, 30),
+    values=st.integers(1, 4),
+    seed=st.integers(0, 10_000),
+)
+def test_both_ways_at_once_are_each_way_by_itself(num_left, num_right, k, tile, values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randint(-values, values + 1, (num_left, 3), generator=generator).float()
+    right = torch.randint(-values, values + 1, (num_right, 3), generator=generator).float()
+    both = nearest_both_ways(left, right, k, tile=tile)
+    for (scores, indices), (queries, gallery) in zip(both, ((left, right), (right, left)), strict=True):
+        expected = naive_order(queries, gallery)[:, :k]
+        assert torch.equal(indices, expected)
+        assert torch.equal(scores, (queries @ gallery.T).gather(1, expected))
+
+
 def test_nearest_takes_zeros_of_both_signs_as_equal():
     scores, indices = nearest(torch.tensor([[1.0]]), torch.tensor([[-0.0], [0.0], [-1.0]]), 3)
     assert indices.tolist() == [[0, 1, 2]] and scores.tolist() == [[0.0, 0.0, -1.0]]
@@ -80,6 +100,8 @@ def test_nearest_refuses_what_has_no_answer():
         nearest(torch.ones(2, 3), torch.ones(2, 3), 3)
     with pytest.raises(UserError, match="NaN"):
         nearest(torch.full((1, 3), float("nan")), torch.ones(2, 3), 1)
+    with pytest.raises(UserError, match="NaN"):  # in a later tile
+        nearest(torch.ones(1, 3), torch.cat([torch.ones(4, 3), torch.full((1, 3), float("nan"))]), 1, tile=2)
 
 
 def test_recall_equals_the_full_matrix():

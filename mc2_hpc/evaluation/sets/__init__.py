@@ -7,7 +7,7 @@ not; it downloads nothing.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mc2_hpc.evaluation.sets import captions, classes, culture, cvqa
+from mc2_hpc.evaluation.sets import captions, classes, clip_benchmark, culture, cvqa
 from mc2_hpc.evaluation.tasks import Task
 
 
@@ -27,7 +27,7 @@ READERS = {
     "babel_imagenet": Reader(classes.babel_imagenet, f"each language's own classes and prompts; {_TOP1}; mean of all"),
     "class_folders": Reader(classes.class_folders, _TOP1),
     "labelled_parquet": Reader(classes.labelled_parquet, _TOP1),
-    "clip_benchmark": Reader(classes.clip_benchmark, f"CLIP_benchmark's layout; {_TOP1}; or {_RECALL}"),
+    "clip_benchmark": Reader(clip_benchmark.clip_benchmark, f"CLIP_benchmark's layout; {_TOP1}; or {_RECALL}"),
     "xm3600": Reader(captions.xm3600, f"all captions of each locale; {_RECALL}; mean of locales"),
     "caption_lines": Reader(captions.caption_lines, f"one caption a line; {_RECALL}; mean of languages"),
     "coco": Reader(captions.coco, f"COCO caption annotations; {_RECALL}"),

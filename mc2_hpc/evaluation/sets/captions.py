@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.pictures import PictureFiles
@@ -16,26 +17,41 @@ def xm3600(path: Path, images: str = "images") -> Retrieval:
 
     A line of the former is a picture: ``{"image/key": ..., "<locale>": {"caption": [...]}, ...}``.
     """
-    keys: list[str] = []
     texts: dict[str, list[str]] = {}
     owners: dict[str, list[int]] = {}
-    for number, line in enumerate(read_lines(path / "captions.jsonl", "captions.zip unpacks to it"), start=1):
-        try:
-            record = json.loads(line)
-            key = record["image/key"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path / 'captions.jsonl'}: line {number} is no picture of Crossmodal-3600 ({error})"
-            ) from None
+    records = xm3600_records(path)
+    for number, record in enumerate(records):
         for locale, entry in record.items():
             if isinstance(entry, dict) and "caption" in entry:
                 own = [caption for caption in entry["caption"] if caption.strip()]
                 texts.setdefault(locale, []).extend(own)
-                owners.setdefault(locale, []).extend([len(keys)] * len(own))
-        keys.append(key)
-    pictures = PictureFiles(path / images, [f"{key}.jpg" for key in keys])
-    languages = {locale: Captions(texts=texts[locale], pictures=owners[locale]) for locale in sorted(texts)}
-    return Retrieval(pictures=pictures, languages=languages)
+                owners.setdefault(locale, []).extend([number] * len(own))
+    languages = {lang: Captions(texts=texts[lang], pictures=owners[lang]) for lang in sorted(texts) if texts[lang]}
+    return Retrieval(
+        pictures=PictureFiles(path / images, [f"{record['image/key']}.jpg" for record in records]),
+        languages=languages,
+        skipped=_without_captions(len(texts) - len(languages)),
+    )
+
+
+def xm3600_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``captions.jsonl``, of which each has a key and lists of captions, if any."""
+    file = path / "captions.jsonl"
+    records = []
+    for number, line in enumerate(read_lines(file, "captions.zip unpacks to it"), start=1):
+        try:
+            record = json.loads(line)
+            texts = [text for entry in record.values() if isinstance(entry, dict) for text in entry.get("caption", [])]
+            if not all(isinstance(text, str) for text in (record["image/key"], *texts)):
+                raise TypeError("a key or caption is not a string")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file}: line {number} is no picture of Crossmodal-3600 ({error})") from None
+        records.append(record)
+    return records
+
+
+def _without_captions(languages: int) -> dict[str, int]:
+    return {"language_without_captions": languages} if languages else {}
 
 
 def caption_lines(
@@ -71,8 +87,12 @@ def caption_lines(
         if len(lines) != len(names):
             raise UserError(f"{path / captions.replace('{}', lang)}: {len(lines)} captions for {len(names)} pictures")
         described = [place for place, line in enumerate(lines) if line]
-        read[lang] = Captions(texts=[lines[place] for place in described], pictures=described)
-    return Retrieval(pictures=PictureFiles(path / images, names), languages=read)
+        if described:
+            read[lang] = Captions(texts=[lines[place] for place in described], pictures=described)
+    if not read:
+        raise UserError(f"{path}: not one caption in {len(found)} files {captions}")
+    skipped = _without_captions(len(found) - len(read))
+    return Retrieval(pictures=PictureFiles(path / images, names), languages=read, skipped=skipped)
 
 
 def coco(path: Path, images: str, language: str = "en") -> Retrieval:
@@ -89,6 +109,8 @@ def coco(path: Path, images: str, language: str = "en") -> Retrieval:
         rows = [(row["caption"].strip(), place[row["image_id"]]) for row in record["annotations"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not COCO's caption annotations ({error!r})") from None
+    if len(place) != len(files):
+        raise UserError(f"{path}: two pictures with one id")
     rows = [row for row in rows if row[0]]
     captions = Captions(texts=[text for text, _ in rows], pictures=[owner for _, owner in rows])
     return Retrieval(pictures=PictureFiles(Path(images), files), languages={language: captions})

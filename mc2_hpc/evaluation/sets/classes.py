@@ -1,22 +1,29 @@
-"""Classification sets: ImageNet, Babel-ImageNet, folders of classes, labelled Parquet, CLIP_benchmark's WebDatasets."""
+"""Classification sets: ImageNet, Babel-ImageNet, folders of classes, labelled Parquet."""
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from mc2_hpc.data.tar import LocalFile, Member
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.pictures import EXTENSIONS, PictureColumn, PictureFiles, PictureMembers, tar_samples
-from mc2_hpc.evaluation.sets.files import pictures_below, read_lines, required
-from mc2_hpc.evaluation.tasks import Captions, Classification, ClassTexts, Retrieval
+from mc2_hpc.evaluation.pictures import PictureColumn, PictureFiles
+from mc2_hpc.evaluation.prompts import templates_of
+from mc2_hpc.evaluation.sets.files import (
+    encoded_pictures,
+    pictures_below,
+    read_lines,
+    read_parquet,
+    required,
+    subfolders,
+)
+from mc2_hpc.evaluation.tasks import Classification, ClassTexts
 from mc2_hpc.storage import read_json
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+BARE = ["{}"]
+"""The name alone, for languages that have no prompts."""
 
 
 def imagenet(path: Path) -> Classification:
@@ -24,10 +31,10 @@ def imagenet(path: Path) -> Classification:
 
     Class names and the 80 templates are OpenAI's, as the package open_clip_torch carries them.
     """
-    pictures, labels = _imagenet_pictures(path)
+    pictures, labels, skipped = _imagenet_pictures(path)
     names, templates = openai_imagenet()
     texts = ClassTexts(classes=range(len(names)), names=names, templates=templates)
-    return Classification(pictures=pictures, labels=labels, languages={"en": texts})
+    return Classification(pictures=pictures, labels=labels, languages={"en": texts}, skipped=skipped)
 
 
 def babel_imagenet(path: Path, labels: str, prompts: str) -> Classification:
@@ -36,11 +43,14 @@ def babel_imagenet(path: Path, labels: str, prompts: str) -> Classification:
     Args:
         path: as for :func:`imagenet`.
         labels: ``babel_imagenet-298.json``: ``{LANGUAGE: [[class indices], [names]]}``.
-        prompts: ``{LANGUAGE: [templates with {}]}``; a language without any takes ``{}`` alone.
+        prompts: ``{LANGUAGE: [templates with {}]}``; a language without any takes ``{}`` alone, and is counted.
     """
-    pictures, right = _imagenet_pictures(path)
+    pictures, right, skipped = _imagenet_pictures(path)
     languages = babel_languages(Path(labels), Path(prompts))
-    return Classification(pictures=pictures, labels=right, languages=languages)
+    bare = sum(texts.templates == BARE for texts in languages.values())
+    if bare:
+        skipped["language_without_prompts"] = bare
+    return Classification(pictures=pictures, labels=right, languages=languages, skipped=skipped)
 
 
 def babel_languages(labels: Path, prompts: Path) -> dict[str, ClassTexts]:
@@ -49,24 +59,43 @@ def babel_languages(labels: Path, prompts: Path) -> dict[str, ClassTexts]:
     Raises:
         UserError: a file is missing or of another form.
     """
-    templates = read_json(required(prompts, "Babel-ImageNet's prompts by language"))
+    templates = _by_language(prompts, "Babel-ImageNet's prompts by language")
     languages = {}
-    for lang, entry in read_json(required(labels, "Babel-ImageNet's labels by language")).items():
-        if not (isinstance(entry, list) and len(entry) == 2 and len(entry[0]) == len(entry[1])):
+    for lang, entry in _by_language(labels, "Babel-ImageNet's labels by language").items():
+        if not (isinstance(entry, list) and len(entry) == 2 and len(entry[0]) == len(entry[1]) > 0):
             raise UserError(f"{labels}: {lang} is not [[class indices], [names]]")
+        if len(set(entry[0])) != len(entry[0]) or not set(entry[0]) <= set(range(1000)):
+            raise UserError(f"{labels}: {lang} has a class twice, or one that ImageNet does not have")
         # The templates have a blank at each side of the braces, which a name does not need.
-        forms = [" ".join(form.split()) for form in templates.get(lang, ["{}"])]
+        forms = [" ".join(form.split()) for form in templates.get(lang, BARE)]
         languages[lang.lower()] = ClassTexts(classes=entry[0], names=entry[1], templates=forms)
     return dict(sorted(languages.items()))
 
 
-def _imagenet_pictures(path: Path) -> tuple[PictureFiles, list[tuple[int, ...]]]:
-    folders = sorted(p.name for p in required(path, "ImageNet's validation folders").iterdir() if p.is_dir())
-    if len(folders) != 1000:
-        raise UserError(f"{path}: {len(folders)} folders; ImageNet has one for each of its 1,000 WordNet ids")
-    number = {folder: index for index, folder in enumerate(folders)}
-    files = pictures_below(path)
-    return PictureFiles(path, files), [(number[Path(file).parts[0]],) for file in files]
+def _by_language(path: Path, what: str) -> dict[str, list]:
+    found = read_json(required(path, what))
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object by language; {what}")
+    return found
+
+
+def _imagenet_pictures(path: Path) -> tuple[PictureFiles, list[tuple[int, ...]], dict[str, int]]:
+    """Pictures, their labels, and the count of empty folders, where there are any."""
+    folders = subfolders(path, "ImageNet's validation folders")
+    if len(folders) != 1000 or not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
+        raise UserError(
+            f"{path}: {len(folders)} folders; ImageNet has one for each of its 1,000 WordNet ids (n01440764)"
+        )
+    files, labels = _labelled(path, folders)
+    empty = len(folders) - len(set(labels))
+    return PictureFiles(path, files), labels, {"class_without_picture": empty} if empty else {}
+
+
+def _labelled(path: Path, folders: Sequence[str]) -> tuple[list[str], list[tuple[int, ...]]]:
+    """All pictures below the classes' folders, and their labels."""
+    number = {folder: (index,) for index, folder in enumerate(folders)}
+    files = [file for file in pictures_below(path) if Path(file).parts[0] in number]
+    return files, [number[Path(file).parts[0]] for file in files]
 
 
 def class_folders(path: Path, names: str = "", templates: str = "", metric: str = "accuracy") -> Classification:
@@ -76,20 +105,20 @@ def class_folders(path: Path, names: str = "", templates: str = "", metric: str 
         names: file with one class name a line, in the folders' sorted order; by default the folders' own names, with
             ``_`` for a space.
         templates: file with one template a line, each with one ``{}``.
+        metric: one of ``tasks.METRICS``.
     """
-    folders = sorted(p.name for p in required(path, "one folder a class").iterdir() if p.is_dir())
+    folders = subfolders(path, "one folder a class")
     if not folders:
         raise UserError(f"{path}: no folders there; expected one a class")
-    empty = [folder for folder in folders if not pictures_below(path / folder)]
+    files, labels = _labelled(path, folders)
+    empty = sorted(set(range(len(folders))) - {label for (label,) in labels})
     if empty:
-        raise UserError(f"{path / empty[0]}: a class without a picture; remove the folder or fill it")
+        raise UserError(f"{path / folders[empty[0]]}: a class without a picture; remove the folder or fill it")
     found = read_lines(Path(names), "one class name a line") if names else [f.replace("_", " ") for f in folders]
     if len(found) != len(folders):
         raise UserError(f"{names}: {len(found)} names for the {len(folders)} folders of {path}")
-    number = {folder: index for index, folder in enumerate(folders)}
-    files = pictures_below(path)
-    texts = ClassTexts(classes=range(len(found)), names=found, templates=_templates(templates))
-    labels: list[tuple[int, ...]] = [(number[Path(file).parts[0]],) for file in files]
+    forms = read_lines(Path(templates), "one template a line") if templates else DEFAULT_TEMPLATES
+    texts = ClassTexts(classes=range(len(found)), names=found, templates=forms)
     return Classification(pictures=PictureFiles(path, files), labels=labels, languages={"en": texts}, metric=metric)
 
 
@@ -110,85 +139,18 @@ def labelled_parquet(
         classes: values of the label column.
         picture, label, key: columns.
     """
-    try:
-        table = pq.read_table(required(path, "a Parquet file of pictures"), columns=[key, label, picture])
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    table = read_parquet(path, (key, label, picture), "a Parquet file of labelled pictures")
     number = {name: index for index, name in enumerate(classes)}
     found = table[label].to_pylist()
     unknown = sorted({str(value) for value in found if value not in number})
     if unknown:
         raise UserError(f"{path}: label {unknown[0]!r} is not among the suite's classes")
     languages = {
-        lang: ClassTexts(classes=range(len(classes)), names=own, templates=templates.get(lang, ["{}"]))
+        lang: ClassTexts(classes=range(len(classes)), names=own, templates=templates_of(templates, lang))
         for lang, own in names.items()
     }
-    pictures = PictureColumn(table[picture], table[key].to_pylist())
+    pictures = PictureColumn(encoded_pictures(table[picture], path), [str(name) for name in table[key].to_pylist()])
     return Classification(pictures=pictures, labels=[(number[value],) for value in found], languages=languages)
-
-
-def clip_benchmark(path: Path, split: str = "test", metric: str = "accuracy") -> Classification | Retrieval:
-    """A WebDataset in CLIP_benchmark's layout.
-
-    ``<path>/<split>/nshards.txt`` and ``0.tar`` ... Where ``dataset_type.txt`` says ``retrieval``, samples have a
-    ``<key>.txt`` with one caption a line; else a ``<key>.cls``, and there are ``classnames.txt`` and
-    ``zeroshot_classification_templates.txt``, whose templates have ``{c}``.
-    """
-    count = _number(path / split / "nshards.txt")
-    members: list[tuple[Path, Member]] = []
-    labels: list[tuple[int, ...]] = []
-    captions: list[str] = []
-    owners: list[int] = []
-    kind_file = path / "dataset_type.txt"
-    retrieval = kind_file.is_file() and kind_file.read_text(encoding="utf-8").strip().lower() == "retrieval"
-    wanted, skipped = "txt" if retrieval else "cls", 0
-    for shard in (path / split / f"{number}.tar" for number in range(count)):
-        source = LocalFile(required(shard, f"{path / split / 'nshards.txt'} says {count} shards"))
-        for files in tar_samples(shard).values():
-            picture = _picture(files)
-            if picture is None or wanted not in files:
-                skipped += 1
-                continue
-            payload = source.read(files[wanted].offset, files[wanted].size).decode("utf-8", "replace")
-            if retrieval:
-                own = [line for line in payload.splitlines() if line.strip()]
-                captions += own
-                owners += [len(members)] * len(own)
-            else:
-                labels.append((_class(payload, shard, picture),))
-            members.append((shard, picture))
-    left_out = {"incomplete_sample": skipped} if skipped else {}
-    pictures = PictureMembers(members)
-    if retrieval:
-        return Retrieval(
-            pictures=pictures, languages={"en": Captions(texts=captions, pictures=owners)}, skipped=left_out
-        )
-    names = read_lines(path / "classnames.txt", "one class name a line")
-    forms = read_lines(path / "zeroshot_classification_templates.txt", "one template a line")
-    texts = ClassTexts(classes=range(len(names)), names=names, templates=[form.replace("{c}", "{}") for form in forms])
-    return Classification(pictures=pictures, labels=labels, languages={"en": texts}, metric=metric, skipped=left_out)
-
-
-def _picture(files: Mapping[str, Member]) -> Member | None:
-    return next((files[extension[1:]] for extension in EXTENSIONS if extension[1:] in files), None)
-
-
-def _class(payload: str, shard: Path, member: Member) -> int:
-    try:
-        return int(payload)
-    except ValueError:
-        raise UserError(f"{shard}: the .cls beside {member.name} is {payload[:20]!r}, not a class number") from None
-
-
-def _number(path: Path) -> int:
-    text = required(path, "the number of shards should stand there").read_text(encoding="utf-8").strip()
-    if not text.isdecimal() or int(text) == 0:
-        raise UserError(f"{path}: {text[:20]!r} is not a number of shards")
-    return int(text)
-
-
-def _templates(path: str) -> Sequence[str]:
-    return read_lines(Path(path), "one template a line") if path else DEFAULT_TEMPLATES
 
 
 @cache

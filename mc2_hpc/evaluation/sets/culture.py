@@ -1,15 +1,15 @@
 """Cultural diversity: Dollar Street, GeoDE and Google Landmarks v2, zero-shot and as places."""
 
 import ast
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.pictures import PictureFiles
-from mc2_hpc.evaluation.sets.classes import DEFAULT_TEMPLATES, openai_imagenet
-from mc2_hpc.evaluation.sets.files import read_csv, read_lines, shuffled
+from mc2_hpc.evaluation.sets.captions import xm3600_records
+from mc2_hpc.evaluation.sets.classes import BARE, openai_imagenet
+from mc2_hpc.evaluation.sets.files import read_csv, shuffled
 from mc2_hpc.evaluation.tasks import Classification, ClassTexts, Places
 
 _DOLLAR_STREET = ("images_v2_imagenet_train.csv", "images_v2_imagenet_test.csv")
@@ -21,14 +21,24 @@ def dollar_street(path: Path) -> Classification:
     ``imagenet_sysnet_id`` (sic) lists the right classes of a picture; ``imageRelPath`` says where it lies.
     """
     rows = [row for file in _DOLLAR_STREET for row in _dollar_street_rows(path / file)]
+    labels = [_imagenet_classes(row, path) for row in rows]
     names, templates = openai_imagenet()
-    try:
-        labels = [tuple(int(number) for number in ast.literal_eval(row["imagenet_sysnet_id"])) for row in rows]
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise UserError(f"{path}: an imagenet_sysnet_id is not a list of class numbers ({error})") from None
     texts = ClassTexts(classes=range(len(names)), names=names, templates=templates)
     pictures = PictureFiles(path, [row["imageRelPath"] for row in rows])
     return Classification(pictures=pictures, labels=labels, languages={"en": texts})
+
+
+def _imagenet_classes(row: dict[str, str], path: Path) -> tuple[int, ...]:
+    try:
+        found = tuple(int(number) for number in ast.literal_eval(row["imagenet_sysnet_id"]))
+    except (ValueError, SyntaxError, TypeError):
+        found = ()
+    if not found or not set(found) <= set(range(1000)):
+        raise UserError(
+            f"{path}: imagenet_sysnet_id of {row['imageRelPath']} is {row['imagenet_sysnet_id']!r}, not a list of"
+            " ImageNet's class numbers"
+        )
+    return found
 
 
 def dollar_street_places(path: Path) -> Places:
@@ -50,13 +60,14 @@ def _dollar_street_rows(file: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def geode(path: Path) -> Classification:
-    """GeoDE: ``index.csv`` (``file_path``, ``object``) and the pictures below ``images``."""
+    """GeoDE: ``index.csv`` (``file_path``, ``object``) and the pictures below ``images``.
+
+    Names are those of the index, as they stand there, in ImageNet's 80 templates.
+    """
     rows = read_csv(path / "index.csv", ("file_path", "object"), "GeoDE's index")
     names = sorted({row["object"] for row in rows})
     number = {name: index for index, name in enumerate(names)}
-    texts = ClassTexts(
-        classes=range(len(names)), names=[name.replace("_", " ") for name in names], templates=DEFAULT_TEMPLATES
-    )
+    texts = ClassTexts(classes=range(len(names)), names=names, templates=openai_imagenet()[1])
     pictures = PictureFiles(path / "images", [row["file_path"] for row in rows])
     return Classification(pictures=pictures, labels=[(number[row["object"]],) for row in rows], languages={"en": texts})
 
@@ -71,10 +82,9 @@ def geode_places(path: Path, train: int = 20_000) -> Places:
 
 def xm3600_places(path: Path, images: str = "images", train: int = 1_800) -> Places:
     """Locales that Crossmodal-3600's pictures were chosen for (``image/locale``): half to learn from, half to test."""
-    file = path / "captions.jsonl"
-    rows = [json.loads(line) for line in read_lines(file, "captions.zip unpacks to it")]
-    if not all("image/locale" in row for row in rows):
-        raise UserError(f"{file}: a picture without 'image/locale'")
+    rows = xm3600_records(path)
+    if not all(isinstance(row.get("image/locale"), str) for row in rows):
+        raise UserError(f"{path / 'captions.jsonl'}: a picture without 'image/locale'")
     names = [f"{row['image/key']}.jpg" for row in rows]
     return _split(PictureFiles(path / images, names), names, {"locale": [row["image/locale"] for row in rows]}, train)
 
@@ -90,7 +100,7 @@ def gldv2(path: Path) -> Classification:
     """Google Landmarks v2, recognition: the test pictures that show a landmark, named among all such landmarks.
 
     Files: ``recognition_solution_v2.1.csv`` (``id``, ``landmarks``), ``train_label_to_category.csv`` (``landmark_id``,
-    ``category``: a Wikimedia Commons category) and ``test/<3 folders>/<id>.jpg``.
+    ``category``: a Wikimedia Commons category) and ``test/<3 folders>/<id>.jpg``. A landmark's name stands alone.
     """
     solution = read_csv(path / "recognition_solution_v2.1.csv", ("id", "landmarks"), "the recognition ground truth")
     categories = read_csv(path / "train_label_to_category.csv", ("landmark_id", "category"), "names of the landmarks")
@@ -99,12 +109,10 @@ def gldv2(path: Path) -> Classification:
     shown = [(key, marks) for key, marks in shown if marks]
     if not shown:
         raise UserError(f"{path}: no test picture shows a landmark that train_label_to_category.csv names")
-    landmarks = sorted({mark for _, marks in shown for mark in marks}, key=int)
+    landmarks = sorted({mark for _, marks in shown for mark in marks})
     number = {mark: index for index, mark in enumerate(landmarks)}
     files = [f"{key[0]}/{key[1]}/{key[2]}/{key}.jpg" for key, _ in shown]
-    texts = ClassTexts(
-        classes=range(len(landmarks)), names=[name_of[mark] for mark in landmarks], templates=("a photo of {}.",)
-    )
+    texts = ClassTexts(classes=range(len(landmarks)), names=[name_of[mark] for mark in landmarks], templates=BARE)
     return Classification(
         pictures=PictureFiles(path / "test", files),
         labels=[tuple(number[mark] for mark in marks) for _, marks in shown],

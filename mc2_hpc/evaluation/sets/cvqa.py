@@ -2,13 +2,13 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.pictures import PictureColumn
-from mc2_hpc.evaluation.sets.files import required
+from mc2_hpc.evaluation.sets.files import encoded_pictures, read_parquet, required
 from mc2_hpc.evaluation.tasks import Choice, Question
 
 _COLUMNS = ("image", "ID", "Subset", "Question", "Translated Question", "Options", "Translated Options", "Label")
@@ -25,38 +25,31 @@ def cvqa(path: Path) -> Choice:
     files = [path] if path.is_file() else sorted(required(path, "CVQA's Parquet files").rglob("*.parquet"))
     if not files:
         raise UserError(f"{path}: no *.parquet there; CVQA comes as Parquet files")
-    table = pa.concat_tables([_read(file) for file in files])
+    try:
+        table = pa.concat_tables([read_parquet(file, _COLUMNS, "a part of CVQA") for file in files])
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: its Parquet files differ in their columns ({str(error).splitlines()[0]})") from None
     rows = table.drop_columns(["image"]).to_pylist()
     variants: dict[str, list[Question]] = {variant: [] for variant in _VARIANTS}
     for number, row in enumerate(rows):
         for variant, (question, options) in _VARIANTS.items():
-            if row["Label"] is None or not 0 <= row["Label"] < len(row[options]):
-                raise UserError(f"{path}: question {row['ID']} has no right option (label {row['Label']})")
-            variants[variant].append(
-                Question(
-                    picture=number,
-                    options=[f"{row[question]} {option}" for option in row[options]],
-                    answer=row["Label"],
-                    group=_group(row["Subset"]),
-                )
-            )
-    pictures = PictureColumn(_bytes(table["image"]), [str(row["ID"]) for row in rows])
+            variants[variant].append(_question(row, question, options, number, path))
+    pictures = PictureColumn(encoded_pictures(table["image"], path), [str(row["ID"]) for row in rows])
     return Choice(pictures=pictures, variants=variants)
 
 
-def _read(file: Path) -> pa.Table:
-    try:
-        names = pq.read_schema(file).names
-        missing = [name for name in _COLUMNS if name not in names]
-        if missing:
-            raise UserError(f"{file}: no column {missing[0]!r}; not CVQA")
-        return pq.read_table(file, columns=list(_COLUMNS))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
-
-
-def _bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], pa.binary())
+def _question(row: dict[str, Any], question: str, options: str, picture: int, path: Path) -> Question:
+    asked, choices, answer = row[question], row[options], row["Label"]
+    if asked is None or not choices or None in choices:
+        raise UserError(f"{path}: question {row['ID']} has no text in {question!r} or {options!r}")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise UserError(f"{path}: question {row['ID']} has no right option (label {answer})")
+    return Question(
+        picture=picture,
+        options=[f"{asked} {option}" for option in choices],
+        answer=answer,
+        group=_group(str(row["Subset"])),
+    )
 
 
 def _group(subset: str) -> str:

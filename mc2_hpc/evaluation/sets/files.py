@@ -1,11 +1,14 @@
-"""What readers share: required files, lines, tables, random halves."""
+"""What readers share: required files, lines, tables, random halves. Each error names the file."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mc2_hpc.curation.sampling import hash_keys
 from mc2_hpc.errors import UserError
@@ -23,18 +26,35 @@ def required(path: Path, what: str) -> Path:
     return path
 
 
-def read_lines(path: Path, what: str) -> list[str]:
-    """Lines of a UTF-8 text file, stripped; a last empty one is none.
+def subfolders(path: Path, what: str) -> list[str]:
+    """Names of the folders in a folder, sorted.
 
     Raises:
-        UserError: no such file, or not UTF-8.
+        UserError: there is no such folder.
+    """
+    if not required(path, what).is_dir():
+        raise UserError(f"{path}: not a folder; {what}")
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+
+
+def read_text(path: Path, what: str) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        UserError: no such file, not readable, or not UTF-8.
     """
     try:
-        # Not splitlines(): it would part a caption at U+2028 and the like.
-        text = required(path, what).read_text(encoding="utf-8-sig")
+        return required(path, what).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from None
-    lines = [line.strip() for line in text.split("\n")]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {what}") from None
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Lines of a UTF-8 text file, stripped; a last empty one is none. Raises as :func:`read_text` does."""
+    # Not splitlines(): it would part a caption at U+2028 and the like.
+    lines = [line.strip() for line in read_text(path, what).split("\n")]
     return lines[:-1] if lines and not lines[-1] else lines
 
 
@@ -42,14 +62,51 @@ def read_csv(path: Path, columns: Sequence[str], what: str) -> list[dict[str, st
     """Rows of a CSV file with a header.
 
     Raises:
-        UserError: no such file, or it lacks a column.
+        UserError: no such file, it lacks a column, has no rows, or a row has too few cells.
     """
-    with open(required(path, what), encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        missing = [column for column in columns if column not in (reader.fieldnames or [])]
+    reader = csv.DictReader(io.StringIO(read_text(path, what)), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
+    missing = [column for column in columns if column not in (reader.fieldnames or [])]
+    if missing:
+        raise UserError(f"{path}: no column {missing[0]!r}; there are {', '.join(reader.fieldnames or [])}")
+    if not rows:
+        raise UserError(f"{path}: no rows; {what}")
+    short = next((number for number, row in enumerate(rows, 1) if any(row[column] is None for column in columns)), 0)
+    if short:
+        raise UserError(f"{path}: row {short} has too few cells")
+    return rows
+
+
+def read_parquet(path: Path, columns: Sequence[str], what: str) -> pa.Table:
+    """These columns of a Parquet file.
+
+    Raises:
+        UserError: no such file, not Parquet, or it lacks a column.
+    """
+    try:
+        names = pq.read_schema(required(path, what)).names
+        missing = [column for column in columns if column not in names]
         if missing:
-            raise UserError(f"{path}: no column {missing[0]!r}; there are {', '.join(reader.fieldnames or [])}")
-        return list(reader)
+            raise UserError(f"{path}: no column {missing[0]!r}; there are {', '.join(names)}")
+        return pq.read_table(path, columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+
+
+def encoded_pictures(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
+    """A column of encoded pictures, which may be a struct with a field ``bytes`` (as Hugging Face writes it).
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+        column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], column.type.field("bytes").type)
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        raise UserError(f"{path}: a column of encoded pictures should be binary, not {column.type}")
+    return column
 
 
 def pictures_below(folder: Path) -> list[str]:
