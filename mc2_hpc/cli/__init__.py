@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mc2_hpc import __version__
-from mc2_hpc.cli import bench, convert, curate, doctor, eval, metadata, quickstart, search, train
+from mc2_hpc.cli import ablate, bench, convert, curate, doctor, eval, metadata, quickstart, search, train
 from mc2_hpc.errors import UserError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "curate": curate,
     "train": train,
     "eval": eval,
+    "ablate": ablate,
     "search": search,
     "convert": convert,
     "bench": bench,

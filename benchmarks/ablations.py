@@ -1,0 +1,71 @@
+"""The committed ablation rows: the small pool, ``mc2 ablate configs/ablations/*.yaml`` on it, one result file.
+
+    python benchmarks/ablations.py SHARED_DATA [--work runs/ablations] [--jobs 2] [--json FILE]
+
+The same command goes on after an interruption. FILE gets the tables beside it as Markdown; ``plot.py`` draws it.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ablation_pool
+from harness import environment
+
+from mc2_hpc.ablation.run import ablate
+from mc2_hpc.ablation.tables import markdown
+from mc2_hpc.terminal import progress
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "ablations"
+_ABOUT = ("title", "mirrors", "finding")
+
+
+def as_result(tables: Sequence[Mapping[str, Any]], command: str) -> dict[str, Any]:
+    """The tables of ``mc2 ablate`` in the form of every benchmark's result."""
+    about = {table["name"]: {key: table[key] for key in _ABOUT} for table in tables}
+    rows = [{"ablation": table["name"], **row} for table in tables for row in table["rows"]]
+    config = {"command": command, "ablations": about}
+    return {"name": "ablations", "env": environment(), "quick": False, "config": config, "rows": rows, "ratios": {}}
+
+
+def as_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tables that :func:`as_result` was given."""
+    return [
+        {"name": name, **about, "rows": [row for row in result["rows"] if row["ablation"] == name]}
+        for name, about in result["config"]["ablations"].items()
+    ]
+
+
+def write_result(result: Mapping[str, Any], path: Path) -> None:
+    """The result as JSON, and its tables beside it as Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    env = result["env"]
+    where = f"{env['machine']}, {env['cores']} cores, torch {env['torch']}, commit {env['commit']}"
+    head = f"# Ablations on CIFAR-10 in ten languages\n\n`{result['config']['command']}`\n\n{where}\n\n"
+    path.with_suffix(".md").write_text(head + markdown(as_tables(result)), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shared", type=Path, help="folder with cifar10-{train,test}.parquet and Babel-ImageNet's files")
+    parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    arguments = parser.parse_args()
+    data = arguments.work / "data"
+    if not (data / "suite.yaml").is_file():  # what is written last
+        ablation_pool.make(arguments.shared, data)
+    files = sorted(CONFIGS.glob("*.yaml"))
+    with progress() as report:
+        tables = ablate(files, [f"data.root={data}"], arguments.work, jobs=arguments.jobs, report=report)
+    print(markdown(tables))
+    if arguments.json:
+        command = "mc2 ablate configs/ablations/*.yaml --out runs/ablations --jobs 2"
+        write_result(as_result(tables, command), arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What rows share: curated shards and tokenizers, each made once and kept under its content address.
+
+out/curated/<address>/shards, balance    what ``mc2 train`` takes
+out/tokenizers/<address>.model
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mc2_hpc.ablation.addresses import address
+from mc2_hpc.ablation.settings import CurationSettings, DataPaths, TokenizerSettings
+from mc2_hpc.curation import csr, pipeline
+from mc2_hpc.curation.balance import entry_probabilities, threshold_to_mass
+from mc2_hpc.curation.balance_folder import REPORT, BalanceFolder
+from mc2_hpc.curation.match_stage import rows_by_language
+from mc2_hpc.curation.matched import entries_of, matched_batches
+from mc2_hpc.curation.pools import iter_captions, list_pool
+from mc2_hpc.curation.sampling import keep_probability
+from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
+from mc2_hpc.errors import UserError
+from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries
+from mc2_hpc.storage import atomic_path, is_complete, list_shards, mark_complete, read_json, write_json
+
+ENGLISH = "en"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Something a run trains with, and the address it is kept under."""
+
+    address: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class PreparedTokenizer(Prepared):
+    """A tokenizer, and what a text tower has to know of it."""
+
+    vocab_size: int
+    eos_id: int
+
+
+def tokenize(settings: TokenizerSettings, data: DataPaths, pool: str, out: Path) -> PreparedTokenizer:
+    """The tokenizer of these settings, trained on all captions of the pool unless it has been before.
+
+    Args:
+        pool: the pool's content address.
+    """
+    key = address(pool=pool, tokenizer=dataclasses.asdict(settings))
+    path = out / "tokenizers" / f"{key}.model"
+    if path.is_file():
+        tokenizer = Tokenizer(path, settings.style)
+    else:
+        texts = (text for shard in list_pool(data.pool) for table, _ in iter_captions(shard) for text in _texts(table))
+        tokenizer = train_tokenizer(texts, path, vocab_size=settings.vocab_size, style=settings.style)
+    return PreparedTokenizer(key, path, tokenizer.vocab_size, tokenizer.eos_id)
+
+
+def _texts(table: pa.Table) -> list[str]:
+    return table["text"].to_pylist()
+
+
+def curate(settings: CurationSettings, data: DataPaths, pool: str, metadata: str, out: Path) -> Prepared:
+    """The training shards and balance of these settings, made unless they have been before.
+
+    Args:
+        pool, metadata: content addresses of the two folders.
+
+    Raises:
+        UserError: see ``curation.pipeline``; a language that the pool does not have; a pool without a ``lang`` column
+            where the settings need one.
+    """
+    key = address(pool=pool, metadata=metadata, curation=dataclasses.asdict(settings))
+    folder = out / "curated" / key
+    if is_complete(folder):
+        return Prepared(key, folder)
+    write_json(folder / "settings.json", dataclasses.asdict(settings))
+    entries = _metadata_view(settings.metadata, Path(data.metadata), folder / "metadata")
+    relabel = settings.metadata != "by_language"
+    whole = _pool_view(Path(data.pool), folder / "pool", [], relabel)
+    matched = folder / "matched"
+    pipeline.match(whole, entries, matched)
+    pipeline.balance(matched, entries, folder / "tail_mass", settings.t_en)
+    if settings.thresholds == "same":
+        _balance_alike(folder / "tail_mass", matched, folder / "balance")
+    else:
+        _link(folder / "tail_mass", folder / "balance")
+    if settings.languages:
+        whole = _pool_view(Path(data.pool), folder / "chosen", settings.languages, relabel)
+        matched = folder / "matched_chosen"
+        pipeline.match(whole, entries, matched)
+    pipeline.pack(whole, matched, folder / "shards")
+    mark_complete(folder)
+    return Prepared(key, folder)
+
+
+def _metadata_view(kind: str, metadata: Path, folder: Path) -> Path:
+    """The folder of metadata that captions are matched with."""
+    files = metadata_files(metadata)
+    if kind == "by_language":
+        return metadata
+    if kind == "english":
+        if ENGLISH not in files:
+            raise UserError(f"{metadata}: no {ENGLISH}.json, which metadata=english needs")
+        entries = read_entries(files[ENGLISH])
+    else:
+        entries = list(dict.fromkeys(entry for path in files.values() for entry in read_entries(path)))
+    write_entries(folder / f"{ENGLISH}.json", entries)
+    return folder
+
+
+def _pool_view(pool: Path, folder: Path, languages: list[str], relabel: bool) -> Path:
+    """The pool as it is, or a copy of its rows in these languages, all called English if ``relabel``."""
+    if not languages and not relabel:
+        return pool
+    found: set[str] = set()
+    for shard in list_pool(pool):
+        if shard.captions is None or shard.images is None:
+            raise UserError(f"{pool}: {shard.name} is no .parquet beside a .tar: languages cannot be told apart in it")
+        table = pq.read_table(shard.captions)
+        if "lang" not in table.column_names:
+            raise UserError(f"{shard.captions}: no column 'lang', so its languages cannot be told apart")
+        found.update(table["lang"].unique().to_pylist())
+        if languages:
+            table = table.filter(pc.is_in(table["lang"], pa.array(languages)))
+        if relabel:
+            place = table.column_names.index("lang")
+            table = table.set_column(place, "lang", pa.array([ENGLISH] * len(table), pa.string()))
+        with atomic_path(folder / f"{shard.name}.parquet") as temporary:
+            pq.write_table(table, temporary)
+        _link(shard.images, folder / f"{shard.name}.tar")
+    missing = [lang for lang in languages if lang not in found]
+    if missing:
+        raise UserError(f"{pool}: no caption in language {missing[0]!r}; there are {', '.join(sorted(found))}")
+    return folder
+
+
+def _link(target: Path, link: Path) -> None:
+    if not link.is_symlink():
+        link.symlink_to(target.absolute())
+
+
+def _balance_alike(balance: Path, matched: Path, out: Path) -> None:
+    """A balance folder in which every language has English's threshold."""
+    given = BalanceFolder(balance)
+    report = given.report()
+    t = report["t_en"]
+    for lang in given:
+        counts = given.counts(lang)
+        for kind, array in (("counts", counts), ("probs", entry_probabilities(counts, t))):
+            with atomic_path(out / kind / f"{lang}.npy") as temporary:
+                np.save(temporary, array, allow_pickle=False)
+        report["languages"][lang] |= {
+            "t": t,
+            "entries_head": int((counts > t).sum()),
+            "tail_mass": threshold_to_mass(counts, t),
+            "expected_texts": 0.0,
+        }
+    report["t"] = dict.fromkeys(report["t"], t)
+    probs = {lang: np.load(out / "probs" / f"{lang}.npy", allow_pickle=False) for lang in given}
+    for lang, expected in _expected_texts(matched, probs):
+        report["languages"][lang]["expected_texts"] += expected
+    total = sum(row["expected_texts"] for row in report["languages"].values())
+    report["english_share_after"] = report["languages"][ENGLISH]["expected_texts"] / total
+    write_json(out / REPORT, report)  # last: with it the folder is whole
+
+
+def _expected_texts(matched: Path, probs: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(language, texts it is expected to keep) of every piece of the matched pool."""
+    for path in list_shards(matched, ".parquet"):
+        for rows in matched_batches(path, ["lang", "entries"]):
+            offsets, ids = entries_of(rows)
+            for lang, members in rows_by_language(rows):
+                yield lang, float(keep_probability(*csr.take(offsets, ids, members), probs[lang]).sum())
+
+
+def english_share(settings: CurationSettings, curated: Path) -> float | None:
+    """Share of English among the texts that balancing is expected to keep; None where one metadata takes all texts."""
+    if settings.metadata != "by_language":
+        return None
+    languages = read_json(curated / "balance" / REPORT)["languages"]
+    expected = {lang: languages[lang]["expected_texts"] for lang in settings.languages or languages}
+    return expected.get(ENGLISH, 0.0) / sum(expected.values())

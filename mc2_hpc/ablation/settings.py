@@ -1,0 +1,239 @@
+"""Ablations: a YAML file names the rows of a table, each a way to curate, tokenize and train.
+
+    ablation = load_ablation("configs/ablations/tokenizers.yaml", ["data.pool=/data/pool"])
+
+What a row does not say, the file's own ``curation``, ``tokenizer`` and ``train`` say for all of its rows.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from mc2_hpc.config import RunConfig, load_config
+from mc2_hpc.data.tokenizer import STYLES
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.suite import load_suite
+
+METADATA = ("by_language", "english", "merged")
+THRESHOLDS = ("tail_mass", "same")
+REDUCTIONS: Mapping[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "min": min}
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPaths:
+    """What every row starts from."""
+
+    root: str = "."
+    """For other paths to name, as ``${data.root}``."""
+    pool: str
+    """Folder of candidate captions and pictures, as ``mc2 curate`` takes it."""
+    metadata: str
+    """Folder of ``<lang>.json``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurationSettings:
+    """How a row's training shards come from the pool."""
+
+    languages: list[str] = field(default_factory=list)
+    """Captions to train on; empty takes all. Thresholds are those of the whole pool all the same."""
+    metadata: str = "by_language"
+    """What captions are matched with: their own language's metadata, ``english`` alone for all, or all languages'
+    ``merged`` into one set."""
+    thresholds: str = "tail_mass"
+    """``tail_mass``: each language's own, of equal tail mass (the recipe); ``same``: ``t_en`` for every language."""
+    t_en: int = 20_000
+
+    def __post_init__(self) -> None:
+        _choose("metadata", self.metadata, METADATA)
+        _choose("thresholds", self.thresholds, THRESHOLDS)
+        if self.t_en < 1:
+            raise UserError(f"t_en={self.t_en}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """A tokenizer trained on all captions of the pool."""
+
+    style: str = "xlmv"
+    vocab_size: int = 32_000
+
+    def __post_init__(self) -> None:
+        _choose("style", self.style, tuple(STYLES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One number of an evaluated run."""
+
+    set: str
+    """A set of the suite."""
+    metric: str = "top1"
+    languages: list[str] = field(default_factory=list)
+    """Languages (groups of the set's scores) it is computed from; empty takes all."""
+    without: list[str] = field(default_factory=list)
+    """Languages it leaves out."""
+    reduce: str = "mean"
+    """``mean`` of the languages, or ``min``: the worst one."""
+
+    def __post_init__(self) -> None:
+        _choose("reduce", self.reduce, tuple(REDUCTIONS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowConfig:
+    """A row as the file has it: what differs from the file's common settings."""
+
+    name: str
+    curation: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    seen: float = 1.0
+    """Pairs seen, as a multiple of the base config's: its ``steps`` are multiplied by it."""
+    train: list[str] = field(default_factory=list)
+    """``key.sub=value`` words of ``mc2 train``."""
+    paper: dict[str, float] = field(default_factory=dict)
+    """What the paper reports for this row, by column of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """The file."""
+
+    title: str
+    mirrors: str
+    """The paper's table that it has the shape of."""
+    finding: str
+    """What the paper's table shows."""
+    data: DataPaths
+    base: str
+    """Training config that every row starts from."""
+    suite: str
+    """Evaluation suite (``mc2 eval --suite``)."""
+    columns: dict[str, Column]
+    rows: list[RowConfig]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each row is trained once with each: initial weights and every draw of the data path."""
+    curation: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    train: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row with all of its settings."""
+
+    name: str
+    curation: CurationSettings
+    tokenizer: TokenizerSettings
+    config: RunConfig
+    """Of the training run, but for data, vocabulary, seeds and output."""
+    paper: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What a file says, checked."""
+
+    name: str
+    """The file's own name."""
+    title: str
+    mirrors: str
+    finding: str
+    data: DataPaths
+    suite: Path
+    columns: dict[str, Column]
+    seeds: list[int]
+    rows: list[Row]
+
+
+def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
+    """Read an ablation file and apply ``key.sub=value`` overrides.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key or a wrong value in it, in its base config or its suite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such ablation file")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml raises a family of errors without a common public base
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: not a mapping of keys")
+    found = _typed(AblationConfig, OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))), str(path))
+    for what in ("columns", "rows", "seeds"):
+        if not getattr(found, what):
+            raise UserError(f"{path}: no {what} in it")
+    _distinct(f"{path}: seeds", found.seeds)
+    _distinct(f"{path}: rows", [row.name for row in found.rows])
+    sets = load_suite(found.suite).sets
+    for name, column in found.columns.items():
+        if column.set not in sets:
+            raise UserError(f"{path}: columns.{name}: {found.suite} has no set {column.set!r}, but {', '.join(sets)}")
+    return Ablation(
+        name=path.stem,
+        **{key: getattr(found, key) for key in ("title", "mirrors", "finding", "data", "columns", "seeds")},
+        suite=Path(found.suite),
+        rows=[_row(f"{path}: rows.{row.name}", found, row) for row in found.rows],
+    )
+
+
+def _row(where: str, ablation: AblationConfig, row: RowConfig) -> Row:
+    curation = OmegaConf.merge(ablation.curation, row.curation)
+    tokenizer = OmegaConf.merge(ablation.tokenizer, row.tokenizer)
+    if row.seen <= 0:
+        raise UserError(f"{where}: seen={row.seen}: must be above 0")
+    try:
+        config = load_config(ablation.base, [*ablation.train, *row.train])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Row(
+        name=row.name,
+        curation=_typed(CurationSettings, curation, f"{where}: curation"),
+        tokenizer=_typed(TokenizerSettings, tokenizer, f"{where}: tokenizer"),
+        config=dataclasses.replace(config, steps=max(1, round(config.steps * row.seen))),
+        paper=row.paper,
+    )
+
+
+def _typed(kind: type[Settings], loaded: Any, where: str) -> Settings:
+    """``loaded`` as an object of the dataclass ``kind``; errors name ``where`` and the key."""
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), loaded))
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        known = _known_keys(error.object_type)
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.7)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}" if known else ""
+        raise UserError(f"{where}: unknown key {key!r}{hint}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    assert isinstance(value, kind)
+    return value
+
+
+def _known_keys(kind: Any) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _distinct(where: str, values: Sequence[object]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{where}: {value!r} stands there twice")
