@@ -14,12 +14,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first; a module may import its own layer's package and every layer below.
 LAYERS = [
     {"mc2_hpc.errors"},
-    {"mc2_hpc.config", "mc2_hpc.distributed", "mc2_hpc.page_style", "mc2_hpc.storage", "mc2_hpc.terminal"},
+    {
+        "mc2_hpc.config",
+        "mc2_hpc.distributed",
+        "mc2_hpc.page_style",
+        "mc2_hpc.storage",
+        "mc2_hpc.tar",
+        "mc2_hpc.terminal",
+    },
     {"mc2_hpc.metadata"},
     {"mc2_hpc.curation", "mc2_hpc.kernels"},
     {"mc2_hpc.data", "mc2_hpc.models"},
-    {"mc2_hpc.training", "mc2_hpc.evaluation", "mc2_hpc.conversion"},
-    {"mc2_hpc.quickstart", "mc2_hpc.doctor"},
+    {"mc2_hpc.evaluation", "mc2_hpc.conversion"},
+    {"mc2_hpc.training"},
+    {"mc2_hpc.ablation", "mc2_hpc.quickstart", "mc2_hpc.doctor"},
     {"mc2_hpc.cli"},
 ]
 RANK = {package: rank for rank, layer in enumerate(LAYERS) for package in layer}

@@ -24,13 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.image_tars import TarIndex, fits_tar_name, write_tar
+from mc2_hpc.curation.image_tars import TarIndex
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.perceptual_hash import Hashes, UnreadablePicture, nearest, picture_hashes
 from mc2_hpc.curation.pools import PoolShard, list_pool
 from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.tar import fits_tar_name, write_tar
 
 SETTINGS = "decontaminate.json"
 REPORT = "removed.csv"

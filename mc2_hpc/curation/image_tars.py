@@ -1,24 +1,23 @@
-"""Tars of images: an index over one that others wrote, and a writer whose bytes depend on its content alone."""
+"""The tar of a shard's images, as its writer left it: what curation reads from pools and shards."""
 
-import io
-import tarfile
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.tar import LocalFile, TarError, list_members
 
 JPEG_EXTENSIONS = ("jpg", "jpeg")
 _OTHER_IMAGES = ("png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jxl")
-_BLOCK = 512
 
 
 class TarIndex:
     """Names and places of a tar's regular files; read members in any order.
 
+    No index is kept beside the tar, as the loader does it: curation reads a tar once or twice, in full.
+
     Raises:
-        UserError: not a tar, or cut short (data missing, or no end-of-archive mark).
+        UserError: not a tar, damaged, or cut short (data missing, or no end-of-archive mark).
     """
 
     def __init__(self, path: Path):
@@ -28,40 +27,29 @@ class TarIndex:
         self.repeated: list[str] = []
         """Names that occurred again."""
         try:
-            self._stream = open(path, "rb")
+            self._file = LocalFile(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
         try:
-            self._scan()
-        except BaseException:
-            self._stream.close()
-            raise
-
-    def _scan(self) -> None:
-        try:
-            with tarfile.open(fileobj=self._stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-                for member in tar:
-                    if not member.isreg() or member.issparse():
-                        continue
-                    if member.name in self.members:
-                        self.repeated.append(member.name)
-                    else:
-                        self.members[member.name] = (member.offset_data, member.size)
-                end = tar.offset
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise UserError(f"{self.path}: not a whole tar ({error}); fetch or write it again") from None
-        # tarfile takes a damaged header in mid-archive for the end of the archive.
-        self._stream.seek(end)
-        if self._stream.read(_BLOCK) != bytes(_BLOCK):
-            raise UserError(
-                f"{self.path}: damaged or cut short at byte {end} (no end-of-archive mark); fetch or write it again"
-            )
+            members = list_members(self._file)
+        except (TarError, OSError) as error:
+            raise UserError(f"{path}: not a whole tar ({error}); fetch or write it again") from None
+        for name, offset, size in members:
+            if name in self.members:
+                self.repeated.append(name)
+            else:
+                self.members[name] = (offset, size)
 
     def read(self, name: str) -> bytes:
-        """Content of a member."""
-        offset, size = self.members[name]
-        self._stream.seek(offset)
-        return self._stream.read(size)
+        """Content of a member.
+
+        Raises:
+            UserError: the tar has shrunk, or cannot be read any more.
+        """
+        try:
+            return self._file.read(*self.members[name])
+        except OSError as error:
+            raise UserError(f"{self.path}: {name} cannot be read ({error}); fetch or write it again") from None
 
     def images(self) -> tuple[dict[str, str], Counter[str]]:
         """Member name of each image by key (the name without ``.jpg``), and what was left aside, by reason.
@@ -82,33 +70,10 @@ class TarIndex:
                     found[key] = name
         return found, drops
 
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-
     def __enter__(self) -> "TarIndex":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-
-def fits_tar_name(name: str) -> bool:
-    """Whether a ustar header, which every reader knows, can hold the name: 100 bytes, or 255 split at a slash."""
-    header = tarfile.TarInfo(name)
-    try:
-        header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
-    except ValueError:
-        return False
-    return True
-
-
-def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write a ustar archive of ``(name, content)`` in the given order: no times, owners or modes of this machine."""
-    with open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in files:
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
+        del self._file  # which closes it

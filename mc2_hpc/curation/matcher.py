@@ -51,7 +51,7 @@ class Matcher:
         Raises:
             UserError: an unknown mode; no, a blank or a repeated entry.
         """
-        from mc2_hpc.curation import match_kernels
+        from mc2_hpc.curation import trie_kernels
 
         check_mode(mode)
         check_entries(entries, "metadata")
@@ -60,10 +60,10 @@ class Matcher:
         whole = [p for p in usable if len(patterns[p]) > 1 and patterns[p][0] == " " and patterns[p][-1] == " "]
         between_spaces = frozenset(whole)
         other = [p for p in usable if p not in between_spaces]
-        vocabulary, token_words, token_edges = match_kernels.build_token_trie(
+        vocabulary, token_words, token_edges = trie_kernels.build_token_trie(
             *_join([patterns[p][1:-1] for p in whole], "utf-8", np.uint8), np.array(whole, np.int64)
         )
-        character_edges, openings = match_kernels.build_character_trie(
+        character_edges, openings = trie_kernels.build_character_trie(
             *_join([patterns[p] for p in other], "utf-32-le", np.uint32), np.array(other, np.int64)
         )
         tables = {

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.image_tars import TarIndex, fits_tar_name, write_tar
+from mc2_hpc.curation.image_tars import TarIndex
 from mc2_hpc.curation.match_stage import planned_settings, read_settings
 from mc2_hpc.curation.matched import read_matched, write_matched
-from mc2_hpc.curation.pools import escapes, list_pool
+from mc2_hpc.curation.pools import list_pool
 from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.tar import escapes, fits_tar_name, write_tar
 
 SETTINGS = "pack.json"
 

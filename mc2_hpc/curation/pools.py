@@ -5,7 +5,6 @@ A shard is ``<name>.parquet`` (columns ``key``, ``text``, optional ``lang`` and 
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,18 +18,12 @@ import pyarrow.parquet as pq
 from mc2_hpc.curation.distinct import Distinct
 from mc2_hpc.curation.image_tars import TarIndex
 from mc2_hpc.errors import UserError
+from mc2_hpc.tar import ESCAPES
 
 BATCH_ROWS = 1 << 17
 """Rows of a Parquet shard that are in memory at a time."""
 
 _NUL = pa.scalar("\0", pa.large_string())
-_ESCAPES = r"^/|(^|/)\.\.(/|$)|\\|\x00"
-_ESCAPING_KEY = re.compile(_ESCAPES)
-
-
-def escapes(key: str) -> bool:
-    """Whether a file named ``key`` could land outside of the folder it is unpacked in."""
-    return _ESCAPING_KEY.search(key) is not None
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ def iter_captions(shard: PoolShard, *, keep_repeated: bool = False) -> Iterator[
     for table, drops in _pieces(shard):
         table = _drop(table, drops, "invalid_utf8", ~_valid_utf8(table))
         table = _drop(table, drops, "missing_key", pc.equal(pc.binary_length(pc.fill_null(table["key"], "")), 0))
-        table = _drop(table, drops, "unsafe_key", pc.match_substring_regex(table["key"], _ESCAPES))
+        table = _drop(table, drops, "unsafe_key", pc.match_substring_regex(table["key"], ESCAPES))
         blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(table["text"], ""))), 0)
         table = _drop(table, drops, "empty_text", blank)
         if not keep_repeated:

@@ -14,6 +14,10 @@ _SPREAD = np.arange(4 * _TRIES, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 _DCT_EIGHTHS = (1, 2, 4)
 
 
+Encoded = bytes | memoryview
+"""A picture as its file has it; a view where it was read along with its neighbours."""
+
+
 class Box(NamedTuple):
     """A rectangle in pixels."""
 
@@ -26,7 +30,7 @@ class Box(NamedTuple):
 class EncodedCrop(NamedTuple):
     """A JPEG yet to be decoded, and the part of it that is wanted."""
 
-    data: bytes
+    data: Encoded
     box: Box
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-from mc2_hpc.data.crop import Box, EncodedCrop, dct_scaled, random_crop
+from mc2_hpc.data.crop import Box, Encoded, EncodedCrop, dct_scaled, random_crop
 from mc2_hpc.data.skips import SkipSample
 from mc2_hpc.errors import UserError
 
@@ -39,7 +39,7 @@ TRAIN_BACKENDS = (*CPU_BACKENDS, "dali")
 EVAL_BACKENDS = ("turbo_exact", "pil")
 AUTO = {"train": "turbo", "eval": "turbo_exact"}
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_END_OF_JPEG = b"\xff\xd9"
+_START_OF_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
 _logger = logging.getLogger(__name__)
 
 _RGB = npt.NDArray[np.uint8]
@@ -75,7 +75,7 @@ class TrainTransform:
         self._seed = seed
         self._backend = backend
 
-    def __call__(self, data: bytes, key_hash: np.uint64, epoch: int) -> torch.Tensor | EncodedCrop:
+    def __call__(self, data: Encoded, key_hash: np.uint64, epoch: int) -> torch.Tensor | EncodedCrop:
         """uint8 ``(3, size, size)``: the crop that (seed, epoch, key) choose; or what it is to be made from."""
 
         def choose(height: int, width: int) -> Box:
@@ -84,7 +84,7 @@ class TrainTransform:
         if self._backend != "dali":
             return crop_and_resize(data, choose, self._size, self._backend)
         shape = _jpeg_shape(data)
-        if shape is not None and data.endswith(_END_OF_JPEG):
+        if shape is not None and data[-2:] == _END_OF_JPEG:
             return EncodedCrop(data, choose(*shape))
         return crop_and_resize(data, choose, self._size, "turbo_exact")
 
@@ -99,7 +99,7 @@ class EvalTransform:
         self._mode = mode
         self._backend = resolve_backend(backend, "eval")
 
-    def __call__(self, data: bytes) -> torch.Tensor:
+    def __call__(self, data: Encoded) -> torch.Tensor:
         """uint8 ``(3, size, size)``. Raises SkipSample."""
         size = self._size
         if self._backend == "pil":
@@ -124,7 +124,7 @@ class EvalTransform:
         return resized
 
 
-def crop_and_resize(data: bytes, choose: Callable[[int, int], Box], size: int, backend: str) -> torch.Tensor:
+def crop_and_resize(data: Encoded, choose: Callable[[int, int], Box], size: int, backend: str) -> torch.Tensor:
     """Decode, crop to the box that ``choose(height, width)`` gives, resize: uint8 ``(3, size, size)``.
 
     Raises:
@@ -157,16 +157,16 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _read(data: bytes) -> _RGB:
+def _read(data: Encoded) -> _RGB:
     """The whole picture, ``(height, width, 3)``."""
     shape = _jpeg_shape(data)
     rgb = _decode_jpeg(data, shape, 8) if shape is not None else None
     return rgb if rgb is not None else np.array(_loaded(_open(data)))
 
 
-def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
+def _jpeg_shape(data: Encoded) -> tuple[int, int] | None:
     """Height and width, or None where this is nothing for simplejpeg."""
-    if not data.startswith(b"\xff\xd8"):
+    if data[:2] != _START_OF_JPEG:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -178,7 +178,7 @@ def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
     return height, width
 
 
-def _decode_jpeg(data: bytes, shape: tuple[int, int], eighths: int) -> _RGB | None:
+def _decode_jpeg(data: Encoded, shape: tuple[int, int], eighths: int) -> _RGB | None:
     """The JPEG at ``eighths``/8 of its size, or None where simplejpeg finds damage."""
     height, width = (-(-side * eighths // 8) for side in shape)
     try:
@@ -187,7 +187,7 @@ def _decode_jpeg(data: bytes, shape: tuple[int, int], eighths: int) -> _RGB | No
         return None
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: Encoded) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_PIL_FORMATS)
     except Image.DecompressionBombError:
@@ -208,11 +208,11 @@ def _loaded(image: Image.Image) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as in _open
-        raise _damage(b"\xff\xd8" if image.format in ("JPEG", "MPO") else b"", error) from None
+        raise _damage(_START_OF_JPEG if image.format in ("JPEG", "MPO") else b"", error) from None
 
 
-def _damage(data: bytes, error: Exception) -> SkipSample:
-    truncated = data.startswith(b"\xff\xd8") and "truncated" in str(error).lower()
+def _damage(data: Encoded, error: Exception) -> SkipSample:
+    truncated = data[:2] == _START_OF_JPEG and "truncated" in str(error).lower()
     return SkipSample("truncated_jpeg" if truncated else "undecodable_image", str(error))
 
 

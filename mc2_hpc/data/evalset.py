@@ -12,8 +12,7 @@ import torch
 from mc2_hpc.data.decode import EvalTransform, one_torch_thread
 from mc2_hpc.data.locations import find_shards
 from mc2_hpc.data.shards import Picture, Shard
-from mc2_hpc.data.skips import SkipSample, log_skip
-from mc2_hpc.data.tar import ShardError
+from mc2_hpc.data.skips import ShardError, SkipSample, log_skip
 from mc2_hpc.errors import UserError
 
 _Loaded = tuple[Picture, torch.Tensor]

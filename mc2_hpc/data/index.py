@@ -12,7 +12,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.curation.sampling import hash_keys
-from mc2_hpc.data.tar import LocalFile, Member, list_members
+from mc2_hpc.data.skips import ShardError
 from mc2_hpc.storage import atomic_path
+from mc2_hpc.tar import ByteSource, LocalFile, Member, TarError, escapes, list_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FILES = ("image", "txt", "json")
 """The files of a sample, in the order of :attr:`ShardIndex.places`."""
 
-_MAGIC = b"mc2idx1\n"
+_TXT, _JSON = FILES.index("txt"), FILES.index("json")
+_COLUMNS = 2 + 2 * len(FILES)
+_MOST_BETWEEN = 16384
+"""Bytes between the files of a sample that are read along with them, rather than each file by itself."""
+_MAGIC = b"mc2idx2\n"
 _HEADER = struct.Struct("<8s?3xqqqqL")  # magic, curated, size and time of the tar, samples, unsafe names, checksum
 _Stamp = tuple[bytes, bool, int, int]
 # A tar written so lately may be written again within the tick of its clock: such an index is used, but not kept.
@@ -43,7 +48,10 @@ class ShardIndex:
     Attributes:
         keys: of each sample.
         hashes: ``hash_keys(keys)``, uint64 ``(n,)``.
-        places: int64 ``(n, 3, 2)``: offset and size of each of :data:`FILES`; offset -1 where there is none.
+        places: int64 ``(n, 8)``: offset and size of the one read that fetches all files of a sample, then begin and end
+            of each of :data:`FILES` in what it gives, begin -1 where there is none. From storage that is cold or far
+            away every read costs a round trip. Where the files lie apart the size is -1, and begins and ends are
+            offsets in the tar.
         unsafe_names: members left out because their names lead out of the shard.
         changed: an index was there, but of a tar of another size or time.
     """
@@ -69,32 +77,74 @@ def open_index(path: Path, source: LocalFile, *, curated: bool, cache: Path) -> 
         cache: folder for indexes of tars whose own folder cannot be written.
 
     Raises:
-        ShardError: see :func:`list_members`.
+        ShardError: the tar holds no files, or is damaged (:func:`mc2_hpc.tar.list_members`).
+        OSError: it cannot be read.
     """
     stamp = (_MAGIC, curated, source.size, source.mtime_ns)
-    beside = path.with_name(f".{path.name}.index")
-    elsewhere = cache / "indexes" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.index"
     changed = False
-    for kept in (beside, elsewhere):
+    for kept in _places_for(path, cache):
         index, was_there = _read(kept, stamp)
         if index is not None:
             return index
         changed |= was_there
-    members, unsafe = list_members(source)
-    index = _build(members, unsafe, curated=curated, changed=changed)
+    try:
+        members, unsafe = list_safe_members(source)
+    except TarError as error:
+        raise ShardError(str(error)) from None
+    if not members and not unsafe:
+        raise ShardError("holds no files")
+    samples = _by_stem(members) if curated else _by_webdataset_key(members)
+    _drop_idle_json(samples, source)
+    keys = list(samples)
+    index = ShardIndex(keys, hash_keys(keys), _places(list(samples.values())), unsafe, changed)
     if time.time_ns() - source.mtime_ns > _SETTLED_NS:
-        _keep(index, stamp, (beside, elsewhere))
+        _keep(index, stamp, _places_for(path, cache))
     return index
 
 
-def _build(members: list[Member], unsafe: int, *, curated: bool, changed: bool) -> ShardIndex:
-    samples = _by_stem(members) if curated else _by_webdataset_key(members)
-    places = np.full((len(samples), len(FILES), 2), -1, np.int64)
-    for row, files in zip(places, samples.values(), strict=True):
-        for column, member in files.items():
-            row[column] = member.offset, member.size
-    keys = list(samples)
-    return ShardIndex(keys, hash_keys(keys), places, unsafe, changed)
+def list_safe_members(source: ByteSource) -> tuple[list[Member], int]:
+    """Members of a tar in order, without a leading ``./``, and how many were left out for an unsafe name.
+
+    Raises:
+        TarError, OSError: see :func:`mc2_hpc.tar.list_members`.
+    """
+    members: list[Member] = []
+    unsafe = 0
+    for member in list_members(source):
+        if member.name.startswith("./"):
+            member = member._replace(name=member.name[2:])
+        if member.name and not escapes(member.name):
+            members.append(member)
+        else:
+            unsafe += 1
+    return members, unsafe
+
+
+def _places_for(path: Path, cache: Path) -> Iterator[Path]:
+    """Where the index of the tar at ``path`` may be kept; the second place takes time to name, and is seldom needed."""
+    yield path.with_name(f".{path.name}.index")
+    yield cache / "indexes" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.index"
+
+
+def _drop_idle_json(samples: dict[str, dict[int, Member]], source: ByteSource) -> None:
+    """Forget every ``.json`` beside a ``.txt`` that names no language: nobody need look into it again."""
+    for files in samples.values():
+        if _TXT in files and _JSON in files and b'"lang"' not in source.read(files[_JSON].offset, files[_JSON].size):
+            del files[_JSON]
+
+
+def _places(samples: list[dict[int, Member]]) -> npt.NDArray[np.int64]:
+    """Rows of :attr:`ShardIndex.places` for samples that are files by column."""
+    absent = (-1, 0)
+    flat = [files[column][1:] if column in files else absent for files in samples for column in range(len(FILES))]
+    offsets, sizes = np.moveaxis(np.array(flat, np.int64).reshape(-1, len(FILES), 2), 2, 0)
+    missing = offsets < 0
+    first = np.where(missing, np.iinfo(np.int64).max, offsets).min(axis=1, keepdims=True)
+    size = (offsets + sizes).max(axis=1, keepdims=True) - first
+    apart = size - sizes.sum(axis=1, keepdims=True) > _MOST_BETWEEN
+    begins = np.where(missing, -1, offsets - np.where(apart, 0, first))
+    places = np.stack([begins, begins + sizes], axis=2).reshape(-1, 2 * len(FILES))
+    return np.hstack([first, np.where(apart, -1, size), places])
 
 
 def _by_webdataset_key(members: Iterable[Member]) -> dict[str, dict[int, Member]]:
@@ -139,15 +189,15 @@ def _read(path: Path, stamp: _Stamp) -> tuple[ShardIndex | None, bool]:
         return None, False
     *found, num, unsafe, checksum = _HEADER.unpack_from(data)
     if tuple(found) != stamp:
-        return None, True
+        return None, found[0] == _MAGIC  # else it was written by another version
     body = memoryview(data)[_HEADER.size :]
     if zlib.crc32(body) != checksum:
         return None, False  # a disk that lost part of it; the tar knows
     hashes = np.frombuffer(body, np.uint64, num)
-    places = np.frombuffer(body, np.int64, num * len(FILES) * 2, offset=hashes.nbytes)
+    places = np.frombuffer(body, np.int64, num * _COLUMNS, offset=hashes.nbytes)
     text = bytes(body[hashes.nbytes + places.nbytes :]).decode("utf-8", "surrogateescape")
     keys = text.split("\0") if num else []
-    return ShardIndex(keys, hashes, places.reshape(num, len(FILES), 2), unsafe), False
+    return ShardIndex(keys, hashes, places.reshape(num, _COLUMNS), unsafe), False
 
 
 def _keep(index: ShardIndex, stamp: _Stamp, targets: Iterable[Path]) -> None:

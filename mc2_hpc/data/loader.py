@@ -136,6 +136,11 @@ class TrainLoader:
         self._chunks: Patient[_Chunk | _Failure] | None = None
         self._workers: list[BaseProcess] = []
 
+    @property
+    def shard_names(self) -> list[str]:
+        """The shards in the order that epochs permute, without their folder, which may move."""
+        return [name.rpartition("/")[2] for name in self._source.shards.names]
+
     def __iter__(self) -> "TrainLoader":
         return self
 

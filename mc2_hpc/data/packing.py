@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from mc2_hpc.curation.image_tars import write_tar
+from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.shards import Pair
-from mc2_hpc.data.tar import is_safe_name
 from mc2_hpc.storage import atomic_path
+from mc2_hpc.tar import escapes, write_tar
 
 
-def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, Encoded]]]) -> None:
     """Write samples, each ``(key, {extension: payload})``, as a WebDataset tar, atomically.
 
     The same samples give the same bytes: no times, no owners.
@@ -20,12 +20,12 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, byte
         ValueError: a key that would lead out of a folder, or that is too long for a tar header.
     """
 
-    def members() -> Iterator[tuple[str, bytes]]:
+    def members() -> Iterator[tuple[str, Encoded]]:
         for key, files in samples:
             for extension, payload in files.items():
                 name = f"{key}.{extension}"
-                if not is_safe_name(name):
-                    raise ValueError(f"{name!r} is no safe member name: it must be relative and without '..'")
+                if escapes(name):
+                    raise ValueError(f"{name!r} is no safe member name: it must not lead out of its folder")
                 yield name, payload
 
     with atomic_path(path) as temporary:
@@ -49,16 +49,16 @@ def pack_pairs(pairs: Iterable[Pair], folder: str | Path, *, pairs_per_shard: in
     return paths
 
 
-def _files_of(pair: Pair) -> dict[str, bytes]:
+def _files_of(pair: Pair) -> dict[str, Encoded]:
     if "." in pair.key.rpartition("/")[2]:
         raise ValueError(f"key {pair.key!r}: WebDataset readers end a key at its first dot")
-    files = {_image_extension(pair.image): pair.image, "txt": pair.text.encode("utf-8")}
+    files: dict[str, Encoded] = {_image_extension(pair.image): pair.image, "txt": pair.text.encode("utf-8")}
     if pair.lang:
         files["json"] = json.dumps({"lang": pair.lang}).encode()
     return files
 
 
-def _image_extension(data: bytes) -> str:
-    if data.startswith(b"\x89PNG"):
+def _image_extension(data: Encoded) -> str:
+    if data[:4] == b"\x89PNG":
         return "png"
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "jpg"

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from mc2_hpc.data.tar import ShardError
+from mc2_hpc.data.skips import ShardError
 from mc2_hpc.errors import UserError
 
 _BLOCK = 8 << 20

@@ -8,6 +8,7 @@ column, so those shards are plain.
 """
 
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,15 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.curation.sampling import hash_keys, select
+from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.index import ShardIndex, cache_folder, open_index
-from mc2_hpc.data.skips import SkipSample
-from mc2_hpc.data.tar import ByteSource, LocalFile, ShardError
+from mc2_hpc.data.skips import ShardError, SkipSample
 from mc2_hpc.errors import UserError
+from mc2_hpc.tar import ByteSource, LocalFile
 
 if TYPE_CHECKING:
     import pyarrow
 
-_SIDE_BY_SIDE = 8192
+_PLACES = struct.Struct("=8q")
+"""A row of :attr:`ShardIndex.places`."""
 
 Probabilities = Mapping[str, npt.NDArray[np.float32]]
 """Keep probability of each metadata entry, by language."""
@@ -36,7 +39,7 @@ class Pair(NamedTuple):
     """One picture, still encoded, and one of its captions; ``lang`` is empty where nobody knows it."""
 
     key: str
-    image: bytes
+    image: Encoded
     text: str
     lang: str = ""
 
@@ -46,7 +49,7 @@ class Picture:
     """One picture, still encoded, and all of its captions."""
 
     key: str
-    image: bytes
+    image: Encoded
     texts: list[str]
     langs: list[str]
 
@@ -98,7 +101,7 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
         table = _read_pairs_table(path.with_suffix(".parquet"))
         index = open_index(path, source, curated=table is not None, cache=cache or cache_folder())
     except OSError as error:
-        raise ShardError(str(error)) from None
+        raise ShardError(error.strerror or str(error)) from None
     if table is None:
         return PlainShard(name or str(path), source, index)
     return CuratedShard(name or str(path), source, index, table)
@@ -117,9 +120,8 @@ class PlainShard:
         self._source = source
         self._keys = index.keys
         self._hashes = index.hashes
-        # Plain integers, because picking one row's numbers out of an array takes longer than reading its caption.
-        flat = index.places.reshape(-1, 6).T.tolist()
-        self._image, self._image_size, self._text, self._text_size, self._json, self._json_size = flat
+        # Numbers out of packed bytes: quicker than out of an array, and a fifth of the memory of lists.
+        self._places = index.places.tobytes()
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
         return self._hashes
@@ -133,34 +135,38 @@ class PlainShard:
         return np.arange(self.num_keys)
 
     def read(self, row: int) -> Pair:
-        offset = self._image[row]
-        if offset < 0:
+        places = _PLACES.unpack_from(self._places, row * _PLACES.size)
+        begin, size, image, image_end, text, text_end, more, more_end = places
+        if image < 0:
             raise SkipSample("image_missing")
         try:
-            raw, raw_json = self._caption_files(row)
-            image = self._source.read(offset, self._image_size[row])
+            if size >= 0:
+                data = self._source.read(begin, size)
+            else:
+                data, (image, image_end, text, text_end, more, more_end) = self._read_apart(places)
         except OSError as error:
             raise SkipSample("read_error", str(error)) from None
-        text, lang = _caption(raw, raw_json)
-        return Pair(self._keys[row], image, text, lang)
+        raw = data[text:text_end] if text >= 0 else None
+        if more < 0 and raw is not None:
+            caption, lang = _usable_text(raw), ""
+        else:
+            caption, lang = _described_caption(raw, data[more:more_end] if more >= 0 else b"{}")
+        # A view, because to copy a picture takes a fifth of the time of reading it.
+        return Pair(self._keys[row], memoryview(data)[image:image_end], caption, lang)
 
     def read_picture(self, index: int) -> Picture:
         pair = self.read(index)
         return Picture(pair.key, pair.image, [pair.text], [pair.lang])
 
-    def _caption_files(self, row: int) -> tuple[bytes | None, bytes | None]:
-        """The ``.txt`` and the ``.json``, in one read where they lie side by side."""
-        text, more = self._text[row], self._json[row]
-        read = self._source.read
-        if more < 0:
-            return (read(text, self._text_size[row]) if text >= 0 else None), None
-        if text < 0:
-            return None, read(more, self._json_size[row])
-        gap = text - more
-        if 0 <= gap <= _SIDE_BY_SIDE:
-            both = read(more, gap + self._text_size[row])
-            return both[gap:], both[: self._json_size[row]]
-        return read(text, self._text_size[row]), read(more, self._json_size[row])
+    def _read_apart(self, places: tuple[int, ...]) -> tuple[bytes, list[int]]:
+        """The files of a sample joined, and begin and end of each in that."""
+        data = b""
+        found: list[int] = []
+        for begin, end in zip(places[2::2], places[3::2], strict=True):
+            payload = self._source.read(begin, end - begin) if begin >= 0 else b""
+            found += [len(data) if begin >= 0 else -1, len(data) + len(payload)]
+            data += payload
+        return data, found
 
 
 class CuratedShard:
@@ -191,7 +197,7 @@ class CuratedShard:
         self._pictures = list(self._rows_of)
         self.num_keys = len(self._pictures)
         self._hashes = hash_keys(keys)
-        self._images = dict(zip(index.keys, index.places[:, 0].tolist(), strict=True))
+        self._images = dict(zip(index.keys, index.places[:, :2].tolist(), strict=True))
 
     @cached_property
     def _text_hashes(self) -> npt.NDArray[np.uint64]:
@@ -213,7 +219,7 @@ class CuratedShard:
 
     def read(self, row: int) -> Pair:
         key = self._keys[row]
-        return Pair(key, self._image(key), _require_text(self._text(row)), self._lang(row))
+        return Pair(key, self._image(key), self._text(row), self._lang(row))
 
     def read_picture(self, index: int) -> Picture:
         key = self._pictures[index]
@@ -221,7 +227,7 @@ class CuratedShard:
         return Picture(
             key,
             self._image(key),
-            [_require_text(self._text(row)) for row in rows],
+            [self._text(row) for row in rows],
             [self._lang(row) for row in rows],
         )
 
@@ -235,22 +241,25 @@ class CuratedShard:
         raw = self._texts[row].as_py()
         if raw is None:
             raise SkipSample("caption_missing")
-        return _decode_text(raw)
+        return _usable_text(raw)
 
     def _lang(self, row: int) -> str:
         return str(self._langs[row])
 
 
-def _caption(raw: bytes | None, raw_json: bytes | None) -> tuple[str, str]:
-    """Caption and language of a plain sample by its ``.txt`` and ``.json``."""
-    if raw is not None and (raw_json is None or b'"lang"' not in raw_json):
-        return _require_text(_decode_text(raw)), ""  # parsing is for those who need what is inside
-    described = _parse_object(raw_json) if raw_json is not None else {}
-    text = _decode_text(raw) if raw is not None else described.get("caption", described.get("text"))
-    if not isinstance(text, str):
-        raise SkipSample("caption_missing")
+def _described_caption(raw: bytes | None, raw_json: bytes) -> tuple[str, str]:
+    """Caption and language of a plain sample by its ``.txt`` and its ``.json``."""
+    described = _parse_object(raw_json)
     lang = described.get("lang")
-    return _require_text(text), lang if isinstance(lang, str) else ""
+    if raw is not None:
+        caption = _usable_text(raw)
+    else:
+        text = described.get("caption", described.get("text"))
+        if not isinstance(text, str):
+            raise SkipSample("caption_missing")
+        # JSON can spell half of a surrogate pair, which no encoding of text has.
+        caption = _usable_text(text.encode("utf-8", "surrogatepass"))
+    return caption, lang if isinstance(lang, str) else ""
 
 
 def _read_payload(source: ByteSource, offset: int, size: int) -> bytes:
@@ -260,26 +269,21 @@ def _read_payload(source: ByteSource, offset: int, size: int) -> bytes:
         raise SkipSample("read_error", str(error)) from None
 
 
-def _decode_text(raw: bytes) -> str:
+def _usable_text(raw: bytes) -> str:
     try:
-        return raw.decode("utf-8")
+        text = raw.decode().strip()
     except UnicodeDecodeError as error:
         raise SkipSample("caption_not_utf8", str(error)) from None
-
-
-def _require_text(text: str) -> str:
-    text = text.strip()
     if not text:
         raise SkipSample("caption_empty")
-    # JSON can spell half of a surrogate pair, which no encoding of text has.
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise SkipSample("caption_not_utf8", "lone surrogate")
     return text
 
 
 def _parse_object(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(_decode_text(raw))
+        value = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise SkipSample("caption_not_utf8", str(error)) from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise SkipSample("caption_not_json", str(error)) from None
     if not isinstance(value, dict):

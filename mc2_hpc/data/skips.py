@@ -26,6 +26,10 @@ _logger = logging.getLogger(__name__)
 _logged: Counter[str] = Counter()
 
 
+class ShardError(Exception):
+    """A shard cannot be used; the message says why."""
+
+
 class SkipSample(Exception):
     """One sample cannot be used; ``reason`` is a word of the module's table, ``detail`` says more for the log."""
 

@@ -21,18 +21,17 @@ import numpy.typing as npt
 import torch
 
 from mc2_hpc.curation.sampling import hash_keys, random_uint64
-from mc2_hpc.data.crop import EncodedCrop
+from mc2_hpc.data.crop import Encoded, EncodedCrop
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
-from mc2_hpc.data.skips import SkipSample, log_skip
-from mc2_hpc.data.tar import ShardError
+from mc2_hpc.data.skips import ShardError, SkipSample, log_skip
 from mc2_hpc.errors import UserError
 
 _PROBE_SAMPLES = 4096
 _PROBE_SHARDS = 64
 _logger = logging.getLogger(__name__)
 
-Transform = Callable[[bytes, np.uint64, int], torch.Tensor | EncodedCrop]
+Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop]
 """(encoded picture, key hash, epoch) to what the batch takes; raises SkipSample."""
 
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mc2_hpc.curation.image_tars import write_tar
 from mc2_hpc.storage import write_json
+from mc2_hpc.tar import write_tar
 
 
 @pytest.fixture

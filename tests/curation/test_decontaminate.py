@@ -16,10 +16,10 @@ from PIL import Image
 from mc2_hpc.curation import perceptual_hash
 from mc2_hpc.curation.decontaminate import MAX_DISTANCE, decontaminate
 from mc2_hpc.curation.engines import Local
-from mc2_hpc.curation.image_tars import write_tar
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.perceptual_hash import UnreadablePicture, nearest, picture_hashes
 from mc2_hpc.errors import UserError
+from mc2_hpc.tar import write_tar
 
 pytest.importorskip("imagehash", reason="imagehash is not installed")
 

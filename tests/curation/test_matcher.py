@@ -89,13 +89,22 @@ def colliding_tokens() -> tuple[str, str]:
 
 
 def test_tokens_with_the_same_hash_are_told_apart():
-    from mc2_hpc.curation.match_kernels import _padded, _token_key
+    from mc2_hpc.curation.trie_kernels import _padded, token_key
 
     one, other = colliding_tokens()
-    keys = [_token_key(_padded(np.frombuffer(token.encode(), np.uint8)), 0, 16) for token in (one, other)]
+    keys = [token_key(_padded(np.frombuffer(token.encode(), np.uint8)), 0, 16) for token in (one, other)]
     assert one != other and keys[0] == keys[1]
     assert rows(Matcher.build([one], "compat").match([other, one])) == [[], [0]]
     assert rows(Matcher.build([one, other], "compat").match([other, one])) == [[1], [0]]
+
+
+def test_compiled_matching_is_kept_for_this_source_of_the_tables_alone():
+    from mc2_hpc.curation.match_kernels import match_texts
+    from mc2_hpc.curation.trie_kernels import SOURCE
+
+    Matcher.build(["a"]).match(["a"])
+    assert match_texts.signatures
+    assert all(f"omitted(default={SOURCE})" in map(str, signature) for signature in match_texts.signatures)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mc2_hpc.curation import pools
-from mc2_hpc.curation.image_tars import TarIndex, fits_tar_name, write_tar
-from mc2_hpc.curation.pools import PoolShard, escapes, iter_captions, list_pool
+from mc2_hpc.curation.image_tars import TarIndex
+from mc2_hpc.curation.pools import PoolShard, iter_captions, list_pool
 from mc2_hpc.errors import UserError
 
 
@@ -194,34 +194,3 @@ def test_broken_tar(tmp_path, damage):
     shard.images.write_bytes(damage(shard.images.read_bytes()))
     with pytest.raises(UserError, match="s.tar: "):
         read_captions(shard)
-
-
-def test_images_of_a_tar(tmp_path):
-    shard = make_tar(tmp_path / "s.tar", {"a.jpg": b"1", "b.JPEG": b"2", "c.png": b"3", "d.txt": b"4"})
-    with tarfile.open(shard.images, "a") as tar:
-        tar.addfile(tarfile.TarInfo("a.jpg"))
-        folder = tarfile.TarInfo("x.jpg")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-    with TarIndex(shard.images) as index:
-        images, drops = index.images()
-        assert images == {"a": "a.jpg", "b": "b.JPEG"}
-        assert index.read("a.jpg") == b"1"
-    assert drops == {"unsupported_image": 1, "duplicate_image": 1}
-
-
-def test_written_tar_depends_on_content_alone(tmp_path):
-    files = [("a.jpg", b"x" * 600), ("b.jpg", b""), ("日本.jpg", b"y")]
-    write_tar(tmp_path / "one.tar", files)
-    write_tar(tmp_path / "two.tar", iter(files))
-    assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
-    with tarfile.open(tmp_path / "one.tar") as tar:
-        assert [(m.name, m.size, m.mtime, m.uid, m.mode) for m in tar] == [
-            (name, len(content), 0, 0, 0o644) for name, content in files
-        ]
-
-
-def test_names():
-    assert fits_tar_name("a" * 100) and not fits_tar_name("a" * 101)
-    assert fits_tar_name("a" * 150 + "/" + "b" * 90) and not fits_tar_name("日" * 40)
-    assert [escapes(key) for key in ("a", "a/b", "a..b", "..", "/a", "a/../b", "a\\b")] == [False] * 3 + [True] * 4

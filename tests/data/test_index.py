@@ -12,9 +12,10 @@ from mc2_hpc.data import index as index_module
 from mc2_hpc.data.index import cache_folder
 from mc2_hpc.data.locations import LocalShards
 from mc2_hpc.data.packing import write_shard
-from mc2_hpc.data.shards import Shard, open_shard
+from mc2_hpc.data.shards import Pair, Shard, open_shard
+from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.stream import Lane, Position, ShardPool
-from mc2_hpc.data.tar import LocalFile
+from mc2_hpc.tar import LocalFile, write_tar
 
 DAY_AGO = time.time() - 86_400
 
@@ -30,8 +31,8 @@ def kept(path: Path) -> Path:
     return path.with_name(f".{path.name}.index")
 
 
-def contents(shard: Shard) -> list[tuple[str, ...]]:
-    return [tuple(map(str, shard.read(row))) for row in range(shard.num_keys)]
+def contents(shard: Shard) -> list[Pair]:
+    return [shard.read(row) for row in range(shard.num_keys)]
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_plain_and_curated_have_different_indexes(tmp_path: Path) -> None:
     assert open_shard(path).num_keys == 3
     pq.write_table(pa.table({"key": ["k00001"], "text": ["x"]}), path.with_suffix(".parquet"))
     curated = open_shard(path)
-    assert curated.num_keys == 1 and curated.read(0).image.startswith(b"00001")
+    assert curated.num_keys == 1 and curated.read(0).image[:5] == b"00001"
     assert open_shard(path).read(0) == curated.read(0)
 
 
@@ -152,3 +153,56 @@ def test_where_nothing_can_be_written_at_all(tmp_path: Path, monkeypatch: pytest
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "mc2_hpc"
+
+
+def tar_of(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    write_tar(path, files)
+    os.utime(path, (DAY_AGO, DAY_AGO))
+    return path
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../up.jpg", "a/../../b.jpg", "./../c.txt", "a\\b.jpg"])
+def test_names_that_lead_out_are_left_out_and_counted(name: str, tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "0.tar", [(name, b"x"), ("./ok.jpg", b"y"), ("ok.txt", b"z")])
+    for _ in range(2):
+        shard = open_shard(path)
+        assert contents(shard)[0].key == "ok" and (shard.num_keys, shard.unsafe_names) == (1, 1)
+
+
+def test_a_tar_without_files(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="holds no files"):
+        open_shard(tar_of(tmp_path / "0.tar", []))
+
+
+@pytest.mark.parametrize("order", [("jpg", "json", "txt"), ("txt", "jpg", "json"), ("json", "txt", "jpg")])
+@pytest.mark.parametrize("lang", ["", "ja"])
+def test_a_sample_is_one_read_wherever_its_files_lie(
+    order: tuple[str, ...], lang: str, tmp_path: Path, reads: list[int]
+) -> None:
+    files = {"jpg": b"j" * 3_000, "txt": b"words", "json": b'{"lang": "ja"}' if lang else b'{"language": 1'}
+    path = tar_of(tmp_path / "0.tar", [(f"k{i}.{kind}", files[kind]) for i in range(3) for kind in order])
+    for _ in range(2):
+        shard = open_shard(path)
+        reads.clear()
+        assert [shard.read(row) for row in range(3)] == [Pair(f"k{i}", b"j" * 3_000, "words", lang) for i in range(3)]
+        assert len(reads) == 3 and max(reads) < 3_000 + 5 * 512 + 20
+
+
+def test_files_that_lie_apart_are_read_one_by_one(tmp_path: Path, reads: list[int]) -> None:
+    rows = range(20)
+    names = [[(f"k{i}.{kind}", kind) for i in rows] for kind in ("jpg", "json", "txt")]
+    content = {"jpg": b"j" * 3_000, "json": b'{"lang": "ja"}', "txt": b"words"}
+    path = tar_of(tmp_path / "0.tar", [(name, content[kind]) for group in names for name, kind in group])
+    for _ in range(2):
+        shard = open_shard(path)
+        reads.clear()
+        assert [shard.read(row) for row in rows] == [Pair(f"k{i}", content["jpg"], "words", "ja") for i in rows]
+        assert reads == [3_000, 5, 14] * 20
+
+
+def test_an_index_of_another_version_is_no_change_of_the_tar(tmp_path: Path) -> None:
+    path = write(tmp_path / "0.tar", 20)
+    open_shard(path)
+    data = kept(path).read_bytes()
+    kept(path).write_bytes(data[:6] + b"0" + data[7:])
+    assert not open_shard(path).changed and kept(path).read_bytes() == data

@@ -27,7 +27,7 @@ from mc2_hpc.data.locations import find_shards
 from mc2_hpc.data.packing import pack_pairs, write_shard
 from mc2_hpc.data.remote import CannotReach, ShardCache
 from mc2_hpc.data.shards import CuratedShard, Pair
-from mc2_hpc.data.tar import ShardError
+from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
 
@@ -87,7 +87,7 @@ def test_a_shard_is_copied_once(
     shards = find_shards("memory:///data", cache=tmp_path / "cache")
     assert shards.names == [address]
     shard = shards.open(0)
-    assert shard.read(2).image.startswith(b"0-2") and shard.name == address
+    assert shard.read(2).image[:3] == b"0-2" and shard.name == address
     monkeypatch.setattr(type(memory), "cat_ranges", None)  # not asked again
     assert shards.open(0).num_keys == 4
     copy = cached(tmp_path / "cache" / "shards")[0]

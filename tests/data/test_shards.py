@@ -1,6 +1,7 @@
 """Shards of both kinds as tables of pairs, and what is wrong with bad ones."""
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from mc2_hpc.curation.balance_folder import BalanceFolder
 from mc2_hpc.curation.sampling import hash_keys, select
 from mc2_hpc.data.packing import pack_pairs, write_shard
 from mc2_hpc.data.shards import CuratedShard, Pair, PlainShard, open_shard
-from mc2_hpc.data.skips import SkipSample
-from mc2_hpc.data.tar import ShardError
+from mc2_hpc.data.skips import ShardError, SkipSample
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import write_json
 
@@ -49,6 +49,18 @@ def test_packed_pairs_come_back(tmp_path: Path) -> None:
     assert [shard.read(row) for shard in shards for row in range(shard.num_keys)] == pairs
     with pytest.raises(ValueError, match="end a key at its first dot"):
         pack_pairs([Pair("a.b", b"", "x")], tmp_path / "dots")
+
+
+def test_write_shard_is_deterministic_and_readable_by_tarfile(tmp_path: Path) -> None:
+    samples = [("a/000", {"jpg": b"1", "txt": "ä".encode()}), ("001", {"jpg": b"2" * 700})]
+    for name in ("x.tar", "y.tar"):
+        write_shard(tmp_path / name, samples)
+    assert (tmp_path / "x.tar").read_bytes() == (tmp_path / "y.tar").read_bytes()
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        assert archive.getnames() == ["a/000.jpg", "a/000.txt", "001.jpg"]
+    with pytest.raises(ValueError, match="no safe member name"):
+        write_shard(tmp_path / "z.tar", [("../evil", {"jpg": b""})])
+    assert not (tmp_path / "z.tar").exists()
 
 
 def test_plain_captions(tmp_path: Path) -> None:
@@ -99,7 +111,7 @@ def test_real_shard(shared_data: Path) -> None:
     shard = open_shard(shared_data / "cc12m-32.tar")
     pairs = [shard.read(row) for row in range(shard.num_keys)]
     assert len(pairs) == 32 and pairs[3].text == "Woman exercising by skipping a rope"
-    assert all(pair.image.startswith(b"\xff\xd8") for pair in pairs)
+    assert all(bytes(pair.image[:2]) == b"\xff\xd8" for pair in pairs)
 
 
 def test_curated_shard_has_all_texts_of_a_picture(tmp_path: Path) -> None:
