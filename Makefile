@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-gpu lint bench scale soak plots wheel clean
+.PHONY: quickstart test test-slow test-gpu lint bench scale soak ablations plots wheel clean
 
 quickstart: .venv/quickstart
 	$(BIN)/mc2 quickstart
@@ -26,6 +26,8 @@ bench: .venv/dev
 	$(BIN)/mc2 bench contrastive --json benchmarks/results/contrastive.json
 	$(BIN)/mc2 bench loader --json benchmarks/results/loader.json
 	$(BIN)/mc2 bench curation --json benchmarks/results/curation.json
+	$(BIN)/mc2 bench checkpoint --json benchmarks/results/checkpoint.json
+	$(BIN)/mc2 bench faults --json benchmarks/results/faults.json
 	$(BIN)/mc2 bench eval --json benchmarks/results/eval.json
 	$(BIN)/mc2 bench kernels --json benchmarks/results/kernels.json
 	$(MAKE) plots
@@ -36,6 +38,11 @@ scale: .venv/dev
 
 soak: .venv/dev
 	$(BIN)/python benchmarks/soak.py --minutes 30 --json benchmarks/results/soak.json
+
+# DATA: folder with CIFAR-10 and Babel-ImageNet's labels (docs/ablations.md).
+ablations: .venv/dev
+	$(BIN)/python benchmarks/ablations.py $(DATA) --json benchmarks/results/ablations.json
+	$(MAKE) plots
 
 plots: .venv/dev
 	$(BIN)/python benchmarks/plot.py

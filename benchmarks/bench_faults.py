@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from faults import BATCH, EVERY, ROWS, SAMPLES, STEPS, Starter, prepare, run_row, run_undisturbed
+from fault_rows import EVERY, ROWS, STEPS
+from faults import CannotMount, Starter, prepare, run_row, run_undisturbed
 from harness import main
+from tiny_run import BATCH, SAMPLES
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def run(quick: bool) -> dict[str, Any]:
         for number, row in enumerate(ROWS[2:4] if quick else ROWS):
             try:
                 rows.append(run_row(row, config, folder / f"row{number}", starter, undisturbed))
-            except OSError as error:
+            except CannotMount as error:
                 left_out.append(f"{row.fault}: {error}")
                 print(f"left out: {left_out[-1]}")
     plan = {"samples": SAMPLES, "global_batch": BATCH, "steps": STEPS, "checkpoint_every": EVERY, "ranks": 2}

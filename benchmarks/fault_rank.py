@@ -8,28 +8,40 @@ A job has ``folder`` (diary, log, marks of faults that have struck), ``config``,
 ``restarts``, ``timeout``, ``step_seconds`` (least time of a step), ``stop_after`` (a step after which all ranks save
 and leave, or null) and ``faults``: each ``{at, step, rank, do}`` strikes
 once, when that rank passes that moment (:data:`MOMENTS`) of that step; ``do`` is a list of signals, as in ``KILL`` to
-the rank itself and ``launcher:TERM`` to the process that started it, or ``fill:FOLDER``, ``free:FOLDER``.
+the rank itself, ``launcher:TERM`` to the process that started it and ``worker:STOP`` to its first data worker, of what
+happens to files (:data:`FILES`), as in ``cut:SHARD``, ``poison``, a weight that turns NaN on that
+rank, or ``poison scale``, the gradient of ``logit_scale``.
 """
 
 import json
 import os
 import signal
 import sys
+import tarfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
+from tiny_run import NUM_NEW, draw_pairs
+
 import mc2_hpc.cli
-from mc2_hpc.training import launch, saving, trainer
+from mc2_hpc.data.loader import TrainLoader
+from mc2_hpc.data.packing import write_shard
+from mc2_hpc.training import evaluating, launch, saving, trainer
 from mc2_hpc.training.engine import Engine
 
 Job = dict[str, Any]
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "start-up": (trainer, "newest_checkpoint"),
+    "forward": (Engine, "features"),
     "mid-step": (Engine, "step"),  # gradients are there, nothing is updated
+    "evaluation": (evaluating, "run_suite"),
     "copy": (saving, "_owners"),
     "writing": (saving, "write_tensors"),
     "before rename": (saving, "fsync_folder"),
@@ -41,12 +53,13 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 def run_rank(job: Job) -> int:
     """Train as this process's rank of ``job``."""
     rank, trained, saved = int(os.environ["RANK"]), 0, 0
+    loader: TrainLoader | None = None
     attempt = f"{os.getppid()}-{os.environ['MASTER_PORT']}"
     diary = open(Path(job["folder"]) / f"{attempt}-{rank}.jsonl", "a", encoding="utf-8", buffering=1)
 
     def note(run: trainer.Trainer, batch: Any) -> None:
-        nonlocal trained
-        trained = run.progress.step
+        nonlocal trained, loader
+        trained, loader = run.progress.step, run.loader
         line = {"step": trained, "world": run.ranks.world_size, "time": time.time(), "keys": batch.keys}
         diary.write(json.dumps(line) + "\n")
         time.sleep(job["step_seconds"])
@@ -58,17 +71,19 @@ def run_rank(job: Job) -> int:
     def checkpoint(run: trainer.Trainer, pending: Any, *, stop: bool, written: bool) -> None:
         plain_checkpoint(run, pending, stop=stop or pending.step == job["stop_after"], written=written)
 
-    def strike(at: str) -> None:
+    def strike(at: str, owner: Any) -> None:
         for number, fault in enumerate(job["faults"]):
-            step = trained + 1 if at in ("start-up", "mid-step") else saved
+            step = {"evaluation": trained, "forward": trained + 1, "mid-step": trained + 1}.get(at, saved)
             if (fault["at"], fault["rank"]) == (at, rank) and (at == "start-up" or fault["step"] == step):
-                _strike_once(Path(job["folder"]) / f"fault{number}", fault["do"])
+                if _first_time(Path(job["folder"]) / f"fault{number}"):
+                    for deed in fault["do"]:
+                        _do(deed, owner, loader)
 
     plain_checkpoint, trainer.Trainer._checkpoint = trainer.Trainer._checkpoint, checkpoint
     _before(trainer.Trainer, "_count", note)
     _before(saving.CheckpointWriter, "begin", note_save)
     for at, (owner, name) in MOMENTS.items():
-        _before(owner, name, lambda *_, at=at, **__: strike(at))
+        _before(owner, name, lambda first, *_, at=at, **__: strike(at, first))
     options = ["--timeout", str(job["timeout"])]
     return mc2_hpc.cli.main(["train", *options, job["config"], *job["overrides"]])
 
@@ -83,19 +98,45 @@ def _before(owner: Any, name: str, hook: Callable[..., None]) -> None:
     setattr(owner, name, both)
 
 
-def _strike_once(mark: Path, deeds: list[str]) -> None:
+def _first_time(mark: Path) -> bool:
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:
-        return
-    for deed in deeds:
-        whom, _, what = deed.rpartition(":")
-        if whom == "fill":
-            _fill(Path(what))
-        elif whom == "free":
-            (Path(what) / "ballast").unlink()
+        return False
+    return True
+
+
+def _do(deed: str, owner: Any, loader: TrainLoader | None) -> None:
+    """``owner``: what the moment's function was called with first."""
+    whom, _, what = deed.rpartition(":")
+    if deed == "poison":
+        with torch.no_grad():
+            next(owner._engine.module.parameters()).fill_(torch.nan)
+    elif deed == "poison scale":
+        owner.logit_scale.grad.fill_(torch.nan)
+    elif whom in FILES:
+        FILES[whom](Path(what))
+    else:
+        number = signal.Signals[f"SIG{what}"]
+        if whom == "worker":
+            threading.Thread(target=_signal_reading_worker, args=(loader, number), daemon=True).start()
         else:
-            os.kill(os.getppid() if whom == "launcher" else os.getpid(), signal.Signals[f"SIG{what}"])
+            os.kill(os.getppid() if whom == "launcher" else os.getpid(), number)
+
+
+def _signal_reading_worker(loader: TrainLoader, number: int) -> None:
+    """Catch the first data worker while it has a shard in hand; that is for some milliseconds of a step."""
+    pid, board = loader._workers[0].pid, loader._source.board
+    while True:
+        while board.reading(0) is None:
+            time.sleep(1e-4)
+        os.kill(pid, number)
+        if number != signal.SIGSTOP:
+            return
+        time.sleep(0.05)  # until it has surely stopped
+        if board.reading(0) is not None:
+            return
+        os.kill(pid, signal.SIGCONT)
 
 
 def _fill(folder: Path) -> None:
@@ -107,6 +148,41 @@ def _fill(folder: Path) -> None:
                 file.write(bytes(size))
             except OSError:
                 size //= 2
+
+
+def _free(folder: Path) -> None:
+    (folder / "ballast").unlink()
+
+
+def _cut(shard: Path) -> None:
+    """Half of it is gone, under whoever has it open."""
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def _append(shard: Path) -> None:
+    """New samples at its end, under whoever has it open."""
+    with tarfile.open(shard, "a") as tar:
+        for pair in draw_pairs(NUM_NEW, prefix="new"):
+            for extension, payload in (("jpg", pair.image), ("txt", pair.text.encode())):
+                member = tarfile.TarInfo(f"{pair.key}.{extension}")
+                member.size = len(payload)
+                tar.addfile(member, BytesIO(payload))
+
+
+def _replace(shard: Path) -> None:
+    """Another shard takes its name."""
+    pairs = draw_pairs(NUM_NEW, prefix="new")
+    write_shard(shard, [(pair.key, {"jpg": pair.image, "txt": pair.text.encode()}) for pair in pairs])
+
+
+FILES: dict[str, Callable[[Path], None]] = {
+    "fill": _fill,
+    "free": _free,
+    "cut": _cut,
+    "remove": Path.unlink,
+    "append": _append,
+    "replace": _replace,
+}
 
 
 class _Forked:

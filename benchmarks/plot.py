@@ -9,7 +9,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from ablations import as_tables
 from harness import RESULTS
+
+from mc2_hpc.ablation.plot import draw_panel
 
 
 def _caption(result: dict[str, Any]) -> str:
@@ -91,6 +94,42 @@ def plot_curation(result: dict[str, Any], path: Path) -> None:
     _save(figure, f"Curation, {result['config']['entries']:,} entries", result, path)
 
 
+def plot_eval(result: dict[str, Any], path: Path) -> None:
+    """Pictures a second, every round a mark; seconds for a retrieval in all locales; memory of one."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4))
+    features, retrieval = ([row for row in result["rows"] if row["what"] == what] for what in ("features", "retrieval"))
+    for place, row in enumerate(features):
+        axes[0].bar(place, row["median"], width=0.5, alpha=0.5)
+        axes[0].plot([place] * len(row["samples"]), row["samples"], "k_")
+    for place, row in enumerate(retrieval):
+        axes[1].bar(place, row["seconds_for_36_locales"], width=0.5, alpha=0.5)
+        axes[2].bar(place, row["memory_mb"], width=0.5, alpha=0.5)
+    axes[0].set(title="features of pictures", ylabel="pictures a second")
+    axes[1].set(title="recall in 36 locales", ylabel="seconds")
+    axes[2].set(title="recall in one locale", ylabel="memory growth, MB")
+    for axis, rows in zip(axes, (features, retrieval, retrieval), strict=True):
+        axis.set_xticks(range(len(rows)), [row["who"] for row in rows], rotation=15, ha="right")
+        axis.grid(axis="y", alpha=0.3)
+    _save(figure, "Evaluation", result, path)
+
+
+def plot_checkpoint(result: dict[str, Any], path: Path) -> None:
+    """Seconds that training waits for a save, and seconds a step beside one; every round a mark."""
+    parts = ("stall a save", "step")
+    figure, axes = plt.subplots(1, len(parts), figsize=(9, 4))
+    for axis, part in zip(axes, parts, strict=True):
+        rows = [row for row in result["rows"] if row["what"] == part]
+        for place, row in enumerate(rows):
+            axis.bar(place, row["median"], width=0.5, alpha=0.5)
+            axis.plot([place] * len(row["samples"]), row["samples"], "k_")
+        axis.set_xticks(range(len(rows)), [row["who"] for row in rows])
+        axis.set(title=part, ylabel="seconds")
+        axis.grid(axis="y", alpha=0.3)
+    config = result["config"]
+    size, parameters = config["checkpoint_bytes"] / 1e9, config["parameters"] / 1e6
+    _save(figure, f"Checkpoints of {parameters:.0f} M parameters ({size:.1f} GB)", result, path)
+
+
 def plot_scale(result: dict[str, Any], path: Path) -> None:
     """Time and memory of each stage by captions done."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
@@ -111,6 +150,17 @@ def plot_scale(result: dict[str, Any], path: Path) -> None:
     _save(figure, title, result, path)
 
 
+def plot_ablations(result: dict[str, Any], path: Path) -> None:
+    """A panel an ablation: every row's mean and standard deviation, every seed a point."""
+    tables = as_tables(result)
+    figure, axes = plt.subplots(-(-len(tables) // 2), 2, figsize=(13, 3.6 * -(-len(tables) // 2)), squeeze=False)
+    for axis in axes.flat[len(tables) :]:
+        axis.set_visible(False)
+    for axis, table in zip(axes.flat, tables, strict=False):
+        draw_panel(axis, table)
+    _save(figure, "Ablations on CIFAR-10 in ten languages", result, path)
+
+
 def _save(figure: Any, title: str, result: dict[str, Any], path: Path) -> None:
     figure.suptitle(title)
     figure.text(0.5, 0.01, _caption(result), ha="center", fontsize=7)
@@ -120,8 +170,11 @@ def _save(figure: Any, title: str, result: dict[str, Any], path: Path) -> None:
 
 
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "ablations": plot_ablations,
+    "checkpoint": plot_checkpoint,
     "contrastive": plot_contrastive,
     "curation": plot_curation,
+    "eval": plot_eval,
     "loader": plot_loader,
     "scale_curation": plot_scale,
     "train": plot_train,

@@ -5,13 +5,15 @@
 Ranks are killed, hung, asked to stop, the launcher is killed, the newest checkpoint is damaged, and the number of ranks
 changes, in an order drawn from ``--seed``. When the time is up the run is stopped and saved. Then it is trained once
 more with no fault, each step on as many ranks as the first time: samples, losses, weights and moments must be the same
-to the last bit, and each epoch must have had every sample once. Exit code 1 if not.
+to the last bit, and each epoch must have had every sample once. Exit code 1 if not; everything that was written is
+then left for a look.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import faults
+from fault_diary import EPOCH, account, history, losses, read_diary, state_hashes
+from fault_rows import flip_byte
 from harness import environment
+from tiny_run import SAMPLES
 
 from mc2_hpc.storage import exclusive_folder
 from mc2_hpc.training.checkpoint import complete_folders, find_damage
@@ -33,6 +38,10 @@ STEP_SECONDS = 0.2
 CHECKPOINT_EVERY = 20
 WAIT_S = 10
 """After this long without an answer a rank is taken for lost."""
+OVERRIDES = ["steps=100000", f"checkpoint.every={CHECKPOINT_EVERY}"]
+SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP, "term": signal.SIGTERM}
+"""Faults of one rank."""
+FAULTS = [*SIGNALS, "usr1", "launcher", "damage", "ranks"]
 
 
 class Soak:
@@ -50,16 +59,31 @@ class Soak:
         """Train for ``seconds`` with a fault about every ``every`` of them, then save."""
         began = time.monotonic()
         next_fault = began + every
+        name = self._draw()
         self._start()
         while time.monotonic() - began < seconds:
             time.sleep(0.2)
             if self._process.poll() is not None:
                 self._ended()
                 self._start()
-            if time.monotonic() > next_fault:
+            if time.monotonic() > next_fault and self._strike(name):
+                print(f"{time.monotonic() - began:6.0f} s  {name}", flush=True)
+                self.struck[name] += 1
                 next_fault += every
-                self._strike(time.monotonic() - began)
+                name = self._draw()
         self._stop()
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        for pid in self._rank_pids():
+            _kill(pid, signal.SIGKILL)
+
+    def _draw(self) -> str:
+        """The next fault; a rank that hangs alone is missed by nobody."""
+        return self._random.choice([name for name in FAULTS if name != "hang" or self._ranks > 1])
 
     def _start(self) -> None:
         task = faults.job(
@@ -82,6 +106,9 @@ class Soak:
         if code not in (SAVED, LOST_RANK, -signal.SIGKILL, -signal.SIGTERM):
             log = (self._folder / "log").read_text(encoding="utf-8")[-4000:]
             raise AssertionError(f"exit code {code}\n{log}")
+        for pid in self._rank_pids():
+            if _is_stopped(pid):  # deaf to what the kernel sends when a launcher dies; a scheduler would kill it
+                _kill(pid, signal.SIGKILL)
         with exclusive_folder(self._folder / "run", wait_s=180):
             pass
 
@@ -89,26 +116,29 @@ class Soak:
         self._process.terminate()
         self._ended()
 
-    def _strike(self, at: float) -> None:
-        name = self._random.choice(["kill", "hang", "term", "usr1", "launcher", "damage", "ranks"])
-        self.struck[name] += 1
-        print(f"{at:6.0f} s  {name}", flush=True)
-        if name in ("kill", "hang", "term"):
-            number = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP, "term": signal.SIGTERM}[name]
-            pids = self._rank_pids()
-            if pids:  # none between two starts
-                os.kill(self._random.choice(pids), number)
-        elif name == "usr1":
+    def _strike(self, name: str) -> bool:
+        """Whether there was something to break."""
+        pids = self._rank_pids()
+        if len(pids) < self._ranks:
+            return False  # between two starts
+        if name in SIGNALS:
+            return _kill(self._random.choice(pids), SIGNALS[name])
+        if name == "usr1":
             self._process.send_signal(signal.SIGUSR1)
         elif name == "launcher":
             self._process.kill()
+        elif name == "damage":
+            self._stop()
+            whole = _whole_checkpoints(self._folder)
+            if len(whole) > 1:
+                flip_byte(whole[-1])
+            self._start()
+            return len(whole) > 1
         else:
             self._stop()
-            if name == "damage" and len(list((self._folder / "run" / "checkpoints").glob("step-*"))) > 1:
-                faults.flip_byte(self._folder)
-            elif name == "ranks":
-                self._ranks = self._random.choice([n for n in (1, 2, 3) if n != self._ranks])
+            self._ranks = self._random.choice([n for n in (1, 2, 3) if n != self._ranks])
             self._start()
+        return True
 
     def _rank_pids(self) -> list[int]:
         pids = []
@@ -122,18 +152,35 @@ class Soak:
         return sorted(pids)
 
 
-OVERRIDES = ["steps=100000", f"checkpoint.every={CHECKPOINT_EVERY}"]
+def _kill(pid: int, number: int) -> bool:
+    """Whether it was still there."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
-def last_step(soaked: Path) -> int:
-    """Step of the newest whole checkpoint; a start that was stopped early may not have made up for later ones."""
-    folders = complete_folders(soaked / "run" / "checkpoints")
-    return max((int(folder.name[-8:]) for folder in folders if find_damage(folder) is None), default=0)
+def _is_stopped(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False  # ended meanwhile
+
+
+def _whole_checkpoints(job: Path) -> list[Path]:
+    """Oldest first; a start that was stopped early may not have made up for a damaged one that is newer."""
+    return [folder for folder in complete_folders(job / "run" / "checkpoints") if find_damage(folder) is None]
+
+
+def last_step(job: Path) -> int:
+    """Step of the newest whole checkpoint."""
+    return max((int(folder.name[-8:]) for folder in _whole_checkpoints(job)), default=0)
 
 
 def repeat(config: Path, folder: Path, soaked: Path) -> None:
     """Train the steps of ``soaked`` with no fault, each on as many ranks as it had there."""
-    kept, last = faults.history(faults.read_diary(soaked)), last_step(soaked)
+    kept, last = history(read_diary(soaked)), last_step(soaked)
     starter = faults.Starter(fork=False)
     for step in range(1, last + 1):
         if step == last or kept[step + 1].world != kept[step].world:
@@ -151,21 +198,22 @@ def check(soaked: Path, undisturbed: Path) -> dict[str, Any]:
     Raises:
         AssertionError: a sample, loss, weight or moment differs.
     """
-    found, expected = (faults.history(faults.read_diary(folder)) for folder in (soaked, undisturbed))
+    found, expected = (history(read_diary(folder)) for folder in (soaked, undisturbed))
     steps = range(1, last_step(soaked) + 1)
-    assert steps and all(step in found and step in expected for step in steps), "steps are missing"
+    assert len(steps) >= EPOCH, f"{len(steps)} steps are no epoch: the faults left too little time between them"
+    assert all(step in found and step in expected for step in steps), "steps are missing"
     assert all(found[step].keys[step] == expected[step].keys[step] for step in steps), "other samples"
-    ours, theirs = faults.losses(soaked), faults.losses(undisturbed)
+    ours, theirs = losses(soaked), losses(undisturbed)
     differing = [step for step in steps if ours.get(step) is None or ours[step] != theirs[step]]
     assert not differing, f"other losses from step {differing[0]} on, or no row of it"
-    assert faults.state_hashes(soaked, steps[-1]) == faults.state_hashes(undisturbed, steps[-1]), "other state"
-    seen = Counter(key for step in steps[: len(steps) // faults.EPOCH * faults.EPOCH] for key in found[step].keys[step])
-    assert len(seen) == faults.SAMPLES and len(set(seen.values())) == 1, "samples lost or repeated"
-    attempts = faults.read_diary(soaked)
+    assert state_hashes(soaked, steps[-1]) == state_hashes(undisturbed, steps[-1]), "other state"
+    seen = Counter(key for step in steps[: len(steps) // EPOCH * EPOCH] for key in found[step].keys[step])
+    assert len(seen) == SAMPLES and len(set(seen.values())) == 1, "samples lost or repeated"
+    attempts = read_diary(soaked)
     return {
         "steps": len(steps),
         "starts": len(attempts),
-        "steps_lost": faults.account(soaked)["steps_lost"],
+        "steps_lost": account(soaked)["steps_lost"],
         "samples_lost": 0,
         "samples_repeated": 0,
         "ranks": sorted({attempt.world for attempt in attempts}),
@@ -180,23 +228,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws the faults [0]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = faults.prepare(folder)
-        (folder / "soaked").mkdir()
-        soak = Soak(config, folder / "soaked", arguments.seed)
-        try:
-            soak.run(arguments.minutes * 60, arguments.every)
-            print("the same again, undisturbed", flush=True)
-            repeat(config, folder / "undisturbed", folder / "soaked")
-            row = {**check(folder / "soaked", folder / "undisturbed"), "faults": dict(soak.struck)}
-        except AssertionError as error:
-            print(f"soak: {error}", file=sys.stderr)
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    config = faults.prepare(folder)
+    (folder / "soaked").mkdir()
+    soak = Soak(config, folder / "soaked", arguments.seed)
+    try:
+        soak.run(arguments.minutes * 60, arguments.every)
+        print("the same again, undisturbed", flush=True)
+        repeat(config, folder / "undisturbed", folder / "soaked")
+        row = {**check(folder / "soaked", folder / "undisturbed"), "faults": dict(soak.struck)}
+    except BaseException as error:
+        print(f"soak: {error!r}; see {folder}", file=sys.stderr)
+        if isinstance(error, AssertionError):
             return 1
+        raise
+    finally:
+        soak.close()
+    shutil.rmtree(folder)
     print("  ".join(f"{key}={value}" for key, value in row.items()))
     if arguments.json:
         plan = {"minutes": arguments.minutes, "fault_every_seconds": arguments.every, "seed": arguments.seed}
         result = {"name": "soak", "env": environment(), "config": plan, "rows": [row], "ratios": {}}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 

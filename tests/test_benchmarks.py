@@ -46,3 +46,18 @@ def test_a_step_of_each_side_is_measured(contender):
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout.splitlines()[-1])
     assert row["samples_per_second"] > 0 and 0 < row["mfu"] < 1.5
+
+
+@pytest.mark.slow
+def test_the_wait_for_a_checkpoint_is_measured(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "bench_checkpoint.py"), "--quick", "--json", str(tmp_path / "row.json")]
+    subprocess.run(command, check=True, timeout=900)
+    result = json.loads((tmp_path / "row.json").read_text(encoding="utf-8"))
+    waited = {row["who"] for row in result["rows"] if row["what"] == "stall a save"}
+    assert waited == {"background", "foreground", "open_clip"}
+    assert result["config"]["checkpoint_bytes"] > 12 * result["config"]["parameters"]
+    assert all(value > 0 for value in result["ratios"].values())
+    from plot import plot_checkpoint
+
+    plot_checkpoint(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

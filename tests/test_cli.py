@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mc2_hpc.cli import main
-from mc2_hpc.curation.image_tars import write_tar
+from mc2_hpc.tar import write_tar
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """How far a run has come: the part of its state that is neither weights nor moments."""
 
+import hashlib
+import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +12,8 @@ import torch.distributed as dist
 from mc2_hpc.config import RunConfig
 from mc2_hpc.errors import UserError
 from mc2_hpc.training.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 LanePosition = tuple[int, int, int]
 """(epoch, shard within the lane's deal, offset within it) of the next sample."""
@@ -67,3 +72,34 @@ def restore_progress(
         skipped=Counter(saved["skipped"]) if is_first else Counter(),
     )
     return progress, {lane: (p[0], p[1], p[2]) for lane, p in enumerate(saved["position"])}
+
+
+def common_shards(names: Sequence[str]) -> dict[str, Any]:
+    """How many shards there are and the SHA-256 of their names, as ``trainer.json`` holds it. Collective.
+
+    Raises:
+        UserError: the ranks do not see the same shards; their samples would overlap.
+    """
+    own = {"count": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    for rank, found in enumerate(every):
+        if found != every[0]:
+            raise UserError(
+                f"data.train: rank {rank} sees {found['count']} shards, which are not the {every[0]['count']} of "
+                f"rank 0: let all nodes see the same folder, and wait until what was written shows everywhere"
+            )
+    return own
+
+
+def warn_of_other_shards(checkpoint: Checkpoint, shards: dict[str, Any]) -> None:
+    """Say loudly that the order of samples does not continue, because shards came or went since the checkpoint."""
+    before = checkpoint.trainer.get("shards")
+    if before is not None and before != shards:
+        logger.warning(
+            "%s was saved with %d shards, now there are %d of other names: the order of samples changes from here on, "
+            "and in this epoch some may come twice or not at all",
+            checkpoint.folder,
+            before["count"],
+            shards["count"],
+        )

@@ -21,6 +21,8 @@ class StepResult:
     """Global mean loss before the update, 0-d fp32, equal on all ranks."""
     grad_norm: Tensor
     """Norm of the averaged gradients, 0-d."""
+    logit_scale: Tensor
+    """The multiplier after the update, 0-d; the norm is without its gradient."""
     votes: Tensor
     """How many ranks said yes to each vote."""
 
@@ -72,7 +74,8 @@ class ContrastiveStep:
         else:
             loss = self._cached(images, tokens)
         grad_norm, votes = self._engine.step(lr, self._votes())
-        return StepResult(loss=loss.detach(), grad_norm=grad_norm, votes=votes)
+        scale = self._engine.logit_scale.detach().exp()
+        return StepResult(loss=loss.detach(), grad_norm=grad_norm, logit_scale=scale, votes=votes)
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         return contrastive_loss(

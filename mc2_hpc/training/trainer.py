@@ -27,7 +27,7 @@ from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import MetricsLog
 from mc2_hpc.training.optim import learning_rate
-from mc2_hpc.training.progress import restore_progress
+from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss
 from mc2_hpc.training.stop import Stopped, StopRequest
@@ -99,6 +99,9 @@ class Trainer:
             world_size=ranks.world_size,
             position=position,
         )
+        self.shards = common_shards(self.loader.shard_names)
+        if checkpoint is not None and ranks.is_first:
+            warn_of_other_shards(checkpoint, self.shards)
         clip = build_clip(arch, seed=config.seed)
         self._prepare_model(clip, checkpoint)
         self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))
@@ -261,7 +264,7 @@ class Trainer:
             "step": pending.step,
             "samples_seen": self.progress.samples_seen,
             "loss": float(pending.result.loss),
-            "logit_scale": float(self.engine.logit_scale.detach().exp()),
+            "logit_scale": float(pending.result.logit_scale),
             "lr": pending.lr,
             "grad_norm": float(pending.result.grad_norm),
             **rates,
@@ -277,15 +280,17 @@ class Trainer:
         """See that a step's numbers are finite; its votes: ranks that were asked to stop, ranks that have written."""
         if pending is None:
             return 0, 0
-        for what, value in (("loss", pending.result.loss), ("gradient norm", pending.result.grad_norm)):
-            # Both are the same on every rank, so every rank stops at the same step.
+        result = pending.result
+        numbers = (("loss", result.loss), ("gradient norm", result.grad_norm), ("logit_scale", result.logit_scale))
+        for what, value in numbers:
+            # All are the same on every rank, so every rank stops at the same step.
             if not math.isfinite(float(value)):
                 self.writer.finish()
                 raise NonFiniteError(
                     f"{what} is {float(value)} at step {pending.step}; {self._last_good()}; "
                     f"keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
-        num_stop, num_written = pending.result.votes.tolist()
+        num_stop, num_written = result.votes.tolist()
         return int(num_stop), int(num_written)
 
     def _last_good(self) -> str:
@@ -300,6 +305,7 @@ class Trainer:
             tokenizer_file=Path(self.config.data.tokenizer),
             trainer={
                 **self.progress.gathered(),
+                "shards": self.shards,
                 "config": config_to_dict(self.config),
                 "world_size": self.ranks.world_size,
                 "versions": {name: version(name) for name in _PACKAGES},

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mc2_hpc import doctor
 from mc2_hpc.cli import main
-from mc2_hpc.curation.image_tars import write_tar
+from mc2_hpc.tar import write_tar
 
 ROOT = Path(__file__).parents[2]
 PYTHON = f"--export=ALL,MC2_PYTHON={sys.executable}"

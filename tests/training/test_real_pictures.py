@@ -10,13 +10,13 @@ import torch
 
 from mc2_hpc.config import DataConfig
 from mc2_hpc.curation import pipeline
-from mc2_hpc.curation.image_tars import write_tar
 from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.evaluation.features import encode_images
 from mc2_hpc.evaluation.zero_shot import build_classifier, top_k_accuracy
 from mc2_hpc.models.weights import load_clip
+from mc2_hpc.tar import write_tar
 
 # Class names and sentence forms by language.
 NAMES = {

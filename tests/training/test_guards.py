@@ -1,0 +1,56 @@
+"""What a run refuses to save, or to go on from in silence."""
+
+import shutil
+
+import faults  # conftest.py has put benchmarks/ on the path
+import pytest
+import torch.distributed as dist
+from tiny_run import write_config, write_pool
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.training.progress import common_shards
+from mc2_hpc.training.stop import SAVED
+
+
+@pytest.fixture(scope="module")
+def starter():
+    starter = faults.Starter(fork=True)
+    yield starter
+    starter.close()
+
+
+@pytest.fixture
+def config(tmp_path):
+    values = {"steps": 8, "log_every": 1, "checkpoint": {"every": 4}}
+    return write_config(tmp_path / "run.yaml", write_pool(tmp_path), **values)
+
+
+def test_a_scale_that_is_no_number_is_not_saved(config, starter, tmp_path):
+    """Its gradient is in no norm: only the scale itself shows it, in the step of a save too."""
+    fault = {"at": "mid-step", "step": 4, "rank": 1, "do": ["poison scale"]}
+    job = faults.job(config, tmp_path / "job", faults=[fault])
+    assert starter.run(job) == 1
+    log = (tmp_path / "job" / "log").read_text()
+    assert "logit_scale is nan at step 4; last good checkpoint: none yet" in log
+    assert not list((tmp_path / "job" / "run").glob("checkpoints/step-*"))
+    assert starter.run(job) == 0
+
+
+def test_shards_that_went_are_said_on_resume(config, starter, tmp_path):
+    job = faults.job(config, tmp_path / "job")
+    assert starter.run({**job, "stop_after": 4}) == SAVED
+    assert starter.run({**job, "stop_after": 6}) == SAVED
+    assert "shards, now there are" not in (tmp_path / "job" / "log").read_text()
+    shutil.move(tmp_path / "shards" / "00003.tar", tmp_path / "00003.tar")
+    assert starter.run(job) == 0
+    assert "was saved with 8 shards, now there are 7" in (tmp_path / "job" / "log").read_text()
+
+
+def test_ranks_that_see_other_shards_end_at_the_start(monkeypatch):
+    def gather(every, own):
+        every[:] = [{"count": 3, "sha256": "0"}, own]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(UserError, match="rank 1 sees 2 shards, which are not the 3 of rank 0"):
+        common_shards(["00000.tar", "00001.tar"])
