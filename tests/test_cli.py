@@ -73,7 +73,7 @@ def test_stages_alone_equal_all_in_turn(pool, metadata, tmp_path, capsys):
         (["metadata", "fetch", "--out", "x", "--pageviews", "noon"], "page views 'noon': write YYYYMMDD-HH"),
         (["curate", "run", "nowhere", "--metadata", "y", "--t-en", "5", "--out", "x", "--workers", "0"], "--workers 0"),
         (["convert", "nowhere", "--to", "open_clip", "--out", "x"], "nowhere"),
-        (["bench", "nothing"], "no such benchmark; choose one of contrastive, curation"),
+        (["bench", "nothing"], "no such benchmark; choose one of checkpoint, contrastive, curation"),
     ],
 )
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):

@@ -201,7 +201,9 @@ class ShardCache:
     def _make(self, folder: Path, files: list[_Remote], ahead: bool) -> Copy | None:
         """Copy ``files`` to ``folder``; None if they changed meanwhile, or somebody else was faster."""
         part = folder.with_suffix(".part")
-        part.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # pathlib's exist_ok would look again, when its writer may have renamed it
+            part.mkdir()
         descriptor = _lock(part, fcntl.LOCK_EX, self._patience_s)
         if descriptor is None or folder.exists():
             if descriptor is not None:

@@ -10,8 +10,6 @@ several candidate captions, and some captions say nothing. Every draw comes from
 same bytes.
 """
 
-import io
-import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 from mc2_hpc.quickstart.captions import LANGUAGES, NUMBERS, draw_caption, draw_noise, number_names
 from mc2_hpc.quickstart.pictures import HandwrittenDigits, draw_number, load_handwriting
 from mc2_hpc.storage import atomic_path
+from mc2_hpc.tar import write_tar
 
 _CAPTION_COUNTS = (0.35, 0.35, 0.2, 0.1)
 """Chance that a picture has 1, 2, 3 or 4 candidate captions."""
@@ -115,7 +114,7 @@ def _write_pool_shard(
             else:
                 text = draw_caption(lang, names[lang][number], rng)
             rows.append({"key": key, "text": text, "lang": lang, "source": "alt"})
-    _write_tar(stem.with_suffix(".tar"), pictures)
+    _write_pictures(stem.with_suffix(".tar"), pictures)
     _write_rows(stem.with_suffix(".parquet"), rows)
     return len(rows)
 
@@ -132,16 +131,13 @@ def _write_heldout(
             for lang in LANGUAGES:
                 text = draw_caption(lang, names[lang][number], rng)
                 rows.append({"key": key, "text": text, "lang": lang, "source": "heldout", "number": number})
-    _write_tar(stem.with_suffix(".tar"), pictures)
+    _write_pictures(stem.with_suffix(".tar"), pictures)
     _write_rows(stem.with_suffix(".parquet"), rows)
 
 
-def _write_tar(path: Path, pictures: Iterable[tuple[str, bytes]]) -> None:
-    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, jpeg in pictures:
-            header = tarfile.TarInfo(f"{key}.jpg")  # time, owner and group 0: the same pictures give the same bytes
-            header.size = len(jpeg)
-            tar.addfile(header, io.BytesIO(jpeg))
+def _write_pictures(path: Path, pictures: Iterable[tuple[str, bytes]]) -> None:
+    with atomic_path(path) as temporary:
+        write_tar(temporary, ((f"{key}.jpg", jpeg) for key, jpeg in pictures))
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

@@ -194,6 +194,23 @@ def test_a_copy_that_somebody_else_makes_is_waited_for_but_not_for_ever(
     assert cache.fetch(address).tar.is_file()
 
 
+def test_a_copy_that_is_finished_between_two_looks(
+    memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (address,) = upload(memory, tmp_path, 1)
+    mkdir = os.mkdir
+
+    def just_too_late(path: str | Path, *arguments: int) -> None:
+        if str(path).endswith(".part"):
+            monkeypatch.undo()
+            ShardCache(tmp_path / "cache", 10**6, 5).fetch(address)
+            raise FileExistsError(17, "File exists", str(path))
+        mkdir(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", just_too_late)
+    assert ShardCache(tmp_path / "cache", 10**6, 5).fetch(address).tar.is_file()
+
+
 def _hold(folder: str, address: str, queue: "multiprocessing.Queue[int]") -> None:
     """In a process of its own: fetch over and over, as workers of several ranks do."""
     cache = ShardCache(Path(folder), 10**9, 30)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.results import markdown
 from mc2_hpc.evaluation.suite import load_suite
 
-CONFIGS = __import__("pathlib").Path(__file__).parents[2] / "configs" / "eval"
+CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
 
 
 @pytest.fixture
