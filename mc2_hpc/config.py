@@ -8,14 +8,17 @@ file and the key. A parsed config is read-only (frozen dataclasses): state that 
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mc2_hpc.errors import UserError
+
+Settings = TypeVar("Settings")
 
 
 def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -267,19 +270,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         UserError: no such file, not YAML, an unknown key (the nearest known one is named), a value of the wrong type
             or out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # yaml raises a family of errors without a common public base
-        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
-    return _build(loaded, list(overrides or []), str(path))
+    return typed(RunConfig, read_yaml(path, "config file"), overrides or (), source=str(path))
 
 
 def config_from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
     """Build a config from plain values, such as ``trainer.json`` of a checkpoint holds; errors name ``source``."""
-    return _build(OmegaConf.create(values), [], source)
+    return typed(RunConfig, values, source=source)
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -287,36 +283,56 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _build(loaded: Any, overrides: list[str], source: str) -> RunConfig:
-    schema = OmegaConf.structured(RunConfig)
+def read_yaml(path: str | Path, what: str) -> DictConfig:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: no such file (``what`` says what it should be), or not a mapping in YAML.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such {what}")
     try:
-        merged = OmegaConf.merge(schema, loaded)
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml raises a family of errors without a common public base
+        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: not a mapping of keys")
+    return loaded
+
+
+def typed(kind: type[Settings], values: Any, overrides: Sequence[str] = (), *, source: str) -> Settings:
+    """An object of the dataclass ``kind`` from a mapping and ``key.sub=value`` overrides.
+
+    Raises:
+        UserError: names ``source``, or the override, and the key that is unknown or whose value does not do.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), values)
         for override in overrides:
             source = f"override {override!r}"
             if "=" not in override:
-                raise UserError(f"{source}: write it as key.sub=value")
+                raise UserError("write it as key.sub=value")
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        config = OmegaConf.to_object(merged)
+        found = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        section = key.rpartition(".")[0]
-        known = [name for name in _known_keys(RunConfig) if name.rpartition(".")[0] == section]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"{source}: unknown key {key!r}; {hint}") from None
+        raise UserError(f"{source}: {_unknown_key(error)}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key or 'value'}: {_first_line(error)}") from None
-    assert isinstance(config, RunConfig)
-    return config
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    assert isinstance(found, kind)
+    return found
 
 
-def _known_keys(node: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for entry in dataclasses.fields(node):
-        keys.append(prefix + entry.name)
-        if dataclasses.is_dataclass(entry.type):
-            keys.extend(_known_keys(entry.type, f"{prefix}{entry.name}."))
-    return keys
+def _unknown_key(error: ConfigKeyError) -> str:
+    """What was written, and what is nearest to it among the keys there are."""
+    key = str(error.full_key or error.key)
+    section = key.rpartition(".")[0]
+    names = [entry.name for entry in dataclasses.fields(error.object_type)] if error.object_type is not None else []
+    known = [f"{section}.{name}" if section else name for name in names]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -6,17 +6,15 @@ What a row does not say, the file's own ``curation``, ``tokenizer`` and ``train`
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from mc2_hpc.config import RunConfig, load_config
+from mc2_hpc.config import RunConfig, load_config, read_yaml, typed
 from mc2_hpc.data.tokenizer import STYLES
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.suite import load_suite
@@ -24,8 +22,6 @@ from mc2_hpc.evaluation.suite import load_suite
 METADATA = ("by_language", "english", "merged")
 THRESHOLDS = ("tail_mass", "same")
 REDUCTIONS: Mapping[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "min": min}
-
-Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +158,8 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
         UserError: no such file, not YAML, an unknown key or a wrong value in it, in its base config or its suite.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such ablation file")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # yaml raises a family of errors without a common public base
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: not a mapping of keys")
-    found = _typed(AblationConfig, OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))), str(path))
+    loaded = OmegaConf.merge(read_yaml(path, "ablation file"), OmegaConf.from_dotlist(list(overrides)))
+    found = typed(AblationConfig, loaded, source=str(path))
     for what in ("columns", "rows", "seeds"):
         if not getattr(found, what):
             raise UserError(f"{path}: no {what} in it")
@@ -199,33 +188,11 @@ def _row(where: str, ablation: AblationConfig, row: RowConfig) -> Row:
         raise UserError(f"{where}: {error}") from None
     return Row(
         name=row.name,
-        curation=_typed(CurationSettings, curation, f"{where}: curation"),
-        tokenizer=_typed(TokenizerSettings, tokenizer, f"{where}: tokenizer"),
+        curation=typed(CurationSettings, curation, source=f"{where}: curation"),
+        tokenizer=typed(TokenizerSettings, tokenizer, source=f"{where}: tokenizer"),
         config=dataclasses.replace(config, steps=max(1, round(config.steps * row.seen))),
         paper=row.paper,
     )
-
-
-def _typed(kind: type[Settings], loaded: Any, where: str) -> Settings:
-    """``loaded`` as an object of the dataclass ``kind``; errors name ``where`` and the key."""
-    try:
-        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), loaded))
-    except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        known = _known_keys(error.object_type)
-        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.7)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}" if known else ""
-        raise UserError(f"{where}: unknown key {key!r}{hint}") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from None
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    assert isinstance(value, kind)
-    return value
-
-
-def _known_keys(kind: Any) -> list[str]:
-    return [entry.name for entry in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
 def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:

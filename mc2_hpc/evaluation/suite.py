@@ -17,9 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from mc2_hpc.config import read_yaml, typed
 from mc2_hpc.distributed import first_error
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
@@ -82,17 +80,7 @@ def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
     Raises:
         UserError: no such file, not YAML, an unknown key, reader or option, or no set at all.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such suite file")
-    try:
-        loaded = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
-        suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Suite), loaded))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # yaml raises a family of errors without a common public base
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    assert isinstance(suite, Suite)
+    suite = typed(Suite, read_yaml(path, "suite file"), overrides or (), source=str(path))
     if not suite.sets:
         raise UserError(f"{path}: no sets in it")
     for name, config in suite.sets.items():
