@@ -73,7 +73,7 @@ def launcher(code, options):
 def test_signals_are_passed_on_and_waited_for(number):
     code = f"""
 signal.signal({int(number)}, lambda *_: (time.sleep(0.5), sys.exit(75)))
-print("ready", flush=True)
+os.write(1, b"ready\\n")  # at once: print may part the line from its end
 time.sleep(100)
 """
     process = launcher(code, "restarts=3, stop_s=60")
@@ -83,7 +83,7 @@ time.sleep(100)
 
 
 def test_ranks_that_do_not_save_in_time_are_killed():
-    code = "signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(100)"
+    code = "signal.signal(15, signal.SIG_IGN); os.write(1, b'ready\\n'); time.sleep(100)"
     process = launcher(code, "restarts=3, stop_s=0.5")
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.terminate()
@@ -93,8 +93,8 @@ def test_ranks_that_do_not_save_in_time_are_killed():
 
 def test_ranks_are_asked_to_save_when_the_launcher_is_killed():
     code = """
-signal.signal(15, lambda *_: (print("saved", flush=True), sys.exit(75)))
-print("ready", flush=True)
+signal.signal(15, lambda *_: (os.write(1, b"saved\\n"), sys.exit(75)))
+os.write(1, b"ready\\n")  # at once: print may part the line from its end
 time.sleep(100)
 """
     process = launcher(code, "restarts=0, stop_s=60")
