@@ -28,14 +28,14 @@ import pyarrow.parquet as pq
 from curation_corpus import Corpus, english, spaceless
 from harness import main, spread
 
-from mc2_hpc.curation.balance import entry_probabilities
+from mc2_hpc.balancing.thresholds import entry_probabilities
 from mc2_hpc.curation.counts import VotesFile
-from mc2_hpc.curation.language_id import FastLangdetect
-from mc2_hpc.curation.match_stage import _MatchShard, counts_path, tables_folder
+from mc2_hpc.curation.match import _MatchShard, counts_path, tables_folder
 from mc2_hpc.curation.matched import entries_of, read_matched
-from mc2_hpc.curation.matcher import Matcher
-from mc2_hpc.curation.pools import list_pool
-from mc2_hpc.curation.sample_stage import select_rows
+from mc2_hpc.curation.matching.matcher import Matcher
+from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.language_id import FastLangdetect
+from mc2_hpc.curation.sample import select_rows
 from mc2_hpc.metadata.files import write_entries
 
 LANG = "en"

@@ -23,10 +23,10 @@ import simplejpeg
 import torch
 from harness import main, spread
 
-from mc2_hpc.curation.sampling import hash_keys
 from mc2_hpc.data.crop import Box, EncodedCrop, random_crop
 from mc2_hpc.data.dali import IN_FLIGHT, DaliDecoder, Jpegs
 from mc2_hpc.data.decode import TrainTransform
+from mc2_hpc.draws import hash_keys
 
 SIZES = {"640x480": (640, 480), "1024x768": (1024, 768)}
 CROP_SCALE = (0.9, 1.0)

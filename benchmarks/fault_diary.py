@@ -60,14 +60,18 @@ def kept_samples(folder: Path) -> dict[int, list[str]]:
     return {step: attempt.keys[step] for step, attempt in sorted(history(read_diary(folder)).items())}
 
 
+def every_key() -> set[str]:
+    """Of the pool."""
+    return {f"{number:06d}" for number in range(SAMPLES)}
+
+
 def count_samples(folder: Path) -> dict[str, int]:
     """Samples that epochs of a run on whole shards lack, and have more than once."""
     epochs: dict[int, Counter[str]] = {}
     for step, keys in kept_samples(folder).items():
         epochs.setdefault((step - 1) // EPOCH, Counter()).update(keys)
-    whole = {f"{number:06d}" for number in range(SAMPLES)}
     return {
-        "samples_lost": sum(len(whole - set(seen)) for seen in epochs.values()),
+        "samples_lost": sum(len(every_key() - set(seen)) for seen in epochs.values()),
         "samples_repeated": sum(count - 1 for seen in epochs.values() for count in seen.values()),
     }
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from curation_corpus import IDEOGRAPHS, LETTERS, generated_words
 from harness import main
 
-from mc2_hpc.curation.language_id import FastLangdetect
+from mc2_hpc.curation.pool.language_id import FastLangdetect
 from mc2_hpc.metadata.files import write_entries
 
 NUM_LANGUAGES = 200

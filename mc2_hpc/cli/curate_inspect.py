@@ -45,7 +45,7 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:
-    from mc2_hpc.curation.sample_stage import sample
+    from mc2_hpc.curation.sample import sample
 
     return sample(
         arguments.matched,

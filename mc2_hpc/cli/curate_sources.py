@@ -31,19 +31,19 @@ def add_actions(actions: Any) -> None:
 
 
 def _extract(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:
-    from mc2_hpc.curation.common_crawl import extract
+    from mc2_hpc.curation.pool.common_crawl import extract
 
     return extract(arguments.archives, arguments.out, engine=engine, progress=report)
 
 
 def _deduplicate(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:
-    from mc2_hpc.curation.url_dedup import deduplicate
+    from mc2_hpc.curation.pool.url_dedup import deduplicate
 
     return deduplicate(arguments.pool, arguments.out, shards=arguments.shards, engine=engine, progress=report)
 
 
 def _decontaminate(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:
-    from mc2_hpc.curation.decontaminate import decontaminate
+    from mc2_hpc.curation.pool.decontaminate import decontaminate
 
     return decontaminate(
         arguments.shards,

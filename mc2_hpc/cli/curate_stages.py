@@ -65,8 +65,8 @@ def engine_of(arguments: argparse.Namespace) -> Any:
     Raises:
         UserError: flags that do not go together, or a bad value.
     """
-    from mc2_hpc.curation.engines import Local, Ray, Slurm, slurm_options
     from mc2_hpc.errors import UserError
+    from mc2_hpc.jobs.engines import Local, Ray, Slurm, slurm_options
 
     if arguments.executor != "slurm" and (arguments.slurm or arguments.wait):
         raise UserError(f"--slurm and --wait go with --executor slurm, not {arguments.executor}")
@@ -98,7 +98,7 @@ def on_engine(stage: Action) -> Callable[[argparse.Namespace], int]:
 
 def _match(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:
     from mc2_hpc.curation import pipeline
-    from mc2_hpc.curation.language_id import make_identifier
+    from mc2_hpc.curation.pool.language_id import make_identifier
 
     identifier = make_identifier(arguments.language_id)
     return pipeline.match(
@@ -128,7 +128,7 @@ def _pack(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, 
 
 def _run(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:
     from mc2_hpc.curation import pipeline
-    from mc2_hpc.curation.language_id import make_identifier
+    from mc2_hpc.curation.pool.language_id import make_identifier
     from mc2_hpc.curation.report.page import write_report
     from mc2_hpc.curation.report.plots import require_matplotlib
 

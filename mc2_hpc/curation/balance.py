@@ -1,67 +1,278 @@
-"""Thresholds and keep probabilities of head/tail balancing (Meta CLIP 2, algorithm 1). Arrays only.
+"""Stage 2: counts of a matched pool -> thresholds and keep probabilities.
 
-An entry counted ``c`` times is kept with probability ``t / max(c, t)``: entries below the threshold ``t`` are the tail
-and always kept, those above are the head and thinned to about ``t`` texts. English has its threshold ``t_en`` set by
-hand. Any other language gets the threshold that leaves the same share ``p`` of its match mass in the tail.
+Four steps, so that neither all shards nor all languages pass through one process at once: the counts of the shards are
+merged as a tree; one task sets the thresholds, language by language; every shard adds up the keep probabilities of its
+texts; one task writes the report.
 """
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mc2_hpc.balancing import csr
+from mc2_hpc.balancing.selection import keep_probability
+from mc2_hpc.balancing.thresholds import check_threshold, entry_probabilities, mass_to_threshold, threshold_to_mass
+from mc2_hpc.curation.counts import VotesFile, dense, merge_tree, merge_votes, merged_path
+from mc2_hpc.curation.match import (
+    MERGED,
+    SETTINGS,
+    counts_path,
+    planned_settings,
+    read_settings,
+    rows_by_language,
+)
+from mc2_hpc.curation.matched import entries_of, matched_batches
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine
+from mc2_hpc.jobs.stages import Progress, Stage, run_stages, sum_stats
+from mc2_hpc.metadata.files import metadata_files, read_entries
+from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
 
-Counts = npt.NDArray[np.uint64]
+ENGLISH = "en"
+_REPORT = "balance.json"
+_THRESHOLDS = "thresholds.json"
 
 
-def threshold_to_mass(counts: Counts, t: int) -> float:
-    """Share of all matches that fall on entries counted fewer than ``t`` times: ``sum(c[c < t]) / sum(c)``.
+def balance(
+    matched: str | Path,
+    metadata: str | Path,
+    out: str | Path,
+    t_en: int,
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Set every language's threshold so that its tail holds the share of matches that English's holds at ``t_en``.
+
+    Writes ``counts/<lang>.npy`` (uint64), ``probs/<lang>.npy`` (float32) and, last, ``balance.json``, which is
+    returned; None where the work was only submitted to Slurm. With the same counts and ``t_en`` nothing is done again.
 
     Args:
-        counts: matches of each entry, unsigned integers.
+        matched: folder that :func:`~mc2_hpc.curation.match.match` filled, every shard of it finished.
+        t_en: threshold of English; English keeps it as it is.
+        engine: where the work is done; one worker of this machine by default.
 
     Raises:
-        UserError: ``t`` is below 1, or nothing was matched.
+        UserError: unfinished or foreign input, ``t_en`` below 1, or no English caption matched.
     """
-    check_threshold(t)
-    total = _total(counts)
-    return int(counts[counts < t].sum(dtype=np.uint64)) / total
+    read_settings(Path(matched))
+    if not run_stages(plan_balance(matched, metadata, out, t_en), engine, progress):
+        return None
+    return read_json(Path(out) / _REPORT)
 
 
-def mass_to_threshold(counts: Counts, p: float) -> int:
-    """The count at which the cumulative share of matches, entries sorted by count, comes closest to ``p``.
+def plan_balance(matched: str | Path, metadata: str | Path, out: str | Path, t_en: int) -> list[Stage]:
+    """The stages of :func:`balance` for a pool whose shards may still have to be matched."""
+    matched, out, metadata = Path(matched).absolute(), Path(out).absolute(), Path(metadata).absolute()
+    check_threshold(t_en)
+    settings = planned_settings(matched)
+    hashes = {lang: file_sha256(path) for lang, path in metadata_files(metadata).items()}
+    if hashes != settings["metadata"]:
+        raise UserError(f"{metadata}: not the metadata that {matched} was matched with; name that, or match again")
+    shards = settings["shards"]
+    digest = hashlib.sha256("\n".join(shards).encode("utf-8", "surrogateescape")).hexdigest()
+    merged = matched / MERGED / digest[:16]  # of these shards: with others it is another folder
+    levels = merge_tree([counts_path(matched, name) for name in shards], merged)
+    root = merged_path(merged, next(iter(levels[-1])))
+    set_thresholds = _SetThresholds(matched, metadata, out, t_en, root)
+    return [
+        *(
+            Stage(f"count {number}", matched, level, _Merge(merged), partial(_is_merged, merged), unit="sums")
+            for number, level in enumerate(levels, start=1)
+        ),
+        Stage(
+            "thresholds",
+            out,
+            {"thresholds": None},
+            set_thresholds,
+            set_thresholds.is_done,
+            invalidates=(out / "expected", out / _REPORT),
+        ),
+        Stage("expected share", out, dict.fromkeys(shards), _ExpectShard(matched, out), partial(_has_expected, out)),
+        Stage("balance", out, {"balance": None}, _Report(matched, out, root), partial(_has_report, out)),
+    ]
 
-    The recipe's rule, over entries that were matched at all, so the result is at least 1. It is inclusive where
-    :func:`threshold_to_mass` is strict, so the two are not exact inverses: counts [1, 2, 7, 10] and t = 5 give p =
-    0.15, and p = 0.15 gives t = 2. Of two positions equally close the lower wins.
 
-    Raises:
-        UserError: ``p`` lies outside of [0, 1], or nothing was matched.
-    """
-    if not 0 <= p <= 1:
-        raise UserError(f"tail mass p={p}: must lie in [0, 1]")
-    total = _total(counts)
-    ascending = np.sort(counts[counts > 0])
-    share = np.cumsum(ascending, dtype=np.uint64) / total
-    return int(ascending[np.argmin(np.abs(share - p))])
+@dataclass(frozen=True)
+class _Merge:
+    """Adds up the counts of some files; picklable."""
+
+    folder: Path
+
+    def __call__(self, name: str, parts: Sequence[Path]) -> None:
+        merge_votes(parts, merged_path(self.folder, name))
 
 
-def entry_probabilities(counts: Counts, t: int) -> npt.NDArray[np.float32]:
-    """``t / max(count, t)`` of each entry, float32 in (0, 1]; entries never matched have 1.
-
-    Raises:
-        UserError: ``t`` is below 1.
-    """
-    check_threshold(t)
-    return (float(t) / np.maximum(counts.astype(np.float64), float(t))).astype(np.float32)
+def _is_merged(folder: Path, name: str) -> bool:
+    return merged_path(folder, name).is_file()
 
 
-def check_threshold(t: int) -> None:
-    if t < 1:
-        raise UserError(f"threshold t={t}: must be at least 1, else every matched entry would have probability 0")
+@dataclass(frozen=True)
+class _SetThresholds:
+    """Thresholds and probabilities of every language, one in memory at a time; picklable."""
+
+    matched: Path
+    metadata: Path
+    out: Path
+    t_en: int
+    root: Path
+
+    def is_done(self, name: str) -> bool:
+        """Whether ``thresholds.json`` is of these counts and this ``t_en``."""
+        marker = self._marker()
+        if not (marker.is_file() and self.root.is_file() and (self.out / _THRESHOLDS).is_file()):
+            return False
+        return read_json(marker) == self._made_of()
+
+    def _marker(self) -> Path:
+        return self.out / "logs" / f"made_of_{_THRESHOLDS}"
+
+    def _made_of(self) -> dict[str, Any]:
+        # Counts merged anew may be equal and yet of other captions, so their time counts as well as their content.
+        merged_ns = self.root.stat().st_mtime_ns
+        return {"t_en": self.t_en, "merged_ns": merged_ns, "match": file_sha256(self.matched / SETTINGS)}
+
+    def __call__(self, name: str, value: None) -> None:
+        files = metadata_files(self.metadata)
+        with VotesFile(self.root) as votes:
+            if ENGLISH not in votes.langs:
+                raise UserError(
+                    f"{self.matched}: no English caption matched, so t_en={self.t_en} has no meaning; add English "
+                    "captions and metadata"
+                )
+            p = threshold_to_mass(self._counts(votes, files, ENGLISH), self.t_en)
+            rows = {lang: self._set(lang, self._counts(votes, files, lang), p) for lang in sorted(votes.langs)}
+        for kind in ("counts", "probs"):
+            _keep_only(self.out / kind, set(rows))
+        write_json(self.out / _THRESHOLDS, {"t_en": self.t_en, "p": p, "languages": rows})
+        write_json(self._marker(), self._made_of())
+
+    @staticmethod
+    def _counts(votes: VotesFile, files: dict[str, Path], lang: str) -> npt.NDArray[np.uint64]:
+        return dense(votes[lang], len(read_entries(files[lang])))
+
+    def _set(self, lang: str, counts: npt.NDArray[np.uint64], p: float) -> dict[str, Any]:
+        """Write the arrays of a language and return its row of the report."""
+        t = self.t_en if lang == ENGLISH else mass_to_threshold(counts, p)
+        path = self.out / "counts" / f"{lang}.npy"
+        _write_array(path, counts)
+        _write_array(self.out / "probs" / f"{lang}.npy", entry_probabilities(counts, t))
+        return {
+            "t": t,
+            "counts_sha256": file_sha256(path),
+            "entries": len(counts),
+            "entries_matched": int((counts > 0).sum()),
+            "entries_head": int((counts > t).sum()),
+            "tail_mass": threshold_to_mass(counts, t),
+        }
 
 
-def _total(counts: Counts) -> int:
-    total = int(counts.sum(dtype=np.uint64))
-    if total == 0:
-        raise UserError("no entry of this language was matched, so it has no threshold; leave the language out")
-    return total
+def _write_array(path: Path, array: npt.NDArray) -> None:
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
+
+
+def _keep_only(folder: Path, languages: set[str]) -> None:
+    """Remove the ``<lang>.npy`` of an earlier balance that had other languages."""
+    for path in folder.glob("*.npy"):
+        if path.stem not in languages and not path.name.startswith("."):
+            path.unlink()
+
+
+def _expected_path(out: Path, shard: str) -> Path:
+    return out / "expected" / f"{shard}.json"
+
+
+def _has_expected(out: Path, shard: str) -> bool:
+    return _expected_path(out, shard).is_file()
+
+
+@dataclass(frozen=True)
+class _ExpectShard:
+    """Sum of the keep probabilities of a shard's texts, by language; picklable."""
+
+    matched: Path
+    out: Path
+
+    def __call__(self, name: str, value: None) -> None:
+        version = (self.out / _THRESHOLDS).stat().st_mtime_ns
+        expected: Counter[str] = Counter()
+        for rows in matched_batches(self.matched / f"{name}.parquet", ["lang", "entries"]):
+            offsets, ids = entries_of(rows)
+            for lang, members in rows_by_language(rows):
+                probs = _probabilities(self.out / "probs" / f"{lang}.npy", version)
+                expected[lang] += float(keep_probability(*csr.take(offsets, ids, members), probs).sum())  # type: ignore[assignment]
+        write_json(_expected_path(self.out, name), dict(expected))
+
+
+@lru_cache(maxsize=512)
+def _probabilities(path: Path, version: int) -> npt.NDArray[np.float32]:
+    """Mapped into memory; ``version`` tells an array from one that was written later under the same name."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _has_report(out: Path, name: str) -> bool:
+    return (out / _REPORT).is_file()
+
+
+@dataclass(frozen=True)
+class _Report:
+    """``balance.json``; picklable."""
+
+    matched: Path
+    out: Path
+    root: Path
+
+    def __call__(self, name: str, value: None) -> None:
+        settings, thresholds = read_settings(self.matched), read_json(self.out / _THRESHOLDS)
+        stats = sum_stats(self.matched, settings["shards"])
+        expected: dict[str, float] = dict.fromkeys(thresholds["languages"], 0.0)
+        for shard in settings["shards"]:
+            for lang, texts in read_json(_expected_path(self.out, shard)).items():
+                expected[lang] += texts
+        rows = {
+            lang: {
+                **stats["languages"][lang],
+                **{key: row[key] for key in ("entries", "entries_matched", "entries_head", "tail_mass")},
+                "expected_texts": expected[lang],
+            }
+            for lang, row in thresholds["languages"].items()
+        }
+        report = {
+            "t_en": thresholds["t_en"],
+            "p": thresholds["p"],
+            "t": {lang: row["t"] for lang, row in thresholds["languages"].items()},
+            "mode": settings["mode"],
+            "languages": rows,
+            "languages_without_matches": _without_matches(settings["metadata"], rows, stats["captions"]),
+            "totals": {
+                "shards": len(settings["shards"]),
+                **{name: stats[name] for name in ("rows", "matched", "images")},
+            },
+            "drops": stats["drops"],
+            "english_share_before": rows[ENGLISH]["texts"] / stats["matched"],
+            "english_share_after": expected[ENGLISH] / sum(expected[lang] for lang in sorted(expected)),
+            "sources": {
+                "metadata": settings["metadata"],
+                "counts": {lang: row["counts_sha256"] for lang, row in thresholds["languages"].items()},
+                "language_id": settings["language_id"],
+            },
+        }
+        write_json(self.out / _REPORT, report)
+
+
+def _without_matches(languages: Sequence[str], matched: dict[str, Any], captions: dict[str, int]) -> dict[str, str]:
+    """Languages that have metadata and no threshold, each with the reason."""
+    return {
+        lang: f"none of its {captions[lang]:,} captions has an entry in it"
+        if captions.get(lang)
+        else "no caption of the pool is in this language"
+        for lang in sorted(set(languages) - set(matched))
+    }

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mc2_hpc.curation.balance_folder import BalanceFolder
-from mc2_hpc.curation.language_id import FastLangdetect, LanguageIdentifier
-from mc2_hpc.curation.match_stage import planned_settings, tables_folder
-from mc2_hpc.curation.matcher import Matcher, is_saved
-from mc2_hpc.curation.sampling import hash_keys, keep_probability, uniform
-from mc2_hpc.curation.text import check_mode, entry_pattern, spaced_text
+from mc2_hpc.balancing.folder import BalanceFolder
+from mc2_hpc.balancing.selection import keep_probability
+from mc2_hpc.curation.match import planned_settings, tables_folder
+from mc2_hpc.curation.matching.matcher import Matcher, is_saved
+from mc2_hpc.curation.matching.rules import check_mode, entry_pattern, spaced_text
+from mc2_hpc.curation.pool.language_id import FastLangdetect, LanguageIdentifier
+from mc2_hpc.draws import hash_keys, uniform
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.storage import file_sha256

@@ -6,12 +6,12 @@ Each stage may be run alone, and a killed one is continued by calling it again.
 from pathlib import Path
 from typing import Any
 
-from mc2_hpc.curation.balance_stage import balance, plan_balance
-from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.language_id import LanguageIdentifier
-from mc2_hpc.curation.match_stage import match, plan_match
-from mc2_hpc.curation.pack_stage import pack, plan_pack
-from mc2_hpc.curation.shards import Progress, run_stages, sum_stats
+from mc2_hpc.curation.balance import balance, plan_balance
+from mc2_hpc.curation.match import match, plan_match
+from mc2_hpc.curation.pack import pack, plan_pack
+from mc2_hpc.curation.pool.language_id import LanguageIdentifier
+from mc2_hpc.jobs.engines import Engine
+from mc2_hpc.jobs.stages import Progress, run_stages, sum_stats
 from mc2_hpc.storage import read_json
 
 __all__ = ["balance", "match", "pack", "run"]

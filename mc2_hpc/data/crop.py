@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mc2_hpc.curation.sampling import uniform
+from mc2_hpc.draws import uniform
 
 _TRIES = 10
 _RATIO = (3 / 4, 4 / 3)

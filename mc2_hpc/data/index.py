@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mc2_hpc.curation.sampling import hash_keys
 from mc2_hpc.data.skips import ShardError
+from mc2_hpc.draws import hash_keys
 from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import ByteSource, LocalFile, Member, TarError, escapes, list_members
 

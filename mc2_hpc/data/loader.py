@@ -11,22 +11,18 @@ the number of ranks nor on that of workers.
 
 import logging
 import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.config import DataConfig
-from mc2_hpc.curation.balance_folder import BalanceFolder
 from mc2_hpc.data.crop import EncodedCrop
 from mc2_hpc.data.dali import IN_FLIGHT, DaliDecoder, Jpegs
 from mc2_hpc.data.decode import TrainTransform, one_torch_thread, resolve_backend
@@ -35,13 +31,13 @@ from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.stream import Example, Lane, Position, ShardPool
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board, Patient
+from mc2_hpc.data.workers import obituary, prepare_worker, worker_context
 from mc2_hpc.errors import UserError
 
 _POLL_S = 1.0
 _CLOSE_S = 10.0
 # Storage that fails is to be named by its error before the watchdog sees nothing but silence.
 _PATIENCE_SHARE = 0.8
-_CAUSES = {int(signal.SIGBUS): "; is /dev/shm full?", int(signal.SIGKILL): "; out of memory?"}
 
 _logger = logging.getLogger(__name__)
 
@@ -177,11 +173,7 @@ class TrainLoader:
     def _start(self) -> "Patient[_Chunk | _Failure]":
         if self._num_workers == 0:
             return Patient(iter(self._source))
-        # A process that has run torch threads, CUDA or DeepSpeed must not be forked. The fork server is a clean one,
-        # which imports torch once; every worker is then forked from it in milliseconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        _start_fork_server()
+        context = worker_context(preload=__name__)
         loader = DataLoader(
             self._source,
             batch_size=None,
@@ -189,7 +181,7 @@ class TrainLoader:
             prefetch_factor=self._config.prefetch,
             multiprocessing_context=context,
             collate_fn=_as_is,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
         )
         others = set(multiprocessing.active_children())
         chunks = Patient(iter(loader))
@@ -211,14 +203,14 @@ class TrainLoader:
                 # Workers are the fork server's children, so their death sends no signal here. One that is killed while
                 # it writes leaves its share half sent and the others waiting for their turn to send.
                 if dead := self._dead_workers():
-                    raise self._stalled(worker, _obituary(dead)) from None
+                    raise self._stalled(worker, obituary(dead)) from None
                 if time.monotonic() >= deadline:
                     raise self._stalled(worker, f"none for {self._config.stall_seconds:g} s") from None
             except (RuntimeError, OSError, EOFError) as error:
                 if not isinstance(error, RuntimeError):
                     time.sleep(_POLL_S)  # a connection may break before its end is seen to be dead
                 if dead := self._dead_workers():
-                    raise self._stalled(worker, _obituary(dead)) from error
+                    raise self._stalled(worker, obituary(dead)) from error
                 raise  # the loading code's own error, with its traceback
         if isinstance(chunk, _Failure):
             if isinstance(chunk.error, UserError):
@@ -383,39 +375,5 @@ def _concatenate(chunks: list[Batch], *, pad_id: int, pin: bool) -> Batch:
     return batch
 
 
-def _obituary(dead: list[BaseProcess]) -> str:
-    ends = []
-    for process in dead:
-        code = process.exitcode or 0
-        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        ends.append(f"process {process.pid} died ({end}{_CAUSES.get(-code, '')})")
-    return ", ".join(ends)
-
-
 def _as_is(chunk: Any) -> Any:
     return chunk
-
-
-def _start_fork_server() -> None:
-    """Start what the workers descend from, deaf to the signals that are the trainer's to act upon: Slurm sends them to
-    every process of a step."""
-    ours = {signal.SIGTERM, signal.SIGUSR1}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # what is blocked stays so in processes that start now
-    try:
-        resource_tracker.ensure_running()  # unblocks SIGTERM, and ignores it by itself
-        signal.pthread_sigmask(signal.SIG_BLOCK, ours)
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _prepare_worker(worker: int) -> None:
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
-
-
-def _end_with_trainer() -> None:
-    """torch's own watch is on the worker's parent, which is the fork server and lives as long as a worker does."""
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-    trainer.join()
-    os._exit(1)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mc2_hpc.curation.sampling import hash_keys, select
+from mc2_hpc.balancing.selection import select
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.index import ShardIndex, cache_folder, open_index
 from mc2_hpc.data.skips import ShardError, SkipSample
+from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 from mc2_hpc.tar import ByteSource, LocalFile
 
@@ -120,7 +121,7 @@ class PlainShard:
         self._source = source
         self._keys = index.keys
         self._hashes = index.hashes
-        # Numbers out of packed bytes: quicker than out of an array, and a fifth of the memory of lists.
+        # Numbers out of packed bytes: quicker than out of an array, and smaller than lists.
         self._places = index.places.tobytes()
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
@@ -151,7 +152,7 @@ class PlainShard:
             caption, lang = _usable_text(raw), ""
         else:
             caption, lang = _described_caption(raw, data[more:more_end] if more >= 0 else b"{}")
-        # A view, because to copy a picture takes a fifth of the time of reading it.
+        # A view: the picture need not be copied out of the read.
         return Pair(self._keys[row], memoryview(data)[image:image_end], caption, lang)
 
     def read_picture(self, index: int) -> Picture:

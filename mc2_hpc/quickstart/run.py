@@ -124,8 +124,8 @@ def _claim(output: Path, console: Console) -> None:
 def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any]:
     """Pool to training config; the report's keys about data."""
     from mc2_hpc.curation import pipeline
-    from mc2_hpc.curation.engines import Local
     from mc2_hpc.data.tokenizer import train_tokenizer
+    from mc2_hpc.jobs.engines import Local
     from mc2_hpc.metadata.build import Sources, build_folder
     from mc2_hpc.quickstart.pool import make_pool
 

@@ -1,6 +1,5 @@
 """Pictures for the report: copied out of the shards into ``output/pictures``."""
 
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mc2_hpc.curation.matched import read_matched
+from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.storage import atomic_path, list_shards
 
 _SAMPLES = 16
@@ -34,14 +34,11 @@ def save_pictures(output: Path, shards: Path, entries: list[dict[str, Any]]) -> 
     """Copy the picture of every entry's ``key`` to ``output/pictures`` and name it under ``image``."""
     wanted = {f"{entry['key']}.jpg" for entry in entries}
     for path in list_shards(shards, ".tar"):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name in wanted:
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    with atomic_path(output / "pictures" / member.name) as temporary:
-                        temporary.write_bytes(file.read())
-                    wanted.discard(member.name)
+        with TarIndex(path) as tar:
+            for name in wanted & tar.members.keys():
+                with atomic_path(output / "pictures" / name) as temporary:
+                    temporary.write_bytes(tar.read(name))
+                wanted.discard(name)
         if not wanted:
             break
     for entry in entries:

@@ -123,6 +123,7 @@ class CheckpointWriter:
         if self._ranks.is_first:
             try:
                 write_json(self.folder / BEST, {"checkpoint": self._name(), "metric": metric, "value": value})
+                self._prune()  # the best before this one may be old
             except OSError as error:
                 logger.error("%s is not marked as the best: %s", self._name(), error)
 
@@ -210,13 +211,16 @@ class CheckpointWriter:
         fsync_folder(self.folder)
         with atomic_path(self.folder / LATEST) as path:
             path.write_text(final.name + "\n", encoding="utf-8")
+        self._prune()
+        return {}
+
+    def _prune(self) -> None:
+        """Remove all checkpoints but the newest ones and the best."""
         best = self._best()
         for old in complete_folders(self.folder)[: -self._keep]:
-            if old.name == best:
-                continue
-            # Under a name that the next start removes: a folder that lost some files would stay for good.
-            remove_folder(old.rename(self.folder / f".{old.name}.partial"))
-        return {}
+            if old.name != best:
+                # Under a name that the next start removes: a folder that lost some files would stay for good.
+                remove_folder(old.rename(self.folder / f".{old.name}.partial"))
 
     def _best(self) -> str | None:
         if not (self.folder / BEST).is_file():

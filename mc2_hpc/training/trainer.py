@@ -39,7 +39,7 @@ _PACKAGES = ("mc2_hpc", "torch", "deepspeed", "numpy", "sentencepiece", "simplej
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm stopped being a number; the last checkpoint is untouched."""
+    """The loss, the gradient norm or ``logit_scale`` stopped being a number; the last checkpoint is untouched."""
 
 
 class SaveError(RuntimeError):
@@ -132,8 +132,8 @@ class Trainer:
         """Train to ``config.steps``, saving and evaluating on the way and at the end. Collective.
 
         Raises:
-            NonFiniteError: the loss or gradient norm is NaN or infinite; names the step, its keys and the last
-                good checkpoint.
+            NonFiniteError: the loss, gradient norm or ``logit_scale`` is NaN or infinite; names the step, its keys and
+                the last good checkpoint.
             Stopped: a signal asked for it, and the state is saved.
             SaveError: it could not be saved at the end. (In between, training goes on and the next save is tried.)
             LostRankError: another rank went away; names the step that waited for it.

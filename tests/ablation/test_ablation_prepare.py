@@ -9,7 +9,7 @@ import pytest
 from mc2_hpc.ablation import prepare
 from mc2_hpc.ablation.addresses import address, content
 from mc2_hpc.ablation.settings import CurationSettings, DataPaths, TokenizerSettings
-from mc2_hpc.curation.balance import entry_probabilities
+from mc2_hpc.balancing.thresholds import entry_probabilities
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import list_shards
 

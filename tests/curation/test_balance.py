@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mc2_hpc.curation.balance import entry_probabilities, mass_to_threshold, threshold_to_mass
+from mc2_hpc.balancing.thresholds import entry_probabilities, mass_to_threshold, threshold_to_mass
 from mc2_hpc.errors import UserError
 
 some_counts = st.lists(st.integers(0, 10**6), min_size=1, max_size=50).filter(any)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mc2_hpc.curation.matcher import Matcher
+from mc2_hpc.curation.matching.matcher import Matcher
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

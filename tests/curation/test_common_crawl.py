@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mc2_hpc.curation import common_crawl
-from mc2_hpc.curation.common_crawl import extract, list_archives
-from mc2_hpc.curation.engines import Local
-from mc2_hpc.curation.page_images import images_of_html, images_of_wat
-from mc2_hpc.curation.pools import iter_captions, list_pool
-from mc2_hpc.curation.urls import UnusableUrl, absolute_url, canonical_url, image_key
+from mc2_hpc.curation.pool import common_crawl
+from mc2_hpc.curation.pool.captions import iter_captions, list_pool
+from mc2_hpc.curation.pool.common_crawl import extract, list_archives
+from mc2_hpc.curation.pool.page_images import images_of_html, images_of_wat
+from mc2_hpc.curation.pool.urls import UnusableUrl, absolute_url, canonical_url, image_key
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Local
 
 pytest.importorskip("fastwarc", reason="FastWARC is not installed")
 

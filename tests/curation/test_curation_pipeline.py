@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mc2_hpc.curation import language_id
-from mc2_hpc.curation.engines import Local
 from mc2_hpc.curation.matched import entries_of, read_matched
+from mc2_hpc.curation.matching.rules import entry_pattern, spaced_text
 from mc2_hpc.curation.pipeline import balance, match, pack, run
-from mc2_hpc.curation.text import entry_pattern, spaced_text
+from mc2_hpc.curation.pool import language_id
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Local
 from mc2_hpc.storage import list_shards, write_json
 
 ENTRIES = {"en": ["dog", "cat", "big dog", "zebra", "U.S."], "de": ["Hund", "Katze", "Zebra"], "ja": ["犬", "カメラ"]}
@@ -321,7 +321,7 @@ def test_caption_of_ten_megabytes(metadata, tmp_path):
 
 def test_a_shard_in_pieces_gives_the_same(pool, metadata, tmp_path, monkeypatch):
     whole = run(pool, metadata, tmp_path / "whole", t_en=30)
-    monkeypatch.setattr("mc2_hpc.curation.pools.BATCH_ROWS", 7)
+    monkeypatch.setattr("mc2_hpc.curation.pool.captions.BATCH_ROWS", 7)
     assert run(pool, metadata, tmp_path / "pieces", t_en=30) == whole
     for kind in ("matched", "shards"):
         for path in list_shards(tmp_path / "whole" / kind, ".parquet"):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mc2_hpc.curation.engines import Ray
-from mc2_hpc.curation.shards import Stage, run_stages
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Ray
+from mc2_hpc.jobs.stages import Stage, run_stages
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'mc2_hpc[ray]')")
 
@@ -31,7 +31,7 @@ def test_failures_are_named_and_the_others_done(tmp_path):
 
 
 def test_killed_worker_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr("mc2_hpc.curation.executors.SILENCE_S", 15)
+    monkeypatch.setattr("mc2_hpc.jobs.executors.SILENCE_S", 15)
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     stage = Stage("s", tmp_path, {code: {}, "pass": {}}, exec, lambda name: False)
     with pytest.raises(UserError, match="s: a worker was killed at 'import os"):

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mc2_hpc.balancing.thresholds import entry_probabilities
 from mc2_hpc.cli import main
-from mc2_hpc.curation.balance import entry_probabilities
 from mc2_hpc.curation.pipeline import balance, match
 from mc2_hpc.curation.report import plots
 from mc2_hpc.curation.report.findings import gather, mass_curve

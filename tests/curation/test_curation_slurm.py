@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mc2_hpc.curation.engines import Slurm
 from mc2_hpc.curation.pipeline import run
-from mc2_hpc.curation.shards import Stage, run_stages
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Slurm
+from mc2_hpc.jobs.stages import Stage, run_stages
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_chain_of_array_jobs(slurm_cluster, pool, tmp_path, monkeypatch, caplog,
     caplog.set_level("INFO", logger="mc2_hpc")
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm_cluster.env[name])
-    monkeypatch.setattr("mc2_hpc.curation.slurm_jobs._POLL_S", 0.5)
+    monkeypatch.setattr("mc2_hpc.jobs.slurm._POLL_S", 0.5)
     # Arrays of one task: the two of a stage are two jobs.
     out, options = tmp_path / "out", {"partition": slurm_cluster.partition, "time": "10", "max_array_size": "1"}
 
@@ -64,7 +64,7 @@ def test_chain_of_array_jobs(slurm_cluster, pool, tmp_path, monkeypatch, caplog,
 def test_killed_task_names_its_shard(slurm_cluster, tmp_path, monkeypatch):
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm_cluster.env[name])
-    monkeypatch.setattr("mc2_hpc.curation.slurm_jobs._POLL_S", 0.5)
+    monkeypatch.setattr("mc2_hpc.jobs.slurm._POLL_S", 0.5)
     engine = Slurm({"partition": slurm_cluster.partition, "time": "10"}, wait=True)
     shards = {"import os; os.kill(os.getpid(), 9)": {}, "pass": {}}
     with pytest.raises(UserError, match="s: a worker was killed at 'import os"):
@@ -75,7 +75,7 @@ def test_what_comes_after_a_change_looks_again(slurm_cluster, tmp_path, monkeypa
     """The second stage is done when it is submitted, and no more so when the first has run."""
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm_cluster.env[name])
-    monkeypatch.setattr("mc2_hpc.curation.slurm_jobs._POLL_S", 0.5)
+    monkeypatch.setattr("mc2_hpc.jobs.slurm._POLL_S", 0.5)
     engine = Slurm({"partition": slurm_cluster.partition, "time": "10"}, wait=True)
     place = {"folder": str(tmp_path)}
     one, other = tmp_path / "a", tmp_path / "b"

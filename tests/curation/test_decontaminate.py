@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from mc2_hpc.curation import perceptual_hash
-from mc2_hpc.curation.decontaminate import MAX_DISTANCE, decontaminate
-from mc2_hpc.curation.engines import Local
 from mc2_hpc.curation.matched import write_matched
-from mc2_hpc.curation.perceptual_hash import UnreadablePicture, nearest, picture_hashes
+from mc2_hpc.curation.pool import perceptual_hash
+from mc2_hpc.curation.pool.decontaminate import MAX_DISTANCE, decontaminate
+from mc2_hpc.curation.pool.perceptual_hash import UnreadablePicture, nearest, picture_hashes
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Local
 from mc2_hpc.tar import write_tar
 
 pytest.importorskip("imagehash", reason="imagehash is not installed")
@@ -157,7 +157,7 @@ def test_workers_change_nothing_and_finished_shards_are_skipped(tmp_path, monkey
     for name in ("a.tar", "a.parquet", "b.tar", "b.parquet", "removed.csv"):
         assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()
     (tmp_path / "out1" / "b.tar").unlink()
-    monkeypatch.setattr("mc2_hpc.curation.decontaminate._HashUnit.__call__", None)
+    monkeypatch.setattr("mc2_hpc.curation.pool.decontaminate._HashUnit.__call__", None)
     assert decontaminate(shards, against, tmp_path / "out1") == results[0]
     assert (tmp_path / "out0" / "b.tar").read_bytes() == (tmp_path / "out1" / "b.tar").read_bytes()
 
@@ -245,6 +245,6 @@ def test_copies_and_false_alarms_among_small_pictures(shared_data):
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("mc2_hpc.curation.decontaminate.find_spec", lambda name: None)
+    monkeypatch.setattr("mc2_hpc.curation.pool.decontaminate.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install imagehash"):
         decontaminate(tmp_path, tmp_path, tmp_path / "out")

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.curation import distinct
-from mc2_hpc.curation.distinct import Distinct
+from mc2_hpc.curation.pool import distinct
+from mc2_hpc.curation.pool.distinct import Distinct
 
 
 def strings(values: list[str]) -> pa.Array:

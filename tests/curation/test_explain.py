@@ -11,7 +11,7 @@ from mc2_hpc.cli import main
 from mc2_hpc.curation.explain import explain
 from mc2_hpc.curation.matched import read_matched
 from mc2_hpc.curation.pipeline import balance, match
-from mc2_hpc.curation.sample_stage import sample
+from mc2_hpc.curation.sample import sample
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import list_shards, read_json, write_json
 
@@ -178,7 +178,7 @@ def test_command(folder, capsys):
 
 def test_saved_tables_are_used(folder, monkeypatch):
     """With a matched pool, nothing is built for one caption."""
-    from mc2_hpc.curation.matcher import Matcher
+    from mc2_hpc.curation.matching.matcher import Matcher
 
     monkeypatch.setattr(Matcher, "build", lambda *_: pytest.fail("built tables that were saved"))
     assert read_json(folder / "matched" / "match.json")["mode"] == "fixed"

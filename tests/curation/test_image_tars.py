@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mc2_hpc.curation.image_tars import TarIndex
+from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
 
 

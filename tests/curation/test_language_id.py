@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.curation import language_id
-from mc2_hpc.curation.language_id import FastLangdetect, Py3langid, make_identifier
+from mc2_hpc.curation.pool import language_id
+from mc2_hpc.curation.pool.language_id import FastLangdetect, Py3langid, make_identifier
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import code_of_lid
 

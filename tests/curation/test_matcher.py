@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.curation.matcher import Matcher, is_saved
-from mc2_hpc.curation.text import MODES, entry_pattern, spaced_text
+from mc2_hpc.curation.matching.matcher import Matcher, is_saved
+from mc2_hpc.curation.matching.rules import MODES, entry_pattern, spaced_text
 from mc2_hpc.errors import UserError
 
 ALPHABET = "ab .,!'-+\t\n\u00a0\u200b\u3000e\u0301é犬京カメ강지ไทก\u1100\u1161\U00020000😀«»"
@@ -89,7 +89,7 @@ def colliding_tokens() -> tuple[str, str]:
 
 
 def test_tokens_with_the_same_hash_are_told_apart():
-    from mc2_hpc.curation.trie_kernels import _padded, token_key
+    from mc2_hpc.curation.matching.trie_kernels import _padded, token_key
 
     one, other = colliding_tokens()
     keys = [token_key(_padded(np.frombuffer(token.encode(), np.uint8)), 0, 16) for token in (one, other)]
@@ -99,8 +99,8 @@ def test_tokens_with_the_same_hash_are_told_apart():
 
 
 def test_compiled_matching_is_kept_for_this_source_of_the_tables_alone():
-    from mc2_hpc.curation.match_kernels import match_texts
-    from mc2_hpc.curation.trie_kernels import SOURCE
+    from mc2_hpc.curation.matching.match_kernels import match_texts
+    from mc2_hpc.curation.matching.trie_kernels import SOURCE
 
     Matcher.build(["a"]).match(["a"])
     assert match_texts.signatures

@@ -5,8 +5,8 @@ import gzip
 import numpy as np
 import pytest
 
-from mc2_hpc.curation.matcher import Matcher
-from mc2_hpc.curation.text import entry_pattern, spaced_text
+from mc2_hpc.curation.matching.matcher import Matcher
+from mc2_hpc.curation.matching.rules import entry_pattern, spaced_text
 
 ahocorasick = pytest.importorskip("ahocorasick", reason="pyahocorasick is not installed")
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.curation.matcher import Matcher
+from mc2_hpc.curation.matching.matcher import Matcher
 
 RELEASE_UNSPACED = re.compile(
     "[\u2e80-\u2fdf\u2ff0-\u2fff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"

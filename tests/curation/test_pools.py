@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mc2_hpc.curation import pools
-from mc2_hpc.curation.image_tars import TarIndex
-from mc2_hpc.curation.pools import PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.pool import captions as pools
+from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
 
 
@@ -96,9 +96,9 @@ def test_a_large_row_group_is_not_held_whole(tmp_path):
     pq.write_table(table, path, row_group_size=10**6, use_dictionary=False, compression="none")
     assert pq.ParquetFile(path).num_row_groups == 1 and path.stat().st_size > 60e6
     code = (
-        "import sys; import pyarrow as pa; from pathlib import Path; from mc2_hpc.curation import pools\n"
-        "pools.BATCH_ROWS = 2000\n"
-        "rows = sum(len(t) for t, _ in pools.iter_captions(pools.PoolShard('s', Path(sys.argv[1]), None)))\n"
+        "import sys; import pyarrow as pa; from pathlib import Path; from mc2_hpc.curation.pool import captions\n"
+        "captions.BATCH_ROWS = 2000\n"
+        "rows = sum(len(t) for t, _ in captions.iter_captions(captions.PoolShard('s', Path(sys.argv[1]), None)))\n"
         "print(rows, pa.default_memory_pool().max_memory())"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=True)

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mc2_hpc.curation.counts import VotesFile
-from mc2_hpc.curation.engines import Local
-from mc2_hpc.curation.match_stage import counts_path
+from mc2_hpc.curation.match import counts_path
 from mc2_hpc.curation.matched import read_matched
 from mc2_hpc.curation.pipeline import balance, match, pack
-from mc2_hpc.curation.sample_stage import sample
+from mc2_hpc.curation.sample import sample
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Local
 from mc2_hpc.storage import list_shards, read_json, write_json
 
 WORDS = {
@@ -86,7 +86,7 @@ def curated(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_equals_what_the_loader_keeps_of_the_packed_shards(curated, tmp_path):
-    from mc2_hpc.curation.balance_folder import BalanceFolder
+    from mc2_hpc.balancing.folder import BalanceFolder
     from mc2_hpc.data.shards import open_shard
 
     matched, balanced = curated
@@ -170,7 +170,7 @@ def test_a_killed_run_continues_to_the_same_bytes(curated, tmp_path):
     sample(matched, balanced, tmp_path / "whole")
     code = (
         "import os, signal, sys\n"
-        "from mc2_hpc.curation.sample_stage import sample\n"
+        "from mc2_hpc.curation.sample import sample\n"
         "def stop(stage, done, total, name):\n"
         "    if done == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "sample(*sys.argv[1:], progress=stop)\n"

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.curation.hash_kernels import hash_column
-from mc2_hpc.curation.sampling import choose_texts, hash_keys, keep_probability, random_uint64, select, uniform
+from mc2_hpc.balancing.selection import choose_texts, keep_probability, select
+from mc2_hpc.draw_kernels import hash_column
+from mc2_hpc.draws import hash_keys, random_uint64, uniform
 from mc2_hpc.errors import UserError
 
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mc2_hpc.curation import pipeline
-from mc2_hpc.curation.match_stage import _matcher, tables_folder
-from mc2_hpc.curation.matcher import Matcher
+from mc2_hpc.curation.match import _matcher, tables_folder
+from mc2_hpc.curation.matching.matcher import Matcher
 from mc2_hpc.metadata.files import write_entries
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

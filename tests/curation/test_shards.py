@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mc2_hpc.curation.engines import Local, Ray, Slurm, num_tasks, slurm_options
-from mc2_hpc.curation.shards import Stage, open_stage, run_stages, stats_path
-from mc2_hpc.curation.tasks import cut
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Local, Ray, Slurm, num_tasks, slurm_options
+from mc2_hpc.jobs.stages import Stage, open_stage, run_stages, stats_path
+from mc2_hpc.jobs.tasks import cut
 from mc2_hpc.storage import exclusive_folder, write_json
 
 # `exec(name, input)` is work that any process can import: the shard's name is the code it runs.
@@ -116,7 +116,7 @@ def test_a_finished_shard_may_not_vanish(tmp_path):
 
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("mc2_hpc.curation.shards.BUSY_S", 0.2)
+    monkeypatch.setattr("mc2_hpc.jobs.stages.BUSY_S", 0.2)
     with exclusive_folder(tmp_path), pytest.raises(UserError, match="still working there"):
         run_stages([Stage("s", tmp_path, {"pass": {}}, exec, never)])
 
@@ -124,8 +124,8 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
 SLEEPS = """
 import sys
 from pathlib import Path
-from mc2_hpc.curation.engines import Local
-from mc2_hpc.curation.shards import Stage, run_stages
+from mc2_hpc.jobs.engines import Local
+from mc2_hpc.jobs.stages import Stage, run_stages
 shards = {"import time; time.sleep(600)": {}, "import time; time.sleep(601)": {}}
 run_stages([Stage("s", Path(sys.argv[1]), shards, exec, lambda name: False)], Local(2))
 """
@@ -161,7 +161,7 @@ def test_tasks_are_even_slices():
 
 
 def test_ray_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr("mc2_hpc.curation.shards.find_spec", lambda name: None)
+    monkeypatch.setattr("mc2_hpc.jobs.stages.find_spec", lambda name: None)
     with pytest.raises(UserError, match="Ray is not installed: pip install"):
         run_stages([], Ray())
 

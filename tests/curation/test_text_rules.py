@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mc2_hpc.curation.text import (
+from mc2_hpc.curation.matching.rules import (
     ACTION_BITS,
     NORMALISE,
     action,

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.curation import url_dedup
-from mc2_hpc.curation.engines import Local
-from mc2_hpc.curation.pools import PoolShard
-from mc2_hpc.curation.url_dedup import deduplicate, distinct
+from mc2_hpc.curation.pool import url_dedup
+from mc2_hpc.curation.pool.captions import PoolShard
+from mc2_hpc.curation.pool.url_dedup import deduplicate, distinct
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Local
 
 COLUMNS = ("key", "text", "source")
 
@@ -93,7 +93,7 @@ def test_spread_order_and_workers_change_nothing(tmp_path):
 def test_runs_of_a_shard_change_nothing(tmp_path, monkeypatch, rows_a_run):
     rows = random_rows(100)
     monkeypatch.setattr(url_dedup, "_ROWS_A_RUN", rows_a_run)
-    monkeypatch.setattr("mc2_hpc.curation.pools.BATCH_ROWS", 5)
+    monkeypatch.setattr("mc2_hpc.curation.pool.captions.BATCH_ROWS", 5)
     deduplicate(write_pool(tmp_path / "pool", [rows]), tmp_path / "out", shards=3)
     assert sorted(row for shard in read_shards(tmp_path / "out") for row in shard) == naive(rows)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mc2_hpc.config import DataConfig
-from mc2_hpc.curation.sampling import hash_keys
 from mc2_hpc.data.crop import Box, EncodedCrop, random_crop
 from mc2_hpc.data.dali import IN_FLIGHT, DaliDecoder, Jpegs
 from mc2_hpc.data.decode import TrainTransform, crop_and_resize, resolve_backend
@@ -18,6 +17,7 @@ from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.data.shards import Pair, open_shard
 from mc2_hpc.data.skips import SkipSample
 from mc2_hpc.data.tokenizer import Tokenizer
+from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")

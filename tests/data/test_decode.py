@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mc2_hpc.curation.sampling import hash_keys
 from mc2_hpc.data.crop import Box, dct_scaled, random_crop
 from mc2_hpc.data.decode import (
     CPU_BACKENDS,
@@ -27,6 +26,7 @@ from mc2_hpc.data.decode import (
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.shards import open_shard
 from mc2_hpc.data.skips import SkipSample
+from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 
 SIDES = st.integers(1, 3000)

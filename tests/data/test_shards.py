@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mc2_hpc.curation.balance_folder import BalanceFolder
-from mc2_hpc.curation.sampling import hash_keys, select
+from mc2_hpc.balancing.folder import BalanceFolder
+from mc2_hpc.balancing.selection import select
 from mc2_hpc.data.packing import pack_pairs, write_shard
 from mc2_hpc.data.shards import CuratedShard, Pair, PlainShard, open_shard
 from mc2_hpc.data.skips import ShardError, SkipSample
+from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import write_json
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mc2_hpc.curation.sampling import hash_keys
+from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.pictures import EXTENSIONS
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from datatrove.executor import SlurmPipelineExecutor
 
-from mc2_hpc.curation.engines import Slurm
-from mc2_hpc.curation.executors import quiet_datatrove
-from mc2_hpc.curation.shards import BUSY_S, JOB, Stage, plan_tasks
-from mc2_hpc.curation.tasks import RunTask, TaskFiles
-from mc2_hpc.curation.watch import Progress, Watch
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Slurm
+from mc2_hpc.jobs.executors import quiet_datatrove
+from mc2_hpc.jobs.stages import BUSY_S, JOB, Stage, plan_tasks
+from mc2_hpc.jobs.tasks import RunTask, TaskFiles
+from mc2_hpc.jobs.watch import Progress, Watch
 from mc2_hpc.storage import exclusive_folder, read_json, write_json
 
 _POLL_S = 5.0

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mc2_hpc.curation.distinct import Distinct
-from mc2_hpc.curation.image_tars import TarIndex
+from mc2_hpc.curation.pool.distinct import Distinct
+from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
 from mc2_hpc.tar import ESCAPES
 

@@ -1,4 +1,4 @@
-"""Find every metadata entry that occurs in a text, by the rules of :mod:`mc2_hpc.curation.text`.
+"""Find every metadata entry that occurs in a text, by the rules of :mod:`mc2_hpc.curation.matching.rules`.
 
 Patterns with a space at both ends are looked up as windows of tokens in hash tables, all others in a trie over code
 points; both see all overlapping occurrences. The tables are plain arrays: built once, saved as ``.npy``, memory-mapped
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mc2_hpc.curation.text import can_match, character_table, check_mode, entry_pattern
+from mc2_hpc.curation.matching.rules import can_match, character_table, check_mode, entry_pattern
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import check_entries
 from mc2_hpc.storage import atomic_path, read_json, write_json
@@ -51,7 +51,7 @@ class Matcher:
         Raises:
             UserError: an unknown mode; no, a blank or a repeated entry.
         """
-        from mc2_hpc.curation import trie_kernels
+        from mc2_hpc.curation.matching import trie_kernels
 
         check_mode(mode)
         check_entries(entries, "metadata")
@@ -89,7 +89,7 @@ class Matcher:
         Raises:
             UserError: a text is not valid UTF-8, or has a lone surrogate.
         """
-        from mc2_hpc.curation import match_kernels
+        from mc2_hpc.curation.matching import match_kernels
 
         column = _string_column(texts)
         data, offsets = _buffers(column)

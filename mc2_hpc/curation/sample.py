@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mc2_hpc.curation import csr
-from mc2_hpc.curation.balance_folder import REPORT, BalanceFolder
+from mc2_hpc.balancing import csr
+from mc2_hpc.balancing.folder import REPORT, BalanceFolder
+from mc2_hpc.balancing.selection import choose_texts, passes
 from mc2_hpc.curation.counts import count_votes, write_votes
-from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.match_stage import SETTINGS, counts_path, is_matched, read_settings, rows_by_language
+from mc2_hpc.curation.match import SETTINGS, counts_path, is_matched, read_settings, rows_by_language
 from mc2_hpc.curation.matched import entries_of, read_matched, write_matched
-from mc2_hpc.curation.sampling import choose_texts, passes
-from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine
+from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
 
 _CHECKED_KEYS = 1 << 20
@@ -47,8 +47,8 @@ def sample(
     an image stand in one shard. Shards already finished are skipped.
 
     Args:
-        matched: folder that :func:`match_stage.match` filled, every shard of it finished.
-        balance: folder that :func:`balance_stage.balance` wrote from this metadata.
+        matched: folder that :func:`~mc2_hpc.curation.match.match` filled, every shard of it finished.
+        balance: folder that :func:`~mc2_hpc.curation.balance.balance` wrote from this metadata.
         engine: where it runs; one worker of this machine by default.
 
     Returns:
@@ -90,9 +90,9 @@ def select_rows(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Rows of a matched table that are drawn for their image, and those of them that balancing keeps.
 
-    The second equals :func:`sampling.select`, computed from Arrow columns.
+    The second equals :func:`~mc2_hpc.balancing.selection.select`, computed from Arrow columns.
     """
-    from mc2_hpc.curation.hash_kernels import hash_column
+    from mc2_hpc.draw_kernels import hash_column
 
     if len(rows) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -157,7 +157,7 @@ class _SampleShard:
 
     def _write_checked_keys(self, name: str, keys: pa.ChunkedArray) -> None:
         """Leave the hashes of a share of the keys: the same key is in it, or not, wherever it stands."""
-        from mc2_hpc.curation.hash_kernels import hash_column
+        from mc2_hpc.draw_kernels import hash_column
 
         hashes = np.sort(hash_column(keys.combine_chunks()))
         highest = np.uint64(min(int(self.checked_share * 2**64), 2**64 - 1))

@@ -14,17 +14,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mc2_hpc.curation import csr
+from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
-from mc2_hpc.curation.distinct import Distinct
-from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.language_id import FastLangdetect, LanguageIdentifier
 from mc2_hpc.curation.matched import matched_table, write_matched_batches
-from mc2_hpc.curation.matcher import Matcher, is_saved
-from mc2_hpc.curation.pools import PoolShard, iter_captions, list_pool
-from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
-from mc2_hpc.curation.text import check_mode
+from mc2_hpc.curation.matching.matcher import Matcher, is_saved
+from mc2_hpc.curation.matching.rules import check_mode
+from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.pool.distinct import Distinct
+from mc2_hpc.curation.pool.language_id import FastLangdetect, LanguageIdentifier
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine
+from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.storage import file_sha256, read_json, write_json
 
@@ -50,7 +50,7 @@ def match(
     skipped.
 
     Args:
-        mode: matching rules, see :mod:`mc2_hpc.curation.text`.
+        mode: matching rules, see :mod:`mc2_hpc.curation.matching.rules`.
         identifier: tells the language of shards without a ``lang`` column; :class:`FastLangdetect` by default.
         engine: where the work is done; one worker of this machine by default.
 

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.hash_kernels import hash_column
-from mc2_hpc.curation.pools import PoolShard, iter_captions, list_pool
-from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
+from mc2_hpc.draw_kernels import hash_column
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine
+from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
 SETTINGS = "deduplicate.json"
@@ -54,7 +54,7 @@ def deduplicate(
 
     Returns:
         counters: ``rows`` read, ``kept``, ``images`` (distinct keys), and ``drops`` by reason: ``duplicate_text`` and
-        those of :func:`~mc2_hpc.curation.pools.iter_captions`; None where the work was only submitted to Slurm
+        those of :func:`~mc2_hpc.curation.pool.captions.iter_captions`; None where the work was only submitted to Slurm
 
     Raises:
         UserError: no such pool, one with images, shards of other columns or unreadable (every other one is done), or a

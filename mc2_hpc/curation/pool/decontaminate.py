@@ -1,8 +1,8 @@
 """Decontamination: training shards without the pictures of benchmarks.
 
 Every training picture is compared with every benchmark picture by a 64-bit perceptual hash
-(:mod:`mc2_hpc.curation.perceptual_hash`). Benchmark pictures are hashed whole and with 2.5 % and 5 % of their size cut
-from every edge, so that slightly cropped copies are found as well. Mirrored or heavily cropped ones are not.
+(:mod:`mc2_hpc.curation.pool.perceptual_hash`). Benchmark pictures are hashed whole and with 2.5 % and 5 % of their size
+cut from every edge, so that slightly cropped copies are found as well. Mirrored or heavily cropped ones are not.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.image_tars import TarIndex
 from mc2_hpc.curation.matched import write_matched
-from mc2_hpc.curation.perceptual_hash import Hashes, UnreadablePicture, nearest, picture_hashes
-from mc2_hpc.curation.pools import PoolShard, list_pool
-from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.curation.pool.captions import PoolShard, list_pool
+from mc2_hpc.curation.pool.image_tars import TarIndex
+from mc2_hpc.curation.pool.perceptual_hash import Hashes, UnreadablePicture, nearest, picture_hashes
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine
+from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.storage import atomic_path, read_json, write_json
 from mc2_hpc.tar import fits_tar_name, write_tar
 

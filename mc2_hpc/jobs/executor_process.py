@@ -1,4 +1,4 @@
-"""``python -m mc2_hpc.curation.executor_process executor.pik``: run a datatrove executor; see ``executors``."""
+"""``python -m mc2_hpc.jobs.executor_process executor.pik``: run a datatrove executor; see ``executors``."""
 
 import os
 import signal

@@ -2,7 +2,7 @@
 
 WAT files hold the links of every page as JSON, WARC files the pages themselves; both give the same rows, WAT at a
 fraction of the bytes. A row is an image address of a page with its alt text: ``key`` (of the canonical address, see
-:mod:`mc2_hpc.curation.urls`), ``text`` and ``source`` (the absolute address).
+:mod:`mc2_hpc.curation.pool.urls`), ``text`` and ``source`` (the absolute address).
 """
 
 import gzip
@@ -19,11 +19,11 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.page_images import PageImages, images_of_html, images_of_wat
-from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
-from mc2_hpc.curation.urls import UnusableUrl, absolute_url, image_key
+from mc2_hpc.curation.pool.page_images import PageImages, images_of_html, images_of_wat
+from mc2_hpc.curation.pool.urls import UnusableUrl, absolute_url, image_key
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine
+from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.storage import atomic_path, write_json
 
 SETTINGS = "extract.json"

@@ -19,10 +19,10 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor
 from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
 from datatrove.utils.logging import logger
 
-from mc2_hpc.curation.engines import Local, Ray
-from mc2_hpc.curation.tasks import IsDone, RunTask, TaskFiles, Work
-from mc2_hpc.curation.watch import Watch
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Local, Ray
+from mc2_hpc.jobs.tasks import IsDone, RunTask, TaskFiles, Work
+from mc2_hpc.jobs.watch import Watch
 
 STALL_S = 180.0
 """An executor none of whose tasks is at work for so long is taken for dead."""
@@ -90,7 +90,7 @@ def run_in_processes(logs: Path, tasks: int, work: Work, is_done: IsDone, engine
     with open(path, "wb") as stream:
         dill.dump(executor, stream)
     log = logs / "executor.log"
-    with _own_group([sys.executable, "-m", "mc2_hpc.curation.executor_process", str(path)], log) as process:
+    with _own_group([sys.executable, "-m", "mc2_hpc.jobs.executor_process", str(path)], log) as process:
         code = None
         while code is None:
             code = process.poll()  # before the records are read: what was written last is seen

@@ -1,4 +1,4 @@
-"""The compiled form of :func:`mc2_hpc.curation.sampling.hash_keys`, for Arrow columns.
+"""The compiled form of :func:`mc2_hpc.draws.hash_keys`, for Arrow columns.
 
 Apart from it because numba takes time and memory to import, which every worker of a loader would pay.
 """
@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mc2_hpc.curation import sampling
+from mc2_hpc import draws
 
 _WORD_STEP, _LENGTH_STEP, _MIX_1, _MIX_2 = (
-    np.uint64(value) for value in (sampling.WORD_STEP, sampling.LENGTH_STEP, sampling.MIX_1, sampling.MIX_2)
+    np.uint64(value) for value in (draws.WORD_STEP, draws.LENGTH_STEP, draws.MIX_1, draws.MIX_2)
 )
 
 
 def hash_column(column: pa.Array) -> npt.NDArray[np.uint64]:
-    """:func:`~mc2_hpc.curation.sampling.hash_keys` of a column of strings without nulls, ``(len(column),)``."""
+    """:func:`~mc2_hpc.draws.hash_keys` of a column of strings without nulls, ``(len(column),)``."""
     assert column.null_count == 0
     column = column.cast(pa.large_string())
     if len(column) == 0:

@@ -1,12 +1,12 @@
-"""Matching texts against the tables of :mod:`mc2_hpc.curation.trie_kernels`, in compiled loops.
+"""Matching texts against the tables of :mod:`mc2_hpc.curation.matching.trie_kernels`, in compiled loops.
 
 Imported only when needed, as numba is slow.
 """
 
 import numpy as np
 
-from mc2_hpc.curation.text import ACTION_BITS, KEEP, NORMALISE, SPACE, WRAP
-from mc2_hpc.curation.trie_kernels import (
+from mc2_hpc.curation.matching.rules import ACTION_BITS, KEEP, NORMALISE, SPACE, WRAP
+from mc2_hpc.curation.matching.trie_kernels import (
     BLANK,
     BRANCH,
     LONG,

@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mc2_hpc.curation.engines import Engine
-from mc2_hpc.curation.image_tars import TarIndex
-from mc2_hpc.curation.match_stage import planned_settings, read_settings
+from mc2_hpc.curation.match import planned_settings, read_settings
 from mc2_hpc.curation.matched import read_matched, write_matched
-from mc2_hpc.curation.pools import list_pool
-from mc2_hpc.curation.shards import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine
+from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.storage import atomic_path, read_json, write_json
 from mc2_hpc.tar import escapes, fits_tar_name, write_tar
 
@@ -40,7 +40,7 @@ def pack(
 
     Args:
         pool: the folder that was matched; its ``<shard>.tar`` hold the images.
-        matched: folder that :func:`match_stage.match` filled, every shard of it finished.
+        matched: folder that :func:`~mc2_hpc.curation.match.match` filled, every shard of it finished.
         engine: where the work is done; one worker of this machine by default.
 
     Returns:

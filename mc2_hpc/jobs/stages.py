@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mc2_hpc.curation.engines import Engine, Local, Ray, Slurm, num_tasks
-from mc2_hpc.curation.watch import Progress, Watch
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine, Local, Ray, Slurm, num_tasks
+from mc2_hpc.jobs.watch import Progress, Watch
 from mc2_hpc.storage import exclusive_folder, read_json, remove_folder, write_json
 
 __all__ = ["Progress", "Stage", "open_stage", "run_stages", "stats_path", "sum_stats"]
@@ -124,7 +124,7 @@ def run_stages(stages: Sequence[Stage], engine: Engine | None = None, progress: 
     """
     engine = engine or Local()
     if isinstance(engine, Slurm):
-        from mc2_hpc.curation.slurm_jobs import run_on_slurm
+        from mc2_hpc.jobs.slurm import run_on_slurm
 
         return run_on_slurm(stages, engine, progress)
     if isinstance(engine, Ray) and find_spec("ray") is None:
@@ -138,7 +138,7 @@ def _run_here(stage: Stage, engine: Local | Ray, progress: Progress | None) -> N
     """One stage in this process, in processes of this machine, or on Ray."""
     with exclusive_folder(stage.folder, wait_s=BUSY_S):
         if (stage.logs / JOB).is_file():
-            from mc2_hpc.curation.slurm_jobs import refuse_live_job
+            from mc2_hpc.jobs.slurm import refuse_live_job
 
             refuse_live_job(stage)
         undone = stage.undone()
@@ -146,7 +146,7 @@ def _run_here(stage: Stage, engine: Local | Ray, progress: Progress | None) -> N
         if not undone:
             return
         tasks = plan_tasks(stage, engine, undone)
-        from mc2_hpc.curation import executors  # loads datatrove: when there is something to do
+        from mc2_hpc.jobs import executors  # loads datatrove: when there is something to do
 
         if isinstance(engine, Local) and (engine.workers == 1 or len(undone) == 1):
             executors.run_in_process(stage.logs, tasks, stage.work, stage.is_done, watch)
@@ -165,7 +165,7 @@ def _remove_unfinished(folder: Path) -> None:
 def plan_tasks(stage: Stage, engine: Engine, undone: Sequence[str]) -> int:
     """Make ready for a stage's work: clear away what it makes stale, and lay down the plan of its tasks, each a fixed
     slice of the sorted shards; returns their number."""
-    from mc2_hpc.curation.tasks import TaskFiles, cut
+    from mc2_hpc.jobs.tasks import TaskFiles, cut
 
     stage.invalidate()
     _remove_unfinished(stage.folder)
