@@ -126,7 +126,7 @@ def _do(deed: str, owner: Any, loader: TrainLoader | None) -> None:
 
 def _signal_reading_worker(loader: TrainLoader, number: int) -> None:
     """Catch the first data worker while it has a shard in hand; that is for some milliseconds of a step."""
-    pid, board = loader._workers[0].pid, loader._source.board
+    pid, board = loader._shares.processes[0].pid, loader._shares.board
     while True:
         while board.reading(0) is None:
             time.sleep(1e-4)
