@@ -19,6 +19,7 @@ LAYERS = [
         "mc2_hpc.distributed",
         "mc2_hpc.draws",
         "mc2_hpc.page_style",
+        "mc2_hpc.precision",
         "mc2_hpc.storage",
         "mc2_hpc.tar",
         "mc2_hpc.terminal",

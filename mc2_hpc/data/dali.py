@@ -28,7 +28,7 @@ IN_FLIGHT = 2
 
 _GREY = 128
 _DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # those of operators have no class of their own
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -120,7 +120,7 @@ class DaliDecoder:
                 raise self._broken
             (output,) = self._pipeline.share_outputs()
         except _DALI_ERRORS as error:
-            _logger.warning("DALI gave up a batch, which the CPU decodes: %s", _cause(error))
+            logger.warning("DALI gave up a batch, which the CPU decodes: %s", _cause(error))
             pixels = self._on_cpu(job)
             self._restart()
         else:

@@ -40,7 +40,7 @@ EVAL_BACKENDS = ("turbo_exact", "pil")
 AUTO = {"train": "turbo", "eval": "turbo_exact"}
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _START_OF_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _RGB = npt.NDArray[np.uint8]
 
@@ -52,7 +52,7 @@ def resolve_backend(name: str, use: str) -> str:
         UserError: no such backend for that use, or its package is not installed.
     """
     if name == "auto":
-        _logger.info("decode for %s: auto is %s", use, AUTO[use])
+        logger.info("decode for %s: auto is %s", use, AUTO[use])
         return AUTO[use]
     known = TRAIN_BACKENDS if use == "train" else EVAL_BACKENDS
     if name not in known:

@@ -38,7 +38,7 @@ _Stamp = tuple[bytes, bool, int, int]
 # A tar written so lately may be written again within the tick of its clock: such an index is used, but not kept.
 _SETTLED_NS = 2_000_000_000
 _unwritable_logged = False
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _read(path: Path, stamp: _Stamp) -> tuple[ShardIndex | None, bool]:
     except FileNotFoundError:
         return None, False
     except OSError as error:
-        _logger.info("%s: cannot be read, so the tar is listed again: %s", path, error)
+        logger.info("%s: cannot be read, so the tar is listed again: %s", path, error)
         return None, False
     if len(data) < _HEADER.size:
         return None, False
@@ -215,4 +215,4 @@ def _keep(index: ShardIndex, stamp: _Stamp, targets: Iterable[Path]) -> None:
             error = failure
     if not _unwritable_logged:
         _unwritable_logged = True
-        _logger.info("indexes of shards cannot be kept, so tars are listed at every start: %s", error)
+        logger.info("indexes of shards cannot be kept, so tars are listed at every start: %s", error)

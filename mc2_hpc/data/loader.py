@@ -117,7 +117,7 @@ class TrainLoader:
 
 
 def _own_positions(
-    position: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]] | None, own: range, lanes: int
+    position: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]] | None, own: Sequence[int], lanes: int
 ) -> dict[int, Position]:
     if position is None:
         return {lane: Position() for lane in own}

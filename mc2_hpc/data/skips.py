@@ -22,7 +22,7 @@ import logging
 from collections import Counter
 
 _LOGGED_PER_REASON = 3
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _logged: Counter[str] = Counter()
 
 
@@ -44,4 +44,4 @@ def log_skip(reason: str, where: str, detail: str = "") -> None:
     _logged[reason] += 1
     if _logged[reason] <= _LOGGED_PER_REASON:
         last = " (more of these are counted, not shown)" if _logged[reason] == _LOGGED_PER_REASON else ""
-        _logger.warning("skipped, %s: %s%s%s", reason, where, f": {detail}" if detail else "", last)
+        logger.warning("skipped, %s: %s%s%s", reason, where, f": {detail}" if detail else "", last)

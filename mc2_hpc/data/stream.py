@@ -29,7 +29,7 @@ from mc2_hpc.errors import UserError
 
 _PROBE_SAMPLES = 4096
 _PROBE_SHARDS = 64
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop]
 """(encoded picture, key hash, epoch) to what the batch takes; raises SkipSample."""
@@ -165,7 +165,7 @@ class ShardPool:
         """Log a shard that is skipped, the first time."""
         if number not in self._logged:
             self._logged.add(number)
-            _logger.warning("skipped, shard_unreadable: %s: %s", self._shards.names[number], error)
+            logger.warning("skipped, shard_unreadable: %s: %s", self._shards.names[number], error)
 
     def check_enough_samples(self) -> None:
         """Raise UserError if there are fewer pictures than lanes, good or bad."""

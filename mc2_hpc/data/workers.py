@@ -25,8 +25,6 @@ _CLOSE_S = 10.0
 _CAUSES = {int(signal.SIGBUS): "; is /dev/shm full?", int(signal.SIGKILL): "; out of memory?"}
 
 
-
-
 class DataStalled(RuntimeError):
     """No samples came for ``data.stall_seconds``, a worker died, or the storage cannot be reached; one line says which
     rank, worker and shard. The run can be resumed."""

@@ -27,6 +27,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.features import DualEncoder, Tokenize, encode_texts
 from mc2_hpc.evaluation.pictures import Pictures
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, resolve_checkpoint, write_tensors
+from mc2_hpc.precision import Precision
 from mc2_hpc.storage import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Encoder:
             card=card,
             batch=batch,
             cache=cache,
-            precision=torch.bfloat16 if precision == "bf16" else torch.float32,
+            precision=Precision(precision).dtype,
         )
 
     @property

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mc2_hpc.config import RunConfig, load_config
+from mc2_hpc.data.lanes import check_ranks
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import read_json, write_json
 
@@ -89,10 +90,7 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
         **{KEYS.get(key, key): value for key, value in options.items() if key != "env"},
     }
     ranks = int(values.get("nodes", header["nodes"])) * int(values["ntasks-per-node"])
-    if ranks > config.data.lanes:
-        raise UserError(
-            f"--slurm: {ranks} ranks but data.lanes={config.data.lanes}: every rank needs at least one lane"
-        )
+    check_ranks(ranks, config.data.lanes, where="--slurm: ")
     environment = Path(options.get("env", scripts_folder() / "env.sh")).resolve()
     if not environment.is_file():
         raise UserError(f"--slurm env={environment}: no such file")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from mc2_hpc.config import RunConfig
-from mc2_hpc.data.loader import Batch
+from mc2_hpc.data.batches import Batch
 from mc2_hpc.models.clip import flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture
+from mc2_hpc.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class ThroughputMeter:
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._global_batch = config.global_batch
         self._arch = arch
-        self._peak = peak_flops(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
 
     def start(self) -> None:
