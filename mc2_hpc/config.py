@@ -214,7 +214,7 @@ class EvalConfig:
     root: str | None = None
     """Where the sets lie, in place of the suite's ``root``."""
     batch: int = 64
-    """Pictures a rank encodes at a time."""
+    """Images that a rank encodes at a time."""
     best: str | None = None
     """``<set>/<metric>`` whose largest value so far decides which checkpoint is kept as the best; null: the leading
     metric of the first set that could be scored."""

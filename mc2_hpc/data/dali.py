@@ -2,7 +2,7 @@
 
 Which samples a batch has, where each is cropped and which are bad is settled before a JPEG comes here, so balancing,
 resume and skips are those of every other backend. One broken JPEG stops a whole pipeline of DALI; the batch is then
-decoded on the CPU as by ``turbo_exact``, a JPEG that cannot be decoded there either becomes a grey picture and is
+decoded on the CPU as by ``turbo_exact``, a JPEG that cannot be decoded there either becomes a grey image and is
 counted, and a new pipeline takes over.
 """
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Jpegs:
-    """Encoded pictures of a batch, as they cross from a worker: tensors, so through shared memory.
+    """Encoded images of a batch, as they cross from a worker: tensors, so through shared memory.
 
     Attributes:
         data: uint8 ``(n,)``, one after another.
@@ -75,14 +75,14 @@ class _Job:
 
 
 class DaliDecoder:
-    """Batches of JPEG crops in, uint8 ``(b, 3, S, S)`` pictures on the device out, in order.
+    """Batches of JPEG crops in, uint8 ``(b, 3, S, S)`` images on the device out, in order.
 
     Args:
         image_size: S.
         max_batch: most JPEGs a batch.
-        device: where the pictures are wanted; ``cuda`` decodes there (DALI's ``mixed``), ``cpu`` on the CPU.
+        device: where the images are wanted; ``cuda`` decodes there (DALI's ``mixed``), ``cpu`` on the CPU.
         num_threads: of the CPU's part.
-        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes, where it has one.
+        hw_decoder_load: share of the images that a GPU's JPEG engine decodes, where it has one.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class DaliDecoder:
         self._size = image_size
         self._device = device
         self._new_pipeline = partial(_pipeline, image_size, max_batch, device, num_threads, hw_decoder_load)
-        # Training's kernels queue on the current stream; waiting for a picture must not be waiting for them.
+        # Training's kernels queue on the current stream; waiting for an image must not be waiting for them.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._jobs: deque[_Job] = deque()
         self._restart()
 
     def submit(self, num: int, ready: torch.Tensor, parts: list[tuple[int, Jpegs]]) -> None:
-        """Begin a batch of ``num`` pictures.
+        """Begin a batch of ``num`` images.
 
         Args:
             ready: uint8 ``(m, 3, S, S)``, those that need no decoding, in order.
@@ -187,7 +187,7 @@ def _pipeline(image_size: int, max_batch: int, device: torch.device, num_threads
         jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
         shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-        pictures = fn.decoders.image_slice(
+        images = fn.decoders.image_slice(
             jpegs,
             start=start,
             shape=shape,
@@ -196,7 +196,7 @@ def _pipeline(image_size: int, max_batch: int, device: torch.device, num_threads
             **({"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}),
         )
         resized = fn.resize(
-            pictures, size=(image_size, image_size), interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8
+            images, size=(image_size, image_size), interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8
         )
         pipeline.set_outputs(fn.transpose(resized, perm=[2, 0, 1]))
     pipeline.build()

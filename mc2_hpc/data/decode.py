@@ -1,4 +1,4 @@
-"""Encoded pictures to uint8 RGB tensors, by one of several backends.
+"""Encoded images to uint8 RGB tensors, by one of several backends.
 
 ===============  ======================================================  =================================  ==========
 backend          JPEG                                                    resize                             used for
@@ -9,7 +9,7 @@ backend          JPEG                                                    resize 
 ``dali``         NVIDIA's decoders, the crop alone (``data/dali.py``)    DALI, antialiased bicubic, uint8   training
 ===============  ======================================================  =================================  ==========
 
-Pictures of other formats, told by their first bytes, and CMYK ones are decoded by Pillow in every backend. So is a JPEG
+Images of other formats, told by their first bytes, and CMYK ones are decoded by Pillow in every backend. So is a JPEG
 that simplejpeg refuses: Pillow is the judge of what is damaged, and the backends therefore skip the same samples.
 Orientation tags are not applied, as in open_clip. Transparency is dropped.
 """
@@ -32,7 +32,7 @@ from mc2_hpc.data.skips import SkipSample
 from mc2_hpc.errors import UserError
 
 MAX_PIXELS = 1 << 26
-"""Largest picture that is decoded, and largest one a resize may make: 67 million pixels, 200 MB of RGB."""
+"""Largest image that is decoded, and largest one a resize may make: 67 million pixels, 200 MB of RGB."""
 
 CPU_BACKENDS = ("turbo", "turbo_exact", "pil")
 TRAIN_BACKENDS = (*CPU_BACKENDS, "dali")
@@ -63,7 +63,7 @@ def resolve_backend(name: str, use: str) -> str:
 
 
 class TrainTransform:
-    """RandomResizedCrop to a square. Calls raise SkipSample for a picture that cannot be used.
+    """RandomResizedCrop to a square. Calls raise SkipSample for an image that cannot be used.
 
     With ``dali`` a JPEG whose header and end are in order is left encoded, for the rank's pipeline; anything else is
     decoded at once as by ``turbo_exact``, so that what can be told without decoding costs its sample here.
@@ -90,7 +90,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The picture as evaluation sees it: ``shortest`` side resized then centre crop, or all of it ``squash``ed."""
+    """The image as evaluation sees it: ``shortest`` side resized then centre crop, or all of it ``squash``ed."""
 
     def __init__(self, image_size: int, mode: str = "shortest", backend: str = "auto") -> None:
         if mode not in ("shortest", "squash"):
@@ -128,7 +128,7 @@ def crop_and_resize(data: Encoded, choose: Callable[[int, int], Box], size: int,
     """Decode, crop to the box that ``choose(height, width)`` gives, resize: uint8 ``(3, size, size)``.
 
     Raises:
-        SkipSample: the picture is damaged, of no known format, or too large.
+        SkipSample: the image is damaged, of no known format, or too large.
     """
     if backend == "pil":
         image = _open(data)
@@ -148,7 +148,7 @@ def crop_and_resize(data: Encoded, choose: Callable[[int, int], Box], size: int,
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread meanwhile: a picture is too small to share, and waking the others costs more than it."""
+    """Let torch use one thread meanwhile: an image is too small to share, and waking the others costs more than it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -158,7 +158,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def _read(data: Encoded) -> _RGB:
-    """The whole picture, ``(height, width, 3)``."""
+    """The whole image, ``(height, width, 3)``."""
     shape = _jpeg_shape(data)
     rgb = _decode_jpeg(data, shape, 8) if shape is not None else None
     return rgb if rgb is not None else np.array(_loaded(_open(data)))
@@ -193,7 +193,7 @@ def _open(data: Encoded) -> Image.Image:
     except Image.DecompressionBombError:
         raise SkipSample("too_many_pixels") from None
     except UnidentifiedImageError:
-        raise SkipSample("undecodable_image", "no known picture format") from None
+        raise SkipSample("undecodable_image", "no known image format") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds for damaged files

@@ -11,11 +11,11 @@ import torch
 
 from mc2_hpc.data.decode import EvalTransform, one_torch_thread
 from mc2_hpc.data.locations import find_shards
-from mc2_hpc.data.shards import Picture, Shard
+from mc2_hpc.data.shards import CaptionedImage, Shard
 from mc2_hpc.data.skips import ShardError, SkipSample, log_skip
 from mc2_hpc.errors import UserError
 
-_Loaded = tuple[Picture, torch.Tensor]
+_Loaded = tuple[CaptionedImage, torch.Tensor]
 
 
 @dataclass
@@ -119,7 +119,7 @@ class EvalBatches:
     def _load(self, place: tuple[Shard, int]) -> _Loaded | SkipSample:
         shard, index = place
         try:
-            picture = shard.read_picture(index)
+            picture = shard.read_image(index)
             return picture, self._transform(picture.image)
         except SkipSample as skip:
             log_skip(skip.reason, f"{shard.name}, picture {index}", skip.detail)

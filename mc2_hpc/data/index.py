@@ -72,7 +72,7 @@ def open_index(path: Path, source: LocalFile, *, curated: bool, cache: Path) -> 
     """The kept index of the tar at ``path``, open as ``source``, or a new one, which is then kept.
 
     Args:
-        curated: a key is all of a name before its last dot, and only pictures count; else it ends at the first dot of
+        curated: a key is all of a name before its last dot, and only images count; else it ends at the first dot of
             the file name, as WebDataset has it.
         cache: folder for indexes of tars whose own folder cannot be written.
 
@@ -149,7 +149,7 @@ def _places(samples: list[dict[int, Member]]) -> npt.NDArray[np.int64]:
 
 def _by_webdataset_key(members: Iterable[Member]) -> dict[str, dict[int, Member]]:
     """Files by key and column; hidden files are left out. Of a name that occurs again the first stays, as in curation,
-    and of several pictures of a key the one whose extension comes first in :data:`IMAGE_EXTENSIONS`."""
+    and of several images of a key the one whose extension comes first in :data:`IMAGE_EXTENSIONS`."""
     named: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, name = member.name.rpartition("/")

@@ -2,7 +2,7 @@
 
 A **curated** shard is ``<shard>.tar`` of ``<key>.jpg`` with ``<shard>.parquet`` beside it: columns ``key`` and
 ``text``, perhaps ``lang`` and ``entries``; several rows may share a key. A **plain** shard is any other WebDataset tar:
-files of one key up to the first dot of their names, a picture and a caption (``.txt``, or ``caption`` or ``text`` of
+files of one key up to the first dot of their names, an image and a caption (``.txt``, or ``caption`` or ``text`` of
 a ``.json``, which may also have ``lang``). The Parquet file that img2dataset leaves beside its tars has no ``text``
 column, so those shards are plain.
 """
@@ -37,7 +37,7 @@ Probabilities = Mapping[str, npt.NDArray[np.float32]]
 
 
 class Pair(NamedTuple):
-    """One picture, still encoded, and one of its captions; ``lang`` is empty where nobody knows it."""
+    """One image, still encoded, and one of its captions; ``lang`` is empty where nobody knows it."""
 
     key: str
     image: Encoded
@@ -46,8 +46,8 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, still encoded, and all of its captions."""
+class CaptionedImage:
+    """One image, still encoded, and all of its captions."""
 
     key: str
     image: Encoded
@@ -56,7 +56,7 @@ class Picture:
 
 
 class Shard(Protocol):
-    """What the stream and the evaluation need of a shard of either kind. A *row* is one caption of one picture."""
+    """What the stream and the evaluation need of a shard of either kind. A *row* is one caption of one image."""
 
     name: str
     """For messages: its path or address."""
@@ -71,7 +71,7 @@ class Shard(Protocol):
         ...
 
     def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The rows an epoch trains on: one a picture, or none where balancing drops it.
+        """The rows an epoch trains on: one per image, or none where balancing drops it.
 
         Raises UserError where ``probs`` do not fit the shard.
         """
@@ -81,8 +81,8 @@ class Shard(Protocol):
         """Raises SkipSample."""
         ...
 
-    def read_picture(self, index: int) -> Picture:
-        """Picture ``index`` of ``num_keys``. Raises SkipSample."""
+    def read_image(self, index: int) -> CaptionedImage:
+        """Image ``index`` of ``num_keys``. Raises SkipSample."""
         ...
 
 
@@ -109,11 +109,11 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
 
 
 class PlainShard:
-    """A WebDataset tar: every picture has one caption, so rows and pictures are the same."""
+    """A WebDataset tar: every image has one caption, so rows and images are the same."""
 
     def __init__(self, name: str, source: ByteSource, index: ShardIndex) -> None:
         if not index.keys:
-            raise ShardError("holds neither pictures nor captions")
+            raise ShardError("holds neither images nor captions")
         self.name = name
         self.unsafe_names = index.unsafe_names
         self.changed = index.changed
@@ -152,12 +152,12 @@ class PlainShard:
             caption, lang = _usable_text(raw), ""
         else:
             caption, lang = _described_caption(raw, data[more:more_end] if more >= 0 else b"{}")
-        # A view: the picture need not be copied out of the read.
+        # A view: the image need not be copied out of the read.
         return Pair(self._keys[row], memoryview(data)[image:image_end], caption, lang)
 
-    def read_picture(self, index: int) -> Picture:
+    def read_image(self, index: int) -> CaptionedImage:
         pair = self.read(index)
-        return Picture(pair.key, pair.image, [pair.text], [pair.lang])
+        return CaptionedImage(pair.key, pair.image, [pair.text], [pair.lang])
 
     def _read_apart(self, places: tuple[int, ...]) -> tuple[bytes, list[int]]:
         """The files of a sample joined, and begin and end of each in that."""
@@ -195,8 +195,8 @@ class CuratedShard:
         self._rows_of: dict[str, list[int]] = {}
         for row, key in enumerate(keys):
             self._rows_of.setdefault(key, []).append(row)
-        self._pictures = list(self._rows_of)
-        self.num_keys = len(self._pictures)
+        self._image_keys = list(self._rows_of)
+        self.num_keys = len(self._image_keys)
         self._hashes = hash_keys(keys)
         self._images = dict(zip(index.keys, index.places[:, :2].tolist(), strict=True))
 
@@ -222,10 +222,10 @@ class CuratedShard:
         key = self._keys[row]
         return Pair(key, self._image(key), self._text(row), self._lang(row))
 
-    def read_picture(self, index: int) -> Picture:
-        key = self._pictures[index]
+    def read_image(self, index: int) -> CaptionedImage:
+        key = self._image_keys[index]
         rows = self._rows_of[key]
-        return Picture(
+        return CaptionedImage(
             key,
             self._image(key),
             [self._text(row) for row in rows],

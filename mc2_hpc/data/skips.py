@@ -7,14 +7,14 @@ reason                  meaning
 ``shard_changed``       the tar was rewritten since it was last listed: read, but its order is another one
 ``unsafe_name``         a member's name is absolute or climbs out of its folder
 ``read_error``          the payload could not be read from storage any more
-``image_missing``       a caption without a picture
-``caption_missing``     a picture without a caption
+``image_missing``       a caption without an image
+``caption_missing``     an image without a caption
 ``caption_not_utf8``    the caption's bytes are not UTF-8
 ``caption_not_json``    the ``.json`` member is not a JSON object
 ``caption_empty``       nothing but white space
 ``truncated_jpeg``      the JPEG ends early
-``undecodable_image``   any other damage, or no known picture format
-``too_many_pixels``     more pixels than a training picture can have (decompression bomb)
+``undecodable_image``   any other damage, or no known image format
+``too_many_pixels``     more pixels than a training image can have (decompression bomb)
 ======================  ===========================================================================
 """
 

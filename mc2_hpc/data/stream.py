@@ -32,7 +32,7 @@ _PROBE_SHARDS = 64
 logger = logging.getLogger(__name__)
 
 Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop]
-"""(encoded picture, key hash, epoch) to what the batch takes; raises SkipSample."""
+"""(encoded image, key hash, epoch) to what the batch takes; raises SkipSample."""
 
 
 class Position(NamedTuple):
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Example:
-    """One good sample: caption and picture ready for the batch."""
+    """One good sample: caption and image ready for the batch."""
 
     pair: Pair
     image: torch.Tensor | EncodedCrop
@@ -95,8 +95,8 @@ class ShardPool:
     Args:
         shards: of the run.
         lanes, seed: as the config has them.
-        probs: entry probabilities for online balancing; None keeps one text of every picture.
-        transform: decodes a picture.
+        probs: entry probabilities for online balancing; None keeps one text of every image.
+        transform: decodes an image.
         name: of the data, for errors.
         reading: told the number of a shard before anything of it is read.
     """
@@ -168,9 +168,9 @@ class ShardPool:
             logger.warning("skipped, shard_unreadable: %s: %s", self._shards.names[number], error)
 
     def check_enough_samples(self) -> None:
-        """Raise UserError if there are fewer pictures than lanes, good or bad."""
+        """Raise UserError if there are fewer images than lanes, good or bad."""
         if self._enough or self._num_shards >= self._lanes:
-            return  # no shard that opens is without pictures
+            return  # no shard that opens is without images
         self._enough = True
         total = 0
         for number in range(self._num_shards):

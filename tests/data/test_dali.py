@@ -66,7 +66,7 @@ def jpegs(make_jpeg: Callable[..., bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("size", [224, 64])
-def test_pictures_are_the_references(size: int, jpegs: list[bytes]) -> None:
+def test_images_are_the_references(size: int, jpegs: list[bytes]) -> None:
     transform = TrainTransform(size, (0.5, 1.0), 0, "dali")
     crops = [transform(data, key, 0) for data, key in zip(jpegs, KEYS, strict=False)]
     assert all(isinstance(crop, EncodedCrop) for crop in crops)
@@ -80,7 +80,7 @@ def test_pictures_are_the_references(size: int, jpegs: list[bytes]) -> None:
     assert min(quality) >= 50
 
 
-def test_pictures_are_the_references_on_real_data(shared_data: Path) -> None:
+def test_images_are_the_references_on_real_data(shared_data: Path) -> None:
     shard = open_shard(shared_data / "cc12m-32.tar")
     data = [shard.read(row).image for row in range(shard.num_keys)]
     make = {b: TrainTransform(224, (0.9, 1.0), 0, b) for b in ("dali", "pil")}
@@ -134,7 +134,7 @@ def test_broken_jpegs_cost_themselves_alone(jpegs: list[bytes], caplog: pytest.L
                 assert psnr(image, exact) > 40
 
 
-def test_ready_pictures_keep_their_places(jpegs: list[bytes]) -> None:
+def test_ready_images_keep_their_places(jpegs: list[bytes]) -> None:
     crop = EncodedCrop(jpegs[0], Box(0, 0, 300, 300))
     ready = [torch.full((3, SIZE, SIZE), value, dtype=torch.uint8) for value in (1, 2)]
     images, _ = decode([ready[0], crop, ready[1], crop])
@@ -147,7 +147,7 @@ def test_ready_pictures_keep_their_places(jpegs: list[bytes]) -> None:
 def test_the_loader_gives_the_same_batches_and_resumes(
     workers: int, make_jpeg: Callable[..., bytes], tokenizer_file: Path, tmp_path: Path
 ) -> None:
-    pairs = [Pair(f"{i:04d}", make_jpeg(70 + i % 9, 80, seed=i), f"picture {i}", "en") for i in range(40)]
+    pairs = [Pair(f"{i:04d}", make_jpeg(70 + i % 9, 80, seed=i), f"image {i}", "en") for i in range(40)]
     pairs[5] = pairs[5]._replace(image=pairs[5].image[:600])
     pairs[9] = pairs[9]._replace(image=pairs[9].image + b"tail")
     pack_pairs(pairs, tmp_path / "shards", pairs_per_shard=10)

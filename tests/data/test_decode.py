@@ -1,4 +1,4 @@
-"""Pictures to tensors: equal to open_clip's transform, close to it when fast, and firm with bad bytes."""
+"""Images to tensors: equal to open_clip's transform, close to it when fast, and firm with bad bytes."""
 
 import io
 import struct
@@ -39,7 +39,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def pictures(make_jpeg: Callable[..., bytes]) -> list[bytes]:
+def images(make_jpeg: Callable[..., bytes]) -> list[bytes]:
     sizes = [(480, 640), (768, 1024), (500, 333), (301, 607)]
     return [make_jpeg(h, w, seed) for seed, (h, w) in enumerate(sizes)]
 
@@ -98,20 +98,20 @@ def test_dct_scale_keeps_the_target_size_and_stays_in_the_box(
 
 @pytest.mark.parametrize("size", [64, 224])
 def test_pil_backend_is_open_clips_train_transform(
-    open_clip: ModuleType, pictures: list[bytes], size: int, monkeypatch: pytest.MonkeyPatch
+    open_clip: ModuleType, images: list[bytes], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchvision.transforms import RandomResizedCrop
 
     box = Box(11, 7, 280, 301)
     monkeypatch.setattr(RandomResizedCrop, "get_params", staticmethod(lambda *_: tuple(box)))
     theirs = open_clip.image_transform(size, is_train=True)
-    for data in pictures:
+    for data in images:
         ours = crop_and_resize(data, lambda h, w: box, size, "pil")
         assert torch.equal(normalise(ours[None])[0], theirs(Image.open(io.BytesIO(data))))
 
 
 def snapped_reference(data: bytes, key: np.uint64, size: int, backend: str) -> torch.Tensor:
-    """Pillow's picture of the box that ``backend`` really showed."""
+    """Pillow's image of the box that ``backend`` really showed."""
 
     def choose(height: int, width: int) -> Box:
         box = random_crop(height, width, key_hash=key, seed=0, epoch=0, scale=(0.9, 1.0))
@@ -123,18 +123,18 @@ def snapped_reference(data: bytes, key: np.uint64, size: int, backend: str) -> t
 @pytest.mark.parametrize(("backend", "median", "least"), [("turbo", 40, 33), ("turbo_exact", 60, 50)])
 @pytest.mark.parametrize("size", [32, 224])
 def test_fast_backends_are_close_to_pil(
-    backend: str, median: float, least: float, size: int, pictures: list[bytes]
+    backend: str, median: float, least: float, size: int, images: list[bytes]
 ) -> None:
     transform = TrainTransform(size, (0.9, 1.0), seed=0, backend=backend)
     quality = [
         psnr(transform(data, key, 0), snapped_reference(data, key, size, backend))
-        for key, data in zip(KEYS, pictures * 3, strict=False)
+        for key, data in zip(KEYS, images * 3, strict=False)
     ]
     assert np.median(quality) >= median and min(quality) >= least
 
 
 @pytest.mark.parametrize(("backend", "median", "least"), [("turbo", 40, 30), ("turbo_exact", 60, 50)])
-def test_fast_backends_are_close_to_pil_on_real_pictures(
+def test_fast_backends_are_close_to_pil_on_real_images(
     backend: str, median: float, least: float, shared_data: Path
 ) -> None:
     shard = open_shard(shared_data / "cc12m-32.tar")
@@ -148,10 +148,10 @@ def test_fast_backends_are_close_to_pil_on_real_pictures(
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
-def test_eval_transform_is_open_clips(mode: str, open_clip: ModuleType, pictures: list[bytes]) -> None:
+def test_eval_transform_is_open_clips(mode: str, open_clip: ModuleType, images: list[bytes]) -> None:
     theirs = open_clip.image_transform(224, is_train=False, resize_mode=mode)
     quality = []
-    for data in pictures:
+    for data in images:
         expected = theirs(Image.open(io.BytesIO(data)))
         exact = EvalTransform(224, mode, "pil")(data)
         assert torch.equal(normalise(exact[None])[0], expected)
@@ -159,11 +159,11 @@ def test_eval_transform_is_open_clips(mode: str, open_clip: ModuleType, pictures
     assert np.median(quality) >= 60 and min(quality) >= 50
 
 
-def test_small_pictures_are_enlarged(make_jpeg: Callable[..., bytes]) -> None:
+def test_small_images_are_enlarged(make_jpeg: Callable[..., bytes]) -> None:
     data = make_jpeg(32, 32, 5)
-    pictures = {b: TrainTransform(64, (0.9, 1.0), 0, b)(data, KEYS[0], 0) for b in CPU_BACKENDS}
-    assert all(p.shape == (3, 64, 64) and p.dtype == torch.uint8 for p in pictures.values())
-    assert psnr(pictures["turbo"], pictures["pil"]) > 50
+    images = {b: TrainTransform(64, (0.9, 1.0), 0, b)(data, KEYS[0], 0) for b in CPU_BACKENDS}
+    assert all(p.shape == (3, 64, 64) and p.dtype == torch.uint8 for p in images.values())
+    assert psnr(images["turbo"], images["pil"]) > 50
 
 
 # Other formats, and bad bytes
@@ -204,7 +204,7 @@ def test_bad_bytes_have_a_reason(backend: str, make_jpeg: Callable[..., bytes]) 
         assert reason(lambda cut=cut: transform(good[:cut], KEYS[0], 0)) in ("truncated_jpeg", "undecodable_image")
     assert reason(lambda: transform(good[: len(good) // 2], KEYS[0], 0)) == "truncated_jpeg"
     png = encoded(Image.new("RGB", (64, 64)), "PNG")
-    for data in (b"", b"not a picture", bytes(1000), png[:60], b"<svg/>"):
+    for data in (b"", b"not an image", bytes(1000), png[:60], b"<svg/>"):
         assert reason(lambda data=data: transform(data, KEYS[0], 0)) == "undecodable_image"
 
 
@@ -237,7 +237,7 @@ def test_decompression_bombs_are_not_decoded(backend: str, make_jpeg: Callable[.
 
 
 @pytest.mark.parametrize("backend", ["pil", "turbo_exact"])
-def test_a_thread_of_a_picture_does_not_explode_in_evaluation(backend: str) -> None:
+def test_a_thread_of_a_image_does_not_explode_in_evaluation(backend: str) -> None:
     data = encoded(Image.new("RGB", (1, 8000)), "PNG")
     assert reason(lambda: EvalTransform(224, "shortest", backend)(data)) == "too_many_pixels"
     assert EvalTransform(224, "squash", backend)(data).shape == (3, 224, 224)

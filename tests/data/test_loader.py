@@ -30,7 +30,7 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pairs(make_jpeg: Callable[..., bytes], captions: list[tuple[str, str]]) -> list[Pair]:
-    """96 pairs with pictures of their own."""
+    """96 pairs with images of their own."""
     return [
         Pair(f"{i:04d}", make_jpeg(24 + i % 5, 30, seed=i), text, lang) for i, (lang, text) in enumerate(captions[:96])
     ]
@@ -76,7 +76,7 @@ def take(loader: TrainLoader, steps: int) -> list[Batch]:
 
 
 def joined(ranks: list[list[Batch]]) -> list[tuple[list[str], torch.Tensor, list[list[int]]]]:
-    """Each step's keys, pictures and token rows over all ranks."""
+    """Each step's keys, images and token rows over all ranks."""
     steps = []
     for batches in zip(*ranks, strict=True):
         keys = [key for batch in batches for key in batch.keys]
@@ -98,7 +98,7 @@ def test_a_batch_is_what_it_says(make_loader, folder: Path, pairs: list[Pair], t
     assert batch.langs == [by_key[key].lang for key in batch.keys]
     assert batch.skipped == {} and batch.position == {lane: (0, 0, 4) for lane in range(6)}
     means = batch.images.float().mean((1, 2, 3))
-    assert means.std() > 1  # pictures of their own, not one repeated
+    assert means.std() > 1  # images of their own, not one repeated
 
 
 def test_an_epoch_has_every_pair_once_and_the_next_another_order(make_loader, folder: Path, pairs: list[Pair]) -> None:
@@ -182,10 +182,10 @@ def bad_folder(tmp_path: Path, pairs: list[Pair]) -> Path:
     write_shard(
         tmp_path / "bad_samples.tar",
         [
-            ("truncated", {"jpg": jpeg[: len(jpeg) // 2], "txt": b"half a picture"}),
+            ("truncated", {"jpg": jpeg[: len(jpeg) // 2], "txt": b"half an image"}),
             ("latin1", {"jpg": jpeg, "txt": "caf\u00e9".encode("latin-1")}),
             ("blank", {"jpg": jpeg, "txt": b" "}),
-            ("rubbish", {"jpg": b"rubbish", "txt": b"no picture"}),
+            ("rubbish", {"jpg": b"rubbish", "txt": b"no image"}),
             ("lonely", {"jpg": jpeg}),
             ("blind", {"txt": b"words"}),
             ("good", {"jpg": jpeg, "txt": b"the last one"}),

@@ -28,7 +28,7 @@ def reason(call: Callable[[], object]) -> str:
 
 def curated(folder: Path, rows: list[dict[str, object]], images: list[str], **fields: pa.DataType) -> Path:
     path = folder / "00000.tar"
-    write_shard(path, [(key, {"jpg": b"picture of " + key.encode()}) for key in images])
+    write_shard(path, [(key, {"jpg": b"image of " + key.encode()}) for key in images])
     types = {"key": pa.string(), "text": pa.string(), "lang": pa.string(), "entries": pa.list_(pa.uint32())} | fields
     schema = pa.schema([(name, types[name]) for name in rows[0]])
     pq.write_table(pa.Table.from_pylist(rows, schema), path.with_suffix(".parquet"))
@@ -104,7 +104,7 @@ def test_plain_captions(tmp_path: Path) -> None:
 def test_files_that_are_no_samples_are_passed_over(tmp_path: Path) -> None:
     shard = plain(tmp_path, {"a/b": {"jpg": b"1", "txt": b"x"}, "._a": {"jpg": b"2"}, "c": {"npy": b"3"}})
     assert shard.num_keys == 1 and shard.read(0).key == "a/b"
-    with pytest.raises(ShardError, match="neither pictures nor captions"):
+    with pytest.raises(ShardError, match="neither images nor captions"):
         plain(tmp_path, {"c": {"npy": b"3"}})
 
 
@@ -115,7 +115,7 @@ def test_real_shard(shared_data: Path) -> None:
     assert all(bytes(pair.image[:2]) == b"\xff\xd8" for pair in pairs)
 
 
-def test_curated_shard_has_all_texts_of_a_picture(tmp_path: Path) -> None:
+def test_curated_shard_has_all_texts_of_a_image(tmp_path: Path) -> None:
     rows = [
         {"key": "a.1", "text": "one", "lang": "en"},
         {"key": "b", "text": "zwei", "lang": None},
@@ -125,8 +125,8 @@ def test_curated_shard_has_all_texts_of_a_picture(tmp_path: Path) -> None:
     ]
     shard = open_shard(curated(tmp_path, rows, ["a.1", "b", "unmatched"]))
     assert isinstance(shard, CuratedShard) and shard.num_keys == 3
-    assert shard.read(2) == Pair("a.1", b"picture of a.1", "eins", "de")
-    assert shard.read_picture(0).texts == ["one", "eins"] and shard.read_picture(0).langs == ["en", "de"]
+    assert shard.read(2) == Pair("a.1", b"image of a.1", "eins", "de")
+    assert shard.read_image(0).texts == ["one", "eins"] and shard.read_image(0).langs == ["en", "de"]
     assert shard.read(1).lang == ""
     assert reason(lambda: shard.read(3)) == "image_missing"
     assert reason(lambda: shard.read(4)) == "caption_missing"

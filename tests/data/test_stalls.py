@@ -29,7 +29,7 @@ LONG_AGO = (0, 0)
 
 @pytest.fixture(scope="module")
 def pairs(make_jpeg: Callable[..., bytes]) -> list[Pair]:
-    return [Pair(f"{i:04d}", make_jpeg(24, 30, seed=i), f"picture {i}", "en") for i in range(60)]
+    return [Pair(f"{i:04d}", make_jpeg(24, 30, seed=i), f"image {i}", "en") for i in range(60)]
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_a_worker_that_found_an_error_stays_to_tell_it(
 # The parts
 
 
-def test_pictures_cross_through_shared_memory(make_loader: Callable[..., TrainLoader], folder: Path) -> None:
+def test_images_cross_through_shared_memory(make_loader: Callable[..., TrainLoader], folder: Path) -> None:
     loader = make_loader(folder, workers=1)
     batch = next(loader)
     assert batch.images.is_shared()

@@ -137,7 +137,7 @@ def test_a_lane_without_anything_good_waits_for_the_next_epoch(tmp_path: Path) -
         assert all(next(stream).pair.key.startswith("1-") for _ in range(20))
 
 
-@pytest.mark.parametrize("kind", ["pictures", "shards", "gone"])
+@pytest.mark.parametrize("kind", ["images", "shards", "gone"])
 def test_nothing_good_at_all_is_an_error(kind: str, tmp_path: Path) -> None:
     paths = write(tmp_path, [5, 5], bad={f"{n}-{i}" for n in range(2) for i in range(5)})
     for path in paths:
@@ -145,7 +145,7 @@ def test_nothing_good_at_all_is_an_error(kind: str, tmp_path: Path) -> None:
             path.write_bytes(path.read_bytes()[:700])
         elif kind == "gone":
             path.unlink()
-    expected = {"pictures": "undecodable_image 10", "shards": "shard_unreadable 2", "gone": "shard_unreadable 2"}[kind]
+    expected = {"images": "undecodable_image 10", "shards": "shard_unreadable 2", "gone": "shard_unreadable 2"}[kind]
     for lanes in (1, 2, 5):
         with pytest.raises(UserError, match=f"test data: not one sample can be used; .*: {expected}"):
             next(Lane(pool(paths, lanes), lanes - 1, Position()))

@@ -27,7 +27,7 @@ NAMES = {
     "ja": "飛行機 自動車 鳥 猫 鹿 犬 カエル 馬 船 トラック".split(),
 }
 FORMS = {
-    "en": ["a photo of a {}", "{}", "a small picture of a {}"],
+    "en": ["a photo of a {}", "{}", "a small image of a {}"],
     "de": ["ein Foto: {}", "{}", "Bild von {}"],
     "fr": ["une photo de {}", "{}", "image : {}"],
     "ru": ["фотография: {}", "{}", "на снимке {}"],
@@ -115,7 +115,7 @@ def test_learns_cifar_in_five_languages(curated, shared_data, torchrun, tmp_path
         classifier = build_classifier(model, tokenizer.encode, names, FORMS[lang])
         accuracy[lang] = top_k_accuracy(features, classifier, labels, ks=(1,))[1]
     print(accuracy)
-    # Chance is 10 %; 1,000 pictures put six standard errors below 16 %.
+    # Chance is 10 %; 1,000 images put six standard errors below 16 %.
     assert min(accuracy.values()) > 0.2, accuracy
     assert accuracy["en"] > 0.3, accuracy
 
