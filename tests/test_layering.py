@@ -13,13 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first; a module may import its own layer's package and every layer below.
 LAYERS = [
-    {"mc2_hpc.errors"},
+    {"mc2_hpc.errors", "mc2_hpc.precision"},
     {
         "mc2_hpc.config",
         "mc2_hpc.distributed",
         "mc2_hpc.draws",
         "mc2_hpc.page_style",
-        "mc2_hpc.precision",
         "mc2_hpc.storage",
         "mc2_hpc.tar",
         "mc2_hpc.terminal",
