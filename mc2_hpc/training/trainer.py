@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -24,14 +23,14 @@ from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpo
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
 from mc2_hpc.training.lost_rank import naming_the_wait
-from mc2_hpc.training.metrics import MetricsLog
+from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss, num_micro_batches
 from mc2_hpc.training.stop import Stopped, StopRequest
-from mc2_hpc.training.throughput import ThroughputMeter
+from mc2_hpc.training.throughput import ThroughputMeter, gather, rates
 from mc2_hpc.training.votes import VoteCounts, Votes
 
 logger = logging.getLogger(__name__)
@@ -114,6 +113,7 @@ class Trainer:
             feature_dtype=Precision(config.precision).dtype,
             votes=lambda: Votes(stop=self.stop.requested is not None, written=self.writer.own_part_done),
         )
+        self._means = Means()
         self._save_policy = SavePolicy(
             every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
         )
@@ -191,10 +191,7 @@ class Trainer:
             meter.count(batch)
             pending = _Pending(progress.step, lr, result, batch.keys)
             if progress.step % config.log_every == 0 or progress.step == config.steps:
-                self._read(pending)
-                rates = meter.rates()
-                if log is not None:
-                    log.write(self._row(pending, rates))
+                self._log_row(pending, meter, log)
             with meter.stalled():
                 self._checkpoint(pending, votes)
             with meter.paused():
@@ -268,17 +265,23 @@ class Trainer:
         self.writer.finish()
         return self.writer.failure is None
 
-    def _row(self, pending: _Pending, rates: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "step": pending.step,
-            "samples_seen": self.progress.samples_seen,
-            "loss": float(pending.result.loss),
-            "logit_scale": float(pending.result.logit_scale),
-            "lr": pending.lr,
-            "grad_norm": float(pending.result.grad_norm),
-            **rates,
-            "skipped": dict(sorted(self.progress.skipped.items())),
-        }
+    def _log_row(self, pending: _Pending, meter: ThroughputMeter, log: MetricsLog | None) -> None:
+        """Write the row of all ranks and of the steps since the row before. Collective."""
+        self._read(pending)
+        intervals = gather(meter.interval(self.progress.skipped), self.ranks)
+        means = self._means.take()
+        if log is not None and intervals is not None:
+            log.write(
+                {
+                    "step": pending.step,
+                    "samples_seen": self.progress.samples_seen,
+                    "loss": means["loss"],
+                    "logit_scale": float(pending.result.logit_scale),
+                    "lr": pending.lr,
+                    "grad_norm": means["grad_norm"],
+                    **rates(intervals, global_batch=self.config.global_batch),
+                }
+            )
 
     def _count(self, batch: Batch) -> None:
         self.progress.samples_seen += self.config.global_batch
@@ -299,6 +302,7 @@ class Trainer:
                     f"{what} is {float(value)} at step {pending.step}; last good checkpoint: "
                     f"{self.writer.last_good()}; keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
+        self._means.add(pending.step, loss=float(result.loss), grad_norm=float(result.grad_norm))
         return VoteCounts.read(result.votes)
 
     def _save(self) -> None:
