@@ -6,7 +6,7 @@ What Pillow does by itself and this does otherwise:
 - damaged metadata (EXIF, TIFF tags, palettes with transparency) costs no line of warning per image;
 - the limit on pixels is an argument, and a JPEG above it is decoded at a half, a quarter or an eighth of its size.
 
-Transparency is dropped. Of animations the first frame counts. Orientation tags are applied where ``upright`` asks for it:
+Transparency is dropped. Of animations the first frame counts. Orientation tags are applied where ``upright`` asks:
 training and evaluation leave them, as open_clip does.
 """
 
