@@ -4,7 +4,7 @@ What Pillow does by itself and this does otherwise:
 
 - 16-bit grey (scans, depth maps) keeps its high byte, where ``convert("RGB")`` turns everything above 255 white;
 - damaged metadata (EXIF, TIFF tags, palettes with transparency) costs no line of warning per image;
-- the limit on pixels is an argument, and a JPEG above it is decoded at a half, a quarter or an eighth of its size.
+- the limit on pixels is an argument, and a JPEG above it is decoded at a half or a quarter of its size.
 
 Transparency is dropped. Of animations the first frame counts. Orientation tags are applied where ``upright`` asks:
 training and evaluation leave them, as open_clip does.
@@ -16,10 +16,13 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mc2_hpc.drops import Drop
+from mc2_hpc.drops import Drop, Dropped
 
 MAX_PIXELS = 1 << 26
 """Largest image that is decoded unless told otherwise: 67 million pixels, 200 MB of RGB."""
+REDUCED = 8
+"""How many times larger a JPEG may be that is decoded at a smaller scale: a progressive one has all its coefficients in
+memory, whatever the scale."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 """Raster formats. Pillow's others would run programs (EPS), or are no images of the web."""
@@ -31,37 +34,28 @@ Image.MAX_IMAGE_PIXELS = None  # the limit here is exact, known to the caller, a
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-class BadImage(ValueError):
-    """An image that cannot be used; ``reason`` says why, ``detail`` says more for the log."""
-
-    def __init__(self, reason: Drop, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else str(reason))
-        self.reason = reason
-        self.detail = detail
-
-
 def open_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image with its header read and its pixels not yet; :func:`load_rgb` reads them.
 
     Args:
-        max_pixels: a JPEG with more is to be decoded at a half, a quarter or an eighth of its size, if that suffices.
+        max_pixels: a JPEG with up to :data:`REDUCED` times as many is to be decoded at a smaller scale.
 
     Raises:
-        BadImage: of no known format, damaged, or too large.
+        Dropped: of no known format, damaged, or too large.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        if image.width * image.height > max_pixels:
-            scale = next((n for n in (2, 4, 8) if -(-image.width // n) * -(-image.height // n) <= max_pixels), 8)
-            image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))  # changes JPEG alone
+        if max_pixels < image.width * image.height <= REDUCED * max_pixels:
+            scale = 2 if image.width * image.height <= 4 * max_pixels else 4
+            image.draft(None, (image.width // scale, image.height // scale))  # changes JPEG alone
     except UnidentifiedImageError:
-        raise BadImage(Drop.IMAGE_UNDECODABLE, "no known image format") from None
+        raise Dropped(Drop.IMAGE_UNDECODABLE, "no known image format") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise _damage(bytes(data[:2]), error) from None
     if image.width * image.height > max_pixels:
-        raise BadImage(Drop.IMAGE_TOO_LARGE, f"{image.width}x{image.height}")
+        raise Dropped(Drop.IMAGE_TOO_LARGE, f"{image.width}x{image.height}")
     return image
 
 
@@ -72,7 +66,7 @@ def load_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
         upright: turn it as its orientation tag says.
 
     Raises:
-        BadImage: damaged.
+        Dropped: damaged.
     """
     try:
         if upright:
@@ -89,6 +83,6 @@ def load_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
         raise _damage(_START_OF_JPEG if image.format in ("JPEG", "MPO") else b"", error) from None
 
 
-def _damage(start: bytes, error: Exception) -> BadImage:
+def _damage(start: bytes, error: Exception) -> Dropped:
     truncated = start == _START_OF_JPEG and "truncated" in str(error).lower()
-    return BadImage(Drop.IMAGE_TRUNCATED if truncated else Drop.IMAGE_UNDECODABLE, str(error))
+    return Dropped(Drop.IMAGE_TRUNCATED if truncated else Drop.IMAGE_UNDECODABLE, str(error))

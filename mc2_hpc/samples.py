@@ -17,9 +17,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from mc2_hpc.drops import Drop
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.tar import ByteSource, Member, escapes, list_members
 
 IMAGE_EXTENSIONS = (
@@ -35,6 +35,8 @@ LARGEST_RECORD = 1 << 20
 """Bytes of a caption or record that are read: more is not a caption."""
 MOST_CAPTIONS = 64
 """Captions of one image that are read from a record."""
+
+Value = TypeVar("Value")
 
 _RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 
@@ -93,19 +95,54 @@ def group_members(members: Iterable[Member]) -> Listing:
     Of a name that occurs again the first stays.
     """
     listing = Listing()
-    for member in members:
-        member = member._replace(name=member.name.removeprefix("./"))
-        if not member.name or escapes(member.name):
-            listing.drops[Drop.NAME_UNSAFE] += 1
-        elif not member.name.rpartition("/")[2].startswith("."):
+    for member in safe_members(members, listing.drops):
+        if not member.name.rpartition("/")[2].startswith("."):
             _add(listing, member)
     _join_parts(listing)
     return listing
 
 
+def safe_members(members: Iterable[Member], drops: Counter[str]) -> Iterator[Member]:
+    """The members, without a leading ``./``; those whose names lead out of their folder are counted in ``drops``."""
+    for member in members:
+        member = member._replace(name=member.name.removeprefix("./"))
+        if member.name and not escapes(member.name):
+            yield member
+        else:
+            drops[Drop.NAME_UNSAFE] += 1
+
+
 def pairing_key(key: str) -> str:
     """The form in which keys are compared: NFC."""
     return key if key.isascii() else unicodedata.normalize("NFC", key)
+
+
+class ByKey(Generic[Value]):
+    """What belongs to a key, where one side wrote the keys into a table and the other into names of files.
+
+    Keys are compared as :func:`pairing_key` has them; where that finds nothing, keys of digits alone by their value:
+    a table may hold 12 where the file is ``000012.jpg``. A value that two names share finds nothing.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, Value]]) -> None:
+        self._exact = {pairing_key(key): value for key, value in pairs}
+        self._numbers: dict[int, Value | None] | None = None
+
+    def get(self, key: str) -> Value | None:
+        """What belongs to ``key``, or None."""
+        found = self._exact.get(pairing_key(key))
+        if found is None and _is_number(key):
+            if self._numbers is None:
+                self._numbers = {}
+                for name, value in self._exact.items():
+                    if _is_number(name):
+                        self._numbers[int(name)] = None if int(name) in self._numbers else value
+            found = self._numbers.get(int(key))
+        return found
+
+
+def _is_number(key: str) -> bool:
+    return len(key) <= 18 and key.isascii() and key.isdecimal()
 
 
 def is_image_name(name: str) -> bool:
@@ -172,15 +209,6 @@ def _up_to_first_dot(key: str) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-class DroppedCaption(ValueError):
-    """A sample has no caption that can be used; ``reason`` says why, ``detail`` says more for the log."""
-
-    def __init__(self, reason: Drop, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else str(reason))
-        self.reason = reason
-        self.detail = detail
-
-
 def captions_of(caption: bytes | None, record: bytes | None) -> list[Caption]:
     """The captions of a sample, by its ``.txt`` and its ``.json``; at least one, none of them empty.
 
@@ -189,7 +217,7 @@ def captions_of(caption: bytes | None, record: bytes | None) -> list[Caption]:
     text]`` as MetaCLIP writes them. ``lang`` is the language of them all.
 
     Raises:
-        DroppedCaption: nothing there can be used.
+        Dropped: nothing there can be used.
     """
     fields = parse_record(record) if record is not None else {}
     lang = fields.get("lang")
@@ -198,13 +226,13 @@ def captions_of(caption: bytes | None, record: bytes | None) -> list[Caption]:
         return [Caption(usable_text(caption), lang)]
     texts = list(_texts(fields))
     if not texts:
-        raise DroppedCaption(Drop.CAPTION_MISSING)
+        raise Dropped(Drop.CAPTION_MISSING)
     usable = [text.strip() for text in texts[:MOST_CAPTIONS] if text.strip()]
     if not usable:
-        raise DroppedCaption(Drop.CAPTION_EMPTY)
+        raise Dropped(Drop.CAPTION_EMPTY)
     for text in usable:
         if not is_unicode(text):
-            raise DroppedCaption(Drop.CAPTION_NOT_UTF8, "half of a surrogate pair")
+            raise Dropped(Drop.CAPTION_NOT_UTF8, "half of a surrogate pair")
     return [Caption(text, lang) for text in dict.fromkeys(usable)]
 
 
@@ -229,16 +257,16 @@ def usable_text(raw: bytes) -> str:
     """A caption as text, without white space around it.
 
     Raises:
-        DroppedCaption: too large, not UTF-8, or nothing but white space.
+        Dropped: too large, not UTF-8, or nothing but white space.
     """
     if len(raw) > LARGEST_RECORD:
-        raise DroppedCaption(Drop.CAPTION_NOT_UTF8, f"{len(raw):,} bytes are not a caption")
+        raise Dropped(Drop.CAPTION_NOT_UTF8, f"{len(raw):,} bytes are not a caption")
     try:
-        text = raw.decode("utf-8-sig").strip()
+        text = raw.decode().removeprefix("\ufeff").strip()
     except UnicodeDecodeError as error:
-        raise DroppedCaption(Drop.CAPTION_NOT_UTF8, str(error)) from None
+        raise Dropped(Drop.CAPTION_NOT_UTF8, str(error)) from None
     if not text:
-        raise DroppedCaption(Drop.CAPTION_EMPTY)
+        raise Dropped(Drop.CAPTION_EMPTY)
     return text
 
 
@@ -246,18 +274,18 @@ def parse_record(raw: bytes) -> dict[str, Any]:
     """The object in a ``.json`` member.
 
     Raises:
-        DroppedCaption: not UTF-8, not a JSON object, or too large or too deep.
+        Dropped: not UTF-8, not a JSON object, or too large or too deep.
     """
     if len(raw) > LARGEST_RECORD:
-        raise DroppedCaption(Drop.CAPTION_NOT_JSON, f"{len(raw):,} bytes")
+        raise Dropped(Drop.CAPTION_NOT_JSON, f"{len(raw):,} bytes")
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        value = json.loads(raw.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
-        raise DroppedCaption(Drop.CAPTION_NOT_UTF8, str(error)) from None
+        raise Dropped(Drop.CAPTION_NOT_UTF8, str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise DroppedCaption(Drop.CAPTION_NOT_JSON, str(error)) from None
+        raise Dropped(Drop.CAPTION_NOT_JSON, str(error)) from None
     if not isinstance(value, dict):
-        raise DroppedCaption(Drop.CAPTION_NOT_JSON, "not an object")
+        raise Dropped(Drop.CAPTION_NOT_JSON, "not an object")
     return value
 
 

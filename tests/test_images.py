@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mc2_hpc.drops import Drop
-from mc2_hpc.images import BadImage, load_rgb, open_image
+from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.images import REDUCED, load_rgb, open_image
 
 GREYS = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
 COLOURS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
@@ -60,17 +60,18 @@ def test_orientation_is_applied_on_request():
 
 def test_a_large_jpeg_is_read_at_a_smaller_scale():
     data = encoded(Image.new("RGB", (400, 300), "green"), "JPEG")
+    assert load_rgb(open_image(data, max_pixels=400 * 300)).size == (400, 300)
     assert load_rgb(open_image(data, max_pixels=200 * 150)).size == (200, 150)
-    assert load_rgb(open_image(data, max_pixels=50 * 38)).size == (50, 38)
-    with pytest.raises(BadImage) as caught:
-        open_image(data, max_pixels=50 * 37)
+    assert load_rgb(open_image(data, max_pixels=200 * 150 - 1)).size == (100, 75)
+    with pytest.raises(Dropped) as caught:
+        open_image(data, max_pixels=400 * 300 // REDUCED - 1)
     assert caught.value.reason is Drop.IMAGE_TOO_LARGE
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
     data = encoded(Image.new("1", (30_000, 30_000)), "PNG")
     assert len(data) < 200_000
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(Dropped) as caught:
         open_image(data)
     assert caught.value.reason is Drop.IMAGE_TOO_LARGE
 
@@ -87,6 +88,6 @@ def test_a_bomb_is_refused_before_it_is_decoded():
     ids=["empty", "html", "cut png", "cut jpeg", "floating point"],
 )
 def test_damage_has_a_reason(data, reason):
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(Dropped) as caught:
         rgb(data)
     assert caught.value.reason is reason

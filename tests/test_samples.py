@@ -5,8 +5,8 @@ import unicodedata
 
 import pytest
 
-from mc2_hpc.drops import Drop
-from mc2_hpc.samples import DroppedCaption, captions_of, group_members, is_image_name
+from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.samples import captions_of, group_members, is_image_name
 from mc2_hpc.tar import Member
 
 
@@ -129,6 +129,6 @@ def test_captions(caption, more, expected):
     ],
 )
 def test_captions_that_cannot_be_used(caption, more, reason):
-    with pytest.raises(DroppedCaption) as caught:
+    with pytest.raises(Dropped) as caught:
         captions_of(caption, more)
     assert caught.value.reason is reason

@@ -28,7 +28,8 @@ from mc2_hpc.curation.pool.captions import iter_captions, list_pool
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries
-from mc2_hpc.storage import atomic_path, is_complete, list_shards, mark_complete, read_json, write_json
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import atomic_path, is_complete, mark_complete, read_json, write_json
 
 ENGLISH = "en"
 

@@ -21,7 +21,8 @@ import torch
 
 from mc2_hpc.data.crop import Box, EncodedCrop
 from mc2_hpc.data.decode import crop_and_resize, one_torch_thread
-from mc2_hpc.data.skips import SkipSample, log_skip
+from mc2_hpc.data.skips import log_skip
+from mc2_hpc.drops import Dropped
 
 IN_FLIGHT = 2
 """Batches to submit before the first is received: the pipeline works on them meanwhile."""
@@ -166,7 +167,7 @@ class DaliDecoder:
             for row, (jpeg, box) in enumerate(zip(job.jpegs, job.boxes.tolist(), strict=True)):
                 try:
                     pixels[row] = crop_and_resize(jpeg.tobytes(), _always(Box(*box)), self._size, "turbo_exact")
-                except SkipSample as skip:
+                except Dropped as skip:
                     log_skip(skip.reason, "a JPEG that DALI refused; it is grey in its batch", skip.detail)
                     job.skipped[skip.reason] += 1
         return pixels.to(self._device)

@@ -24,7 +24,7 @@ from mc2_hpc.evaluation.zero_shot import average_templates, top_k_accuracy
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.quickstart.captions import LANGUAGES, NUMBERS, TEMPLATES, number_names
 from mc2_hpc.quickstart.pool import heldout_place
-from mc2_hpc.storage import list_shards
+from mc2_hpc.shard_paths import list_shards
 
 _KS = (1, 5, 10)
 _EXAMPLE_LANGUAGES = ("en", "ja", "ar", "ru", "th", "ko", "de", "am", "he", "te")

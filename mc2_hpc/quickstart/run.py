@@ -31,7 +31,8 @@ from mc2_hpc.quickstart.recipe import Recipe, write_training_config
 from mc2_hpc.quickstart.report import write_report
 from mc2_hpc.quickstart.samples import draw_samples, save_pictures
 from mc2_hpc.quickstart.stages import Stages
-from mc2_hpc.storage import list_shards, write_json
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import write_json
 
 _MARKER = ".quickstart"
 _LOGIT_TOLERANCE = 1e-4

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.curation.matched import read_matched
 from mc2_hpc.curation.pool.image_tars import TarIndex
-from mc2_hpc.storage import atomic_path, list_shards
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import atomic_path
 
 _SAMPLES = 16
 

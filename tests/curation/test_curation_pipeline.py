@@ -24,7 +24,8 @@ from mc2_hpc.curation.pipeline import balance, match, pack, run
 from mc2_hpc.curation.pool import language_id
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Local
-from mc2_hpc.storage import list_shards, write_json
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import write_json
 
 ENTRIES = {"en": ["dog", "cat", "big dog", "zebra", "U.S."], "de": ["Hund", "Katze", "Zebra"], "ja": ["犬", "カメラ"]}
 

@@ -13,7 +13,8 @@ from mc2_hpc.curation.matched import read_matched
 from mc2_hpc.curation.pipeline import balance, match
 from mc2_hpc.curation.sample import sample
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import list_shards, read_json, write_json
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import read_json, write_json
 
 ENTRIES = {
     "en": ["dog", "big dog", "cat", "U.S.", "Zebra", "zebra crossing"],

@@ -125,7 +125,7 @@ def test_worker_processes_share_the_same_batches(make_loader, folder: Path) -> N
     assert_equal_steps(joined([many]), joined([alone]))
     assert [b.position for b in many] == [b.position for b in alone]
     assert [b.skipped for b in many] == [b.skipped for b in alone]
-    assert sum((Counter(b.skipped) for b in alone), Counter())["undecodable_image"] >= 1
+    assert sum((Counter(b.skipped) for b in alone), Counter())["image_undecodable"] >= 1
 
 
 def test_resume_on_other_numbers_of_ranks_loses_and_repeats_nothing(
@@ -210,7 +210,14 @@ def test_every_kind_of_bad_sample_is_skipped_and_counted(make_loader, bad_folder
     skipped.update(batch.skipped)  # the search that ended the epoch may have begun the next
     assert sorted(keys) == sorted([pair.key for pair in pairs[:24]] + ["good"])
     samples = dict.fromkeys(
-        ("truncated_jpeg", "caption_not_utf8", "caption_empty", "undecodable_image", "caption_missing", "image_missing")
+        (
+            "image_truncated",
+            "caption_not_utf8",
+            "caption_empty",
+            "image_undecodable",
+            "caption_missing",
+            "image_missing",
+        )
     )
     assert all(skipped[reason] in (1, 2) for reason in samples), skipped
     assert 4 <= skipped["shard_unreadable"] <= 8 and set(skipped) == {*samples, "shard_unreadable"}
@@ -225,7 +232,7 @@ def test_when_everything_is_bad_the_run_ends_with_one_line(workers: int, make_lo
         next(make_loader(bad_folder, workers=workers))
     message = str(caught.value)
     assert "not one sample can be used; everything was skipped" in message and "\n" not in message
-    assert "undecodable_image 20" in message and "shard_unreadable 4" in message and str(bad_folder) in message
+    assert "image_undecodable 20" in message and "shard_unreadable 4" in message and str(bad_folder) in message
 
 
 def test_a_shard_that_vanishes_between_batches_costs_itself(make_loader, folder: Path, tmp_path: Path) -> None:
