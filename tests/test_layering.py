@@ -23,6 +23,7 @@ LAYERS = [
         "mc2_hpc.tar",
         "mc2_hpc.terminal",
     },
+    {"mc2_hpc.caption_tables", "mc2_hpc.images", "mc2_hpc.samples", "mc2_hpc.shard_paths"},
     {"mc2_hpc.metadata"},
     {"mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.draw_kernels"},
     {"mc2_hpc.curation", "mc2_hpc.kernels"},
