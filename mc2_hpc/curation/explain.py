@@ -12,7 +12,7 @@ import numpy as np
 
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.balancing.selection import keep_probability
-from mc2_hpc.curation.match import planned_settings, tables_folder
+from mc2_hpc.curation.matched import planned_settings, tables_folder
 from mc2_hpc.curation.matching.matcher import Matcher, is_saved
 from mc2_hpc.curation.matching.rules import check_mode, entry_pattern, spaced_text
 from mc2_hpc.curation.pool.language_id import FastLangdetect, LanguageIdentifier

@@ -5,34 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mc2_hpc.curation.match import planned_settings, read_settings
-from mc2_hpc.curation.matched import read_matched, write_matched
+from mc2_hpc.curation.matched import planned_settings, read_matched, read_settings, write_matched
 from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_stats
 from mc2_hpc.storage import atomic_path, read_json, write_json
 from mc2_hpc.tar import escapes, fits_tar_name, write_tar
 
 SETTINGS = "pack.json"
 
 
-def pack(
-    pool: str | Path,
-    matched: str | Path,
-    out: str | Path,
-    *,
-    engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
+def plan_pack(pool: str | Path, matched: str | Path, out: str | Path, *, after_match: bool = False) -> Plan:
     """Write training shards: ``<shard>.tar`` of ``<key>.jpg`` in key order, the matched rows in ``<shard>.parquet``.
 
     Only images with a matched row are written; a shard without any gets no files. Shards already finished are skipped.
@@ -40,48 +29,39 @@ def pack(
 
     Args:
         pool: the folder that was matched; its ``<shard>.tar`` hold the images.
-        matched: folder that :func:`~mc2_hpc.curation.match.match` filled, every shard of it finished.
-        engine: where the work is done; one worker of this machine by default.
+        matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, every shard of it finished.
+        after_match: the same plan matches first, so shards may be unfinished now.
 
     Returns:
-        counters over all shards: ``images``, ``texts`` and ``drops`` by reason: ``missing_image`` (matched, not in the
-        tar), ``unmatched_image``, ``unsafe_name`` (would escape its folder), ``long_name``, ``duplicate_image``,
-        ``unsupported_image`` (no JPEG); None where the work was only submitted to Slurm
+        stages, and as their result counters over all shards: ``images``, ``texts`` and ``drops`` by reason:
+        ``missing_image`` (matched, not in the tar), ``unmatched_image``, ``unsafe_name`` (would escape its folder),
+        ``long_name``, ``duplicate_image``, ``unsupported_image`` (not a JPEG)
 
     Raises:
-        UserError: unfinished input, or shards that could not be read (every other one is done).
+        UserError: unfinished input.
     """
-    read_settings(Path(matched))
-    stages = plan_pack(pool, matched, out)
-    if not run_stages(stages, engine, progress):
-        return None
-    return sum_stats(Path(out), list(stages[-1].shards))
-
-
-def plan_pack(pool: str | Path, matched: str | Path, out: str | Path) -> list[Stage]:
-    """The stages of :func:`pack` for a pool whose shards may still have to be matched."""
     matched, out = Path(matched).absolute(), Path(out).absolute()
-    settings = planned_settings(matched)
+    settings = planned_settings(matched) if after_match else read_settings(matched)
     in_pool = {shard.name: shard.images for shard in list_pool(Path(pool).absolute())}
     shards = settings.pop("shards")
-    open_stage(out, SETTINGS, {"matched": settings}, shards)
+    open_folder(out, SETTINGS, {"matched": settings}, shards)
     tars = {name: in_pool.get(name) for name in shards}
-    return [Stage("pack", out, tars, _PackShard(matched, out), partial(_is_packed, out))]
-
-
-def _is_packed(out: Path, shard: str) -> bool:
-    path = stats_path(out, shard)
-    if not path.is_file():
-        return False
-    return read_json(path)["images"] == 0 or all((out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
+    stage = Stage("pack", out, tars, PackShard(matched, out), (STATS,))
+    return Plan((stage,), result=lambda: sum_stats(out, shards))
 
 
 @dataclass(frozen=True)
-class _PackShard:
-    """Packs one shard; picklable."""
+class PackShard:
+    """Packs one shard."""
 
     matched: Path
     out: Path
+
+    def is_current(self, shard: str) -> bool:
+        """Whether the shard's files are there, if it has images."""
+        if read_json(stats_path(self.out, shard))["images"] == 0:
+            return True
+        return all((self.out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
 
     def __call__(self, name: str, tar: Path | None) -> None:
         rows = read_matched(self.matched / f"{name}.parquet")

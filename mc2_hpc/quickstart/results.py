@@ -12,8 +12,7 @@ from torch import Tensor
 from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.balancing.selection import keep_probability
-from mc2_hpc.curation.match import rows_by_language
-from mc2_hpc.curation.matched import entries_of, read_matched
+from mc2_hpc.curation.matched import entries_of, read_matched, rows_by_language
 from mc2_hpc.data.evalset import EvalBatches
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.evaluation.features import DualEncoder, Tokenize, encode_images, encode_texts

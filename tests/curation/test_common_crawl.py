@@ -9,13 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mc2_hpc import jobs
+from mc2_hpc.curation import extract as stages
+from mc2_hpc.curation.extract import plan_extract
 from mc2_hpc.curation.pool import common_crawl
 from mc2_hpc.curation.pool.captions import iter_captions, list_pool
-from mc2_hpc.curation.pool.common_crawl import extract, list_archives
+from mc2_hpc.curation.pool.common_crawl import list_archives
 from mc2_hpc.curation.pool.page_images import images_of_html, images_of_wat
 from mc2_hpc.curation.pool.urls import UnusableUrl, absolute_url, canonical_url, image_key
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Local
+from mc2_hpc.jobs import Local
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+extract = runs(plan_extract)
 
 pytest.importorskip("fastwarc", reason="FastWARC is not installed")
 
@@ -120,7 +133,7 @@ def test_nothing_is_lost_over_all_rows(tmp_path):
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 100])
 def test_rows_are_the_same_however_many_are_written_at_once(tmp_path, monkeypatch, rows_at_once):
-    monkeypatch.setattr(common_crawl, "_ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(stages, "_ROWS_AT_ONCE", rows_at_once)
     archive(tmp_path / "in", "a.warc.wat.gz", [wat(PICTURES)])
     extract([tmp_path / "in"], tmp_path / "out")
     assert [row[1:] for row in rows_of(tmp_path / "out", "a")] == ROWS
@@ -278,7 +291,7 @@ def test_what_is_listed(tmp_path):
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(common_crawl, "find_spec", lambda name: None)
+    monkeypatch.setattr(stages, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install resiliparse"):
         extract([tmp_path], tmp_path / "out")
 

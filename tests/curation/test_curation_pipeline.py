@@ -4,13 +4,13 @@ import gzip
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mc2_hpc import jobs
+from mc2_hpc.curation.balance import plan_balance
+from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.matched import entries_of, read_matched
 from mc2_hpc.curation.matching.rules import entry_pattern, spaced_text
-from mc2_hpc.curation.pipeline import balance, match, pack, run
+from mc2_hpc.curation.pack import plan_pack
 from mc2_hpc.curation.pool import language_id
+from mc2_hpc.curation.run import plan_run
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Local
+from mc2_hpc.jobs import Local
 from mc2_hpc.shard_paths import list_shards
 from mc2_hpc.storage import write_json
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+match, balance, pack, run = map(runs, (plan_match, plan_balance, plan_pack, plan_run))
 
 ENTRIES = {"en": ["dog", "cat", "big dog", "zebra", "U.S."], "de": ["Hund", "Katze", "Zebra"], "ja": ["犬", "カメラ"]}
 
@@ -213,11 +227,12 @@ def test_progress_is_told(pool, metadata, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from mc2_hpc.curation.pipeline import run
+from mc2_hpc import jobs
+from mc2_hpc.curation.run import plan_run
 def kill(stage, done, total, name):
     if (stage, done) == (sys.argv[4], 1):
         os.kill(os.getpid(), signal.SIGKILL)
-run(*sys.argv[1:4], t_en=30, progress=kill)
+jobs.run(plan_run(*sys.argv[1:4], t_en=30), None, kill)
 """
 
 
@@ -385,14 +400,15 @@ def test_bad_metadata_is_named(pool, metadata, tmp_path, content, message):
         match(pool, metadata, tmp_path / "m")
 
 
-@dataclass
+BY_LETTERS = """
 class ByLetters:
-    """Takes umlauts for German, kana for Japanese, question marks for no language."""
+    "Takes umlauts for German, kana for Japanese, question marks for no language."
 
-    name: str = "by letters"
+    name = "by letters"
 
-    def identify(self, texts: Sequence[str]) -> list[str]:
+    def identify(self, texts):
         return ["" if "?" in t else "de" if "Hund" in t else "ja" if "犬" in t else "en" for t in texts]
+"""
 
 
 def webdataset_pool(folder: Path) -> Path:
@@ -407,15 +423,23 @@ def webdataset_pool(folder: Path) -> Path:
     return folder
 
 
-def test_webdataset_tars_with_language_identification(metadata, tmp_path):
-    report = run(webdataset_pool(tmp_path / "pool"), metadata, tmp_path / "out", t_en=1, identifier=ByLetters())
+@pytest.mark.parametrize("workers", [1, 2])
+def test_webdataset_tars_with_language_identification(metadata, tmp_path, monkeypatch, workers):
+    """By a class of the user's, which workers find where the driver does."""
+    module = f"by_letters_{workers}"
+    (tmp_path / f"{module}.py").write_text(BY_LETTERS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = webdataset_pool(tmp_path / "pool")
+    shutil.copy(pool / "s.tar", pool / "t.tar")
+    language_id = f"{module}.ByLetters"
+    report = run(pool, metadata, tmp_path / "out", t_en=1, language_id=language_id, engine=Local(workers))
     rows = read_matched(tmp_path / "out" / "shards" / "s.parquet")
     assert rows.select(["key", "lang"]).to_pylist() == [
         {"key": "a", "lang": "de"},
         {"key": "b", "lang": "ja"},
         {"key": "c", "lang": "en"},
     ]
-    assert report["match"]["drops"] == {"unknown_language": 1, "invalid_utf8": 1}
+    assert report["match"]["drops"] == {"unknown_language": 2, "invalid_utf8": 2}
     assert report["balance"]["sources"]["language_id"] == "by letters"
     assert json.loads((tmp_path / "out" / "matched" / "match.json").read_text())["language_id"] == "by letters"
 

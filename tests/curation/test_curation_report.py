@@ -12,15 +12,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mc2_hpc import jobs
 from mc2_hpc.balancing.thresholds import entry_probabilities
 from mc2_hpc.cli import main
-from mc2_hpc.curation.pipeline import balance, match
+from mc2_hpc.curation.balance import plan_balance
+from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.report import plots
 from mc2_hpc.curation.report.findings import gather, mass_curve
 from mc2_hpc.curation.report.page import DROP_REASONS, render, write_report
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import LANGUAGES
 from mc2_hpc.storage import file_sha256, read_json, write_json
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+match, balance = map(runs, (plan_match, plan_balance))
 
 HOSTILE = "<script>tom & 'jerry'\"</script>"
 

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mc2_hpc import jobs
 from mc2_hpc.config import DataConfig
-from mc2_hpc.curation import pipeline
+from mc2_hpc.curation.run import plan_run
 from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
@@ -59,7 +60,7 @@ def curated(shared_data, tmp_path_factory):
     (folder / "metadata").mkdir()
     for lang, names in NAMES.items():
         (folder / "metadata" / f"{lang}.json").write_text(json.dumps(names), encoding="utf-8")
-    result = pipeline.run(folder / "pool", folder / "metadata", folder / "curated", t_en=200)
+    result = jobs.run(plan_run(folder / "pool", folder / "metadata", folder / "curated", t_en=200))
     train_tokenizer(texts, folder / "sp.model", vocab_size=300, style="xlmv")
     return folder, result
 

@@ -1,8 +1,8 @@
-"""64-bit perceptual hashes of pictures, and the search for near ones.
+"""64-bit perceptual hashes of images, and the search for near ones.
 
-The hash is pHash (the package imagehash): signs of the 8x8 lowest frequencies of the picture's brightness at 32x32,
+The hash is pHash (the package imagehash): signs of the 8x8 lowest frequencies of the image's brightness at 32x32,
 against their median. Rescaled, re-encoded and greyed copies differ in few bits; a copy that is cropped by some
-percent differs in many, so benchmark pictures are hashed with their edges cut as well.
+percent differs in many, so benchmark images are hashed with their edges cut as well.
 """
 
 import io
@@ -21,15 +21,15 @@ _PAIRS_AT_ONCE = 1 << 22
 Hashes = npt.NDArray[np.uint64]
 
 
-class UnreadablePicture(ValueError):
+class UnreadableImage(ValueError):
     """Damaged, of no known format, or above 67 million pixels."""
 
 
-def picture_hashes(data: bytes, cuts: Sequence[float] = (0.0,)) -> Hashes:
-    """The hash of an encoded picture for each of ``cuts``, the share of its size that every edge loses; ``(cuts,)``.
+def image_hashes(data: bytes, cuts: Sequence[float] = (0.0,)) -> Hashes:
+    """The hash of an encoded image for each of ``cuts``, the share of its size that every edge loses; ``(cuts,)``.
 
     Raises:
-        UnreadablePicture: see there.
+        UnreadableImage: see there.
     """
     from imagehash import phash
 
@@ -59,7 +59,7 @@ def nearest(hashes: Hashes, against: Hashes) -> tuple[npt.NDArray[np.int64], npt
 
 
 def _decode(data: bytes) -> Image.Image:
-    """The picture's brightness, a large JPEG shrunk."""
+    """The image's brightness, a large JPEG shrunk."""
     grey = _decode_jpeg(data) if data.startswith(b"\xff\xd8") else None
     if grey is not None:
         return Image.fromarray(grey[:, :, 0])
@@ -67,12 +67,12 @@ def _decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_pixels(*image.size)
             return image.convert("L")
-    except (UnreadablePicture, MemoryError):
+    except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise UnreadablePicture("no known picture format") from None
+        raise UnreadableImage("no known image format") from None
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
-        raise UnreadablePicture(str(error)) from None
+        raise UnreadableImage(str(error)) from None
 
 
 def _decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
@@ -81,7 +81,7 @@ def _decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         _check_pixels(width, height)
         return simplejpeg.decode_jpeg(data, "GRAY", min_height=_SMALLEST_SIDE, min_width=_SMALLEST_SIDE)
-    except UnreadablePicture:
+    except UnreadableImage:
         raise
     except ValueError:
         return None
@@ -89,4 +89,4 @@ def _decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
 
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UnreadablePicture(f"{width}x{height} are too many pixels")
+        raise UnreadableImage(f"{width}x{height} are too many pixels")

@@ -1,7 +1,7 @@
-"""Decontamination: training shards without the pictures of benchmarks.
+"""Decontamination: training shards without the images of benchmarks.
 
-Every training picture is compared with every benchmark picture by a 64-bit perceptual hash
-(:mod:`mc2_hpc.curation.pool.perceptual_hash`). Benchmark pictures are hashed whole and with 2.5 % and 5 % of their size
+Every training image is compared with every benchmark image by a 64-bit perceptual hash
+(:mod:`mc2_hpc.curation.pool.perceptual_hash`). Benchmark images are hashed whole and with 2.5 % and 5 % of their size
 cut from every edge, so that slightly cropped copies are found as well. Mirrored or heavily cropped ones are not.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,99 +26,79 @@ import pyarrow.parquet as pq
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
-from mc2_hpc.curation.pool.perceptual_hash import Hashes, UnreadablePicture, nearest, picture_hashes
+from mc2_hpc.curation.pool.perceptual_hash import Hashes, UnreadableImage, image_hashes, nearest
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_stats
 from mc2_hpc.storage import atomic_path, read_json, write_json
 from mc2_hpc.tar import fits_tar_name, write_tar
 
 SETTINGS = "decontaminate.json"
 REPORT = "removed.csv"
 MAX_DISTANCE = 6
-"""Bits by default: the most at which pairs of CIFAR-10's train and test pictures, looked at by eye, were still one
-picture almost every time. At 8 bits many are not."""
+"""Bits by default: the most at which pairs of CIFAR-10's train and test images, looked at by eye, were still one
+image almost every time. At 8 bits many are not."""
 _CUTS = (0.0, 0.025, 0.05)
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _FILES_AT_ONCE = 1000
 _HEADER = ("key", "benchmark", "distance", "shard")
 
 
-def decontaminate(
-    shards: str | Path,
-    against: str | Path,
-    out: str | Path,
-    *,
-    max_distance: int = MAX_DISTANCE,
-    engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
-    """Copy training shards without the pictures that lie within ``max_distance`` bits of a benchmark picture.
+def plan_decontaminate(
+    shards: str | Path, against: str | Path, out: str | Path, *, max_distance: int = MAX_DISTANCE
+) -> Plan:
+    """Copy training shards without the images that lie within ``max_distance`` bits of a benchmark image.
 
     Writes ``<shard>.tar`` and, where there is one, ``<shard>.parquet``, as packing does: a packed shard that loses
     nothing keeps its bytes, one that loses all gets no files. ``removed.csv`` lists each key removed, the nearest
-    benchmark picture, their distance and the shard. What is finished is skipped.
+    benchmark image, their distance and the shard. What is finished is skipped.
 
     Args:
         shards: folder of training shards, as packing writes them or plain WebDataset tars.
-        against: benchmark pictures: a folder, searched for picture files and tars of them at any depth, or one tar.
-        engine: where it runs; this process by default.
+        against: benchmark images: a folder, searched for image files and tars of them at any depth, or one tar.
 
     Returns:
-        counters: ``pictures`` (of training, as read), ``images`` (kept), ``removed``, and ``drops`` by reason:
-        ``undecodable_image`` (it cannot be told from a benchmark's, and training could not use it), ``long_name``
-        (beyond a ustar header), ``duplicate_file`` (a second file of a name). None where the work was only submitted to
-        Slurm.
+        stages, and as their result counters: ``pictures`` (of training, as read), ``images`` (kept), ``removed``, and
+        ``drops`` by reason: ``undecodable_image`` (it cannot be told from a benchmark's, and training could not use
+        it), ``long_name`` (beyond a ustar header), ``duplicate_file`` (a second file of a name)
 
     Raises:
-        UserError: nothing to read, a benchmark picture that cannot be decoded (nothing could be told from it), shards
-            that cannot be read (every other one is done), or a folder made with other settings.
+        UserError: nothing to read, or a folder made with other settings. A benchmark image that cannot be decoded fails
+            when it is read: nothing could be told from it.
     """
-    out = Path(out)
-    stages = plan_decontaminate(shards, against, out, max_distance=max_distance)
-    if not run_stages(stages, engine, progress):
-        return None
-    names = list(stages[-1].shards)
-    with atomic_path(out / REPORT) as temporary:
-        _write_csv(temporary, (row for name in names for row in _read_csv(_removed_path(out, name))))
-    return sum_stats(out, names)
-
-
-def plan_decontaminate(
-    shards: str | Path, against: str | Path, out: str | Path, *, max_distance: int = MAX_DISTANCE
-) -> list[Stage]:
-    """The stages of :func:`decontaminate`, its arguments checked and its settings written."""
-    out = Path(out)
+    out = Path(out).absolute()
     if find_spec("imagehash") is None:
         raise UserError("perceptual hashes need the package imagehash: pip install imagehash")
     if not 0 <= max_distance < 32:
-        raise UserError(f"max_distance={max_distance}: must be 0 to 31 bits; unrelated pictures differ in about 32")
-    training = {shard.name: shard for shard in list_pool(shards)}
+        raise UserError(f"max_distance={max_distance}: must be 0 to 31 bits; unrelated images differ in about 32")
+    training = {shard.name: shard for shard in list_pool(Path(shards).absolute())}
     if without := [name for name, shard in training.items() if shard.images is None]:
-        raise UserError(f"{Path(shards) / without[0]}.parquet: no {without[0]}.tar with its pictures beside it")
-    units, listing = _benchmark_units(Path(against))
-    open_stage(out, SETTINGS, {"max_distance": max_distance, "against": listing}, list(training))
-    hashing = Stage(
-        "benchmark hashes", out / "benchmark", units, _HashUnit(out), partial(_is_hashed, out), unit="parts"
+        raise UserError(f"{Path(shards) / without[0]}.parquet: no {without[0]}.tar with its images beside it")
+    units, listing = _benchmark_units(Path(against).absolute())
+    open_folder(out, SETTINGS, {"max_distance": max_distance, "against": listing}, list(training))
+    clean = CleanShard(out, list(units), max_distance)
+    report = WriteReport(out, list(training))
+    stages = (
+        Stage("benchmark hashes", out / "benchmark", units, HashUnit(out), ("{shard}.npz",), unit="parts"),
+        Stage("decontaminate", out, training, clean, ("removed/{shard}.csv", STATS), invalidates=(out / REPORT,)),
+        Stage("report of removals", out, {REPORT: None}, report, (REPORT,), unit="reports"),
     )
-    work = _CleanShard(out, list(units), max_distance)
-    return [hashing, Stage("decontaminate", out, training, work, partial(_is_clean, out))]
+    return Plan(stages, result=lambda: sum_stats(out, list(training)))
 
 
 def _benchmark_units(against: Path) -> tuple[dict[str, list[Path]], str]:
-    """Benchmark files in parts that are hashed together (a tar, or up to 1,000 pictures), and a digest of their names
+    """Benchmark files in parts that are hashed together (a tar, or up to 1,000 images), and a digest of their names
     and sizes."""
     if not against.exists():
-        raise UserError(f"{against}: no such file or folder of benchmark pictures")
+        raise UserError(f"{against}: no such file or folder of benchmark images")
     files = sorted(p for p in against.rglob("*") if p.is_file()) if against.is_dir() else [against]
     tars = [path for path in files if path.suffix == ".tar"]
-    pictures = [path for path in files if path.suffix.lower() in _PICTURES]
-    if not tars and not pictures:
-        raise UserError(f"{against}: no pictures ({', '.join(_PICTURES)}) and no tars of them")
+    images = [path for path in files if path.suffix.lower() in _IMAGES]
+    if not tars and not images:
+        raise UserError(f"{against}: no images ({', '.join(_IMAGES)}) and no tars of them")
     parts = [[tar] for tar in tars] + [
-        pictures[begin : begin + _FILES_AT_ONCE] for begin in range(0, len(pictures), _FILES_AT_ONCE)
+        images[begin : begin + _FILES_AT_ONCE] for begin in range(0, len(images), _FILES_AT_ONCE)
     ]
-    sizes = "".join(f"{path.relative_to(against)} {path.stat().st_size}\n" for path in tars + pictures)
+    sizes = "".join(f"{path.relative_to(against)} {path.stat().st_size}\n" for path in tars + images)
     digest = hashlib.sha256(sizes.encode("utf-8", "surrogateescape")).hexdigest()
     return {f"{number:05d}": part for number, part in enumerate(parts)}, digest
 
@@ -127,50 +107,46 @@ def _hashes_path(out: Path, unit: str) -> Path:
     return out / "benchmark" / f"{unit}.npz"
 
 
-def _is_hashed(out: Path, unit: str) -> bool:
-    return _hashes_path(out, unit).is_file()
-
-
 @dataclass(frozen=True)
-class _HashUnit:
-    """Hashes a part of the benchmark; picklable."""
+class HashUnit:
+    """Hashes a part of the benchmark."""
 
     out: Path
 
-    def __call__(self, name: str, files: Sequence[Path]) -> None:
+    def __call__(self, name: str, files: list[Path]) -> None:
         names, hashes = [], []
-        for picture, data in _pictures_of(files):
+        for image, data in _images_of(files):
             try:
-                hashes.append(picture_hashes(data, _CUTS))
-            except UnreadablePicture as error:
+                hashes.append(image_hashes(data, _CUTS))
+            except UnreadableImage as error:
                 raise UserError(
-                    f"{picture}: this benchmark picture cannot be decoded ({error}); mend or remove it, "
+                    f"{image}: this benchmark image cannot be decoded ({error}); fix or remove it, "
                     f"delete {self.out} and run the same command again"
                 ) from None
-            names.append(picture)
+            names.append(image)
         if not names:
-            raise UserError(f"{files[0]}: holds no benchmark pictures; remove it")
+            raise UserError(f"{files[0]}: holds no benchmark images; remove it")
         with atomic_path(_hashes_path(self.out, name)) as temporary:
             np.savez(temporary, names=np.array(names, np.str_), hashes=np.stack(hashes))
 
 
-def _pictures_of(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+def _images_of(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for path in files:
         if path.suffix == ".tar":
             with TarIndex(path) as index:
-                for member in filter(_is_picture, index.members):
+                for member in filter(_is_image, index.members):
                     yield f"{path}/{member}", index.read(member)
         else:
             yield str(path), path.read_bytes()
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(_PICTURES)
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_IMAGES)
 
 
 @lru_cache(maxsize=1)
 def _benchmark(out: Path, units: tuple[str, ...]) -> tuple[list[str], Hashes]:
-    """Name of each benchmark hash, and the hashes: one for each picture and cut."""
+    """Name of each benchmark hash, and the hashes: one for each image and cut."""
     names: list[str] = []
     hashes: list[npt.NDArray[np.uint64]] = []
     for unit in units:
@@ -181,12 +157,16 @@ def _benchmark(out: Path, units: tuple[str, ...]) -> tuple[list[str], Hashes]:
 
 
 @dataclass(frozen=True)
-class _CleanShard:
-    """Copies one shard without what matches the benchmark; picklable."""
+class CleanShard:
+    """Copies one shard without what matches the benchmark."""
 
     out: Path
     units: list[str]
     max_distance: int
+
+    def is_current(self, shard: str) -> bool:
+        """Whether the shard's tar is there, if it has images left."""
+        return (self.out / f"{shard}.tar").is_file() or read_json(stats_path(self.out, shard))["images"] == 0
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
@@ -194,12 +174,12 @@ class _CleanShard:
             drops = Counter({"duplicate_file": len(index.repeated), "long_name": 0, "undecodable_image": 0})
             hashes = self._hashes(index, drops)
             removed = self._matches(hashes, name)
-            unwanted = {member for member in index.members if _is_picture(member)} - hashes.keys()
+            unwanted = {member for member in index.members if _is_image(member)} - hashes.keys()
             keys = {_key(member) for member in unwanted} | {row[0] for row in removed}
             kept = [member for member in index.members if _key(member) not in keys]
             drops["long_name"] = sum(not fits_tar_name(member) for member in kept)
             kept = [member for member in kept if fits_tar_name(member)]
-            images = sum(map(_is_picture, kept))
+            images = sum(map(_is_image, kept))
             if images:
                 if shard.captions is not None:
                     write_matched(self.out / f"{name}.parquet", _rows_without(shard.captions, keys))
@@ -207,22 +187,22 @@ class _CleanShard:
                     write_tar(temporary, ((member, index.read(member)) for member in kept))
         with atomic_path(_removed_path(self.out, name)) as temporary:
             _write_csv(temporary, removed)
-        pictures = len(hashes) + drops["undecodable_image"]
-        stats = {"pictures": pictures, "images": images, "removed": len(removed), "drops": dict(+drops)}
+        num_read = len(hashes) + drops["undecodable_image"]
+        stats = {"pictures": num_read, "images": images, "removed": len(removed), "drops": dict(+drops)}
         write_json(stats_path(self.out, name), stats)
 
     def _hashes(self, index: TarIndex, drops: Counter[str]) -> dict[str, np.uint64]:
-        """Hash of each picture that can be decoded, by member."""
+        """Hash of each image that can be decoded, by member."""
         found = {}
-        for member in filter(_is_picture, index.members):
+        for member in filter(_is_image, index.members):
             try:
-                found[member] = picture_hashes(index.read(member))[0]
-            except UnreadablePicture:
+                found[member] = image_hashes(index.read(member))[0]
+            except UnreadableImage:
                 drops["undecodable_image"] += 1
         return found
 
     def _matches(self, hashes: Mapping[str, np.uint64], shard: str) -> list[tuple[str, str, int, str]]:
-        """Rows of the report: pictures near one of the benchmark."""
+        """Rows of the report: images near one of the benchmark."""
         names, against = _benchmark(self.out, tuple(self.units))
         index, distance = nearest(np.array(list(hashes.values()), np.uint64), against)
         return [
@@ -248,11 +228,16 @@ def _removed_path(out: Path, shard: str) -> Path:
     return out / "removed" / f"{shard}.csv"
 
 
-def _is_clean(out: Path, shard: str) -> bool:
-    stats = stats_path(out, shard)
-    if not (stats.is_file() and _removed_path(out, shard).is_file()):
-        return False
-    return (out / f"{shard}.tar").is_file() or read_json(stats)["images"] == 0
+@dataclass(frozen=True)
+class WriteReport:
+    """Puts the removals of all shards into one file."""
+
+    out: Path
+    shards: list[str]
+
+    def __call__(self, name: str, value: None) -> None:
+        with atomic_path(self.out / REPORT) as temporary:
+            _write_csv(temporary, (row for shard in self.shards for row in _read_csv(_removed_path(self.out, shard))))
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
