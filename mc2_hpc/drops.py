@@ -8,61 +8,78 @@ from enum import StrEnum
 
 
 class Drop(StrEnum):
-    """The word that counters, logs, reports and file formats use; the text below it says when."""
+    """The word that counters, logs, reports and file formats use; :data:`MEANINGS` says when."""
 
     # A whole shard
     SHARD_UNREADABLE = "shard_unreadable"
-    """The tar or its Parquet file is missing, empty, truncated or damaged."""
     SHARD_CHANGED = "shard_changed"
-    """The tar was rewritten since it was last listed: it is read, in another order."""
     READ_ERROR = "read_error"
-    """Storage could no longer read the bytes."""
 
     # Names and keys
     NAME_UNSAFE = "name_unsafe"
-    """The name or key is absolute, or climbs out of its folder."""
     NAME_TOO_LONG = "name_too_long"
-    """The key is too long for a name in a plain tar."""
+    NAME_REPEATED = "name_repeated"
     KEY_MISSING = "key_missing"
-    """A row of captions without a key."""
+
+    # Pages and addresses
+    RECORD_TOO_LARGE = "record_too_large"
+    RECORD_NOT_HTTP = "record_not_http"
+    URL_MISSING = "url_missing"
+    URL_NOT_HTTP = "url_not_http"
+    URL_INVALID = "url_invalid"
 
     # Captions
     CAPTION_MISSING = "caption_missing"
-    """An image without a caption."""
     CAPTION_EMPTY = "caption_empty"
-    """Nothing but white space."""
     CAPTION_NOT_UTF8 = "caption_not_utf8"
-    """The bytes of the caption or its key are not UTF-8."""
     CAPTION_NOT_JSON = "caption_not_json"
-    """The .json member is not a JSON object, or too large or too deep to be read."""
     CAPTION_REPEATED = "caption_repeated"
-    """The same caption of the same key again."""
     LANGUAGE_UNKNOWN = "language_unknown"
-    """No metadata in the language of the caption."""
     NO_MATCH = "no_match"
-    """No metadata entry occurs in the caption."""
     NOT_DRAWN = "not_drawn"
-    """Another caption of the image was drawn in this epoch."""
     BALANCED = "balanced"
-    """Drawn, then thinned by balancing."""
 
     # Images
     IMAGE_MISSING = "image_missing"
-    """A caption without an image."""
     IMAGE_UNMATCHED = "image_unmatched"
-    """An image none of whose captions matched."""
     IMAGE_REPEATED = "image_repeated"
-    """A further image of the same sample."""
     IMAGE_UNSUPPORTED = "image_unsupported"
-    """A format that cannot be decoded here, such as .jxl or .heic."""
     IMAGE_TRUNCATED = "image_truncated"
-    """The JPEG ends early."""
     IMAGE_UNDECODABLE = "image_undecodable"
-    """Any other damage, or not an image."""
     IMAGE_TOO_LARGE = "image_too_large"
-    """More pixels than are decoded (a decompression bomb)."""
-    IMAGE_IN_BENCHMARK = "image_in_benchmark"
-    """A near copy of a benchmark's image."""
+
+
+MEANINGS = {
+    Drop.SHARD_UNREADABLE: "the tar or its Parquet file is missing, empty, truncated or damaged",
+    Drop.SHARD_CHANGED: "the tar was rewritten since it was last listed: it is read, in another order",
+    Drop.READ_ERROR: "storage could no longer read the bytes",
+    Drop.NAME_UNSAFE: "the name or key is absolute, or climbs out of its folder",
+    Drop.NAME_TOO_LONG: "the name is too long for a plain tar",
+    Drop.NAME_REPEATED: "a file of the same name again",
+    Drop.KEY_MISSING: "a caption without a key",
+    Drop.RECORD_TOO_LARGE: "a record of an archive that is too large to be a page",
+    Drop.RECORD_NOT_HTTP: "a record that is not a valid HTTP response",
+    Drop.URL_MISSING: "an image without an address",
+    Drop.URL_NOT_HTTP: "an address that is neither http nor https",
+    Drop.URL_INVALID: "an address that cannot be parsed",
+    Drop.CAPTION_MISSING: "an image without a caption",
+    Drop.CAPTION_EMPTY: "nothing but white space",
+    Drop.CAPTION_NOT_UTF8: "the caption or its key is not valid UTF-8",
+    Drop.CAPTION_NOT_JSON: "the record is not a JSON object, or too large or too deep to be read",
+    Drop.CAPTION_REPEATED: "the same caption of the same key again",
+    Drop.LANGUAGE_UNKNOWN: "no metadata in the language of the caption",
+    Drop.NO_MATCH: "no metadata entry occurs in the caption",
+    Drop.NOT_DRAWN: "another caption of the image was drawn in this epoch",
+    Drop.BALANCED: "drawn, then thinned by balancing",
+    Drop.IMAGE_MISSING: "a caption without an image",
+    Drop.IMAGE_UNMATCHED: "none of the captions of the image matched",
+    Drop.IMAGE_REPEATED: "a further image of the same sample",
+    Drop.IMAGE_UNSUPPORTED: "a format that cannot be decoded here, such as JPEG XL or HEIC",
+    Drop.IMAGE_TRUNCATED: "the JPEG ends early",
+    Drop.IMAGE_UNDECODABLE: "any other damage, or not an image",
+    Drop.IMAGE_TOO_LARGE: "more pixels than are decoded (a decompression bomb)",
+}
+"""What each word means, for reports and documentation."""
 
 
 class Dropped(ValueError):

@@ -22,8 +22,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.tar import ByteSource, Member, escapes, list_members
 
+JPEG_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif")
 IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "gif", "bmp", "dib", "tif", "tiff"),
+    *(*JPEG_EXTENSIONS, "png", "webp", "avif", "gif", "bmp", "dib", "tif", "tiff"),
     *("jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "ico"),
 )
 """Endings of images that Pillow decodes; of several images of one sample the earliest ending here counts."""

@@ -64,7 +64,7 @@ def _show(explanation: "Explanation") -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     source = "" if explanation.lang_from == "given" else f" (identified by {explanation.lang_from})"
     console.print(Text(f"language {explanation.lang or 'unknown'}{source}, mode {explanation.mode}"))
-    if explanation.lang_from != "given" and explanation.drop_reason == "unknown_language":
+    if explanation.lang_from != "given" and explanation.drop_reason == "language_unknown":
         console.print("name the language with --lang if that is wrong")
     # Visible spaces, for they decide what matches.
     console.print(Text("looked for in: ").append(explanation.spaced_text.replace(" ", "\u00b7"), "bold"))

@@ -23,14 +23,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mc2_hpc.caption_tables import is_caption_table
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.curation.pool.perceptual_hash import Hashes, UnreadableImage, image_hashes, nearest
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_stats
+from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
+from mc2_hpc.shard_paths import walk_files
 from mc2_hpc.storage import atomic_path, read_json, write_json
-from mc2_hpc.tar import fits_tar_name, write_tar
+from mc2_hpc.tar import Member, fits_tar_name, write_tar
 
 SETTINGS = "decontaminate.json"
 REPORT = "removed.csv"
@@ -38,7 +42,6 @@ MAX_DISTANCE = 6
 """Bits by default: the most at which pairs of CIFAR-10's train and test images, looked at by eye, were still one
 image almost every time. At 8 bits many are not."""
 _CUTS = (0.0, 0.025, 0.05)
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _FILES_AT_ONCE = 1000
 _HEADER = ("key", "benchmark", "distance", "shard")
 
@@ -58,8 +61,8 @@ def plan_decontaminate(
 
     Returns:
         stages, and as their result counters: ``pictures`` (of training, as read), ``images`` (kept), ``removed``, and
-        ``drops`` by reason: ``undecodable_image`` (it cannot be told from a benchmark's, and training could not use
-        it), ``long_name`` (beyond a ustar header), ``duplicate_file`` (a second file of a name)
+        ``drops`` by reason: ``image_undecodable`` (it cannot be told from a benchmark's, and training could not use
+        it), ``name_too_long`` (beyond a ustar header), ``name_repeated`` (a second file of a name)
 
     Raises:
         UserError: nothing to read, or a folder made with other settings. A benchmark image that cannot be decoded fails
@@ -82,7 +85,7 @@ def plan_decontaminate(
         Stage("decontaminate", out, training, clean, ("removed/{shard}.csv", STATS), invalidates=(out / REPORT,)),
         Stage("report of removals", out, {REPORT: None}, report, (REPORT,), unit="reports"),
     )
-    return Plan(stages, result=lambda: sum_stats(out, list(training)))
+    return Plan(stages, result=lambda: sum_kept(out, list(training), "images"))
 
 
 def _benchmark_units(against: Path) -> tuple[dict[str, list[Path]], str]:
@@ -90,11 +93,11 @@ def _benchmark_units(against: Path) -> tuple[dict[str, list[Path]], str]:
     and sizes."""
     if not against.exists():
         raise UserError(f"{against}: no such file or folder of benchmark images")
-    files = sorted(p for p in against.rglob("*") if p.is_file()) if against.is_dir() else [against]
-    tars = [path for path in files if path.suffix == ".tar"]
-    images = [path for path in files if path.suffix.lower() in _IMAGES]
+    files = sorted(walk_files(against)) if against.is_dir() else [against]
+    tars = [path for path in files if path.suffix.lower() == ".tar"]
+    images = [path for path in files if is_image_name(path.name)]
     if not tars and not images:
-        raise UserError(f"{against}: no images ({', '.join(_IMAGES)}) and no tars of them")
+        raise UserError(f"{against}: no images (.{', .'.join(IMAGE_EXTENSIONS)}) and no tars of them")
     parts = [[tar] for tar in tars] + [
         images[begin : begin + _FILES_AT_ONCE] for begin in range(0, len(images), _FILES_AT_ONCE)
     ]
@@ -132,16 +135,16 @@ class HashUnit:
 
 def _images_of(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for path in files:
-        if path.suffix == ".tar":
+        if path.suffix.lower() == ".tar":
             with TarIndex(path) as index:
                 for member in filter(_is_image, index.members):
-                    yield f"{path}/{member}", index.read(member)
+                    yield f"{path}/{member.name}", index.read(member)
         else:
             yield str(path), path.read_bytes()
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGES)
+def _is_image(member: Member) -> bool:
+    return is_image_name(member.name)
 
 
 @lru_cache(maxsize=1)
@@ -171,37 +174,39 @@ class CleanShard:
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
         with TarIndex(shard.images) as index:
-            drops = Counter({"duplicate_file": len(index.repeated), "long_name": 0, "undecodable_image": 0})
-            hashes = self._hashes(index, drops)
+            members = {member.name: member for member in reversed(index.members)}  # of a name the first stays
+            files = [member for member in index.members if members[member.name] is member]
+            drops: Counter[str] = Counter({Drop.NAME_REPEATED: len(index.members) - len(files)})
+            hashes = self._hashes(index, files, drops)
             removed = self._matches(hashes, name)
-            unwanted = {member for member in index.members if _is_image(member)} - hashes.keys()
+            unwanted = {member for member in files if _is_image(member)} - hashes.keys()
             keys = {_key(member) for member in unwanted} | {row[0] for row in removed}
-            kept = [member for member in index.members if _key(member) not in keys]
-            drops["long_name"] = sum(not fits_tar_name(member) for member in kept)
-            kept = [member for member in kept if fits_tar_name(member)]
+            kept = [member for member in files if _key(member) not in keys]
+            drops[Drop.NAME_TOO_LONG] = sum(not fits_tar_name(member.name) for member in kept)
+            kept = [member for member in kept if fits_tar_name(member.name)]
             images = sum(map(_is_image, kept))
             if images:
-                if shard.captions is not None:
+                if shard.captions is not None and is_caption_table(shard.captions):
                     write_matched(self.out / f"{name}.parquet", _rows_without(shard.captions, keys))
                 with atomic_path(self.out / f"{name}.tar") as temporary:
-                    write_tar(temporary, ((member, index.read(member)) for member in kept))
+                    write_tar(temporary, ((member.name, index.read(member)) for member in kept))
         with atomic_path(_removed_path(self.out, name)) as temporary:
             _write_csv(temporary, removed)
-        num_read = len(hashes) + drops["undecodable_image"]
+        num_read = len(hashes) + drops[Drop.IMAGE_UNDECODABLE]
         stats = {"pictures": num_read, "images": images, "removed": len(removed), "drops": dict(+drops)}
         write_json(stats_path(self.out, name), stats)
 
-    def _hashes(self, index: TarIndex, drops: Counter[str]) -> dict[str, np.uint64]:
+    def _hashes(self, index: TarIndex, files: list[Member], drops: Counter[str]) -> dict[Member, np.uint64]:
         """Hash of each image that can be decoded, by member."""
         found = {}
-        for member in filter(_is_image, index.members):
+        for member in filter(_is_image, files):
             try:
                 found[member] = image_hashes(index.read(member))[0]
             except UnreadableImage:
-                drops["undecodable_image"] += 1
+                drops[Drop.IMAGE_UNDECODABLE] += 1
         return found
 
-    def _matches(self, hashes: Mapping[str, np.uint64], shard: str) -> list[tuple[str, str, int, str]]:
+    def _matches(self, hashes: Mapping[Member, np.uint64], shard: str) -> list[tuple[str, str, int, str]]:
         """Rows of the report: images near one of the benchmark."""
         names, against = _benchmark(self.out, tuple(self.units))
         index, distance = nearest(np.array(list(hashes.values()), np.uint64), against)
@@ -212,8 +217,8 @@ class CleanShard:
         ]
 
 
-def _key(member: str) -> str:
-    return member.rpartition(".")[0]
+def _key(member: Member) -> str:
+    return member.name.rpartition(".")[0]
 
 
 def _rows_without(path: Path, keys: set[str]) -> pa.Table:

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.draw_kernels import hash_column
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_stats
+from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept, sum_stats
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
 SETTINGS = "deduplicate.json"
@@ -44,7 +45,7 @@ def plan_deduplicate(pool: str | Path, out: str | Path, *, shards: int | None = 
 
     Returns:
         the stages that are not done, and as their result counters: ``rows`` read, ``kept``, ``images`` (distinct keys),
-        and ``drops`` by reason: ``duplicate_text`` and those of
+        and ``drops`` by reason: ``caption_repeated`` and those of
         :func:`~mc2_hpc.curation.pool.captions.iter_captions`
 
     Raises:
@@ -79,7 +80,7 @@ def _finish(out: Path, inputs: list[str], names: list[str]) -> dict[str, Any]:
     scattered = scattered_folder(out)
     for name in inputs:
         scattered_path(scattered, name).unlink(missing_ok=True)
-    counters, read = sum_stats(out, names), sum_stats(scattered, inputs)
+    counters, read = sum_kept(out, names, "kept"), sum_stats(scattered, inputs)
     return {**counters, **read, "drops": dict(Counter(counters["drops"]) + Counter(read["drops"]))}
 
 
@@ -202,7 +203,7 @@ class GatherShard:
             raise UserError(f"{self.out / name}: more than 2 GB of text in one shard; use more shards") from None
         with atomic_path(self.out / f"{name}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
-        drops = {"duplicate_text": len(rows) - len(kept)} if len(kept) < len(rows) else {}
+        drops = {Drop.CAPTION_REPEATED: len(rows) - len(kept)} if len(kept) < len(rows) else {}
         write_json(stats_path(self.out, name), {"kept": len(kept), "images": images, "drops": drops})
 
     def _batches(self, partition: int) -> Iterator[pa.RecordBatch]:

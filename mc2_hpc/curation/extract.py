@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.curation.pool.common_crawl import ArchiveReader, list_archives
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_stats
+from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.storage import atomic_path, write_json
 
 SETTINGS = "extract.json"
@@ -29,9 +29,10 @@ def plan_extract(archives: Sequence[str | Path], out: str | Path) -> Plan:
 
     Returns:
         a stage, and as its result counters over all archives: ``records`` (of any type), ``pages`` (with at least one
-        image), ``images`` (in them), ``rows``, and ``drops`` by reason. Of records: ``giant_record`` (above 64 MiB),
-        ``bad_json``, ``invalid_utf8``, ``bad_http``. Of images: ``empty_text``, ``no_url``, ``not_http``, ``bad_url``,
-        ``invalid_utf8`` and ``duplicate_text`` (the same address and text again).
+        image), ``images`` (in them), ``rows``, and ``drops`` by reason (:data:`mc2_hpc.drops.MEANINGS`). Of records:
+        ``record_too_large`` (above 64 MiB), ``caption_not_json``, ``caption_not_utf8``, ``record_not_http``. Of images:
+        ``caption_empty``, ``url_missing``, ``url_not_http``, ``url_invalid``, ``caption_not_utf8`` and
+        ``caption_repeated`` (the same address and text again).
 
     Raises:
         UserError: nothing to read, or two archives of one name. An archive that is damaged or cut short fails when it
@@ -43,7 +44,7 @@ def plan_extract(archives: Sequence[str | Path], out: str | Path) -> Plan:
     shards = {name: path.absolute() for name, path in list_archives(archives).items()}
     open_folder(out, SETTINGS, _SETTINGS, list(shards))
     stage = Stage("extract", out, shards, ExtractArchive(out), ("{shard}.parquet", STATS), unit="archives")
-    return Plan((stage,), result=lambda: sum_stats(out, list(shards)))
+    return Plan((stage,), result=lambda: sum_kept(out, list(shards), "rows"))
 
 
 @dataclass(frozen=True)

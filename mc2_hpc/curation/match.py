@@ -32,15 +32,17 @@ from mc2_hpc.curation.matching.rules import check_mode
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.distinct import Distinct
 from mc2_hpc.curation.pool.language_id import DEFAULT_IDENTIFIER, LanguageIdentifier, make_identifier
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_stats
+from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.jobs.named import Named, to_plain
 from mc2_hpc.metadata.files import metadata_files, read_entries
+from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import file_sha256, write_json
 
 
 def plan_match(
-    pool: str | Path,
+    pool: Names,
     metadata: str | Path,
     out: str | Path,
     mode: str = "fixed",
@@ -71,7 +73,7 @@ def plan_match(
     check_mode(mode)
     if Path(language_id).is_file():
         language_id = Path(language_id).absolute()
-    shards = {shard.name: shard for shard in list_pool(Path(pool).absolute())}
+    shards = {shard.name: shard for shard in list_pool(pool)}
     languages = metadata_files(Path(metadata).absolute())
     settings = {
         "mode": mode,
@@ -90,7 +92,7 @@ def plan_match(
             Stage("matcher tables", out, languages, tables, (f"matchers/{{shard}}/{LAST_SAVED}",), unit="languages"),
             Stage("match", out, shards, work, OUTPUTS, invalidates=(out / MERGED,)),
         ),
-        result=lambda: sum_stats(out, list(shards)),
+        result=lambda: sum_kept(out, list(shards), "matched"),
     )
 
 
@@ -185,7 +187,7 @@ class MatchShard:
             offsets, ids = self._match(rows)
             has_match = np.diff(offsets) > 0
             if not has_match.all():
-                drops["no_match"] += int((~has_match).sum())
+                drops[Drop.NO_MATCH] += int((~has_match).sum())
                 kept = np.flatnonzero(has_match)
                 rows = rows.take(pa.array(kept))
                 offsets, ids = csr.take(offsets, ids, kept)
@@ -205,7 +207,7 @@ class MatchShard:
         known = pc.is_in(rows["lang"], pa.array(sorted(self.languages), pa.large_string()))
         unknown = len(rows) - pc.sum(known, min_count=0).as_py()
         if unknown:
-            drops["unknown_language"] += unknown
+            drops[Drop.LANGUAGE_UNKNOWN] += unknown
         return rows.filter(known)
 
     def _match(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:

@@ -9,10 +9,11 @@ from mc2_hpc.curation.pack import plan_pack
 from mc2_hpc.curation.pool.language_id import DEFAULT_IDENTIFIER
 from mc2_hpc.jobs import Plan
 from mc2_hpc.jobs.named import Named
+from mc2_hpc.shard_paths import Names
 
 
 def plan_run(
-    pool: str | Path,
+    pool: Names,
     metadata: str | Path,
     out: str | Path,
     *,

@@ -30,8 +30,9 @@ from mc2_hpc.curation.matched import (
     rows_by_language,
     write_matched,
 )
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_stats
+from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
 
 _CHECKED_KEYS = 1 << 20
@@ -50,7 +51,7 @@ def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, se
 
     Returns:
         stages, and as their result counters over all shards: ``rows`` looked at, ``captions`` (the same by language),
-        ``matched`` (rows kept), ``images`` and ``languages`` of these, ``drops`` by reason (``other_text``: another
+        ``matched`` (rows kept), ``images`` and ``languages`` of these, ``drops`` by reason (``not_drawn``: another
         text of its image was drawn; ``balanced``: drawn, but thinned), and ``keys_in_several_shards``: how many of the
         ``checked`` keys break the rule above
 
@@ -67,7 +68,9 @@ def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, se
     open_folder(out, SETTINGS, {**settings, "sample": origin}, shards)
     work = SampleShard(matched, out, probs.folder, seed, epoch, min(1.0, _CHECKED_KEYS / max(images, 1)))
     stage = Stage("sample", out, dict.fromkeys(shards), work, (*OUTPUTS, "keys/{shard}.npy"))
-    return Plan((stage,), lambda: {**sum_stats(out, shards), "keys_in_several_shards": _check_keys(out, shards)})
+    return Plan(
+        (stage,), lambda: {**sum_kept(out, shards, "matched"), "keys_in_several_shards": _check_keys(out, shards)}
+    )
 
 
 def select_rows(
@@ -138,7 +141,7 @@ class SampleShard:
             "rows": num_rows,
             "matched": len(rows),
             "images": len(rows),
-            "drops": {"other_text": num_rows - len(chosen), "balanced": len(chosen) - len(rows)},
+            "drops": {Drop.NOT_DRAWN: num_rows - len(chosen), Drop.BALANCED: len(chosen) - len(rows)},
             "captions": captions,
             "languages": languages,
         }

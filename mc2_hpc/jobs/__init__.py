@@ -12,7 +12,7 @@ A :class:`Plan` is a list of :class:`Stage`\\ s; a stage is a declaration (input
 
 from mc2_hpc.jobs.driver import run
 from mc2_hpc.jobs.engines import Engine, Local, Ray, Slurm
-from mc2_hpc.jobs.folders import STATS, open_folder, stats_path, sum_stats
+from mc2_hpc.jobs.folders import STATS, open_folder, stats_path, sum_kept, sum_stats
 from mc2_hpc.jobs.stages import Plan, Stage
 from mc2_hpc.jobs.watch import Progress
 
@@ -28,5 +28,6 @@ __all__ = [
     "open_folder",
     "run",
     "stats_path",
+    "sum_kept",
     "sum_stats",
 ]

@@ -24,6 +24,23 @@ def sum_stats(out: Path, shards: Sequence[str]) -> dict[str, Any]:
     return total
 
 
+def sum_kept(out: Path, shards: Sequence[str], kept: str) -> dict[str, Any]:
+    """As :func:`sum_stats`, for work that has failed when it kept nothing.
+
+    Args:
+        kept: the counter of what was kept.
+
+    Raises:
+        UserError: it is 0; the message says under which reasons everything was dropped.
+    """
+    total = sum_stats(out, shards)
+    if not total.get(kept):
+        drops = sorted(total.get("drops", {}).items(), key=lambda drop: (-drop[1], drop[0]))
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in drops if count) or "the input is empty"
+        raise UserError(f"{out}: nothing was kept ({kept} 0): {reasons}")
+    return total
+
+
 def _add(total: dict[str, Any], more: dict[str, Any]) -> None:
     for key in sorted(more):
         if isinstance(more[key], dict):

@@ -50,8 +50,8 @@ def plan_tasks(stage: Stage, engine: Engine, undone: Sequence[str]) -> int:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files that a killed run left in ``folder`` and the folders in it."""
-    for path in [*folder.iterdir(), *folder.glob("*/.*")]:
+    """Remove the temporary files that a killed run left in ``folder`` and below."""
+    for path in folder.rglob(".*"):
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink()
 

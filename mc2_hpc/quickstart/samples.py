@@ -36,10 +36,10 @@ def save_pictures(output: Path, shards: Path, entries: list[dict[str, Any]]) -> 
     wanted = {f"{entry['key']}.jpg" for entry in entries}
     for path in list_shards(shards, ".tar"):
         with TarIndex(path) as tar:
-            for name in wanted & tar.members.keys():
-                with atomic_path(output / "pictures" / name) as temporary:
-                    temporary.write_bytes(tar.read(name))
-                wanted.discard(name)
+            for member in (member for member in tar.members if member.name in wanted):
+                with atomic_path(output / "pictures" / member.name) as temporary:
+                    temporary.write_bytes(tar.read(member))
+                wanted.discard(member.name)
         if not wanted:
             break
     for entry in entries:

@@ -148,7 +148,7 @@ def test_every_number_equals_a_naive_recomputation(pool, metadata, tmp_path, mod
     assert balanced["english_share_after"] == pytest.approx(share / total)
     assert balanced["english_share_before"] == pytest.approx(sum(r[2] == "en" for r in expected) / len(expected))
     assert balanced["english_share_after"] < balanced["english_share_before"]
-    assert balanced["drops"] == {"no_match": 3, "unknown_language": 6, "duplicate_text": 3}
+    assert balanced["drops"] == {"no_match": 3, "language_unknown": 6, "caption_repeated": 3}
     assert report["match"]["rows"] == len(expected) + 12 == balanced["totals"]["matched"] + 12
 
 
@@ -160,7 +160,7 @@ def test_english_share_falls_with_t_en(pool, metadata, tmp_path):
 
 def test_training_shards(pool, metadata, tmp_path):
     stats = run(pool, metadata, tmp_path / "out", t_en=30)["pack"]
-    assert stats == {"images": 123, "texts": len(naive_rows(pool, "fixed")), "drops": {"unmatched_image": 9}}
+    assert stats == {"images": 123, "texts": len(naive_rows(pool, "fixed")), "drops": {"image_unmatched": 9}}
     for path in list_shards(tmp_path / "out" / "shards", ".tar"):
         rows = read_matched(path.with_suffix(".parquet"))
         assert rows.column_names == ["key", "text", "lang", "source", "entries"]
@@ -180,15 +180,31 @@ def test_bad_images_are_counted(tmp_path, metadata):
         for name in ("b.jpg", "../a.jpg", "/a.jpg", "x.jpg", "a.png", "b.jpg", "k" * 120 + ".jpg"):
             tar.addfile(tarfile.TarInfo(name))
     stats = run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)["pack"]
-    assert stats["images"] == stats["texts"] == 1
-    assert stats["drops"] == {
-        "duplicate_image": 1,
-        "long_name": 1,
-        "missing_image": 1,
-        "unmatched_image": 1,
-        "unsafe_name": 2,
-        "unsupported_image": 1,
-    }
+    assert stats["images"] == stats["texts"] == 2
+    assert stats["drops"] == {"image_repeated": 1, "name_too_long": 1, "image_unmatched": 1, "name_unsafe": 2}
+    with tarfile.open(tmp_path / "out" / "shards" / "s.tar") as tar:
+        assert tar.getnames() == ["a.png", "b.jpg"]
+
+
+def test_nothing_kept_is_an_error(tmp_path, metadata):
+    write_shard(tmp_path / "pool", "s", [("a", "dog", "en"), ("b", "nothing", "en")])
+    with tarfile.open(tmp_path / "pool" / "s.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("b.jpg"))
+    with pytest.raises(UserError, match=r"nothing was kept \(images 0\): image_missing 1, image_unmatched 1"):
+        run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)
+    write_shard(tmp_path / "other", "s", [("b", "nothing", "en")])
+    with pytest.raises(UserError, match=r"nothing was kept \(matched 0\): no_match 1"):
+        match(tmp_path / "other", metadata, tmp_path / "out2")
+
+
+def test_keys_pair_by_value_and_in_any_unicode_form(tmp_path, metadata):
+    write_shard(tmp_path / "pool", "s", [("12", "dog", "en"), ("caf\u00e9", "dog", "en")])
+    with tarfile.open(tmp_path / "pool" / "s.tar", "w") as tar:
+        for name in ("000012.webp", "cafe\u0301.JPG"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)["pack"]["images"] == 2
+    with tarfile.open(tmp_path / "out" / "shards" / "s.tar") as tar:
+        assert tar.getnames() == ["12.webp", "caf\u00e9.jpg"]
 
 
 def test_shard_without_a_match_gets_no_training_shard(pool, metadata, tmp_path):
@@ -439,7 +455,7 @@ def test_webdataset_tars_with_language_identification(metadata, tmp_path, monkey
         {"key": "b", "lang": "ja"},
         {"key": "c", "lang": "en"},
     ]
-    assert report["match"]["drops"] == {"unknown_language": 2, "invalid_utf8": 2}
+    assert report["match"]["drops"] == {"language_unknown": 2, "caption_not_utf8": 2}
     assert report["balance"]["sources"]["language_id"] == "by letters"
     assert json.loads((tmp_path / "out" / "matched" / "match.json").read_text())["language_id"] == "by letters"
 

@@ -124,7 +124,7 @@ def test_pictures_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
     result = decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out")
     assert members(tmp_path / "out" / "a.tar") == ["good.jpg"]
     assert set(pq.read_table(tmp_path / "out" / "a.parquet")["key"].to_pylist()) == {"good"}
-    assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"undecodable_image": 3}}
+    assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"image_undecodable": 3}}
 
 
 def test_huge_pictures_are_not_decoded(monkeypatch):

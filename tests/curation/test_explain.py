@@ -120,8 +120,8 @@ def test_language_is_identified_where_not_given(folder):
         ("a zebra", "en", "fixed", "no_match", [("Zebra", "matches if upper and lower case were one")]),
         ("hotdogs", "en", "fixed", "no_match", [("dog", "stands inside a longer word")]),
         ("nothing", "en", "fixed", "no_match", []),
-        ("a dog", "xx", "fixed", "unknown_language", []),
-        (" \t", "en", "fixed", "empty_text", []),
+        ("a dog", "xx", "fixed", "language_unknown", []),
+        (" \t", "en", "fixed", "caption_empty", []),
     ],
 )
 def test_why_a_caption_is_dropped(folder, caption, lang, mode, reason, near):

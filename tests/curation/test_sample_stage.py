@@ -141,7 +141,7 @@ def test_report_and_statistics(curated, tmp_path):
     assert len({row[0] for row in after}) == len(after) == report["images"] == report["matched"]
     assert report["rows"] == len(before) == sum(report["captions"].values())
     assert report["captions"]["de"] == sum(row[2] == "de" for row in before)
-    assert report["drops"]["other_text"] == len(before) - 600
+    assert report["drops"]["not_drawn"] == len(before) - 600
     assert report["drops"]["balanced"] == 600 - len(after)
     assert report["keys_in_several_shards"] == {"checked": 600, "found": 0}
     for lang in WORDS:

@@ -57,4 +57,4 @@ def test_only_languages_of_the_shard_are_opened(tmp_path, monkeypatch):
     _matcher.cache_clear()
     report = jobs.run(plan_match(tmp_path / "pool", tmp_path / "metadata", tmp_path / "out", "fixed"))
     assert sorted(opened) == [tables_folder(tmp_path / "out", lang) for lang in ("l007", "l299", "l300")]
-    assert report["matched"] == 4 and report["drops"] == {"unknown_language": 1}
+    assert report["matched"] == 4 and report["drops"] == {"language_unknown": 1}

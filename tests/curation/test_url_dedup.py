@@ -82,7 +82,7 @@ def test_every_key_is_in_one_shard_with_all_its_texts(tmp_path):
     assert sum(map(len, keys)) == len(set().union(*keys)) == 40
     assert sorted(row for shard in shards for row in shard) == naive(rows)
     kept = sum(map(len, shards))
-    assert result == {"rows": 1000, "kept": kept, "images": 40, "drops": {"duplicate_text": 1000 - kept}}
+    assert result == {"rows": 1000, "kept": kept, "images": 40, "drops": {"caption_repeated": 1000 - kept}}
 
 
 def test_spread_order_and_workers_change_nothing(tmp_path):
@@ -180,7 +180,7 @@ def test_lang_stays_and_bad_rows_are_counted(tmp_path):
     result = deduplicate(pool, tmp_path / "out", shards=1)
     assert read_shards(tmp_path / "out") == [[("a", "x", "de")]]
     assert result["rows"] == 6
-    assert result["drops"] == {"duplicate_text": 2, "missing_key": 1, "unsafe_key": 1, "empty_text": 1}
+    assert result["drops"] == {"caption_repeated": 2, "key_missing": 1, "name_unsafe": 1, "caption_empty": 1}
 
 
 def test_bad_pools_are_named(tmp_path):

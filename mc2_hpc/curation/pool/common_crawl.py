@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mc2_hpc.curation.pool.page_images import PageImages, images_of_html, images_of_wat
-from mc2_hpc.curation.pool.urls import UnusableUrl, absolute_url, image_key
+from mc2_hpc.curation.pool.urls import absolute_url, image_key
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 
 _SUFFIXES = (".wat", ".warc", ".wat.gz", ".warc.gz")
@@ -87,7 +88,7 @@ class ArchiveReader:
                 raise EOFError("its last record is not whole")
             self.counts["records"] += 1
             if parse and size > _LARGEST_RECORD:
-                self.drops["giant_record"] += 1
+                self.drops[Drop.RECORD_TOO_LARGE] += 1
             elif parse:
                 page = self._try(parse, payload, record.headers.get("WARC-Target-URI") or "")
                 if page is not None and page.images:
@@ -98,11 +99,11 @@ class ArchiveReader:
         try:
             return parse(payload, address)
         except UnicodeDecodeError:
-            self.drops["invalid_utf8"] += 1
+            self.drops[Drop.CAPTION_NOT_UTF8] += 1
         except (ValueError, RecursionError):
-            self.drops["bad_json"] += 1
+            self.drops[Drop.CAPTION_NOT_JSON] += 1
         except _BadHttp:
-            self.drops["bad_http"] += 1
+            self.drops[Drop.RECORD_NOT_HTTP] += 1
         return None
 
     def _rows_of(self, page: PageImages) -> Iterator[tuple[str, str, str]]:
@@ -110,18 +111,18 @@ class ArchiveReader:
         for source, alt in page.images:
             text = " ".join(alt.split())
             if not text:
-                self.drops["empty_text"] += 1
+                self.drops[Drop.CAPTION_EMPTY] += 1
                 continue
             try:
                 url = absolute_url(source, page.base)
                 digest = hashlib.blake2b(f"{url}\n{text}".encode(), digest_size=16).digest()
-            except UnusableUrl as reason:
-                self.drops[str(reason)] += 1
+            except Dropped as dropped:
+                self.drops[dropped.reason] += 1
             except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
-                self.drops["invalid_utf8"] += 1
+                self.drops[Drop.CAPTION_NOT_UTF8] += 1
             else:
                 if digest in self._seen:
-                    self.drops["duplicate_text"] += 1
+                    self.drops[Drop.CAPTION_REPEATED] += 1
                 else:
                     self._seen.add(digest)
                     self.counts["rows"] += 1
