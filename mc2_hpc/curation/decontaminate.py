@@ -27,8 +27,8 @@ from mc2_hpc.caption_tables import is_caption_table
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
-from mc2_hpc.curation.pool.perceptual_hash import Hashes, UnreadableImage, image_hashes, nearest
-from mc2_hpc.drops import Drop
+from mc2_hpc.curation.pool.perceptual_hash import Hashes, image_hashes, nearest
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
@@ -121,7 +121,7 @@ class HashUnit:
         for image, data in _images_of(files):
             try:
                 hashes.append(image_hashes(data, _CUTS))
-            except UnreadableImage as error:
+            except Dropped as error:
                 raise UserError(
                     f"{image}: this benchmark image cannot be decoded ({error}); fix or remove it, "
                     f"delete {self.out} and run the same command again"
@@ -202,7 +202,7 @@ class CleanShard:
         for member in filter(_is_image, files):
             try:
                 found[member] = image_hashes(index.read(member))[0]
-            except UnreadableImage:
+            except Dropped:
                 drops[Drop.IMAGE_UNDECODABLE] += 1
         return found
 

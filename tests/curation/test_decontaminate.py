@@ -17,7 +17,8 @@ from mc2_hpc import jobs
 from mc2_hpc.curation.decontaminate import MAX_DISTANCE, plan_decontaminate
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.pool import perceptual_hash
-from mc2_hpc.curation.pool.perceptual_hash import UnreadableImage, image_hashes, nearest
+from mc2_hpc.curation.pool.perceptual_hash import image_hashes, nearest
+from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local
 from mc2_hpc.tar import write_tar
@@ -127,11 +128,12 @@ def test_pictures_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
     assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"image_undecodable": 3}}
 
 
-def test_huge_pictures_are_not_decoded(monkeypatch):
-    monkeypatch.setattr(perceptual_hash, "MAX_PIXELS", 96 * 64 - 1)
+def test_huge_images_are_not_decoded_in_full():
     for form in ("JPEG", "PNG"):
-        with pytest.raises(UnreadableImage, match="96x64 are too many pixels"):
-            image_hashes(picture(1, form=form))
+        with pytest.raises(Dropped, match="image_too_large: 96x64"):
+            image_hashes(picture(1, form=form), max_pixels=96 * 64 // 9)
+    reduced, whole = (image_hashes(picture(1), max_pixels=most)[0] for most in (96 * 64 - 1, 96 * 64))
+    assert np.bitwise_count(reduced ^ whole) <= MAX_DISTANCE
 
 
 def test_cmyk_and_grey_pictures_are_decoded():
