@@ -25,7 +25,7 @@ from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss
 from mc2_hpc.kernels.contrastive.dispatch import WORKSPACE_BYTES
 from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, Plan
 from mc2_hpc.kernels.contrastive.launch import Launch
-from mc2_hpc.kernels.contrastive.ranks import Ranks
+from mc2_hpc.kernels.contrastive.shared_batch import SharedBatch
 
 WIDTH = 1024
 LOGIT_SCALE = math.log(100)
@@ -63,7 +63,9 @@ def triton_loss(source: str, launches: dict[tuple[str, str], Launch] | None = No
         return TritonTiles(image, num_columns, WORKSPACE_BYTES["cuda"], source, launches)
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return ContrastiveLoss.apply(image, text, scale, Plan(make_tiles, all_gather, Ranks(None, 0, (len(image),))))
+        return ContrastiveLoss.apply(
+            image, text, scale, Plan(make_tiles, all_gather, SharedBatch(None, 0, (len(image),)))
+        )
 
     return loss
 

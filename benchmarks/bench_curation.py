@@ -30,11 +30,11 @@ from harness import main, spread
 
 from mc2_hpc.balancing.thresholds import entry_probabilities
 from mc2_hpc.curation.counts import VotesFile
-from mc2_hpc.curation.match import _MatchShard, counts_path, tables_folder
-from mc2_hpc.curation.matched import entries_of, read_matched
+from mc2_hpc.curation.match import MatchShard
+from mc2_hpc.curation.matched import counts_path, entries_of, read_matched, tables_folder
 from mc2_hpc.curation.matching.matcher import Matcher
 from mc2_hpc.curation.pool.captions import list_pool
-from mc2_hpc.curation.pool.language_id import FastLangdetect
+from mc2_hpc.curation.pool.language_id import DEFAULT_IDENTIFIER
 from mc2_hpc.curation.sample import select_rows
 from mc2_hpc.metadata.files import write_entries
 
@@ -106,7 +106,7 @@ def measure_stage(corpus: Corpus, folder: Path, rounds: int) -> list[dict[str, A
     (folder / "json_out").mkdir()
 
     def ours(out: Path) -> Call:
-        work = _MatchShard(out, frozenset([LANG]), FastLangdetect())
+        work = MatchShard(out, frozenset([LANG]), DEFAULT_IDENTIFIER)
         return lambda: [work(shard.name, shard) for shard in shards]
 
     def theirs() -> list[Any]:

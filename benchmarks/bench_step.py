@@ -29,6 +29,7 @@ from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks, process_group
 from mc2_hpc.models.clip import build_clip, flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture, resolve
+from mc2_hpc.precision import Precision
 from mc2_hpc.training.throughput import peak_flops
 
 PEER = "open_clip"
@@ -138,7 +139,7 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
             if number >= WARMUP_STEPS:
                 seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = Precision(config.precision).dtype
     flops = len(images) * flops_per_pair(arch, tokens.shape[1])
     row = {
         "seconds": median,
@@ -200,7 +201,7 @@ def _our_step(config: RunConfig, arch: ClipArchitecture, ranks: Ranks) -> Step:
     clip.set_attention(config.model.attention, ranks.device.type)
     clip.set_activation_checkpointing(config.model.activation_checkpointing)
     engine = Engine(clip, config, ranks, num_micro=1)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = Precision(config.precision).dtype
     step = ContrastiveStep(engine, config.loss, feature_dtype=dtype)
     return lambda images, tokens: step(images, tokens, config.optim.lr)
 
@@ -227,12 +228,12 @@ def _open_clip_step(config: RunConfig, arch: ClipArchitecture, device: torch.dev
         fused=True,
     )
     forward = torch.compile(model) if config.model.compile else model
-    half = config.precision == "bf16"
+    precision = Precision(config.precision)
 
     def step(images: Tensor, tokens: Tensor) -> None:
         optimizer.zero_grad()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            loss(**forward(normalise(images, torch.bfloat16 if half else torch.float32), tokens)).backward()
+        with precision.autocast(device):
+            loss(**forward(normalise(images, precision.dtype), tokens)).backward()
         optimizer.step()
 
     return step

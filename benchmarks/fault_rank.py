@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.packing import write_shard
 from mc2_hpc.training import evaluating, launch, saving, trainer
 from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.save_policy import Agreed
 
 Job = dict[str, Any]
 
@@ -68,8 +70,8 @@ def run_rank(job: Job) -> int:
         nonlocal saved
         saved = step
 
-    def checkpoint(run: trainer.Trainer, pending: Any, *, stop: bool, written: bool) -> None:
-        plain_checkpoint(run, pending, stop=stop or pending.step == job["stop_after"], written=written)
+    def checkpoint(run: trainer.Trainer, pending: Any, votes: Agreed) -> None:
+        plain_checkpoint(run, pending, replace(votes, stop=votes.stop or pending.step == job["stop_after"]))
 
     def strike(at: str, owner: Any) -> None:
         for number, fault in enumerate(job["faults"]):
@@ -126,7 +128,7 @@ def _do(deed: str, owner: Any, loader: TrainLoader | None) -> None:
 
 def _signal_reading_worker(loader: TrainLoader, number: int) -> None:
     """Catch the first data worker while it has a shard in hand; that is for some milliseconds of a step."""
-    pid, board = loader._workers[0].pid, loader._source.board
+    pid, board = loader._shares.processes[0].pid, loader._shares.board
     while True:
         while board.reading(0) is None:
             time.sleep(1e-4)

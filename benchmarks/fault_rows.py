@@ -264,7 +264,7 @@ ROWS = [
         starts=((2, LOST_RANK), (2, 0)),
         says=(
             f"rank 1: no samples from data worker 0 (lanes 4-7), which has been at {SHARDS}/",
-            f"none for {STALL_S} s; mend it and start the run again",
+            f"none for {STALL_S} s; fix it and start the run again",
             "rank 0 lost another rank in step 2",
         ),
     ),

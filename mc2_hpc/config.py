@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.precision import Precision
 
 Settings = TypeVar("Settings")
 
@@ -213,7 +214,7 @@ class EvalConfig:
     root: str | None = None
     """Where the sets lie, in place of the suite's ``root``."""
     batch: int = 64
-    """Pictures a rank encodes at a time."""
+    """Images that a rank encodes at a time."""
     best: str | None = None
     """``<set>/<metric>`` whose largest value so far decides which checkpoint is kept as the best; null: the leading
     metric of the first set that could be scored."""
@@ -252,7 +253,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        _choose("precision", self.precision, ("fp32", "bf16"))
+        _choose("precision", self.precision, tuple(Precision))
         for name in ("steps", "global_batch", "log_every"):
             _at_least(name, getattr(self, name), 1)
         _at_least("micro_batch", self.micro_batch, 0)

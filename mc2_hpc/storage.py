@@ -1,10 +1,9 @@
-"""Files that are either whole or absent: atomic writes, completion markers, shard listing.
+"""Files that are either whole or absent: atomic writes, completion markers.
 
 Nothing here imports torch; curation and training share it.
 """
 
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -125,29 +124,6 @@ def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
-
-
-def list_shards(spec: str | Path, suffix: str) -> list[Path]:
-    """List the shard files that ``spec`` names, sorted by name so that every process sees the same order.
-
-    Args:
-        spec: a folder (its files that end in ``suffix``, not searched recursively), a file, or a glob pattern.
-        suffix: such as ``.tar`` or ``.parquet``; hidden files (unfinished writes) never count.
-
-    Raises:
-        UserError: nothing matches.
-    """
-    path = Path(spec)
-    if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix == suffix and not p.name.startswith(".")]
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(p) for p in glob.glob(str(spec)) if p.endswith(suffix)]
-    if not found:
-        kind = "folder has no" if path.is_dir() else "no such folder, file or pattern of"
-        raise UserError(f"{spec}: {kind} *{suffix} shards")
-    return sorted(found)
 
 
 def file_sha256(path: str | Path) -> str:

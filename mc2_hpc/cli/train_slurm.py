@@ -9,8 +9,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slurm",
         nargs="+",
+        action="extend",
         metavar="key=value",
-        help="submit as a Slurm job: nodes=N gpus=N (a node) time=T partition=P account=A ... (docs/slurm.md)",
+        help="submit as a Slurm job: nodes=N gpus=N (per node) time=T partition=P account=A ... (docs/slurm.md)",
     )
     parser.add_argument("--dry-run", action="store_true", help="with --slurm: print the batch script, submit nothing")
 

@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.selection import keep_probability
 from mc2_hpc.balancing.thresholds import check_threshold, entry_probabilities, mass_to_threshold, threshold_to_mass
 from mc2_hpc.curation.counts import VotesFile, dense, merge_tree, merge_votes, merged_path
-from mc2_hpc.curation.match import (
+from mc2_hpc.curation.matched import (
     MERGED,
     SETTINGS,
     counts_path,
+    entries_of,
+    matched_batches,
     planned_settings,
     read_settings,
     rows_by_language,
 )
-from mc2_hpc.curation.matched import entries_of, matched_batches
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, run_stages, sum_stats
+from mc2_hpc.jobs import Plan, Stage, sum_stats
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
 
@@ -40,39 +40,25 @@ _REPORT = "balance.json"
 _THRESHOLDS = "thresholds.json"
 
 
-def balance(
-    matched: str | Path,
-    metadata: str | Path,
-    out: str | Path,
-    t_en: int,
-    *,
-    engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
+def plan_balance(
+    matched: str | Path, metadata: str | Path, out: str | Path, t_en: int, *, after_match: bool = False
+) -> Plan:
     """Set every language's threshold so that its tail holds the share of matches that English's holds at ``t_en``.
 
-    Writes ``counts/<lang>.npy`` (uint64), ``probs/<lang>.npy`` (float32) and, last, ``balance.json``, which is
-    returned; None where the work was only submitted to Slurm. With the same counts and ``t_en`` nothing is done again.
+    Writes ``counts/<lang>.npy`` (uint64), ``probs/<lang>.npy`` (float32) and, last, ``balance.json``, which is the
+    plan's result. With the same counts and ``t_en`` nothing is done again.
 
     Args:
-        matched: folder that :func:`~mc2_hpc.curation.match.match` filled, every shard of it finished.
+        matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, every shard of it finished.
         t_en: threshold of English; English keeps it as it is.
-        engine: where the work is done; one worker of this machine by default.
+        after_match: the same plan matches first, so shards may be unfinished now.
 
     Raises:
         UserError: unfinished or foreign input, ``t_en`` below 1, or no English caption matched.
     """
-    read_settings(Path(matched))
-    if not run_stages(plan_balance(matched, metadata, out, t_en), engine, progress):
-        return None
-    return read_json(Path(out) / _REPORT)
-
-
-def plan_balance(matched: str | Path, metadata: str | Path, out: str | Path, t_en: int) -> list[Stage]:
-    """The stages of :func:`balance` for a pool whose shards may still have to be matched."""
     matched, out, metadata = Path(matched).absolute(), Path(out).absolute(), Path(metadata).absolute()
+    settings = planned_settings(matched) if after_match else read_settings(matched)
     check_threshold(t_en)
-    settings = planned_settings(matched)
     hashes = {lang: file_sha256(path) for lang, path in metadata_files(metadata).items()}
     if hashes != settings["metadata"]:
         raise UserError(f"{metadata}: not the metadata that {matched} was matched with; name that, or match again")
@@ -81,42 +67,34 @@ def plan_balance(matched: str | Path, metadata: str | Path, out: str | Path, t_e
     merged = matched / MERGED / digest[:16]  # of these shards: with others it is another folder
     levels = merge_tree([counts_path(matched, name) for name in shards], merged)
     root = merged_path(merged, next(iter(levels[-1])))
-    set_thresholds = _SetThresholds(matched, metadata, out, t_en, root)
-    return [
+    sums = f"{MERGED}/{digest[:16]}/{{shard}}.npz"
+    set_thresholds = SetThresholds(matched, metadata, out, t_en, root)
+    stale = (out / "expected", out / _REPORT)
+    stages = (
         *(
-            Stage(f"count {number}", matched, level, _Merge(merged), partial(_is_merged, merged), unit="sums")
+            Stage(f"count {number}", matched, level, Merge(merged), (sums,), unit="sums")
             for number, level in enumerate(levels, start=1)
         ),
-        Stage(
-            "thresholds",
-            out,
-            {"thresholds": None},
-            set_thresholds,
-            set_thresholds.is_done,
-            invalidates=(out / "expected", out / _REPORT),
-        ),
-        Stage("expected share", out, dict.fromkeys(shards), _ExpectShard(matched, out), partial(_has_expected, out)),
-        Stage("balance", out, {"balance": None}, _Report(matched, out, root), partial(_has_report, out)),
-    ]
+        Stage("thresholds", out, {"thresholds": None}, set_thresholds, (_THRESHOLDS,), invalidates=stale),
+        Stage("expected share", out, dict.fromkeys(shards), ExpectShard(matched, out), ("expected/{shard}.json",)),
+        Stage("balance", out, {"balance": None}, WriteReport(matched, out, root), (_REPORT,)),
+    )
+    return Plan(stages, result=lambda: read_json(out / _REPORT))
 
 
 @dataclass(frozen=True)
-class _Merge:
-    """Adds up the counts of some files; picklable."""
+class Merge:
+    """Adds up the counts of some files."""
 
     folder: Path
 
-    def __call__(self, name: str, parts: Sequence[Path]) -> None:
+    def __call__(self, name: str, parts: tuple[Path, ...]) -> None:
         merge_votes(parts, merged_path(self.folder, name))
 
 
-def _is_merged(folder: Path, name: str) -> bool:
-    return merged_path(folder, name).is_file()
-
-
 @dataclass(frozen=True)
-class _SetThresholds:
-    """Thresholds and probabilities of every language, one in memory at a time; picklable."""
+class SetThresholds:
+    """Thresholds and probabilities of every language, one in memory at a time."""
 
     matched: Path
     metadata: Path
@@ -124,10 +102,10 @@ class _SetThresholds:
     t_en: int
     root: Path
 
-    def is_done(self, name: str) -> bool:
+    def is_current(self, name: str) -> bool:
         """Whether ``thresholds.json`` is of these counts and this ``t_en``."""
         marker = self._marker()
-        if not (marker.is_file() and self.root.is_file() and (self.out / _THRESHOLDS).is_file()):
+        if not (marker.is_file() and self.root.is_file()):
             return False
         return read_json(marker) == self._made_of()
 
@@ -190,13 +168,9 @@ def _expected_path(out: Path, shard: str) -> Path:
     return out / "expected" / f"{shard}.json"
 
 
-def _has_expected(out: Path, shard: str) -> bool:
-    return _expected_path(out, shard).is_file()
-
-
 @dataclass(frozen=True)
-class _ExpectShard:
-    """Sum of the keep probabilities of a shard's texts, by language; picklable."""
+class ExpectShard:
+    """Sum of the keep probabilities of a shard's texts, by language."""
 
     matched: Path
     out: Path
@@ -218,13 +192,9 @@ def _probabilities(path: Path, version: int) -> npt.NDArray[np.float32]:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _has_report(out: Path, name: str) -> bool:
-    return (out / _REPORT).is_file()
-
-
 @dataclass(frozen=True)
-class _Report:
-    """``balance.json``; picklable."""
+class WriteReport:
+    """``balance.json``."""
 
     matched: Path
     out: Path

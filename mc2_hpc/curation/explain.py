@@ -12,11 +12,12 @@ import numpy as np
 
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.balancing.selection import keep_probability
-from mc2_hpc.curation.match import planned_settings, tables_folder
+from mc2_hpc.curation.matched import planned_settings, tables_folder
 from mc2_hpc.curation.matching.matcher import Matcher, is_saved
 from mc2_hpc.curation.matching.rules import check_mode, entry_pattern, spaced_text
 from mc2_hpc.curation.pool.language_id import FastLangdetect, LanguageIdentifier
 from mc2_hpc.draws import hash_keys, uniform
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.storage import file_sha256
@@ -117,8 +118,8 @@ def explain(
         identifier = identifier or FastLangdetect()
         (lang,), lang_from = identifier.identify([caption]), identifier.name
     text = spaced_text(_encodable(caption), mode)
-    unknown = None if lang in languages else "unknown_language"
-    drop_reason = "empty_text" if not caption.strip() else unknown
+    unknown = None if lang in languages else Drop.LANGUAGE_UNKNOWN
+    drop_reason = Drop.CAPTION_EMPTY if not caption.strip() else unknown
     matches: list[MatchedEntry] = []
     near_misses: list[NearMiss] = []
     for name, source in ((matched, settings), (balance, report)):
@@ -128,7 +129,7 @@ def explain(
         tables = tables_folder(Path(matched), lang) if matched is not None else None
         matches = _matches(caption, text, entries, mode, tables)
         if not matches:
-            drop_reason, near_misses = "no_match", _near_misses(caption, text, entries, mode)
+            drop_reason, near_misses = Drop.NO_MATCH, _near_misses(caption, text, entries, mode)
     probability, draw, threshold = None, None, None
     if probs is not None and report is not None and matches:
         if lang not in report["t"]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,40 @@ import pyarrow.compute as pc
 
 from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
-from mc2_hpc.curation.matched import matched_table, write_matched_batches
-from mc2_hpc.curation.matching.matcher import Matcher, is_saved
+from mc2_hpc.curation.filters import Filter, apply_filters, load_filter
+from mc2_hpc.curation.matched import (
+    MERGED,
+    OUTPUTS,
+    SETTINGS,
+    counts_path,
+    matched_table,
+    rows_by_language,
+    tables_folder,
+    write_matched_batches,
+)
+from mc2_hpc.curation.matching.matcher import LAST_SAVED, Matcher
 from mc2_hpc.curation.matching.rules import check_mode
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.distinct import Distinct
-from mc2_hpc.curation.pool.language_id import FastLangdetect, LanguageIdentifier
+from mc2_hpc.curation.pool.language_id import DEFAULT_IDENTIFIER, LanguageIdentifier, make_identifier
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.jobs.named import Named, to_plain
 from mc2_hpc.metadata.files import metadata_files, read_entries
-from mc2_hpc.storage import file_sha256, read_json, write_json
-
-SETTINGS = "match.json"
-MERGED = "merged"
-"""Folder of counts added up over shards, made by balancing from the counts of the shards."""
+from mc2_hpc.shard_paths import Names
+from mc2_hpc.storage import file_sha256, write_json
 
 
-def match(
-    pool: str | Path,
+def plan_match(
+    pool: Names,
     metadata: str | Path,
     out: str | Path,
     mode: str = "fixed",
     *,
-    identifier: LanguageIdentifier | None = None,
-    engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
+    language_id: str | Path = DEFAULT_IDENTIFIER,
+    filters: Sequence[Named] = (),
+) -> Plan:
     """Match every caption of a pool with the metadata of its language.
 
     Writes ``<shard>.parquet`` (rows that matched, with ``lang`` and ``entries``), ``counts/<shard>.npz``,
@@ -51,96 +58,47 @@ def match(
 
     Args:
         mode: matching rules, see :mod:`mc2_hpc.curation.matching.rules`.
-        identifier: tells the language of shards without a ``lang`` column; :class:`FastLangdetect` by default.
-        engine: where the work is done; one worker of this machine by default.
+        language_id: tells the language of shards without a ``lang`` column; see
+            :func:`~mc2_hpc.curation.pool.language_id.make_identifier`.
+        filters: drop captions before they are matched, in this order; see :mod:`mc2_hpc.curation.filters`.
 
     Returns:
-        counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason, ``captions`` (usable ones, by
-        language) and ``languages``; None where the work was only submitted to Slurm
+        stages, and as their result counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason,
+        ``captions`` (usable ones, by language) and ``languages``
 
     Raises:
-        UserError: bad pool, metadata or settings; or shards that could not be read (every other one is done).
+        UserError: bad pool, metadata, settings or filters.
     """
-    stages = plan_match(pool, metadata, out, mode, identifier)
-    if not run_stages(stages, engine, progress):
-        return None
-    return sum_stats(Path(out), list(stages[-1].shards))
-
-
-def plan_match(
-    pool: str | Path, metadata: str | Path, out: str | Path, mode: str, identifier: LanguageIdentifier | None
-) -> list[Stage]:
-    """The stages of :func:`match`; their settings are checked and recorded."""
     out = Path(out).absolute()
     check_mode(mode)
-    shards = {shard.name: shard for shard in list_pool(Path(pool).absolute())}
+    if Path(language_id).is_file():
+        language_id = Path(language_id).absolute()
+    shards = {shard.name: shard for shard in list_pool(pool)}
     languages = metadata_files(Path(metadata).absolute())
-    identifier = identifier or FastLangdetect()
     settings = {
         "mode": mode,
         "metadata": {lang: file_sha256(path) for lang, path in languages.items()},
-        "language_id": identifier.name,
+        "language_id": make_identifier(language_id).name,
     }
-    open_stage(out, SETTINGS, settings, list(shards))
-    return [
-        Stage("matcher tables", out, languages, _BuildTables(out, mode), partial(_has_tables, out), unit="languages"),
-        Stage(
-            "match",
-            out,
-            shards,
-            _MatchShard(out, frozenset(languages), identifier),
-            partial(is_matched, out),
-            invalidates=(out / MERGED,),
+    if filters:
+        for named in filters:
+            load_filter(named)
+        settings["filters"] = to_plain(filters)
+    open_folder(out, SETTINGS, settings, list(shards))
+    tables = BuildTables(out, mode)
+    work = MatchShard(out, frozenset(languages), str(language_id), tuple(filters))
+    return Plan(
+        (
+            Stage("matcher tables", out, languages, tables, (f"matchers/{{shard}}/{LAST_SAVED}",), unit="languages"),
+            Stage("match", out, shards, work, OUTPUTS, invalidates=(out / MERGED,)),
         ),
-    ]
-
-
-def tables_folder(out: Path, lang: str) -> Path:
-    """Where a matched pool keeps the matcher tables of a language."""
-    return out / "matchers" / lang
-
-
-def counts_path(out: Path, shard: str) -> Path:
-    """Counts of one shard."""
-    return out / "counts" / f"{shard}.npz"
-
-
-def is_matched(out: Path, shard: str) -> bool:
-    """Whether all outputs of the shard are there."""
-    paths = (out / f"{shard}.parquet", counts_path(out, shard), stats_path(out, shard))
-    return all(path.is_file() for path in paths)
-
-
-def read_settings(matched: Path) -> dict[str, Any]:
-    """Settings and shards of a matched pool, all of whose shards are finished.
-
-    Raises:
-        UserError: not a matched pool, or matching is not finished.
-    """
-    settings = planned_settings(matched)
-    missing = [name for name in settings["shards"] if not is_matched(matched, name)]
-    if missing:
-        raise UserError(
-            f"{matched}: {len(missing)} of {len(settings['shards'])} shards are not matched yet (the first is "
-            f"{missing[0]!r}); run the same `mc2 curate match` again"
-        )
-    return settings
-
-
-def planned_settings(matched: Path) -> dict[str, Any]:
-    """As :func:`read_settings`, of a pool whose shards may still have to be matched."""
-    if not (matched / SETTINGS).is_file():
-        raise UserError(f"{matched}: not a matched pool (no {SETTINGS}); run `mc2 curate match` first")
-    return read_json(matched / SETTINGS)
-
-
-def _has_tables(out: Path, lang: str) -> bool:
-    return is_saved(tables_folder(out, lang))
+        result=lambda: sum_kept(out, list(shards), "matched"),
+    )
 
 
 @dataclass(frozen=True)
-class _BuildTables:
-    """Builds and saves the matcher tables of one language; picklable."""
+class BuildTables:
+    """Builds and saves the matcher tables of one language."""
 
     out: Path
     mode: str
@@ -196,12 +154,21 @@ class _Tally:
 
 
 @dataclass(frozen=True)
-class _MatchShard:
-    """Matches one shard, piece by piece; picklable."""
+class MatchShard:
+    """Matches one shard, piece by piece."""
 
     out: Path
     languages: frozenset[str]
-    identifier: LanguageIdentifier
+    language_id: str
+    filters: tuple[Named, ...] = ()
+
+    @cached_property
+    def _identifier(self) -> LanguageIdentifier:
+        return make_identifier(self.language_id)
+
+    @cached_property
+    def _filters(self) -> list[tuple[str, Filter]]:
+        return [(named.name, load_filter(named)) for named in self.filters]
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         tally = _Tally()
@@ -214,12 +181,13 @@ class _MatchShard:
         for rows, drops in iter_captions(shard):
             tally.rows += len(rows) + drops.total()
             rows = self._known(self._with_language(rows), drops)
+            rows = apply_filters(self._filters, rows, drops)
             for row in rows["lang"].value_counts().to_pylist():
                 tally.captions[row["values"]] += row["counts"]
             offsets, ids = self._match(rows)
             has_match = np.diff(offsets) > 0
             if not has_match.all():
-                drops["no_match"] += int((~has_match).sum())
+                drops[Drop.NO_MATCH] += int((~has_match).sum())
                 kept = np.flatnonzero(has_match)
                 rows = rows.take(pa.array(kept))
                 offsets, ids = csr.take(offsets, ids, kept)
@@ -231,7 +199,7 @@ class _MatchShard:
         if "lang" in rows.column_names:
             return rows
         texts = rows["text"].to_pylist()
-        langs = self.identifier.identify(texts) if texts else []
+        langs = self._identifier.identify(texts) if texts else []
         return rows.append_column("lang", pa.array(langs, pa.large_string()))
 
     def _known(self, rows: pa.Table, drops: Counter[str]) -> pa.Table:
@@ -239,7 +207,7 @@ class _MatchShard:
         known = pc.is_in(rows["lang"], pa.array(sorted(self.languages), pa.large_string()))
         unknown = len(rows) - pc.sum(known, min_count=0).as_py()
         if unknown:
-            drops["unknown_language"] += unknown
+            drops[Drop.LANGUAGE_UNKNOWN] += unknown
         return rows.filter(known)
 
     def _match(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
@@ -258,13 +226,3 @@ class _MatchShard:
         offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
         back = np.argsort(np.concatenate(order)) if order else np.zeros(0, np.int64)
         return csr.take(offsets, np.concatenate(ids), back)
-
-
-def rows_by_language(rows: pa.Table) -> list[tuple[str, npt.NDArray[np.int64]]]:
-    """Row numbers of each language in ``rows["lang"]`` (no nulls), languages and rows ascending."""
-    encoded = rows["lang"].combine_chunks().dictionary_encode()
-    codes = np.asarray(encoded.indices, np.int64)
-    order = np.argsort(codes, kind="stable")
-    bounds = np.searchsorted(codes[order], np.arange(len(encoded.dictionary) + 1))
-    names = encoded.dictionary.to_pylist()
-    return sorted((name, order[bounds[code] : bounds[code + 1]]) for code, name in enumerate(names))

@@ -1,8 +1,12 @@
-"""The matched pool on disk (stage 1): caption rows with their language and entries, one Parquet a shard."""
+"""The matched pool on disk (stage 1): caption rows with their language and entries, one Parquet a shard.
+
+Beside them lie the counts of each shard, the matcher tables of each language, and ``match.json``: how it was made.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +14,57 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.jobs import STATS, stats_path
+from mc2_hpc.storage import atomic_path, read_json
 
+SETTINGS = "match.json"
+MERGED = "merged"
+"""Folder of counts added up over shards, made by balancing from the counts of the shards."""
+OUTPUTS = ("{shard}.parquet", "counts/{shard}.npz", STATS)
+"""Files of a matched shard."""
+TABLES = "matchers/{shard}/matcher.json"
 _ENTRIES = pa.list_(pa.uint32())
 _REPEATING = ["lang", "source"]
 _REQUIRED = {"key": pa.string(), "text": pa.string(), "lang": pa.string(), "entries": _ENTRIES}
+
+
+def tables_folder(out: Path, lang: str) -> Path:
+    """Where a matched pool keeps the matcher tables of a language."""
+    return out / "matchers" / lang
+
+
+def counts_path(out: Path, shard: str) -> Path:
+    """Counts of one shard."""
+    return out / "counts" / f"{shard}.npz"
+
+
+def is_matched(out: Path, shard: str) -> bool:
+    """Whether all outputs of the shard are there."""
+    paths = (out / f"{shard}.parquet", counts_path(out, shard), stats_path(out, shard))
+    return all(path.is_file() for path in paths)
+
+
+def read_settings(matched: Path) -> dict[str, Any]:
+    """Settings and shards of a matched pool, all of whose shards are finished.
+
+    Raises:
+        UserError: not a matched pool, or matching is not finished.
+    """
+    settings = planned_settings(matched)
+    missing = [name for name in settings["shards"] if not is_matched(matched, name)]
+    if missing:
+        raise UserError(
+            f"{matched}: {len(missing)} of {len(settings['shards'])} shards are not matched yet (the first is "
+            f"{missing[0]!r}); run the same `mc2 curate match` again"
+        )
+    return settings
+
+
+def planned_settings(matched: Path) -> dict[str, Any]:
+    """As :func:`read_settings`, of a pool whose shards may still have to be matched."""
+    if not (matched / SETTINGS).is_file():
+        raise UserError(f"{matched}: not a matched pool (no {SETTINGS}); run `mc2 curate match` first")
+    return read_json(matched / SETTINGS)
 
 
 def matched_table(rows: pa.Table, offsets: npt.NDArray[np.int64], ids: npt.NDArray[np.uint32]) -> pa.Table:
@@ -89,3 +139,13 @@ def entries_of(table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.u
     offsets = np.asarray(column.offsets).astype(np.int64)
     ids = np.asarray(column.values)[offsets[0] : offsets[-1]].astype(np.uint32, copy=False)
     return offsets - offsets[0], ids
+
+
+def rows_by_language(rows: pa.Table) -> list[tuple[str, npt.NDArray[np.int64]]]:
+    """Row numbers of each language in ``rows["lang"]`` (no nulls), languages and rows ascending."""
+    encoded = rows["lang"].combine_chunks().dictionary_encode()
+    codes = np.asarray(encoded.indices, np.int64)
+    order = np.argsort(codes, kind="stable")
+    bounds = np.searchsorted(codes[order], np.arange(len(encoded.dictionary) + 1))
+    names = encoded.dictionary.to_pylist()
+    return sorted((name, order[bounds[code] : bounds[code + 1]]) for code, name in enumerate(names))

@@ -3,93 +3,77 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mc2_hpc.curation.match import planned_settings, read_settings
-from mc2_hpc.curation.matched import read_matched, write_matched
+from mc2_hpc.curation.matched import planned_settings, read_matched, read_settings, write_matched
 from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.samples import JPEG_EXTENSIONS, ByKey, Listing
+from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import atomic_path, read_json, write_json
-from mc2_hpc.tar import escapes, fits_tar_name, write_tar
+from mc2_hpc.tar import Member, escapes, fits_tar_name, write_tar
 
 SETTINGS = "pack.json"
 
 
-def pack(
-    pool: str | Path,
-    matched: str | Path,
-    out: str | Path,
-    *,
-    engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
-    """Write training shards: ``<shard>.tar`` of ``<key>.jpg`` in key order, the matched rows in ``<shard>.parquet``.
+def plan_pack(pool: Names, matched: str | Path, out: str | Path, *, after_match: bool = False) -> Plan:
+    """Write training shards: ``<shard>.tar`` of images in key order, the matched rows in ``<shard>.parquet``.
 
-    Only images with a matched row are written; a shard without any gets no files. Shards already finished are skipped.
+    Images keep their bytes, and their format: ``<key>.jpg``, ``<key>.png``, ... Only those with a matched row are
+    written; a shard without any gets no files. Shards already finished are skipped.
     The rows of a shard and the names in its tar are held in memory, its images one at a time.
 
     Args:
         pool: the folder that was matched; its ``<shard>.tar`` hold the images.
-        matched: folder that :func:`~mc2_hpc.curation.match.match` filled, every shard of it finished.
-        engine: where the work is done; one worker of this machine by default.
+        matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, every shard of it finished.
+        after_match: the same plan matches first, so shards may be unfinished now.
 
     Returns:
-        counters over all shards: ``images``, ``texts`` and ``drops`` by reason: ``missing_image`` (matched, not in the
-        tar), ``unmatched_image``, ``unsafe_name`` (would escape its folder), ``long_name``, ``duplicate_image``,
-        ``unsupported_image`` (no JPEG); None where the work was only submitted to Slurm
+        stages, and as their result counters over all shards: ``images``, ``texts`` and ``drops`` by reason
+        (:data:`mc2_hpc.drops.MEANINGS`): ``image_missing``, ``image_unmatched``, ``image_repeated``,
+        ``image_unsupported``, ``name_unsafe``, ``name_too_long``
 
     Raises:
-        UserError: unfinished input, or shards that could not be read (every other one is done).
+        UserError: unfinished input; and as the result, not one image was written.
     """
-    read_settings(Path(matched))
-    stages = plan_pack(pool, matched, out)
-    if not run_stages(stages, engine, progress):
-        return None
-    return sum_stats(Path(out), list(stages[-1].shards))
-
-
-def plan_pack(pool: str | Path, matched: str | Path, out: str | Path) -> list[Stage]:
-    """The stages of :func:`pack` for a pool whose shards may still have to be matched."""
     matched, out = Path(matched).absolute(), Path(out).absolute()
-    settings = planned_settings(matched)
-    in_pool = {shard.name: shard.images for shard in list_pool(Path(pool).absolute())}
+    settings = planned_settings(matched) if after_match else read_settings(matched)
+    in_pool = {shard.name: shard.images for shard in list_pool(pool)}
     shards = settings.pop("shards")
-    open_stage(out, SETTINGS, {"matched": settings}, shards)
+    open_folder(out, SETTINGS, {"matched": settings}, shards)
     tars = {name: in_pool.get(name) for name in shards}
-    return [Stage("pack", out, tars, _PackShard(matched, out), partial(_is_packed, out))]
-
-
-def _is_packed(out: Path, shard: str) -> bool:
-    path = stats_path(out, shard)
-    if not path.is_file():
-        return False
-    return read_json(path)["images"] == 0 or all((out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
+    stage = Stage("pack", out, tars, PackShard(matched, out), (STATS,))
+    return Plan((stage,), result=lambda: sum_kept(out, shards, "images"))
 
 
 @dataclass(frozen=True)
-class _PackShard:
-    """Packs one shard; picklable."""
+class PackShard:
+    """Packs one shard."""
 
     matched: Path
     out: Path
+
+    def is_current(self, shard: str) -> bool:
+        """Whether the shard's files are there, if it has images."""
+        if read_json(stats_path(self.out, shard))["images"] == 0:
+            return True
+        return all((self.out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
 
     def __call__(self, name: str, tar: Path | None) -> None:
         rows = read_matched(self.matched / f"{name}.parquet")
         if tar is None:
             raise UserError(f"the pool has no {name}.tar with the images of {self.matched / name}.parquet")
         with TarIndex(tar) as index:
-            images, drops = index.images()
-            images = _usable(images, set(rows["key"].to_pylist()), drops)
+            drops = Counter(index.listing.drops)
+            images = _images(index.listing, rows["key"].unique().to_pylist(), drops)
             rows = rows.filter(pc.is_in(rows["key"], pa.array(list(images), pa.string())))
             rows = rows.sort_by([("key", "ascending"), ("text", "ascending")])
             if images:
@@ -100,25 +84,34 @@ class _PackShard:
         write_json(stats_path(self.out, name), stats)
 
 
-def _usable(images: dict[str, str], wanted: set[str], drops: Counter[str]) -> dict[str, str]:
-    """Images to write, by key; the others are counted in ``drops``."""
-    usable = {}
-    for key, member in images.items():
+def _images(listing: Listing, keys: Iterable[str], drops: Counter[str]) -> dict[str, Member]:
+    """The image of each of ``keys`` that can be written; the other keys and images are counted in ``drops``."""
+    in_tar = [(sample.key, sample.image) for sample in listing.samples.values() if sample.image is not None]
+    by_key = ByKey(in_tar)
+    found: dict[str, Member] = {}
+    used = set()
+    for key in keys:
+        image = by_key.get(key)
+        if image is None:
+            drops[Drop.IMAGE_MISSING] += 1
+            continue
+        used.add(image.name)
         if escapes(key):
-            drops["unsafe_name"] += 1
-        elif key not in wanted:
-            drops["unmatched_image"] += 1
-        elif not fits_tar_name(f"{key}.jpg"):
-            drops["long_name"] += 1
-            wanted = wanted - {key}
+            drops[Drop.NAME_UNSAFE] += 1
+        elif not fits_tar_name(_packed_name(key, image)):
+            drops[Drop.NAME_TOO_LONG] += 1
         else:
-            usable[key] = member
-    missing = len(wanted - usable.keys())
-    if missing:
-        drops["missing_image"] += missing
-    return usable
+            found[key] = image
+    if len(in_tar) > len(used):
+        drops[Drop.IMAGE_UNMATCHED] += len(in_tar) - len(used)
+    return found
 
 
-def _files(index: TarIndex, images: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+def _packed_name(key: str, image: Member) -> str:
+    extension = image.name.rpartition(".")[2].lower()
+    return f"{key}.{'jpg' if extension in JPEG_EXTENSIONS else extension}"
+
+
+def _files(index: TarIndex, images: dict[str, Member]) -> Iterator[tuple[str, bytes]]:
     for key in sorted(images):
-        yield f"{key}.jpg", index.read(images[key])
+        yield _packed_name(key, images[key]), index.read(images[key])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +20,44 @@ from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import REPORT, BalanceFolder
 from mc2_hpc.balancing.selection import choose_texts, passes
 from mc2_hpc.curation.counts import count_votes, write_votes
-from mc2_hpc.curation.match import SETTINGS, counts_path, is_matched, read_settings, rows_by_language
-from mc2_hpc.curation.matched import entries_of, read_matched, write_matched
+from mc2_hpc.curation.matched import (
+    OUTPUTS,
+    SETTINGS,
+    counts_path,
+    entries_of,
+    read_matched,
+    read_settings,
+    rows_by_language,
+    write_matched,
+)
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
 
 _CHECKED_KEYS = 1 << 20
 _logger = logging.getLogger(__name__)
 
 
-def sample(
-    matched: str | Path,
-    balance: str | Path,
-    out: str | Path,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-    engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
+def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, seed: int = 0, epoch: int = 0) -> Plan:
     """Write the rows of a matched pool that the loader would keep in ``epoch`` with this seed.
 
     A pure function of the rows: the same subset on any number of shards, workers and machines, given that all rows of
     an image stand in one shard. Shards already finished are skipped.
 
     Args:
-        matched: folder that :func:`~mc2_hpc.curation.match.match` filled, every shard of it finished.
-        balance: folder that :func:`~mc2_hpc.curation.balance.balance` wrote from this metadata.
-        engine: where it runs; one worker of this machine by default.
+        matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, every shard of it finished.
+        balance: folder that :func:`~mc2_hpc.curation.balance.plan_balance` writes, from this metadata.
 
     Returns:
-        counters over all shards: ``rows`` looked at, ``captions`` (the same by language), ``matched`` (rows kept),
-        ``images`` and ``languages`` of these, ``drops`` by reason (``other_text``: another text of its image was drawn;
-        ``balanced``: drawn, but thinned), and ``keys_in_several_shards``: how many of the ``checked`` keys break the
-        rule above. None where the work was only submitted to Slurm
+        stages, and as their result counters over all shards: ``rows`` looked at, ``captions`` (the same by language),
+        ``matched`` (rows kept), ``images`` and ``languages`` of these, ``drops`` by reason (``not_drawn``: another
+        text of its image was drawn; ``balanced``: drawn, but thinned), and ``keys_in_several_shards``: how many of the
+        ``checked`` keys break the rule above
 
     Raises:
-        UserError: unfinished or foreign input, or shards that could not be read (every other one is done).
+        UserError: unfinished or foreign input.
     """
-    stages = plan_sample(matched, balance, out, seed=seed, epoch=epoch)
-    if not run_stages(stages, engine, progress):
-        return None
-    shards = list(stages[0].shards)
-    return {**sum_stats(Path(out), shards), "keys_in_several_shards": _check_keys(Path(out), shards)}
-
-
-def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, seed: int, epoch: int) -> list[Stage]:
-    """Check the arguments of :func:`sample`, record them, and return what is to be done."""
     matched, out = Path(matched).absolute(), Path(out).absolute()
     settings = read_settings(matched)
     probs = BalanceFolder(Path(balance).absolute())
@@ -76,13 +65,12 @@ def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, se
     shards = settings.pop("shards")
     images = sum(read_json(stats_path(matched, name))["images"] for name in shards)
     origin = {"seed": seed, "epoch": epoch, "balance": file_sha256(probs.folder / REPORT)}
-    open_stage(out, SETTINGS, {**settings, "sample": origin}, shards)
-    work = _SampleShard(matched, out, probs, seed, epoch, min(1.0, _CHECKED_KEYS / max(images, 1)))
-    return [Stage("sample", out, dict.fromkeys(shards), work, partial(_is_sampled, out))]
-
-
-def _is_sampled(out: Path, shard: str) -> bool:
-    return is_matched(out, shard) and _keys_path(out, shard).is_file()
+    open_folder(out, SETTINGS, {**settings, "sample": origin}, shards)
+    work = SampleShard(matched, out, probs.folder, seed, epoch, min(1.0, _CHECKED_KEYS / max(images, 1)))
+    stage = Stage("sample", out, dict.fromkeys(shards), work, (*OUTPUTS, "keys/{shard}.npy"))
+    return Plan(
+        (stage,), lambda: {**sum_kept(out, shards, "matched"), "keys_in_several_shards": _check_keys(out, shards)}
+    )
 
 
 def select_rows(
@@ -117,21 +105,25 @@ def _check_same_pool(matched: Path, settings: dict[str, Any], probs: BalanceFold
 
 
 @dataclass(frozen=True)
-class _SampleShard:
-    """Samples one shard; picklable."""
+class SampleShard:
+    """Samples one shard."""
 
     matched: Path
     out: Path
-    probs: BalanceFolder
+    balance: Path
     seed: int
     epoch: int
     checked_share: float
+
+    @cached_property
+    def _probs(self) -> BalanceFolder:
+        return BalanceFolder(self.balance)
 
     def __call__(self, name: str, value: None) -> None:
         path = self.matched / f"{name}.parquet"
         rows = read_matched(path)
         try:
-            chosen, kept = select_rows(rows, self.probs, seed=self.seed, epoch=self.epoch)
+            chosen, kept = select_rows(rows, self._probs, seed=self.seed, epoch=self.epoch)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         self._write_checked_keys(name, rows["key"].take(pa.array(chosen)))
@@ -149,7 +141,7 @@ class _SampleShard:
             "rows": num_rows,
             "matched": len(rows),
             "images": len(rows),
-            "drops": {"other_text": num_rows - len(chosen), "balanced": len(chosen) - len(rows)},
+            "drops": {Drop.NOT_DRAWN: num_rows - len(chosen), Drop.BALANCED: len(chosen) - len(rows)},
             "captions": captions,
             "languages": languages,
         }
@@ -178,7 +170,7 @@ def _check_keys(out: Path, shards: list[str]) -> dict[str, int]:
     if found:
         _logger.warning(
             "%s: %d of %d image keys that were checked stand in several shards; each shard drew a text for its own "
-            "copy: put all rows of an image in one shard, beside its picture",
+            "copy: put all rows of an image in one shard, beside the image",
             *(out, found, len(distinct)),
         )
     return {"checked": len(distinct), "found": found}

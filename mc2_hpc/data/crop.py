@@ -1,4 +1,4 @@
-"""Which part of a picture a training sample shows: RandomResizedCrop's rule, with hash draws for a random stream."""
+"""Which part of an image a training sample shows: RandomResizedCrop's rule, with hash draws for a random stream."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ _DCT_EIGHTHS = (1, 2, 4)
 
 
 Encoded = bytes | memoryview
-"""A picture as its file has it; a view where it was read along with its neighbours."""
+"""An image as its file has it; a view where it was read along with its neighbours."""
 
 
 class Box(NamedTuple):
@@ -39,7 +39,7 @@ def random_crop(
 ) -> Box:
     """The box torchvision's RandomResizedCrop would choose, given these draws instead of a generator's.
 
-    Area uniform in ``scale`` of the picture's, aspect ratio log-uniform in [3/4, 4/3], up to ten tries for a box that
+    Area uniform in ``scale`` of the image's, aspect ratio log-uniform in [3/4, 4/3], up to ten tries for a box that
     fits, then the largest centred box of a permitted ratio. A pure function of its arguments.
     """
     with np.errstate(over="ignore"):
@@ -61,7 +61,7 @@ def dct_scaled(box: Box, size: int) -> tuple[int, Box]:
     """How far a JPEG may be shrunk while it is decoded: eighths, and ``box`` moved onto the pixels of that scale.
 
     The smallest of 1/8, 1/4, 1/2 at which the box still has ``size`` pixels on each side, else 8 eighths. The box is
-    snapped (by at most 7 pixels) to multiples of what one shrunken pixel covers; unsnapped, the picture would shift by
+    snapped (by at most 7 pixels) to multiples of what one shrunken pixel covers; unsnapped, the image would shift by
     a fraction of a pixel against the reference, which costs 10 dB.
     """
     for eighths in _DCT_EIGHTHS:

@@ -2,7 +2,7 @@
 
 Which samples a batch has, where each is cropped and which are bad is settled before a JPEG comes here, so balancing,
 resume and skips are those of every other backend. One broken JPEG stops a whole pipeline of DALI; the batch is then
-decoded on the CPU as by ``turbo_exact``, a JPEG that cannot be decoded there either becomes a grey picture and is
+decoded on the CPU as by ``turbo_exact``, a JPEG that cannot be decoded there either becomes a grey image and is
 counted, and a new pipeline takes over.
 """
 
@@ -21,19 +21,20 @@ import torch
 
 from mc2_hpc.data.crop import Box, EncodedCrop
 from mc2_hpc.data.decode import crop_and_resize, one_torch_thread
-from mc2_hpc.data.skips import SkipSample, log_skip
+from mc2_hpc.data.skips import log_skip
+from mc2_hpc.drops import Dropped
 
 IN_FLIGHT = 2
 """Batches to submit before the first is received: the pipeline works on them meanwhile."""
 
 _GREY = 128
 _DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # those of operators have no class of their own
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Jpegs:
-    """Encoded pictures of a batch, as they cross from a worker: tensors, so through shared memory.
+    """Encoded images of a batch, as they cross from a worker: tensors, so through shared memory.
 
     Attributes:
         data: uint8 ``(n,)``, one after another.
@@ -75,14 +76,14 @@ class _Job:
 
 
 class DaliDecoder:
-    """Batches of JPEG crops in, uint8 ``(b, 3, S, S)`` pictures on the device out, in order.
+    """Batches of JPEG crops in, uint8 ``(b, 3, S, S)`` images on the device out, in order.
 
     Args:
         image_size: S.
         max_batch: most JPEGs a batch.
-        device: where the pictures are wanted; ``cuda`` decodes there (DALI's ``mixed``), ``cpu`` on the CPU.
+        device: where the images are wanted; ``cuda`` decodes there (DALI's ``mixed``), ``cpu`` on the CPU.
         num_threads: of the CPU's part.
-        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes, where it has one.
+        hw_decoder_load: share of the images that a GPU's JPEG engine decodes, where it has one.
     """
 
     def __init__(
@@ -91,13 +92,13 @@ class DaliDecoder:
         self._size = image_size
         self._device = device
         self._new_pipeline = partial(_pipeline, image_size, max_batch, device, num_threads, hw_decoder_load)
-        # Training's kernels queue on the current stream; waiting for a picture must not be waiting for them.
+        # Training's kernels queue on the current stream; waiting for an image must not be waiting for them.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._jobs: deque[_Job] = deque()
         self._restart()
 
     def submit(self, num: int, ready: torch.Tensor, parts: list[tuple[int, Jpegs]]) -> None:
-        """Begin a batch of ``num`` pictures.
+        """Begin a batch of ``num`` images.
 
         Args:
             ready: uint8 ``(m, 3, S, S)``, those that need no decoding, in order.
@@ -120,7 +121,7 @@ class DaliDecoder:
                 raise self._broken
             (output,) = self._pipeline.share_outputs()
         except _DALI_ERRORS as error:
-            _logger.warning("DALI gave up a batch, which the CPU decodes: %s", _cause(error))
+            logger.warning("DALI gave up a batch, which the CPU decodes: %s", _cause(error))
             pixels = self._on_cpu(job)
             self._restart()
         else:
@@ -166,7 +167,7 @@ class DaliDecoder:
             for row, (jpeg, box) in enumerate(zip(job.jpegs, job.boxes.tolist(), strict=True)):
                 try:
                     pixels[row] = crop_and_resize(jpeg.tobytes(), _always(Box(*box)), self._size, "turbo_exact")
-                except SkipSample as skip:
+                except Dropped as skip:
                     log_skip(skip.reason, "a JPEG that DALI refused; it is grey in its batch", skip.detail)
                     job.skipped[skip.reason] += 1
         return pixels.to(self._device)
@@ -187,7 +188,7 @@ def _pipeline(image_size: int, max_batch: int, device: torch.device, num_threads
         jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
         shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-        pictures = fn.decoders.image_slice(
+        images = fn.decoders.image_slice(
             jpegs,
             start=start,
             shape=shape,
@@ -196,7 +197,7 @@ def _pipeline(image_size: int, max_batch: int, device: torch.device, num_threads
             **({"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}),
         )
         resized = fn.resize(
-            pictures, size=(image_size, image_size), interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8
+            images, size=(image_size, image_size), interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8
         )
         pipeline.set_outputs(fn.transpose(resized, perm=[2, 0, 1]))
     pipeline.build()

@@ -1,4 +1,4 @@
-"""Encoded pictures to uint8 RGB tensors, by one of several backends.
+"""Encoded images to uint8 RGB tensors, by one of several backends.
 
 ===============  ======================================================  =================================  ==========
 backend          JPEG                                                    resize                             used for
@@ -9,13 +9,12 @@ backend          JPEG                                                    resize 
 ``dali``         NVIDIA's decoders, the crop alone (``data/dali.py``)    DALI, antialiased bicubic, uint8   training
 ===============  ======================================================  =================================  ==========
 
-Pictures of other formats, told by their first bytes, and CMYK ones are decoded by Pillow in every backend. So is a JPEG
+Images of other formats, told by their first bytes, and CMYK ones are decoded by Pillow in every backend. So is a JPEG
 that simplejpeg refuses: Pillow is the judge of what is damaged, and the backends therefore skip the same samples.
 Orientation tags are not applied, as in open_clip. Transparency is dropped.
 """
 
 import importlib.util
-import io
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,22 +24,19 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mc2_hpc.data.crop import Box, Encoded, EncodedCrop, dct_scaled, random_crop
-from mc2_hpc.data.skips import SkipSample
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-
-MAX_PIXELS = 1 << 26
-"""Largest picture that is decoded, and largest one a resize may make: 67 million pixels, 200 MB of RGB."""
+from mc2_hpc.images import MAX_PIXELS, load_rgb, open_image
 
 CPU_BACKENDS = ("turbo", "turbo_exact", "pil")
 TRAIN_BACKENDS = (*CPU_BACKENDS, "dali")
 EVAL_BACKENDS = ("turbo_exact", "pil")
 AUTO = {"train": "turbo", "eval": "turbo_exact"}
-_PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _START_OF_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _RGB = npt.NDArray[np.uint8]
 
@@ -52,7 +48,7 @@ def resolve_backend(name: str, use: str) -> str:
         UserError: no such backend for that use, or its package is not installed.
     """
     if name == "auto":
-        _logger.info("decode for %s: auto is %s", use, AUTO[use])
+        logger.info("decode for %s: auto is %s", use, AUTO[use])
         return AUTO[use]
     known = TRAIN_BACKENDS if use == "train" else EVAL_BACKENDS
     if name not in known:
@@ -63,17 +59,20 @@ def resolve_backend(name: str, use: str) -> str:
 
 
 class TrainTransform:
-    """RandomResizedCrop to a square. Calls raise SkipSample for a picture that cannot be used.
+    """RandomResizedCrop to a square. Calls raise Dropped for an image that cannot be used.
 
     With ``dali`` a JPEG whose header and end are in order is left encoded, for the rank's pipeline; anything else is
     decoded at once as by ``turbo_exact``, so that what can be told without decoding costs its sample here.
     """
 
-    def __init__(self, image_size: int, crop_scale: tuple[float, float], seed: int, backend: str) -> None:
+    def __init__(
+        self, image_size: int, crop_scale: tuple[float, float], seed: int, backend: str, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self._size = image_size
         self._scale = crop_scale
         self._seed = seed
         self._backend = backend
+        self._max_pixels = max_pixels
 
     def __call__(self, data: Encoded, key_hash: np.uint64, epoch: int) -> torch.Tensor | EncodedCrop:
         """uint8 ``(3, size, size)``: the crop that (seed, epoch, key) choose; or what it is to be made from."""
@@ -82,32 +81,35 @@ class TrainTransform:
             return random_crop(height, width, key_hash=key_hash, seed=self._seed, epoch=epoch, scale=self._scale)
 
         if self._backend != "dali":
-            return crop_and_resize(data, choose, self._size, self._backend)
+            return crop_and_resize(data, choose, self._size, self._backend, self._max_pixels)
         shape = _jpeg_shape(data)
-        if shape is not None and data[-2:] == _END_OF_JPEG:
+        if shape is not None and _fits(shape, self._max_pixels) and data[-2:] == _END_OF_JPEG:
             return EncodedCrop(data, choose(*shape))
-        return crop_and_resize(data, choose, self._size, "turbo_exact")
+        return crop_and_resize(data, choose, self._size, "turbo_exact", self._max_pixels)
 
 
 class EvalTransform:
-    """The picture as evaluation sees it: ``shortest`` side resized then centre crop, or all of it ``squash``ed."""
+    """The image as evaluation sees it: ``shortest`` side resized then centre crop, or all of it ``squash``ed."""
 
-    def __init__(self, image_size: int, mode: str = "shortest", backend: str = "auto") -> None:
+    def __init__(
+        self, image_size: int, mode: str = "shortest", backend: str = "auto", max_pixels: int = MAX_PIXELS
+    ) -> None:
         if mode not in ("shortest", "squash"):
             raise UserError(f"eval transform {mode!r}: choose shortest or squash")
         self._size = image_size
         self._mode = mode
         self._backend = resolve_backend(backend, "eval")
+        self._max_pixels = max_pixels
 
     def __call__(self, data: Encoded) -> torch.Tensor:
-        """uint8 ``(3, size, size)``. Raises SkipSample."""
+        """uint8 ``(3, size, size)``. Raises Dropped."""
         size = self._size
         if self._backend == "pil":
-            image = _open(data)
+            image = open_image(data, max_pixels=self._max_pixels)
             height, width = self._resized(image.height, image.width)
-            tensor = _to_tensor(_loaded(image).resize((width, height), Image.Resampling.BICUBIC))
+            tensor = _to_tensor(load_rgb(image).resize((width, height), Image.Resampling.BICUBIC))
         else:
-            rgb = _read(data)
+            rgb = _read(data, self._max_pixels)
             height, width = self._resized(rgb.shape[0], rgb.shape[1])
             tensor = _resize(rgb, Box(0, 0, rgb.shape[0], rgb.shape[1]), height, width)
         # torchvision's CenterCrop rounds half to even; so must we.
@@ -120,35 +122,38 @@ class EvalTransform:
             return size, size
         short = min(height, width)
         resized = int(size * height / short), int(size * width / short)
-        _check_pixels(*resized)
+        if not _fits(resized, self._max_pixels):
+            raise Dropped(Drop.IMAGE_TOO_LARGE, f"{width}x{height} resized to {resized[1]}x{resized[0]}")
         return resized
 
 
-def crop_and_resize(data: Encoded, choose: Callable[[int, int], Box], size: int, backend: str) -> torch.Tensor:
+def crop_and_resize(
+    data: Encoded, choose: Callable[[int, int], Box], size: int, backend: str, max_pixels: int = MAX_PIXELS
+) -> torch.Tensor:
     """Decode, crop to the box that ``choose(height, width)`` gives, resize: uint8 ``(3, size, size)``.
 
     Raises:
-        SkipSample: the picture is damaged, of no known format, or too large.
+        Dropped: the image is damaged, of no known format, or too large.
     """
     if backend == "pil":
-        image = _open(data)
+        image = open_image(data, max_pixels=max_pixels)
         box = choose(image.height, image.width)
         corners = (box.left, box.top, box.left + box.width, box.top + box.height)
-        return _to_tensor(_loaded(image).crop(corners).resize((size, size), Image.Resampling.BICUBIC))
+        return _to_tensor(load_rgb(image).crop(corners).resize((size, size), Image.Resampling.BICUBIC))
     shape = _jpeg_shape(data)
-    if shape is not None:
+    if shape is not None and _fits(shape, max_pixels):
         box = choose(*shape)
         eighths, box = dct_scaled(box, size) if backend == "turbo" else (8, box)
         rgb = _decode_jpeg(data, shape, eighths)
         if rgb is not None:
             return _resize(rgb, Box(*(side * eighths // 8 for side in box)), size, size)
-    rgb = np.array(_loaded(_open(data)))
+    rgb = _read(data, max_pixels)
     return _resize(rgb, choose(rgb.shape[0], rgb.shape[1]), size, size)
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread meanwhile: a picture is too small to share, and waking the others costs more than it."""
+    """Let torch use one thread meanwhile: an image is too small to share, and waking the others costs more than it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -157,11 +162,18 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _read(data: Encoded) -> _RGB:
-    """The whole picture, ``(height, width, 3)``."""
+def _read(data: Encoded, max_pixels: int) -> _RGB:
+    """The whole image, ``(height, width, 3)``; a JPEG of too many pixels at a smaller scale, as ``images`` has it."""
     shape = _jpeg_shape(data)
-    rgb = _decode_jpeg(data, shape, 8) if shape is not None else None
-    return rgb if rgb is not None else np.array(_loaded(_open(data)))
+    if shape is not None and _fits(shape, max_pixels):
+        rgb = _decode_jpeg(data, shape, 8)
+        if rgb is not None:
+            return rgb
+    return np.array(load_rgb(open_image(data, max_pixels=max_pixels)))
+
+
+def _fits(shape: tuple[int, int], max_pixels: int) -> bool:
+    return shape[0] * shape[1] <= max_pixels
 
 
 def _jpeg_shape(data: Encoded) -> tuple[int, int] | None:
@@ -172,10 +184,7 @@ def _jpeg_shape(data: Encoded) -> tuple[int, int] | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None  # Pillow decides, and names the damage
-    if colours not in ("YCbCr", "RGB", "Gray"):
-        return None
-    _check_pixels(height, width)
-    return height, width
+    return (height, width) if colours in ("YCbCr", "RGB", "Gray") else None
 
 
 def _decode_jpeg(data: Encoded, shape: tuple[int, int], eighths: int) -> _RGB | None:
@@ -185,40 +194,6 @@ def _decode_jpeg(data: Encoded, shape: tuple[int, int], eighths: int) -> _RGB | 
         return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
     except ValueError:
         return None
-
-
-def _open(data: Encoded) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=_PIL_FORMATS)
-    except Image.DecompressionBombError:
-        raise SkipSample("too_many_pixels") from None
-    except UnidentifiedImageError:
-        raise SkipSample("undecodable_image", "no known picture format") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
-        raise _damage(data, error) from None
-    _check_pixels(image.height, image.width)
-    return image
-
-
-def _loaded(image: Image.Image) -> Image.Image:
-    try:
-        return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # as in _open
-        raise _damage(_START_OF_JPEG if image.format in ("JPEG", "MPO") else b"", error) from None
-
-
-def _damage(data: Encoded, error: Exception) -> SkipSample:
-    truncated = data[:2] == _START_OF_JPEG and "truncated" in str(error).lower()
-    return SkipSample("truncated_jpeg" if truncated else "undecodable_image", str(error))
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise SkipSample("too_many_pixels", f"{width}x{height}")
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:

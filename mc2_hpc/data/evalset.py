@@ -11,11 +11,12 @@ import torch
 
 from mc2_hpc.data.decode import EvalTransform, one_torch_thread
 from mc2_hpc.data.locations import find_shards
-from mc2_hpc.data.shards import Picture, Shard
-from mc2_hpc.data.skips import ShardError, SkipSample, log_skip
+from mc2_hpc.data.shards import CaptionedImage, Shard
+from mc2_hpc.data.skips import ShardError, log_skip
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 
-_Loaded = tuple[Picture, torch.Tensor]
+_Loaded = tuple[CaptionedImage, torch.Tensor]
 
 
 @dataclass
@@ -85,7 +86,7 @@ class EvalBatches:
                 with one_torch_thread():
                     loaded = list(executor.map(self._load, group))
                 for one in loaded:
-                    if isinstance(one, SkipSample):
+                    if isinstance(one, Dropped):
                         self.skipped[one.reason] += 1
                     else:
                         ready.append(one)
@@ -104,11 +105,11 @@ class EvalBatches:
             try:
                 shard = self._shards.open(position)
             except ShardError as error:
-                log_skip("shard_unreadable", name, str(error))
-                self.skipped["shard_unreadable"] += self._rank == 0
+                log_skip(Drop.SHARD_UNREADABLE, name, str(error))
+                self.skipped[Drop.SHARD_UNREADABLE] += self._rank == 0
                 continue
-            if shard.unsafe_names:
-                self.skipped["unsafe_name"] += shard.unsafe_names * (self._rank == 0)
+            for reason, count in shard.drops.items():
+                self.skipped[reason] += count * (self._rank == 0)
             for index in range(shard.num_keys):
                 if (number + index) % self._world_size == self._rank:
                     yield shard, index
@@ -116,12 +117,12 @@ class EvalBatches:
         if number == 0:
             raise self._nothing()
 
-    def _load(self, place: tuple[Shard, int]) -> _Loaded | SkipSample:
+    def _load(self, place: tuple[Shard, int]) -> _Loaded | Dropped:
         shard, index = place
         try:
-            picture = shard.read_picture(index)
+            picture = shard.read_image(index)
             return picture, self._transform(picture.image)
-        except SkipSample as skip:
+        except Dropped as skip:
             log_skip(skip.reason, f"{shard.name}, picture {index}", skip.detail)
             return skip
 

@@ -3,8 +3,9 @@
 ============================================  =======================================================================
 ``data.train``                                means
 ============================================  =======================================================================
-a folder, a file or a glob pattern            local shards
+a folder, a file or a pattern                 local shards, see :mod:`mc2_hpc.shard_paths`
 ``…/{000..127}.tar``, ``…/{en,de}/*.tar``     every expansion of the braces; local or remote
+``one::two``, or a list                       the shards of each, together, all local or all remote
 ``s3://…``, ``gs://…``, ``hf://datasets/…``   a folder (its ``.tar`` files), a file or a glob pattern there
 ``http(s)://…``                               a file, a page that links to shards, or braces
 an address that ends in ``.txt``              a list there, one shard a line: addresses, or names beside the list
@@ -15,7 +16,6 @@ Other protocols of fsspec work likewise; their packages come with ``pip install 
 end points come from where those packages look for them (``AWS_ENDPOINT_URL``, ``FSSPEC_S3_…``, ``~/.aws``).
 """
 
-import re
 from pathlib import Path
 from typing import Protocol
 
@@ -23,11 +23,8 @@ from mc2_hpc.data.index import cache_folder
 from mc2_hpc.data.remote import CannotReach, ShardCache, file_system, patiently
 from mc2_hpc.data.shards import Shard, open_shard
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import list_shards
+from mc2_hpc.shard_paths import Names, expand_braces, list_shards, split_names
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_MOST_NAMES = 10_000_000
 # At the start somebody may be looking on, and nothing is lost yet.
 _LISTING_PATIENCE_S = 60
 
@@ -48,7 +45,7 @@ class ShardSet(Protocol):
 
 
 def find_shards(
-    spec: str | Path, *, cache: str | Path | None = None, cache_gb: float = 100, patience_s: float = 600
+    spec: Names, *, cache: str | Path | None = None, cache_gb: float = 100, patience_s: float = 600
 ) -> ShardSet:
     """The shards that ``spec`` means, by the module's table.
 
@@ -61,11 +58,14 @@ def find_shards(
         UserError: nothing is there, the storage does not answer, or its package is not installed.
     """
     folder = Path(cache) if cache is not None else cache_folder()
-    text = str(spec).removeprefix("file://")
-    if "://" not in text:
-        return LocalShards(_list_local(text), folder)
+    parts = [name.removeprefix("file://") for name in split_names(spec)]
+    num_remote = sum("://" in part for part in parts)
+    if num_remote == 0:
+        return LocalShards(list_shards(parts, ".tar"), folder)
+    if num_remote < len(parts):
+        raise UserError(f"{spec}: names both local and remote shards; copy one of them to where the others are")
     try:
-        names = _list_remote(text, min(patience_s, _LISTING_PATIENCE_S))
+        names = sorted({name for part in parts for name in _list_remote(part, min(patience_s, _LISTING_PATIENCE_S))})
     except CannotReach as error:
         raise UserError(f"{spec}: {error}") from None
     if not names:
@@ -100,36 +100,6 @@ class RemoteShards:
 
     def expect(self, number: int) -> None:
         self._cache.fetch_ahead(self.names[number])
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Every string that ``pattern`` stands for: ``{a,b}`` gives each alternative, ``{08..10}`` each number, as wide as
-    the first bound.
-
-    Raises:
-        UserError: more than ten million, or a range that runs backwards.
-    """
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    numbers = _RANGE.fullmatch(match[1])
-    if numbers is None:
-        choices = match[1].split(",")
-    else:
-        first, last = int(numbers[1]), int(numbers[2])
-        if not first <= last < first + _MOST_NAMES:
-            raise UserError(f"{pattern}: {{{match[1]}}} is no range of 1 to {_MOST_NAMES:,} numbers")
-        choices = [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]
-    tails = expand_braces(pattern[match.end() :])
-    if len(choices) * len(tails) > _MOST_NAMES:
-        raise UserError(f"{pattern}: stands for more than {_MOST_NAMES:,} names")
-    return [pattern[: match.start()] + choice + tail for choice in choices for tail in tails]
-
-
-def _list_local(spec: str) -> list[Path]:
-    if Path(spec).exists():  # braces may also be letters of a name
-        return list_shards(spec, ".tar")
-    return sorted({path for one in expand_braces(spec) for path in list_shards(one, ".tar")})
 
 
 def _list_remote(spec: str, patience_s: float) -> list[str]:

@@ -35,7 +35,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, Enco
 def pack_pairs(pairs: Iterable[Pair], folder: str | Path, *, pairs_per_shard: int = 1000) -> list[Path]:
     """Write pairs as plain WebDataset shards ``00000.tar`` ... in ``folder``, in order; returns their paths.
 
-    The same pairs give the same bytes. Pictures are stored as they are, under the extension of their format.
+    The same pairs give the same bytes. Images are stored as they are, under the extension of their format.
 
     Raises:
         ValueError: a key that cannot name a member, or that has a dot in its last part, where readers would end it.

@@ -54,7 +54,7 @@ _VERSION_FIELDS = (
     "created",
 )
 _T = TypeVar("_T")
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CannotReach(RuntimeError):
@@ -105,7 +105,7 @@ def patiently(call: Callable[[], _T], address: str, patience_s: float) -> _T:
                 raise  # a fault of the program
             if time.monotonic() + pause > deadline:
                 raise CannotReach(f"{address}: cannot be read for {patience_s:.0f} s: {reason}") from error
-            _logger.warning("%s: asked again in %.2g s: %s", address, pause, reason)
+            logger.warning("%s: asked again in %.2g s: %s", address, pause, reason)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -311,7 +311,7 @@ class _Ahead:
             try:
                 self._cache.fetch(address, ahead=True)
             except (ShardError, CannotReach, UserError, OSError) as error:
-                _logger.info("%s: not fetched ahead: %s", address, error)
+                logger.info("%s: not fetched ahead: %s", address, error)
 
 
 def _lock(folder: Path, kind: int, patience_s: float) -> int | None:

@@ -1,29 +1,30 @@
 """Training shards as tables of image-text pairs: curated ones and plain WebDataset ones behind one class each.
 
-A **curated** shard is ``<shard>.tar`` of ``<key>.jpg`` with ``<shard>.parquet`` beside it: columns ``key`` and
-``text``, perhaps ``lang`` and ``entries``; several rows may share a key. A **plain** shard is any other WebDataset tar:
-files of one key up to the first dot of their names, a picture and a caption (``.txt``, or ``caption`` or ``text`` of
-a ``.json``, which may also have ``lang``). The Parquet file that img2dataset leaves beside its tars has no ``text``
-column, so those shards are plain.
+A **curated** shard is ``<shard>.tar`` of images with ``<shard>.parquet`` beside it: columns ``key`` and ``text``,
+perhaps ``lang`` and ``entries``; several rows may share a key. A **plain** shard is any other WebDataset tar, whose
+members :mod:`mc2_hpc.samples` describes. The Parquet files that img2dataset and DataComp leave beside their tars lack
+``text`` or ``key``, so those shards are plain.
 """
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mc2_hpc.balancing.selection import select
+from mc2_hpc.balancing.selection import choose_texts, select
+from mc2_hpc.caption_tables import caption_table
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.index import ShardIndex, cache_folder, open_index
-from mc2_hpc.data.skips import ShardError, SkipSample
+from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
+from mc2_hpc.samples import ByKey, Caption, captions_of, usable_text
 from mc2_hpc.tar import ByteSource, LocalFile
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ Probabilities = Mapping[str, npt.NDArray[np.float32]]
 
 
 class Pair(NamedTuple):
-    """One picture, still encoded, and one of its captions; ``lang`` is empty where nobody knows it."""
+    """One image, still encoded, and one of its captions; ``lang`` is empty where nobody knows it."""
 
     key: str
     image: Encoded
@@ -46,8 +47,8 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, still encoded, and all of its captions."""
+class CaptionedImage:
+    """One image, still encoded, and all of its captions."""
 
     key: str
     image: Encoded
@@ -56,12 +57,12 @@ class Picture:
 
 
 class Shard(Protocol):
-    """What the stream and the evaluation need of a shard of either kind. A *row* is one caption of one picture."""
+    """What the stream and the evaluation need of a shard of either kind. A *row* is one caption of one image."""
 
     name: str
     """For messages: its path or address."""
-    unsafe_names: int
-    """Members left out because their names lead out of the shard."""
+    drops: dict[str, int]
+    """Members of the tar that are left out, by reason."""
     changed: bool
     """Whether it was rewritten since it was last listed."""
     num_keys: int
@@ -71,18 +72,18 @@ class Shard(Protocol):
         ...
 
     def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The rows an epoch trains on: one a picture, or none where balancing drops it.
+        """The rows an epoch trains on: one per image, or none where balancing drops it.
 
         Raises UserError where ``probs`` do not fit the shard.
         """
         ...
 
-    def read(self, row: int) -> Pair:
-        """Raises SkipSample."""
+    def read(self, row: int, *, seed: int, epoch: int) -> Pair:
+        """Row ``row`` as ``epoch`` sees it. Raises Dropped."""
         ...
 
-    def read_picture(self, index: int) -> Picture:
-        """Picture ``index`` of ``num_keys``. Raises SkipSample."""
+    def read_image(self, index: int) -> CaptionedImage:
+        """Image ``index`` of ``num_keys``. Raises Dropped."""
         ...
 
 
@@ -99,8 +100,10 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
     """
     try:
         source = LocalFile(path, pin)
-        table = _read_pairs_table(path.with_suffix(".parquet"))
-        index = open_index(path, source, curated=table is not None, cache=cache or cache_folder())
+        table = caption_table(path.with_suffix(".parquet"))
+        index = open_index(path, source, cache=cache or cache_folder())
+    except UserError as error:
+        raise ShardError(str(error)) from None
     except OSError as error:
         raise ShardError(error.strerror or str(error)) from None
     if table is None:
@@ -109,13 +112,11 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
 
 
 class PlainShard:
-    """A WebDataset tar: every picture has one caption, so rows and pictures are the same."""
+    """A WebDataset tar: a row per sample. Of several captions in a record one is drawn, as among a curated image's."""
 
     def __init__(self, name: str, source: ByteSource, index: ShardIndex) -> None:
-        if not index.keys:
-            raise ShardError("holds neither pictures nor captions")
         self.name = name
-        self.unsafe_names = index.unsafe_names
+        self.drops = index.drops
         self.changed = index.changed
         self.num_keys = len(index.keys)
         self._source = source
@@ -130,34 +131,40 @@ class PlainShard:
     def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
         if probs is not None:
             raise UserError(
-                f"{self.name}: data.balance is set, but this is no curated shard (no .parquet with key, text, lang and "
-                f"entries beside it): curate the data first, or unset data.balance"
+                f"{self.name}: data.balance is set, but this is not a curated shard (no .parquet with key, text, lang "
+                f"and entries beside it): curate the data first, or unset data.balance"
             )
         return np.arange(self.num_keys)
 
-    def read(self, row: int) -> Pair:
+    def read(self, row: int, *, seed: int, epoch: int) -> Pair:
+        image, captions = self._read(row)
+        caption = captions[0]
+        if len(captions) > 1:
+            keys = np.repeat(self._hashes[row], len(captions))
+            caption = captions[choose_texts(keys, [text for text, _ in captions], seed=seed, epoch=epoch)[0]]
+        return Pair(self._keys[row], image, *caption)
+
+    def read_image(self, index: int) -> CaptionedImage:
+        image, captions = self._read(index)
+        texts, langs = zip(*captions, strict=True)
+        return CaptionedImage(self._keys[index], image, list(texts), list(langs))
+
+    def _read(self, row: int) -> tuple[Encoded, list[Caption]]:
         places = _PLACES.unpack_from(self._places, row * _PLACES.size)
         begin, size, image, image_end, text, text_end, more, more_end = places
         if image < 0:
-            raise SkipSample("image_missing")
+            raise Dropped(Drop.IMAGE_MISSING)
         try:
             if size >= 0:
                 data = self._source.read(begin, size)
             else:
                 data, (image, image_end, text, text_end, more, more_end) = self._read_apart(places)
         except OSError as error:
-            raise SkipSample("read_error", str(error)) from None
-        raw = data[text:text_end] if text >= 0 else None
-        if more < 0 and raw is not None:
-            caption, lang = _usable_text(raw), ""
-        else:
-            caption, lang = _described_caption(raw, data[more:more_end] if more >= 0 else b"{}")
-        # A view: the picture need not be copied out of the read.
-        return Pair(self._keys[row], memoryview(data)[image:image_end], caption, lang)
-
-    def read_picture(self, index: int) -> Picture:
-        pair = self.read(index)
-        return Picture(pair.key, pair.image, [pair.text], [pair.lang])
+            raise Dropped(Drop.READ_ERROR, str(error)) from None
+        caption = data[text:text_end] if text >= 0 else None
+        record = data[more:more_end] if more >= 0 else None
+        # A view: the image need not be copied out of the read.
+        return memoryview(data)[image:image_end], captions_of(caption, record)
 
     def _read_apart(self, places: tuple[int, ...]) -> tuple[bytes, list[int]]:
         """The files of a sample joined, and begin and end of each in that."""
@@ -175,7 +182,7 @@ class CuratedShard:
 
     def __init__(self, name: str, source: ByteSource, index: ShardIndex, table: "pyarrow.Table") -> None:
         self.name = name
-        self.unsafe_names = index.unsafe_names
+        self.drops = index.drops
         self.changed = index.changed
         self._source = source
         try:
@@ -195,10 +202,14 @@ class CuratedShard:
         self._rows_of: dict[str, list[int]] = {}
         for row, key in enumerate(keys):
             self._rows_of.setdefault(key, []).append(row)
-        self._pictures = list(self._rows_of)
-        self.num_keys = len(self._pictures)
+        self._image_keys = list(self._rows_of)
+        self.num_keys = len(self._image_keys)
         self._hashes = hash_keys(keys)
-        self._images = dict(zip(index.keys, index.places[:, :2].tolist(), strict=True))
+        begin, size, image, image_end = index.places[:, :4].T
+        offsets = np.where(image < 0, -1, image + np.where(size < 0, 0, begin))
+        places = zip(offsets.tolist(), (image_end - image).tolist(), strict=True)
+        named = ((key, place) for key, place in zip(index.keys, places, strict=True) if place[0] >= 0)
+        self._images = ByKey(named)
 
     @cached_property
     def _text_hashes(self) -> npt.NDArray[np.uint64]:
@@ -218,14 +229,14 @@ class CuratedShard:
     def row_hashes(self) -> npt.NDArray[np.uint64]:
         return self._hashes
 
-    def read(self, row: int) -> Pair:
+    def read(self, row: int, *, seed: int, epoch: int) -> Pair:
         key = self._keys[row]
         return Pair(key, self._image(key), self._text(row), self._lang(row))
 
-    def read_picture(self, index: int) -> Picture:
-        key = self._pictures[index]
+    def read_image(self, index: int) -> CaptionedImage:
+        key = self._image_keys[index]
         rows = self._rows_of[key]
-        return Picture(
+        return CaptionedImage(
             key,
             self._image(key),
             [self._text(row) for row in rows],
@@ -235,80 +246,17 @@ class CuratedShard:
     def _image(self, key: str) -> bytes:
         place = self._images.get(key)
         if place is None:
-            raise SkipSample("image_missing")
-        return _read_payload(self._source, *place)
+            raise Dropped(Drop.IMAGE_MISSING)
+        try:
+            return self._source.read(*place)
+        except OSError as error:
+            raise Dropped(Drop.READ_ERROR, str(error)) from None
 
     def _text(self, row: int) -> str:
         raw = self._texts[row].as_py()
         if raw is None:
-            raise SkipSample("caption_missing")
-        return _usable_text(raw)
+            raise Dropped(Drop.CAPTION_MISSING)
+        return usable_text(raw)
 
     def _lang(self, row: int) -> str:
         return str(self._langs[row])
-
-
-def _described_caption(raw: bytes | None, raw_json: bytes) -> tuple[str, str]:
-    """Caption and language of a plain sample by its ``.txt`` and its ``.json``."""
-    described = _parse_object(raw_json)
-    lang = described.get("lang")
-    if raw is not None:
-        caption = _usable_text(raw)
-    else:
-        text = described.get("caption", described.get("text"))
-        if not isinstance(text, str):
-            raise SkipSample("caption_missing")
-        # JSON can spell half of a surrogate pair, which no encoding of text has.
-        caption = _usable_text(text.encode("utf-8", "surrogatepass"))
-    return caption, lang if isinstance(lang, str) else ""
-
-
-def _read_payload(source: ByteSource, offset: int, size: int) -> bytes:
-    try:
-        return source.read(offset, size)
-    except OSError as error:
-        raise SkipSample("read_error", str(error)) from None
-
-
-def _usable_text(raw: bytes) -> str:
-    try:
-        text = raw.decode().strip()
-    except UnicodeDecodeError as error:
-        raise SkipSample("caption_not_utf8", str(error)) from None
-    if not text:
-        raise SkipSample("caption_empty")
-    return text
-
-
-def _parse_object(raw: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        raise SkipSample("caption_not_utf8", str(error)) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise SkipSample("caption_not_json", str(error)) from None
-    if not isinstance(value, dict):
-        raise SkipSample("caption_not_json", "not an object")
-    return value
-
-
-def _read_pairs_table(path: Path) -> "pyarrow.Table | None":
-    """Columns ``key``, ``text`` (as bytes), ``lang``, perhaps ``entries``; None if ``path`` is absent or other data."""
-    if not path.is_file():
-        return None
-    # Plain shards must not pay for this import in every worker.
-    import pyarrow
-    import pyarrow.parquet
-
-    types = {"key": "string", "text": "large_binary", "lang": "string", "entries": pyarrow.list_(pyarrow.uint32())}
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in types if name in file.schema_arrow.names]
-            if not {"key", "text"} <= set(columns):
-                return None
-            table = file.read(columns=columns, use_threads=False)
-        if "lang" not in columns:
-            table = table.append_column("lang", pyarrow.nulls(len(table), "string"))
-        return pyarrow.table({name: table[name].cast(types[name]) for name in table.column_names})
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ShardError(f"{path.name}: {str(error).splitlines()[0]}") from None

@@ -23,16 +23,17 @@ import torch
 from mc2_hpc.data.crop import Encoded, EncodedCrop
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
-from mc2_hpc.data.skips import ShardError, SkipSample, log_skip
+from mc2_hpc.data.skips import ShardError, log_skip
 from mc2_hpc.draws import hash_keys, random_uint64
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 
 _PROBE_SAMPLES = 4096
 _PROBE_SHARDS = 64
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop]
-"""(encoded picture, key hash, epoch) to what the batch takes; raises SkipSample."""
+"""(encoded image, key hash, epoch) to what the batch takes; raises Dropped."""
 
 
 class Position(NamedTuple):
@@ -55,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Example:
-    """One good sample: caption and picture ready for the batch."""
+    """One good sample: caption and image ready for the batch."""
 
     pair: Pair
     image: torch.Tensor | EncodedCrop
@@ -95,8 +96,8 @@ class ShardPool:
     Args:
         shards: of the run.
         lanes, seed: as the config has them.
-        probs: entry probabilities for online balancing; None keeps one text of every picture.
-        transform: decodes a picture.
+        probs: entry probabilities for online balancing; None keeps one text of every image.
+        transform: decodes an image.
         name: of the data, for errors.
         reading: told the number of a shard before anything of it is read.
     """
@@ -150,12 +151,12 @@ class ShardPool:
         return ordered[part.begin * len(rows) // part.of : part.end * len(rows) // part.of]
 
     def load(self, number: int, shard: Shard, row: int, epoch: int) -> Example:
-        """Read and decode row ``row`` of shard ``number``; SkipSample (logged, not counted) if the sample is bad."""
+        """Read and decode row ``row`` of shard ``number``; Dropped (logged, not counted) if the sample is bad."""
         self._reading(number)
         try:
-            pair = shard.read(row)
+            pair = shard.read(row, seed=self._seed, epoch=epoch)
             example = Example(pair, self._transform(pair.image, shard.row_hashes()[row], epoch))
-        except SkipSample as skip:
+        except Dropped as skip:
             log_skip(skip.reason, f"{shard.name}, row {row}", skip.detail)
             raise
         self._good_lately = True
@@ -165,12 +166,12 @@ class ShardPool:
         """Log a shard that is skipped, the first time."""
         if number not in self._logged:
             self._logged.add(number)
-            _logger.warning("skipped, shard_unreadable: %s: %s", self._shards.names[number], error)
+            logger.warning("skipped, shard_unreadable: %s: %s", self._shards.names[number], error)
 
     def check_enough_samples(self) -> None:
-        """Raise UserError if there are fewer pictures than lanes, good or bad."""
+        """Raise UserError if there are fewer images than lanes, good or bad."""
         if self._enough or self._num_shards >= self._lanes:
-            return  # no shard that opens is without pictures
+            return  # no shard that opens is without images
         self._enough = True
         total = 0
         for number in range(self._num_shards):
@@ -200,16 +201,16 @@ class ShardPool:
                 shard = self.open(number)
             except ShardError as error:
                 self.log_unreadable(number, error)
-                skipped["shard_unreadable"] += 1
+                skipped[Drop.SHARD_UNREADABLE] += 1
                 budget -= 1
                 continue
             rows = self.rows(shard, Part(number), 0)
-            skipped["dropped_by_balancing"] += shard.num_keys - len(rows)
+            skipped[Drop.BALANCED] += shard.num_keys - len(rows)
             for row in rows[:a_shard].tolist():
                 try:
                     self.load(number, shard, row, 0)
                     return
-                except SkipSample as skip:
+                except Dropped as skip:
                     skipped[skip.reason] += 1
             budget -= max(1, min(a_shard, len(rows)))
         counts = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common() if count)
@@ -251,7 +252,7 @@ class Lane:
             self.position = Position(epoch, place, offset + 1)
             try:
                 example = self._pool.load(self._hand[place].shard, self._shard, int(self._rows[offset]), epoch)
-            except SkipSample as skip:
+            except Dropped as skip:
                 self._pool.skipped[skip.reason] += 1
                 continue
             self._found = True
@@ -264,14 +265,15 @@ class Lane:
             self._shard = self._pool.open(part.shard)
         except ShardError as error:
             self._pool.log_unreadable(part.shard, error)
-            self._pool.skipped["shard_unreadable"] += counts
+            self._pool.skipped[Drop.SHARD_UNREADABLE] += counts
             return
-        if counts and self._shard.unsafe_names:
-            log_skip("unsafe_name", self._shard.name, f"{self._shard.unsafe_names} members")
-            self._pool.skipped["unsafe_name"] += self._shard.unsafe_names
+        if counts:
+            for reason, number in self._shard.drops.items():
+                log_skip(Drop(reason), self._shard.name, f"{number} members")
+                self._pool.skipped[reason] += number
         if counts and self._shard.changed:
-            log_skip("shard_changed", self._shard.name)
-            self._pool.skipped["shard_changed"] += 1
+            log_skip(Drop.SHARD_CHANGED, self._shard.name)
+            self._pool.skipped[Drop.SHARD_CHANGED] += 1
         self._rows = self._pool.rows(self._shard, part, self.position.epoch)
         if len(self._rows) == 0:
             self._pool.check_enough_samples()

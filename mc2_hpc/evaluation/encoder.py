@@ -20,13 +20,15 @@ from torch import Tensor
 
 from mc2_hpc.data.decode import EvalTransform, one_torch_thread
 from mc2_hpc.data.normalise import normalise
-from mc2_hpc.data.skips import SkipSample, log_skip
+from mc2_hpc.data.skips import log_skip
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.distributed import Ranks, first_error
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.features import DualEncoder, Tokenize, encode_texts
 from mc2_hpc.evaluation.pictures import Pictures
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, resolve_checkpoint, write_tensors
+from mc2_hpc.precision import Precision
 from mc2_hpc.storage import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ class Encoder:
             card=card,
             batch=batch,
             cache=cache,
-            precision=torch.bfloat16 if precision == "bf16" else torch.float32,
+            precision=Precision(precision).dtype,
         )
 
     @property
@@ -243,10 +245,10 @@ class Encoder:
     def _load(self, pictures: Pictures, index: int) -> tuple[Tensor, bool]:
         try:
             return self._transform(pictures.read(index)), True
-        except SkipSample as skip:
+        except Dropped as skip:
             log_skip(skip.reason, pictures.name(index), skip.detail)
         except OSError as error:
-            log_skip("read_error", pictures.name(index), str(error))
+            log_skip(Drop.READ_ERROR, pictures.name(index), str(error))
         return torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8), False
 
     def _cached(self, pictures: Pictures) -> Path | None:

@@ -5,15 +5,16 @@ A picture keeps its index whether it can be decoded or not; labels and captions 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 
-from mc2_hpc.data.index import list_safe_members
 from mc2_hpc.errors import UserError
-from mc2_hpc.tar import LocalFile, Member, TarError
+from mc2_hpc.samples import safe_members
+from mc2_hpc.tar import LocalFile, Member, TarError, list_members
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -130,7 +131,7 @@ def tar_samples(path: Path) -> dict[str, dict[str, Member]]:
         UserError: not a readable tar.
     """
     try:
-        members, _ = list_safe_members(LocalFile(path))
+        members = list(safe_members(list_members(LocalFile(path)), Counter()))
     except (TarError, OSError) as error:
         raise UserError(f"{path}: {error}") from None
     samples: dict[str, dict[str, Member]] = {}

@@ -1,0 +1,33 @@
+"""Work on many shards, on this machine, on Slurm or on Ray: ``run(plan, engine, progress)``. Knows nothing of captions.
+
+A :class:`Plan` is a list of :class:`Stage`\\ s; a stage is a declaration (inputs, outputs, one piece of work). Read
+``stages.py`` first, then ``driver.py``, which runs a plan, and ``tasks.py``, which is what happens on another machine:
+
+    stages          what is to be done                     folders        settings and counters beside the outputs
+    driver          run a plan                             named          work as a name and JSON, no pickles
+    engines         where: Local, Slurm, Ray               slurm_options  the grammar of ``--slurm``
+    tasks, events   a stage cut into tasks; their record   watch          progress, failures, workers that died
+    executors       datatrove's, in a process of its own   slurm, slurm_queue  array jobs; what is in the queue
+"""
+
+from mc2_hpc.jobs.driver import run
+from mc2_hpc.jobs.engines import Engine, Local, Ray, Slurm
+from mc2_hpc.jobs.folders import STATS, open_folder, stats_path, sum_kept, sum_stats
+from mc2_hpc.jobs.stages import Plan, Stage
+from mc2_hpc.jobs.watch import Progress
+
+__all__ = [
+    "STATS",
+    "Engine",
+    "Local",
+    "Plan",
+    "Progress",
+    "Ray",
+    "Slurm",
+    "Stage",
+    "open_folder",
+    "run",
+    "stats_path",
+    "sum_kept",
+    "sum_stats",
+]

@@ -1,16 +1,18 @@
 """Where the tasks of a stage run: processes of this machine, a Slurm array, or a Ray cluster."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.slurm_options import check_option
 
 MAX_TASKS = 1000
 """Tasks of a stage on a cluster unless told otherwise: Slurm's own limit of an array is 1001."""
 TASKS_PER_WORKER = 8
 """Tasks of a stage on this machine for each of several workers, so that they end at about the same time."""
+SLURM_KEYS = {"cpus-per-task": 1, "mem-per-cpu-gb": 1, "max-array-size": 1}
+"""Keys of ``--slurm`` that are counts: cores of a task [1], gigabytes of a core [2], tasks of an array [1001]."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Slurm:
     """An array job a stage, each waiting for the one before."""
 
     options: Mapping[str, str]
-    """``partition`` and ``time``, and any of ``cpus_per_task`` [1], ``mem_per_cpu_gb`` [2], ``max_array_size`` [1001];
-    every other key is an option of sbatch."""
+    """``partition`` and ``time``, and any of :data:`SLURM_KEYS` and of sbatch's options; see
+    :mod:`mc2_hpc.jobs.slurm_options`."""
     tasks: int | None = None
     """Tasks that the shards are cut into; None is one a shard, at most :data:`MAX_TASKS`."""
     workers: int | None = None
@@ -43,12 +45,13 @@ class Slurm:
     def __post_init__(self) -> None:
         _at_least_one("workers", self.workers)
         _at_least_one("tasks", self.tasks)
+        options = {key.replace("_", "-"): value for key, value in self.options.items()}
+        for key, value in options.items():
+            check_option(key, value, SLURM_KEYS)
+        object.__setattr__(self, "options", options)
         for key in ("partition", "time"):
             if not self.options.get(key):
-                raise UserError(f"--executor slurm: no {key}; give --slurm partition=NAME,time=HH:MM:SS")
-        for key in ("cpus_per_task", "mem_per_cpu_gb", "max_array_size"):
-            if not self.options.get(key, "1").isdigit():
-                raise UserError(f"--slurm {key}={self.options[key]}: must be a whole number")
+                raise UserError(f"--executor slurm: no {key}; give --slurm partition=NAME time=HH:MM:SS")
         if "SLURM_ARRAY_TASK_ID" in os.environ:
             raise UserError(
                 "--executor slurm: this is a task of a Slurm array already; submit from a login node or job"
@@ -70,21 +73,6 @@ class Ray:
 
 
 Engine = Local | Slurm | Ray
-
-
-def slurm_options(words: list[str]) -> dict[str, str]:
-    """``{key: value}`` of ``key=value[,key=value...]`` words; a comma inside of a value stays.
-
-    Raises:
-        UserError: a part is no ``key=value``.
-    """
-    options: dict[str, str] = {}
-    for part in (part for word in words for part in re.split(r",(?=[\w-]+=)", word)):
-        key, equals, value = part.partition("=")
-        if not (key and equals):
-            raise UserError(f"--slurm {part}: must be KEY=VALUE[,KEY=VALUE...], such as partition=cpu,time=2:00:00")
-        options[key.replace("-", "_")] = value
-    return options
 
 
 def num_tasks(engine: Engine, num_shards: int) -> int:

@@ -1,12 +1,13 @@
-"""``python -m mc2_hpc.jobs.executor_process executor.pik``: run a datatrove executor; see ``executors``."""
+"""``python -m mc2_hpc.jobs.executor_process SPEC``: run a datatrove executor; see :class:`~.executors.ExecutorSpec`."""
 
+import json
 import os
 import signal
 import sys
 import threading
 
-import dill
-from datatrove.executor import RayPipelineExecutor
+from mc2_hpc.jobs.executors import ExecutorSpec
+from mc2_hpc.jobs.named import from_plain
 
 
 def end_with_parent() -> None:
@@ -15,16 +16,16 @@ def end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def main(path: str) -> None:
-    """Run the executor that the parent process pickled to ``path``."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    with open(path, "rb") as stream:
-        executor = dill.load(stream)
-    if isinstance(executor, RayPipelineExecutor):
+def main(words: str) -> None:
+    """Run the executor that ``words``, JSON, describe."""
+    spec: ExecutorSpec = from_plain(json.loads(words), ExecutorSpec, "executor_process")
+    if spec.kind != "slurm":  # whose tasks are Slurm's to end
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    if spec.kind == "ray":
         import ray
 
         ray.init()
-    executor.run()
+    spec.make().run()
 
 
 if __name__ == "__main__":

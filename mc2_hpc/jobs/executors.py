@@ -5,6 +5,7 @@ records. So progress is shown, a worker that is killed is noticed (datatrove's p
 no process outlives this one, however it ends.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -12,16 +13,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-import dill
-from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
 from datatrove.utils.logging import logger
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Local, Ray
-from mc2_hpc.jobs.tasks import IsDone, RunTask, TaskFiles, Work
+from mc2_hpc.jobs.tasks import RunTask
 from mc2_hpc.jobs.watch import Watch
 
 STALL_S = 180.0
@@ -65,32 +67,50 @@ def quiet_datatrove() -> Iterator[None]:
         logger.enable("datatrove")
 
 
-def run_in_process(logs: Path, tasks: int, work: Work, is_done: IsDone, watch: Watch) -> None:
+@dataclass(frozen=True)
+class ExecutorSpec:
+    """An executor of tasks that another process makes and runs; see ``executor_process``."""
+
+    kind: Literal["local", "ray", "slurm"]
+    logs: str
+    tasks: int
+    workers: int = -1
+    max_array_size: int = 1001
+    """Of a Slurm array, from which a task of it knows which of the stage's tasks it is."""
+
+    def command(self) -> list[str]:
+        """What runs the executor."""
+        return [sys.executable, "-m", "mc2_hpc.jobs.executor_process", json.dumps(asdict(self))]
+
+    def make(self) -> PipelineExecutor:
+        """The executor, in the process that runs it."""
+        logs, where = Path(self.logs), {"tasks": self.tasks, "workers": self.workers, "logging_dir": self.logs}
+        if self.kind == "ray":
+            return RayPipelineExecutor([RunTask(logs, heartbeat=True)], **where)
+        if self.kind == "local":
+            return LocalPipelineExecutor([RunTask(logs)], **where)
+        # Inside a job: time and partition are what it was submitted with.
+        step = RunTask(logs, fail=True)
+        return SlurmPipelineExecutor([step], time="", partition="", max_array_size=self.max_array_size, **where)
+
+
+def run_in_process(logs: Path, tasks: int, watch: Watch) -> None:
     """Do every incomplete task in this process."""
     with quiet_datatrove():
-        InProcessExecutor(RunTask(logs, in_process=(work, is_done, watch.tell)), tasks).run()
+        InProcessExecutor(RunTask(logs, listener=watch.tell), tasks).run()
 
 
-def run_in_processes(logs: Path, tasks: int, work: Work, is_done: IsDone, engine: Local | Ray, watch: Watch) -> None:
+def run_in_processes(logs: Path, tasks: int, engine: Local | Ray, watch: Watch) -> None:
     """Do every incomplete task in worker processes or on Ray.
 
     Raises:
         UserError: a worker was killed.
         RuntimeError: an error of the program in one of them.
     """
-    TaskFiles(logs).write_work(work, is_done)
-    workers = engine.workers or -1
-    executor: PipelineExecutor
-    with quiet_datatrove():
-        if isinstance(engine, Ray):
-            executor = RayPipelineExecutor([RunTask(logs, heartbeat=True)], tasks, workers, logging_dir=str(logs))
-        else:
-            executor = LocalPipelineExecutor([RunTask(logs)], tasks, workers, logging_dir=str(logs))
-    path = logs / "executor.pik"
-    with open(path, "wb") as stream:
-        dill.dump(executor, stream)
+    kind: Literal["local", "ray"] = "local" if isinstance(engine, Local) else "ray"
+    spec = ExecutorSpec(kind, str(logs.absolute()), tasks, engine.workers or -1)
     log = logs / "executor.log"
-    with _own_group([sys.executable, "-m", "mc2_hpc.jobs.executor_process", str(path)], log) as process:
+    with _own_group(spec.command(), log) as process:
         code = None
         while code is None:
             code = process.poll()  # before the records are read: what was written last is seen

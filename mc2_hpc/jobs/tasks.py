@@ -1,39 +1,77 @@
 """A stage cut into tasks: which shards each has to do, and the record that it leaves while it does them.
 
-Below ``<stage folder>/logs/<stage>/``, beside datatrove's own files: ``plan/work.pkl`` (what to call),
-``plan/<task>.pkl`` (the shards of a task) and ``events/<task>.jsonl`` (what the task did, a line an event). The task is
-what an executor marks as completed; a shard's own outputs tell whether the shard is done, so that of a task that was
-killed only the unfinished shards are done again.
+Below ``<stage folder>/logs/<stage>/``, beside datatrove's own files: ``plan/stage.json`` (what to call, and which
+outputs say that a shard is done), ``plan/<task>.json`` (the shards of a task) and ``events/<task>.jsonl`` (what the
+task did, a line an event). The task is what an executor marks as completed; a shard's own outputs tell whether the
+shard is done, so that of a task that was killed only the unfinished shards are done again.
 """
 
-import json
 import os
-import pickle
+import re
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import dill
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.engines import Engine, num_tasks
+from mc2_hpc.jobs.events import Event
+from mc2_hpc.jobs.named import (
+    Named,
+    extend_search_path,
+    read_plain,
+    search_path,
+    type_of_input,
+    write_plain,
+)
+from mc2_hpc.jobs.stages import Stage
 from mc2_hpc.storage import remove_folder
 
 HEARTBEAT_S = 10.0
-Work = Callable[[str, Any], object]
-IsDone = Callable[[str], bool]
-Tell = Callable[..., None]
-"""Called with what happened (``start``, ``done``, ``failed``, ``crashed``), the shard's name, and a message or None."""
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")
+"""Names that :func:`~mc2_hpc.storage.atomic_path` gives to files that are being written."""
+
+
+def plan_tasks(stage: Stage, engine: Engine, undone: Sequence[str]) -> int:
+    """Make ready for a stage's work: clear away what it makes stale, and lay down the plan of its tasks, each a fixed
+    slice of the sorted shards; returns their number."""
+    stage.invalidate()
+    _remove_unfinished(stage.folder)
+    tasks, wanted = num_tasks(engine, len(stage.inputs)), set(undone)
+    slices = {}
+    for task, names in enumerate(cut(sorted(stage.inputs), tasks)):
+        if slice_ := [name for name in names if name in wanted]:
+            slices[task] = slice_
+    TaskFiles(stage.logs).write_plan(stage, slices, tasks)
+    return tasks
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files that a killed run left in ``folder`` and below."""
+    for path in folder.rglob(".*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def cut(names: Sequence[str], tasks: int) -> Iterator[Sequence[str]]:
     """The names as ``tasks`` runs of consecutive ones, as even as can be."""
     for task in range(tasks):
         yield names[len(names) * task // tasks : len(names) * (task + 1) // tasks]
+
+
+@dataclass(frozen=True)
+class _StageFile:
+    """``plan/stage.json``: a stage without its inputs."""
+
+    name: str
+    folder: Path
+    work: Named
+    outputs: tuple[str, ...]
+    search_path: list[str]
+    """Where the driver finds modules, so that a task finds the user's."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +87,14 @@ class TaskFiles:
         """datatrove's marker of a completed task."""
         return self.logs / "completions" / f"{task:05d}"
 
-    def _shards(self, task: int) -> Path:
-        return self.logs / "plan" / f"{task:05d}.pkl"
+    def _inputs(self, task: int) -> Path:
+        return self.logs / "plan" / f"{task:05d}.json"
 
     @property
-    def _work(self) -> Path:
-        return self.logs / "plan" / "work.pkl"
+    def _stage(self) -> Path:
+        return self.logs / "plan" / "stage.json"
 
-    def write_plan(self, slices: Mapping[int, Mapping[str, Any]], num_tasks: int) -> None:
+    def write_plan(self, stage: Stage, slices: dict[int, list[str]], num_tasks: int) -> None:
         """Lay down the tasks that have something to do, and bring datatrove's markers in line with them.
 
         A marker says that a task went through its shards once; the shards may have become others since.
@@ -71,55 +109,52 @@ class TaskFiles:
         for task in range(num_tasks):
             if task not in slices:
                 self.completion(task).touch()
-        self._work.parent.mkdir()
-        for task, shards in slices.items():
-            self._shards(task).write_bytes(pickle.dumps(dict(shards)))
+        write_plain(
+            self._stage,
+            _StageFile(stage.name, stage.folder.absolute(), Named.of(stage.work), stage.outputs, search_path()),
+        )
+        for task, names in slices.items():
+            write_plain(self._inputs(task), {name: stage.inputs[name] for name in names})
 
-    def write_work(self, work: Work, is_done: IsDone) -> None:
-        """Lay down what tasks in other processes call."""
-        with open(self._work, "wb") as stream:
-            dill.dump((work, is_done), stream, recurse=True)  # of a function's globals what it uses
-
-    def read_work(self) -> tuple[Work, IsDone]:
-        """What the driver of this run laid down with :meth:`write_work`."""
-        return _load_work(self._work, self._work.stat().st_mtime_ns)
-
-    def read_shards(self, task: int) -> dict[str, Any]:
-        """The shards of a task, with their inputs; those alone that the driver saw undone."""
-        return pickle.loads(self._shards(task).read_bytes())
+    def read_stage(self, task: int) -> Stage:
+        """The stage with the shards of a task; those alone that the driver saw undone."""
+        stage = _read_stage(self._stage, self._stage.stat().st_mtime_ns)
+        return replace(stage, inputs=read_plain(self._inputs(task), dict[str, type_of_input(stage.work)]))  # type: ignore[misc]
 
 
 @lru_cache(maxsize=1)
-def _load_work(path: Path, changed_ns: int) -> tuple[Work, IsDone]:
+def _read_stage(path: Path, changed_ns: int) -> Stage:
     """Cached, for tasks that one process does in turn: what the work keeps open (a model) is loaded once."""
-    with open(path, "rb") as stream:
-        return dill.load(stream)
+    file: _StageFile = read_plain(path, _StageFile)
+    extend_search_path(file.search_path)
+    return Stage(file.name, file.folder, {}, file.work.load(), file.outputs)
 
 
-def do_shards(shards: Mapping[str, Any], work: Work, is_done: IsDone, tell: Tell) -> int:
+def do_shards(stage: Stage, tell: Callable[[Event], None]) -> int:
     """Do every shard that is not done, and tell of each; returns how many failed.
 
-    A shard fails with bad input, on a full disk, or for want of memory. Anything else is an error of the program.
+    A shard fails with bad input, on a full disk, or because of a lack of memory. Anything else is an error of the
+    program.
     """
     failed = 0
-    for name, value in shards.items():
-        if is_done(name):
-            tell("done", name)
+    for name, value in stage.inputs.items():
+        if stage.is_done(name):
+            tell(Event("done", name))
             continue
-        tell("start", name)
+        tell(Event("start", name))
         try:
-            work(name, value)
+            stage.work(name, value)
         except UserError as error:
-            tell("failed", name, str(error))
+            tell(Event("failed", name, str(error)))
             failed += 1
         except (OSError, MemoryError) as error:
-            tell("failed", name, f"{name}: {_one_line(error)}")
+            tell(Event("failed", name, f"{name}: {_one_line(error)}"))
             failed += 1
         except Exception:
-            tell("crashed", name, traceback.format_exc())
+            tell(Event("crashed", name, traceback.format_exc()))
             raise
         else:
-            tell("done", name)
+            tell(Event("done", name))
     return failed
 
 
@@ -138,46 +173,42 @@ class RunTask:
     """Raise when a shard failed, so that what depends on the task does not start."""
     heartbeat: bool = False
     """Touch the record while working, so that another machine sees the task alive."""
-    in_process: tuple[Work, IsDone, Callable[..., None]] | None = field(default=None, repr=False)
-    """Work, ``is_done`` and a listener ``(task, event)``, where driver and task are one process."""
+    listener: Callable[[int, Event], None] | None = field(default=None, repr=False)
+    """Told of the task and each event, where driver and task are one process."""
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         files = TaskFiles(self.logs)
-        if self.in_process is None:
-            (work, is_done), listener = files.read_work(), None
-        else:
-            work, is_done, listener = self.in_process
+        stage = files.read_stage(rank)
         with self._record(files.events(rank)) as write:
 
-            def tell(what: str, name: str, message: str | None = None) -> None:
-                event = {"event": what, "shard": name, "message": message}
+            def tell(event: Event) -> None:
                 write(event)
-                if listener:
-                    listener(rank, event)
+                if self.listener:
+                    self.listener(rank, event)
 
-            failed = do_shards(files.read_shards(rank), work, is_done, tell)
+            failed = do_shards(stage, tell)
         if failed and self.fail:
             raise RuntimeError(f"{failed} shards of task {rank} failed; {files.events(rank)} names them")
 
     @contextmanager
-    def _record(self, path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    def _record(self, path: Path) -> Iterator[Callable[[Event], None]]:
         ended = threading.Event()
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT_S):
                 os.utime(path)
 
-        # Appended to: a task that Slurm requeues goes on in the record of its first attempt.
+        # Appended to: a task that Slurm requeues continues in the record of its first attempt.
         with open(path, "a", encoding="utf-8", buffering=1) as stream:
 
-            def write(event: dict[str, Any]) -> None:
-                stream.write(json.dumps(event) + "\n")
+            def write(event: Event) -> None:
+                stream.write(event.line())
 
-            write({"event": "begin", "pid": os.getpid()})
+            write(Event("begin", pid=os.getpid()))
             if self.heartbeat:
                 threading.Thread(target=beat, daemon=True).start()
             try:
                 yield write
             finally:
                 ended.set()
-            write({"event": "end"})
+            write(Event("end"))

@@ -1,13 +1,12 @@
 """What the tasks of a stage have done so far, read from their records: progress, failures, and workers that died."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.events import Event, read_events
 
 Progress = Callable[[str, int, int, str], None]
 """Called with (stage, shards done, shards in all, name of the shard just done or "" for those done before)."""
@@ -39,12 +38,12 @@ class Watch:
         if progress and done:
             progress(stage, done, total, "")
 
-    def tell(self, task: int, event: dict[str, Any]) -> None:
+    def tell(self, task: int, event: Event) -> None:
         """Take in one event of a task."""
         self.last_event = time.monotonic()
-        what, shard = event["event"], event.get("shard", "")
+        what, shard = event.event, event.shard
         if what == "begin":
-            self._pids[task] = event["pid"]
+            self._pids[task] = event.pid
             self._open_tasks.add(task)
             self.at_work.pop(task, None)
         elif what == "end":
@@ -57,9 +56,9 @@ class Watch:
             self.failures.pop(shard, None)
             self.crashes.pop(shard, None)
             if what == "failed":
-                self.failures[shard] = event["message"]
+                self.failures[shard] = event.message or ""
             elif what == "crashed":
-                self.crashes[shard] = event["message"]
+                self.crashes[shard] = event.message or ""
             if shard not in self._finished:
                 self._finished.add(shard)
                 if self._progress:
@@ -80,8 +79,8 @@ class Watch:
                 lines = stream.read()
             whole = lines.rfind(b"\n") + 1
             self._offsets[entry.name] = offset + whole
-            for line in lines[:whole].splitlines():
-                self.tell(int(entry.name.partition(".")[0]), json.loads(line))
+            for event in read_events(lines[:whole], Path(entry.path)):
+                self.tell(int(entry.name.partition(".")[0]), event)
 
     def lost_here(self, events: Path) -> set[int]:
         """Tasks that a process of this machine began and did not end, and that process is gone."""
@@ -102,8 +101,8 @@ class Watch:
         more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
         where = f"at {', '.join(map(repr, shards[:_SHOWN]))}{more}" if shards else "between two shards"
         return UserError(
-            f"{self.stage}: a worker was killed {where}, most often for want of memory (see {log}); finished shards "
-            "are kept: run the same command again, with fewer workers or more memory"
+            f"{self.stage}: a worker was killed {where}, most often because of a lack of memory (see {log}); finished "
+            "shards are kept: run the same command again, with fewer workers or more memory"
         )
 
     def raise_crash(self) -> None:
@@ -123,7 +122,7 @@ class Watch:
         more = f" (and {len(messages) - _SHOWN} more)" if len(messages) > _SHOWN else ""
         raise UserError(
             f"{self.stage}: {len(messages)} of {self.total} {self.unit} failed, the others are done: {shown}{more}; "
-            "mend or remove these and run the same command again"
+            "fix or remove these and run the same command again"
         )
 
 

@@ -15,19 +15,13 @@ LOGIT_SCALE_INIT = math.log(1 / 0.07)
 LOGIT_SCALE_MAX = math.log(100)
 
 
-class CLIP(nn.Module):
-    """An image tower, a text tower and the learnt temperature ``logit_scale`` (its logarithm, as in OpenAI's CLIP).
+class Towers(nn.Module):
+    """An image tower and a text tower with one space of embeddings."""
 
-    Built under ``torch.device("meta")`` it takes no memory: load weights with ``load_state_dict(assign=True)``; it has
-    no buffers that would stay behind on meta.
-    """
-
-    def __init__(self, arch: ClipArchitecture) -> None:
+    def __init__(self, vision: VisionTower, text: TextTower) -> None:
         super().__init__()
-        self.arch = arch
-        self.vision = VisionTower(arch.vision, arch.embed_dim, quick_gelu=arch.quick_gelu)
-        self.text = TextTower(arch.text, arch.embed_dim, quick_gelu=arch.quick_gelu)
-        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.vision = vision
+        self.text = text
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """(B, 3, S, S) normalised images to (B, E) embeddings, of unit length in fp32 if ``normalize``."""
@@ -39,10 +33,29 @@ class CLIP(nn.Module):
         features = self.text(tokens)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
+    def encode_pairs(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-length embeddings of images and of their captions, each (B, E) in fp32."""
+        return self.encode_image(images, True), self.encode_text(tokens, True)
+
+
+class CLIP(Towers):
+    """Both towers and the learnt temperature ``logit_scale`` (its logarithm, as in OpenAI's CLIP).
+
+    Built under ``torch.device("meta")`` it takes no memory: load weights with ``load_state_dict(assign=True)``; it has
+    no buffers that would stay behind on meta.
+    """
+
+    def __init__(self, arch: ClipArchitecture) -> None:
+        super().__init__(
+            VisionTower(arch.vision, arch.embed_dim, quick_gelu=arch.quick_gelu),
+            TextTower(arch.text, arch.embed_dim, quick_gelu=arch.quick_gelu),
+        )
+        self.arch = arch
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit-length image and text embeddings (B, E) in fp32, and ``logit_scale`` (0-d, fp32)."""
-        # A copy of the scale: under ZeRO-3 the parameter itself is released when forward returns.
-        return self.encode_image(images, True), self.encode_text(tokens, True), self.logit_scale.float() * 1.0
+        return *self.encode_pairs(images, tokens), self.logit_scale.float()
 
     @torch.no_grad()
     def init_parameters(self) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.balancing.selection import keep_probability
-from mc2_hpc.curation.match import rows_by_language
-from mc2_hpc.curation.matched import entries_of, read_matched
+from mc2_hpc.curation.matched import entries_of, read_matched, rows_by_language
 from mc2_hpc.data.evalset import EvalBatches
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.evaluation.features import DualEncoder, Tokenize, encode_images, encode_texts
@@ -24,7 +23,7 @@ from mc2_hpc.evaluation.zero_shot import average_templates, top_k_accuracy
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.quickstart.captions import LANGUAGES, NUMBERS, TEMPLATES, number_names
 from mc2_hpc.quickstart.pool import heldout_place
-from mc2_hpc.storage import list_shards
+from mc2_hpc.shard_paths import list_shards
 
 _KS = (1, 5, 10)
 _EXAMPLE_LANGUAGES = ("en", "ja", "ar", "ru", "th", "ko", "de", "am", "he", "te")

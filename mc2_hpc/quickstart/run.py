@@ -31,7 +31,8 @@ from mc2_hpc.quickstart.recipe import Recipe, write_training_config
 from mc2_hpc.quickstart.report import write_report
 from mc2_hpc.quickstart.samples import draw_samples, save_pictures
 from mc2_hpc.quickstart.stages import Stages
-from mc2_hpc.storage import list_shards, write_json
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import write_json
 
 _MARKER = ".quickstart"
 _LOGIT_TOLERANCE = 1e-4
@@ -123,9 +124,9 @@ def _claim(output: Path, console: Console) -> None:
 
 def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any]:
     """Pool to training config; the report's keys about data."""
-    from mc2_hpc.curation import pipeline
+    from mc2_hpc import jobs
+    from mc2_hpc.curation.run import plan_run
     from mc2_hpc.data.tokenizer import train_tokenizer
-    from mc2_hpc.jobs.engines import Local
     from mc2_hpc.metadata.build import Sources, build_folder
     from mc2_hpc.quickstart.pool import make_pool
 
@@ -142,13 +143,10 @@ def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any
         sources = dict.fromkeys(LANGUAGES, Sources(numbers=False, number_names=True))
         build_folder(sources, output / "metadata", progress=lambda stage, done, total, name: update(done, total))
     with stages.stage("curate: match, balance, pack") as update:
-        curation = pipeline.run(
-            output / "pool",
-            output / "metadata",
-            output / "curated",
-            t_en=recipe.t_en,
-            engine=Local(workers=_cores()),
-            progress=lambda stage, done, total, name: update(done, total),
+        curation = jobs.run(
+            plan_run(output / "pool", output / "metadata", output / "curated", t_en=recipe.t_en),
+            jobs.Local(workers=_cores()),
+            lambda stage, done, total, name: update(done, total),
         )
     assert curation is not None  # only where it is submitted and not waited for
     with stages.stage("train a tokenizer"):

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.curation.matched import read_matched
 from mc2_hpc.curation.pool.image_tars import TarIndex
-from mc2_hpc.storage import atomic_path, list_shards
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import atomic_path
 
 _SAMPLES = 16
 
@@ -35,10 +36,10 @@ def save_pictures(output: Path, shards: Path, entries: list[dict[str, Any]]) -> 
     wanted = {f"{entry['key']}.jpg" for entry in entries}
     for path in list_shards(shards, ".tar"):
         with TarIndex(path) as tar:
-            for name in wanted & tar.members.keys():
-                with atomic_path(output / "pictures" / name) as temporary:
-                    temporary.write_bytes(tar.read(name))
-                wanted.discard(name)
+            for member in (member for member in tar.members if member.name in wanted):
+                with atomic_path(output / "pictures" / member.name) as temporary:
+                    temporary.write_bytes(tar.read(member))
+                wanted.discard(member.name)
         if not wanted:
             break
     for entry in entries:

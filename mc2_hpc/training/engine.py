@@ -6,7 +6,7 @@ and is clamped after every step, so each rank keeps its own equal copy, stepped 
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,33 +17,27 @@ from torch import Tensor, nn
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
-from mc2_hpc.models.clip import CLIP, LOGIT_SCALE_MAX
+from mc2_hpc.models.clip import CLIP, LOGIT_SCALE_MAX, Towers
 from mc2_hpc.models.weights import TensorFiles
+from mc2_hpc.precision import Precision
 from mc2_hpc.training.optim import adamw, parameter_groups
+from mc2_hpc.training.votes import Votes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Towers(nn.Module):
+class TrainedTowers(Towers):
     """Both towers on uint8 images and token ids, in the run's precision: what DeepSpeed partitions."""
 
-    def __init__(self, clip: CLIP, precision: str) -> None:
-        super().__init__()
-        self.vision = clip.vision
-        self.text = clip.text
-        self.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+    def __init__(self, clip: CLIP, precision: Precision) -> None:
+        super().__init__(clip.vision, clip.text)
+        self.precision = precision
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32."""
-        enabled = self.autocast_dtype is not None
         # Inside the module: the engine turns off any autocast around it that it did not set up itself.
-        with torch.autocast(images.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
-            image_features = self.vision(normalise(images, self.autocast_dtype or torch.float32))
-            text_features = self.text(tokens)
-        return (
-            nn.functional.normalize(image_features.float(), dim=-1),
-            nn.functional.normalize(text_features.float(), dim=-1),
-        )
+        with self.precision.autocast(images.device):
+            return self.encode_pairs(normalise(images, self.precision.dtype), tokens)
 
 
 def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, on_gpu: bool) -> dict[str, Any]:
@@ -100,7 +94,7 @@ class Engine:
         self.num_micro = num_micro
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().to(self.device, torch.float32, copy=True))
         self._scale_optimizer = adamw(parameter_groups([("logit_scale", self.logit_scale)], config.optim), config.optim)
-        towers = Towers(clip, config.precision).to(self.device)
+        towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
         num_parameters = sum(p.numel() for p in towers.parameters())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=towers,
@@ -116,7 +110,7 @@ class Engine:
             clip.compile_blocks()
 
     def features(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of a micro-batch with gradients (see :class:`Towers`); one :meth:`backward` must follow."""
+        """Features of a micro-batch with gradients (see :class:`TrainedTowers`); one :meth:`backward` must follow."""
         return self._engine(images, tokens)
 
     @torch.no_grad()
@@ -131,7 +125,7 @@ class Engine:
             # DeepSpeed counts micro-batches by its step(), which updates nothing before the last.
             self._engine.step()
 
-    def step(self, lr: float, votes: Sequence[bool] = ()) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, votes: Votes = Votes()) -> tuple[Tensor, Tensor]:  # noqa: B008  # it is a tuple
         """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to [0, ln 100].
 
         Args:

@@ -19,6 +19,7 @@ from mc2_hpc.evaluation.encoder import Encoder
 from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.evaluation.suite import load_suite, run_suite, to_json
 from mc2_hpc.models.weights import BEST, ModelCard, read_best
+from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.stop import StopRequest
 
@@ -99,7 +100,7 @@ class PeriodicEvaluation:
                 ranks=self._ranks,
                 card=self._card,
                 batch=self._config.eval.batch,
-                precision=torch.bfloat16 if self._config.precision == "bf16" else torch.float32,
+                precision=Precision(self._config.precision).dtype,
                 between=self._check_stop,
             )
             sets = to_json(run_suite(self._suite, encoder))

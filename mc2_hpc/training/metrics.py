@@ -2,17 +2,43 @@
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.storage import atomic_path
 
 logger = logging.getLogger(__name__)
+
+_COLUMNS = 80
+
+
+class Means:
+    """Means of numbers that every step has, over the steps since they were last taken."""
+
+    def __init__(self) -> None:
+        self._last_step = 0
+        self._seen: dict[str, list[float]] = {}
+
+    def add(self, step: int, **numbers: float) -> None:
+        """Count the numbers of a step; a step that was counted already changes nothing."""
+        if step <= self._last_step:
+            return
+        self._last_step = step
+        for name, number in numbers.items():
+            self._seen.setdefault(name, []).append(number)
+
+    def take(self) -> dict[str, float]:
+        """The means by name; the next ones begin here."""
+        means = {name: math.fsum(numbers) / len(numbers) for name, numbers in self._seen.items()}
+        self._seen = {}
+        return means
 
 
 class MetricsLog:
@@ -33,16 +59,16 @@ class MetricsLog:
         self._progress: Progress | None = None
         if sys.stderr.isatty():
             self._progress = Progress(
-                TextColumn("[bold]train"),
-                BarColumn(),
+                TextColumn("[bold]step"),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("ETA {task.fields[remaining]}"),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+                BarColumn(bar_width=10),
                 console=self._console,
             )
-            self._task = self._progress.add_task("train", total=total_steps, completed=first_step, note="")
+            self._task = self._progress.add_task(
+                "train", total=total_steps, completed=first_step, note="", remaining="-"
+            )
             self._progress.start()
         self._total_steps = total_steps
 
@@ -69,18 +95,11 @@ class MetricsLog:
         """Append one row; it must have ``step``. Nested dictionaries become TensorBoard tags ``key/subkey``."""
         self._steps.append(row)
         self._draw(row)
-        step = row["step"]
-        skipped = sum(row.get("skipped", {}).values())
-        note = (
-            f"loss {row['loss']:.4f}  scale {row['logit_scale']:.3f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  "
-            f"{row['samples_per_second']:,.0f}/s  MFU {row['mfu']:.1%}  wait {row['data_wait']:.1%}"
-            + (f"  skipped {skipped:,}" if skipped else "")
-        )
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, note=note)
+            remaining, note = _remaining(row, self._total_steps), "  ".join(_notes(row))
+            self._progress.update(self._task, completed=row["step"], note=note, remaining=remaining)
         else:
-            remaining = (self._total_steps - step) / max(row["steps_per_second"], 1e-9)
-            print(f"step {step}/{self._total_steps}  {note}  ETA {remaining:,.0f} s", file=sys.stderr, flush=True)
+            print(progress_line(row, total_steps=self._total_steps), file=sys.stderr, flush=True)
 
     def _draw(self, row: dict[str, Any]) -> None:
         if self._board is None:
@@ -107,6 +126,39 @@ class MetricsLog:
                 self._board.close()
             except OSError as error:
                 logger.error("TensorBoard's log is not whole: %s", error)
+
+
+def progress_line(row: dict[str, Any], *, total_steps: int) -> str:
+    """A row in at most 80 columns: step and time to go first, then as much of the rest as there is room for."""
+    line = f"step {row['step']}/{total_steps}  ETA {_remaining(row, total_steps)}"
+    for note in _notes(row):
+        if len(line) + 2 + len(note) > _COLUMNS:
+            break
+        line += f"  {note}"
+    return line
+
+
+def _notes(row: dict[str, Any]) -> list[str]:
+    """What a line says of a row, the more important first."""
+    skipped = sum(row.get("skipped", {}).values())
+    return [
+        f"loss {row['loss']:.4f}",
+        f"{row['samples_per_second']:,.0f}/s",
+        f"wait {row['data_wait']:.0%}",
+        *([f"skipped {skipped:,}"] if skipped else []),
+        f"lr {row['lr']:.1e}",
+        f"scale {row['logit_scale']:.1f}",
+        f"norm {row['grad_norm']:.2f}",
+        f"MFU {row['mfu']:.0%}",
+    ]
+
+
+def _remaining(row: dict[str, Any], total_steps: int) -> str:
+    """Time to the last step at the row's speed."""
+    seconds = round((total_steps - row["step"]) / max(row["steps_per_second"], 1e-9))
+    days, seconds = divmod(seconds, 86_400)
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return f"{days}d {clock}" if days else clock
 
 
 class _Rows:

@@ -10,13 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig
+from mc2_hpc.data.stream import Position
 from mc2_hpc.errors import UserError
 from mc2_hpc.training.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-LanePosition = tuple[int, int, int]
-"""(epoch, shard within the lane's deal, offset within it) of the next sample."""
 
 
 @dataclass
@@ -26,7 +24,7 @@ class Progress:
     step: int = 0
     samples_seen: int = 0
     """Pairs, over all ranks."""
-    position: dict[int, LanePosition] = field(default_factory=dict)
+    position: dict[int, Position] = field(default_factory=dict)
     """Of the lanes this rank has read from."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Samples this rank skipped, by reason."""
@@ -35,7 +33,7 @@ class Progress:
         """The same over all ranks, as ``trainer.json`` holds it. Collective."""
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, (self.position, dict(self.skipped)))
-        lanes: dict[int, LanePosition] = {}
+        lanes: dict[int, Position] = {}
         skipped: Counter[str] = Counter()
         for position, counts in parts:
             lanes |= position
@@ -49,7 +47,7 @@ class Progress:
 
 def restore_progress(
     checkpoint: Checkpoint | None, config: RunConfig, *, is_first: bool
-) -> tuple[Progress, dict[int, LanePosition] | None]:
+) -> tuple[Progress, dict[int, Position] | None]:
     """Progress to continue from, and the position of every lane for the loader (``None``: from the start).
 
     Raises:
@@ -71,7 +69,7 @@ def restore_progress(
         # The sum over ranks goes on from the first one's count.
         skipped=Counter(saved["skipped"]) if is_first else Counter(),
     )
-    return progress, {lane: (p[0], p[1], p[2]) for lane, p in enumerate(saved["position"])}
+    return progress, {lane: Position(*p) for lane, p in enumerate(saved["position"])}
 
 
 def common_shards(names: Sequence[str]) -> dict[str, Any]:

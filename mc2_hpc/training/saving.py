@@ -127,6 +127,11 @@ class CheckpointWriter:
             except OSError as error:
                 logger.error("%s is not marked as the best: %s", self._name(), error)
 
+    def last_good(self) -> str:
+        """The newest complete checkpoint, in words."""
+        folders = complete_folders(self.folder)
+        return str(folders[-1]) if folders else "none yet"
+
     def close(self) -> None:
         """Let this rank's thread end, so that a process that gives up does not pull the files from under it."""
         if self._task is not None:

@@ -14,16 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mc2_hpc.config import RunConfig, load_config
+from mc2_hpc.data.lanes import check_ranks
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.slurm_options import check_text, directive, parse_slurm_options
 from mc2_hpc.storage import read_json, write_json
 
 KEYS = {"nodes": "nodes", "gpus": "gpus-per-node", "ranks": "ntasks-per-node", "cpus": "cpus-per-task"}
-"""Short names of sbatch's options: nodes; GPUs and ranks a node; cores a rank."""
-OPTIONS = (
-    *("time", "partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude", "mem", "job-name"),
-    *("signal", "dependency", "begin", "comment", "licenses", "mail-user", "mail-type", "gres", "network", "switches"),
-)
-"""Options passed on to sbatch as they are."""
+"""Short names of sbatch's options: nodes; GPUs and ranks per node; cores per rank."""
+_OWN = {"nodes": 1, "ranks": 1, "cpus": 1, "gpus": None, "env": None}
+"""Keys beside sbatch's own, and the least whole number of each that is a count."""
 
 MAX_STARTS = 5
 """Starts of one job without a new checkpoint between them, unless the variable MC2_MAX_STARTS says otherwise."""
@@ -39,27 +38,31 @@ def scripts_folder() -> Path:
 
 
 def parse_options(words: Sequence[str]) -> dict[str, str]:
-    """``key=value`` words as a dictionary.
+    """The words of ``--slurm`` as a dictionary; see :mod:`mc2_hpc.jobs.slurm_options` for their grammar.
 
     Raises:
-        UserError: a word that is none, an unknown key, a value that is empty, has a space, or is no count.
+        UserError: a word that does not follow it, an unknown key, a value that cannot be, or GPUs asked for twice.
     """
-    options = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"--slurm {word}: write it as key=value")
-        if key not in (*KEYS, *OPTIONS, "env"):
-            known = ", ".join((*KEYS, "env", *OPTIONS))
-            raise UserError(
-                f"--slurm {word}: no such key; overrides of the config come before --slurm, and it has {known}"
-            )
-        if not value or re.search(r"\s", value):
-            raise UserError(f"--slurm {key}={value!r}: the value is empty or has a space")
-        if key in KEYS and not (value.isascii() and value.isdigit() and int(value) >= (0 if key == "gpus" else 1)):
-            raise UserError(f"--slurm {word}: must be a whole number{'' if key == 'gpus' else ' of at least 1'}")
-        options[key] = value
+    options = parse_slurm_options(words, _OWN)
+    if "gpus" in options and not re.fullmatch(r"([\w.-]+:)?[0-9]+", options["gpus"], flags=re.ASCII):
+        raise UserError(
+            f"--slurm gpus={options['gpus']}: must be a whole number per node, with a type or without: gpus=4, "
+            "gpus=a100:4"
+        )
+    if "gpus" in options and gpus_of_gres(options.get("gres", "")):
+        raise UserError(f"--slurm gpus={options['gpus']} gres={options['gres']}: both ask for GPUs; give one of them")
     return options
+
+
+def gpus_of_gres(gres: str) -> int:
+    """GPUs per node in a value of sbatch's ``--gres``, such as ``gpu:a100:4,nvme:1``; 0 where it names none."""
+    total = 0
+    for request in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = request.removeprefix("gres/").replace("=", ":").split(":")
+        if name == "gpu":
+            count = rest[-1] if rest else "1"
+            total += int(count) if count.isascii() and count.isdigit() else 1
+    return total
 
 
 def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[str, str]) -> str:
@@ -74,13 +77,15 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
         UserError: a run that does not resume, no GPUs and no number of ranks, more ranks than lanes, or no such ``env``
             file.
     """
+    check_text("output", config.output)
     if not config.checkpoint.resume:
         raise UserError("--slurm with checkpoint.resume=false: each start of the job would begin the run anew")
     script = (scripts_folder() / "train.sbatch").read_text(encoding="utf-8")
     header: dict[str, str] = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, flags=re.MULTILINE))
-    gpus = options.get("gpus", header["gpus-per-node"])
-    if gpus == "0" and "ranks" not in options:
-        raise UserError("--slurm gpus=0: how many ranks a node? add ranks=N")
+    of_gres = gpus_of_gres(options.get("gres", ""))
+    gpus = str(of_gres) if of_gres else options.get("gpus", header["gpus-per-node"]).rpartition(":")[2]
+    if int(gpus) == 0 and "ranks" not in options:
+        raise UserError("--slurm gpus=0: how many ranks per node? add ranks=N")
     values = {
         "job-name": Path(config.output).name,
         "output": f"{config.output.replace('%', '%%')}/slurm-%j.log",
@@ -88,14 +93,19 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
         "cpus-per-task": str(config.data.workers + 2),
         **{KEYS.get(key, key): value for key, value in options.items() if key != "env"},
     }
+    if of_gres:
+        values["gpus-per-node"] = "0"  # they are asked for once
     ranks = int(values.get("nodes", header["nodes"])) * int(values["ntasks-per-node"])
-    if ranks > config.data.lanes:
-        raise UserError(
-            f"--slurm: {ranks} ranks but data.lanes={config.data.lanes}: every rank needs at least one lane"
-        )
+    check_ranks(ranks, config.data.lanes, where="--slurm: ")
     environment = Path(options.get("env", scripts_folder() / "env.sh")).resolve()
     if not environment.is_file():
         raise UserError(f"--slurm env={environment}: no such file")
+    for what, text in (
+        ("output", config.output),
+        ("--slurm env", str(environment)),
+        *(("argument", a) for a in arguments),
+    ):
+        check_text(what, text)
     exports = {"MC2_SLURM": scripts_folder(), "MC2_ENV": environment, "MC2_PYTHON": sys.executable}
     filling = [f"export {name}={shlex.quote(str(value))}" for name, value in exports.items()]
     return _with_header(script, values, [*filling, f"set -- {shlex.join(arguments)}"])
@@ -108,10 +118,10 @@ def _with_header(script: str, values: Mapping[str, str], after: Sequence[str]) -
     header = []
     for line in lines[: last + 1]:
         found = re.match(r"#SBATCH --([\w-]+)=", line)
-        header.append(f"#SBATCH --{found[1]}={shlex.quote(new.pop(found[1]))}" if found and found[1] in new else line)
-    header += [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in new.items()]
+        header.append(directive(found[1], new.pop(found[1])) if found and found[1] in new else line)
+    header += [directive(name, value) for name, value in new.items()]
     # A cluster without GPUs does not know the option.
-    header = [line for line in header if line != "#SBATCH --gpus-per-node=0"]
+    header = [line for line in header if not re.fullmatch(r"#SBATCH --gpus-per-node=(\S+:)?0+", line)]
     return "\n".join([*header, *after, *lines[last + 1 :]]) + "\n"
 
 

@@ -1,16 +1,18 @@
 """One training step: the exact contrastive loss of the global batch, in as many micro-batches as memory asks for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mc2_hpc.config import LossConfig
+from mc2_hpc.config import LossConfig, RunConfig
+from mc2_hpc.data.lanes import check_ranks
 from mc2_hpc.errors import UserError
 from mc2_hpc.kernels.contrastive import contrastive_loss
 from mc2_hpc.kernels.contrastive.dispatch import choose_backend
 from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.votes import Votes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class StepResult:
     logit_scale: Tensor
     """The multiplier after the update, 0-d; the norm is without its gradient."""
     votes: Tensor
-    """How many ranks said yes to each vote."""
+    """How many ranks said yes to each of :class:`Votes`; read by :class:`VoteCounts`."""
 
 
 def check_loss(config: LossConfig, device: torch.device) -> None:
@@ -37,6 +39,23 @@ def check_loss(config: LossConfig, device: torch.device) -> None:
         choose_backend(config.backend, device)
     except RuntimeError as error:
         raise UserError(f"loss.backend={config.backend}: {error}") from None
+
+
+def num_micro_batches(config: RunConfig, world_size: int) -> int:
+    """Backward passes per step: the largest rank share over ``micro_batch``, rounded up; equal on all ranks.
+
+    Raises:
+        UserError: more ranks than lanes, or some rank would have fewer pairs than passes.
+    """
+    lanes, per_lane = config.data.lanes, config.global_batch // config.data.lanes
+    check_ranks(world_size, lanes)
+    largest, smallest = -(-lanes // world_size) * per_lane, lanes // world_size * per_lane
+    if config.micro_batch == 0:
+        return 1
+    num_micro = -(-largest // config.micro_batch)
+    if num_micro > smallest:
+        raise UserError(f"micro_batch={config.micro_batch} makes {num_micro} passes of {smallest} pairs: raise it")
+    return num_micro
 
 
 class ContrastiveStep:
@@ -55,7 +74,7 @@ class ContrastiveStep:
         config: LossConfig,
         *,
         feature_dtype: torch.dtype,
-        votes: Callable[[], Sequence[bool]] = tuple,
+        votes: Callable[[], Votes] = Votes,
     ) -> None:
         """
         Args:

@@ -1,22 +1,33 @@
-"""How fast a run is and how much of the machine it uses: samples a second, model flops utilisation, data wait."""
+"""How fast a run is and how much of the machine it uses: samples per second, model flops utilisation, data wait.
+
+Each rank counts its own share of an interval; once per logged row the first rank gathers the counts of all, so that a
+row is the run's. Nothing is exchanged in between.
+"""
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig
-from mc2_hpc.data.loader import Batch
+from mc2_hpc.data.batches import Batch
+from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture
+from mc2_hpc.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-# Dense bf16 matrix products, flops a second, from the vendor's data sheets (no sparsity).
+_MOST_LANGUAGES = 20
+"""That a row shows."""
+
+# Dense bf16 matrix products, flops per second, from the vendor's data sheets (no sparsity).
 _BF16_PEAKS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -27,7 +38,7 @@ _BF16_PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Flops a second that MFU divides by.
+    """Flops per second that MFU divides by.
 
     bf16 on a GPU of the table: the data sheet's figure. Anything else: the rate of a square matrix product timed here,
     about 0.1 s, logged as such.
@@ -57,14 +68,62 @@ def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """What one rank counted since the row before."""
+
+    steps: int
+    seconds: float
+    """Without stalls and pauses."""
+    flops: int
+    peak: float
+    """Flops per second that this rank's device can do."""
+    wait_seconds: float
+    """Waiting for data."""
+    stall_seconds: float
+    """Waiting for checkpoints."""
+    languages: Counter[str]
+    """Samples by language."""
+    skipped: Counter[str]
+    """Samples left out by reason, since the run began."""
+
+
+def gather(own: Interval, ranks: Ranks) -> list[Interval] | None:
+    """The intervals of all ranks, on the first rank alone. Collective."""
+    every: list[Any] | None = [None] * ranks.world_size if ranks.is_first else None
+    dist.gather_object(own, every, dst=0)
+    return every
+
+
+def rates(intervals: Sequence[Interval], *, global_batch: int) -> dict[str, Any]:
+    """Columns of a row about the interval, from all ranks' counts.
+
+    Steps are synchronous, so every rank's clock shows the same: rates are by the first one's. MFU and data wait are
+    means over ranks, the stall is the longest, samples are added up.
+    """
+    first = intervals[0]
+    languages: Counter[str] = sum((each.languages for each in intervals), Counter())
+    skipped: Counter[str] = sum((each.skipped for each in intervals), Counter())
+    return {
+        "samples_per_second": first.steps * global_batch / first.seconds,
+        "steps_per_second": first.steps / first.seconds,
+        "mfu": sum(each.flops for each in intervals) / first.seconds / sum(each.peak for each in intervals),
+        "data_wait": sum(each.wait_seconds / each.seconds for each in intervals) / len(intervals),
+        "checkpoint_stall_seconds": max(each.stall_seconds for each in intervals),
+        "language_share": {
+            lang: count / languages.total()
+            for lang, count in sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:_MOST_LANGUAGES]
+        },
+        "skipped": dict(sorted(skipped.items())),
+    }
+
+
 class ThroughputMeter:
-    """Rates of the interval since the last call of :meth:`rates`, as this rank sees them: steps are synchronous, so
-    every rank's clock shows the same; MFU, data wait and languages are of this rank's own share."""
+    """This rank's counts since the last call of :meth:`interval`."""
 
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
-        self._global_batch = config.global_batch
         self._arch = arch
-        self._peak = peak_flops(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
 
     def start(self) -> None:
@@ -104,17 +163,17 @@ class ThroughputMeter:
         self._flops += len(batch.keys) * flops_per_pair(self._arch, batch.tokens.shape[1])
         self._languages.update(batch.langs)
 
-    def rates(self) -> dict[str, Any]:
-        """Metric columns of the interval that ends here; begins the next."""
-        elapsed = time.perf_counter() - self._since - self._stall - self._paused
-        seen = sum(self._languages.values())
-        rates = {
-            "samples_per_second": self._steps * self._global_batch / elapsed,
-            "steps_per_second": self._steps / elapsed,
-            "mfu": self._flops / elapsed / self._peak,
-            "data_wait": self._wait / elapsed,
-            "checkpoint_stall_seconds": self._stall,
-            "language_share": {lang: count / seen for lang, count in self._languages.most_common(20)},
-        }
+    def interval(self, skipped: Counter[str]) -> Interval:
+        """The interval that ends here, with this rank's skips so far; begins the next."""
+        found = Interval(
+            steps=self._steps,
+            seconds=time.perf_counter() - self._since - self._stall - self._paused,
+            flops=self._flops,
+            peak=self._peak,
+            wait_seconds=self._wait,
+            stall_seconds=self._stall,
+            languages=self._languages,
+            skipped=Counter(skipped),
+        )
         self.start()
-        return rates
+        return found

@@ -2,36 +2,36 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig, config_to_dict
-from mc2_hpc.data.loader import Batch, TrainLoader
+from mc2_hpc.data.batches import Batch
+from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.tokenizer import Tokenizer
-from mc2_hpc.distributed import Ranks, first_error
+from mc2_hpc.distributed import Ranks
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.presets import ClipArchitecture, resolve
 from mc2_hpc.models.weights import ModelCard, TensorFiles, resolve_checkpoint
-from mc2_hpc.storage import exclusive_folder
-from mc2_hpc.training.checkpoint import Checkpoint, complete_folders, load_weights, newest_checkpoint
+from mc2_hpc.precision import Precision
+from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
 from mc2_hpc.training.lost_rank import naming_the_wait
-from mc2_hpc.training.metrics import MetricsLog
+from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
+from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
-from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss
+from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss, num_micro_batches
 from mc2_hpc.training.stop import Stopped, StopRequest
-from mc2_hpc.training.throughput import ThroughputMeter
+from mc2_hpc.training.throughput import ThroughputMeter, gather, rates
+from mc2_hpc.training.votes import VoteCounts, Votes
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class _Pending:
     step: int
     lr: float
     result: StepResult
-    keys: list[str]
+    keys: Sequence[str]
 
 
 class Trainer:
@@ -110,8 +110,12 @@ class Trainer:
         self._step = ContrastiveStep(
             self.engine,
             config.loss,
-            feature_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            votes=lambda: (self.stop.requested is not None, self.writer.own_part_done),
+            feature_dtype=Precision(config.precision).dtype,
+            votes=lambda: Votes(stop=self.stop.requested is not None, written=self.writer.own_part_done),
+        )
+        self._means = Means()
+        self._save_policy = SavePolicy(
+            every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
         )
 
     def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None) -> None:
@@ -176,38 +180,42 @@ class Trainer:
             tokens = batch.tokens.to(self.ranks.device, non_blocking=True)
             result = self._step(images, tokens, lr)
             # The step before has surely finished by now: reading its numbers makes no one wait.
-            num_stop, num_written = self._read(pending)
+            votes = agreed(
+                self._read(pending),
+                world_size=self.ranks.world_size,
+                voted_in=progress.step,
+                saved_after=self.writer.step,
+            )
             progress.step += 1
             self._count(batch)
             meter.count(batch)
-            # Votes up to the step of a save were on the save before it.
-            written = num_written == self.ranks.world_size and progress.step - 1 > self.writer.step
             pending = _Pending(progress.step, lr, result, batch.keys)
             if progress.step % config.log_every == 0 or progress.step == config.steps:
-                self._read(pending)
-                rates = meter.rates()
-                if log is not None:
-                    log.write(self._row(pending, rates))
+                self._log_row(pending, meter, log)
             with meter.stalled():
-                self._checkpoint(pending, stop=num_stop > 0, written=written)
+                self._checkpoint(pending, votes)
             with meter.paused():
                 self._evaluate(log, pending)
 
-    def _checkpoint(self, pending: _Pending, *, stop: bool, written: bool) -> None:
-        """What the agreed votes and the step ask of the checkpoints; the same on all ranks."""
-        config, step = self.config, pending.step
-        if self.writer.busy and written:
+    def _checkpoint(self, pending: _Pending, votes: Agreed) -> None:
+        actions = self._save_policy.after(pending.step, votes, busy=self.writer.busy)
+        if actions.advance:
             self.writer.advance()
-        last = step == config.steps
-        if stop or last or step % config.checkpoint.every == 0:
+        if actions.begin:
             self._read(pending)  # nothing is saved that has not been seen to be finite
             self._save()
-        if stop or last or not config.checkpoint.background:
+        if actions.finish:
             self.writer.finish()
-        if (stop or last) and self.writer.failure is not None:
-            raise SaveError(f"step {step} could not be saved: {self.writer.failure}; {self._last_good()}")
-        if stop and not last:
+        if actions.must_succeed and self.writer.failure is not None:
+            raise self._not_saved()
+        if actions.leave:
             raise self._stopped()
+
+    def _not_saved(self) -> SaveError:
+        return SaveError(
+            f"step {self.progress.step} could not be saved: {self.writer.failure}; last good checkpoint: "
+            f"{self.writer.last_good()}"
+        )
 
     def _stopped(self) -> Stopped:
         reason = self.stop.requested or "a signal to another rank"
@@ -230,9 +238,7 @@ class Trainer:
                 found = evaluation.run(self.engine)
             except Interrupted:
                 if not self._save_now():
-                    raise SaveError(
-                        f"step {step} could not be saved: {self.writer.failure}; {self._last_good()}"
-                    ) from None
+                    raise self._not_saved() from None
                 raise self._stopped() from None
             best = evaluation.is_best(found)
             if log is not None:
@@ -259,27 +265,33 @@ class Trainer:
         self.writer.finish()
         return self.writer.failure is None
 
-    def _row(self, pending: _Pending, rates: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "step": pending.step,
-            "samples_seen": self.progress.samples_seen,
-            "loss": float(pending.result.loss),
-            "logit_scale": float(pending.result.logit_scale),
-            "lr": pending.lr,
-            "grad_norm": float(pending.result.grad_norm),
-            **rates,
-            "skipped": dict(sorted(self.progress.skipped.items())),
-        }
+    def _log_row(self, pending: _Pending, meter: ThroughputMeter, log: MetricsLog | None) -> None:
+        """Write the row of all ranks and of the steps since the row before. Collective."""
+        self._read(pending)
+        intervals = gather(meter.interval(self.progress.skipped), self.ranks)
+        means = self._means.take()
+        if log is not None and intervals is not None:
+            log.write(
+                {
+                    "step": pending.step,
+                    "samples_seen": self.progress.samples_seen,
+                    "loss": means["loss"],
+                    "logit_scale": float(pending.result.logit_scale),
+                    "lr": pending.lr,
+                    "grad_norm": means["grad_norm"],
+                    **rates(intervals, global_batch=self.config.global_batch),
+                }
+            )
 
     def _count(self, batch: Batch) -> None:
         self.progress.samples_seen += self.config.global_batch
         self.progress.position.update(batch.position)
         self.progress.skipped.update(batch.skipped)
 
-    def _read(self, pending: _Pending | None) -> tuple[int, int]:
-        """See that a step's numbers are finite; its votes: ranks that were asked to stop, ranks that have written."""
+    def _read(self, pending: _Pending | None) -> VoteCounts:
+        """See that a step's numbers are finite; returns its votes."""
         if pending is None:
-            return 0, 0
+            return VoteCounts()
         result = pending.result
         numbers = (("loss", result.loss), ("gradient norm", result.grad_norm), ("logit_scale", result.logit_scale))
         for what, value in numbers:
@@ -287,15 +299,11 @@ class Trainer:
             if not math.isfinite(float(value)):
                 self.writer.finish()
                 raise NonFiniteError(
-                    f"{what} is {float(value)} at step {pending.step}; {self._last_good()}; "
-                    f"keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
+                    f"{what} is {float(value)} at step {pending.step}; last good checkpoint: "
+                    f"{self.writer.last_good()}; keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
-        num_stop, num_written = result.votes.tolist()
-        return int(num_stop), int(num_written)
-
-    def _last_good(self) -> str:
-        folders = complete_folders(self.writer.folder)
-        return f"last good checkpoint: {folders[-1] if folders else 'none yet'}"
+        self._means.add(pending.step, loss=float(result.loss), grad_norm=float(result.grad_norm))
+        return VoteCounts.read(result.votes)
 
     def _save(self) -> None:
         self.writer.begin(
@@ -311,44 +319,6 @@ class Trainer:
                 "versions": {name: version(name) for name in _PACKAGES},
             },
         )
-
-
-@contextmanager
-def exclusive_run(config: RunConfig, ranks: Ranks) -> Iterator[None]:
-    """Hold the run's folder against another job that would train into it (such as ranks whose launcher was killed).
-
-    Collective.
-
-    Raises:
-        UserError: another job holds it.
-    """
-    with ExitStack() as stack:
-        error: Exception | None = None
-        if ranks.is_first:
-            try:
-                stack.enter_context(exclusive_folder(Path(config.output)))
-            except (UserError, OSError) as failure:
-                error = failure
-        first_error(error)
-        yield
-
-
-def num_micro_batches(config: RunConfig, world_size: int) -> int:
-    """Backward passes a step: the largest rank share over ``micro_batch``, rounded up; equal on all ranks.
-
-    Raises:
-        UserError: some rank would have fewer pairs than passes.
-    """
-    lanes, per_lane = config.data.lanes, config.global_batch // config.data.lanes
-    if world_size > lanes:
-        raise UserError(f"{world_size} ranks but data.lanes={lanes}: every rank needs at least one lane")
-    largest, smallest = -(-lanes // world_size) * per_lane, lanes // world_size * per_lane
-    if config.micro_batch == 0:
-        return 1
-    num_micro = -(-largest // config.micro_batch)
-    if num_micro > smallest:
-        raise UserError(f"micro_batch={config.micro_batch} makes {num_micro} passes of {smallest} pairs: raise it")
-    return num_micro
 
 
 def _check_vocabulary(arch: ClipArchitecture, tokenizer: Tokenizer, path: str) -> None:

@@ -11,7 +11,7 @@ from mc2_hpc.ablation.addresses import address, content
 from mc2_hpc.ablation.settings import CurationSettings, DataPaths, TokenizerSettings
 from mc2_hpc.balancing.thresholds import entry_probabilities
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import list_shards
+from mc2_hpc.shard_paths import list_shards
 
 
 @pytest.fixture

@@ -9,13 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mc2_hpc import jobs
+from mc2_hpc.curation import extract as stages
+from mc2_hpc.curation.extract import plan_extract
 from mc2_hpc.curation.pool import common_crawl
 from mc2_hpc.curation.pool.captions import iter_captions, list_pool
-from mc2_hpc.curation.pool.common_crawl import extract, list_archives
+from mc2_hpc.curation.pool.common_crawl import list_archives
 from mc2_hpc.curation.pool.page_images import images_of_html, images_of_wat
-from mc2_hpc.curation.pool.urls import UnusableUrl, absolute_url, canonical_url, image_key
+from mc2_hpc.curation.pool.urls import absolute_url, canonical_url, image_key
+from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Local
+from mc2_hpc.jobs import Local
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+extract = runs(plan_extract)
 
 pytest.importorskip("fastwarc", reason="FastWARC is not installed")
 
@@ -88,7 +102,7 @@ ROWS = [
     ("emphasis", "https://other.com/A%C3%A9.jpg"),
     ("another text", "http://site.com/dir/cat.jpg"),
 ]
-DROPS = {"not_http": 1, "duplicate_text": 1, "empty_text": 2, "no_url": 1, "bad_url": 1}
+DROPS = {"url_not_http": 1, "caption_repeated": 1, "caption_empty": 2, "url_missing": 1, "url_invalid": 1}
 
 
 def test_wat_and_warc_give_the_same_rows(tmp_path):
@@ -98,7 +112,7 @@ def test_wat_and_warc_give_the_same_rows(tmp_path):
     result = extract([tmp_path / "in"], tmp_path / "out")
     expected = [(image_key(url), text, url) for text, url in ROWS]
     assert rows_of(tmp_path / "out", "A-00000") == rows_of(tmp_path / "out", "B-00001") == expected
-    drops = {reason: 2 * count for reason, count in DROPS.items()} | {"invalid_utf8": 1}
+    drops = {reason: 2 * count for reason, count in DROPS.items()} | {"caption_not_utf8": 1}
     assert result == {"records": 4, "pages": 2, "images": 23, "rows": 10, "drops": drops}
 
 
@@ -120,7 +134,7 @@ def test_nothing_is_lost_over_all_rows(tmp_path):
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 100])
 def test_rows_are_the_same_however_many_are_written_at_once(tmp_path, monkeypatch, rows_at_once):
-    monkeypatch.setattr(common_crawl, "_ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(stages, "_ROWS_AT_ONCE", rows_at_once)
     archive(tmp_path / "in", "a.warc.wat.gz", [wat(PICTURES)])
     extract([tmp_path / "in"], tmp_path / "out")
     assert [row[1:] for row in rows_of(tmp_path / "out", "a")] == ROWS
@@ -186,7 +200,8 @@ def test_broken_records_are_counted(tmp_path, monkeypatch):
     archive(tmp_path / "in", "a.warc.gz", records)
     result = extract([tmp_path / "in"], tmp_path / "out")
     assert [row[1] for row in rows_of(tmp_path / "out", "a")] == ["compressed", "good"]
-    assert result["drops"] == {"bad_json": 2, "invalid_utf8": 1, "giant_record": 1, "bad_http": 1}
+    drops = {"caption_not_json": 2, "caption_not_utf8": 1, "record_too_large": 1, "record_not_http": 1}
+    assert result["drops"] == drops
     assert result["records"] == len(records)
 
 
@@ -278,7 +293,7 @@ def test_what_is_listed(tmp_path):
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(common_crawl, "find_spec", lambda name: None)
+    monkeypatch.setattr(stages, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install resiliparse"):
         extract([tmp_path], tmp_path / "out")
 
@@ -307,22 +322,22 @@ def test_absolute_url(source, expected):
 @pytest.mark.parametrize(
     "source, reason",
     [
-        ("", "no_url"),
-        (" \t", "no_url"),
-        ("data:image/png;base64,AAAA", "not_http"),
-        ("blob:http://a.com/x", "not_http"),
-        ("file:///etc/passwd", "not_http"),
-        ("http:///x", "bad_url"),
-        ("http://a b/x", "bad_url"),
-        ("http://a.com:port/x", "bad_url"),
-        ("http://a.com:99999/x", "bad_url"),
-        ("http://user:secret@a.com/x", "bad_url"),
-        ("http://" + "ü" * 80 + ".com/", "bad_url"),
-        ("x\ud800.jpg", "bad_url"),
+        ("", "url_missing"),
+        (" \t", "url_missing"),
+        ("data:image/png;base64,AAAA", "url_not_http"),
+        ("blob:http://a.com/x", "url_not_http"),
+        ("file:///etc/passwd", "url_not_http"),
+        ("http:///x", "url_invalid"),
+        ("http://a b/x", "url_invalid"),
+        ("http://a.com:port/x", "url_invalid"),
+        ("http://a.com:99999/x", "url_invalid"),
+        ("http://user:secret@a.com/x", "url_invalid"),
+        ("http://" + "ü" * 80 + ".com/", "url_invalid"),
+        ("x\ud800.jpg", "url_invalid"),
     ],
 )
 def test_unusable_url(source, reason):
-    with pytest.raises(UnusableUrl, match=f"^{reason}$"):
+    with pytest.raises(Dropped, match=f"^{reason}$"):
         absolute_url(source, "http://page.com/")
 
 
@@ -348,7 +363,7 @@ def test_addresses_stay_as_they_are_made(source, base):
     """Absolute addresses are ASCII and stay the same when read again; so do canonical ones."""
     try:
         url = absolute_url(source, base)
-    except UnusableUrl:
+    except Dropped:
         return
     assert url.isascii() and " " not in url and absolute_url(url, base) == url
     assert canonical_url(canonical_url(url)) == canonical_url(url)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mc2_hpc.curation.pipeline import run
+from mc2_hpc import jobs
+from mc2_hpc.curation.run import plan_run
 
 WAIT_S = 240
 
@@ -44,7 +45,7 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_killed_run_is_continued(pool, tmp_path, victim, outputs):
     """A shard that nobody writes to (a named pipe) holds a worker at a known place until it is killed."""
-    run(pool, pool.parent / "metadata", tmp_path / "whole", t_en=30)
+    jobs.run(plan_run(pool, pool.parent / "metadata", tmp_path / "whole", t_en=30))
     whole, out = outputs(tmp_path / "whole"), tmp_path / "out"
     held = pool / "4.parquet"
     content = held.read_bytes()
@@ -78,7 +79,7 @@ def test_killed_merge_and_balance_are_continued(pool, tmp_path, outputs):
     """Every file of balancing taken away in turn, as a kill may leave it: the same command brings it back."""
 
     def again() -> None:
-        run(pool, pool.parent / "metadata", tmp_path / "out", t_en=30)
+        jobs.run(plan_run(pool, pool.parent / "metadata", tmp_path / "out", t_en=30))
 
     again()
     whole = outputs(tmp_path / "out")

@@ -4,13 +4,13 @@ import gzip
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mc2_hpc import jobs
+from mc2_hpc.curation.balance import plan_balance
+from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.matched import entries_of, read_matched
 from mc2_hpc.curation.matching.rules import entry_pattern, spaced_text
-from mc2_hpc.curation.pipeline import balance, match, pack, run
+from mc2_hpc.curation.pack import plan_pack
 from mc2_hpc.curation.pool import language_id
+from mc2_hpc.curation.run import plan_run
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Local
-from mc2_hpc.storage import list_shards, write_json
+from mc2_hpc.jobs import Local
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import write_json
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+match, balance, pack, run = map(runs, (plan_match, plan_balance, plan_pack, plan_run))
 
 ENTRIES = {"en": ["dog", "cat", "big dog", "zebra", "U.S."], "de": ["Hund", "Katze", "Zebra"], "ja": ["犬", "カメラ"]}
 
@@ -133,7 +148,7 @@ def test_every_number_equals_a_naive_recomputation(pool, metadata, tmp_path, mod
     assert balanced["english_share_after"] == pytest.approx(share / total)
     assert balanced["english_share_before"] == pytest.approx(sum(r[2] == "en" for r in expected) / len(expected))
     assert balanced["english_share_after"] < balanced["english_share_before"]
-    assert balanced["drops"] == {"no_match": 3, "unknown_language": 6, "duplicate_text": 3}
+    assert balanced["drops"] == {"no_match": 3, "language_unknown": 6, "caption_repeated": 3}
     assert report["match"]["rows"] == len(expected) + 12 == balanced["totals"]["matched"] + 12
 
 
@@ -145,7 +160,7 @@ def test_english_share_falls_with_t_en(pool, metadata, tmp_path):
 
 def test_training_shards(pool, metadata, tmp_path):
     stats = run(pool, metadata, tmp_path / "out", t_en=30)["pack"]
-    assert stats == {"images": 123, "texts": len(naive_rows(pool, "fixed")), "drops": {"unmatched_image": 9}}
+    assert stats == {"images": 123, "texts": len(naive_rows(pool, "fixed")), "drops": {"image_unmatched": 9}}
     for path in list_shards(tmp_path / "out" / "shards", ".tar"):
         rows = read_matched(path.with_suffix(".parquet"))
         assert rows.column_names == ["key", "text", "lang", "source", "entries"]
@@ -165,15 +180,31 @@ def test_bad_images_are_counted(tmp_path, metadata):
         for name in ("b.jpg", "../a.jpg", "/a.jpg", "x.jpg", "a.png", "b.jpg", "k" * 120 + ".jpg"):
             tar.addfile(tarfile.TarInfo(name))
     stats = run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)["pack"]
-    assert stats["images"] == stats["texts"] == 1
-    assert stats["drops"] == {
-        "duplicate_image": 1,
-        "long_name": 1,
-        "missing_image": 1,
-        "unmatched_image": 1,
-        "unsafe_name": 2,
-        "unsupported_image": 1,
-    }
+    assert stats["images"] == stats["texts"] == 2
+    assert stats["drops"] == {"image_repeated": 1, "name_too_long": 1, "image_unmatched": 1, "name_unsafe": 2}
+    with tarfile.open(tmp_path / "out" / "shards" / "s.tar") as tar:
+        assert tar.getnames() == ["a.png", "b.jpg"]
+
+
+def test_nothing_kept_is_an_error(tmp_path, metadata):
+    write_shard(tmp_path / "pool", "s", [("a", "dog", "en"), ("b", "nothing", "en")])
+    with tarfile.open(tmp_path / "pool" / "s.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("b.jpg"))
+    with pytest.raises(UserError, match=r"nothing was kept \(images 0\): image_missing 1, image_unmatched 1"):
+        run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)
+    write_shard(tmp_path / "other", "s", [("b", "nothing", "en")])
+    with pytest.raises(UserError, match=r"nothing was kept \(matched 0\): no_match 1"):
+        match(tmp_path / "other", metadata, tmp_path / "out2")
+
+
+def test_keys_pair_by_value_and_in_any_unicode_form(tmp_path, metadata):
+    write_shard(tmp_path / "pool", "s", [("12", "dog", "en"), ("caf\u00e9", "dog", "en")])
+    with tarfile.open(tmp_path / "pool" / "s.tar", "w") as tar:
+        for name in ("000012.webp", "cafe\u0301.JPG"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)["pack"]["images"] == 2
+    with tarfile.open(tmp_path / "out" / "shards" / "s.tar") as tar:
+        assert tar.getnames() == ["12.webp", "caf\u00e9.jpg"]
 
 
 def test_shard_without_a_match_gets_no_training_shard(pool, metadata, tmp_path):
@@ -212,11 +243,12 @@ def test_progress_is_told(pool, metadata, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from mc2_hpc.curation.pipeline import run
+from mc2_hpc import jobs
+from mc2_hpc.curation.run import plan_run
 def kill(stage, done, total, name):
     if (stage, done) == (sys.argv[4], 1):
         os.kill(os.getpid(), signal.SIGKILL)
-run(*sys.argv[1:4], t_en=30, progress=kill)
+jobs.run(plan_run(*sys.argv[1:4], t_en=30), None, kill)
 """
 
 
@@ -384,14 +416,15 @@ def test_bad_metadata_is_named(pool, metadata, tmp_path, content, message):
         match(pool, metadata, tmp_path / "m")
 
 
-@dataclass
+BY_LETTERS = """
 class ByLetters:
-    """Takes umlauts for German, kana for Japanese, question marks for no language."""
+    "Takes umlauts for German, kana for Japanese, question marks for no language."
 
-    name: str = "by letters"
+    name = "by letters"
 
-    def identify(self, texts: Sequence[str]) -> list[str]:
+    def identify(self, texts):
         return ["" if "?" in t else "de" if "Hund" in t else "ja" if "犬" in t else "en" for t in texts]
+"""
 
 
 def webdataset_pool(folder: Path) -> Path:
@@ -406,15 +439,23 @@ def webdataset_pool(folder: Path) -> Path:
     return folder
 
 
-def test_webdataset_tars_with_language_identification(metadata, tmp_path):
-    report = run(webdataset_pool(tmp_path / "pool"), metadata, tmp_path / "out", t_en=1, identifier=ByLetters())
+@pytest.mark.parametrize("workers", [1, 2])
+def test_webdataset_tars_with_language_identification(metadata, tmp_path, monkeypatch, workers):
+    """By a class of the user's, which workers find where the driver does."""
+    module = f"by_letters_{workers}"
+    (tmp_path / f"{module}.py").write_text(BY_LETTERS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = webdataset_pool(tmp_path / "pool")
+    shutil.copy(pool / "s.tar", pool / "t.tar")
+    language_id = f"{module}.ByLetters"
+    report = run(pool, metadata, tmp_path / "out", t_en=1, language_id=language_id, engine=Local(workers))
     rows = read_matched(tmp_path / "out" / "shards" / "s.parquet")
     assert rows.select(["key", "lang"]).to_pylist() == [
         {"key": "a", "lang": "de"},
         {"key": "b", "lang": "ja"},
         {"key": "c", "lang": "en"},
     ]
-    assert report["match"]["drops"] == {"unknown_language": 1, "invalid_utf8": 1}
+    assert report["match"]["drops"] == {"language_unknown": 2, "caption_not_utf8": 2}
     assert report["balance"]["sources"]["language_id"] == "by letters"
     assert json.loads((tmp_path / "out" / "matched" / "match.json").read_text())["language_id"] == "by letters"
 

@@ -12,15 +12,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mc2_hpc import jobs
 from mc2_hpc.balancing.thresholds import entry_probabilities
 from mc2_hpc.cli import main
-from mc2_hpc.curation.pipeline import balance, match
+from mc2_hpc.curation.balance import plan_balance
+from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.report import plots
 from mc2_hpc.curation.report.findings import gather, mass_curve
 from mc2_hpc.curation.report.page import DROP_REASONS, render, write_report
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import LANGUAGES
 from mc2_hpc.storage import file_sha256, read_json, write_json
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+match, balance = map(runs, (plan_match, plan_balance))
 
 HOSTILE = "<script>tom & 'jerry'\"</script>"
 
@@ -105,7 +117,7 @@ def metadata_of(run: Path) -> Path:
 def test_page_shows_the_numbers_of_the_run(two, page_path):
     report = read_json(two / "balance" / "balance.json")
     page = Page(page_path.read_text(encoding="utf-8"))
-    for shown in ("160 of 163 captions matched", "English", "German", "t = 50", HOSTILE, "no_match", "empty_text"):
+    for shown in ("160 of 163 captions matched", "English", "German", "t = 50", HOSTILE, "no_match", "caption_empty"):
         assert shown in page.text
     assert f"{report['languages']['en']['expected_texts']:,.0f}" in page.text
     assert report["sources"]["metadata"]["de"] in page.text and report["mode"] in page.text
@@ -138,10 +150,10 @@ def test_packing_is_told_where_it_was_done(two, tmp_path):
     out.mkdir()
     (out / "balance").symlink_to(two / "balance")
     write_json(out / "shards" / "pack.json", {"shards": ["a", "b"]})
-    write_json(out / "shards" / "stats" / "a.json", {"images": 90, "texts": 91, "drops": {"missing_image": 7}})
+    write_json(out / "shards" / "stats" / "a.json", {"images": 90, "texts": 91, "drops": {"image_missing": 7}})
     plots = dict.fromkeys(("languages", "head_tail", "thresholds"), b"")
-    assert "missing_image" not in render(gather(out, metadata_of(two)), plots)
-    write_json(out / "shards" / "stats" / "b.json", {"images": 10, "texts": 11, "drops": {"missing_image": 1}})
+    assert "image_missing" not in render(gather(out, metadata_of(two)), plots)
+    write_json(out / "shards" / "stats" / "b.json", {"images": 10, "texts": 11, "drops": {"image_missing": 1}})
     text = Page(render(gather(out, metadata_of(two)), plots)).text
     assert "100 were packed" in text and "matched, but not in the tar" in text
 
@@ -159,7 +171,7 @@ def test_findings(two):
         ("dog", 120, round(50 / 120, 4)),
         ("cat", 40, 1),
     ]
-    assert findings.drops == {"no_match": 1, "unknown_language": 1, "empty_text": 1}
+    assert findings.drops == {"no_match": 1, "language_unknown": 1, "caption_empty": 1}
     assert set(findings.drops) <= set(DROP_REASONS)
 
 

@@ -13,14 +13,25 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from mc2_hpc import jobs
+from mc2_hpc.curation.decontaminate import MAX_DISTANCE, plan_decontaminate
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.pool import perceptual_hash
-from mc2_hpc.curation.pool.decontaminate import MAX_DISTANCE, decontaminate
-from mc2_hpc.curation.pool.perceptual_hash import UnreadablePicture, nearest, picture_hashes
+from mc2_hpc.curation.pool.perceptual_hash import image_hashes, nearest
+from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Local
+from mc2_hpc.jobs import Local
 from mc2_hpc.tar import write_tar
 
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+decontaminate = runs(plan_decontaminate)
 pytest.importorskip("imagehash", reason="imagehash is not installed")
 
 
@@ -114,14 +125,15 @@ def test_pictures_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
     result = decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out")
     assert members(tmp_path / "out" / "a.tar") == ["good.jpg"]
     assert set(pq.read_table(tmp_path / "out" / "a.parquet")["key"].to_pylist()) == {"good"}
-    assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"undecodable_image": 3}}
+    assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"image_undecodable": 3}}
 
 
-def test_huge_pictures_are_not_decoded(monkeypatch):
-    monkeypatch.setattr(perceptual_hash, "MAX_PIXELS", 96 * 64 - 1)
+def test_huge_images_are_not_decoded_in_full():
     for form in ("JPEG", "PNG"):
-        with pytest.raises(UnreadablePicture, match="96x64 are too many pixels"):
-            picture_hashes(picture(1, form=form))
+        with pytest.raises(Dropped, match="image_too_large: 96x64"):
+            image_hashes(picture(1, form=form), max_pixels=96 * 64 // 9)
+    reduced, whole = (image_hashes(picture(1), max_pixels=most)[0] for most in (96 * 64 - 1, 96 * 64))
+    assert np.bitwise_count(reduced ^ whole) <= MAX_DISTANCE
 
 
 def test_cmyk_and_grey_pictures_are_decoded():
@@ -129,7 +141,7 @@ def test_cmyk_and_grey_pictures_are_decoded():
     for mode in ("CMYK", "L"):
         file = io.BytesIO()
         image.convert(mode).save(file, "JPEG")
-        assert np.bitwise_count(picture_hashes(file.getvalue())[0] ^ picture_hashes(picture(1))[0]) <= MAX_DISTANCE
+        assert np.bitwise_count(image_hashes(file.getvalue())[0] ^ image_hashes(picture(1))[0]) <= MAX_DISTANCE
 
 
 @settings(deadline=None, max_examples=50)
@@ -157,7 +169,7 @@ def test_workers_change_nothing_and_finished_shards_are_skipped(tmp_path, monkey
     for name in ("a.tar", "a.parquet", "b.tar", "b.parquet", "removed.csv"):
         assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()
     (tmp_path / "out1" / "b.tar").unlink()
-    monkeypatch.setattr("mc2_hpc.curation.pool.decontaminate._HashUnit.__call__", None)
+    monkeypatch.setattr("mc2_hpc.curation.decontaminate.HashUnit.__call__", None)
     assert decontaminate(shards, against, tmp_path / "out1") == results[0]
     assert (tmp_path / "out0" / "b.tar").read_bytes() == (tmp_path / "out1" / "b.tar").read_bytes()
 
@@ -167,10 +179,10 @@ def test_bad_input_is_named(tmp_path):
     against = benchmark_folder(tmp_path / "benchmark", [2])
     with pytest.raises(UserError, match="max_distance=32: must be 0 to 31"):
         decontaminate(shards, against, tmp_path / "out", max_distance=32)
-    with pytest.raises(UserError, match="nowhere: no such file or folder of benchmark pictures"):
+    with pytest.raises(UserError, match="nowhere: no such file or folder of benchmark images"):
         decontaminate(shards, tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no pictures"):
+    with pytest.raises(UserError, match="empty: no images"):
         decontaminate(shards, tmp_path / "empty", tmp_path / "out")
     decontaminate(shards, against, tmp_path / "out")
     with pytest.raises(UserError, match="made with another max_distance"):
@@ -178,11 +190,11 @@ def test_bad_input_is_named(tmp_path):
     (against / "broken.jpg").write_bytes(b"\xff\xd8 broken")
     with pytest.raises(UserError, match="made with another against"):
         decontaminate(shards, against, tmp_path / "out")
-    with pytest.raises(UserError, match="broken.jpg: .*cannot be decoded .* mend or remove it, delete .*out2 and run"):
+    with pytest.raises(UserError, match="broken.jpg: .*cannot be decoded .* fix or remove it, delete .*out2 and run"):
         decontaminate(shards, against, tmp_path / "out2")
     (against / "broken.jpg").unlink()
     write_tar(tmp_path / "no-pictures.tar", [("a.txt", b"")])
-    with pytest.raises(UserError, match="no-pictures.tar: holds no benchmark pictures"):
+    with pytest.raises(UserError, match="no-pictures.tar: holds no benchmark images"):
         decontaminate(shards, tmp_path / "no-pictures.tar", tmp_path / "out5")
     (shards / "c.tar").write_bytes(b"broken")
     with pytest.raises(UserError, match="1 of 2 .* failed.*c.tar: not a whole tar"):
@@ -190,7 +202,7 @@ def test_bad_input_is_named(tmp_path):
     assert members(tmp_path / "out3" / "a.tar") == ["k1.jpg"]
     (shards / "c.tar").unlink()
     (shards / "d.parquet").touch()
-    with pytest.raises(UserError, match="d.parquet: no d.tar with its pictures"):
+    with pytest.raises(UserError, match="d.parquet: no d.tar with its images"):
         decontaminate(shards, against, tmp_path / "out4")
 
 
@@ -235,16 +247,16 @@ def test_copies_and_false_alarms_among_small_pictures(shared_data):
     """CIFAR-10 at the default distance: re-encoded copies are found, unlike pictures hardly ever."""
     tables = [pq.read_table(shared_data / f"cifar10-{part}.parquet").slice(0, 2000) for part in ("train", "test")]
     train, test = ([bytes(data) for data in table["jpg"].to_pylist()] for table in tables)
-    benchmark = np.array([picture_hashes(data)[0] for data in test])
+    benchmark = np.array([image_hashes(data)[0] for data in test])
     copies = [edited(Image.open(io.BytesIO(data)).convert("RGB"), "re-encoded") for data in test[:500]]
-    _, distance = nearest(np.array([picture_hashes(data)[0] for data in copies]), benchmark)
+    _, distance = nearest(np.array([image_hashes(data)[0] for data in copies]), benchmark)
     assert (distance <= MAX_DISTANCE).mean() > 0.97
-    _, distance = nearest(np.array([picture_hashes(data)[0] for data in train]), benchmark)
+    _, distance = nearest(np.array([image_hashes(data)[0] for data in train]), benchmark)
     # The two sets share a few pictures: those are right to be found.
     assert (distance <= MAX_DISTANCE).mean() < 0.005
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("mc2_hpc.curation.pool.decontaminate.find_spec", lambda name: None)
+    monkeypatch.setattr("mc2_hpc.curation.decontaminate.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install imagehash"):
         decontaminate(tmp_path, tmp_path, tmp_path / "out")

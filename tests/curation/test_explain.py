@@ -7,13 +7,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mc2_hpc import jobs
 from mc2_hpc.cli import main
+from mc2_hpc.curation.balance import plan_balance
 from mc2_hpc.curation.explain import explain
+from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.matched import read_matched
-from mc2_hpc.curation.pipeline import balance, match
-from mc2_hpc.curation.sample import sample
+from mc2_hpc.curation.sample import plan_sample
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import list_shards, read_json, write_json
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import read_json, write_json
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+match, balance, sample = map(runs, (plan_match, plan_balance, plan_sample))
 
 ENTRIES = {
     "en": ["dog", "big dog", "cat", "U.S.", "Zebra", "zebra crossing"],
@@ -107,8 +120,8 @@ def test_language_is_identified_where_not_given(folder):
         ("a zebra", "en", "fixed", "no_match", [("Zebra", "matches if upper and lower case were one")]),
         ("hotdogs", "en", "fixed", "no_match", [("dog", "stands inside a longer word")]),
         ("nothing", "en", "fixed", "no_match", []),
-        ("a dog", "xx", "fixed", "unknown_language", []),
-        (" \t", "en", "fixed", "empty_text", []),
+        ("a dog", "xx", "fixed", "language_unknown", []),
+        (" \t", "en", "fixed", "caption_empty", []),
     ],
 )
 def test_why_a_caption_is_dropped(folder, caption, lang, mode, reason, near):

@@ -26,11 +26,14 @@ def test_images_of_a_tar(tmp_path: Path) -> None:
         add(tar, "./y.jpg", b"5")
         add(tar, "../z.jpg", b"6")
     with TarIndex(tmp_path / "s.tar") as index:
-        images, drops = index.images()
-        assert images == {"a": "a.jpg", "b": "b.JPEG", "./y": "./y.jpg", "../z": "../z.jpg"}
-        assert index.repeated == ["a.jpg"]
-        assert index.read("a.jpg") == b"1" and index.read("../z.jpg") == b"6"
-    assert drops == {"unsupported_image": 1, "duplicate_image": 1}
+        images = {sample.key: sample.image for sample in index.listing.samples.values() if sample.image}
+        assert {key: (image.name, index.read(image)) for key, image in images.items()} == {
+            "a": ("a.jpg", b"1"),
+            "b": ("b.JPEG", b"2"),
+            "c": ("c.png", b"3"),
+            "y": ("y.jpg", b"5"),
+        }
+        assert index.listing.drops == {"name_unsafe": 1, "image_repeated": 1}
 
 
 def test_it_closes_its_file(tmp_path: Path) -> None:
@@ -48,6 +51,6 @@ def test_a_tar_that_shrinks_is_an_error_of_its_name(tmp_path: Path) -> None:
     with TarIndex(tmp_path / "s.tar") as index:
         os.truncate(tmp_path / "s.tar", 600)
         with pytest.raises(UserError, match=r"s\.tar: a\.jpg cannot be read \(88 of 600 bytes at 512\)"):
-            index.read("a.jpg")
+            index.read(index.members[0])
     with pytest.raises(UserError, match=r"absent\.tar: cannot be opened \(No such file"):
         TarIndex(tmp_path / "absent.tar")

@@ -26,7 +26,7 @@ def parquet_shard(tmp_path, **columns) -> PoolShard:
 def read_captions(shard: PoolShard) -> tuple[pa.Table, Counter[str]]:
     """All pieces as one."""
     tables, drops = zip(*iter_captions(shard), strict=True)
-    return pa.concat_tables(tables), sum(drops, Counter())
+    return pa.concat_tables(tables, promote_options="default"), sum(drops, Counter())
 
 
 def test_list_pool(tmp_path):
@@ -36,10 +36,10 @@ def test_list_pool(tmp_path):
         PoolShard("a", tmp_path / "a.parquet", tmp_path / "a.tar"),
         PoolShard("b", None, tmp_path / "b.tar"),
     ]
-    with pytest.raises(UserError, match="no such pool folder"):
+    with pytest.raises(UserError, match="none: no such folder, file or pattern"):
         list_pool(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no \*.parquet or \*.tar"):
+    with pytest.raises(UserError, match=r"empty: folder has no \*.parquet or \*.tar"):
         list_pool(tmp_path / "empty")
 
 
@@ -53,13 +53,13 @@ def test_parquet_rows_and_their_drops(tmp_path):
     )
     rows, drops = read_captions(shard)
     assert rows.to_pylist() == [{"key": "a", "text": "dog", "lang": "en"}, {"key": "a", "text": "cat", "lang": None}]
-    assert drops == {"duplicate_text": 1, "missing_key": 2, "unsafe_key": 2, "empty_text": 2}
+    assert drops == {"caption_repeated": 1, "key_missing": 2, "name_unsafe": 2, "caption_empty": 2}
 
 
 def test_parquet_with_invalid_utf8(tmp_path):
     broken = pa.array([b"dog", b"\xff\xfe", b"caf\xc3\xa9", None]).view(pa.string())
     rows, drops = read_captions(parquet_shard(tmp_path, key=["a", "b", "c", "d"], text=broken))
-    assert rows["text"].to_pylist() == ["dog", "café"] and drops == {"invalid_utf8": 1, "empty_text": 1}
+    assert rows["text"].to_pylist() == ["dog", "café"] and drops == {"caption_not_utf8": 1, "caption_empty": 1}
 
 
 def test_parquet_with_other_string_types(tmp_path):
@@ -78,7 +78,7 @@ def test_pieces_make_the_whole(tmp_path, monkeypatch):
     pq.write_table(pa.table({"key": keys, "text": texts}), path, row_group_size=30)
     shard = PoolShard("s", path, None)
     whole, drops = read_captions(shard)
-    assert whole["text"].null_count == 0 and len(whole) + drops.total() == 100 and drops["duplicate_text"] > 0
+    assert whole["text"].null_count == 0 and len(whole) + drops.total() == 100 and drops["caption_repeated"] > 0
     assert len(set(zip(*whole.to_pydict().values(), strict=True))) == len(whole)
     for rows in (1, 7, 64):
         monkeypatch.setattr(pools, "BATCH_ROWS", rows)
@@ -86,7 +86,7 @@ def test_pieces_make_the_whole(tmp_path, monkeypatch):
         again, again_drops = read_captions(shard)
         assert again.to_pydict() == whole.to_pydict() and again_drops == drops
     kept = list(iter_captions(shard, keep_repeated=True))
-    assert sum(len(table) for table, _ in kept) == 100 - drops["empty_text"]
+    assert sum(len(table) for table, _ in kept) == 100 - drops["caption_empty"]
 
 
 def test_a_large_row_group_is_not_held_whole(tmp_path):
@@ -116,7 +116,7 @@ def test_shard_without_rows(tmp_path):
     [
         ({"key": ["a"]}, "s.parquet: no column 'text'"),
         ({"text": ["a"]}, "s.parquet: no column 'key'"),
-        ({"key": [1], "text": ["a"]}, "s.parquet: column 'key' is int64, must be string"),
+        ({"key": [1.5], "text": ["a"]}, "s.parquet: column 'key' is double, must be string"),
         ({"key": ["a"], "text": [b"a"]}, "s.parquet: column 'text' is binary, must be string"),
     ],
 )
@@ -161,11 +161,50 @@ def test_tar_captions_and_their_drops(tmp_path):
             "h.json": record({"caption": "\ud800"}),
             "../i.txt": b"escapes",
             "j.txt": b"  ",
+            "k.json": record({"text": "ein Hund", "lang": "de"}),
+            "l.json": record({"texts": [["alt", "one"], ["title", "two"]]}),
+            "x.1.txt": b"dots in the name",
         },
     )
     rows, drops = read_captions(shard)
-    assert rows.to_pylist() == [{"key": "a", "text": "ein Hund"}, {"key": "b", "text": "from json"}]
-    assert drops == {"bad_json": 3, "invalid_utf8": 2, "unsafe_key": 1, "empty_text": 2}
+    assert rows.to_pylist() == [
+        {"key": "k", "text": "ein Hund", "lang": "de"},
+        {"key": "a", "text": "ein Hund", "lang": None},
+        {"key": "b", "text": "from json", "lang": None},
+        {"key": "l", "text": "one", "lang": None},
+        {"key": "l", "text": "two", "lang": None},
+        {"key": "x.1", "text": "dots in the name", "lang": None},
+    ]
+    assert drops == {
+        "caption_not_json": 2,
+        "caption_missing": 1,
+        "caption_not_utf8": 2,
+        "name_unsafe": 1,
+        "caption_empty": 2,
+    }
+
+
+def test_parquet_of_another_kind_beside_a_tar(tmp_path):
+    tar = make_tar(tmp_path / "s.tar", {"a.jpg": b"...", "a.txt": b"ein Hund"})
+    for columns in ({"key": ["a"], "caption": ["x"], "url": ["u"]}, {"uid": ["a"], "text": ["x"]}):
+        shard = parquet_shard(tmp_path, **columns)
+        rows, drops = read_captions(PoolShard("s", shard.captions, tar.images))
+        assert rows.to_pylist() == [{"key": "a", "text": "ein Hund"}] and not drops
+
+
+def test_nested_pools(tmp_path):
+    for name in ("03/a", "04/a", "04/b"):
+        (tmp_path / "pool" / name).parent.mkdir(parents=True, exist_ok=True)
+        make_tar(tmp_path / "pool" / f"{name}.tar", {})
+    assert [shard.name for shard in list_pool(tmp_path / "pool")] == ["03/a", "04/a", "04/b"]
+    assert [shard.name for shard in list_pool(f"{tmp_path}/pool/*/a.tar")] == ["03/a", "04/a"]
+    assert [shard.name for shard in list_pool(tmp_path / "pool" / "04")] == ["a", "b"]
+    assert [shard.name for shard in list_pool(tmp_path / "pool" / "04" / "b.tar")] == ["b"]
+
+
+def test_a_tar_of_something_else(tmp_path):
+    with pytest.raises(UserError, match=r"s\.tar: holds 1 \*\.npy; looked for an image"):
+        read_captions(make_tar(tmp_path / "s.tar", {"a.npy": b""}))
 
 
 def test_tar_without_captions(tmp_path):
@@ -177,8 +216,7 @@ def test_real_webdataset_tar(shared_data):
     rows, drops = read_captions(PoolShard("cc12m-32", None, shared_data / "cc12m-32.tar"))
     assert len(rows) == 32 and not drops
     with TarIndex(shared_data / "cc12m-32.tar") as index:
-        images, _ = index.images()
-    assert set(images) == set(rows["key"].to_pylist())
+        assert set(index.listing.samples) == set(rows["key"].to_pylist())
 
 
 def damage_header(raw: bytes) -> bytes:

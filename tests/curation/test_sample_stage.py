@@ -13,14 +13,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mc2_hpc import jobs
+from mc2_hpc.curation.balance import plan_balance
 from mc2_hpc.curation.counts import VotesFile
-from mc2_hpc.curation.match import counts_path
-from mc2_hpc.curation.matched import read_matched
-from mc2_hpc.curation.pipeline import balance, match, pack
-from mc2_hpc.curation.sample import sample
+from mc2_hpc.curation.match import plan_match
+from mc2_hpc.curation.matched import counts_path, read_matched
+from mc2_hpc.curation.pack import plan_pack
+from mc2_hpc.curation.sample import plan_sample
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Local
-from mc2_hpc.storage import list_shards, read_json, write_json
+from mc2_hpc.jobs import Local
+from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import read_json, write_json
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+match, balance, pack, sample = map(runs, (plan_match, plan_balance, plan_pack, plan_sample))
 
 WORDS = {
     "en": ["dog", "cat", "zebra", "photo", "red"],
@@ -98,7 +111,7 @@ def test_equals_what_the_loader_keeps_of_the_packed_shards(curated, tmp_path):
         for path in list_shards(tmp_path / "shards", ".tar"):
             shard = open_shard(path)
             for row in shard.select_rows(BalanceFolder(balanced), seed=seed, epoch=epoch).tolist():
-                pair = shard.read(row)
+                pair = shard.read(row, seed=0, epoch=0)
                 online.append((pair.key, pair.text, pair.lang))
         assert sorted(online) == [row[:3] for row in rows_in(out)]
         assert 100 < len(online) < 600
@@ -128,7 +141,7 @@ def test_report_and_statistics(curated, tmp_path):
     assert len({row[0] for row in after}) == len(after) == report["images"] == report["matched"]
     assert report["rows"] == len(before) == sum(report["captions"].values())
     assert report["captions"]["de"] == sum(row[2] == "de" for row in before)
-    assert report["drops"]["other_text"] == len(before) - 600
+    assert report["drops"]["not_drawn"] == len(before) - 600
     assert report["drops"]["balanced"] == 600 - len(after)
     assert report["keys_in_several_shards"] == {"checked": 600, "found": 0}
     for lang in WORDS:
@@ -170,10 +183,11 @@ def test_a_killed_run_continues_to_the_same_bytes(curated, tmp_path):
     sample(matched, balanced, tmp_path / "whole")
     code = (
         "import os, signal, sys\n"
-        "from mc2_hpc.curation.sample import sample\n"
+        "from mc2_hpc import jobs\n"
+        "from mc2_hpc.curation.sample import plan_sample\n"
         "def stop(stage, done, total, name):\n"
         "    if done == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "sample(*sys.argv[1:], progress=stop)\n"
+        "jobs.run(plan_sample(*sys.argv[1:]), None, stop)\n"
     )
     arguments = [str(path) for path in (matched, balanced, tmp_path / "killed")]
     killed = subprocess.run([sys.executable, "-c", code, *arguments], timeout=120)

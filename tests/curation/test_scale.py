@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mc2_hpc.curation import pipeline
-from mc2_hpc.curation.match import _matcher, tables_folder
+from mc2_hpc import jobs
+from mc2_hpc.curation.match import _matcher, plan_match
+from mc2_hpc.curation.matched import tables_folder
 from mc2_hpc.curation.matching.matcher import Matcher
 from mc2_hpc.metadata.files import write_entries
 
@@ -54,6 +55,6 @@ def test_only_languages_of_the_shard_are_opened(tmp_path, monkeypatch):
     load = Matcher.load.__func__
     monkeypatch.setattr(Matcher, "load", classmethod(lambda cls, folder: opened.append(folder) or load(cls, folder)))
     _matcher.cache_clear()
-    report = pipeline.match(tmp_path / "pool", tmp_path / "metadata", tmp_path / "out", "fixed")
+    report = jobs.run(plan_match(tmp_path / "pool", tmp_path / "metadata", tmp_path / "out", "fixed"))
     assert sorted(opened) == [tables_folder(tmp_path / "out", lang) for lang in ("l007", "l299", "l300")]
-    assert report["matched"] == 4 and report["drops"] == {"unknown_language": 1}
+    assert report["matched"] == 4 and report["drops"] == {"language_unknown": 1}

@@ -8,11 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.curation.pool import url_dedup
+from mc2_hpc import jobs
+from mc2_hpc.curation import deduplicate as stages
+from mc2_hpc.curation.deduplicate import distinct, plan_deduplicate
 from mc2_hpc.curation.pool.captions import PoolShard
-from mc2_hpc.curation.pool.url_dedup import deduplicate, distinct
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Local
+from mc2_hpc.jobs import Local
+
+
+def runs(plan):
+    """``plan`` as a function that does it."""
+    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
+        plan(*arguments, **options), engine, progress
+    )
+
+
+deduplicate = runs(plan_deduplicate)
 
 COLUMNS = ("key", "text", "source")
 
@@ -71,7 +82,7 @@ def test_every_key_is_in_one_shard_with_all_its_texts(tmp_path):
     assert sum(map(len, keys)) == len(set().union(*keys)) == 40
     assert sorted(row for shard in shards for row in shard) == naive(rows)
     kept = sum(map(len, shards))
-    assert result == {"rows": 1000, "kept": kept, "images": 40, "drops": {"duplicate_text": 1000 - kept}}
+    assert result == {"rows": 1000, "kept": kept, "images": 40, "drops": {"caption_repeated": 1000 - kept}}
 
 
 def test_spread_order_and_workers_change_nothing(tmp_path):
@@ -92,7 +103,7 @@ def test_spread_order_and_workers_change_nothing(tmp_path):
 @pytest.mark.parametrize("rows_a_run", [1, 7, 10_000])
 def test_runs_of_a_shard_change_nothing(tmp_path, monkeypatch, rows_a_run):
     rows = random_rows(100)
-    monkeypatch.setattr(url_dedup, "_ROWS_A_RUN", rows_a_run)
+    monkeypatch.setattr(stages, "_ROWS_A_RUN", rows_a_run)
     monkeypatch.setattr("mc2_hpc.curation.pool.captions.BATCH_ROWS", 5)
     deduplicate(write_pool(tmp_path / "pool", [rows]), tmp_path / "out", shards=3)
     assert sorted(row for shard in read_shards(tmp_path / "out") for row in shard) == naive(rows)
@@ -120,8 +131,8 @@ def test_broken_off_in_either_pass(tmp_path, monkeypatch):
 
     for number, name in enumerate(("_runs", "distinct")):
         with monkeypatch.context() as patch:
-            real, calls = getattr(url_dedup, name), []
-            patch.setattr(url_dedup, name, lambda *a, r=real, c=calls: fail() if c.append(1) or len(c) > 1 else r(*a))
+            real, calls = getattr(stages, name), []
+            patch.setattr(stages, name, lambda *a, r=real, c=calls: fail() if c.append(1) or len(c) > 1 else r(*a))
             with pytest.raises(KeyboardInterrupt):
                 deduplicate(pool, tmp_path / f"broken{number}", shards=4)
         assert deduplicate(pool, tmp_path / f"broken{number}") == expected
@@ -132,7 +143,7 @@ def test_finished_pool_is_left_alone_and_its_scattered_rows_are_gone(tmp_path, m
     pool = write_pool(tmp_path / "pool", [random_rows(50)])
     result = deduplicate(pool, tmp_path / "out", shards=2)
     assert not list((tmp_path / "out").rglob("*.arrow"))
-    monkeypatch.setattr(url_dedup, "distinct", None)
+    monkeypatch.setattr(stages, "distinct", None)
     assert deduplicate(pool, tmp_path / "out") == result
 
 
@@ -150,7 +161,7 @@ def test_lost_shard_is_made_again_and_a_new_one_is_added(tmp_path):
 
 
 def test_number_of_shards_follows_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(url_dedup, "_ROWS_A_SHARD", 30)
+    monkeypatch.setattr(stages, "_ROWS_A_SHARD", 30)
     pool = write_pool(tmp_path / "pool", [random_rows(50), random_rows(41)])
     deduplicate(pool, tmp_path / "out")
     assert len(read_shards(tmp_path / "out")) == 4
@@ -169,7 +180,7 @@ def test_lang_stays_and_bad_rows_are_counted(tmp_path):
     result = deduplicate(pool, tmp_path / "out", shards=1)
     assert read_shards(tmp_path / "out") == [[("a", "x", "de")]]
     assert result["rows"] == 6
-    assert result["drops"] == {"duplicate_text": 2, "missing_key": 1, "unsafe_key": 1, "empty_text": 1}
+    assert result["drops"] == {"caption_repeated": 2, "key_missing": 1, "name_unsafe": 1, "caption_empty": 1}
 
 
 def test_bad_pools_are_named(tmp_path):
@@ -198,4 +209,4 @@ def test_bad_pools_are_named(tmp_path):
 def test_pool_of_plain_tars_has_images(tmp_path):
     (tmp_path / "a.tar").touch()
     with pytest.raises(UserError, match="a.tar: a pool with images"):
-        url_dedup._captions_only(PoolShard("a", None, tmp_path / "a.tar"))
+        stages._captions_only(PoolShard("a", None, tmp_path / "a.tar"))

@@ -1,4 +1,4 @@
-"""Pictures, captions and shards that the data tests share."""
+"""Images, captions and shards that the data tests share."""
 
 import io
 from collections.abc import Callable

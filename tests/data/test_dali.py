@@ -15,9 +15,9 @@ from mc2_hpc.data.decode import TrainTransform, crop_and_resize, resolve_backend
 from mc2_hpc.data.loader import Batch, TrainLoader
 from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.data.shards import Pair, open_shard
-from mc2_hpc.data.skips import SkipSample
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.draws import hash_keys
+from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -66,7 +66,7 @@ def jpegs(make_jpeg: Callable[..., bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("size", [224, 64])
-def test_pictures_are_the_references(size: int, jpegs: list[bytes]) -> None:
+def test_images_are_the_references(size: int, jpegs: list[bytes]) -> None:
     transform = TrainTransform(size, (0.5, 1.0), 0, "dali")
     crops = [transform(data, key, 0) for data, key in zip(jpegs, KEYS, strict=False)]
     assert all(isinstance(crop, EncodedCrop) for crop in crops)
@@ -80,9 +80,9 @@ def test_pictures_are_the_references(size: int, jpegs: list[bytes]) -> None:
     assert min(quality) >= 50
 
 
-def test_pictures_are_the_references_on_real_data(shared_data: Path) -> None:
+def test_images_are_the_references_on_real_data(shared_data: Path) -> None:
     shard = open_shard(shared_data / "cc12m-32.tar")
-    data = [shard.read(row).image for row in range(shard.num_keys)]
+    data = [shard.read(row, seed=0, epoch=0).image for row in range(shard.num_keys)]
     make = {b: TrainTransform(224, (0.9, 1.0), 0, b) for b in ("dali", "pil")}
     images, _ = decode([make["dali"](d, key, 0) for d, key in zip(data, KEYS, strict=False)], 224)
     quality = [psnr(image, make["pil"](d, key, 0)) for image, d, key in zip(images, data, KEYS, strict=False)]
@@ -99,7 +99,7 @@ def test_boxes_are_those_of_every_backend(jpegs: list[bytes]) -> None:
 def test_what_is_no_sound_jpeg_never_reaches_the_pipeline(jpegs: list[bytes], make_jpeg: Callable[..., bytes]) -> None:
     transform = TrainTransform(SIZE, (0.9, 1.0), 0, "dali")
     for data in (jpegs[0][:5000], b"nothing", b"\xff\xd8\xff\xd9", jpegs[0][:30]):
-        with pytest.raises(SkipSample):
+        with pytest.raises(Dropped):
             transform(data, KEYS[0], 0)
     for data in (make_jpeg(80, 90, mode="CMYK"), jpegs[0] + b"trailing"):
         assert isinstance(transform(data, KEYS[0], 0), torch.Tensor)
@@ -134,7 +134,7 @@ def test_broken_jpegs_cost_themselves_alone(jpegs: list[bytes], caplog: pytest.L
                 assert psnr(image, exact) > 40
 
 
-def test_ready_pictures_keep_their_places(jpegs: list[bytes]) -> None:
+def test_ready_images_keep_their_places(jpegs: list[bytes]) -> None:
     crop = EncodedCrop(jpegs[0], Box(0, 0, 300, 300))
     ready = [torch.full((3, SIZE, SIZE), value, dtype=torch.uint8) for value in (1, 2)]
     images, _ = decode([ready[0], crop, ready[1], crop])
@@ -147,7 +147,7 @@ def test_ready_pictures_keep_their_places(jpegs: list[bytes]) -> None:
 def test_the_loader_gives_the_same_batches_and_resumes(
     workers: int, make_jpeg: Callable[..., bytes], tokenizer_file: Path, tmp_path: Path
 ) -> None:
-    pairs = [Pair(f"{i:04d}", make_jpeg(70 + i % 9, 80, seed=i), f"picture {i}", "en") for i in range(40)]
+    pairs = [Pair(f"{i:04d}", make_jpeg(70 + i % 9, 80, seed=i), f"image {i}", "en") for i in range(40)]
     pairs[5] = pairs[5]._replace(image=pairs[5].image[:600])
     pairs[9] = pairs[9]._replace(image=pairs[9].image + b"tail")
     pack_pairs(pairs, tmp_path / "shards", pairs_per_shard=10)
@@ -174,7 +174,7 @@ def test_the_loader_gives_the_same_batches_and_resumes(
         assert (a.keys, a.langs, a.position, a.skipped) == (b.keys, b.langs, b.position, b.skipped)
         assert torch.equal(a.tokens, b.tokens)
         assert min(psnr(x, y) for x, y in zip(a.images, b.images, strict=True)) > 40
-    assert sum((Counter(batch.skipped) for batch in found), Counter()).keys() == {"truncated_jpeg"}
+    assert sum((Counter(batch.skipped) for batch in found), Counter()).keys() == {"image_truncated"}
 
 
 def test_dali_is_for_training_and_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_bad_pictures_are_skipped_and_counted(folder: Path, tmp_path: Path, make
     (tmp_path / "1.tar").write_bytes(b"")
     batches = EvalBatches(tmp_path, image_size=16, batch=1)
     assert [b.keys for b in batches] == [["b"]]
-    assert batches.skipped == {"undecodable_image": 1, "shard_unreadable": 1}
+    assert batches.skipped == {"image_undecodable": 1, "shard_unreadable": 1}
 
 
 def test_nothing_usable_is_an_error_on_every_rank(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_nothing_usable_is_an_error_on_every_rank(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="not one picture can be used"):
             list(EvalBatches(tmp_path, image_size=16, batch=1, rank=rank, world_size=2))
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"bad", "txt": b"x"})])
-    with pytest.raises(UserError, match="undecodable_image 1"):
+    with pytest.raises(UserError, match="image_undecodable 1"):
         list(EvalBatches(tmp_path, image_size=16, batch=1))
     with pytest.raises(UserError, match="choose shortest or squash"):
         EvalBatches(tmp_path, image_size=16, batch=1, transform="longest")

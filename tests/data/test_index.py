@@ -32,7 +32,7 @@ def kept(path: Path) -> Path:
 
 
 def contents(shard: Shard) -> list[Pair]:
-    return [shard.read(row) for row in range(shard.num_keys)]
+    return [shard.read(row, seed=0, epoch=0) for row in range(shard.num_keys)]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_an_index_gives_the_same_shard(tmp_path: Path, reads: list[int]) -> None
     again = open_shard(path)
     assert reads == []
     assert contents(again) == listed and (again.row_hashes() == first.row_hashes()).all()
-    assert (again.unsafe_names, again.changed) == (0, False)
+    assert (again.drops, again.changed) == ({}, False)
 
 
 def test_resume_far_inside_a_big_tar_reads_the_member_alone(tmp_path: Path, reads: list[int]) -> None:
@@ -102,22 +102,24 @@ def test_a_tar_written_this_moment_is_not_trusted_to_stay(tmp_path: Path) -> Non
     assert not kept(path).exists()
 
 
-def test_plain_and_curated_have_different_indexes(tmp_path: Path) -> None:
+def test_plain_and_curated_have_one_index(tmp_path: Path) -> None:
     path = write(tmp_path / "0.tar", 3)
     assert open_shard(path).num_keys == 3
     pq.write_table(pa.table({"key": ["k00001"], "text": ["x"]}), path.with_suffix(".parquet"))
     curated = open_shard(path)
-    assert curated.num_keys == 1 and curated.read(0).image[:5] == b"00001"
-    assert open_shard(path).read(0) == curated.read(0)
+    pair = curated.read(0, seed=0, epoch=0)
+    assert curated.num_keys == 1 and pair.image[:5] == b"00001"
+    assert open_shard(path).read(0, seed=0, epoch=0) == pair
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "header"])
 def test_a_damaged_index_is_made_again(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path / "0.tar", 20)
     expected = contents(open_shard(path))
     whole = kept(path).read_bytes()
-    broken = {"empty": b"", "cut": whole[:100], "flipped": whole[:200] + bytes([whole[200] ^ 4]) + whole[201:]}[damage]
-    kept(path).write_bytes(broken)
+    flip = {"flipped": 200, "header": 24}.get(damage, 0)  # 24: the number of samples
+    flipped = whole[:flip] + bytes([whole[flip] ^ 4]) + whole[flip + 1 :]
+    kept(path).write_bytes({"empty": b"", "cut": whole[:100]}.get(damage, flipped))
     assert contents(open_shard(path)) == expected
     assert kept(path).read_bytes() == whole
 
@@ -135,7 +137,7 @@ def test_where_nothing_can_be_written_beside_the_tar(tmp_path: Path, monkeypatch
     expected = contents(open_shard(path, cache=tmp_path / "cache"))
     assert [p.name for p in path.parent.iterdir()] == ["0.tar"]
     assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 1
-    monkeypatch.setattr(index_module, "list_members", None)  # not asked again
+    monkeypatch.setattr(index_module, "list_samples", None)  # not asked again
     assert contents(open_shard(path, cache=tmp_path / "cache")) == expected
 
 
@@ -166,7 +168,7 @@ def test_names_that_lead_out_are_left_out_and_counted(name: str, tmp_path: Path)
     path = tar_of(tmp_path / "0.tar", [(name, b"x"), ("./ok.jpg", b"y"), ("ok.txt", b"z")])
     for _ in range(2):
         shard = open_shard(path)
-        assert contents(shard)[0].key == "ok" and (shard.num_keys, shard.unsafe_names) == (1, 1)
+        assert contents(shard)[0].key == "ok" and (shard.num_keys, shard.drops) == (1, {"name_unsafe": 1})
 
 
 def test_a_tar_without_files(tmp_path: Path) -> None:
@@ -184,7 +186,9 @@ def test_a_sample_is_one_read_wherever_its_files_lie(
     for _ in range(2):
         shard = open_shard(path)
         reads.clear()
-        assert [shard.read(row) for row in range(3)] == [Pair(f"k{i}", b"j" * 3_000, "words", lang) for i in range(3)]
+        assert [shard.read(row, seed=0, epoch=0) for row in range(3)] == [
+            Pair(f"k{i}", b"j" * 3_000, "words", lang) for i in range(3)
+        ]
         assert len(reads) == 3 and max(reads) < 3_000 + 5 * 512 + 20
 
 
@@ -196,7 +200,9 @@ def test_files_that_lie_apart_are_read_one_by_one(tmp_path: Path, reads: list[in
     for _ in range(2):
         shard = open_shard(path)
         reads.clear()
-        assert [shard.read(row) for row in rows] == [Pair(f"k{i}", content["jpg"], "words", "ja") for i in rows]
+        assert [shard.read(row, seed=0, epoch=0) for row in rows] == [
+            Pair(f"k{i}", content["jpg"], "words", "ja") for i in rows
+        ]
         assert reads == [3_000, 5, 14] * 20
 
 

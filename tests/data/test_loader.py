@@ -30,7 +30,7 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pairs(make_jpeg: Callable[..., bytes], captions: list[tuple[str, str]]) -> list[Pair]:
-    """96 pairs with pictures of their own."""
+    """96 pairs with images of their own."""
     return [
         Pair(f"{i:04d}", make_jpeg(24 + i % 5, 30, seed=i), text, lang) for i, (lang, text) in enumerate(captions[:96])
     ]
@@ -76,7 +76,7 @@ def take(loader: TrainLoader, steps: int) -> list[Batch]:
 
 
 def joined(ranks: list[list[Batch]]) -> list[tuple[list[str], torch.Tensor, list[list[int]]]]:
-    """Each step's keys, pictures and token rows over all ranks."""
+    """Each step's keys, images and token rows over all ranks."""
     steps = []
     for batches in zip(*ranks, strict=True):
         keys = [key for batch in batches for key in batch.keys]
@@ -98,7 +98,7 @@ def test_a_batch_is_what_it_says(make_loader, folder: Path, pairs: list[Pair], t
     assert batch.langs == [by_key[key].lang for key in batch.keys]
     assert batch.skipped == {} and batch.position == {lane: (0, 0, 4) for lane in range(6)}
     means = batch.images.float().mean((1, 2, 3))
-    assert means.std() > 1  # pictures of their own, not one repeated
+    assert means.std() > 1  # images of their own, not one repeated
 
 
 def test_an_epoch_has_every_pair_once_and_the_next_another_order(make_loader, folder: Path, pairs: list[Pair]) -> None:
@@ -125,7 +125,7 @@ def test_worker_processes_share_the_same_batches(make_loader, folder: Path) -> N
     assert_equal_steps(joined([many]), joined([alone]))
     assert [b.position for b in many] == [b.position for b in alone]
     assert [b.skipped for b in many] == [b.skipped for b in alone]
-    assert sum((Counter(b.skipped) for b in alone), Counter())["undecodable_image"] >= 1
+    assert sum((Counter(b.skipped) for b in alone), Counter())["image_undecodable"] >= 1
 
 
 def test_resume_on_other_numbers_of_ranks_loses_and_repeats_nothing(
@@ -182,10 +182,10 @@ def bad_folder(tmp_path: Path, pairs: list[Pair]) -> Path:
     write_shard(
         tmp_path / "bad_samples.tar",
         [
-            ("truncated", {"jpg": jpeg[: len(jpeg) // 2], "txt": b"half a picture"}),
+            ("truncated", {"jpg": jpeg[: len(jpeg) // 2], "txt": b"half an image"}),
             ("latin1", {"jpg": jpeg, "txt": "caf\u00e9".encode("latin-1")}),
             ("blank", {"jpg": jpeg, "txt": b" "}),
-            ("rubbish", {"jpg": b"rubbish", "txt": b"no picture"}),
+            ("rubbish", {"jpg": b"rubbish", "txt": b"no image"}),
             ("lonely", {"jpg": jpeg}),
             ("blind", {"txt": b"words"}),
             ("good", {"jpg": jpeg, "txt": b"the last one"}),
@@ -210,7 +210,14 @@ def test_every_kind_of_bad_sample_is_skipped_and_counted(make_loader, bad_folder
     skipped.update(batch.skipped)  # the search that ended the epoch may have begun the next
     assert sorted(keys) == sorted([pair.key for pair in pairs[:24]] + ["good"])
     samples = dict.fromkeys(
-        ("truncated_jpeg", "caption_not_utf8", "caption_empty", "undecodable_image", "caption_missing", "image_missing")
+        (
+            "image_truncated",
+            "caption_not_utf8",
+            "caption_empty",
+            "image_undecodable",
+            "caption_missing",
+            "image_missing",
+        )
     )
     assert all(skipped[reason] in (1, 2) for reason in samples), skipped
     assert 4 <= skipped["shard_unreadable"] <= 8 and set(skipped) == {*samples, "shard_unreadable"}
@@ -225,7 +232,7 @@ def test_when_everything_is_bad_the_run_ends_with_one_line(workers: int, make_lo
         next(make_loader(bad_folder, workers=workers))
     message = str(caught.value)
     assert "not one sample can be used; everything was skipped" in message and "\n" not in message
-    assert "undecodable_image 20" in message and "shard_unreadable 4" in message and str(bad_folder) in message
+    assert "image_undecodable 20" in message and "shard_unreadable 4" in message and str(bad_folder) in message
 
 
 def test_a_shard_that_vanishes_between_batches_costs_itself(make_loader, folder: Path, tmp_path: Path) -> None:

@@ -5,30 +5,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from mc2_hpc.data.locations import expand_braces, find_shards
+from mc2_hpc.data.locations import find_shards
 from mc2_hpc.data.packing import write_shard
 from mc2_hpc.errors import UserError
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("a.tar", ["a.tar"]),
-        ("{08..11}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]),
-        ("{9..10}.tar", ["9.tar", "10.tar"]),
-        ("{en,de}/{0..1}.tar", ["en/0.tar", "en/1.tar", "de/0.tar", "de/1.tar"]),
-        ("x{3..3}", ["x3"]),
-        ("{one}", ["one"]),
-    ],
-)
-def test_braces(pattern: str, expected: list[str]) -> None:
-    assert expand_braces(pattern) == expected
-
-
-@pytest.mark.parametrize("pattern", ["{5..3}.tar", "{0..99999999}.tar", "{0..9999}{0..9999}.tar"])
-def test_braces_that_stand_for_nothing_or_too_much(pattern: str) -> None:
-    with pytest.raises(UserError, match=r"no range of|more than 10,000,000"):
-        expand_braces(pattern)
 
 
 @pytest.fixture
@@ -54,10 +33,18 @@ def test_local(folder: Path) -> None:
     ]
     assert names(f"file://{folder}/en", folder) == names(folder / "en", folder)
     shards = find_shards(folder / "en")
-    assert shards.open(1).read(0).key == "en1"
+    assert shards.open(1).read(0, seed=0, epoch=0).key == "en1"
     (folder / "{odd}").mkdir()
     write_shard(folder / "{odd}" / "0.tar", [("odd", {"jpg": b"1", "txt": b"x"})])
     assert names(folder / "{odd}", folder) == ["{odd}/0.tar"]
+
+
+def test_lists_of_names(folder: Path) -> None:
+    both = [f"{folder}/en", f"{folder}/de/000.tar"]
+    assert find_shards(both).names == find_shards("::".join(both)).names
+    assert len(find_shards(both).names) == 4
+    with pytest.raises(UserError, match="both local and remote"):
+        find_shards([*both, "memory://listing"])
 
 
 def test_what_is_not_there(folder: Path) -> None:

@@ -309,7 +309,7 @@ def test_a_full_disk_does_not_make_a_shard_bad(
 
 @pytest.fixture
 def pairs(make_jpeg: Callable[..., bytes]) -> list[Pair]:
-    return [Pair(f"{i:04d}", make_jpeg(24, 30, seed=i), f"picture {i}", "en") for i in range(48)]
+    return [Pair(f"{i:04d}", make_jpeg(24, 30, seed=i), f"image {i}", "en") for i in range(48)]
 
 
 def train(spec: str, tokenizer_file: Path, cache: Path, steps: int, workers: int, **config: object) -> tuple:
@@ -362,23 +362,23 @@ def test_training_and_evaluation_from_s3(
         host, port = server.get_host_and_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         system = fsspec.filesystem("s3")
-        system.mkdir("pictures")
+        system.mkdir("images")
         for path in paths:
-            system.put_file(str(path), f"pictures/train/{path.name}")
+            system.put_file(str(path), f"images/train/{path.name}")
         local = train(str(tmp_path / "shards"), tokenizer_file, tmp_path / "cache", steps=12, workers=0)[0]
-        assert train("s3://pictures/train", tokenizer_file, tmp_path / "cache", steps=12, workers=0) == (local, {})
+        assert train("s3://images/train", tokenizer_file, tmp_path / "cache", steps=12, workers=0) == (local, {})
         assert len({key for batch in local[:6] for key in batch}) == 48
         # Workers have the environment of the process that started the first of them: so in one of its own.
-        arguments = ("s3://pictures/train", str(tokenizer_file), str(tmp_path / "cache2"))
+        arguments = ("s3://images/train", str(tokenizer_file), str(tmp_path / "cache2"))
         command = [sys.executable, "-c", TRAIN_WITH_WORKERS, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout.splitlines()[-1]) == local
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-        found = [key for batch in EvalBatches("s3://pictures/train/*.tar", image_size=8, batch=7) for key in batch.keys]
+        found = [key for batch in EvalBatches("s3://images/train/*.tar", image_size=8, batch=7) for key in batch.keys]
         assert found == [pair.key for pair in pairs]
         with pytest.raises(UserError, match="no such folder, file or list"):
-            find_shards("s3://pictures/elsewhere")
+            find_shards("s3://images/elsewhere")
     finally:
         server.stop()
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from mc2_hpc.config import DataConfig
-from mc2_hpc.data import loader as loader_module
+from mc2_hpc.data.batches import Share
 from mc2_hpc.data.loader import Batch, DataStalled, TrainLoader
 from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.data.shards import Pair
+from mc2_hpc.data.source import Failure, ShareSource
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board, Patient
 from mc2_hpc.errors import UserError
@@ -28,7 +29,7 @@ LONG_AGO = (0, 0)
 
 @pytest.fixture(scope="module")
 def pairs(make_jpeg: Callable[..., bytes]) -> list[Pair]:
-    return [Pair(f"{i:04d}", make_jpeg(24, 30, seed=i), f"picture {i}", "en") for i in range(60)]
+    return [Pair(f"{i:04d}", make_jpeg(24, 30, seed=i), f"image {i}", "en") for i in range(60)]
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_a_read_that_never_returns_names_rank_worker_and_shard(
     loader = make_loader(tmp_path, workers=workers, rank=1, world_size=2, stall_seconds=3 if workers == 0 else 12)
     expected = (
         rf"rank 1: no samples from data worker 0 \(lanes 2-{2 if workers else 3}\), which has been at "
-        rf"{tmp_path}/hangs\.tar for \d+ s: none for \d+ s; mend it and start the run again"
+        rf"{tmp_path}/hangs\.tar for \d+ s: none for \d+ s; fix it and start the run again"
     )
     began = time.monotonic()
     with pytest.raises(DataStalled, match=expected):
@@ -103,7 +104,7 @@ def test_a_killed_worker_is_an_error_at_once(
 ) -> None:
     loader = make_loader(folder, workers=2, stall_seconds=600)
     next(loader)
-    os.kill(loader._workers[1].pid or 0, sent)
+    os.kill(loader._shares.processes[1].pid or 0, sent)
     began = time.monotonic()
     hint = {signal.SIGKILL: "out of memory", signal.SIGBUS: "is /dev/shm full"}[sent]
     with pytest.raises(DataStalled, match=rf"rank 0: .*: process \d+ died \(killed by {sent.name}; {hint}\?\)"):
@@ -117,8 +118,8 @@ def test_a_worker_killed_while_it_sends_is_noticed(make_loader: Callable[..., Tr
     loader = make_loader(folder, workers=1, stall_seconds=600)
     next(loader)
     block = threading.Event()
-    loader._chunks = Patient(iter(lambda: block.wait() and None, 1))  # type: ignore[assignment, arg-type]
-    loader._workers[0].kill()
+    loader._shares._shares = Patient(iter(lambda: block.wait() and None, 1))  # type: ignore[assignment, arg-type]
+    loader._shares.processes[0].kill()
     with pytest.raises(DataStalled, match="killed by SIGKILL"):
         next(loader)
     block.set()
@@ -127,16 +128,16 @@ def test_a_worker_killed_while_it_sends_is_noticed(make_loader: Callable[..., Tr
 def test_an_error_of_the_code_keeps_its_traceback(
     make_loader: Callable[..., TrainLoader], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module._ChunkSource, "_chunk", lambda *_: 1 / 0)
+    monkeypatch.setattr(ShareSource, "_share", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         next(make_loader(folder))
-    assert any(entry.name == "_next_chunk" for entry in caught.traceback) and caught.traceback[-1].name == "<lambda>"
+    assert any(entry.name == "_next_share" for entry in caught.traceback) and caught.traceback[-1].name == "<lambda>"
 
 
 def test_closing_is_quick_and_leaves_no_process(make_loader: Callable[..., TrainLoader], folder: Path) -> None:
     loader = make_loader(folder, workers=2)
     next(loader)
-    workers = list(loader._workers)
+    workers = list(loader._shares.processes)
     loader.close()
     assert workers and not any(worker.is_alive() for worker in workers)
 
@@ -207,21 +208,23 @@ def test_a_worker_that_found_an_error_stays_to_tell_it(
 ) -> None:
     """Its rank may still wait for another worker, to which one that has ended would look as if it had died."""
     pack_pairs(pairs[:3], tmp_path / "few")
-    chunks = iter(make_loader(tmp_path / "few")._source)
-    told = [next(chunk for chunk in chunks if isinstance(chunk, loader_module._Failure)) for _ in range(3)]
+    shares = iter(make_loader(tmp_path / "few")._shares._source)
+    told = [next(share for share in shares if isinstance(share, Failure)) for _ in range(3)]
     assert all("too few" in str(failure.error) for failure in told)
 
 
 # The parts
 
 
-def test_pictures_cross_through_shared_memory(make_loader: Callable[..., TrainLoader], folder: Path) -> None:
+def test_images_cross_through_shared_memory(make_loader: Callable[..., TrainLoader], folder: Path) -> None:
     loader = make_loader(folder, workers=1)
     batch = next(loader)
     assert batch.images.is_shared()
-    big = Batch(torch.zeros((256, 3, 224, 224), dtype=torch.uint8), batch.tokens, batch.keys, batch.langs, {})
-    through_pipe = len(ForkingPickler.dumps(loader_module._Chunk(big, None)))
-    assert through_pipe < 5_000 < 38_000_000 < len(pickle.dumps(big.images.numpy()))
+    pixels = torch.zeros((256, 3, 224, 224), dtype=torch.uint8)
+    tokens = torch.zeros((256, 24), dtype=torch.int64)
+    big = Share(pixels=pixels, tokens=tokens, keys=["0000"] * 256, langs=["en"] * 256, position=batch.position)
+    through_pipe = len(ForkingPickler.dumps(big))
+    assert through_pipe < 5_000 < 38_000_000 < len(pickle.dumps(pixels.numpy()))
 
 
 def test_board_is_shared_and_says_how_long() -> None:

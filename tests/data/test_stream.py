@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from mc2_hpc.data.locations import LocalShards
 from mc2_hpc.data.packing import write_shard
-from mc2_hpc.data.skips import SkipSample
 from mc2_hpc.data.stream import Deck, Lane, Position, ShardPool
+from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
 
 
 def decode(data: bytes, key_hash: np.uint64, epoch: int) -> torch.Tensor:
     if data == b"bad":
-        raise SkipSample("undecodable_image")
+        raise Dropped("image_undecodable")
     return torch.zeros(1)
 
 
@@ -125,7 +125,7 @@ def test_bad_samples_and_shards_are_counted_once(tmp_path: Path) -> None:
         shards = pool(paths, lanes)
         found = [key for lane in range(lanes) for key in epoch_of(shards, lane, 0)]
         assert len(found) == len(set(found)) == 18
-        assert shards.skipped == Counter(undecodable_image=2, shard_unreadable=1), lanes
+        assert shards.skipped == Counter(image_undecodable=2, shard_unreadable=1), lanes
 
 
 def test_a_lane_without_anything_good_waits_for_the_next_epoch(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_lane_without_anything_good_waits_for_the_next_epoch(tmp_path: Path) -
         assert all(next(stream).pair.key.startswith("1-") for _ in range(20))
 
 
-@pytest.mark.parametrize("kind", ["pictures", "shards", "gone"])
+@pytest.mark.parametrize("kind", ["images", "shards", "gone"])
 def test_nothing_good_at_all_is_an_error(kind: str, tmp_path: Path) -> None:
     paths = write(tmp_path, [5, 5], bad={f"{n}-{i}" for n in range(2) for i in range(5)})
     for path in paths:
@@ -145,7 +145,7 @@ def test_nothing_good_at_all_is_an_error(kind: str, tmp_path: Path) -> None:
             path.write_bytes(path.read_bytes()[:700])
         elif kind == "gone":
             path.unlink()
-    expected = {"pictures": "undecodable_image 10", "shards": "shard_unreadable 2", "gone": "shard_unreadable 2"}[kind]
+    expected = {"images": "image_undecodable 10", "shards": "shard_unreadable 2", "gone": "shard_unreadable 2"}[kind]
     for lanes in (1, 2, 5):
         with pytest.raises(UserError, match=f"test data: not one sample can be used; .*: {expected}"):
             next(Lane(pool(paths, lanes), lanes - 1, Position()))

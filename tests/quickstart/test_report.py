@@ -90,7 +90,7 @@ def report(tmp_path):
         },
         "training": [{"step": 10 * i, "loss": 5 / i, "samples_per_second": 900 + i} for i in range(1, 40)],
         "stages": [{"name": "make a pool", "seconds": 4.2}],
-        "skipped": {"no_match": 3849, "truncated_jpeg": 0},
+        "skipped": {"no_match": 3849, "image_truncated": 0},
         "outputs": {"open_clip": "runs/q/open_clip", "train": "runs/q/train", "train.yaml": "runs/q/train.yaml"},
         "machine": "2 CPU cores",
         "versions": {"torch": "2.13.0"},

@@ -140,7 +140,7 @@ def test_half_written_checkpoint_is_ignored_and_removed(run_training, tmp_path):
 
 
 def test_corrupt_samples_are_counted(run_training, tiny_pool, tmp_path):
-    """Truncated pictures and captions that are not UTF-8 are skipped and counted, in the log and the checkpoint."""
+    """Truncated images and captions that are not UTF-8 are skipped and counted, in the log and the checkpoint."""
     shards = tmp_path / "shards"
     shutil.copytree(tiny_pool.shards, shards)
     good = (shards / "00000.tar").read_bytes()

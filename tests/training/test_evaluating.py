@@ -34,7 +34,7 @@ def starter(extensions):
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    """Sixteen pictures with captions in two languages, and a set that is not there."""
+    """Sixteen images with captions in two languages, and a set that is not there."""
     folder = tmp_path_factory.mktemp("sets")
     pairs = list(draw_pairs(16))
     (folder / "squares" / "images").mkdir(parents=True)

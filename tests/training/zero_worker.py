@@ -14,6 +14,7 @@ from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.distributed import Ranks, process_group
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import resolve
+from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.step import ContrastiveStep
@@ -75,7 +76,7 @@ def train(
     clip = build_clip(resolve(config.model), seed=0)
     clip.set_activation_checkpointing(checkpointing)
     engine = Engine(clip, config, ranks, num_micro=num_micro)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = Precision(config.precision).dtype
     step = ContrastiveStep(engine, config.loss, feature_dtype=dtype)
     rows = []
     for number, (images, tokens) in enumerate(batches()):

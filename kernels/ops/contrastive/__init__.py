@@ -7,8 +7,8 @@ from torch.distributed import ProcessGroup
 from . import all_gather, ring
 from .dispatch import BACKENDS, choose_backend, tile_factory
 from .function import ContrastiveLoss, Plan
-from .ranks import discover_ranks
 from .reference import distributed_reference_loss, reference_loss
+from .shared_batch import discover_batch
 
 __all__ = ["BACKENDS", "EXCHANGES", "contrastive_loss", "reference_loss"]
 
@@ -50,16 +50,16 @@ def contrastive_loss(
     """
     _check(image_features, text_features, logit_scale, exchange)
     backend = choose_backend(backend, image_features.device)
-    ranks = discover_ranks(image_features, group)
-    if ranks.global_batch == 0:
+    shared = discover_batch(image_features, group)
+    if shared.global_batch == 0:
         raise ValueError("contrastive_loss was given no pairs on any rank: give at least one")
     if backend == "triton" and image_features.dtype == torch.float64:
         raise ValueError("the triton backend takes bf16, fp16 and fp32 features, not fp64: use backend='tiled'")
     # Autocast would round logits to half.
     with torch.autocast(image_features.device.type, enabled=False):
         if backend == "reference":
-            return distributed_reference_loss(image_features, text_features, logit_scale, ranks)
-        plan = Plan(tile_factory(backend, workspace_bytes), EXCHANGES[exchange], ranks)
+            return distributed_reference_loss(image_features, text_features, logit_scale, shared)
+        plan = Plan(tile_factory(backend, workspace_bytes), EXCHANGES[exchange], shared)
         return ContrastiveLoss.apply(image_features, text_features, logit_scale, plan)
 
 

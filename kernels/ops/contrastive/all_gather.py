@@ -7,32 +7,32 @@ ranks, and in backward their fp32 gradients before these go to their owners.
 import torch
 from torch import Tensor
 
-from .ranks import Ranks
+from .shared_batch import SharedBatch
 from .statistics import Statistics
 from .tiles import TileFactory, add_pairs, backward_tiles, forward_tiles
 
 
 def forward(
-    make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, ranks: Ranks
+    make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (N, D), column log-sum-exp (N))."""
-    num_columns, own = ranks.global_batch, ranks.part(ranks.rank)
+    num_columns, own = shared.global_batch, shared.part(shared.rank)
     tiles = make_tiles(image_bD, num_columns)
     rows = Statistics.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
     cols = Statistics.empty(num_columns, device=scale.device, dtype=scale.dtype)
-    if ranks.size == 1:
+    if shared.size == 1:
         forward_tiles(tiles, image_bD, text_bD, scale, rows, cols)
         col_lse = cols.logsumexp()
         return rows.logsumexp(), col_lse, text_bD, col_lse
 
-    gathering = ranks.gather(text_bD)
+    gathering = shared.gather(text_bD)
     forward_tiles(tiles, image_bD, text_bD, scale, rows, cols[own])
     text_ND = gathering.wait()
     for others in (slice(0, own.start), slice(own.stop, num_columns)):
         forward_tiles(tiles, image_bD, text_ND[others], scale, rows, cols[others])
 
-    own_lse = _combine(ranks.to_owners(torch.stack((cols.maximum, cols.total), dim=1)))
-    return rows.logsumexp(), own_lse, text_ND, ranks.gather(own_lse).wait()
+    own_lse = _combine(shared.to_owners(torch.stack((cols.maximum, cols.total), dim=1)))
+    return rows.logsumexp(), own_lse, text_ND, shared.gather(own_lse).wait()
 
 
 def _combine(partial: Tensor) -> Tensor:
@@ -51,22 +51,22 @@ def backward(
     scale: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
-    ranks: Ranks,
+    shared: SharedBatch,
     needs_image: bool,
     needs_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """(G T (b, D), G^T I of the own texts (b, D), the scale G was held at)."""
-    tiles = make_tiles(image_bD, ranks.global_batch)
+    tiles = make_tiles(image_bD, shared.global_batch)
     width = image_bD.shape[1]
     image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
-    text_grad = scale.new_zeros((ranks.global_batch, width)) if needs_text else None
-    diagonal = ranks.offsets[ranks.rank]
+    text_grad = scale.new_zeros((shared.global_batch, width)) if needs_text else None
+    diagonal = shared.offsets[shared.rank]
     backward_tiles(tiles, image_bD, text_ND, scale, row_lse, col_lse, diagonal, image_grad, text_grad)
-    if text_grad is not None and ranks.size > 1:
-        first, *others = ranks.to_owners(text_grad).unbind(0)
+    if text_grad is not None and shared.size > 1:
+        first, *others = shared.to_owners(text_grad).unbind(0)
         for other in others:
             first += other
         text_grad = first
-    own = ranks.part(ranks.rank)
+    own = shared.part(shared.rank)
     add_pairs(image_bD, text_ND[own], scale, row_lse, col_lse[own], image_grad, text_grad, tiles.gradient_scale)
     return image_grad, text_grad, tiles.gradient_scale

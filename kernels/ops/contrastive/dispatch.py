@@ -21,7 +21,7 @@ WORKSPACE_BYTES = {"cuda": 512 << 20, "cpu": 16 << 20}
 
 SMALLEST_WORKSPACE_BYTES = 64 << 10
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _logged: set[str] = set()
 
 
@@ -70,4 +70,4 @@ def tile_factory(backend: str, workspace_bytes: int | None) -> TileFactory:
 def _log_once(message: str) -> None:
     if message not in _logged:
         _logged.add(message)
-        _log.info(message)
+        logger.info(message)

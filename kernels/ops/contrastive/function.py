@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ranks import Ranks
+from .shared_batch import SharedBatch
 from .tiles import TileFactory, paired_dots
 
 
@@ -16,31 +17,31 @@ class Plan:
 
     make_tiles: TileFactory
     exchange: ModuleType
-    ranks: Ranks
+    shared: SharedBatch
 
 
 class ContrastiveLoss(torch.autograd.Function):
-    """Global mean loss; each rank's gradients are ``ranks.size`` times its part, so that their average is exact."""
+    """Global mean loss; each rank's gradients are ``shared.size`` times its part, so that their average is exact."""
 
     @staticmethod
-    def forward(ctx, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> Tensor:
         image, text = image.contiguous(), text.contiguous()
         dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
         scale = logit_scale.detach().to(dtype).reshape(()).exp()
-        row_lse, own_col_lse, texts, col_lse = plan.exchange.forward(plan.make_tiles, image, text, scale, plan.ranks)
+        row_lse, own_col_lse, texts, col_lse = plan.exchange.forward(plan.make_tiles, image, text, scale, plan.shared)
         ctx.save_for_backward(image, texts, scale, row_lse, col_lse)
         ctx.plan = plan
         ctx.logit_scale_like = (logit_scale.shape, logit_scale.dtype)
 
         # Both differences are small where both terms may be large: subtract before summing.
         pairs = paired_dots(image, text, dtype) * scale
-        local = ((row_lse - pairs) + (own_col_lse - pairs)).double().sum() / (2 * plan.ranks.global_batch)
-        loss = plan.ranks.sum(local).to(dtype)
+        local = ((row_lse - pairs) + (own_col_lse - pairs)).double().sum() / (2 * plan.shared.global_batch)
+        loss = plan.shared.sum(local).to(dtype)
         return torch.where(torch.isfinite(loss), loss, torch.nan)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         image, texts, scale, row_lse, col_lse = ctx.saved_tensors
         plan, (needs_image, needs_text, needs_scale, _) = ctx.plan, ctx.needs_input_grad
         with torch.autocast(image.device.type, enabled=False):
@@ -52,11 +53,11 @@ class ContrastiveLoss(torch.autograd.Function):
                 scale,
                 row_lse,
                 col_lse,
-                plan.ranks,
+                plan.shared,
                 needs_image or needs_scale,
                 needs_text,
             )
-            factor = grad_output.to(scale.dtype) * scale * (plan.ranks.size / (2 * plan.ranks.global_batch * held_at))
+            factor = grad_output.to(scale.dtype) * scale * (plan.shared.size / (2 * plan.shared.global_batch * held_at))
             for grad in (image_grad, text_grad):
                 if grad is not None:
                     grad.mul_(factor)

@@ -1,10 +1,12 @@
 """The contrastive loss written out densely: what tests and benchmarks compare with."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ranks import Ranks
+from .shared_batch import SharedBatch
 
 
 def reference_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor) -> Tensor:
@@ -19,26 +21,26 @@ def reference_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor) -> Te
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
-def distributed_reference_loss(image_bD: Tensor, text_bD: Tensor, logit_scale: Tensor, ranks: Ranks) -> Tensor:
+def distributed_reference_loss(image_bD: Tensor, text_bD: Tensor, logit_scale: Tensor, shared: SharedBatch) -> Tensor:
     """``reference_loss`` of all ranks' pairs, on every rank; its gradients follow ``contrastive_loss``'s convention."""
-    if ranks.size > 1:
-        image_bD, text_bD = (_gather_with_own_gradient(features, ranks) for features in (image_bD, text_bD))
+    if shared.size > 1:
+        image_bD, text_bD = (_gather_with_own_gradient(features, shared) for features in (image_bD, text_bD))
     # logit_scale's gradient is whole on every rank, and so is its average over ranks.
     loss = reference_loss(image_bD, text_bD, logit_scale)
     return torch.where(torch.isfinite(loss), loss, torch.nan)
 
 
-def _gather_with_own_gradient(local: Tensor, ranks: Ranks) -> Tensor:
-    every, own = ranks.gather(local.detach()).wait(), ranks.part(ranks.rank)
-    return torch.cat([every[: own.start], _GradientTimes.apply(local, ranks.size), every[own.stop :]])
+def _gather_with_own_gradient(local: Tensor, shared: SharedBatch) -> Tensor:
+    every, own = shared.gather(local.detach()).wait(), shared.part(shared.rank)
+    return torch.cat([every[: own.start], _GradientTimes.apply(local, shared.size), every[own.stop :]])
 
 
 class _GradientTimes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, factor: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None

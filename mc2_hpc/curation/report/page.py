@@ -18,22 +18,22 @@ _CARDS = 12
 _ENTRIES_OF_OTHERS = 5
 DROP_REASONS = {
     "no_match": "no entry of its language occurs in it",
-    "unknown_language": "no metadata for its language",
-    "empty_text": "blank",
-    "duplicate_text": "the same key and text again",
-    "invalid_utf8": "not valid UTF-8",
-    "bad_json": "a .json without a readable caption",
-    "missing_key": "no key",
-    "unsafe_key": "a key that would escape its folder",
+    "language_unknown": "no metadata for its language",
+    "caption_empty": "blank",
+    "caption_repeated": "the same key and text again",
+    "caption_not_utf8": "not valid UTF-8",
+    "caption_not_json": "a .json without a readable caption",
+    "key_missing": "no key",
+    "name_unsafe": "a key that would escape its folder",
 }
 """What each reason of ``mc2 curate match`` means."""
 PACK_DROP_REASONS = {
-    "missing_image": "matched, but not in the tar",
-    "unmatched_image": "none of its captions matched",
-    "unsafe_name": "a name that would escape its folder",
-    "long_name": "a name too long for a tar header",
-    "duplicate_image": "the same name again",
-    "unsupported_image": "not a JPEG",
+    "image_missing": "matched, but not in the tar",
+    "image_unmatched": "none of its captions matched",
+    "name_unsafe": "a name that would escape its folder",
+    "name_too_long": "a name too long for a tar header",
+    "image_repeated": "the same name again",
+    "image_unsupported": "not a JPEG",
 }
 """What each reason of ``mc2 curate pack`` means."""
 

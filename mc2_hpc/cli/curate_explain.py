@@ -1,4 +1,4 @@
-"""``mc2 curate sample | explain | report``: what curation keeps, why, and a page that shows it."""
+"""``mc2 curate explain``: what happens to one caption, and why."""
 
 import argparse
 import json
@@ -6,56 +6,31 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mc2_hpc.cli.curate_stages import engine_flags, on_engine
 from mc2_hpc.errors import UserError
 
 if TYPE_CHECKING:
     from mc2_hpc.curation.explain import Explanation
 
 
-def add_actions(actions: Any) -> None:
-    sample = actions.add_parser("sample", parents=[engine_flags()], help="write the rows that one epoch would train on")
-    sample.add_argument("matched", type=Path, help="what match wrote")
-    sample.add_argument("--balance", type=Path, required=True, help="what balance wrote")
-    sample.add_argument("--out", type=Path, required=True, help="folder to write")
-    _add_draw(sample)
-    sample.set_defaults(action=on_engine(_sample))
-
-    explain = actions.add_parser("explain", help="what happens to one caption, and why")
+def add_action(actions: Any) -> None:
+    explain = actions.add_parser("explain", parents=[draw_flags()], help="what happens to one caption, and why")
     explain.add_argument("caption")
     explain.add_argument("--lang", help="its language code [identified]")
     explain.add_argument("--metadata", type=Path, required=True, help="folder of <lang>.json")
-    explain.add_argument("--matched", type=Path, help="what match wrote: its mode and its tables are used")
+    explain.add_argument("--matched", type=Path, help="what match wrote: its mode, tables and filters are used")
     explain.add_argument("--balance", type=Path, help="what balance wrote: adds counts, probabilities, the verdict")
     explain.add_argument("--mode", choices=("fixed", "compat"), help="matching rules [the folder's, else fixed]")
     explain.add_argument("--key", help="image key: tells whether it is kept with this seed and epoch")
-    _add_draw(explain)
     explain.add_argument("--json", action="store_true", help="print JSON instead of a table")
     explain.set_defaults(action=_explain)
 
-    report = actions.add_parser("report", help="write curation.html and its plots")
-    report.add_argument("run", type=Path, help="the --out folder of `mc2 curate run`")
-    report.add_argument("--metadata", type=Path, required=True, help="folder of <lang>.json")
-    report.set_defaults(action=_report)
 
-
-def _add_draw(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of the draws, as data.seed of training [0]")
-    parser.add_argument("--epoch", type=int, default=0, help="of the draws [0]")
-
-
-def _sample(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:
-    from mc2_hpc.curation.sample import sample
-
-    return sample(
-        arguments.matched,
-        arguments.balance,
-        arguments.out,
-        seed=arguments.seed,
-        epoch=arguments.epoch,
-        engine=engine,
-        progress=report,
-    )
+def draw_flags() -> argparse.ArgumentParser:
+    """The flags that say which draw, as a parent of a parser."""
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--seed", type=int, default=0, help="of the draws, as data.seed of training [0]")
+    flags.add_argument("--epoch", type=int, default=0, help="of the draws [0]")
+    return flags
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -81,13 +56,6 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
-    from mc2_hpc.curation.report.page import write_report
-
-    print(write_report(arguments.run, arguments.metadata))
-    return 0
-
-
 def _show(explanation: "Explanation") -> None:
     """Print an explanation as a table."""
     from rich.console import Console
@@ -96,7 +64,7 @@ def _show(explanation: "Explanation") -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     source = "" if explanation.lang_from == "given" else f" (identified by {explanation.lang_from})"
     console.print(Text(f"language {explanation.lang or 'unknown'}{source}, mode {explanation.mode}"))
-    if explanation.lang_from != "given" and explanation.drop_reason == "unknown_language":
+    if explanation.lang_from != "given" and explanation.drop_reason == "language_unknown":
         console.print("name the language with --lang if that is wrong")
     # Visible spaces, for they decide what matches.
     console.print(Text("looked for in: ").append(explanation.spaced_text.replace(" ", "\u00b7"), "bold"))

@@ -20,7 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class SharedBatch:
     """Who holds which pairs: rank k of the group has pairs ``offsets[k]`` to ``offsets[k] + batches[k]``."""
 
     group: dist.ProcessGroup | None
@@ -71,46 +71,46 @@ class Ranks:
 class Gather:
     """An all-gather under way; ranks may hold different numbers of rows."""
 
-    def __init__(self, ranks: Ranks, local: Tensor) -> None:
-        self._ranks = ranks
-        longest = max(ranks.batches)
+    def __init__(self, shared: SharedBatch, local: Tensor) -> None:
+        self._shared = shared
+        longest = max(shared.batches)
         padded = local.contiguous()
         if len(local) < longest:
             padded = local.new_zeros((longest, *local.shape[1:]))
             padded[: len(local)] = local
         self._padded = padded
-        self._every = local.new_empty((ranks.size * longest, *local.shape[1:]))
-        self._work = _all_gather(self._every, padded, group=ranks.group, async_op=True)
+        self._every = local.new_empty((shared.size * longest, *local.shape[1:]))
+        self._work = _all_gather(self._every, padded, group=shared.group, async_op=True)
 
     def wait(self) -> Tensor:
         """(N, ...) the rows of all ranks."""
         self._work.wait()
-        batches = self._ranks.batches
+        batches = self._shared.batches
         if min(batches) == max(batches):
             return self._every
         padded = self._every.view(len(batches), max(batches), *self._every.shape[1:])
         return torch.cat([rows[:count] for rows, count in zip(padded, batches, strict=True)])
 
 
-def discover_ranks(features: Tensor, group: dist.ProcessGroup | None) -> Ranks:
+def discover_batch(features: Tensor, group: dist.ProcessGroup | None) -> SharedBatch:
     """Learn every rank's batch, and that all hold features of one width and type.
 
     Raises ``ValueError`` on every rank where they do not.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
-        return Ranks(None, 0, (len(features),))
+        return SharedBatch(None, 0, (len(features),))
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     if rank < 0:
         raise ValueError("this process is not a member of the group given to contrastive_loss: pass one it belongs to")
     if size == 1:
-        return Ranks(group, 0, (len(features),))
+        return SharedBatch(group, 0, (len(features),))
     mine = torch.tensor([*features.shape, _DTYPES.index(features.dtype)], device=features.device)
     every = mine.new_empty((size, 3))
     _all_gather(every, mine[None], group=group)
     batches, widths, types = zip(*every.tolist(), strict=True)
     _require_same("feature widths", widths)
     _require_same("feature types", [_DTYPES[index] for index in types])
-    return Ranks(group, rank, batches)
+    return SharedBatch(group, rank, batches)
 
 
 def _require_same(what: str, values: Sequence[object]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.draw_kernels import hash_column
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept, sum_stats
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
 SETTINGS = "deduplicate.json"
@@ -33,14 +32,7 @@ _ROWS_A_RUN = 1 << 20
 _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
-def deduplicate(
-    pool: str | Path,
-    out: str | Path,
-    *,
-    shards: int | None = None,
-    engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
+def plan_deduplicate(pool: str | Path, out: str | Path, *, shards: int | None = None) -> Plan:
     """Write ``00000.parquet`` ... of distinct (key, text), sorted, each key in the shard that its hash names.
 
     All rows of a key get the alphabetically first ``source`` among them. What is finished is skipped, and the scattered
@@ -50,53 +42,49 @@ def deduplicate(
     Args:
         pool: folder of ``<shard>.parquet`` alone; images are fetched later, one a key.
         shards: to write; by default one for each million rows of the pool.
-        engine: where it runs; this process by default.
 
     Returns:
-        counters: ``rows`` read, ``kept``, ``images`` (distinct keys), and ``drops`` by reason: ``duplicate_text`` and
-        those of :func:`~mc2_hpc.curation.pool.captions.iter_captions`; None where the work was only submitted to Slurm
+        the stages that are not done, and as their result counters: ``rows`` read, ``kept``, ``images`` (distinct keys),
+        and ``drops`` by reason: ``caption_repeated`` and those of
+        :func:`~mc2_hpc.curation.pool.captions.iter_captions`
 
     Raises:
-        UserError: no such pool, one with images, shards of other columns or unreadable (every other one is done), or a
-            folder made from another pool.
+        UserError: no such pool, one with images, or a folder made from another pool.
     """
-    out = Path(out)
-    stages = plan_deduplicate(pool, out, shards=shards)
-    if not run_stages(stages, engine, progress):
-        return None
-    inputs, names = _inputs(pool), list(stages[-1].shards)
-    for name in inputs:
-        _scattered_path(out, name).unlink(missing_ok=True)
-    counters = sum_stats(out, names)
-    read = sum_stats(_scatter_folder(out), list(inputs))
-    return {**counters, **read, "drops": dict(Counter(counters["drops"]) + Counter(read["drops"]))}
-
-
-def plan_deduplicate(pool: str | Path, out: str | Path, *, shards: int | None = None) -> list[Stage]:
-    """The stages of :func:`deduplicate` that are not done, the arguments checked and the settings written."""
-    out = Path(out)
-    inputs = _inputs(pool)
+    out = Path(out).absolute()
+    inputs = _inputs(Path(pool).absolute())
     columns = _columns(next(iter(inputs.values())))
     partitions = _number_of_shards(out, inputs, shards)
     names = {f"{number:05d}": number for number in range(partitions)}
     settings = {"columns": columns, "num_shards": partitions}
-    open_stage(out, SETTINGS, settings, list(names))
-    open_stage(_scatter_folder(out), "scatter.json", settings, list(inputs))
+    open_folder(out, SETTINGS, settings, list(names))
+    scattered = scattered_folder(out)
+    open_folder(scattered, "scatter.json", settings, list(inputs))
     scatter = Stage(
         "scatter",
-        _scatter_folder(out),
+        scattered,
         inputs,
-        _ScatterShard(out, partitions, columns),
-        partial(_is_scattered, out),
+        ScatterShard(scattered, partitions, columns),
+        ("{shard}.arrow", STATS),
         invalidates=(out / "stats",),
     )
-    gather = Stage("gather", out, names, _GatherShard(out, list(inputs), partitions), partial(_is_gathered, out))
+    gather = Stage("gather", out, names, GatherShard(out, list(inputs), partitions), ("{shard}.parquet", STATS))
     # The scattered rows of a finished pool are gone; they are made again where it has grown or a shard was lost.
-    is_known = all(stats_path(scatter.folder, name).is_file() for name in inputs)
-    return [gather] if is_known and not gather.undone() else [scatter, gather]
+    is_known = all(stats_path(scattered, name).is_file() for name in inputs)
+    stages = (gather,) if is_known and not gather.undone() else (scatter, gather)
+    return Plan(stages, result=lambda: _finish(out, list(inputs), list(names)))
 
 
-def _inputs(pool: str | Path) -> dict[str, PoolShard]:
+def _finish(out: Path, inputs: list[str], names: list[str]) -> dict[str, Any]:
+    """Delete the scattered rows; returns the counters."""
+    scattered = scattered_folder(out)
+    for name in inputs:
+        scattered_path(scattered, name).unlink(missing_ok=True)
+    counters, read = sum_kept(out, names, "kept"), sum_stats(scattered, inputs)
+    return {**counters, **read, "drops": dict(Counter(counters["drops"]) + Counter(read["drops"]))}
+
+
+def _inputs(pool: Path) -> dict[str, PoolShard]:
     return {shard.name: _captions_only(shard) for shard in list_pool(pool)}
 
 
@@ -145,31 +133,25 @@ def _num_rows(path: Path) -> int:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).strip().splitlines()[0]})") from None
 
 
-def _scatter_folder(out: Path) -> Path:
+def scattered_folder(out: Path) -> Path:
+    """Where the first pass writes."""
     return out / "scattered"
 
 
-def _scattered_path(out: Path, shard: str) -> Path:
-    return _scatter_folder(out) / f"{shard}.arrow"
-
-
-def _is_scattered(out: Path, shard: str) -> bool:
-    return stats_path(_scatter_folder(out), shard).is_file() and _scattered_path(out, shard).is_file()
-
-
-def _is_gathered(out: Path, name: str) -> bool:
-    return stats_path(out, name).is_file() and (out / f"{name}.parquet").is_file()
+def scattered_path(scattered: Path, shard: str) -> Path:
+    """A pool shard's rows, dealt to partitions."""
+    return scattered / f"{shard}.arrow"
 
 
 @dataclass(frozen=True)
-class _ScatterShard:
-    """Deals one shard's rows to the partitions; picklable.
+class ScatterShard:
+    """Deals one shard's rows to the partitions.
 
     The Arrow file is a sequence of runs, each of one record batch for every partition, perhaps without rows: partition
     ``j`` is the batches ``j``, ``j + partitions``, ``j + 2 * partitions`` ...
     """
 
-    out: Path
+    scattered: Path
     partitions: int
     columns: list[str]
 
@@ -184,7 +166,7 @@ class _ScatterShard:
         drops: Counter[str] = Counter()
         usable = 0
         with (
-            atomic_path(_scattered_path(self.out, name)) as temporary,
+            atomic_path(scattered_path(self.scattered, name)) as temporary,
             pa.ipc.new_file(temporary, schema, options=_COMPRESSED) as writer,
         ):
             for rows in _runs(shard, drops):
@@ -192,7 +174,7 @@ class _ScatterShard:
                 for part in self._deal(rows):
                     writer.write_batch(part)
         stats = {"rows": usable + drops.total(), "drops": dict(drops)}
-        write_json(stats_path(_scatter_folder(self.out), name), stats)
+        write_json(stats_path(self.scattered, name), stats)
 
     def _deal(self, rows: pa.Table) -> Iterator[pa.RecordBatch]:
         partition = (hash_column(rows["key"].combine_chunks()) % np.uint64(self.partitions)).astype(np.int64)
@@ -204,8 +186,8 @@ class _ScatterShard:
 
 
 @dataclass(frozen=True)
-class _GatherShard:
-    """Collects one partition and writes it without repetitions; picklable."""
+class GatherShard:
+    """Collects one partition and writes it without repetitions."""
 
     out: Path
     inputs: list[str]
@@ -221,12 +203,12 @@ class _GatherShard:
             raise UserError(f"{self.out / name}: more than 2 GB of text in one shard; use more shards") from None
         with atomic_path(self.out / f"{name}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
-        drops = {"duplicate_text": len(rows) - len(kept)} if len(kept) < len(rows) else {}
+        drops = {Drop.CAPTION_REPEATED: len(rows) - len(kept)} if len(kept) < len(rows) else {}
         write_json(stats_path(self.out, name), {"kept": len(kept), "images": images, "drops": drops})
 
     def _batches(self, partition: int) -> Iterator[pa.RecordBatch]:
         for name in self.inputs:
-            with pa.memory_map(str(_scattered_path(self.out, name))) as file:
+            with pa.memory_map(str(scattered_path(scattered_folder(self.out), name))) as file:
                 reader = pa.ipc.open_file(file)
                 yield pa.RecordBatch.from_pylist([], reader.schema)
                 for index in range(partition, reader.num_record_batches, self.partitions):

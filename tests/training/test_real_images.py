@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mc2_hpc import jobs
 from mc2_hpc.config import DataConfig
-from mc2_hpc.curation import pipeline
+from mc2_hpc.curation.run import plan_run
 from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
@@ -27,7 +28,7 @@ NAMES = {
     "ja": "飛行機 自動車 鳥 猫 鹿 犬 カエル 馬 船 トラック".split(),
 }
 FORMS = {
-    "en": ["a photo of a {}", "{}", "a small picture of a {}"],
+    "en": ["a photo of a {}", "{}", "a small image of a {}"],
     "de": ["ein Foto: {}", "{}", "Bild von {}"],
     "fr": ["une photo de {}", "{}", "image : {}"],
     "ru": ["фотография: {}", "{}", "на снимке {}"],
@@ -59,7 +60,7 @@ def curated(shared_data, tmp_path_factory):
     (folder / "metadata").mkdir()
     for lang, names in NAMES.items():
         (folder / "metadata" / f"{lang}.json").write_text(json.dumps(names), encoding="utf-8")
-    result = pipeline.run(folder / "pool", folder / "metadata", folder / "curated", t_en=200)
+    result = jobs.run(plan_run(folder / "pool", folder / "metadata", folder / "curated", t_en=200))
     train_tokenizer(texts, folder / "sp.model", vocab_size=300, style="xlmv")
     return folder, result
 
@@ -115,7 +116,7 @@ def test_learns_cifar_in_five_languages(curated, shared_data, torchrun, tmp_path
         classifier = build_classifier(model, tokenizer.encode, names, FORMS[lang])
         accuracy[lang] = top_k_accuracy(features, classifier, labels, ks=(1,))[1]
     print(accuracy)
-    # Chance is 10 %; 1,000 pictures put six standard errors below 16 %.
+    # Chance is 10 %; 1,000 images put six standard errors below 16 %.
     assert min(accuracy.values()) > 0.2, accuracy
     assert accuracy["en"] > 0.3, accuracy
 

@@ -1,0 +1,69 @@
+"""Where a plan runs: the flags that every stage of ``mc2 curate`` shares, and running it with them."""
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from mc2_hpc.errors import UserError
+
+if TYPE_CHECKING:
+    from mc2_hpc.jobs import Engine, Plan
+
+
+def engine_flags() -> argparse.ArgumentParser:
+    """The flags, as a parent of a parser; see :func:`engine_of`."""
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    group = flags.add_argument_group("where it runs")
+    group.add_argument("--executor", choices=("local", "slurm", "ray"), help="[local; slurm where --slurm is given]")
+    group.add_argument("--workers", type=int, metavar="N", help="tasks at a time [local: all cores; else no limit]")
+    group.add_argument(
+        "--tasks", type=int, metavar="N", help="tasks that the shards are cut into [slurm, ray: one a shard, <= 1000]"
+    )
+    group.add_argument(
+        "--slurm",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        help="submit as Slurm jobs: partition=P time=T, cpus_per_task, mem_per_cpu_gb, max_array_size, and options of "
+        "sbatch (docs/slurm.md)",
+    )
+    group.add_argument("--wait", action="store_true", help="slurm: stay until the jobs have ended")
+    return flags
+
+
+def engine_of(arguments: argparse.Namespace) -> "Engine":
+    """The engine that the flags of :func:`engine_flags` name.
+
+    Raises:
+        UserError: flags that do not go together, or a bad value.
+    """
+    from mc2_hpc.jobs.engines import SLURM_KEYS, Local, Ray, Slurm
+    from mc2_hpc.jobs.slurm_options import parse_slurm_options
+
+    executor = arguments.executor or ("slurm" if arguments.slurm else "local")
+    if executor != "slurm" and (arguments.slurm or arguments.wait):
+        raise UserError(f"--slurm and --wait go with --executor slurm, not {executor}")
+    if executor == "slurm":
+        options = parse_slurm_options(arguments.slurm, SLURM_KEYS)
+        return Slurm(options, arguments.tasks, arguments.workers, arguments.wait)
+    if executor == "ray":
+        return Ray(arguments.workers, arguments.tasks)
+    workers = os.cpu_count() or 1 if arguments.workers is None else arguments.workers
+    return Local(workers, arguments.tasks)
+
+
+def run_plan(plan: "Plan", engine: "Engine") -> dict[str, Any] | None:
+    """Run the plan, showing its progress, and print its result or that it was submitted."""
+    from mc2_hpc import jobs
+    from mc2_hpc.terminal import progress
+
+    with progress() as report:
+        result = jobs.run(plan, engine, report)
+    if result is None:
+        print("submitted; give the same command again to see how far it is, with --wait to stay until the end")
+    else:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    return result

@@ -1,0 +1,210 @@
+"""Filters: classes of one method that drop captions before they are matched, each under a reason that is counted.
+
+    @dataclass(frozen=True)
+    class NoPrices:
+        currency: str = "€"
+
+        def drop_reasons(self, rows: pa.Table) -> list[str | None]:
+            return ["price" if self.currency in text else None for text in rows["text"].to_pylist()]
+
+``--filter mypackage.NoPrices currency=$`` names it; docs/curation.md has the rest. Here are the protocol, what reads
+that flag and applies filters, and two filters: :class:`Length` and :class:`Pattern`.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.named import Named, describe, from_plain, import_object, to_plain
+
+_FORM = "--filter package.module.Class key=value key=value ..."
+_METHOD = "drop_reasons"
+
+
+class Filter(Protocol):
+    """Tells which captions to drop, and why. Made once per process; its results must depend on the rows alone."""
+
+    def drop_reasons(self, rows: pa.Table) -> Iterable[str | None] | pa.Array | pa.ChunkedArray:
+        """A reason for each row, in their order: a short name such as ``too_short``; None keeps the row.
+
+        Args:
+            rows: a batch of ``key``, ``text``, ``lang`` (a language with metadata) and, where the pool has it,
+                ``source``; large strings, no nulls but in ``source``, perhaps no rows.
+        """
+        ...
+
+
+def parse_filter(words: Sequence[str]) -> Named:
+    """A filter as the words of one ``--filter``, its options of the types that the class's constructor declares.
+
+    Raises:
+        UserError: malformed words, no such class, or options that it does not have.
+    """
+    name, *options = words
+    kind = _filter_class(name)
+    parameters = inspect.signature(kind, eval_str=True).parameters
+    arguments = {}
+    for word in options:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--filter {name} {word}: write it as {_FORM}; other arguments come before --filter")
+        if key not in parameters:
+            raise UserError(f"--filter {name} {word}: no option {key!r}; it has {', '.join(parameters) or 'none'}")
+        declared = parameters[key].annotation
+        as_type = str if declared is inspect.Parameter.empty else declared
+        arguments[key] = to_plain(from_plain(value, as_type, f"--filter {name} {word}", strict=False))
+    named = Named(name, arguments)
+    load_filter(named)
+    return named
+
+
+def load_filter(named: Named) -> Filter:
+    """An instance of the filter.
+
+    Raises:
+        UserError: there is no such class, it is no filter, or its constructor refuses the options.
+    """
+    kind = _filter_class(named.name)
+    try:
+        inspect.signature(kind).bind(**(named.arguments or {}))
+        return Named(named.name, named.arguments or {}).load()
+    except UserError as error:
+        raise UserError(f"--filter {named.name}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"--filter {named.name}: {error}; its options: {inspect.signature(kind)}") from None
+    except Exception as error:  # whatever the constructor does
+        raise UserError(f"--filter {named.name}: making it failed: {describe(error)}") from error
+
+
+def _filter_class(name: str) -> type:
+    try:
+        kind = import_object(name)
+    except UserError as error:
+        raise UserError(f"--filter {error}; built in: {', '.join(map(_path, BUILT_IN))}") from None
+    if not isinstance(kind, type):
+        raise UserError(f"--filter {name}: is not a class; a filter is a class with a method {_METHOD}(rows)")
+    method = getattr(kind, _METHOD, None)
+    if not callable(method) or len(inspect.signature(method).parameters) != 2:
+        raise UserError(f"--filter {name}: a filter has a method {_METHOD}(self, rows); see docs/curation.md")
+    return kind
+
+
+def apply_filters(filters: Iterable[tuple[str, Filter]], rows: pa.Table, drops: Counter[str]) -> pa.Table:
+    """The rows that every filter keeps; the others are counted in ``drops``.
+
+    Args:
+        filters: with their names, for errors.
+
+    Raises:
+        UserError: a filter raised something, or answered what is no reason a row.
+    """
+    for name, one in filters:
+        try:
+            reasons = _as_column(one.drop_reasons(rows), len(rows))
+        except UserError as error:
+            raise UserError(f"filter {name}: {error}") from None
+        except Exception as error:  # whatever the filter does
+            raise UserError(f"filter {name}: {_METHOD} raised {describe(error)}") from error
+        dropped = reasons.is_valid()
+        for reason in reasons.drop_null().value_counts().to_pylist():
+            drops[_checked(name, reason["values"])] += reason["counts"]
+        rows = rows.filter(pc.invert(dropped))
+    return rows
+
+
+def _as_column(answer: Any, num_rows: int) -> pa.Array:
+    """The reasons as an Arrow column of strings."""
+    wanted = f"{_METHOD} must answer None (keep) or a string (why not) for each of {num_rows} rows"
+    if isinstance(answer, str | bytes) or not isinstance(answer, Iterable):
+        raise UserError(f"{wanted}, not {type(answer).__name__}")
+    if isinstance(answer, pa.ChunkedArray):
+        answer = answer.combine_chunks()
+    if not isinstance(answer, pa.Array):
+        answer = list(answer)
+        if others := [value for value in answer if not (value is None or isinstance(value, str))]:
+            raise UserError(f"{wanted}; one answer is {others[0]!r}")
+        answer = pa.array(answer, pa.string())
+    kind = answer.type.value_type if pa.types.is_dictionary(answer.type) else answer.type
+    if kind not in (pa.string(), pa.large_string(), pa.null()):
+        raise UserError(f"{wanted}; it answered a column of {kind}")
+    if len(answer) != num_rows:
+        raise UserError(f"{wanted}, but answered {len(answer)}")
+    return answer.cast(pa.string())
+
+
+def _checked(name: str, reason: str) -> str:
+    if not reason.strip() or not reason.isprintable() or len(reason) > 100:
+        raise UserError(f"filter {name}: {reason[:100]!r} is not a reason; use a short name such as 'too_short'")
+    return reason
+
+
+@dataclass(frozen=True)
+class Length:
+    """Drops captions as ``too_short`` or ``too_long``, by characters (code points) or words between spaces."""
+
+    min_characters: int = 0
+    max_characters: int | None = None
+    min_words: int = 0
+    max_words: int | None = None
+    """Words mean little in languages that are written without spaces."""
+
+    def __post_init__(self) -> None:
+        for least, most in ((self.min_characters, self.max_characters), (self.min_words, self.max_words)):
+            if least < 0 or (most is not None and most < least):
+                raise UserError(f"a length from {least} to {most} is none")
+
+    def drop_reasons(self, rows: pa.Table) -> pa.Array:
+        """See :class:`Filter`."""
+        text = pc.utf8_trim_whitespace(rows["text"].combine_chunks())
+        too_short, too_long = _outside(pc.utf8_length(text), self.min_characters, self.max_characters)
+        if self.min_words or self.max_words is not None:
+            words = pc.list_value_length(pc.utf8_split_whitespace(text))
+            fewer, more = _outside(words, self.min_words, self.max_words)
+            too_short, too_long = pc.or_(too_short, fewer), pc.or_(too_long, more)
+        return pc.if_else(too_short, "too_short", pc.if_else(too_long, "too_long", pa.scalar(None, pa.string())))
+
+
+def _outside(length: pa.Array, least: int, most: int | None) -> tuple[pa.Array, pa.Array]:
+    return pc.less(length, least), pc.greater(length, most if most is not None else 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Drops captions in which the regular expression ``drop`` occurs, or ``keep`` does not; the syntax is RE2's."""
+
+    drop: str | None = None
+    keep: str | None = None
+    reason: str = "pattern"
+    """What the dropped captions are counted under."""
+
+    def __post_init__(self) -> None:
+        if self.drop is None and self.keep is None:
+            raise UserError("give drop=REGEX, keep=REGEX, or both")
+        for expression in filter(None, (self.drop, self.keep)):
+            try:
+                pc.match_substring_regex(pa.array([""]), expression)
+            except pa.ArrowInvalid as error:
+                raise UserError(f"{expression!r} is no regular expression ({error})") from None
+
+    def drop_reasons(self, rows: pa.Table) -> pa.Array:
+        """See :class:`Filter`."""
+        text = rows["text"].combine_chunks()
+        dropped = pa.array([False] * len(text), pa.bool_())
+        if self.drop is not None:
+            dropped = pc.match_substring_regex(text, self.drop)
+        if self.keep is not None:
+            dropped = pc.or_(dropped, pc.invert(pc.match_substring_regex(text, self.keep)))
+        return pc.if_else(dropped, self.reason, pa.scalar(None, pa.string()))
+
+
+BUILT_IN: tuple[type, ...] = (Length, Pattern)
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

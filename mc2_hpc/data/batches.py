@@ -1,0 +1,107 @@
+"""What data loading hands on: the batch of a rank, and the shares of it that worker processes send.
+
+A :class:`Share` may hold images that are still JPEGs; a :class:`Batch` never does. Both are checked when they are made,
+and neither changes afterwards.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mc2_hpc.data.dali import Jpegs
+from mc2_hpc.data.stream import Position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What is known of some samples beside their images, in lane order."""
+
+    tokens: torch.Tensor
+    """int64 ``(b, width)``, see :meth:`mc2_hpc.data.tokenizer.Tokenizer.encode`."""
+    keys: Sequence[str]
+    langs: Sequence[str]
+    """Empty where the data do not say."""
+    position: dict[int, Position]
+    """Of every lane they come from, after them: what a checkpoint keeps."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Samples and shards skipped on the way to them, by reason (``mc2_hpc.data.skips``)."""
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.keys) == len(self.langs), "a row of tokens, a key and a language per sample"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Samples):
+    """This rank's part of one step."""
+
+    images: torch.Tensor
+    """uint8 ``(b, 3, S, S)``; pinned where there is a GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert len(self.images) == len(self.keys), "an image per sample"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(Samples):
+    """A worker's part of a batch."""
+
+    pixels: torch.Tensor
+    """uint8 ``(m, 3, S, S)``: the images that are decoded, in order."""
+    jpegs: Jpegs | None = None
+    """The other images, which know their places."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        encoded = 0 if self.jpegs is None else len(self.jpegs.rows)
+        assert len(self.pixels) + encoded == len(self.keys), "an image per sample, decoded or not"
+
+
+def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Samples:
+    """The samples of all parts, in order; rows of tokens are padded to the widest, in pinned memory if asked."""
+    num = sum(len(part.keys) for part in parts)
+    width = max(part.tokens.shape[1] for part in parts)
+    tokens = torch.full((num, width), pad_id, dtype=torch.int64, pin_memory=pin)
+    position: dict[int, Position] = {}
+    skipped: Counter[str] = Counter()
+    first = 0
+    for part in parts:
+        tokens[first : first + len(part.keys), : part.tokens.shape[1]] = part.tokens
+        first += len(part.keys)
+        position |= part.position
+        skipped.update(part.skipped)
+    return Samples(
+        tokens=tokens,
+        keys=[key for part in parts for key in part.keys],
+        langs=[lang for part in parts for lang in part.langs],
+        position=position,
+        skipped=dict(skipped),
+    )
+
+
+def joined_pixels(shares: Sequence[Share], *, pin: bool) -> torch.Tensor:
+    """The decoded images of all shares, in order."""
+    num = sum(len(share.pixels) for share in shares)
+    pixels = torch.empty((num, *shares[0].pixels.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+    return torch.cat([share.pixels for share in shares], out=pixels)
+
+
+def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] | None = None) -> Batch:
+    """The batch of samples and their images; ``skipped`` in place of the samples' own."""
+    return Batch(
+        images=images,
+        tokens=samples.tokens,
+        keys=samples.keys,
+        langs=samples.langs,
+        position=samples.position,
+        skipped=samples.skipped if skipped is None else skipped,
+    )
+
+
+def join(shares: Sequence[Share], *, pad_id: int, pin: bool) -> Batch:
+    """The batch of shares whose images are all decoded; pinned if asked, so that copies to the GPU overlap."""
+    if len(shares) == 1 and not pin:
+        return batch_of(shares[0], shares[0].pixels)  # no copy
+    return batch_of(joined_samples(shares, pad_id=pad_id, pin=pin), joined_pixels(shares, pin=pin))

@@ -1,0 +1,21 @@
+"""Who reads which lanes: ranks own lanes, and the workers of a rank share its lanes the same way."""
+
+from collections.abc import Sequence
+
+from mc2_hpc.errors import UserError
+
+
+def deal(lanes: Sequence[int], index: int, count: int) -> Sequence[int]:
+    """The consecutive part of ``lanes`` that reader ``index`` of ``count`` owns; parts differ by one at most."""
+    return lanes[index * len(lanes) // count : (index + 1) * len(lanes) // count]
+
+
+def check_ranks(num_ranks: int, lanes: int, *, where: str = "") -> None:
+    """
+    Raises:
+        UserError: more ranks than lanes, so some rank would have nothing to read; the line begins with ``where``.
+    """
+    if num_ranks > lanes:
+        raise UserError(
+            f"{where}{num_ranks} ranks but data.lanes={lanes}: every rank needs at least one lane, so raise data.lanes"
+        )

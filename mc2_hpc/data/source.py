@@ -1,0 +1,122 @@
+"""What a worker process does: take samples from its lanes, and send its share of every batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mc2_hpc.balancing.folder import BalanceFolder
+from mc2_hpc.config import DataConfig
+from mc2_hpc.data.batches import Share
+from mc2_hpc.data.crop import EncodedCrop
+from mc2_hpc.data.dali import Jpegs
+from mc2_hpc.data.decode import TrainTransform, one_torch_thread
+from mc2_hpc.data.lanes import deal
+from mc2_hpc.data.locations import find_shards
+from mc2_hpc.data.remote import CannotReach
+from mc2_hpc.data.stream import Example, Lane, Position, ShardPool
+from mc2_hpc.data.tokenizer import Tokenizer
+from mc2_hpc.data.watch import Board
+from mc2_hpc.errors import UserError
+
+# Storage that fails is to be named by its error before the watchdog sees nothing but silence.
+_PATIENCE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of one line on its way from a worker; raised there, torch would wrap its message in a traceback."""
+
+    error: UserError | CannotReach
+
+
+class ShareSource(IterableDataset[Share | Failure]):
+    """Shares of batches, endlessly: of all the lanes given, or in a worker process of that worker's part of them."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        backend: str,
+        image_size: int,
+        tokenizer: Tokenizer,
+        samples_per_lane: int,
+        positions: dict[int, Position],
+        board: Board,
+    ) -> None:
+        """
+        Args:
+            samples_per_lane: that a batch takes.
+            positions: where each of the lanes begins.
+            board: told which shard is being read.
+        """
+        self.positions = positions
+        self.board = board
+        self.shards = find_shards(
+            config.train,
+            cache=config.cache_dir,
+            cache_gb=config.cache_gb,
+            patience_s=_PATIENCE_SHARE * config.stall_seconds,
+        )
+        self._config = config
+        self._probs = BalanceFolder(config.balance) if config.balance is not None else None
+        self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend)
+        self._image_size = image_size
+        self._tokenizer = tokenizer
+        self._samples_per_lane = samples_per_lane
+
+    def __iter__(self) -> Iterator[Share | Failure]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        reading = self.board.writer(worker)
+        pool = ShardPool(
+            self.shards,
+            lanes=self._config.lanes,
+            seed=self._config.seed,
+            probs=self._probs,
+            transform=self._transform,
+            name=f"data.train={self._config.train}",
+            reading=reading,
+        )
+        numbers = deal(sorted(self.positions), worker, num_workers)
+        lanes = {number: Lane(pool, number, self.positions[number]) for number in numbers}
+        try:
+            while True:
+                with one_torch_thread():
+                    share = self._share(pool, lanes)
+                reading(None)
+                yield share
+        except (UserError, CannotReach) as error:
+            while True:  # a worker that ended would look like one that died
+                yield Failure(error)
+
+    def _share(self, pool: ShardPool, lanes: dict[int, Lane]) -> Share:
+        size = self._image_size
+        num = len(lanes) * self._samples_per_lane
+        pixels: torch.Tensor | None = None
+        num_decoded = 0
+        examples: list[Example] = []
+        encoded: dict[int, EncodedCrop] = {}
+        for lane in lanes.values():
+            for _ in range(self._samples_per_lane):
+                example = next(lane)
+                if isinstance(example.image, EncodedCrop):
+                    encoded[len(examples)] = example.image
+                else:
+                    if pixels is None:  # most batches are all pixels or all JPEGs
+                        pixels = torch.empty((num - len(examples), 3, size, size), dtype=torch.uint8)
+                    pixels[num_decoded] = example.image
+                    num_decoded += 1
+                examples.append(example)
+        skipped = dict(pool.skipped)
+        pool.skipped.clear()
+        return Share(
+            pixels=pixels[:num_decoded] if pixels is not None else torch.empty((0, 3, size, size), dtype=torch.uint8),
+            jpegs=Jpegs.pack(encoded) if encoded else None,
+            tokens=self._tokenizer.encode([example.pair.text for example in examples]),
+            keys=[example.pair.key for example in examples],
+            langs=[example.pair.lang for example in examples],
+            position={number: lane.position for number, lane in lanes.items()},
+            skipped=skipped,
+        )

@@ -1,0 +1,91 @@
+"""Why a sample, a caption or a shard is left out: one word each, for curation, loading and evaluation alike.
+
+What is left out is always counted, under one of these words. A filter of the user's adds words of its own
+(``docs/curation.md``); nothing else does.
+"""
+
+from enum import StrEnum
+
+
+class Drop(StrEnum):
+    """The word that counters, logs, reports and file formats use; :data:`MEANINGS` says when."""
+
+    # A whole shard
+    SHARD_UNREADABLE = "shard_unreadable"
+    SHARD_CHANGED = "shard_changed"
+    READ_ERROR = "read_error"
+
+    # Names and keys
+    NAME_UNSAFE = "name_unsafe"
+    NAME_TOO_LONG = "name_too_long"
+    NAME_REPEATED = "name_repeated"
+    KEY_MISSING = "key_missing"
+
+    # Pages and addresses
+    RECORD_TOO_LARGE = "record_too_large"
+    RECORD_NOT_HTTP = "record_not_http"
+    URL_MISSING = "url_missing"
+    URL_NOT_HTTP = "url_not_http"
+    URL_INVALID = "url_invalid"
+
+    # Captions
+    CAPTION_MISSING = "caption_missing"
+    CAPTION_EMPTY = "caption_empty"
+    CAPTION_NOT_UTF8 = "caption_not_utf8"
+    CAPTION_NOT_JSON = "caption_not_json"
+    CAPTION_REPEATED = "caption_repeated"
+    LANGUAGE_UNKNOWN = "language_unknown"
+    NO_MATCH = "no_match"
+    NOT_DRAWN = "not_drawn"
+    BALANCED = "balanced"
+
+    # Images
+    IMAGE_MISSING = "image_missing"
+    IMAGE_UNMATCHED = "image_unmatched"
+    IMAGE_REPEATED = "image_repeated"
+    IMAGE_UNSUPPORTED = "image_unsupported"
+    IMAGE_TRUNCATED = "image_truncated"
+    IMAGE_UNDECODABLE = "image_undecodable"
+    IMAGE_TOO_LARGE = "image_too_large"
+
+
+MEANINGS = {
+    Drop.SHARD_UNREADABLE: "the tar or its Parquet file is missing, empty, truncated or damaged",
+    Drop.SHARD_CHANGED: "the tar was rewritten since it was last listed: it is read, in another order",
+    Drop.READ_ERROR: "storage could no longer read the bytes",
+    Drop.NAME_UNSAFE: "the name or key is absolute, or climbs out of its folder",
+    Drop.NAME_TOO_LONG: "the name is too long for a plain tar",
+    Drop.NAME_REPEATED: "a file of the same name again",
+    Drop.KEY_MISSING: "a caption without a key",
+    Drop.RECORD_TOO_LARGE: "a record of an archive that is too large to be a page",
+    Drop.RECORD_NOT_HTTP: "a record that is not a valid HTTP response",
+    Drop.URL_MISSING: "an image without an address",
+    Drop.URL_NOT_HTTP: "an address that is neither http nor https",
+    Drop.URL_INVALID: "an address that cannot be parsed",
+    Drop.CAPTION_MISSING: "an image without a caption",
+    Drop.CAPTION_EMPTY: "nothing but white space",
+    Drop.CAPTION_NOT_UTF8: "the caption or its key is not valid UTF-8",
+    Drop.CAPTION_NOT_JSON: "the record is not a JSON object, or too large or too deep to be read",
+    Drop.CAPTION_REPEATED: "the same caption of the same key again",
+    Drop.LANGUAGE_UNKNOWN: "no metadata in the language of the caption",
+    Drop.NO_MATCH: "no metadata entry occurs in the caption",
+    Drop.NOT_DRAWN: "another caption of the image was drawn in this epoch",
+    Drop.BALANCED: "drawn, then thinned by balancing",
+    Drop.IMAGE_MISSING: "a caption without an image",
+    Drop.IMAGE_UNMATCHED: "none of the captions of the image matched",
+    Drop.IMAGE_REPEATED: "a further image of the same sample",
+    Drop.IMAGE_UNSUPPORTED: "a format that cannot be decoded here, such as JPEG XL or HEIC",
+    Drop.IMAGE_TRUNCATED: "the JPEG ends early",
+    Drop.IMAGE_UNDECODABLE: "any other damage, or not an image",
+    Drop.IMAGE_TOO_LARGE: "more pixels than are decoded (a decompression bomb)",
+}
+"""What each word means, for reports and documentation."""
+
+
+class Dropped(ValueError):
+    """Something is left out; ``reason`` says why, ``detail`` says more for the log."""
+
+    def __init__(self, reason: Drop, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason = reason
+        self.detail = detail

@@ -1,0 +1,76 @@
+"""What a stage leaves beside its outputs: the settings that it was run with, and counters of each finished shard."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import read_json, write_json
+
+STATS = "stats/{shard}.json"
+"""Counters of a shard, below its stage's folder; written after its other outputs."""
+
+
+def stats_path(out: Path, shard: str) -> Path:
+    """The file of a finished shard's counters, in the folder of its stage."""
+    return out / "stats" / f"{shard}.json"
+
+
+def sum_stats(out: Path, shards: Sequence[str]) -> dict[str, Any]:
+    """Add up the counters of finished shards, nested dictionaries key by key, keys sorted; one shard in memory."""
+    total: dict[str, Any] = {}
+    for name in shards:
+        _add(total, read_json(stats_path(out, name)))
+    return total
+
+
+def sum_kept(out: Path, shards: Sequence[str], kept: str) -> dict[str, Any]:
+    """As :func:`sum_stats`, for work that has failed when it kept nothing.
+
+    Args:
+        kept: the counter of what was kept.
+
+    Raises:
+        UserError: it is 0; the message says under which reasons everything was dropped.
+    """
+    total = sum_stats(out, shards)
+    if not total.get(kept):
+        drops = sorted(total.get("drops", {}).items(), key=lambda drop: (-drop[1], drop[0]))
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in drops if count) or "the input is empty"
+        raise UserError(f"{out}: nothing was kept ({kept} 0): {reasons}")
+    return total
+
+
+def _add(total: dict[str, Any], more: dict[str, Any]) -> None:
+    for key in sorted(more):
+        if isinstance(more[key], dict):
+            _add(total.setdefault(key, {}), more[key])
+        else:
+            total[key] = total.get(key, 0) + more[key]
+
+
+def open_folder(out: Path, file: str, settings: Mapping[str, Any], shards: Sequence[str]) -> None:
+    """Record ``settings`` and the shards in ``out/file``, or check that they are those recorded before.
+
+    Shards may be added; one that was finished may not vanish.
+
+    Raises:
+        UserError: the folder was made with other settings, or a finished shard is no longer among ``shards``.
+    """
+    path = out / file
+    if path.is_file():
+        before = read_json(path)
+        finished = before.pop("shards")
+        changed = [key for key in {**settings, **before} if before.get(key) != settings.get(key)]
+        if changed:
+            raise UserError(
+                f"{path}: this folder was made with another {', '.join(changed)}; name another folder or delete it"
+            )
+        listed = set(shards)
+        gone = [name for name in finished if name not in listed and stats_path(out, name).is_file()]
+        if gone:
+            raise UserError(
+                f"{path}: {len(gone)} shards that are finished have gone from the input, the first is {gone[0]!r}; "
+                f"put them back, or delete {stats_path(out, gone[0])} and {out / gone[0]}.* to go on without"
+            )
+    write_json(path, {**settings, "shards": list(shards)})

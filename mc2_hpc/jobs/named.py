@@ -1,0 +1,167 @@
+"""Objects that travel between processes as a name and plain arguments, never as a pickle.
+
+A task on another machine reads JSON: which function or class to import, what to make the class with, and a value a
+shard. Types come from the annotations of the code that is imported, so the JSON holds none.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import atomic_path
+
+
+@dataclass(frozen=True)
+class Named:
+    """A module-level function, or an instance of a module-level class, by name."""
+
+    name: str
+    """Dotted: ``package.module.Name``."""
+    arguments: dict[str, Any] | None = None
+    """Keyword arguments of the class, as JSON holds them; None for a function."""
+
+    @classmethod
+    def of(cls, value: Callable[..., Any]) -> "Named":
+        """The name of a function, or of an instance of a dataclass whose fields are plain."""
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            named = cls(_dotted(type(value)), to_plain(value))
+        else:
+            named = cls(_dotted(value))
+        assert named.load() == value, f"{value} does not survive being written as JSON"
+        return named
+
+    def load(self) -> Any:
+        """The function, or a new instance.
+
+        Raises:
+            UserError: there is no such module or name, or the arguments are not the class's.
+        """
+        target = import_object(self.name)
+        if self.arguments is None:
+            return target
+        if dataclasses.is_dataclass(target):
+            return from_plain(self.arguments, target, self.name)
+        return target(**self.arguments)
+
+
+def _dotted(target: Any) -> str:
+    assert "<" not in target.__qualname__ and target.__module__ != "__main__", f"{target} cannot be imported by name"
+    return f"{target.__module__}.{target.__qualname__}"
+
+
+def import_object(name: str) -> Any:
+    """What a dotted name stands for.
+
+    Raises:
+        UserError: the module is not found or fails to load, or has no such name; in one line.
+    """
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name or not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"{name}: write it as package.module.Name")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        where = "" if missing == module_name else f" (no module {missing!r})"
+        raise UserError(
+            f"{name}: no module {module_name!r} can be imported{where}; install it, or put its folder on PYTHONPATH"
+        ) from None
+    except Exception as error:  # whatever the code of the module does
+        raise UserError(f"{name}: module {module_name} fails to load: {describe(error)}") from error
+    if not hasattr(module, attribute):
+        raise UserError(f"{name}: module {module_name} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def describe(error: BaseException) -> str:
+    """An error of foreign code in one line: its type, its message, and where it was raised."""
+    message = " ".join(str(error).split())
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace is not None else ""
+    return f"{type(error).__name__}{': ' if message else ''}{message}{place}"
+
+
+def type_of_input(work: Callable[..., Any]) -> Any:
+    """The annotated type of what ``work`` takes beside the shard's name; ``Any`` where it has none."""
+    function = work if inspect.isroutine(work) else type(work).__call__
+    try:
+        parameters = list(inspect.signature(work).parameters)
+    except ValueError:  # a builtin that tells no signature
+        return Any
+    return get_type_hints(function).get(parameters[1], Any) if len(parameters) > 1 else Any
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` (dataclasses, paths, tuples, numbers, ...) as JSON holds it."""
+    return msgspec.to_builtins(value, enc_hook=_encode)
+
+
+def from_plain(plain: Any, kind: Any, where: str, *, strict: bool = True) -> Any:
+    """What :func:`to_plain` was given, an instance of ``kind``.
+
+    Args:
+        where: that ``plain`` comes from, for the error.
+        strict: without it, strings become the numbers and booleans that they spell.
+
+    Raises:
+        UserError: ``plain`` has another shape or type.
+    """
+    try:
+        return msgspec.convert(plain, kind, dec_hook=_decode, strict=strict)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def write_plain(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically."""
+    with atomic_path(path) as temporary:  # escapes, unlike msgspec's own JSON: names of files may not be UTF-8
+        temporary.write_text(json.dumps(to_plain(value)), encoding="ascii")
+
+
+def read_plain(path: Path, kind: Any) -> Any:
+    """Read what :func:`write_plain` wrote, an instance of ``kind``.
+
+    Raises:
+        UserError: the file is missing, or is not JSON of this type.
+    """
+    try:
+        plain = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run the same command again") from None
+    return from_plain(plain, kind, str(path))
+
+
+def search_path() -> list[str]:
+    """Where this process looks for modules, for another to look there as well; see :func:`extend_search_path`."""
+    return [os.path.abspath(entry) for entry in sys.path if not entry or os.path.exists(entry)]
+
+
+def extend_search_path(folders: list[str]) -> None:
+    """Look for modules in ``folders`` too, after everywhere else."""
+    sys.path += [folder for folder in folders if folder not in sys.path]
+
+
+def _encode(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(f"{type(value).__name__} {value!r} has no form in JSON")
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, Path) and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"no {kind} can be made of JSON")

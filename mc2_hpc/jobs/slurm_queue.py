@@ -1,0 +1,84 @@
+"""The Slurm jobs that stages were submitted as, and whether they are still in the queue."""
+
+import logging
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.jobs.named import read_plain, write_plain
+from mc2_hpc.jobs.stages import Stage
+
+POLL_S = 5.0
+_NO_ANSWER_S = 600.0
+"""How long squeue may fail before that is an error."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """``job.json``, among a stage's logs."""
+
+    job: str
+    """Its id; the last one's, where the tasks are several arrays."""
+    shards: int
+    """Shards that it was to do."""
+
+
+def _job_path(stage: Stage) -> Path:
+    return stage.logs / "job.json"
+
+
+def is_submitted(stage: Stage) -> bool:
+    """Whether the stage was ever submitted."""
+    return _job_path(stage).is_file()
+
+
+def read_job(stage: Stage) -> Job:
+    """The job that the stage was last submitted as."""
+    return read_plain(_job_path(stage), Job)
+
+
+def write_job(stage: Stage, job: Job) -> None:
+    """Leave word of the job that the stage is submitted as."""
+    write_plain(_job_path(stage), job)
+
+
+def live_jobs(stages: Sequence[Stage]) -> dict[str, str]:
+    """Ids of the stages' jobs that Slurm still has in its queue, by stage."""
+    ids = {}
+    for stage in stages:
+        if is_submitted(stage):
+            ids[stage.name] = read_job(stage).job
+    in_queue = queued_jobs() if ids else set()
+    return {name: job for name, job in ids.items() if job in in_queue}
+
+
+def refuse_live_job(stage: Stage) -> None:
+    """Raise a :class:`UserError` if a Slurm job is still doing this stage."""
+    if shutil.which("squeue") is None:
+        log.warning(
+            "%s: was submitted to Slurm before; this machine cannot tell whether that job has ended", stage.name
+        )
+    elif jobs := live_jobs([stage]):
+        raise UserError(
+            f"{stage.folder}: Slurm job {jobs[stage.name]} is working there; wait for it (--executor slurm --wait), "
+            "or cancel it"
+        )
+
+
+def queued_jobs() -> set[str]:
+    """Ids of this user's jobs in the queue, those of arrays without the task's number."""
+    deadline = time.monotonic() + _NO_ANSWER_S
+    while True:
+        done = subprocess.run(["squeue", "--me", "-h", "-o", "%F"], capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            return set(done.stdout.split())
+        if time.monotonic() > deadline:
+            raise UserError(f"squeue has not answered for {_NO_ANSWER_S:.0f} s ({done.stderr.strip()}); jobs go on")
+        log.warning("squeue does not answer (%s); asking again", done.stderr.strip())
+        time.sleep(POLL_S)

@@ -1,0 +1,299 @@
+"""What the members of a shard are, and which belong to one sample: one description for every command that reads shards.
+
+A member's *role* follows from the ending of its name, in any case: an image, a caption (``.txt``), or a record
+(``.json``) that may hold captions and their language. A sample is what shares a **key**: the name up to its last dot,
+so a key may itself contain dots (``DSC.0001.jpg``, ``DSC.0001.txt``). Keys are compared in Unicode's form NFC: macOS
+writes names decomposed.
+
+Files that this leaves without a partner are tried once more by WebDataset's rule, up to the *first* dot of the file
+name. So parts with names (``000001.input.jpg``, ``000001.output.txt``) make a sample if there is one image among them,
+and ``000001.mask.png`` beside ``000001.jpg`` is a further image of sample ``000001`` rather than a sample of its own.
+
+Hidden files (``.DS_Store``, macOS's ``._`` twins) are no members of anything.
+"""
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.tar import ByteSource, Member, escapes, list_members
+
+JPEG_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif")
+IMAGE_EXTENSIONS = (
+    *(*JPEG_EXTENSIONS, "png", "webp", "avif", "gif", "bmp", "dib", "tif", "tiff"),
+    *("jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "ico"),
+)
+"""Endings of images that Pillow decodes; of several images of one sample the earliest ending here counts."""
+UNSUPPORTED_EXTENSIONS = ("jxl", "heic", "heif", "svg", "psd", "raw", "cr2", "nef", "dng")
+"""Endings of images that Pillow does not decode: named, so that they are counted rather than taken for other data."""
+CAPTION_EXTENSION, RECORD_EXTENSION = "txt", "json"
+
+LARGEST_RECORD = 1 << 20
+"""Bytes of a caption or record that are read: more is not a caption."""
+MOST_CAPTIONS = 64
+"""Captions of one image that are read from a record."""
+
+Value = TypeVar("Value")
+
+_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
+
+
+class Caption(NamedTuple):
+    """A caption and its language; ``lang`` is empty where the sample does not name one."""
+
+    text: str
+    lang: str = ""
+
+
+@dataclass
+class Sample:
+    """The members of one sample; each may be absent."""
+
+    key: str
+    image: Member | None = None
+    caption: Member | None = None
+    record: Member | None = None
+
+    def is_complete(self) -> bool:
+        """Whether there is an image and something that may hold its caption."""
+        return self.image is not None and (self.caption is not None or self.record is not None)
+
+
+@dataclass
+class Listing:
+    """What a tar holds."""
+
+    samples: dict[str, Sample] = field(default_factory=dict)
+    """By key in form NFC, in the order in which keys first occur."""
+    drops: Counter[str] = field(default_factory=Counter)
+    """Members that are part of no sample although they might be, by reason."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Endings (after the first dot of the file name) of all other members."""
+
+    def describe_others(self) -> str:
+        """What else is there, and what would have been read, for a message about a tar without samples."""
+        shown = ", ".join(f"{count} *.{ending}" for ending, count in self.others.most_common(4))
+        wanted = f"looked for an image (.{', .'.join(IMAGE_EXTENSIONS[:6])}, ...) with a .{CAPTION_EXTENSION} or "
+        return f"holds {shown or 'no files'}; {wanted}.{RECORD_EXTENSION} of the same name"
+
+
+def list_samples(source: ByteSource) -> Listing:
+    """The samples of a tar.
+
+    Raises:
+        TarError, OSError: see :func:`mc2_hpc.tar.list_members`.
+    """
+    return group_members(list_members(source))
+
+
+def group_members(members: Iterable[Member]) -> Listing:
+    """The samples that ``members`` make, by the rules at the head of this file.
+
+    Of a name that occurs again the first stays.
+    """
+    listing = Listing()
+    for member in safe_members(members, listing.drops):
+        if not member.name.rpartition("/")[2].startswith("."):
+            _add(listing, member)
+    _join_parts(listing)
+    return listing
+
+
+def safe_members(members: Iterable[Member], drops: Counter[str]) -> Iterator[Member]:
+    """The members, without a leading ``./``; those whose names lead out of their folder are counted in ``drops``."""
+    for member in members:
+        member = member._replace(name=member.name.removeprefix("./"))
+        if member.name and not escapes(member.name):
+            yield member
+        else:
+            drops[Drop.NAME_UNSAFE] += 1
+
+
+def pairing_key(key: str) -> str:
+    """The form in which keys are compared: NFC."""
+    return key if key.isascii() else unicodedata.normalize("NFC", key)
+
+
+class ByKey(Generic[Value]):
+    """What belongs to a key, where one side wrote the keys into a table and the other into names of files.
+
+    Keys are compared as :func:`pairing_key` has them; where that finds nothing, keys of digits alone by their value:
+    a table may hold 12 where the file is ``000012.jpg``. A value that two names share finds nothing.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, Value]]) -> None:
+        self._exact = {pairing_key(key): value for key, value in pairs}
+        self._numbers: dict[int, Value | None] | None = None
+
+    def get(self, key: str) -> Value | None:
+        """What belongs to ``key``, or None."""
+        found = self._exact.get(pairing_key(key))
+        if found is None and _is_number(key):
+            if self._numbers is None:
+                self._numbers = {}
+                for name, value in self._exact.items():
+                    if _is_number(name):
+                        self._numbers[int(name)] = None if int(name) in self._numbers else value
+            found = self._numbers.get(int(key))
+        return found
+
+
+def _is_number(key: str) -> bool:
+    return len(key) <= 18 and key.isascii() and key.isdecimal()
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name has the ending of an image that can be decoded."""
+    return name.rpartition(".")[2].lower() in _RANK and not name.rpartition("/")[2].startswith(".")
+
+
+def _add(listing: Listing, member: Member) -> None:
+    stem, dot, extension = member.name.rpartition(".")
+    extension = extension.lower()
+    if not dot or not stem.rpartition("/")[2]:
+        listing.others["(no ending)"] += 1
+    elif extension in _RANK:
+        sample = _sample(listing, stem)
+        if sample.image is not None:
+            listing.drops[Drop.IMAGE_REPEATED] += 1
+        if sample.image is None or _rank(member) < _rank(sample.image):
+            sample.image = member
+    elif extension == CAPTION_EXTENSION:
+        sample = _sample(listing, stem)
+        sample.caption = sample.caption or member
+    elif extension == RECORD_EXTENSION:
+        sample = _sample(listing, stem)
+        sample.record = sample.record or member
+    elif extension in UNSUPPORTED_EXTENSIONS:
+        listing.drops[Drop.IMAGE_UNSUPPORTED] += 1
+    else:
+        listing.others[member.name.rpartition("/")[2].partition(".")[2]] += 1
+
+
+def _sample(listing: Listing, key: str) -> Sample:
+    return listing.samples.setdefault(pairing_key(key), Sample(key))
+
+
+def _rank(member: Member) -> int:
+    return _RANK[member.name.rpartition(".")[2].lower()]
+
+
+def _join_parts(listing: Listing) -> None:
+    """Give samples that lack a part, and whose file name has a dot in its stem, a second chance up to the first dot."""
+    loose: dict[str, list[str]] = {}
+    for key, sample in listing.samples.items():
+        if not sample.is_complete() and "." in key.rpartition("/")[2]:
+            loose.setdefault(_up_to_first_dot(key), []).append(key)
+    for key, keys in loose.items():
+        whole = listing.samples.get(key)
+        parts = [listing.samples[part] for part in keys]
+        if whole is not None and whole.image is not None:
+            for part in (part for part in parts if part.image is not None and part.caption is None):
+                del listing.samples[pairing_key(part.key)]
+                listing.drops[Drop.IMAGE_REPEATED] += 1
+        elif whole is None and sum(part.image is not None for part in parts) == 1 and len(parts) > 1:
+            joined = Sample(_up_to_first_dot(parts[0].key))
+            for part in parts:
+                joined.image = joined.image or part.image
+                joined.caption = joined.caption or part.caption
+                joined.record = joined.record or part.record
+                del listing.samples[pairing_key(part.key)]
+            listing.samples[key] = joined
+
+
+def _up_to_first_dot(key: str) -> str:
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def captions_of(caption: bytes | None, record: bytes | None) -> list[Caption]:
+    """The captions of a sample, by its ``.txt`` and its ``.json``; at least one, none of them empty.
+
+    A ``.txt`` is one caption and goes before the record, which then tells its language alone. A record has its caption
+    under ``caption``, else ``text``, or several under ``captions`` or ``texts``: a list of strings, or of ``[kind,
+    text]`` as MetaCLIP writes them. ``lang`` is the language of them all.
+
+    Raises:
+        Dropped: nothing there can be used.
+    """
+    fields = parse_record(record) if record is not None else {}
+    lang = fields.get("lang")
+    lang = lang if isinstance(lang, str) else ""
+    if caption is not None:
+        return [Caption(usable_text(caption), lang)]
+    texts = list(_texts(fields))
+    if not texts:
+        raise Dropped(Drop.CAPTION_MISSING)
+    usable = [text.strip() for text in texts[:MOST_CAPTIONS] if text.strip()]
+    if not usable:
+        raise Dropped(Drop.CAPTION_EMPTY)
+    for text in usable:
+        if not is_unicode(text):
+            raise Dropped(Drop.CAPTION_NOT_UTF8, "half of a surrogate pair")
+    return [Caption(text, lang) for text in dict.fromkeys(usable)]
+
+
+def _texts(fields: dict[str, Any]) -> Iterator[str]:
+    for name in ("caption", "text", "captions", "texts"):
+        value = fields.get(name, ...)
+        if value is ...:
+            continue
+        if value is None:
+            yield ""  # a caption that is null is an empty one
+        elif isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            for item in value:
+                text = item[-1] if isinstance(item, list) and len(item) == 2 else item
+                if isinstance(text, str):
+                    yield text
+        return
+
+
+def usable_text(raw: bytes) -> str:
+    """A caption as text, without white space around it.
+
+    Raises:
+        Dropped: too large, not UTF-8, or nothing but white space.
+    """
+    if len(raw) > LARGEST_RECORD:
+        raise Dropped(Drop.CAPTION_NOT_UTF8, f"{len(raw):,} bytes are not a caption")
+    try:
+        text = raw.decode().removeprefix("\ufeff").strip()
+    except UnicodeDecodeError as error:
+        raise Dropped(Drop.CAPTION_NOT_UTF8, str(error)) from None
+    if not text:
+        raise Dropped(Drop.CAPTION_EMPTY)
+    return text
+
+
+def parse_record(raw: bytes) -> dict[str, Any]:
+    """The object in a ``.json`` member.
+
+    Raises:
+        Dropped: not UTF-8, not a JSON object, or too large or too deep.
+    """
+    if len(raw) > LARGEST_RECORD:
+        raise Dropped(Drop.CAPTION_NOT_JSON, f"{len(raw):,} bytes")
+    try:
+        value = json.loads(raw.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise Dropped(Drop.CAPTION_NOT_UTF8, str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise Dropped(Drop.CAPTION_NOT_JSON, str(error)) from None
+    if not isinstance(value, dict):
+        raise Dropped(Drop.CAPTION_NOT_JSON, "not an object")
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string can be encoded: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,29 @@
+"""The folder of one run, which one job at a time may train into."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mc2_hpc.distributed import Ranks, first_error
+from mc2_hpc.errors import UserError
+from mc2_hpc.storage import exclusive_folder
+
+
+@contextmanager
+def exclusive_run(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the run's folder against another job that would train into it (such as ranks whose launcher was killed).
+
+    Collective.
+
+    Raises:
+        UserError: another job holds it.
+    """
+    with ExitStack() as stack:
+        error: Exception | None = None
+        if ranks.is_first:
+            try:
+                stack.enter_context(exclusive_folder(output))
+            except (UserError, OSError) as failure:
+                error = failure
+        first_error(error)
+        yield

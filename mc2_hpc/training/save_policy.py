@@ -1,0 +1,64 @@
+"""When a run saves, waits for its files and leaves: pure decisions, the same on all ranks because their inputs are."""
+
+from dataclasses import dataclass
+
+from mc2_hpc.training.votes import VoteCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """What the votes of a step come to."""
+
+    stop: bool
+    """Some rank was asked to stop, so all do."""
+    written: bool
+    """All ranks have written their parts of the save under way."""
+
+
+def agreed(counts: VoteCounts, *, world_size: int, voted_in: int, saved_after: int) -> Agreed:
+    """
+    Args:
+        voted_in: step whose votes these are.
+        saved_after: step of the newest save; votes up to that step were on the save before it.
+    """
+    return Agreed(stop=counts.stop > 0, written=counts.written == world_size and voted_in > saved_after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveActions:
+    """What to do after a step, in this order."""
+
+    advance: bool = False
+    """Take the save under way to its next part."""
+    begin: bool = False
+    """Save the state after this step."""
+    finish: bool = False
+    """Wait until it is on disk."""
+    must_succeed: bool = False
+    """A save that failed ends the run: there is no next one to try."""
+    leave: bool = False
+    """The run stops before its last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavePolicy:
+    """When to save, from the run's settings."""
+
+    every: int
+    """Steps between saves."""
+    last_step: int
+    """Of the run; it is always saved."""
+    background: bool
+    """Whether training goes on while files are written."""
+
+    def after(self, step: int, votes: Agreed, *, busy: bool) -> SaveActions:
+        """What to do after ``step``; ``busy``: a save is under way."""
+        last = step == self.last_step
+        ends = votes.stop or last
+        return SaveActions(
+            advance=busy and votes.written,
+            begin=ends or step % self.every == 0,
+            finish=ends or not self.background,
+            must_succeed=ends,
+            leave=votes.stop and not last,
+        )

@@ -1,0 +1,54 @@
+"""When a run saves, waits and leaves: decisions alone, without a trainer."""
+
+import pytest
+import torch
+
+from mc2_hpc.training.save_policy import Agreed, SaveActions, SavePolicy, agreed
+from mc2_hpc.training.votes import VoteCounts, Votes
+
+STOP, WRITTEN, NOTHING = (
+    Agreed(stop=True, written=False),
+    Agreed(stop=False, written=True),
+    Agreed(stop=False, written=False),
+)
+LAST = SaveActions(begin=True, finish=True, must_succeed=True)
+CASES = {
+    "an ordinary step": (7, NOTHING, False, SaveActions()),
+    "a save is due": (10, NOTHING, False, SaveActions(begin=True)),
+    "a save is due while one is under way": (10, NOTHING, True, SaveActions(begin=True)),
+    "all have written": (7, WRITTEN, True, SaveActions(advance=True)),
+    "all have written, and the next is due": (10, WRITTEN, True, SaveActions(advance=True, begin=True)),
+    "nothing is under way to have been written": (7, WRITTEN, False, SaveActions()),
+    "asked to stop": (7, STOP, False, SaveActions(begin=True, finish=True, must_succeed=True, leave=True)),
+    "the last step": (25, NOTHING, False, LAST),
+    "asked to stop in the last step": (25, STOP, False, LAST),
+}
+
+
+@pytest.mark.parametrize("step, votes, busy, expected", CASES.values(), ids=CASES)
+def test_actions_after_a_step(step, votes, busy, expected):
+    policy = SavePolicy(every=10, last_step=25, background=True)
+    assert policy.after(step, votes, busy=busy) == expected
+
+
+def test_in_the_foreground_every_save_is_waited_for():
+    policy = SavePolicy(every=10, last_step=25, background=False)
+    assert policy.after(10, NOTHING, busy=False) == SaveActions(begin=True, finish=True)
+
+
+@pytest.mark.parametrize(
+    "counts, voted_in, expected",
+    [
+        (VoteCounts(stop=0, written=3), 11, WRITTEN),
+        (VoteCounts(stop=0, written=3), 10, NOTHING),  # on the save before that of step 10
+        (VoteCounts(stop=0, written=2), 11, NOTHING),
+        (VoteCounts(stop=1, written=0), 11, STOP),
+    ],
+)
+def test_votes_of_three_ranks(counts, voted_in, expected):
+    assert agreed(counts, world_size=3, voted_in=voted_in, saved_after=10) == expected
+
+
+def test_counts_are_read_by_name():
+    assert Votes._fields == VoteCounts._fields
+    assert VoteCounts.read(torch.tensor([1.0, 2.0])) == VoteCounts(stop=1, written=2)
