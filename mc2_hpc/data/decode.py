@@ -99,15 +99,15 @@ class EvalTransform:
         self._mode = mode
         self._backend = resolve_backend(backend, "eval")
 
-    def __call__(self, data: Encoded) -> torch.Tensor:
-        """uint8 ``(3, size, size)``. Raises SkipSample."""
+    def __call__(self, data: Encoded | Image.Image) -> torch.Tensor:
+        """uint8 ``(3, size, size)`` of an encoded image, or of one that is open. Raises SkipSample."""
         size = self._size
         if self._backend == "pil":
-            image = _open(data)
+            image = data if isinstance(data, Image.Image) else _open(data)
             height, width = self._resized(image.height, image.width)
             tensor = _to_tensor(_loaded(image).resize((width, height), Image.Resampling.BICUBIC))
         else:
-            rgb = _read(data)
+            rgb = np.array(_loaded(data)) if isinstance(data, Image.Image) else _read(data)
             height, width = self._resized(rgb.shape[0], rgb.shape[1])
             tensor = _resize(rgb, Box(0, 0, rgb.shape[0], rgb.shape[1]), height, width)
         # torchvision's CenterCrop rounds half to even; so must we.
@@ -144,6 +144,11 @@ def crop_and_resize(data: Encoded, choose: Callable[[int, int], Box], size: int,
             return _resize(rgb, Box(*(side * eighths // 8 for side in box)), size, size)
     rgb = np.array(_loaded(_open(data)))
     return _resize(rgb, choose(rgb.shape[0], rgb.shape[1]), size, size)
+
+
+def decode_pil(data: Encoded) -> Image.Image:
+    """The whole image as Pillow decodes it, RGB: what other libraries' transforms take. Raises SkipSample."""
+    return _loaded(_open(data))
 
 
 @contextmanager

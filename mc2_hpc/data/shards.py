@@ -10,7 +10,6 @@ column, so those shards are plain.
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -45,14 +44,11 @@ class Pair(NamedTuple):
     lang: str = ""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture, still encoded, and all of its captions."""
+class Caption(NamedTuple):
+    """A caption and its language; ``lang`` is empty where nobody knows it."""
 
-    key: str
-    image: Encoded
-    texts: list[str]
-    langs: list[str]
+    text: str
+    lang: str
 
 
 class Shard(Protocol):
@@ -81,8 +77,12 @@ class Shard(Protocol):
         """Raises SkipSample."""
         ...
 
-    def read_picture(self, index: int) -> Picture:
-        """Picture ``index`` of ``num_keys``. Raises SkipSample."""
+    def read_captions(self, index: int) -> list[Caption]:
+        """All captions of image ``index`` of ``num_keys``; the image is not read. Raises SkipSample."""
+        ...
+
+    def read_image(self, index: int) -> Encoded:
+        """Image ``index`` of ``num_keys``, still encoded. Raises SkipSample."""
         ...
 
 
@@ -155,9 +155,24 @@ class PlainShard:
         # A view: the picture need not be copied out of the read.
         return Pair(self._keys[row], memoryview(data)[image:image_end], caption, lang)
 
-    def read_picture(self, index: int) -> Picture:
-        pair = self.read(index)
-        return Picture(pair.key, pair.image, [pair.text], [pair.lang])
+    def read_captions(self, index: int) -> list[Caption]:
+        begin, size, image, _, *texts = _PLACES.unpack_from(self._places, index * _PLACES.size)
+        if image < 0:
+            raise SkipSample("image_missing")
+        start = begin if size >= 0 else 0  # of the one read that all of its places are in
+        raw, raw_json = (
+            _read_payload(self._source, start + first, end - first) if first >= 0 else None
+            for first, end in zip(texts[::2], texts[1::2], strict=True)
+        )
+        if raw is not None and raw_json is None:
+            return [Caption(_usable_text(raw), "")]
+        return [Caption(*_described_caption(raw, b"{}" if raw_json is None else raw_json))]
+
+    def read_image(self, index: int) -> Encoded:
+        begin, size, image, end, *_ = _PLACES.unpack_from(self._places, index * _PLACES.size)
+        if image < 0:
+            raise SkipSample("image_missing")
+        return _read_payload(self._source, (begin if size >= 0 else 0) + image, end - image)
 
     def _read_apart(self, places: tuple[int, ...]) -> tuple[bytes, list[int]]:
         """The files of a sample joined, and begin and end of each in that."""
@@ -222,15 +237,14 @@ class CuratedShard:
         key = self._keys[row]
         return Pair(key, self._image(key), self._text(row), self._lang(row))
 
-    def read_picture(self, index: int) -> Picture:
+    def read_captions(self, index: int) -> list[Caption]:
         key = self._pictures[index]
-        rows = self._rows_of[key]
-        return Picture(
-            key,
-            self._image(key),
-            [self._text(row) for row in rows],
-            [self._lang(row) for row in rows],
-        )
+        if key not in self._images:
+            raise SkipSample("image_missing")
+        return [Caption(self._text(row), self._lang(row)) for row in self._rows_of[key]]
+
+    def read_image(self, index: int) -> Encoded:
+        return self._image(self._pictures[index])
 
     def _image(self, key: str) -> bytes:
         place = self._images.get(key)

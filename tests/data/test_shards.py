@@ -126,7 +126,7 @@ def test_curated_shard_has_all_texts_of_a_picture(tmp_path: Path) -> None:
     shard = open_shard(curated(tmp_path, rows, ["a.1", "b", "unmatched"]))
     assert isinstance(shard, CuratedShard) and shard.num_keys == 3
     assert shard.read(2) == Pair("a.1", b"picture of a.1", "eins", "de")
-    assert shard.read_picture(0).texts == ["one", "eins"] and shard.read_picture(0).langs == ["en", "de"]
+    assert shard.read_captions(0) == [("one", "en"), ("eins", "de")] and shard.read_image(0) == shard.read(0).image
     assert shard.read(1).lang == ""
     assert reason(lambda: shard.read(3)) == "image_missing"
     assert reason(lambda: shard.read(4)) == "caption_missing"
