@@ -29,15 +29,15 @@ from PIL import Image
 from torch import Tensor
 
 from mc2_hpc.conversion.convert import convert
-from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.data.tokenizer import train_tokenizer
 from mc2_hpc.distributed import process_group
 from mc2_hpc.evaluation.encoder import Encoder
-from mc2_hpc.evaluation.pictures import PictureFiles
+from mc2_hpc.evaluation.images import ImageFiles
 from mc2_hpc.evaluation.retrieval import recall
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card, write_tensors
+from mc2_hpc.peers import import_open_clip
 
 NUM_PICTURES, NUM_LOCALES, WIDTH = 3_600, 36, 1_024
 KS = (1, 5, 10)
@@ -121,7 +121,7 @@ def measure_features(folder: Path, *, pictures: int, rounds: int) -> list[dict[s
     """Pictures a second; both give the same features, which is checked."""
     checkpoint = make_checkpoint(folder)
     names = make_pictures(folder / "pictures", pictures)
-    source = PictureFiles(folder / "pictures", names)
+    source = ImageFiles(folder / "pictures", names)
     open_clip = import_open_clip()
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder / 'open_clip'}")
     model.eval()
@@ -136,7 +136,7 @@ def measure_features(folder: Path, *, pictures: int, rounds: int) -> list[dict[s
     with process_group(60) as ranks:
         encoder = Encoder.load(checkpoint, ranks, batch=BATCH)
         contenders = {
-            "ours": lambda: found.update(ours=encoder.pictures(source).features),
+            "ours": lambda: found.update(ours=encoder.images(source).features),
             "open_clip": lambda: found.update(theirs=theirs(0)),
             "open_clip_workers": lambda: theirs(os.cpu_count() or 1),
         }

@@ -161,7 +161,7 @@ def _sentencepiece() -> tuple[str, str]:
 
 def _open_clip() -> tuple[str, str]:
     found = _package_version("open_clip_torch", "optional: pip install 'mc2_hpc[eval]' (to check conversions)")
-    from mc2_hpc.conversion.peers import import_open_clip
+    from mc2_hpc.peers import import_open_clip
 
     open_clip = import_open_clip()
     return found, f"imported; {len(open_clip.list_models())} model configs"

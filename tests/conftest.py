@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from mc2_hpc.conversion.peers import import_open_clip, import_transformers
+from mc2_hpc.peers import import_open_clip, import_transformers
 
 # Tests are no package, so the file beside this one is loaded by its path.
 _spec = importlib.util.spec_from_file_location("slurm_cluster", Path(__file__).with_name("slurm_cluster.py"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mc2_hpc.errors import UserError
 
-SUMMARY = "find pictures of a folder with words of any language"
+SUMMARY = "find images of a folder with words of any language"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,11 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=Path, help="checkpoint or run folder; or an open_clip or transformers folder"
     )
     parser.add_argument("query", nargs="?", help="what to look for, in any language")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of pictures")
-    parser.add_argument("--top", type=int, default=10, help="pictures to show [10]")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images")
+    parser.add_argument("--top", type=int, default=10, help="images to show [10]")
     parser.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="a page in the browser [8000]")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features there [~/.cache/mc2_hpc/features]")
-    parser.add_argument("--batch", type=int, default=64, help="pictures encoded at a time [64]")
+    parser.add_argument("--batch", type=int, default=64, help="images encoded at a time [64]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,19 +30,18 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
     if arguments.serve is not None and not 0 <= arguments.serve < 65536:
         raise UserError(f"--serve {arguments.serve}: not a port; choose another")
-    from mc2_hpc.cli.checkpoints import as_ours
     from mc2_hpc.distributed import process_group
     from mc2_hpc.evaluation.encoder import Encoder
-    from mc2_hpc.evaluation.search import PictureIndex
+    from mc2_hpc.evaluation.search import ImageIndex
     from mc2_hpc.terminal import progress
 
     cache = arguments.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mc2_hpc" / "features"
-    with process_group() as ranks, as_ours(arguments.checkpoint) as checkpoint:
+    with process_group() as ranks:
         if ranks.world_size > 1:
             raise UserError(f"search: one process does it, not {ranks.world_size}")
-        encoder = Encoder.load(checkpoint, ranks, batch=arguments.batch, cache=cache)
+        encoder = Encoder.load(arguments.checkpoint, ranks, batch=arguments.batch, cache=cache)
         with progress() as report:
-            index = PictureIndex(encoder, arguments.images, lambda done, total: report("pictures", done, total, ""))
+            index = ImageIndex(encoder, arguments.images, lambda done, total: report("images", done, total, ""))
         for reason, count in index.skipped.items():
             print(f"mc2: left out: {reason} {count}", file=sys.stderr)
         if arguments.serve is not None:
@@ -53,14 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _serve(index: object, port: int) -> int:
-    from mc2_hpc.evaluation.search import HOST, PictureIndex, make_server
+    from mc2_hpc.evaluation.search import HOST, ImageIndex, make_server
 
-    assert isinstance(index, PictureIndex)
+    assert isinstance(index, ImageIndex)
     try:
         server = make_server(index, port)
     except OSError as error:
         raise UserError(f"--serve {port}: {error}; choose another port") from None
-    print(f"{len(index)} pictures: http://{HOST}:{server.server_address[1]}/ (Ctrl-C ends)", flush=True)
+    print(f"{len(index)} images: http://{HOST}:{server.server_address[1]}/ (Ctrl-C ends)", flush=True)
     with server:
         server.serve_forever()
     return 0

@@ -8,20 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mc2_hpc.conversion import huggingface, open_clip
-from mc2_hpc.conversion.model_folder import is_pickle, refused_pickle
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.formats import Format, detect_format
 from mc2_hpc.models.weights import resolve_checkpoint
-from mc2_hpc.storage import fsync_folder, read_json, remove_folder
+from mc2_hpc.storage import fsync_folder, remove_folder
 
 logger = logging.getLogger(__name__)
 
-OURS = "mc2"
-EXPORTERS: dict[str, Callable[[Path, Path], None]] = {"open_clip": open_clip.export, "hf": huggingface.export}
-IMPORTERS: dict[str, Callable[[Path, Path], None]] = {
-    "open_clip": open_clip.import_model,
-    "hf": huggingface.import_model,
+EXPORTERS: dict[str, Callable[[Path, Path], None]] = {
+    Format.OPEN_CLIP: open_clip.export,
+    Format.TRANSFORMERS: huggingface.export,
 }
-FORMATS = (*EXPORTERS, OURS)
+IMPORTERS: dict[str, Callable[[Path, Path], None]] = {
+    Format.OPEN_CLIP: open_clip.import_model,
+    Format.TRANSFORMERS: huggingface.import_model,
+}
+FORMATS = (*EXPORTERS, Format.OURS)
 
 
 def convert(source: str | Path, to: str, out: str | Path) -> Path:
@@ -40,7 +42,7 @@ def convert(source: str | Path, to: str, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     if to not in FORMATS:
         raise UserError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
-    kind = detect(source)
+    kind = detect_format(source)
     if kind == to:
         raise UserError(f"{source}: is in the format {to} already; choose another --to")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -63,46 +65,10 @@ def convert(source: str | Path, to: str, out: str | Path) -> Path:
     return out
 
 
-def detect(source: Path) -> str:
-    """The format of ``source``: ``mc2``, ``open_clip`` or ``hf``.
-
-    Raises:
-        UserError: nothing there, or none of these.
-    """
-    if not source.exists():
-        raise UserError(f"{source}: no such folder")
-    if source.is_file():
-        if is_pickle(source):
-            raise refused_pickle(source)
-        raise UserError(f"{source}: is a file; name the folder that holds the model")
-    if (source / open_clip.CONFIG_FILE).is_file():
-        return "open_clip"
-    if _is_huggingface(source):
-        return "hf"
-    if _is_ours(source):
-        return OURS
-    raise UserError(
-        f"{source}: no model there (looked for model.json, latest, checkpoints/latest of a run, "
-        f"{open_clip.CONFIG_FILE}, and {huggingface.CONFIG_FILE} of transformers)"
-    )
-
-
-def _is_ours(source: Path) -> bool:
-    return any(
-        (folder / name).is_file() for folder in (source, source / "checkpoints") for name in ("model.json", "latest")
-    )
-
-
-def _is_huggingface(source: Path) -> bool:
-    path = source / huggingface.CONFIG_FILE
-    values = read_json(path) if path.is_file() else None
-    return isinstance(values, dict) and "model_type" in values
-
-
 def _write(source: Path, kind: str, to: str, out: Path) -> None:
-    if kind == OURS:
+    if kind == Format.OURS:
         EXPORTERS[to](resolve_checkpoint(source), out)
-    elif to == OURS:
+    elif to == Format.OURS:
         IMPORTERS[kind](source, out)
     else:
         ours = out / "ours"

@@ -10,11 +10,11 @@ from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.data.tokenizer import STYLES
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import LOGIT_SCALE_INIT
+from mc2_hpc.models.formats import TRANSFORMERS_CONFIG
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.weights import ModelCard, TensorFiles, check_names, write_tensors
 from mc2_hpc.storage import read_json, write_json
 
-CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 MODEL_TYPE = "metaclip_2"
 
@@ -54,7 +54,7 @@ def export(checkpoint: Path, out: Path) -> None:
         UserError: no checkpoint there, or a tokenizer that cannot be exported.
     """
     card, files, tokenizer_file = read_model(checkpoint)
-    write_json(out / CONFIG_FILE, config(card))
+    write_json(out / TRANSFORMERS_CONFIG, config(card))
     write_json(out / PREPROCESSOR_FILE, preprocessor_config(card.arch))
     write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)
     write_tensors(out / "model.safetensors", dict(to_peer(huggingface_entries(card.arch), files.get)))
@@ -67,7 +67,7 @@ def import_model(source: Path, out: Path) -> None:
         UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
     """
     preprocessor = source / PREPROCESSOR_FILE
-    path = source / CONFIG_FILE
+    path = source / TRANSFORMERS_CONFIG
     arch = architecture(read_json(path), read_json(preprocessor) if preprocessor.is_file() else {}, str(path))
     files = _weights(source)
     entries = huggingface_entries(arch)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mc2_hpc.conversion.keys import our_shapes
+from mc2_hpc.data.card_tokenizer import tokenizer_file
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.formats import is_pickle, refused_pickle
 from mc2_hpc.models.weights import (
     TOKENIZER_FILE,
     ModelCard,
@@ -23,7 +25,6 @@ from mc2_hpc.models.weights import (
 
 _FILE_BYTES = 1 << 30
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
@@ -36,13 +37,10 @@ def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
     card = read_card(folder)
     files = TensorFiles(folder, "model")
     check_names(str(folder), files.names(), our_shapes(card.arch), files)
-    tokenizer_file = folder / TOKENIZER_FILE
-    if not tokenizer_file.is_file():
-        raise UserError(f"{tokenizer_file}: no such file; copy the sentencepiece model of the run there")
-    return card, files, tokenizer_file
+    return card, files, tokenizer_file(folder)
 
 
-def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]], tokenizer_file: Path) -> None:
+def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path) -> None:
     """Write a model folder: weights in files of about a gigabyte, the tokenizer, and ``model.json`` last."""
     pending: dict[str, Tensor] = {}
     pending_bytes = number = 0
@@ -53,7 +51,7 @@ def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]
         pending[name] = tensor
         pending_bytes += tensor.nbytes
     write_tensors(out / f"model.{number:05d}.safetensors", pending)
-    shutil.copyfile(tokenizer_file, out / TOKENIZER_FILE)
+    shutil.copyfile(tokenizer, out / TOKENIZER_FILE)
     write_card(out, card)
 
 
@@ -81,24 +79,11 @@ def check_sizes(source: str, sizes: Mapping[str, Any]) -> None:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Say how to mend a folder that has its weights as pickles only.
+    """Say how to fix a folder that has its weights as pickles only.
 
     Raises:
         UserError: there is such a file.
     """
-    pickles = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
+    pickles = sorted(path for path in folder.iterdir() if is_pickle(path))
     if pickles:
         raise refused_pickle(pickles[0])
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether ``path`` is named as the files torch.save writes."""
-    return path.suffix in _PICKLES
-
-
-def refused_pickle(path: Path) -> UserError:
-    """The error for a pickled file, which could run code when read."""
-    return UserError(
-        f"{path}: pickled weights are not read, they can run code; if you trust the file, write it as safetensors: "
-        f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')"
-    )

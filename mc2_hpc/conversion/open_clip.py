@@ -8,11 +8,10 @@ from mc2_hpc.conversion.model_folder import check_sizes, read_fp32, read_model, 
 from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.formats import OPEN_CLIP_CONFIG
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.weights import ModelCard, TensorFiles, check_names, write_tensors
 from mc2_hpc.storage import read_json, write_json
-
-CONFIG_FILE = "open_clip_config.json"
 
 # In open_clip's own order of preference.
 _WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model")
@@ -45,7 +44,7 @@ def export(checkpoint: Path, out: Path) -> None:
         UserError: no checkpoint there, or a tokenizer that cannot be exported.
     """
     card, files, tokenizer_file = read_model(checkpoint)
-    write_json(out / CONFIG_FILE, config(card))
+    write_json(out / OPEN_CLIP_CONFIG, config(card))
     write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)
     write_tensors(out / "open_clip_model.safetensors", dict(to_peer(open_clip_entries(card.arch), files.get)))
 
@@ -56,7 +55,7 @@ def import_model(source: Path, out: Path) -> None:
     Raises:
         UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
     """
-    path = source / CONFIG_FILE
+    path = source / OPEN_CLIP_CONFIG
     arch, text_prefix = architecture(read_json(path), str(path))
     files = _weights(source)
     entries = open_clip_entries(arch, text_prefix)

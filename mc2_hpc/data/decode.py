@@ -101,15 +101,15 @@ class EvalTransform:
         self._backend = resolve_backend(backend, "eval")
         self._max_pixels = max_pixels
 
-    def __call__(self, data: Encoded) -> torch.Tensor:
-        """uint8 ``(3, size, size)``. Raises Dropped."""
+    def __call__(self, data: Encoded | Image.Image) -> torch.Tensor:
+        """uint8 ``(3, size, size)`` of an encoded image, or of one that is open. Raises Dropped."""
         size = self._size
         if self._backend == "pil":
-            image = open_image(data, max_pixels=self._max_pixels)
+            image = data if isinstance(data, Image.Image) else open_image(data, max_pixels=self._max_pixels)
             height, width = self._resized(image.height, image.width)
             tensor = _to_tensor(load_rgb(image).resize((width, height), Image.Resampling.BICUBIC))
         else:
-            rgb = _read(data, self._max_pixels)
+            rgb = np.array(load_rgb(data)) if isinstance(data, Image.Image) else _read(data, self._max_pixels)
             height, width = self._resized(rgb.shape[0], rgb.shape[1])
             tensor = _resize(rgb, Box(0, 0, rgb.shape[0], rgb.shape[1]), height, width)
         # torchvision's CenterCrop rounds half to even; so must we.
@@ -149,6 +149,11 @@ def crop_and_resize(
             return _resize(rgb, Box(*(side * eighths // 8 for side in box)), size, size)
     rgb = _read(data, max_pixels)
     return _resize(rgb, choose(rgb.shape[0], rgb.shape[1]), size, size)
+
+
+def decode_pil(data: Encoded) -> Image.Image:
+    """The whole image as Pillow decodes it, RGB: what other libraries' transforms take. Raises Dropped."""
+    return load_rgb(open_image(data))
 
 
 @contextmanager

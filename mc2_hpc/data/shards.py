@@ -8,7 +8,6 @@ members :mod:`mc2_hpc.samples` describes. The Parquet files that img2dataset and
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -46,16 +45,6 @@ class Pair(NamedTuple):
     lang: str = ""
 
 
-@dataclass(frozen=True)
-class CaptionedImage:
-    """One image, still encoded, and all of its captions."""
-
-    key: str
-    image: Encoded
-    texts: list[str]
-    langs: list[str]
-
-
 class Shard(Protocol):
     """What the stream and the evaluation need of a shard of either kind. A *row* is one caption of one image."""
 
@@ -82,8 +71,12 @@ class Shard(Protocol):
         """Row ``row`` as ``epoch`` sees it. Raises Dropped."""
         ...
 
-    def read_image(self, index: int) -> CaptionedImage:
-        """Image ``index`` of ``num_keys``. Raises Dropped."""
+    def read_captions(self, index: int) -> list[Caption]:
+        """All captions of image ``index`` of ``num_keys``; the image is not read. Raises Dropped."""
+        ...
+
+    def read_image(self, index: int) -> Encoded:
+        """Image ``index`` of ``num_keys``, still encoded. Raises Dropped."""
         ...
 
 
@@ -144,11 +137,6 @@ class PlainShard:
             caption = captions[choose_texts(keys, [text for text, _ in captions], seed=seed, epoch=epoch)[0]]
         return Pair(self._keys[row], image, *caption)
 
-    def read_image(self, index: int) -> CaptionedImage:
-        image, captions = self._read(index)
-        texts, langs = zip(*captions, strict=True)
-        return CaptionedImage(self._keys[index], image, list(texts), list(langs))
-
     def _read(self, row: int) -> tuple[Encoded, list[Caption]]:
         places = _PLACES.unpack_from(self._places, row * _PLACES.size)
         begin, size, image, image_end, text, text_end, more, more_end = places
@@ -165,6 +153,23 @@ class PlainShard:
         record = data[more:more_end] if more >= 0 else None
         # A view: the image need not be copied out of the read.
         return memoryview(data)[image:image_end], captions_of(caption, record)
+
+    def read_captions(self, index: int) -> list[Caption]:
+        begin, size, image, _, *texts = _PLACES.unpack_from(self._places, index * _PLACES.size)
+        if image < 0:
+            raise Dropped(Drop.IMAGE_MISSING)
+        start = begin if size >= 0 else 0  # of the one read that all of its places are in
+        caption, record = (
+            _read_payload(self._source, start + first, end - first) if first >= 0 else None
+            for first, end in zip(texts[::2], texts[1::2], strict=True)
+        )
+        return captions_of(caption, record)
+
+    def read_image(self, index: int) -> Encoded:
+        begin, size, image, end, *_ = _PLACES.unpack_from(self._places, index * _PLACES.size)
+        if image < 0:
+            raise Dropped(Drop.IMAGE_MISSING)
+        return _read_payload(self._source, (begin if size >= 0 else 0) + image, end - image)
 
     def _read_apart(self, places: tuple[int, ...]) -> tuple[bytes, list[int]]:
         """The files of a sample joined, and begin and end of each in that."""
@@ -233,24 +238,20 @@ class CuratedShard:
         key = self._keys[row]
         return Pair(key, self._image(key), self._text(row), self._lang(row))
 
-    def read_image(self, index: int) -> CaptionedImage:
+    def read_captions(self, index: int) -> list[Caption]:
         key = self._image_keys[index]
-        rows = self._rows_of[key]
-        return CaptionedImage(
-            key,
-            self._image(key),
-            [self._text(row) for row in rows],
-            [self._lang(row) for row in rows],
-        )
+        if self._images.get(key) is None:
+            raise Dropped(Drop.IMAGE_MISSING)
+        return [Caption(self._text(row), self._lang(row)) for row in self._rows_of[key]]
+
+    def read_image(self, index: int) -> Encoded:
+        return self._image(self._image_keys[index])
 
     def _image(self, key: str) -> bytes:
         place = self._images.get(key)
         if place is None:
             raise Dropped(Drop.IMAGE_MISSING)
-        try:
-            return self._source.read(*place)
-        except OSError as error:
-            raise Dropped(Drop.READ_ERROR, str(error)) from None
+        return _read_payload(self._source, *place)
 
     def _text(self, row: int) -> str:
         raw = self._texts[row].as_py()
@@ -260,3 +261,10 @@ class CuratedShard:
 
     def _lang(self, row: int) -> str:
         return str(self._langs[row])
+
+
+def _read_payload(source: ByteSource, offset: int, size: int) -> bytes:
+    try:
+        return source.read(offset, size)
+    except OSError as error:
+        raise Dropped(Drop.READ_ERROR, str(error)) from None

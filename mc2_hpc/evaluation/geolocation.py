@@ -1,6 +1,6 @@
-"""Few-shot geo-localisation: which place a picture is from, by ridge regression on its features.
+"""Few-shot geo-localisation: which place an image is from, by ridge regression on its features.
 
-N pictures, P places, D embedding width.
+N images, P places, D embedding width.
 """
 
 import torch
@@ -20,7 +20,7 @@ _SPREAD = 1e-5
 def ridge_accuracy(
     features: Tensor, labels: Tensor, train: Tensor, test: Tensor, *, shots: int, ridge: float = RIDGE
 ) -> float:
-    """Share of test pictures whose place scores highest.
+    """Share of test images whose place scores highest.
 
     big_vision's few-shot regression, as the scripts proposed to the paper's repository call it: features are put to
     mean 0 and deviation 1 by those learnt from, a constant stands beside them, targets are 1 and -1, and the
@@ -29,14 +29,14 @@ def ridge_accuracy(
 
     Args:
         features: float32 (N, D).
-        labels: int64 (N,), each picture's place.
-        train, test: int64 indices of pictures; the first ``shots`` of each place in ``train`` are learnt from.
+        labels: int64 (N,), each image's place.
+        train, test: int64 indices of images; the first ``shots`` of each place in ``train`` are learnt from.
 
     Raises:
         UserError: either part is empty.
     """
     if len(train) == 0 or len(test) == 0:
-        raise UserError(f"geo-localisation needs pictures to learn from and to test: {len(train)} and {len(test)}")
+        raise UserError(f"geo-localisation needs images to learn from and to test: {len(train)} and {len(test)}")
     places = labels[train].unique()
     chosen = torch.cat([train[labels[train] == place][:shots] for place in places])
     learnt = features[chosen].double()

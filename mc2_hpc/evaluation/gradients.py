@@ -16,7 +16,7 @@ from torch import Tensor
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import first_error
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
+from mc2_hpc.evaluation.encoder import Encoder, ImageFeatures
 from mc2_hpc.evaluation.tasks import Captions, Retrieval
 from mc2_hpc.models.clip import CLIP
 
@@ -25,12 +25,12 @@ PARTS = ("vision", "text", "both")
 
 
 def gradient_cosines(
-    task: Retrieval, pictures: PictureFeatures, encoder: Encoder, *, pairs: int, reference: str = "en"
+    task: Retrieval, images: ImageFeatures, encoder: Encoder, *, pairs: int, reference: str = "en"
 ) -> dict[str, dict[str, float]]:
     """Language -> ``gradient_cosine_<part>`` for the parts of :data:`PARTS`, for every language but the reference.
 
     The gradient of a language is that of the symmetric contrastive loss (the training's, temperature included) of its
-    first ``pairs`` pictures that can be decoded, each with its first caption, in the towers' parameters; the
+    first ``pairs`` images that can be decoded, each with its first caption, in the towers' parameters; the
     temperature's own gradient is left out. Languages with fewer pairs have no cosine, since the loss depends on their
     number. Collective: the ranks share the languages, each computes the reference's gradient for itself.
 
@@ -38,14 +38,16 @@ def gradient_cosines(
         pairs: at least 2; one pair has no gradient.
 
     Raises:
-        UserError: the set lacks the reference language, or pairs in it.
+        UserError: the set lacks the reference language, or pairs in it; or the model is another library's.
     """
+    if not isinstance(encoder.dual.model, CLIP):
+        raise UserError("gradient_pairs: needs a checkpoint of ours; mc2 convert --to mc2 makes one")
     if reference not in task.languages:
         raise UserError(f"gradient_pairs: no language {reference!r} in the set to compare the others with")
     found: dict[str, dict[str, float]] = {}
     error = None
     try:
-        found = _own_share(task, pictures, encoder, pairs, reference)
+        found = _own_share(task, images, encoder, pairs, reference)
     except UserError as failure:
         error = failure
     first_error(error)
@@ -56,39 +58,39 @@ def gradient_cosines(
 
 
 def _own_share(
-    task: Retrieval, pictures: PictureFeatures, encoder: Encoder, pairs: int, reference: str
+    task: Retrieval, images: ImageFeatures, encoder: Encoder, pairs: int, reference: str
 ) -> dict[str, dict[str, float]]:
     others = [lang for lang in task.languages if lang != reference]
     own = others[encoder.ranks.rank :: encoder.ranks.world_size]
     if not own:
         return {}
-    rows = first_pairs(task.languages[reference], pictures.usable, pairs)
+    rows = first_pairs(task.languages[reference], images.usable, pairs)
     if rows is None:
         raise UserError(f"gradient_pairs: fewer than {pairs} pairs in {reference!r}; lower it")
     expected = _gradient(task, task.languages[reference], rows, encoder)
     found = {}
     for lang in own:
-        rows = first_pairs(task.languages[lang], pictures.usable, pairs)
+        rows = first_pairs(task.languages[lang], images.usable, pairs)
         if rows is not None:
             found[lang] = cosines(expected, _gradient(task, task.languages[lang], rows, encoder))
     return found
 
 
 def first_pairs(captions: Captions, usable: Tensor, pairs: int) -> list[int] | None:
-    """Rows of the first caption of each of the first ``pairs`` usable pictures, or None where there are fewer."""
+    """Rows of the first caption of each of the first ``pairs`` usable images, or None where there are fewer."""
     first: dict[int, int] = {}
-    for row, picture in enumerate(captions.pictures):
-        if usable[picture]:
-            first.setdefault(picture, row)
-    rows = [first[picture] for picture in sorted(first)[:pairs]]
+    for row, image in enumerate(captions.images):
+        if usable[image]:
+            first.setdefault(image, row)
+    rows = [first[image] for image in sorted(first)[:pairs]]
     return rows if len(rows) == pairs else None
 
 
 def _gradient(task: Retrieval, captions: Captions, rows: Sequence[int], encoder: Encoder) -> Mapping[str, Tensor]:
     """The loss's gradient by parameter name, for the pairs of ``rows``."""
-    images, _ = encoder.pixels(task.pictures, [captions.pictures[row] for row in rows])
-    tokens = encoder.tokenize([captions.texts[row] for row in rows])
-    return loss_gradient(encoder, images, tokens)
+    images = encoder.preprocess(task.images, [captions.images[row] for row in rows])
+    tokens = encoder.dual.tokenize([captions.texts[row] for row in rows])
+    return loss_gradient(encoder, torch.stack(images), tokens)
 
 
 def loss_gradient(encoder: Encoder, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -96,7 +98,7 @@ def loss_gradient(encoder: Encoder, images: Tensor, tokens: Tensor) -> dict[str,
 
     On the CPU, and with activations recomputed: during training there may be little room on the device.
     """
-    model, device = encoder.model, encoder.ranks.device
+    model, device = encoder.dual.model, encoder.ranks.device
     assert isinstance(model, CLIP)
     parameters = {name: p for name, p in model.named_parameters() if name != "logit_scale"}
     with torch.enable_grad(), _recomputing(model):

@@ -69,7 +69,7 @@ class _Best:
 
     def see(self, row: int, scores: Tensor, start: int) -> None:
         """Take in what the queries' tile number ``row`` scores with the gallery from ``start`` on."""
-        values, indices = _first_k(scores.float(), self._k)
+        values, indices = first_k(scores.float(), self._k)
         # Earlier tiles hold the lower indices and stand first: a stable sort keeps them first among equals.
         merged, order = torch.cat([self._scores[row], values], dim=1).sort(dim=1, descending=True, stable=True)
         indices = torch.cat([self._indices[row], indices + start], dim=1).gather(1, order)
@@ -83,7 +83,7 @@ class _Best:
         return scores, indices
 
 
-def _first_k(scores: Tensor, k: int) -> Nearest:
+def first_k(scores: Tensor, k: int) -> Nearest:
     """What a stable descending sort of each row begins with: ``min(k, columns)`` of it."""
     columns = scores.shape[1]
     values, indices = scores.topk(min(k + 1, columns), dim=1)

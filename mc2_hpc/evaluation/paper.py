@@ -18,6 +18,25 @@ SLIP_26: Mapping[str, str] = {
 """The sets of SLIP's zero-shot evaluation (Mu et al. 2021, arXiv 2112.12750), by their names in
 ``configs/eval/slip26.yaml``, and the metric of each; SLIP-26 is the mean of the 26 numbers."""
 
+DATACOMP_38: Mapping[str, str | tuple[str, ...]] = {
+    **dict.fromkeys(("cifar10", "cifar100", "clevr_counts", "clevr_distance", "country211", "dtd", "eurosat"), "top1"),
+    **dict.fromkeys(("food101", "gtsrb", "kitti", "mnist", "pcam", "rendered_sst2", "resisc45", "svhn"), "top1"),
+    **dict.fromkeys(("stanford_cars", "stl10", "sun397", "voc2007", "camelyon17", "objectnet"), "top1"),
+    **dict.fromkeys(("imagenet", "imagenet_sketch", "imagenetv2", "imagenet_a", "imagenet_o", "imagenet_r"), "top1"),
+    **dict.fromkeys(("caltech101", "fgvc_aircraft", "flowers102", "oxford_pets"), "mean_per_class_top1"),
+    **dict.fromkeys(("flickr30k", "mscoco"), ("text_to_image_R@1", "image_to_text_R@1")),
+    "winogavil": "jaccard_10_up",
+    "iwildcam": "macro_f1",
+    "fmow": "worst_group_top1",
+    "datacomp_geode": "worst_group_top1",
+    "datacomp_dollar_street": "worst_group_top5",
+}
+"""DataComp's 38 sets (Gadre et al. 2023, arXiv 2304.14108), by their names in ``configs/eval/datacomp.yaml``, and the
+main metric of each as its task list has it; of several metrics the mean. DataComp-38 is the mean of the 38 numbers."""
+
+MEANS: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {"SLIP-26": SLIP_26, "DataComp-38": DATACOMP_38}
+"""Columns that are the mean of several sets."""
+
 COLUMNS = {
     "ImageNet": ("imagenet", "top1"),
     "Babel-ImageNet": ("babel_imagenet", "top1"),
@@ -36,7 +55,7 @@ COLUMNS = {
     "GLDv2": ("gldv2", "top1"),
     "GeoDE": ("geode", "top1"),
 }
-"""Column of the paper -> (name of the set in a suite, metric); SLIP-26 beside them is of many sets."""
+"""Column of the paper -> (name of the set in a suite, metric); :data:`MEANS` beside them are of many sets."""
 
 _TABLE_3 = tuple(COLUMNS)[:6]
 _TABLE_1 = ("ImageNet", "SLIP-26", *tuple(COLUMNS)[1:12])
@@ -57,6 +76,14 @@ REPORTED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
             **_row(_TABLE_1, 79.5, 71.1, 47.1, 49.6, 62.6, 59.9, 56.0, 49.1, 52.1, 85.2, 87.1, 47.0, 49.7),
             **_row(_TABLE_4, 37.2, 63.7, 65.8, 94.3),
         },
+        "XLM-CLIP H/14": _row(_TABLE_1, 77.0, 69.4, 34.0, 50.4, 60.5, 56.1, 48.2, 43.2, 46.2, 87.1, 88.4, 42.5, 45.2),
+    },
+    "SO400M/16": {
+        "mSigLIP SO400M": _row(_TABLE_1, 80.6, 69.1, 46.4, 50.0, 62.8, 56.8, 49.8, 39.9, 42.0, 85.6, 88.8, 42.5, 45.2),
+        "SigLIP 2 SO400M": _row(_TABLE_1, 83.2, 73.7, 40.8, 48.2, 59.7, 58.5, 49.0, 36.6, 40.3, 86.1, 87.6, 40.3, 44.5),
+    },
+    "B/16": {
+        "mSigLIP B/16": _row(_TABLE_1, 75.1, 63.8, 40.2, 44.5, 56.6, 51.8, 45.7, 34.0, 36.0, 80.8, 84.0, 37.8, 40.6),
     },
     "L/14": {
         "L/14 WW 29B": _row(_TABLE_1, 78.8, 67.2, 44.2, 45.3, 58.2, 59.2, 55.1, 41.9, 45.8, 82.8, 85.0, 41.9, 44.8),
@@ -68,13 +95,13 @@ REPORTED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
 }
 """By size, then row, then column."""
 
-SIZES = {(1280, 14): "H/14", (1024, 14): "L/14", (768, 32): "B/32"}
+SIZES = {(1280, 14): "H/14", (1152, 16): "SO400M/16", (1024, 14): "L/14", (768, 16): "B/16", (768, 32): "B/32"}
 """Vision width and patch -> size."""
 
 
-def reported(width: int, patch_size: int) -> Mapping[str, Mapping[str, float]]:
+def reported(width: int | None, patch_size: int | None) -> Mapping[str, Mapping[str, float]]:
     """The paper's rows for a vision tower of this width and patch; none where it reports none."""
-    return REPORTED.get(SIZES.get((width, patch_size), ""), {})
+    return {} if width is None or patch_size is None else REPORTED.get(SIZES.get((width, patch_size), ""), {})
 
 
 def columns_of(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -85,18 +112,26 @@ def columns_of(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         for column, (where, metric) in COLUMNS.items()
         if metric in numbers.get(where, {})
     }
-    if not _missing_of_slip_26(sets):
-        found["SLIP-26"] = 100 * fmean(numbers[where][metric] for where, metric in SLIP_26.items())
-    return {column: found[column] for column in ("ImageNet", "SLIP-26", *COLUMNS) if column in found}
+    for column, parts in MEANS.items():
+        if not _missing(parts, sets):
+            found[column] = 100 * fmean(fmean(numbers[w][metric] for metric in _metrics(m)) for w, m in parts.items())
+    return {column: found[column] for column in ("ImageNet", *MEANS, *COLUMNS) if column in found}
 
 
-def why_no_slip_26(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """What keeps a suite that names all 26 sets from having their mean; empty for any other suite."""
-    missing = _missing_of_slip_26(sets)
-    if not missing or not SLIP_26.keys() <= sets.keys():
-        return ""
-    return f"SLIP-26 has no mean: {len(missing)} of its 26 sets have no number ({', '.join(missing)})."
+def why_no_mean(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What keeps a suite that names all sets of one of :data:`MEANS` from having it; nothing for any other suite."""
+    lines = []
+    for column, parts in MEANS.items():
+        missing = _missing(parts, sets)
+        if missing and parts.keys() <= sets.keys():
+            names = ", ".join(missing)
+            lines.append(f"{column} has no mean: {len(missing)} of its {len(parts)} sets have no number ({names}).")
+    return lines
 
 
-def _missing_of_slip_26(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [name for name, metric in SLIP_26.items() if metric not in sets.get(name, {}).get("mean", {})]
+def _missing(parts: Mapping[str, str | tuple[str, ...]], sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [name for name, of in parts.items() if not set(_metrics(of)) <= sets.get(name, {}).get("mean", {}).keys()]
+
+
+def _metrics(of: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (of,) if isinstance(of, str) else of

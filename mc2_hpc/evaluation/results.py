@@ -4,16 +4,19 @@ import base64
 import html
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
+from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts
+from mc2_hpc.evaluation.encoder import Encoder, ImageFeatures
+from mc2_hpc.evaluation.images import Images
 from mc2_hpc.evaluation.nearest import nearest
-from mc2_hpc.evaluation.paper import columns_of, why_no_slip_26
-from mc2_hpc.evaluation.pictures import Pictures
+from mc2_hpc.evaluation.paper import columns_of, why_no_mean
+from mc2_hpc.evaluation.scoring import ALL, Scores
 from mc2_hpc.evaluation.suite import SetResult
 from mc2_hpc.evaluation.tasks import Retrieval
 from mc2_hpc.page_style import STYLE
@@ -24,33 +27,62 @@ _LEADING = ("top1", "mean_per_class_top1", "text_to_image_R@1", "LOCAL", "5_shot
 """The metric that languages are ordered by, the first of these that a set has."""
 
 
-def markdown(name: str, sets: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, float]]) -> str:
+def markdown(
+    name: str,
+    sets: Mapping[str, Mapping[str, Any]],
+    paper: Mapping[str, Mapping[str, float]],
+    facts: ModelFacts | None = None,
+) -> str:
     """A table of the paper's columns with a row for ``name`` and one for each of the paper's; then every other number.
 
     Args:
         sets: what ``suite.to_json`` made.
         paper: rows of ``paper.reported``.
+        facts: of the model.
     """
     found = columns_of(sets)
-    lines = []
+    lines = [f"{name}: {describe(facts)}", ""] if facts is not None else []
     if found:
         lines += _table(
             ["model", *found], [[name, *_cells(found, found)]] + [[r, *_cells(v, found)] for r, v in paper.items()]
         )
         lines += ["", "In per cent. Rows below the first are the paper's (arXiv 2507.22062); a dash: not reported.", ""]
-    if why := why_no_slip_26(sets):
+    for why in why_no_mean(sets):
         lines += [why, ""]
     rows = []
     for where, entry in sets.items():
         if "error" in entry:
-            rows.append([where, "not scored", entry["error"], ""])
+            rows.append([where, "not scored", entry["error"], "", "", "", ""])
             continue
         skipped = ", ".join(f"{reason} {count}" for reason, count in entry["skipped"].items())
         for metric, value in entry["mean"].items():
-            rows.append([where, metric, f"{100 * value:.1f}", skipped])
-    lines += [*_table(["set", "metric", "per cent", "left out"], rows), ""]
+            rows.append([where, metric, f"{100 * value:.1f}", *_context(entry, metric), skipped])
+    lines += [*_table(["set", "metric", "per cent", "chance", "lowest, highest", "n", "left out"], rows), ""]
     lines += _embedding_tables(sets)
     return "\n".join(lines)
+
+
+def describe(facts: ModelFacts) -> str:
+    """What a model is, in a line."""
+    step = "" if facts.step is None else f"step {facts.step:,}, "
+    pixels = f"{facts.image_size} px ({facts.resize}), {facts.context_length} tokens"
+    return f"{step}{facts.parameters / 1e6:,.1f} M parameters, {pixels}, format {facts.format}"
+
+
+def _context(entry: Mapping[str, Any], metric: str) -> list[str]:
+    """Chance, spread and n of one number, as cells."""
+    chance, spread = entry.get("chance", {}).get(metric), entry.get("spread", {}).get(metric)
+    ends = (("lowest", "of"), ("highest", "and_of")) if spread else ()
+    return [
+        "" if chance is None else f"{100 * chance:.1f}",
+        ", ".join(f"{spread[of]} {100 * spread[end]:.1f}" for end, of in ends),
+        f"{number_scored(entry['n']):,}" if entry.get("n") else "",
+    ]
+
+
+def number_scored(counts: Mapping[str, int]) -> int:
+    """How many images, texts or questions a set's number is of: all of them, or the sum of its groups'."""
+    return counts[ALL] if ALL in counts else sum(counts.values())
 
 
 def _embedding_tables(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -73,7 +105,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_report(path: Path, name: str, results: Sequence[SetResult], encoder: Encoder) -> None:
-    """One self-contained page: each set's numbers, languages from worst to best, and pictures found for captions.
+    """One self-contained page: each set's numbers, languages from worst to best, and images found for captions.
 
     Collective: the captions shown are encoded. Only the first rank writes.
     """
@@ -83,7 +115,8 @@ def write_report(path: Path, name: str, results: Sequence[SetResult], encoder: E
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(name)}: evaluation</title><style>{STYLE}</style>"
-        f'<header><div><p class="kicker">Evaluation</p><h1>{html.escape(name)}</h1></div></header>'
+        f'<header><div><p class="kicker">Evaluation</p><h1>{html.escape(name)}</h1>'
+        f'<p class="soft">{html.escape(describe(encoder.dual.facts))}</p></div></header>'
         f"<main>{''.join(sections)}</main></html>\n"
     )
     with atomic_path(path) as temporary:
@@ -92,21 +125,22 @@ def write_report(path: Path, name: str, results: Sequence[SetResult], encoder: E
 
 def _section(result: SetResult, encoder: Encoder) -> str:
     title = f"<section><h2>{html.escape(result.name)}</h2>"
-    if result.scores is None or result.task is None or result.pictures is None:
+    if result.scores is None or result.task is None or result.images is None:
         return f'{title}<p class="lead">Not scored: {html.escape(result.error)}</p></section>'
     scores = result.scores
     tiles = "".join(
-        f'<div class="tile"><b>{100 * value:.1f}</b><span>{html.escape(metric)}, %</span></div>'
+        f'<div class="tile"><b>{100 * value:.1f}</b>'
+        f"<span>{html.escape(metric)}, %{_chance(scores, metric)}</span></div>"
         for metric, value in scores.mean.items()
     )
     left_out = ", ".join(f"{reason} {count}" for reason, count in scores.skipped.items())
-    body = f'<div class="tiles">{tiles}</div>'
+    body = f'<div class="tiles">{tiles}</div><p class="soft">Of {number_scored(scores.counts):,} in all.</p>'
     if left_out:
         body += f'<p class="soft">Left out: {html.escape(left_out)}</p>'
     if len(scores.groups) > 1:
         body += f'<h3>From worst to best</h3><div class="bars">{"".join(_bars(scores.groups, scores.counts))}</div>'
     if isinstance(result.task, Retrieval):
-        body += _examples(result.task, result.pictures, scores.groups, encoder)
+        body += _examples(examples(result.task, result.images, scores.groups, encoder), result.task.images)
     return f"{title}{body}</section>"
 
 
@@ -126,38 +160,60 @@ def leading_metric(numbers: Mapping[str, float]) -> str:
     return next((metric for metric in _LEADING if metric in numbers), next(iter(numbers)))
 
 
-def _examples(
-    task: Retrieval, features: PictureFeatures, groups: Mapping[str, Mapping[str, float]], encoder: Encoder
-) -> str:
-    """The five pictures closest to one caption of some languages, the worst ones first."""
+@dataclass(frozen=True)
+class Example:
+    """A caption of a language, and the images closest to it, best first."""
+
+    lang: str
+    query: str
+    hits: list[int]
+    owner: int
+    """The image that it describes; where it is not among the hits, the caption was missed."""
+
+
+def examples(
+    task: Retrieval, features: ImageFeatures, groups: Mapping[str, Mapping[str, float]], encoder: Encoder
+) -> list[Example]:
+    """One caption each of some languages, the worst ones first. Collective."""
     metric = leading_metric(next(iter(groups.values())))
-    worst = sorted(groups, key=lambda lang: groups[lang][metric])[:_EXAMPLES_A_SET]
+    worst = sorted((lang for lang in groups if lang in task.languages), key=lambda lang: groups[lang][metric])
     queries = []
-    for lang in worst:
+    for lang in worst[:_EXAMPLES_A_SET] or list(task.languages):  # captions may be of no known language
         captions = task.languages[lang]
-        shown = [i for i, owner in enumerate(captions.pictures) if features.usable[owner]]
+        shown = [i for i, owner in enumerate(captions.images) if features.usable[owner]]
         place = shown[len(shown) // 2]
-        queries.append((lang, captions.texts[place], captions.pictures[place]))
+        queries.append((lang, captions.texts[place], captions.images[place]))
     usable = torch.nonzero(features.usable).flatten()
     texts = encoder.texts([text for _, text, _ in queries])
     best = usable[nearest(texts, features.features[usable], min(_HITS, len(usable)))[1]]
+    return [Example(lang, text, hits, owner) for (lang, text, owner), hits in zip(queries, best.tolist(), strict=True)]
+
+
+def _examples(found: Sequence[Example], images: Images) -> str:
     cards = []
-    for (lang, text, owner), found in zip(queries, best.tolist(), strict=True):
-        hits = "".join(
-            f'<div class="hit{" right" if index == owner else ""}">'
-            f'<img alt="" src="{_thumbnail(task.pictures, index)}">{"its own" if index == owner else "&nbsp;"}</div>'
-            for index in found
-        )
+    for example in found:
+        hits = [_hit(images, index, "its own" if index == example.owner else "&nbsp;") for index in example.hits]
+        if example.owner not in example.hits:
+            hits.append(_hit(images, example.owner, "missed: its own"))
         cards.append(
-            f'<div class="card"><p class="lang">{html.escape(lang)}</p>'
-            f'<p class="query" dir="auto">{html.escape(text)}</p><div class="hits">{hits}</div></div>'
+            f'<div class="card"><p class="lang">{html.escape(example.lang)}</p>'
+            f'<p class="query" dir="auto">{html.escape(example.query)}</p><div class="hits">{"".join(hits)}</div></div>'
         )
-    return f'<h3>Pictures found for a caption</h3><div class="search">{"".join(cards)}</div>'
+    return f'<h3>Images found for a caption</h3><div class="search">{"".join(cards)}</div>'
 
 
-def _thumbnail(pictures: Pictures, index: int) -> str:
-    """The picture as a small JPEG in a data: address. It could be decoded before, so it can now."""
-    image = Image.open(io.BytesIO(pictures.read(index))).convert("RGB")
+def _hit(images: Images, index: int, label: str) -> str:
+    kind = "hit right" if label == "its own" else "hit"
+    return f'<div class="{kind}"><img alt="" src="{_thumbnail(images, index)}">{label}</div>'
+
+
+def _chance(scores: Scores, metric: str) -> str:
+    return f", chance {100 * scores.chance[metric]:.1f}" if metric in scores.chance else ""
+
+
+def _thumbnail(images: Images, index: int) -> str:
+    """The image as a small JPEG in a data: address. It could be decoded before, so it can now."""
+    image = Image.open(io.BytesIO(images.read(index))).convert("RGB")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=80)

@@ -1,10 +1,10 @@
 """A task and a model's features to numbers.
 
-N pictures, C classes, T texts, D embedding width.
+N images, C classes, T texts, D embedding width.
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -13,17 +13,31 @@ import torch
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.accuracy import accuracies, chance_of_classes, chance_of_recall
 from mc2_hpc.evaluation.embedding_quality import alignment, modality_gap, uniformity
-from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
+from mc2_hpc.evaluation.encoder import Encoder, ImageFeatures
 from mc2_hpc.evaluation.geolocation import ridge_accuracy
 from mc2_hpc.evaluation.nearest import nearest
-from mc2_hpc.evaluation.prompts import fill, templates_of
+from mc2_hpc.evaluation.prompts import templates_of
 from mc2_hpc.evaluation.retrieval import recall
-from mc2_hpc.evaluation.tasks import Choice, Classification, ClassTexts, Places, Question, Retrieval, Task
-from mc2_hpc.evaluation.zero_shot import average_templates
+from mc2_hpc.evaluation.tasks import (
+    Association,
+    Choice,
+    Classification,
+    ClassTexts,
+    Places,
+    Question,
+    Retrieval,
+    Task,
+)
+from mc2_hpc.evaluation.zero_shot import build_classifier
 
+ALL = "all"
+"""The group of all captions of a set at once."""
+MANY_CANDIDATES = 10
+"""Images of a round from which on it is one of the hard ones, whose mean DataComp takes for WinoGAViL."""
 SHOTS = (5, 10, 25)
-"""Pictures a place that few-shot geo-localisation learns from."""
+"""Images per place that few-shot geo-localisation learns from."""
 QUALITY_PAIRS = 5_000
 """Pairs that alignment and uniformity are computed of, as many as the paper takes."""
 
@@ -37,55 +51,70 @@ class Scores:
     groups: Mapping[str, Mapping[str, float]]
     """Language, country or variant -> metric -> number."""
     counts: Mapping[str, int]
-    """Group -> how many pictures, texts or questions its numbers are of."""
+    """Group -> how many images, texts or questions its numbers are of."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """What no number includes, by reason."""
+    chance: Mapping[str, float] = field(default_factory=dict)
+    """Metric of ``mean`` -> what guessing gives on average, where that can be said."""
     embedding: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """For pairs, by language: alignment, uniformity of both sides, modality gap (``embedding_quality``)."""
 
 
-def score(task: Task, pictures: PictureFeatures, encoder: Encoder) -> Scores:
+def score(task: Task, images: ImageFeatures, encoder: Encoder) -> Scores:
     """Encode the task's texts and score it. Collective.
 
     Raises:
         UserError: nothing of the task is left to score.
     """
     if isinstance(task, Classification):
-        found = _classification(task, pictures, encoder)
+        found = _classification(task, images, encoder)
     elif isinstance(task, Retrieval):
-        found = _retrieval(task, pictures, encoder)
+        found = _retrieval(task, images, encoder)
     elif isinstance(task, Choice):
-        found = _choice(task, pictures, encoder)
+        found = _choice(task, images, encoder)
+    elif isinstance(task, Association):
+        found = _association(task, images, encoder)
     else:
-        found = _places(task, pictures)
-    skipped = {**task.skipped, **pictures.skipped(), **found.skipped}
-    return dataclasses.replace(found, skipped=skipped)
+        found = _places(task, images)
+    skipped = Counter(task.skipped)
+    for more in (images.skipped(), found.skipped):
+        skipped.update(more)
+    return dataclasses.replace(found, skipped=dict(skipped))
 
 
-def _mean(groups: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    metrics = next(iter(groups.values()))
-    return {metric: fmean(numbers[metric] for numbers in groups.values()) for metric in metrics}
+def _mean(groups: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {metric: fmean(numbers[metric] for numbers in groups) for metric in groups[0]}
 
 
-def _classification(task: Classification, pictures: PictureFeatures, encoder: Encoder) -> Scores:
+def _classification(task: Classification, images: ImageFeatures, encoder: Encoder) -> Scores:
     labels = _padded(task.labels)
-    groups, counts, lost = {}, {}, 0
+    members = torch.tensor(task.groups) if task.groups else None
+    groups, counts, chance, lost = {}, {}, [], 0
     for lang, texts in task.languages.items():
         local = _local_labels(labels, texts.classes)
-        shown = (local >= 0).any(1) & pictures.usable
-        if not shown.any():  # a language whose classes have no picture has no number
+        shown = (local >= 0).any(1) & images.usable
+        if not shown.any():  # a language whose classes have no image has no number
             lost += 1
             continue
         weights = class_weights(texts, lang, encoder)
-        groups[lang] = _accuracies(pictures.features[shown], weights, local[shown], task.metric)
+        own = members[shown] if members is not None else None
+        groups[lang] = accuracies(images.features[shown], weights, local[shown], task.metric, own)
         counts[lang] = int(shown.sum())
+        chance.append(chance_of_classes(local[shown], len(weights)))
     if not groups:
-        raise UserError("no picture is of a class that any language names")
-    return Scores(mean=_mean(groups), groups=groups, counts=counts, skipped=_count("language_without_pictures", lost))
+        raise UserError("no image is of a class that any language names")
+    skipped = _lacking(task) | _count("language_without_images", lost)
+    return Scores(
+        mean=_mean(list(groups.values())), groups=groups, counts=counts, skipped=skipped, chance=_mean(chance)
+    )
+
+
+def _lacking(task: Classification | Retrieval) -> dict[str, int]:
+    return dict(Counter(task.lacking.values()))
 
 
 def _padded(labels: Sequence[tuple[int, ...]]) -> Tensor:
-    """int64 (N, most labels of a picture), filled up with -1."""
+    """int64 (N, most labels of an image), filled up with -1."""
     width = max(len(classes) for classes in labels)
     return torch.tensor([(*classes, *[-1] * (width - len(classes))) for classes in labels])
 
@@ -100,72 +129,51 @@ def _local_labels(labels: Tensor, classes: Sequence[int]) -> Tensor:
 
 def class_weights(texts: ClassTexts, lang: str, encoder: Encoder) -> Tensor:
     """Classifier float32 (C, D) of one language's classes (see ``zero_shot.build_classifier``)."""
-    templates = templates_of({lang: texts.templates}, lang)
-    features = encoder.texts(fill(templates, texts.names))
-    return average_templates(features.view(len(texts.names), len(templates), -1))
+    return build_classifier(encoder.texts, texts.names, templates_of({lang: texts.templates}, lang))
 
 
-def _accuracies(features: Tensor, weights: Tensor, labels: Tensor, metric: str) -> dict[str, float]:
-    """The numbers of ``tasks.METRICS``; labels (N, most of a picture)."""
-    if metric == "roc_auc":
-        logits = (features @ weights.T).double()
-        return {"roc_auc": roc_auc(logits[:, 1] - logits[:, 0], labels[:, 0] == 1)}
-    best = nearest(features, weights, min(5, len(weights)))[1]
-    right = (best[:, :, None] == labels[:, None, :]).any(2)
-    hits = {k: right[:, :k].any(1).double() for k in (1, 5)}
-    if metric == "mean_per_class":
-        return {f"mean_per_class_top{k}": _mean_per_class(hit, labels[:, 0]) for k, hit in hits.items()}
-    numbers = {f"top{k}": hit.mean().item() for k, hit in hits.items()}
-    return {"mean_top1_top5": fmean(numbers.values()), **numbers} if metric == "mean_top1_top5" else numbers
-
-
-def _mean_per_class(hit: Tensor, labels: Tensor) -> float:
-    """Mean over the classes that have a picture; hit float64 (N,), labels int64 (N,)."""
-    sizes = torch.bincount(labels)
-    sums = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, labels, hit)
-    return (sums[sizes > 0] / sizes[sizes > 0]).mean().item()
-
-
-def roc_auc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, an equal score counting half.
-
-    By ranks (Mann-Whitney): exact, with ties.
-
-    Args:
-        scores: (N,).
-        positive: bool (N,).
-
-    Raises:
-        UserError: one of the two has no member.
-    """
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
-        raise UserError(f"ROC-AUC needs pictures of both classes: {negatives} and {positives}")
-    _, group, sizes = scores.unique(return_inverse=True, return_counts=True)
-    last = sizes.cumsum(0).double()
-    ranks = (last - (sizes - 1) / 2)[group]  # from 1; equals share the mean of theirs
-    return (ranks[positive].sum().item() - positives * (positives + 1) / 2) / (positives * negatives)
-
-
-def _retrieval(task: Retrieval, pictures: PictureFeatures, encoder: Encoder) -> Scores:
-    groups, counts, embedding, lost = {}, {}, {}, 0
+def _retrieval(task: Retrieval, images: ImageFeatures, encoder: Encoder) -> Scores:
+    groups, counts, chance, embedding, lost = {}, {}, {}, {}, 0
+    kept: list[tuple[Tensor, Tensor]] = []
     for lang, captions in task.languages.items():
-        owners = torch.tensor(captions.pictures)
-        usable = pictures.usable[owners]
+        owners = torch.tensor(captions.images)
+        usable = images.usable[owners]
         lost += int((~usable).sum())
         if not usable.any():
             continue
         texts = encoder.texts([text for text, good in zip(captions.texts, usable.tolist(), strict=True) if good])
-        shown, local = owners[usable].unique(return_inverse=True)
-        groups[lang] = _recalls(pictures.features[shown], texts, local)
-        counts[lang] = len(texts)
-        if len(shown) > 1:
-            embedding[lang] = _quality(pictures.features[shown], texts, local)
+        if task.pooled:
+            kept.append((texts, owners[usable]))
+        if lang:
+            groups[lang], chance[lang], embedding[lang] = _of_captions(images, texts, owners[usable])
+            counts[lang] = len(texts)
+    if kept:
+        texts, owners = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        order = owners.argsort(stable=True)  # of equal scores the lower index counts: that of the earlier image
+        whole, chance[ALL], quality = _of_captions(images, texts[order], owners[order])
+        groups, counts = {ALL: whole, **groups}, {ALL: len(texts), **counts}
+        embedding = embedding or {ALL: quality}
     if not groups:
-        raise UserError("no caption has a picture that can be decoded")
-    skipped = _count("caption_without_picture", lost)
-    return Scores(mean=_mean(groups), groups=groups, counts=counts, skipped=skipped, embedding=embedding)
+        raise UserError("no caption has an image that can be decoded")
+    of = [ALL] if kept else list(groups)  # whose mean is the set's own number
+    return Scores(
+        mean=_mean([groups[lang] for lang in of]),
+        groups=groups,
+        counts=counts,
+        skipped=_lacking(task) | _count("caption_without_image", lost),
+        chance=_mean([chance[lang] for lang in of]),
+        embedding={lang: quality for lang, quality in embedding.items() if quality},
+    )
+
+
+def _of_captions(
+    images: ImageFeatures, texts: Tensor, owners: Tensor
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Recalls, their chance, and the embedding's quality (of two images at least) of captions and their images."""
+    shown, local, sizes = owners.unique(return_inverse=True, return_counts=True)
+    features = images.features[shown]
+    quality = _quality(features, texts, local) if len(shown) > 1 else {}
+    return _recalls(features, texts, local), chance_of_recall(len(shown), sizes.tolist()), quality
 
 
 def _recalls(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
@@ -175,7 +183,7 @@ def _recalls(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
 
 
 def _quality(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
-    """Of the first ``QUALITY_PAIRS`` pictures and the first caption of each."""
+    """Of the first ``QUALITY_PAIRS`` images and the first caption of each."""
     first = torch.full((len(images),), len(texts)).scatter_reduce_(0, owners, torch.arange(len(texts)), "amin")
     image, text = images[:QUALITY_PAIRS], texts[first[:QUALITY_PAIRS]]
     return {
@@ -186,16 +194,17 @@ def _quality(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
     }
 
 
-def _choice(task: Choice, pictures: PictureFeatures, encoder: Encoder) -> Scores:
-    mean, counts, lost = {}, {}, 0
+def _choice(task: Choice, images: ImageFeatures, encoder: Encoder) -> Scores:
+    mean, counts, chance, lost = {}, {}, {}, 0
     groups: dict[str, dict[str, float]] = defaultdict(dict)
     for variant, questions in task.variants.items():
-        asked = [question for question in questions if pictures.usable[question.picture]]
+        asked = [question for question in questions if images.usable[question.image]]
         lost += len(questions) - len(asked)
         if not asked:
             continue
-        right = _answers(asked, pictures, encoder)
+        right = _answers(asked, images, encoder)
         mean[variant] = fmean(right)
+        chance[variant] = fmean(1 / len(question.options) for question in asked)
         by_group: dict[str, list[bool]] = defaultdict(list)
         for question, hit in zip(asked, right, strict=True):
             by_group[question.group].append(hit)
@@ -203,35 +212,57 @@ def _choice(task: Choice, pictures: PictureFeatures, encoder: Encoder) -> Scores
             groups[group][variant] = fmean(hits)
             counts[group] = len(hits)
     if not mean:
-        raise UserError("no question has a picture that can be decoded")
-    return Scores(mean=mean, groups=groups, counts=counts, skipped=_count("question_without_picture", lost))
+        raise UserError("no question has an image that can be decoded")
+    skipped = _count("question_without_image", lost)
+    return Scores(mean=mean, groups=groups, counts=counts, skipped=skipped, chance=chance)
 
 
-def _answers(questions: Sequence[Question], pictures: PictureFeatures, encoder: Encoder) -> list[bool]:
+def _answers(questions: Sequence[Question], images: ImageFeatures, encoder: Encoder) -> list[bool]:
     texts = encoder.texts([option for question in questions for option in question.options])
     right, start = [], 0
     for question in questions:
         options = texts[start : start + len(question.options)]
         start += len(question.options)
-        chosen = nearest(pictures.features[question.picture][None], options, 1)[1]
+        chosen = nearest(images.features[question.image][None], options, 1)[1]
         right.append(int(chosen) == question.answer)
     return right
 
 
-def _places(task: Places, pictures: PictureFeatures) -> Scores:
-    groups, counts = {}, {}
+def _association(task: Association, images: ImageFeatures, encoder: Encoder) -> Scores:
+    rounds = [one for one in task.rounds if all(images.usable[index] for index in one.candidates)]
+    if not rounds:
+        raise UserError("no round has all of its images")
+    found: dict[int, list[float]] = defaultdict(list)
+    for one, cue in zip(rounds, encoder.texts([one.cue for one in rounds]), strict=True):
+        candidates = images.features[torch.tensor(one.candidates)]
+        picked = nearest(cue[None], candidates, len(one.associated))[1][0].tolist()
+        right = {one.candidates[place] for place in picked} & set(one.associated)
+        found[len(one.candidates)].append(len(right) / (2 * len(one.associated) - len(right)))
+    many = [value for size, values in found.items() if size >= MANY_CANDIDATES for value in values]
+    mean = {"jaccard": fmean(value for values in found.values() for value in values)}
+    return Scores(
+        mean={f"jaccard_{MANY_CANDIDATES}_up": fmean(many), **mean} if many else mean,
+        groups={f"{size} candidates": {"jaccard": fmean(values)} for size, values in sorted(found.items())},
+        counts={f"{size} candidates": len(values) for size, values in sorted(found.items())},
+        skipped=_count("round_without_image", len(task.rounds) - len(rounds)),
+    )
+
+
+def _places(task: Places, images: ImageFeatures) -> Scores:
+    groups, counts, chance = {}, {}, []
     for kind, places in task.places.items():
         number = {place: index for index, place in enumerate(sorted(set(places)))}
         labels = torch.tensor([number[place] for place in places])
         train, test = (
-            torch.tensor([index for index in part if pictures.usable[index]], dtype=torch.int64)
+            torch.tensor([index for index in part if images.usable[index]], dtype=torch.int64)
             for part in (task.train, task.test)
         )
         groups[kind] = {
-            f"{shots}_shot": ridge_accuracy(pictures.features, labels, train, test, shots=shots) for shots in SHOTS
+            f"{shots}_shot": ridge_accuracy(images.features, labels, train, test, shots=shots) for shots in SHOTS
         }
         counts[kind] = len(test)
-    return Scores(mean=_mean(groups), groups=groups, counts=counts)
+        chance.append({f"{shots}_shot": 1 / len(number) for shots in SHOTS})
+    return Scores(mean=_mean(list(groups.values())), groups=groups, counts=counts, chance=_mean(chance))
 
 
 def _count(reason: str, number: int) -> dict[str, int]:

@@ -1,6 +1,6 @@
-"""Search in a folder of pictures with words of any language; also as a page in the browser.
+"""Search in a folder of images with words of any language; also as a page in the browser.
 
-index = PictureIndex(encoder, folder)
+index = ImageIndex(encoder, folder)
 index.search("кошка", 10)
 """
 
@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from mc2_hpc.evaluation.encoder import Encoder
+from mc2_hpc.evaluation.images import ImageFiles
 from mc2_hpc.evaluation.nearest import nearest
-from mc2_hpc.evaluation.pictures import PictureFiles
-from mc2_hpc.evaluation.sets.files import pictures_below
+from mc2_hpc.evaluation.sets.files import images_below
 from mc2_hpc.page_style import STYLE
 
 HOST = "127.0.0.1"
@@ -31,27 +31,27 @@ _SHOWN = 24
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture found."""
+    """An image found."""
 
     index: int
-    """Among the folder's pictures in order of their names."""
+    """Among the folder's images in order of their names."""
     name: str
     """Path below the folder."""
     score: float
-    """Cosine of picture and words."""
+    """Cosine of image and words."""
 
 
-class PictureIndex:
-    """The pictures in and below a folder, embedded once."""
+class ImageIndex:
+    """The images in and below a folder, embedded once."""
 
     def __init__(self, encoder: Encoder, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
         """
         Raises:
-            UserError: no such folder, or not one picture in it that can be decoded.
+            UserError: no such folder, or not one image in it that can be decoded.
         """
-        self.pictures = PictureFiles(folder, pictures_below(folder))
+        self.images = ImageFiles(folder, images_below(folder))
         self._encoder = encoder
-        found = encoder.pictures(self.pictures, progress)
+        found = encoder.images(self.images, progress)
         self._numbers = torch.nonzero(found.usable).flatten()
         self._features = found.features[self._numbers]
         self.skipped = found.skipped()
@@ -61,18 +61,18 @@ class PictureIndex:
         return len(self._numbers)
 
     def search(self, query: str, count: int) -> list[Hit]:
-        """The pictures closest to ``query``, best first; at most ``count``."""
+        """The images closest to ``query``, best first; at most ``count``."""
         with self._one_at_a_time:
             words = self._encoder.texts([query])
         scores, places = nearest(words, self._features, min(count, len(self)))
         numbers = self._numbers[places[0]].tolist()
         return [
-            Hit(number, self.pictures.name(number), score)
+            Hit(number, self.images.name(number), score)
             for number, score in zip(numbers, scores[0].tolist(), strict=True)
         ]
 
 
-def make_server(index: PictureIndex, port: int) -> ThreadingHTTPServer:
+def make_server(index: ImageIndex, port: int) -> ThreadingHTTPServer:
     """A server of the search page for this machine alone; port 0 takes a free one. ``serve_forever`` runs it.
 
     Raises:
@@ -84,7 +84,7 @@ def make_server(index: PictureIndex, port: int) -> ThreadingHTTPServer:
 class _Handler(BaseHTTPRequestHandler):
     """``/`` is the page, ``/search?q=`` its JSON, ``/picture/<number>`` a thumbnail: nothing in a request is a path."""
 
-    index: PictureIndex
+    index: ImageIndex
     timeout = 30
 
     def do_GET(self) -> None:
@@ -97,16 +97,16 @@ class _Handler(BaseHTTPRequestHandler):
             found = [{"index": hit.index, "name": hit.name, "score": round(hit.score, 4)} for hit in hits]
             self._send("application/json", json.dumps(found).encode())
         elif address.path.startswith("/picture/"):
-            self._picture(address.path.removeprefix("/picture/"))
+            self._image(address.path.removeprefix("/picture/"))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
-    def _picture(self, number: str) -> None:
-        if not (number.isascii() and number.isdigit() and int(number) < len(self.index.pictures)):
+    def _image(self, number: str) -> None:
+        if not (number.isascii() and number.isdigit() and int(number) < len(self.index.images)):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         try:
-            image = Image.open(io.BytesIO(self.index.pictures.read(int(number)))).convert("RGB")
+            image = Image.open(io.BytesIO(self.index.images.read(int(number)))).convert("RGB")
         except OSError:  # gone or replaced since it was embedded
             self.send_error(HTTPStatus.GONE)
             return
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _PAGE = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Picture search</title>
+<title>Image search</title>
 <style>{STYLE}
 form {{ margin: 40px 0 24px; }}
 input {{ width: 100%; padding: 14px 18px; font: inherit; font-size: 1.3rem; color: inherit; background: var(--card);
@@ -166,7 +166,7 @@ async function search() {{
     figure.append(image, caption);
     return figure;
   }}));
-  state.textContent = trouble || (hits.length ? hits.length + " closest pictures" : "");
+  state.textContent = trouble || (hits.length ? hits.length + " closest images" : "");
 }}
 let pause;
 input.addEventListener("input", () => {{ clearTimeout(pause); pause = setTimeout(search, 250); }});

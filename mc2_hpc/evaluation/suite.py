@@ -17,19 +17,43 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mc2_hpc.config import read_yaml, typed
 from mc2_hpc.distributed import first_error
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.encoder import Encoder, PictureFeatures
+from mc2_hpc.evaluation.dual_encoders import RESIZES
+from mc2_hpc.evaluation.encoder import Encoder, ImageFeatures
 from mc2_hpc.evaluation.gradients import gradient_cosines
-from mc2_hpc.evaluation.scoring import Scores, score
+from mc2_hpc.evaluation.linear_probe import linear_probe
+from mc2_hpc.evaluation.scoring import ALL, Scores, score
 from mc2_hpc.evaluation.sets import READERS
+from mc2_hpc.evaluation.sets.files import shuffled
 from mc2_hpc.evaluation.tasks import Classification, Retrieval, Task
 
 logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int, str], None]
-"""Called with (set, pictures done, pictures in all, "")."""
+"""Called with (set, images done, images in all, "")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """The training images of a set's linear probe, read by the set's own reader."""
+
+    path: str | None = None
+    """Where they lie; null is the set's own path."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What differs from the set's options, such as ``{split: train}``."""
+    validation: float = 0.2
+    """Share of them that the strength of the penalty is chosen by."""
+
+    def __post_init__(self) -> None:
+        if self.path is None and not self.options:
+            raise UserError("linear_probe: needs the path of the training images, or options such as {split: train}")
+        if not 0 < self.validation < 1:
+            raise UserError(f"linear_probe.validation={self.validation}: must lie between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +69,10 @@ class SetConfig:
     languages: list[str] = field(default_factory=list)
     """Those to score; empty scores all that the set has."""
     gradient_pairs: int = 0
-    """Retrieval sets: pairs a language whose loss's gradient is compared with English's (``gradients``); 0 compares
+    """Retrieval sets: pairs per language whose loss's gradient is compared with English's (``gradients``); 0 compares
     none."""
+    linear_probe: ProbeConfig | None = None
+    """Sets of classes: also learn a classifier from these training images (``linear_probe``); null learns none."""
 
     def __post_init__(self) -> None:
         if self.gradient_pairs < 0 or self.gradient_pairs == 1:
@@ -58,7 +84,13 @@ class Suite:
     """What a suite file says."""
 
     root: str = "."
+    eval_resize: str | None = None
+    """How images reach the model's square input: ``shortest``, ``squash`` or ``longest``; null is the model's own."""
     sets: dict[str, SetConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.eval_resize is not None and self.eval_resize not in RESIZES:
+            raise UserError(f"eval_resize={self.eval_resize}: choose one of {', '.join(RESIZES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +100,10 @@ class SetResult:
     name: str
     config: SetConfig
     task: Task | None = None
-    pictures: PictureFeatures | None = None
+    images: ImageFeatures | None = None
     scores: Scores | None = None
+    probe: Mapping[str, float] = field(default_factory=dict)
+    """How the linear probe was chosen."""
     error: str = ""
     seconds: float = 0.0
 
@@ -86,6 +120,16 @@ def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
     for name, config in suite.sets.items():
         _check(f"{path}: sets.{name}", config)
     return suite
+
+
+def shards_suite(path: str, overrides: list[str] | None = None) -> Suite:
+    """The suite of one set, ``shards``, that ``mc2 eval --shards`` is short for.
+
+    Raises:
+        UserError: an unknown key.
+    """
+    values = {"sets": {"shards": {"reader": "shards", "path": path}}}
+    return typed(Suite, values, overrides or (), source="--shards")
 
 
 def _check(where: str, config: SetConfig) -> None:
@@ -110,28 +154,64 @@ def run_suite(suite: Suite, encoder: Encoder, progress: Report | None = None) ->
 
 def _run_set(name: str, config: SetConfig, root: Path, encoder: Encoder, progress: Report | None) -> SetResult:
     start = time.perf_counter()
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(name, done, total, "")
+
+    probe: Mapping[str, float] = {}
     try:
         task = _read(config, root)
-
-        def report(done: int, total: int) -> None:
-            if progress is not None:
-                progress(name, done, total, "")
-
-        pictures = encoder.pictures(task.pictures, report)
-        scores = score(task, pictures, encoder)
+        images = encoder.images(task.images, report)
+        scores = score(task, images, encoder)
         if config.gradient_pairs:
-            scores = _with_gradients(scores, task, pictures, encoder, config.gradient_pairs)
+            scores = _with_gradients(scores, task, images, encoder, config.gradient_pairs)
+        if config.linear_probe is not None:
+            train = _read(_training_part(config, config.linear_probe), root)
+            features = encoder.images(train.images, report)
+            scores, probe = _with_probe(scores, (task, images), (train, features), config.linear_probe.validation)
     except UserError as error:
         logger.warning("%s: %s", name, error)
         return SetResult(name=name, config=config, error=str(error))
     seconds = time.perf_counter() - start
-    return SetResult(name=name, config=config, task=task, pictures=pictures, scores=scores, seconds=seconds)
+    return SetResult(name=name, config=config, task=task, images=images, scores=scores, probe=probe, seconds=seconds)
 
 
-def _with_gradients(scores: Scores, task: Task, pictures: PictureFeatures, encoder: Encoder, pairs: int) -> Scores:
+def _training_part(config: SetConfig, probe: ProbeConfig) -> SetConfig:
+    path = config.path if probe.path is None else probe.path
+    return SetConfig(reader=config.reader, path=path, options={**config.options, **probe.options})
+
+
+def _with_probe(
+    scores: Scores,
+    test: tuple[Task, ImageFeatures],
+    train: tuple[Task, ImageFeatures],
+    validation: float,
+) -> tuple[Scores, dict[str, float]]:
+    """The scores with the probe's; and how that was chosen."""
+    task = train[0]
+    names = [task.images.name(index) for index in range(len(task.images))]
+    held = torch.zeros(len(names), dtype=torch.bool)
+    held[torch.from_numpy(shuffled(names)[: round(validation * len(names))])] = True
+    usable, shown = train[1].usable, test[1].usable
+    labels = _one_class(task)[usable]
+    probe = linear_probe(train[1].features[usable], labels, held[usable], test[1].features[shown])
+    numbers = probe.numbers(_one_class(test[0])[shown])
+    found = dataclasses.replace(scores, mean={**scores.mean, **numbers})
+    return found, {"C": probe.strength, "validation_top1": probe.validation_top1, "training_images": len(labels)}
+
+
+def _one_class(task: Task) -> Tensor:
+    """int64 (N,): the class of each image."""
+    if not isinstance(task, Classification) or any(len(classes) != 1 for classes in task.labels):
+        raise UserError("linear_probe: only sets with one class per image can be learnt from")
+    return torch.tensor([label for (label,) in task.labels])
+
+
+def _with_gradients(scores: Scores, task: Task, images: ImageFeatures, encoder: Encoder, pairs: int) -> Scores:
     if not isinstance(task, Retrieval):
-        raise UserError("gradient_pairs: only sets of pictures with captions have pairs")
-    found = gradient_cosines(task, pictures, encoder, pairs=pairs)
+        raise UserError("gradient_pairs: only sets of images with captions have pairs")
+    found = gradient_cosines(task, images, encoder, pairs=pairs)
     return dataclasses.replace(
         scores, embedding={lang: {**scores.embedding.get(lang, {}), **found.get(lang, {})} for lang in task.languages}
     )
@@ -141,7 +221,7 @@ def _read(config: SetConfig, root: Path) -> Task:
     """The set's task, or on every rank the error of the first one that cannot read it. Collective."""
     task, error = None, None
     try:
-        task = _only(READERS[config.reader].read(root / config.path, **config.options), config.languages)
+        task = _only(READERS[config.reader].read(_place(root, config.path), **config.options), config.languages)
     except UserError as failure:
         error = failure
     except OSError as failure:  # such as a file that may not be read: the other sets need not go without for it
@@ -151,16 +231,28 @@ def _read(config: SetConfig, root: Path) -> Task:
     return task
 
 
+def _place(root: Path, path: str) -> Path | str:
+    """The set's path below the root; an address stands for itself, as text: a ``Path`` makes one slash of two."""
+    return path if "://" in path else root / path
+
+
 def _only(task: Task, languages: list[str]) -> Task:
     """The task in these languages alone."""
     if not languages:
         return task
     if not isinstance(task, Classification | Retrieval):
         raise UserError("languages: only sets that are scored by language can be limited to some")
-    missing = [lang for lang in languages if lang not in task.languages]
+    # By any case: Babel-ImageNet's own file writes EN where its reader, like other sets, has en.
+    known = {lang.lower(): lang for lang in (*task.lacking, *task.languages)}
+    missing = [lang for lang in languages if lang.lower() not in known]
     if missing:
         raise UserError(f"no language {missing[0]!r} in the set; it has {', '.join(task.languages)}")
-    return dataclasses.replace(task, languages={lang: task.languages[lang] for lang in languages})  # type: ignore[arg-type]
+    wanted = [known[lang.lower()] for lang in languages]
+    return dataclasses.replace(
+        task,
+        languages={lang: task.languages[lang] for lang in wanted if lang in task.languages},  # type: ignore[arg-type]
+        lacking={lang: reason for lang, reason in task.lacking.items() if lang in wanted},
+    )
 
 
 def to_json(results: list[SetResult]) -> dict[str, Mapping[str, Any]]:
@@ -172,18 +264,34 @@ def _set_json(result: SetResult) -> dict[str, Any]:
     reader = {"reader": result.config.reader, "protocol": READERS[result.config.reader].protocol}
     if result.task is None or result.scores is None:
         return {**reader, "error": result.error}
-    return {
+    scores = result.scores
+    found = {
         **reader,
-        "set": result.task.pictures.fingerprint(),
-        "pictures": len(result.task.pictures),
-        "mean": dict(result.scores.mean),
-        "groups": {group: dict(numbers) for group, numbers in result.scores.groups.items()},
-        "n": dict(result.scores.counts),
-        "embedding": {lang: dict(numbers) for lang, numbers in result.scores.embedding.items()},
-        "embedding_mean": embedding_mean(result.scores),
-        "skipped": dict(result.scores.skipped),
+        "set": result.task.images.fingerprint(),
+        "images": len(result.task.images),
+        "mean": dict(scores.mean),
+        "chance": {metric: scores.chance[metric] for metric in scores.mean if metric in scores.chance},
+        "spread": spread(scores),
+        "groups": {group: dict(numbers) for group, numbers in scores.groups.items()},
+        "n": dict(scores.counts),
+        "embedding": {lang: dict(numbers) for lang, numbers in scores.embedding.items()},
+        "embedding_mean": embedding_mean(scores),
+        "skipped": dict(scores.skipped),
         "seconds": result.seconds,
     }
+    return {**found, "linear_probe": dict(result.probe)} if result.probe else found
+
+
+def spread(scores: Scores) -> dict[str, dict[str, float | str]]:
+    """Metric -> its lowest and highest value over languages or other groups, and whose they are."""
+    groups = {group: numbers for group, numbers in scores.groups.items() if group != ALL}
+    found: dict[str, dict[str, float | str]] = {}
+    for metric in scores.mean:
+        values = {group: numbers[metric] for group, numbers in groups.items() if metric in numbers}
+        if len(values) > 1:
+            low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+            found[metric] = {"lowest": values[low], "of": low, "highest": values[high], "and_of": high}
+    return found
 
 
 def embedding_mean(scores: Scores) -> dict[str, float]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.pictures import Pictures
+from mc2_hpc.evaluation.images import Images
 
-METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc")
+_ONE_CLASS = ("mean_per_class", "roc_auc", "macro_f1")
+METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc", "macro_f1", "worst_group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class ClassTexts:
     """One language's classifier: its own classes, their names, and the sentence forms."""
 
     classes: Sequence[int]
-    """Which of the set's classes the language names; pictures of other classes are not shown to it."""
+    """Which of the set's classes the language names; images of other classes are not shown to it."""
     names: Sequence[str]
     """One a class."""
     templates: Sequence[str]
@@ -33,57 +34,67 @@ class ClassTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class Classification:
-    """Pictures of known classes, which are named in one or more languages."""
+    """Images of known classes, which are named in one or more languages."""
 
-    pictures: Pictures
+    images: Images
     labels: Sequence[tuple[int, ...]]
-    """Right classes of each picture, mostly one; naming any of them is right."""
+    """Right classes of each image, mostly one; naming any of them is right."""
     languages: Mapping[str, ClassTexts]
     metric: str = "accuracy"
-    """``accuracy`` (share of pictures), ``mean_per_class`` (mean over classes of each one's share), ``mean_top1_top5``
-    (mean of both accuracies), or ``roc_auc`` (of two classes, by how much closer the second one is)."""
+    """``accuracy`` (share of images), ``mean_per_class`` (mean over classes of each one's share), ``mean_top1_top5``
+    (mean of both accuracies), ``roc_auc`` (of two classes, by how much closer the second one is), ``macro_f1`` (mean of
+    the F1 scores of the classes that have an image), or ``worst_group`` (accuracy in the worst of ``groups``)."""
+    groups: Sequence[int] = ()
+    """For ``worst_group``: what each image belongs to, such as its region."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """What the reader left out, by reason."""
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    """Languages that are not whole, and why, a word that they are counted under."""
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise UserError(f"metric {self.metric!r}: choose one of {', '.join(METRICS)}")
-        if len(self.labels) != len(self.pictures):
-            raise UserError(f"{len(self.pictures)} pictures with {len(self.labels)} labels")
-        if self.metric in ("mean_per_class", "roc_auc") and any(len(classes) != 1 for classes in self.labels):
-            raise UserError(f"metric {self.metric!r} needs one class a picture")
+        if len(self.labels) != len(self.images):
+            raise UserError(f"{len(self.images)} images with {len(self.labels)} labels")
+        if self.metric in _ONE_CLASS and any(len(classes) != 1 for classes in self.labels):
+            raise UserError(f"metric {self.metric!r} needs one class per image")
         if self.metric == "roc_auc" and any(sorted(texts.classes) != [0, 1] for texts in self.languages.values()):
             raise UserError("metric 'roc_auc' needs two classes, 0 and 1")
+        if self.metric == "worst_group" and len(self.groups) != len(self.images):
+            raise UserError("metric 'worst_group' needs the group of every image (option group)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """Texts of one language, and the picture that each describes."""
+    """Texts of one language, and the image that each describes."""
 
     texts: Sequence[str]
-    pictures: Sequence[int]
+    images: Sequence[int]
 
     def __post_init__(self) -> None:
-        if len(self.texts) != len(self.pictures) or not self.texts:
-            raise UserError(
-                f"{len(self.texts)} captions of {len(self.pictures)} pictures: needs one a text, and a text"
-            )
+        if len(self.texts) != len(self.images) or not self.texts:
+            raise UserError(f"{len(self.texts)} captions of {len(self.images)} images: needs one a text, and a text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Pictures and their captions in one or more languages; each language is searched by itself."""
+    """Images and their captions in one or more languages; each language is searched by itself."""
 
-    pictures: Pictures
+    images: Images
     languages: Mapping[str, Captions]
+    pooled: bool = False
+    """Whether the set's own number is of all captions at once, as the group ``all``, rather than the mean over the
+    languages. Then captions of no known language, under ``""``, are among ``all`` too."""
     skipped: Mapping[str, int] = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    """Languages that are not whole, and why, a word that they are counted under."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A picture and the texts to choose from."""
+    """An image and the texts to choose from."""
 
-    picture: int
+    image: int
     options: Sequence[str]
     answer: int
     """Index of the right option."""
@@ -93,9 +104,9 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Multiple choice: the option whose text is closest to the picture is the answer."""
+    """Multiple choice: the option whose text is closest to the image is the answer."""
 
-    pictures: Pictures
+    images: Images
     variants: Mapping[str, Sequence[Question]]
     """Wordings of the same questions, such as ``LOCAL`` and ``EN``."""
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -103,14 +114,33 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Pictures of known places, for few-shot geo-localisation."""
+    """Images of known places, for few-shot geo-localisation."""
 
-    pictures: Pictures
+    images: Images
     places: Mapping[str, Sequence[str]]
-    """By kind (``country``, ``region``), the place of each picture."""
+    """By kind (``country``, ``region``), the place of each image."""
     train: Sequence[int]
     test: Sequence[int]
     skipped: Mapping[str, int] = field(default_factory=dict)
 
 
-Task = Classification | Retrieval | Choice | Places
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """A cue, and images of which some go with it."""
+
+    cue: str
+    candidates: Sequence[int]
+    associated: Sequence[int]
+    """Those of the candidates that go with the cue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Association:
+    """Of each round's candidates, as many as are right are picked: those closest to the cue."""
+
+    images: Images
+    rounds: Sequence[Round]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+Task = Classification | Retrieval | Choice | Places | Association

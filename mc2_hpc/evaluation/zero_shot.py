@@ -1,45 +1,33 @@
 """Zero-shot classification: class names in sentence forms make the classifier.
 
-B texts, C classes, T templates, N pictures, D embedding width.
+C classes, T templates, N images, D embedding width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.features import DualEncoder, Tokenize, encode_texts
 from mc2_hpc.evaluation.nearest import nearest
 from mc2_hpc.evaluation.prompts import fill
 
+EncodeTexts = Callable[[Sequence[str]], Tensor]
+"""Texts -> unit-length float32 (n, D), such as ``Encoder.texts`` or ``mc2_hpc.load(...).encode_text``."""
 
-def build_classifier(
-    model: DualEncoder,
-    tokenize: Tokenize,
-    names: Sequence[str],
-    templates: Sequence[str],
-    *,
-    batch: int = 256,
-    device: str | torch.device = "cpu",
-) -> Tensor:
+
+def build_classifier(encode_texts: EncodeTexts, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Classifier weights float32 (C, D): per class, unit-length text features, their mean over templates, unit length.
 
     That is CLIP's protocol (Radford et al. 2021, section 3.1.4) and open_clip's ``build_zero_shot_classifier``, there
     transposed.
     """
-    texts = encode_texts(model, tokenize, fill(templates, names), batch=batch, device=device)
-    return average_templates(texts.view(len(names), len(templates), -1))
-
-
-def average_templates(features: Tensor) -> Tensor:
-    """Classifier weights (C, D) of unit-length text features (C, T, D)."""
+    features = encode_texts(fill(templates, names)).view(len(names), len(templates), -1)
     return F.normalize(features.mean(dim=1), dim=-1)
 
 
 def predict(features: Tensor, weights: Tensor, *, k: int = 1) -> Tensor:
-    """The ``k`` best classes of each picture, best first: int64 (N, k).
+    """The ``k`` best classes of each image, best first: int64 (N, k).
 
     Args:
         features: float32 (N, D).
@@ -51,19 +39,19 @@ def predict(features: Tensor, weights: Tensor, *, k: int = 1) -> Tensor:
 
 
 def top_k_accuracy(features: Tensor, weights: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """``{k: share of pictures whose class is among the k best}``; a ``k`` beyond the number of classes counts all.
+    """``{k: share of images whose class is among the k best}``; a ``k`` beyond the number of classes counts all.
 
     Args:
         features: float32 (N, D).
         weights: float32 (C, D), from :func:`build_classifier`.
-        labels: int64 (N,), the class of each picture.
+        labels: int64 (N,), the class of each image.
 
     Raises:
-        UserError: there are no pictures, or a label is no class.
+        UserError: there are no images, or a label is no class.
     """
     num_classes = len(weights)
     if len(labels) == 0 or len(labels) != len(features):
-        raise UserError(f"{len(features)} pictures with {len(labels)} labels: needs one label a picture, and a picture")
+        raise UserError(f"{len(features)} images with {len(labels)} labels: needs one label per image, and an image")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise UserError(f"labels lie in {int(labels.min())}..{int(labels.max())}, but there are {num_classes} classes")
     best = predict(features, weights, k=min(max(ks), num_classes))

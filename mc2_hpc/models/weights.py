@@ -20,7 +20,7 @@ from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
-TOKENIZER_FILE = "tokenizer.model"
+CARD_FILE, TOKENIZER_FILE = "model.json", "tokenizer.model"
 BEST = "best.json"
 """In a run's checkpoints folder: which of them an evaluation found to be the best."""
 
@@ -36,7 +36,7 @@ class ModelCard:
 
 def write_card(folder: Path, card: ModelCard) -> None:
     """Write ``model.json`` into ``folder``."""
-    write_json(folder / "model.json", dataclasses.asdict(card))
+    write_json(folder / CARD_FILE, dataclasses.asdict(card))
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -45,7 +45,7 @@ def read_card(folder: Path) -> ModelCard:
     Raises:
         UserError: the file is missing or describes no model of this program.
     """
-    path = folder / "model.json"
+    path = folder / CARD_FILE
     if not path.is_file():
         raise UserError(f"{folder}: no model.json there; name a checkpoint folder (runs/<name>/checkpoints/step-...)")
     values = read_json(path)
@@ -67,16 +67,27 @@ def resolve_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: there is no checkpoint.
     """
-    path = Path(path)
+    found = _find_checkpoint(Path(path))
+    if found is None:
+        raise UserError(f"{path}: no checkpoint there (looked for model.json, latest, checkpoints/latest)")
+    return found
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether :func:`resolve_checkpoint` finds a checkpoint of ours at ``path``."""
+    return _find_checkpoint(Path(path)) is not None
+
+
+def _find_checkpoint(path: Path) -> Path | None:
     # Names, not paths: what a file says must not lead out of the folder.
     if path.name == BEST and path.is_file():
         return path.parent / Path(read_best(path)[0]).name
     for folder in (path, path / "checkpoints"):
-        if (folder / "model.json").is_file():
+        if (folder / CARD_FILE).is_file():
             return folder
         if (folder / "latest").is_file():
             return folder / Path((folder / "latest").read_text(encoding="utf-8").strip()).name
-    raise UserError(f"{path}: no checkpoint there (looked for model.json, latest, checkpoints/latest)")
+    return None
 
 
 def read_best(path: Path) -> tuple[str, str, float]:

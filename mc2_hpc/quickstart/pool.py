@@ -2,8 +2,9 @@
 
     folder/pool/pool-00007.tar          <key>.jpg
     folder/pool/pool-00007.parquet      key, text, lang, source: one row a candidate caption
-    folder/heldout/heldout-00000.tar    <key>.jpg, other writers' digits, every number equally often
+    folder/heldout/heldout-00000.tar    <key>.jpg, other writers' digits: one image of every number, a shard per fold
     folder/heldout/heldout-00000.parquet  key, text, lang, source, number: one row a language
+    folder/heldout.parquet              key, label, jpg: all of these images with their numbers
 
 As on the web, a few numbers and a few languages make up most of the pool, English most of all, an image may have
 several candidate captions, and some captions say nothing. Every draw comes from (seed, shard): the same seed writes the
@@ -73,7 +74,7 @@ def make_pool(
         done += count
         progress(done, images + num_heldout)
     rng = np.random.default_rng([seed, 1])
-    _write_heldout(folder / "heldout" / "heldout-00000", heldout_per_number, heldout, names, rng)
+    _write_heldout(folder, heldout_per_number, heldout, names, rng)
     progress(images + num_heldout, images + num_heldout)
     return PoolSummary(images=images, captions=captions, heldout_images=num_heldout)
 
@@ -120,19 +121,25 @@ def _write_pool_shard(
 
 
 def _write_heldout(
-    stem: Path, per_number: int, digits: HandwrittenDigits, names: dict[str, list[str]], rng: np.random.Generator
+    folder: Path, per_number: int, digits: HandwrittenDigits, names: dict[str, list[str]], rng: np.random.Generator
 ) -> None:
-    pictures: list[tuple[str, bytes]] = []
-    rows: list[dict[str, object]] = []
+    labelled: list[dict[str, object]] = []
     for fold in range(per_number):
+        images: list[tuple[str, bytes]] = []
+        rows: list[dict[str, object]] = []
         for number in NUMBERS:
             key = f"h{fold:02d}-{number:02d}"
-            pictures.append((key, draw_number(number, digits, rng)))
+            images.append((key, draw_number(number, digits, rng)))
             for lang in LANGUAGES:
                 text = draw_caption(lang, names[lang][number], rng)
                 rows.append({"key": key, "text": text, "lang": lang, "source": "heldout", "number": number})
-    _write_pictures(stem.with_suffix(".tar"), pictures)
-    _write_rows(stem.with_suffix(".parquet"), rows)
+        stem = folder / "heldout" / f"heldout-{fold:05d}"
+        _write_pictures(stem.with_suffix(".tar"), images)
+        _write_rows(stem.with_suffix(".parquet"), rows)
+        labelled += [
+            {"key": key, "label": str(number), "jpg": jpeg} for (key, jpeg), number in zip(images, NUMBERS, strict=True)
+        ]
+    _write_rows(folder / "heldout.parquet", labelled)
 
 
 def _write_pictures(path: Path, pictures: Iterable[tuple[str, bytes]]) -> None:

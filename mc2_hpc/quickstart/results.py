@@ -1,134 +1,121 @@
-"""What the trained model can do, measured on the held-out pictures, and how balancing changed the data."""
+"""What the trained model can do, measured on the held-out images, and how balancing changed the data."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from omegaconf import OmegaConf
 
 from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.balancing.selection import keep_probability
 from mc2_hpc.curation.matched import entries_of, read_matched, rows_by_language
-from mc2_hpc.data.evalset import EvalBatches
-from mc2_hpc.data.tokenizer import Tokenizer
-from mc2_hpc.evaluation.features import DualEncoder, Tokenize, encode_images, encode_texts
+from mc2_hpc.data.normalise import normalise
+from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
+from mc2_hpc.evaluation.encoder import Encoder
 from mc2_hpc.evaluation.nearest import nearest
-from mc2_hpc.evaluation.prompts import fill
-from mc2_hpc.evaluation.retrieval import recall
-from mc2_hpc.evaluation.zero_shot import average_templates, top_k_accuracy
-from mc2_hpc.models.clip import CLIP
+from mc2_hpc.evaluation.scoring import Scores
+from mc2_hpc.evaluation.sets.shards import shards
+from mc2_hpc.evaluation.suite import SetResult, load_suite, run_suite
+from mc2_hpc.evaluation.tasks import Classification, Retrieval
 from mc2_hpc.quickstart.captions import LANGUAGES, NUMBERS, TEMPLATES, number_names
 from mc2_hpc.quickstart.pool import heldout_place
 from mc2_hpc.shard_paths import list_shards
+from mc2_hpc.storage import atomic_path
 
+_DIRECTIONS = ("text_to_image", "image_to_text")
 _KS = (1, 5, 10)
 _EXAMPLE_LANGUAGES = ("en", "ja", "ar", "ru", "th", "ko", "de", "am", "he", "te")
 _HITS = 5
 
 
-@dataclass(frozen=True)
-class Heldout:
-    """The held-out set in memory. N pictures.
+def write_suite(path: Path, folder: Path) -> None:
+    """Write the suite that the trained model is scored on, as ``mc2 eval --suite`` takes it.
 
-    Attributes:
-        images: uint8 ``(N, 3, S, S)``.
-        keys: of each picture.
-        captions: language -> the caption of each picture.
+    ``numbers``: which of the 100 numbers each held-out image shows, in every language. ``fold_00000``...: its captions'
+    retrieval among the images of a fold, which has one of every number, so that each caption has one right image.
+
+    Args:
+        folder: the quickstart's output.
     """
-
-    images: Tensor
-    keys: list[str]
-    captions: dict[str, list[str]]
-
-    @property
-    def numbers(self) -> Tensor:
-        """int64 (N,): the number each picture shows."""
-        return torch.tensor([heldout_place(key)[1] for key in self.keys])
-
-    @property
-    def folds(self) -> Tensor:
-        """int64 (N,): each fold has one picture of every number."""
-        return torch.tensor([heldout_place(key)[0] for key in self.keys])
-
-
-def read_heldout(folder: Path, image_size: int) -> Heldout:
-    """Read and resize all held-out pictures."""
-    images: list[Tensor] = []
-    keys: list[str] = []
-    captions: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
-    for batch in EvalBatches(folder, image_size=image_size, batch=256):
-        images.append(batch.images)
-        keys += batch.keys
-        for texts, langs in zip(batch.texts, batch.langs, strict=True):
-            for text, lang in zip(texts, langs, strict=True):
-                captions[lang].append(text)
-    return Heldout(torch.cat(images), keys, captions)
+    sets: dict[str, Any] = {
+        "numbers": {
+            "reader": "labelled_parquet",
+            "path": "heldout.parquet",
+            "options": {
+                "classes": [str(number) for number in NUMBERS],
+                "names": number_names(),
+                "templates": {lang: list(TEMPLATES[lang]) for lang in LANGUAGES},
+            },
+        }
+    }
+    for shard in list_shards(folder / "heldout", ".tar"):
+        fold = f"fold_{shard.stem.rpartition('-')[2]}"
+        sets[fold] = {"reader": "shards", "path": f"heldout/{shard.name}", "languages": list(LANGUAGES)}
+    with atomic_path(path) as temporary:
+        OmegaConf.save(OmegaConf.create({"root": str(folder), "sets": sets}), temporary)
 
 
-def evaluate(model: DualEncoder, tokenize: Tokenize, heldout: Heldout, update: Any) -> dict[str, Any]:
+def evaluate(suite: Path, encoder: Encoder, update: Callable[[int, int], None]) -> dict[str, Any]:
     """Zero-shot accuracy and retrieval of every language, and search examples: the report's keys of these names.
 
     Args:
-        update: called with (languages done, languages in all).
+        suite: from :func:`write_suite`.
+        update: called with (images of a set done, its images in all).
+
+    Raises:
+        RuntimeError: a set could not be scored.
     """
-    names = number_names()
-    images = encode_images(model, heldout.images.split(256))
-    zero_shot: dict[str, float] = {}
-    per_language: dict[str, dict[str, dict[str, float]]] = {}
-    examples = []
-    for done, lang in enumerate(LANGUAGES, start=1):
-        prompts = fill(TEMPLATES[lang], names[lang])
-        # In one call, because most captions are prompts too.
-        features = encode_texts(model, tokenize, prompts + heldout.captions[lang])
-        weights = average_templates(features[: len(prompts)].view(len(NUMBERS), len(TEMPLATES[lang]), -1))
-        zero_shot[lang] = top_k_accuracy(images, weights, heldout.numbers, (1,))[1]
-        texts = features[len(prompts) :]
-        per_language[lang] = _retrieval(images, texts, heldout.folds)
-        if lang in _EXAMPLE_LANGUAGES:
-            examples.append(_search(lang, images, texts, heldout))
-        update(done, len(LANGUAGES))
+    numbers, *folds = run_suite(load_suite(suite), encoder, lambda name, done, total, more: update(done, total))
+    for result in (numbers, *folds):
+        if result.scores is None:
+            raise RuntimeError(f"the held-out set {result.name} could not be scored: {result.error}")
+    zero_shot = {lang: found["top1"] for lang, found in _scores(numbers).groups.items()}
+    per_language = {lang: _mean_of_folds([_scores(fold).groups[lang] for fold in folds]) for lang in LANGUAGES}
     mean = {
         direction: {
-            k: float(np.mean([recalls[direction][k] for recalls in per_language.values()]))
-            for k in per_language["en"][direction]
+            f"R@{k}": float(np.mean([recalls[direction][f"R@{k}"] for recalls in per_language.values()])) for k in _KS
         }
-        for direction in ("text_to_image", "image_to_text")
+        for direction in _DIRECTIONS
     }
     return {
         "zero_shot": zero_shot,
         "zero_shot_mean": float(np.mean(list(zero_shot.values()))),
-        "chance": 1 / len(NUMBERS),
+        "chance": _scores(numbers).chance["top1"],
         "retrieval": {**mean, "per_language": per_language},
-        "retrieval_examples": examples,
+        "retrieval_examples": [
+            _search(lang, numbers, folds[0], encoder) for lang in LANGUAGES if lang in _EXAMPLE_LANGUAGES
+        ],
     }
 
 
-def _retrieval(images: Tensor, texts: Tensor, folds: Tensor) -> dict[str, dict[str, float]]:
-    """Mean over the folds: inside a fold every number is there once, so each caption has one right picture."""
-    results = []
-    for fold in folds.unique():
-        members = folds == fold
-        count = int(members.sum())
-        results.append(recall(images[members], texts[members], torch.arange(count), _KS))
+def _scores(result: SetResult) -> Scores:
+    assert result.scores is not None
+    return result.scores
+
+
+def _mean_of_folds(folds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     return {
-        "text_to_image": {f"R@{k}": float(np.mean([r.text_to_image[k] for r in results])) for k in _KS},
-        "image_to_text": {f"R@{k}": float(np.mean([r.image_to_text[k] for r in results])) for k in _KS},
+        direction: {f"R@{k}": float(np.mean([found[f"{direction}_R@{k}"] for found in folds])) for k in _KS}
+        for direction in _DIRECTIONS
     }
 
 
-def _search(lang: str, images: Tensor, texts: Tensor, heldout: Heldout) -> dict[str, Any]:
-    """The pictures nearest to one caption of the language; another number in each language."""
-    query = (37 * _EXAMPLE_LANGUAGES.index(lang) + 42) % len(NUMBERS)
-    hits = nearest(texts[query : query + 1], images, min(_HITS, len(images)))[1][0].tolist()
+def _search(lang: str, numbers: SetResult, fold: SetResult, encoder: Encoder) -> dict[str, Any]:
+    """The images nearest to one caption of the language; another number in each language."""
+    assert isinstance(numbers.task, Classification) and isinstance(fold.task, Retrieval)
+    assert numbers.images is not None
+    place = (37 * _EXAMPLE_LANGUAGES.index(lang) + 42) % len(NUMBERS)
+    query = fold.task.languages[lang].texts[place]
+    hits = nearest(encoder.texts([query]), numbers.images.features, _HITS)[1][0].tolist()
+    keys = [numbers.task.images.name(hit) for hit in hits]
     return {
         "lang": lang,
-        "query": heldout.captions[lang][query],
-        "number": int(heldout.numbers[query]),
-        "hits": [{"key": heldout.keys[hit], "number": int(heldout.numbers[hit])} for hit in hits],
+        "query": query,
+        "number": NUMBERS[place],
+        "hits": [{"key": key, "number": heldout_place(key)[1]} for key in keys],
     }
 
 
@@ -156,30 +143,28 @@ def head_tail_curves(curated: Path, languages: Sequence[str]) -> dict[str, dict[
 
 
 @torch.inference_mode()
-def open_clip_difference(
-    model: CLIP, tokenizer: Tokenizer, export: Path, heldout: Heldout, *, pairs: int = 64
-) -> tuple[float, int]:
+def open_clip_difference(ours: DualEncoder, export: Path, heldout: Path, *, pairs: int = 64) -> tuple[float, int]:
     """Load ``export`` with open_clip itself and compare.
 
+    Args:
+        heldout: folder of the held-out shards.
+
     Returns:
-        the largest absolute difference of a logit (``exp(logit_scale)`` x cosine) over ``pairs`` pictures x as many
+        the largest absolute difference of a logit (``exp(logit_scale)`` x cosine) over ``pairs`` images x as many
         captions, and of how many of all held-out captions the token ids differ.
     """
-    from mc2_hpc.conversion.peers import import_open_clip
-    from mc2_hpc.data.normalise import normalise
-
-    open_clip = import_open_clip()
-    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{export}")
-    theirs.eval()
-    their_tokenizer = open_clip.get_tokenizer(f"local-dir:{export}")
-    captions = [text for lang in LANGUAGES for text in heldout.captions[lang]]
-    ours_ids = tokenizer.encode(captions, pad_to_context=True)
-    differing = int((ours_ids != their_tokenizer(captions)).any(dim=1).sum())
-    images = normalise(heldout.images[:pairs])
-    tokens = ours_ids[:: max(1, len(captions) // pairs)][:pairs]
+    theirs = open_dual_encoder(export, torch.device("cpu"))
+    task = shards(heldout)
+    captions = [text for lang in LANGUAGES for text in task.languages[lang].texts]
+    ids = ours.tokenizer.encode(captions, pad_to_context=True)
+    differing = int((ids != theirs.tokenize(captions)).any(dim=1).sum())
+    # Of both the same inputs: what their own transforms and tokenizers differ in is not the conversion's.
+    pixels = [ours.preprocess(task.images.read(index)) for index in range(min(pairs, len(task.images)))]
+    images = normalise(torch.stack(pixels))
+    tokens = ids[:: max(1, len(captions) // pairs)][:pairs]
     logits = []
-    each: Any
-    for each in (model, theirs):
-        scale = each.logit_scale.exp()
-        logits.append(scale * each.encode_image(images, normalize=True) @ each.encode_text(tokens, normalize=True).T)
+    for encoder in (ours, theirs):
+        model: Any = encoder.model
+        features = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+        logits.append(encoder.logits()[0] * features[0] @ features[1].T)
     return float((logits[0] - logits[1]).abs().max()), differing

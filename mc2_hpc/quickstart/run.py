@@ -5,6 +5,7 @@ output/metadata          the numbers' names in every language
 output/curated           matched captions, balance, training shards
 output/tokenizer.model   sentencepiece, trained on the captions that matched
 output/train.yaml        config of the training run; output/train: its checkpoints and metrics
+output/eval.yaml         suite that the model is scored on, for `mc2 eval output/train --suite output/eval.yaml`
 output/open_clip         the model as open_clip loads it
 output/report.json, report.html, pictures
 """
@@ -189,27 +190,30 @@ def _train(config: Path, processes: int) -> None:
 
 def _examine(output: Path, stages: Stages) -> dict[str, Any]:
     """Evaluate, convert and compare; the report's keys about the model."""
-    from mc2_hpc.conversion.convert import convert
-    from mc2_hpc.data.tokenizer import Tokenizer
-    from mc2_hpc.models.weights import TOKENIZER_FILE, load_clip, resolve_checkpoint
-    from mc2_hpc.quickstart.results import evaluate, open_clip_difference, read_heldout
+    import torch
 
-    checkpoint = resolve_checkpoint(output / "train")
-    model, card = load_clip(checkpoint)
-    tokenizer = Tokenizer(checkpoint / TOKENIZER_FILE, card.tokenizer_style, card.arch.text.context_length)
-    heldout = read_heldout(output / "heldout", card.arch.vision.image_size)
-    with stages.stage("evaluate on held-out handwriting") as update:
-        results = evaluate(model, tokenizer.encode, heldout, update)
+    from mc2_hpc.conversion.convert import convert
+    from mc2_hpc.distributed import process_group
+    from mc2_hpc.evaluation.dual_encoders import open_dual_encoder
+    from mc2_hpc.evaluation.encoder import Encoder
+    from mc2_hpc.quickstart.results import evaluate, open_clip_difference, write_suite
+
+    write_suite(output / "eval.yaml", output)
+    with process_group() as ranks:
+        encoder = Encoder.load(output / "train", ranks)
+        with stages.stage("evaluate on held-out handwriting") as update:
+            results = evaluate(output / "eval.yaml", encoder, update)
     for example in results["retrieval_examples"]:
         save_pictures(output, output / "heldout", example["hits"])
     with stages.stage("convert to open_clip, load it there, compare", bar=False):
-        convert(checkpoint, "open_clip", output / "open_clip")
-        difference, differing = open_clip_difference(model, tokenizer, output / "open_clip", heldout)
+        convert(output / "train", "open_clip", output / "open_clip")
+        ours = open_dual_encoder(output / "train", torch.device("cpu"))
+        difference, differing = open_clip_difference(ours, output / "open_clip", output / "heldout")
     if not difference <= _LOGIT_TOLERANCE:
         raise RuntimeError(f"{output / 'open_clip'}: its logits differ from the trained model's by {difference}")
     return {
         **results,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": ours.facts.parameters,
         "open_clip_max_abs_diff": difference,
         "open_clip_captions_tokenized_differently": differing,
     }

@@ -11,15 +11,14 @@ import torch
 import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig
-from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.dual_encoders.ours import OurEncoder
 from mc2_hpc.evaluation.encoder import Encoder
 from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.evaluation.suite import load_suite, run_suite, to_json
-from mc2_hpc.models.weights import BEST, ModelCard, read_best
-from mc2_hpc.precision import Precision
+from mc2_hpc.models.weights import BEST, ModelCard, is_checkpoint, read_best
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.stop import StopRequest
 
@@ -79,7 +78,7 @@ class PeriodicEvaluation:
         except UserError as error:
             logger.warning("%s", error)
             return
-        if (folder / Path(name).name / "model.json").is_file():
+        if is_checkpoint(folder / Path(name).name):
             self.best = (metric, value)
 
     def run(self, engine: Engine) -> Evaluation:
@@ -89,18 +88,14 @@ class PeriodicEvaluation:
             Interrupted: a rank was asked to stop; all ranks stop at the same batch.
         """
         begin = time.perf_counter()
-        arch = self._card.arch
         with engine.whole_model() as model:
+            # Without an identity, since nothing is cached: the next evaluation's weights are others.
+            dual = OurEncoder(model, self._card, self._tokenizer, eval_resize=self._suite.eval_resize)
             encoder = Encoder(
-                model,
-                self._tokenizer.encode,
-                EvalTransform(arch.vision.image_size, arch.eval_resize),
-                image_size=arch.vision.image_size,
-                identity="",  # nothing is cached: the next evaluation's weights are others
-                ranks=self._ranks,
-                card=self._card,
+                dual,
+                self._ranks,
                 batch=self._config.eval.batch,
-                precision=Precision(self._config.precision).dtype,
+                precision=self._config.precision,
                 between=self._check_stop,
             )
             sets = to_json(run_suite(self._suite, encoder))

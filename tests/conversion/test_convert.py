@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from mc2_hpc.conversion import huggingface
 from mc2_hpc.conversion import open_clip as to_open_clip
-from mc2_hpc.conversion.convert import convert, detect
+from mc2_hpc.conversion.convert import convert
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.formats import OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG, detect_format
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.models.weights import TensorFiles, load_clip, read_card
 
@@ -137,7 +138,7 @@ def test_a_run_folder_is_its_latest_checkpoint(
     caplog.set_level(logging.INFO)
     out = convert(str(run), "open_clip", str(tmp_path / "deep" / "out"))
     assert f"converted {run} (mc2) to {out} (open_clip)" in caplog.text
-    assert detect(out) == "open_clip"
+    assert detect_format(out) == "open_clip"
     assert out.stat().st_mode & 0o777 == (tmp_path / "run").stat().st_mode & 0o777
 
 
@@ -252,7 +253,7 @@ def test_our_own_folder_can_be_wrong_too(checkpoint: Checkpoint, tmp_path: Path)
     source, _ = checkpoint()
     out = tmp_path / "sub" / "out"
     (source / "tokenizer.model").rename(tmp_path / "t")
-    fails(r"tokenizer.model: no such file; copy the sentencepiece model of the run there", source, "hf", out)
+    fails(r"no tokenizer.model beside the weights; copy the run's sentencepiece model there", source, "hf", out)
     (tmp_path / "t").rename(source / "tokenizer.model")
     card = json.loads((source / "model.json").read_text())
     (source / "model.json").write_text(json.dumps({**card, "tokenizer_style": "mt5"}))
@@ -295,7 +296,7 @@ def test_configs_of_other_models(
 ) -> None:
     source, _ = checkpoint()
     folder = convert(source, to, tmp_path / to)
-    path = folder / (to_open_clip.CONFIG_FILE if to == "open_clip" else huggingface.CONFIG_FILE)
+    path = folder / (OPEN_CLIP_CONFIG if to == "open_clip" else TRANSFORMERS_CONFIG)
     config = json.loads(path.read_text())
     place = config["model_cfg"] if section in ("vision_cfg", "text_cfg") else config
     (place[section] if section else place)[key] = value

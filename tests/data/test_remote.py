@@ -21,7 +21,6 @@ import pytest
 
 from mc2_hpc.config import DataConfig
 from mc2_hpc.data import remote
-from mc2_hpc.data.evalset import EvalBatches
 from mc2_hpc.data.loader import DataStalled, TrainLoader
 from mc2_hpc.data.locations import find_shards
 from mc2_hpc.data.packing import pack_pairs, write_shard
@@ -375,8 +374,11 @@ def test_training_and_evaluation_from_s3(
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout.splitlines()[-1]) == local
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-        found = [key for batch in EvalBatches("s3://images/train/*.tar", image_size=8, batch=7) for key in batch.keys]
-        assert found == [pair.key for pair in pairs]
+        remote = find_shards("s3://images/train/*.tar")
+        opened = [remote.open(number) for number in range(len(remote.names))]
+        captions = [caption for shard in opened for n in range(shard.num_keys) for caption in shard.read_captions(n)]
+        assert captions == [(pair.text, pair.lang) for pair in pairs]
+        assert [shard.read_image(n) for shard in opened for n in range(shard.num_keys)] == [p.image for p in pairs]
         with pytest.raises(UserError, match="no such folder, file or list"):
             find_shards("s3://images/elsewhere")
     finally:

@@ -127,7 +127,7 @@ def test_curated_shard_has_all_texts_of_a_image(tmp_path: Path) -> None:
     shard = open_shard(curated(tmp_path, rows, ["a.1", "b", "unmatched"]))
     assert isinstance(shard, CuratedShard) and shard.num_keys == 3
     assert shard.read(2, seed=0, epoch=0) == Pair("a.1", b"image of a.1", "eins", "de")
-    assert shard.read_image(0).texts == ["one", "eins"] and shard.read_image(0).langs == ["en", "de"]
+    assert shard.read_captions(0) == [("one", "en"), ("eins", "de")] and shard.read_image(0) == b"image of a.1"
     assert shard.read(1, seed=0, epoch=0).lang == ""
     assert reason(lambda: shard.read(3, seed=0, epoch=0)) == "image_missing"
     assert reason(lambda: shard.read(4, seed=0, epoch=0)) == "caption_missing"
@@ -161,7 +161,7 @@ def test_one_of_several_captions_of_a_record_is_drawn(tmp_path: Path) -> None:
     drawn = [shard.read(0, seed=0, epoch=epoch).text for epoch in range(30)]
     assert set(drawn) == set(texts)
     assert drawn == [shard.read(0, seed=0, epoch=epoch).text for epoch in range(30)], "a pure function of the epoch"
-    assert shard.read_image(0).texts == texts
+    assert [text for text, _ in shard.read_captions(0)] == texts
 
 
 def test_a_bad_caption_in_parquet_costs_itself_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A tiny untrained checkpoint, pictures to show it, and the process group that evaluation runs in."""
+"""A tiny untrained checkpoint, images to show it, and the process group that evaluation runs in."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ SENTENCES = [
 
 
 def _noise(seed: int, *, kind: str = "JPEG", size: tuple[int, int] = (40, 48)) -> bytes:
-    """An encoded picture of blocks of random colours."""
+    """An encoded image of blocks of random colours."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
     data = io.BytesIO()
@@ -77,13 +77,13 @@ def encoder(tiny_checkpoint, ranks) -> Encoder:
 
 @pytest.fixture(scope="session")
 def noise() -> Callable[..., bytes]:
-    """``noise(seed, kind="JPEG", size=(40, 48))``: an encoded picture of blocks of random colours."""
+    """``noise(seed, kind="JPEG", size=(40, 48))``: an encoded image of blocks of random colours."""
     return _noise
 
 
 @pytest.fixture
-def picture_folder(tmp_path, noise) -> Path:
-    """Ten pictures 00.jpg ... 09.jpg in a folder ``images``."""
+def image_folder(tmp_path, noise) -> Path:
+    """Ten images 00.jpg ... 09.jpg in a folder ``images``."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(10):

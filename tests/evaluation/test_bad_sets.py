@@ -15,7 +15,7 @@ from mc2_hpc.tar import write_tar
 
 @pytest.fixture
 def put(tmp_path, noise):
-    """``put(path, content)`` writes a file below the suite's root; without content, a picture."""
+    """``put(path, content)`` writes a file below the suite's root; without content, an image."""
 
     def write(path, content=None):
         file = tmp_path / path
@@ -45,8 +45,8 @@ def webdataset(put, folder, labels=(0, 1), names="cat\ndog\n", templates="a {c}.
     put(f"{folder}/test/nshards.txt", shards)
     put(f"{folder}/classnames.txt", names)
     put(f"{folder}/zeroshot_classification_templates.txt", templates)
-    picture = put("whole/cat/1.jpg").read_bytes()
-    pairs = [(f"s{n}.jpg", picture, f"s{n}.{kind}", b"%d" % label) for n, label in enumerate(labels)]
+    image = put("whole/cat/1.jpg").read_bytes()
+    pairs = [(f"s{n}.jpg", image, f"s{n}.{kind}", b"%d" % label) for n, label in enumerate(labels)]
     files = (file for jpg, data, other, label in pairs for file in ((jpg, data), (other, label)))
     write_tar(put(f"{folder}/test/0.tar", ""), files)
 
@@ -66,7 +66,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     fault("a_file", "class_folders", r"file: not a folder; one folder a class", path="file")
     put("empty_class/cat/1.jpg")
     (tmp_path / "empty_class" / "dog").mkdir()
-    fault("empty_class", "class_folders", r"empty_class/dog: a class without a picture")
+    fault("empty_class", "class_folders", r"empty_class/dog: a class without an image")
     put("two/names.txt", "cat\n\n")
     fault("empty_name", "class_folders", r"class 1 has an empty name", path="whole", names=f"{root}/two/names.txt")
     put("two/three.txt", "cat\ndog\nowl\n")
@@ -80,8 +80,8 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
         (tmp_path / "by_name" / f"class{number:03d}").mkdir(parents=True)
     fault("by_name", "imagenet", r"ImageNet has one for each of its 1,000 WordNet ids")
 
-    picture = put("p.jpg").read_bytes()
-    pq.write_table(pa.table({"key": ["a"], "label": ["cat"], "jpg": [picture]}), tmp_path / "set.parquet")
+    image = put("p.jpg").read_bytes()
+    pq.write_table(pa.table({"key": ["a"], "label": ["cat"], "jpg": [image]}), tmp_path / "set.parquet")
     pq.write_table(pa.table({"key": ["a"], "label": ["cat"]}), tmp_path / "columns.parquet")
     pq.write_table(pa.table({"key": ["a"], "label": ["cat"], "jpg": ["path.jpg"]}), tmp_path / "text.parquet")
     put("not.parquet", "x")
@@ -89,13 +89,13 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     fault("no_prompts", "labelled_parquet", r"no prompts for language 'de' .*en\)", path="set.parquet", **words)
     words = {**words, "templates": {"de": ["{}"]}}
     fault("no_column", "labelled_parquet", r"no column 'jpg'; there are key, label", path="columns.parquet", **words)
-    fault("no_bytes", "labelled_parquet", r"pictures should be binary, not string", path="text.parquet", **words)
+    fault("no_bytes", "labelled_parquet", r"images should be binary, not string", path="text.parquet", **words)
     fault("no_parquet", "labelled_parquet", r"not\.parquet: cannot be read as Parquet", path="not.parquet", **words)
 
     webdataset(put, "wds_label", labels=(0, 2))
     fault("wds_label", "clip_benchmark", r"s1\.jpg is of class 2, but there are 2 class names")
     webdataset(put, "wds_kind", kind="npy")
-    fault("wds_kind", "clip_benchmark", r"no sample with a picture and a \.cls in its tars \(2 incomplete\)")
+    fault("wds_kind", "clip_benchmark", r"no sample with an image and a \.cls in its tars \(2 incomplete\)")
     webdataset(put, "wds_multi")
     put("wds_multi/dataset_type.txt", "multilabel\n")
     fault("wds_multi", "clip_benchmark", r"'multilabel' sets are not scored")
@@ -108,13 +108,13 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     fault("wds_form", "clip_benchmark", r"prompt 'a photo' .* write exactly one")
 
     put("xm/captions.jsonl", '{"image/key": "a", "de": {"caption": ["eins"]}}\n["b"]\n')
-    fault("xm", "xm3600", r"captions\.jsonl: line 2 is no picture of Crossmodal-3600")
-    fault("xm_places", "xm3600_places", r"captions\.jsonl: line 2 is no picture", path="xm")
+    fault("xm", "xm3600", r"captions\.jsonl: line 2 is no image of Crossmodal-3600")
+    fault("xm_places", "xm3600_places", r"captions\.jsonl: line 2 is no image", path="xm")
     put("xm_null/captions.jsonl", '{"image/key": "a", "de": {"caption": [null]}}\n')
     fault("xm_null", "xm3600", r"line 1 .*not a string")
     put("lines/filenames.txt", "a.jpg\nb.jpg\n")
     put("lines/de.txt", "eins\n")
-    fault("lines", "caption_lines", r"lines/de\.txt: 1 captions for 2 pictures")
+    fault("lines", "caption_lines", r"lines/de\.txt: 1 captions for 2 images")
     put("coco.json", "[]")
     fault("coco", "coco", r"coco\.json: not COCO's caption annotations", path="coco.json", images=root)
 
@@ -127,10 +127,10 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     put("geo_none/index.csv", "file_path,object\n")
     fault("geo_none", "geode", r"geo_none/index\.csv: no rows")
     put("geo_gone/index.csv", "file_path,object\na.jpg,stove\n")
-    fault("geo_gone", "geode", r"images/a\.jpg: picture is missing \(1 of 1 are\)")
+    fault("geo_gone", "geode", r"images/a\.jpg: image is missing \(1 of 1 are\)")
     put("gl/recognition_solution_v2.1.csv", "id,landmarks,Usage\nabc,7,Public\n")
     put("gl/train_label_to_category.csv", "landmark_id,category\n8,Category:X\n")
-    fault("gl", "gldv2", r"no test picture shows a landmark")
+    fault("gl", "gldv2", r"no test image shows a landmark")
     (tmp_path / "cvqa").mkdir()
     fault("cvqa", "cvqa", r"cvqa: no \*\.parquet there")
 
@@ -145,7 +145,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
 def test_what_is_left_out_is_counted_in_the_table(put, evaluate, tmp_path):
     for name in ("cat", "dog"):
         put(f"whole/{name}/1.jpg")
-    put("whole/cat/broken.jpg", b"\xff\xd8\xff not a picture")
+    put("whole/cat/broken.jpg", b"\xff\xd8\xff not an image")
     webdataset(put, "wds")
     write_tar(tmp_path / "wds" / "test" / "1.tar", [("s9.cls", b"0")])
     put("wds/test/nshards.txt", "2")
@@ -166,12 +166,12 @@ def test_what_is_left_out_is_counted_in_the_table(put, evaluate, tmp_path):
         }
     )
     assert {name: entry.get("skipped", entry) for name, entry in found.items()} == {
-        "whole": {"undecodable_picture": 1},
+        "whole": {"undecodable_image": 1},
         "wds": {"incomplete_sample": 1},
         "xm": {"language_without_captions": 1},
-        "babel": {"class_without_picture": 999, "language_without_prompts": 2, "language_without_pictures": 1},
+        "babel": {"class_without_image": 999, "language_without_prompts": 2, "language_without_images": 1},
     }
-    assert found["whole"]["n"] == {"en": 2} and "| whole | top1 |" in table and "undecodable_picture 1 |" in table
+    assert found["whole"]["n"] == {"en": 2} and "| whole | top1 |" in table and "undecodable_image 1 |" in table
 
 
 def test_a_checkpoint_without_its_tokenizer_is_one_line(tiny_checkpoint, tmp_path, put, capsys):

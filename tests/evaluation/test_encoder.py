@@ -1,4 +1,4 @@
-"""Features: the same on any number of ranks, computed once, and honest about pictures that cannot be decoded."""
+"""Features: the same on any number of ranks, computed once, and honest about images that cannot be decoded."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.encoder import Encoder
-from mc2_hpc.evaluation.pictures import PictureFiles
+from mc2_hpc.evaluation.images import ImageFiles
 
 _WORKER = """
 import sys
@@ -20,18 +20,18 @@ import torch
 from safetensors.torch import save_file
 from mc2_hpc.distributed import process_group
 from mc2_hpc.evaluation.encoder import Encoder
-from mc2_hpc.evaluation.pictures import PictureFiles
+from mc2_hpc.evaluation.images import ImageFiles
 
 checkpoint, folder, out = map(Path, sys.argv[1:])
 with process_group(300) as ranks:
     encoder = Encoder.load(checkpoint, ranks, batch=2)
-    found = encoder.pictures(PictureFiles(folder, sorted(p.name for p in folder.iterdir())))
+    found = encoder.images(ImageFiles(folder, sorted(p.name for p in folder.iterdir())))
     texts = encoder.texts(["a photo of a cat", "ein Foto", "a photo of a cat", "猫"])
     save_file({"features": found.features, "usable": found.usable, "texts": texts}, out / f"{ranks.rank}.safetensors")
 """
 
 
-class CountingPictures(PictureFiles):
+class CountingImages(ImageFiles):
     """Files that count how often they are read."""
 
     reads = 0
@@ -46,21 +46,21 @@ def all_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_ranks_finds_the_same_features(processes, tiny_checkpoint, encoder, picture_folder, tmp_path):
-    (picture_folder / "04.jpg").write_bytes(b"not a picture")
+def test_any_number_of_ranks_finds_the_same_features(processes, tiny_checkpoint, encoder, image_folder, tmp_path):
+    (image_folder / "04.jpg").write_bytes(b"not an image")
     script = tmp_path / "worker.py"
     script.write_text(_WORKER)
     (tmp_path / "out").mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     result = subprocess.run(
-        [*launcher, str(script), str(tiny_checkpoint), str(picture_folder), str(tmp_path / "out")],
+        [*launcher, str(script), str(tiny_checkpoint), str(image_folder), str(tmp_path / "out")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    alone = encoder.pictures(PictureFiles(picture_folder, all_of(picture_folder)))
+    alone = encoder.images(ImageFiles(image_folder, all_of(image_folder)))
     texts = encoder.texts(["a photo of a cat", "ein Foto", "a photo of a cat", "猫"])
     for rank in range(processes):
         found = load_file(tmp_path / "out" / f"{rank}.safetensors")
@@ -69,44 +69,48 @@ def test_any_number_of_ranks_finds_the_same_features(processes, tiny_checkpoint,
         torch.testing.assert_close(found["texts"], texts, atol=1e-6, rtol=0)
 
 
-def test_a_broken_picture_has_no_feature_and_is_counted(encoder, picture_folder):
-    (picture_folder / "03.jpg").write_bytes((picture_folder / "03.jpg").read_bytes()[:50])
-    found = encoder.pictures(PictureFiles(picture_folder, all_of(picture_folder)))
+def test_a_broken_image_has_no_feature_and_is_counted(encoder, image_folder):
+    (image_folder / "03.jpg").write_bytes((image_folder / "03.jpg").read_bytes()[:50])
+    found = encoder.images(ImageFiles(image_folder, all_of(image_folder)))
     assert found.usable.tolist() == [number != 3 for number in range(10)]
-    assert found.skipped() == {"undecodable_picture": 1}
+    assert found.skipped() == {"truncated_jpeg": 1}
     lengths = found.features.norm(dim=1)
     assert float(lengths[3]) == 0 and torch.allclose(lengths[found.usable], torch.ones(9))
 
 
-def test_no_picture_at_all_is_an_error(encoder, tmp_path):
+def test_no_image_at_all_is_an_error(encoder, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"none of 1 pictures can be decoded, such as a\.jpg"):
-        encoder.pictures(PictureFiles(tmp_path, ["a.jpg"]))
+    with pytest.raises(UserError, match=r"none of 1 images can be decoded, such as a\.jpg"):
+        encoder.images(ImageFiles(tmp_path, ["a.jpg"]))
 
 
-def test_features_are_computed_once(tiny_checkpoint, ranks, picture_folder, tmp_path, noise):
+def test_features_are_computed_once(tiny_checkpoint, ranks, image_folder, tmp_path, noise):
     encoder = Encoder.load(tiny_checkpoint, ranks, cache=tmp_path / "cache")
-    pictures = CountingPictures(picture_folder, all_of(picture_folder))
-    first = encoder.pictures(pictures)
-    again = encoder.pictures(pictures)
-    assert pictures.reads == 10 and torch.equal(first.features, again.features)
+    images = CountingImages(image_folder, all_of(image_folder))
+    first = encoder.images(images)
+    again = encoder.images(images)
+    assert images.reads == 10 and torch.equal(first.features, again.features)
 
-    (picture_folder / "00.jpg").write_bytes(noise(99))  # a replaced picture is another set
-    assert not torch.equal(encoder.pictures(pictures).features, first.features)
-    assert pictures.reads == 20
+    (image_folder / "00.jpg").write_bytes(noise(99))  # a replaced image is another set
+    assert not torch.equal(encoder.images(images).features, first.features)
+    assert images.reads == 20
 
 
-@pytest.mark.parametrize("damage", ["truncated", "of another set"])
-def test_damaged_features_are_computed_again(damage, tiny_checkpoint, ranks, picture_folder, tmp_path):
+@pytest.mark.parametrize("damage", ["truncated", "of another set", "one bit"])
+def test_damaged_features_are_computed_again(damage, tiny_checkpoint, ranks, image_folder, tmp_path):
     encoder = Encoder.load(tiny_checkpoint, ranks, cache=tmp_path / "cache")
-    pictures = CountingPictures(picture_folder, all_of(picture_folder))
-    first = encoder.pictures(pictures)
+    images = CountingImages(image_folder, all_of(image_folder))
+    first = encoder.images(images)
     (file,) = (tmp_path / "cache").glob("*.safetensors")
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-9])
+    elif damage == "one bit":
+        data = bytearray(file.read_bytes())
+        data[-40] ^= 1  # among the numbers, which lie behind the header
+        file.write_bytes(data)
     else:
         save_file({"features": first.features[:3], "usable": first.usable[:3]}, file)
-    assert torch.equal(encoder.pictures(pictures).features, first.features) and pictures.reads == 20
+    assert torch.equal(encoder.images(images).features, first.features) and images.reads == 20
 
 
 def test_another_checkpoint_has_another_identity(tiny_checkpoint, ranks, tmp_path):

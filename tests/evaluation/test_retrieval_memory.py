@@ -1,4 +1,4 @@
-"""Crossmodal-3600's size through the suite's scoring: 3,600 pictures, two captions each in 36 locales, in 2 GB."""
+"""Crossmodal-3600's size through the suite's scoring: 3,600 images, two captions each in 36 locales, in 2 GB."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ SCRIPT = """
 import json, resource, sys
 import torch
 import torch.nn.functional as F
-from mc2_hpc.evaluation.encoder import PictureFeatures
+from mc2_hpc.evaluation.encoder import ImageFeatures
 from mc2_hpc.evaluation.scoring import score
 from mc2_hpc.evaluation.tasks import Captions, Retrieval
 
@@ -19,25 +19,25 @@ torch.set_num_threads(1)
 features = F.normalize(torch.randn(PICTURES, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
 owners = [index // 2 for index in range(2 * PICTURES)]
 
-class Pictures:
+class Images:
     def __len__(self):
         return PICTURES
 
 class Encoder:
     calls = 0
     def texts(self, texts):
-        # Each caption near its picture; what a model would have computed.
+        # Each caption near its image; what a model would have computed.
         self.calls += 1
         noise = torch.randn(len(texts), WIDTH, generator=torch.Generator().manual_seed(self.calls))
         return F.normalize(noise.mul_(0.2).add_(features[owners]), dim=1)
 
 task = Retrieval(
-    pictures=Pictures(),
-    languages={f"l{n:02d}": Captions(texts=[f"{n} {i}" for i in owners], pictures=owners) for n in range(LOCALES)},
+    images=Images(),
+    languages={f"l{n:02d}": Captions(texts=[f"{n} {i}" for i in owners], images=owners) for n in range(LOCALES)},
 )
 encoder = Encoder()
 resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-found = score(task, PictureFeatures(features, torch.ones(PICTURES, dtype=torch.bool)), encoder)
+found = score(task, ImageFeatures(features, torch.ones(PICTURES, dtype=torch.bool)), encoder)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"growth": peak - resident, "counts": dict(found.counts), "mean": dict(found.mean)}))
 """

@@ -11,16 +11,16 @@ import urllib.request
 import pytest
 
 from mc2_hpc.cli import main
-from mc2_hpc.evaluation.pictures import PictureFiles
-from mc2_hpc.evaluation.search import PictureIndex, make_server
+from mc2_hpc.evaluation.images import ImageFiles
+from mc2_hpc.evaluation.search import ImageIndex, make_server
 
 
 @pytest.fixture
-def index(encoder, picture_folder):
-    (picture_folder / "below").mkdir()
-    shutil.copy(picture_folder / "00.jpg", picture_folder / "below" / "<b>&.jpg")
-    (picture_folder / "05.jpg").write_bytes(b"damaged")
-    return PictureIndex(encoder, picture_folder)
+def index(encoder, image_folder):
+    (image_folder / "below").mkdir()
+    shutil.copy(image_folder / "00.jpg", image_folder / "below" / "<b>&.jpg")
+    (image_folder / "05.jpg").write_bytes(b"damaged")
+    return ImageIndex(encoder, image_folder)
 
 
 @pytest.fixture
@@ -39,21 +39,21 @@ def get(address: str):
         return answer.headers["Content-Type"], answer.read()
 
 
-def test_hits_are_ordered_by_cosine(index, encoder, picture_folder):
-    features = encoder.pictures(PictureFiles(picture_folder, [index.pictures.name(i) for i in range(11)])).features
+def test_hits_are_ordered_by_cosine(index, encoder, image_folder):
+    features = encoder.images(ImageFiles(image_folder, [index.images.name(i) for i in range(11)])).features
     scores = (features @ encoder.texts(["кошка"])[0]).tolist()
     hits = index.search("кошка", 20)
-    assert len(hits) == len(index) == 10 and index.skipped == {"undecodable_picture": 1}
-    expected = sorted((i for i in range(11) if index.pictures.name(i) != "05.jpg"), key=lambda i: (-scores[i], i))
+    assert len(hits) == len(index) == 10 and index.skipped == {"undecodable_image": 1}
+    expected = sorted((i for i in range(11) if index.images.name(i) != "05.jpg"), key=lambda i: (-scores[i], i))
     assert [hit.index for hit in hits] == expected
     assert [hit.score for hit in hits] == pytest.approx([scores[i] for i in expected], abs=1e-6)
 
 
-def test_on_the_terminal_and_only_embedded_once(tiny_checkpoint, picture_folder, tmp_path, capsys):
-    words = ["search", str(tiny_checkpoint), "--images", str(picture_folder), "--cache", str(tmp_path / "cache")]
+def test_on_the_terminal_and_only_embedded_once(tiny_checkpoint, image_folder, tmp_path, capsys):
+    words = ["search", str(tiny_checkpoint), "--images", str(image_folder), "--cache", str(tmp_path / "cache")]
     assert main([*words, "猫", "--top", "3"]) == 0
     first = capsys.readouterr().out
-    assert len(first.splitlines()) == 3 and str(picture_folder) in first
+    assert len(first.splitlines()) == 3 and str(image_folder) in first
     (kept,) = (tmp_path / "cache").iterdir()
     before = kept.stat().st_mtime_ns
     assert main([*words, "猫", "--top", "3"]) == 0
@@ -69,8 +69,8 @@ def test_on_the_terminal_and_only_embedded_once(tiny_checkpoint, picture_folder,
         (["cat", "--images", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_line(words, message, tiny_checkpoint, picture_folder, capsys):
-    images = [] if "--images" in words else ["--images", str(picture_folder)]
+def test_bad_input_is_one_line(words, message, tiny_checkpoint, image_folder, capsys):
+    images = [] if "--images" in words else ["--images", str(image_folder)]
     assert main(["search", str(tiny_checkpoint), *words, *images]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -85,8 +85,8 @@ def test_over_http(address, index):
         h.index for h in index.search("кошка", 24)
     ]
     assert json.loads(get(f"{address}/search?q=%20")[1]) == []
-    kind, picture = get(f"{address}/picture/{found[0]['index']}")
-    assert kind == "image/jpeg" and picture.startswith(b"\xff\xd8")
+    kind, image = get(f"{address}/picture/{found[0]['index']}")
+    assert kind == "image/jpeg" and image.startswith(b"\xff\xd8")
 
 
 @pytest.mark.parametrize("path", ["/picture/11", "/picture/../../etc/passwd", "/picture/-1", "/other", "/picture/%30"])
@@ -96,8 +96,8 @@ def test_nothing_else_is_served(address, path):
     assert answer.value.code == 404
 
 
-def test_a_picture_that_went_away(address, picture_folder):
-    (picture_folder / "01.jpg").unlink()
+def test_a_image_that_went_away(address, image_folder):
+    (image_folder / "01.jpg").unlink()
     with pytest.raises(urllib.error.HTTPError) as answer:
         get(f"{address}/picture/1")
     assert answer.value.code == 410
@@ -113,7 +113,7 @@ def test_in_a_browser(address, index, tmp_path):
     command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert result.stdout.count("<figure>") == len(index) == 10, result.stderr[-2000:]
-    assert "10 closest pictures" in result.stdout
+    assert "10 closest images" in result.stdout
     assert "below/&lt;b&gt;&amp;.jpg" in result.stdout  # a file's name is text, not markup
     first = index.search("кошка", 1)[0]
     assert result.stdout.index(f'src="/picture/{first.index}"') == result.stdout.index('src="/picture/')

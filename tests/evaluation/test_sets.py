@@ -40,7 +40,7 @@ def write_csv(path, rows):
 
 @pytest.fixture
 def imagenet_folder(tmp_path, noise):
-    """A thousand folders; the first three have two pictures each."""
+    """A thousand folders; the first three have two images each."""
     for number in range(1000):
         (tmp_path / "val" / f"n{10000000 + number}").mkdir(parents=True)
     for number in range(3):
@@ -52,7 +52,7 @@ def imagenet_folder(tmp_path, noise):
 
 def test_imagenet(imagenet_folder):
     task = imagenet(imagenet_folder)
-    assert task.skipped == {"class_without_picture": 997}
+    assert task.skipped == {"class_without_image": 997}
     assert task.labels == [(0,), (0,), (1,), (1,), (2,), (2,)]
     texts = task.languages["en"]
     assert len(texts.names) == 1000 and texts.names[:2] == ["tench", "goldfish"]
@@ -95,7 +95,7 @@ def test_class_folders(tmp_path, noise):
     task = class_folders(tmp_path / "set")
     assert task.languages["en"].names == ["cat", "red fox"] and task.labels == [(0,), (1,)]
     (tmp_path / "set" / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: a class without a picture"):
+    with pytest.raises(UserError, match=r"empty: a class without an image"):
         class_folders(tmp_path / "set")
 
 
@@ -104,7 +104,7 @@ def test_labelled_parquet(tmp_path, noise):
     pq.write_table(table, tmp_path / "set.parquet")
     names, templates = {"de": ["Katze", "Hund"]}, {"de": ["{}!"]}
     task = labelled_parquet(tmp_path / "set.parquet", names, templates, ["cat", "dog"])
-    assert task.labels == [(1,), (0,)] and task.pictures.read(1) == noise(1)
+    assert task.labels == [(1,), (0,)] and task.images.read(1) == noise(1)
     with pytest.raises(UserError, match="label 'dog' is not among the suite's classes"):
         labelled_parquet(tmp_path / "set.parquet", names, templates, ["cat", "horse"])
 
@@ -123,21 +123,21 @@ def webdataset(folder, samples, **texts):
 
 def test_clip_benchmark_classification(tmp_path, noise):
     samples = [(key, {"webp": noise(key, kind="WEBP"), "cls": str(key % 2).encode()}) for key in range(4)]
-    samples.append((4, {"cls": b"0"}))  # its picture is lost
+    samples.append((4, {"cls": b"0"}))  # its image is lost
     folder = webdataset(
         tmp_path, samples, classnames="cat\ndog\n", zeroshot_classification_templates="a photo of a {c}.\n{c}\n"
     )
     task = clip_benchmark(folder)
     assert task.labels == [(0,), (1,), (0,), (1,)] and task.skipped == {"incomplete_sample": 1}
     assert task.languages["en"].templates == ["a photo of a {}.", "{}"]
-    assert task.pictures.read(2) == noise(2, kind="WEBP") and task.pictures.name(2) == "1.tar/s0002.webp"
+    assert task.images.read(2) == noise(2, kind="WEBP") and task.images.name(2) == "1.tar/s0002.webp"
 
 
 def test_clip_benchmark_retrieval(tmp_path, noise):
     samples = [(key, {"jpg": noise(key), "txt": f"one {key}\ntwo {key}".encode()}) for key in range(3)]
     task = clip_benchmark(webdataset(tmp_path, samples, dataset_type="retrieval"))
     assert task.languages["en"].texts[:3] == ["one 0", "two 0", "one 1"]
-    assert task.languages["en"].pictures == [0, 0, 1, 1, 2, 2]
+    assert task.languages["en"].images == [0, 0, 1, 1, 2, 2]
 
 
 def test_clip_benchmark_with_a_lost_shard(tmp_path, noise):
@@ -151,7 +151,7 @@ def test_clip_benchmark_with_a_lost_shard(tmp_path, noise):
 
 
 @pytest.fixture
-def xm3600_folder(tmp_path, picture_folder):
+def xm3600_folder(tmp_path, image_folder):
     lines = [
         {
             "image/key": f"{number:02d}",
@@ -169,19 +169,19 @@ def xm3600_folder(tmp_path, picture_folder):
 def test_xm3600(xm3600_folder):
     task = xm3600(xm3600_folder)
     assert list(task.languages) == ["de", "quz"]
-    assert task.languages["de"].texts[2:4] == ["eins 1", "zwei 1"] and task.languages["de"].pictures[2:4] == [1, 1]
+    assert task.languages["de"].texts[2:4] == ["eins 1", "zwei 1"] and task.languages["de"].images[2:4] == [1, 1]
     places = xm3600_places(xm3600_folder, train=6)
     assert sorted([*places.train, *places.test]) == list(range(10)) and len(places.train) == 6
     assert places.places["locale"][:2] == ["sw", "de"]
 
 
-def test_xm3600_says_which_picture_is_missing(xm3600_folder):
+def test_xm3600_says_which_image_is_missing(xm3600_folder):
     (xm3600_folder / "images" / "03.jpg").unlink()
-    with pytest.raises(UserError, match=r"images/03\.jpg: picture is missing \(1 of 10 are\)"):
+    with pytest.raises(UserError, match=r"images/03\.jpg: image is missing \(1 of 10 are\)"):
         xm3600(xm3600_folder)
 
 
-def test_xtd_and_flickr30k_200(tmp_path, picture_folder):
+def test_xtd_and_flickr30k_200(tmp_path, image_folder):
     names = [f"{number:02d}.jpg" for number in range(10)]
     (tmp_path / "filenames.txt").write_text("\n".join(names) + "\n")
     for lang in ("deu_Latn", "swh_Latn"):
@@ -189,24 +189,24 @@ def test_xtd_and_flickr30k_200(tmp_path, picture_folder):
         (tmp_path / f"{lang}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     task = caption_lines(tmp_path)
     assert list(task.languages) == ["deu_Latn", "swh_Latn"]
-    assert task.languages["deu_Latn"].pictures == list(range(1, 10))  # an empty line is no caption
+    assert task.languages["deu_Latn"].images == list(range(1, 10))  # an empty line is no caption
     (tmp_path / "test_1kcaptions_ko.txt").write_text("eins\nzwei\n")
     options = {"index": "filenames.txt", "captions": "test_1kcaptions_{}.txt"}
-    with pytest.raises(UserError, match=r"test_1kcaptions_ko\.txt: 2 captions for 10 pictures"):
+    with pytest.raises(UserError, match=r"test_1kcaptions_ko\.txt: 2 captions for 10 images"):
         caption_lines(tmp_path, **options)
 
 
-def test_coco(tmp_path, picture_folder):
+def test_coco(tmp_path, image_folder):
     record = {
         "images": [{"id": 7, "file_name": "01.jpg"}, {"id": 3, "file_name": "02.jpg"}],
         "annotations": [{"image_id": 3, "caption": " a dog "}, {"image_id": 7, "caption": "a cat"}],
     }
     (tmp_path / "captions.json").write_text(json.dumps(record))
-    task = coco(tmp_path / "captions.json", str(picture_folder))
-    assert task.languages["en"].texts == ["a dog", "a cat"] and task.languages["en"].pictures == [1, 0]
+    task = coco(tmp_path / "captions.json", str(image_folder))
+    assert task.languages["en"].texts == ["a dog", "a cat"] and task.languages["en"].images == [1, 0]
     (tmp_path / "captions.json").write_text("{}")
     with pytest.raises(UserError, match="not COCO's caption annotations"):
-        coco(tmp_path / "captions.json", str(picture_folder))
+        coco(tmp_path / "captions.json", str(image_folder))
 
 
 def cvqa_table(noise, **changes):
@@ -229,7 +229,7 @@ def test_cvqa(tmp_path, noise):
     task = cvqa(tmp_path)
     first = task.variants["LOCAL"][0]
     assert first.options[2] == "¿Qué? c" and first.answer == 2 and first.group == "Spanish, Argentina"
-    assert task.variants["EN"][1].options[0] == "What? E" and task.pictures.read(1) == noise(1)
+    assert task.variants["EN"][1].options[0] == "What? E" and task.images.read(1) == noise(1)
 
 
 def test_cvqa_without_answers_or_columns(tmp_path, noise):
@@ -241,7 +241,7 @@ def test_cvqa_without_answers_or_columns(tmp_path, noise):
         cvqa(tmp_path)
 
 
-def test_dollar_street(tmp_path, picture_folder):
+def test_dollar_street(tmp_path, image_folder):
     def rows(numbers):
         return [
             {
@@ -256,7 +256,7 @@ def test_dollar_street(tmp_path, picture_folder):
     write_csv(tmp_path / "images_v2_imagenet_train.csv", rows(range(6)))
     write_csv(tmp_path / "images_v2_imagenet_test.csv", rows(range(6, 10)))
     task = dollar_street(tmp_path)
-    assert len(task.pictures) == 10 and task.labels[:2] == [(414,), (834, 697)]
+    assert len(task.images) == 10 and task.labels[:2] == [(414,), (834, 697)]
     places = dollar_street_places(tmp_path)
     assert sorted(places.train) == list(range(6)) and list(places.test) == [6, 7, 8, 9]
     (tmp_path / "images_v2_imagenet_test.csv").unlink()
@@ -264,7 +264,7 @@ def test_dollar_street(tmp_path, picture_folder):
         dollar_street(tmp_path)
 
 
-def test_geode(tmp_path, picture_folder):
+def test_geode(tmp_path, image_folder):
     rows = [
         {
             "file_path": f"{n:02d}.jpg",
@@ -280,7 +280,7 @@ def test_geode(tmp_path, picture_folder):
     assert len(task.languages["en"].templates) == 80
     places = geode_places(tmp_path, train=4)
     assert len(places.train) == 4 and set(places.places) == {"country", "region"}
-    with pytest.raises(UserError, match="train=20000: the set has 10 pictures"):
+    with pytest.raises(UserError, match="train=20000: the set has 10 images"):
         geode_places(tmp_path)
 
 
@@ -300,7 +300,7 @@ def test_gldv2(tmp_path, noise):
     write_csv(tmp_path / "train_label_to_category.csv", names)
     task = gldv2(tmp_path)
     assert task.languages["en"].names == ["Grün", "Haus am Horn"] and task.languages["en"].templates == ["{}"]
-    assert task.labels == [(0, 1), (1,)] and task.skipped == {"picture_without_landmark": 1}
+    assert task.labels == [(0, 1), (1,)] and task.skipped == {"image_without_landmark": 1}
 
 
 @pytest.mark.parametrize("name", sorted(READERS))

@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
 
 
 @pytest.fixture
-def suite_file(tmp_path, picture_folder):
+def suite_file(tmp_path, image_folder):
     """Two languages of captions, folders of classes, and a set that is not there."""
     (tmp_path / "filenames.txt").write_text("".join(f"{n:02d}.jpg\n" for n in range(10)))
     for lang in ("de", "en"):
@@ -26,7 +26,7 @@ def suite_file(tmp_path, picture_folder):
     for number in range(10):
         folder = tmp_path / "classes" / f"class_{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.jpg").write_bytes((picture_folder / f"{number:02d}.jpg").read_bytes())
+        (folder / f"{number}.jpg").write_bytes((image_folder / f"{number:02d}.jpg").read_bytes())
     suite = {
         "root": str(tmp_path),
         "sets": {
@@ -47,14 +47,17 @@ def evaluate(checkpoint, suite_file, out, *more):
 def test_numbers_tables_and_page(tiny_checkpoint, suite_file, tmp_path, capsys):
     found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out")
     assert set(found["sets"]["xtd10"]["groups"]) == {"de", "en"} and found["sets"]["xtd10"]["n"] == {"de": 10, "en": 10}
-    assert found["sets"]["folders"]["pictures"] == 10 and 0 <= found["sets"]["folders"]["mean"]["top1"] <= 1
+    assert found["sets"]["folders"]["images"] == 10 and 0 <= found["sets"]["folders"]["mean"]["top1"] <= 1
     assert "not/there/captions.jsonl: no such file" in found["sets"]["xm3600"]["error"]
     assert all(entry["protocol"] for entry in found["sets"].values()) and len(found["identity"]) == 64
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| xm3600 | not scored |" in table and "| XTD-10 T2I |" in table and table in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "&amp; &lt;caption&gt;" in page and "<caption>" not in page
-    assert page.count('src="data:image/jpeg;base64,') == 2 * 5 and not re.search(r'(src|href)="(?!data:)', page)
+    missed = page.count("missed: its own")  # shown behind the five found
+    assert missed + page.count(">its own<") == 2
+    assert page.count('src="data:image/jpeg;base64,') == 2 * 5 + missed
+    assert not re.search(r'(src|href)="(?!data:)', page)
 
 
 def test_features_are_kept_between_runs(tiny_checkpoint, suite_file, tmp_path):
@@ -95,8 +98,8 @@ def test_nothing_to_score_is_an_error(tiny_checkpoint, suite_file, tmp_path, cap
         ({"reader": "nothing", "path": "x"}, "sets.a: unknown reader 'nothing'; choose one of imagenet"),
         ({"reader": "coco", "path": "x"}, "sets.a: coco needs the option 'images'"),
         (
-            {"reader": "xm3600", "path": "x", "options": {"picture": "y"}},
-            "xm3600 has no option 'picture'; it has images",
+            {"reader": "xm3600", "path": "x", "options": {"image": "y"}},
+            "xm3600 has no option 'image'; it has images",
         ),
         ({"reader": "xm3600", "path": "x", "color": "red"}, "color"),
         ({"reader": "xm3600"}, "sets.a.path"),
@@ -123,11 +126,11 @@ def test_the_papers_row_stands_below_ours():
 
 
 def test_real_photographs_named_in_many_languages(tiny_checkpoint, shared_data, ranks):
-    """CIFAR-10 in the words of Babel-ImageNet: every picture's answer in each language equals a plain product's."""
+    """CIFAR-10 in the words of Babel-ImageNet: every image's answer in each language equals a plain product's."""
     import pyarrow.parquet as pq
 
     from mc2_hpc.evaluation.encoder import Encoder
-    from mc2_hpc.evaluation.pictures import PictureColumn
+    from mc2_hpc.evaluation.images import ImageColumn
     from mc2_hpc.evaluation.scoring import class_weights, score
     from mc2_hpc.evaluation.sets.classes import babel_languages
     from mc2_hpc.evaluation.tasks import Classification, ClassTexts
@@ -145,18 +148,18 @@ def test_real_photographs_named_in_many_languages(tiny_checkpoint, shared_data, 
     table = pq.read_table(shared_data / "cifar10-test.parquet").slice(0, 300)
     table = table.filter([label in in_imagenet for label in table["label"].to_pylist()])
     task = Classification(
-        pictures=PictureColumn(table["jpg"], table["key"].to_pylist()),
+        images=ImageColumn(table["jpg"], table["key"].to_pylist()),
         labels=[(in_imagenet[label],) for label in table["label"].to_pylist()],
         languages=languages,
     )
     encoder = Encoder.load(tiny_checkpoint, ranks)
-    pictures = encoder.pictures(task.pictures)
-    found = score(task, pictures, encoder)
-    assert set(found.groups) == set(languages) and pictures.usable.all()
+    images = encoder.images(task.images)
+    found = score(task, images, encoder)
+    assert set(found.groups) == set(languages) and images.usable.all()
     for lang, texts in languages.items():
         weights = class_weights(texts, lang, encoder)
         shown = [index for index, (label,) in enumerate(task.labels) if label in texts.classes]
-        naive = (pictures.features[shown] @ weights.T).argmax(1)
-        assert torch.equal(predict(pictures.features[shown], weights)[:, 0], naive)
+        naive = (images.features[shown] @ weights.T).argmax(1)
+        assert torch.equal(predict(images.features[shown], weights)[:, 0], naive)
         right = [texts.classes[int(best)] == task.labels[i][0] for best, i in zip(naive, shown, strict=True)]
         assert found.groups[lang]["top1"] == pytest.approx(sum(right) / len(right))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.features import encode_images, encode_texts
+from mc2_hpc.evaluation.dual_encoders.protocol import encode_texts
+from mc2_hpc.evaluation.images import ImageFiles
 from mc2_hpc.evaluation.nearest import nearest, nearest_both_ways
 from mc2_hpc.evaluation.prompts import PHOTO, fill, templates_of
 from mc2_hpc.evaluation.retrieval import recall
@@ -22,17 +23,15 @@ class RandomEncoder:
     def __init__(self, width: int = 16) -> None:
         generator = torch.Generator().manual_seed(0)
         self.table = torch.randn(256, width, generator=generator)
-        self.pixels = torch.randn(3 * 8 * 8, width, generator=generator)
         self.texts = 0
-
-    def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
-        features = images.flatten(1) @ self.pixels
-        return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         self.texts += len(tokens)
         features = torch.tanh(self.table[tokens].cumsum(1)).mean(1)
         return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_texts(self, texts) -> torch.Tensor:
+        return self.encode_text(tokenize(texts), normalize=True)
 
 
 def tokenize(texts):
@@ -121,13 +120,13 @@ def test_recall_equals_the_full_matrix():
     assert 0 < found.text_to_image[1] < found.text_to_image[10] <= 1
 
 
-def test_recall_of_equal_pictures_goes_to_the_first():
+def test_recall_of_equal_images_goes_to_the_first():
     images = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     found = recall(images, images, torch.tensor([0, 1]), ks=(1, 2, 7))
     assert found.text_to_image == {1: 0.5, 2: 1.0, 7: 1.0} and found.image_to_text == {1: 0.5, 2: 1.0, 7: 1.0}
 
 
-def test_recall_refuses_pictures_and_texts_that_do_not_belong_together():
+def test_recall_refuses_images_and_texts_that_do_not_belong_together():
     features = unit(3, 4)
     with pytest.raises(UserError, match="1 of 3 images have no text"):
         recall(features, features, torch.tensor([0, 1, 1]))
@@ -138,7 +137,7 @@ def test_recall_refuses_pictures_and_texts_that_do_not_belong_together():
 
 
 def test_classifier_and_accuracy_equal_open_clips():
-    from mc2_hpc.conversion.peers import import_open_clip
+    from mc2_hpc.peers import import_open_clip
 
     import_open_clip()
     from open_clip.zero_shot_classifier import build_zero_shot_classifier
@@ -146,7 +145,7 @@ def test_classifier_and_accuracy_equal_open_clips():
     model = RandomEncoder()
     names = [f"class {i}" for i in range(23)]
     templates = ["a photo of a {}.", "{}", "{} in ink"]
-    ours = build_classifier(model, tokenize, names, templates, batch=7)
+    ours = build_classifier(lambda texts: encode_texts(model, texts, batch=7), names, templates)
     theirs = build_zero_shot_classifier(
         model,
         tokenize,
@@ -171,37 +170,40 @@ def test_accuracy_with_fewer_classes_than_k_and_bad_labels():
     assert top_k_accuracy(weights, weights, torch.tensor([0, 1, 0])) == {1: pytest.approx(2 / 3), 5: 1.0}
     with pytest.raises(UserError, match="labels lie in 0..3, but there are 3 classes"):
         top_k_accuracy(weights, weights, torch.tensor([0, 1, 3]))
-    with pytest.raises(UserError, match="0 pictures with 0 labels"):
+    with pytest.raises(UserError, match="0 images with 0 labels"):
         top_k_accuracy(torch.empty(0, 3), weights, torch.empty(0, dtype=torch.int64))
 
 
 def test_texts_are_encoded_once_and_come_back_in_order():
     model = RandomEncoder()
     texts = ["b", "a longer text", "b", "", "c", "a longer text"]
-    features = encode_texts(model, tokenize, texts, batch=2)
+    features = encode_texts(model, texts, batch=2)
     assert model.texts == 4
     expected = torch.cat([model.encode_text(tokenize([text]), normalize=True) for text in texts])
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)
     assert features.dtype == torch.float32
 
 
-def test_images_are_normalised_with_the_recipes_constants():
-    model = RandomEncoder()
-    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    features = encode_images(model, images.split(2))
+def test_images_are_normalised_with_the_recipes_constants(encoder):
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    features = encoder.dual.encode_images(list(images))
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-    expected = model.encode_image((images / 255 - mean) / std, normalize=True)
+    expected = encoder.dual.model.encode_image((images / 255 - mean) / std, normalize=True)
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-def test_features_that_are_not_finite_are_refused():
+def test_features_that_are_not_finite_are_refused(encoder, image_folder):
+    with torch.no_grad():
+        encoder.dual.model.vision.projection.fill_(float("nan"))
+    with pytest.raises(UserError, match="non-finite features for some images"):
+        encoder.images(ImageFiles(image_folder, ["00.jpg"]))
     model = RandomEncoder()
-    model.pixels[0, 0] = float("nan")
-    with pytest.raises(UserError, match="non-finite features for some pictures"):
-        encode_images(model, [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+    model.table[:] = float("nan")
+    with pytest.raises(UserError, match="non-finite features for some texts"):
+        encode_texts(model, ["a"])
     with pytest.raises(UserError, match="no texts to encode"):
-        encode_texts(model, tokenize, [])
+        encode_texts(model, [])
 
 
 def test_prompts():

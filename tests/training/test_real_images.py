@@ -8,15 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mc2_hpc import jobs
+from mc2_hpc import jobs, load
 from mc2_hpc.config import DataConfig
 from mc2_hpc.curation.run import plan_run
-from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
-from mc2_hpc.evaluation.features import encode_images
 from mc2_hpc.evaluation.zero_shot import build_classifier, top_k_accuracy
-from mc2_hpc.models.weights import load_clip
 from mc2_hpc.tar import write_tar
 
 # Class names and sentence forms by language.
@@ -106,14 +103,13 @@ def test_learns_cifar_in_five_languages(curated, shared_data, torchrun, tmp_path
         encoding="utf-8",
     )
     torchrun(2, "-m", "mc2_hpc.cli", "train", config)
-    model, _ = load_clip(tmp_path / "run")
+    clip = load(tmp_path / "run")
     test = pq.read_table(shared_data / "cifar10-test.parquet").slice(0, 1000).to_pylist()
-    transform = EvalTransform(32)
-    features = encode_images(model, [torch.stack([transform(row["jpg"]) for row in test])])
+    features = clip.encode_image([row["jpg"] for row in test])
     labels = torch.tensor([NAMES["en"].index(row["label"]) for row in test])
     accuracy = {}
     for lang, names in NAMES.items():
-        classifier = build_classifier(model, tokenizer.encode, names, FORMS[lang])
+        classifier = build_classifier(clip.encode_text, names, FORMS[lang])
         accuracy[lang] = top_k_accuracy(features, classifier, labels, ks=(1,))[1]
     print(accuracy)
     # Chance is 10 %; 1,000 images put six standard errors below 16 %.

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import resolve
+from mc2_hpc.peers import import_open_clip
 
 WORKER = Path(__file__).parent / "zero_worker.py"
 _spec = importlib.util.spec_from_file_location("zero_worker", WORKER)

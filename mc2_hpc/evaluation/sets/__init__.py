@@ -7,7 +7,7 @@ not; it downloads nothing.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mc2_hpc.evaluation.sets import captions, classes, clip_benchmark, culture, cvqa
+from mc2_hpc.evaluation.sets import captions, classes, clip_benchmark, culture, cvqa, shards, winogavil
 from mc2_hpc.evaluation.tasks import Task
 
 
@@ -20,7 +20,7 @@ class Reader:
 
 
 _TOP1 = "unit-length mean of unit-length text features over templates; cosine; any right class counts"
-_RECALL = "share of texts whose picture is among the k closest, and of pictures with a caption among the k closest"
+_RECALL = "share of texts whose image is among the k closest, and of images with a caption among the k closest"
 
 READERS = {
     "imagenet": Reader(classes.imagenet, f"80 templates; {_TOP1}"),
@@ -31,16 +31,20 @@ READERS = {
     "xm3600": Reader(captions.xm3600, f"all captions of each locale; {_RECALL}; mean of locales"),
     "caption_lines": Reader(captions.caption_lines, f"one caption a line; {_RECALL}; mean of languages"),
     "coco": Reader(captions.coco, f"COCO caption annotations; {_RECALL}"),
+    "shards": Reader(shards.shards, f"all captions at once, and those of each language by themselves; {_RECALL}"),
+    "winogavil": Reader(
+        winogavil.winogavil, "the images closest to the cue, as many as go with it; Jaccard index; mean of rounds"
+    ),
     "cvqa": Reader(
         cvqa.cvqa, "question and option as one text, the closest of the options is the answer; all questions"
     ),
     "dollar_street": Reader(culture.dollar_street, f"ImageNet's names and 80 templates; {_TOP1}"),
     "geode": Reader(culture.geode, _TOP1),
     "gldv2": Reader(culture.gldv2, _TOP1),
-    "dollar_street_places": Reader(culture.dollar_street_places, "ridge regression on 5, 10, 25 pictures a place"),
+    "dollar_street_places": Reader(culture.dollar_street_places, "ridge regression on 5, 10, 25 images per place"),
     "geode_places": Reader(
-        culture.geode_places, "ridge regression on 5, 10, 25 pictures a place; 20,000 to learn from"
+        culture.geode_places, "ridge regression on 5, 10, 25 images per place; 20,000 to learn from"
     ),
-    "xm3600_places": Reader(culture.xm3600_places, "ridge regression on 5, 10, 25 pictures a place; halves"),
+    "xm3600_places": Reader(culture.xm3600_places, "ridge regression on 5, 10, 25 images per place; halves"),
 }
 """By the name that a suite file gives as ``reader``."""

@@ -1,12 +1,12 @@
 """Retrieval sets: Crossmodal-3600, caption files by line (XTD-10, XTD-200, Flickr30k-200), COCO's annotations."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.pictures import PictureFiles
+from mc2_hpc.evaluation.images import ImageFiles
 from mc2_hpc.evaluation.sets.files import read_lines, required
 from mc2_hpc.evaluation.tasks import Captions, Retrieval
 from mc2_hpc.storage import read_json
@@ -15,7 +15,7 @@ from mc2_hpc.storage import read_json
 def xm3600(path: Path, images: str = "images") -> Retrieval:
     """Crossmodal-3600: ``captions.jsonl`` and ``images/<image/key>.jpg``.
 
-    A line of the former is a picture: ``{"image/key": ..., "<locale>": {"caption": [...]}, ...}``.
+    A line of the former is an image: ``{"image/key": ..., "<locale>": {"caption": [...]}, ...}``.
     """
     texts: dict[str, list[str]] = {}
     owners: dict[str, list[int]] = {}
@@ -26,11 +26,11 @@ def xm3600(path: Path, images: str = "images") -> Retrieval:
                 own = [caption for caption in entry["caption"] if caption.strip()]
                 texts.setdefault(locale, []).extend(own)
                 owners.setdefault(locale, []).extend([number] * len(own))
-    languages = {lang: Captions(texts=texts[lang], pictures=owners[lang]) for lang in sorted(texts) if texts[lang]}
+    languages = {lang: Captions(texts=texts[lang], images=owners[lang]) for lang in sorted(texts) if texts[lang]}
     return Retrieval(
-        pictures=PictureFiles(path / images, [f"{record['image/key']}.jpg" for record in records]),
+        images=ImageFiles(path / images, [f"{record['image/key']}.jpg" for record in records]),
         languages=languages,
-        skipped=_without_captions(len(texts) - len(languages)),
+        lacking=_without_captions(texts.keys() - languages.keys()),
     )
 
 
@@ -45,13 +45,13 @@ def xm3600_records(path: Path) -> list[dict[str, Any]]:
             if not all(isinstance(text, str) for text in (record["image/key"], *texts)):
                 raise TypeError("a key or caption is not a string")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: line {number} is no picture of Crossmodal-3600 ({error})") from None
+            raise UserError(f"{file}: line {number} is no image of Crossmodal-3600 ({error})") from None
         records.append(record)
     return records
 
 
-def _without_captions(languages: int) -> dict[str, int]:
-    return {"language_without_captions": languages} if languages else {}
+def _without_captions(languages: Iterable[str]) -> dict[str, str]:
+    return dict.fromkeys(sorted(languages), "language_without_captions")
 
 
 def caption_lines(
@@ -61,7 +61,7 @@ def caption_lines(
     images: str = "images",
     languages: Sequence[str] = (),
 ) -> Retrieval:
-    """A file of picture names, and for each language a file with one caption a line, in the same order.
+    """A file of image names, and for each language a file with one caption a line, in the same order.
 
     XTD-10: ``index=test_image_names.txt captions=test_1kcaptions_{}.txt``; XTD-200: ``index=test_image_names.txt``;
     Flickr30k-200: the defaults.
@@ -70,7 +70,7 @@ def caption_lines(
         captions: name of a language's file, with ``{}`` for its code.
         languages: codes; by default, of all files that are there.
     """
-    names = read_lines(path / index, "one picture's file name a line")
+    names = read_lines(path / index, "one image's file name a line")
     if captions.count("{}") != 1:
         raise UserError(f"captions={captions!r}: write exactly one {{}} for the language's code")
     before, after = captions.split("{}")
@@ -85,14 +85,14 @@ def caption_lines(
     for lang in found:
         lines = read_lines(path / captions.replace("{}", lang), "one caption a line")
         if len(lines) != len(names):
-            raise UserError(f"{path / captions.replace('{}', lang)}: {len(lines)} captions for {len(names)} pictures")
+            raise UserError(f"{path / captions.replace('{}', lang)}: {len(lines)} captions for {len(names)} images")
         described = [place for place, line in enumerate(lines) if line]
         if described:
-            read[lang] = Captions(texts=[lines[place] for place in described], pictures=described)
+            read[lang] = Captions(texts=[lines[place] for place in described], images=described)
     if not read:
         raise UserError(f"{path}: not one caption in {len(found)} files {captions}")
-    skipped = _without_captions(len(found) - len(read))
-    return Retrieval(pictures=PictureFiles(path / images, names), languages=read, skipped=skipped)
+    lacking = _without_captions(set(found) - read.keys())
+    return Retrieval(images=ImageFiles(path / images, names), languages=read, lacking=lacking)
 
 
 def coco(path: Path, images: str, language: str = "en") -> Retrieval:
@@ -100,7 +100,7 @@ def coco(path: Path, images: str, language: str = "en") -> Retrieval:
 
     Args:
         path: the JSON file.
-        images: folder of the pictures.
+        images: folder of the images.
     """
     record = read_json(required(path, "COCO's caption annotations"))
     try:
@@ -110,7 +110,7 @@ def coco(path: Path, images: str, language: str = "en") -> Retrieval:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not COCO's caption annotations ({error!r})") from None
     if len(place) != len(files):
-        raise UserError(f"{path}: two pictures with one id")
+        raise UserError(f"{path}: two images with one id")
     rows = [row for row in rows if row[0]]
-    captions = Captions(texts=[text for text, _ in rows], pictures=[owner for _, owner in rows])
-    return Retrieval(pictures=PictureFiles(Path(images), files), languages={language: captions})
+    captions = Captions(texts=[text for text, _ in rows], images=[owner for _, owner in rows])
+    return Retrieval(images=ImageFiles(Path(images), files), languages={language: captions})

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.pictures import PictureColumn, PictureFiles
+from mc2_hpc.evaluation.images import ImageColumn, ImageFiles
 from mc2_hpc.evaluation.prompts import templates_of
 from mc2_hpc.evaluation.sets.files import (
-    encoded_pictures,
-    pictures_below,
+    encoded_images,
+    images_below,
     read_lines,
     read_parquet,
     required,
@@ -27,30 +27,28 @@ BARE = ["{}"]
 
 
 def imagenet(path: Path) -> Classification:
-    """ILSVRC 2012's validation pictures as ``<path>/<WordNet id>/*.JPEG``, 1,000 folders whose order is the classes'.
+    """ILSVRC 2012's validation images as ``<path>/<WordNet id>/*.JPEG``, 1,000 folders whose order is the classes'.
 
     Class names and the 80 templates are OpenAI's, as the package open_clip_torch carries them.
     """
-    pictures, labels, skipped = _imagenet_pictures(path)
+    images, labels, skipped = _imagenet_images(path)
     names, templates = openai_imagenet()
     texts = ClassTexts(classes=range(len(names)), names=names, templates=templates)
-    return Classification(pictures=pictures, labels=labels, languages={"en": texts}, skipped=skipped)
+    return Classification(images=images, labels=labels, languages={"en": texts}, skipped=skipped)
 
 
 def babel_imagenet(path: Path, labels: str, prompts: str) -> Classification:
-    """ImageNet's pictures with Babel-ImageNet's classes in up to 298 languages.
+    """ImageNet's images with Babel-ImageNet's classes in up to 298 languages.
 
     Args:
         path: as for :func:`imagenet`.
         labels: ``babel_imagenet-298.json``: ``{LANGUAGE: [[class indices], [names]]}``.
         prompts: ``{LANGUAGE: [templates with {}]}``; a language without any takes ``{}`` alone, and is counted.
     """
-    pictures, right, skipped = _imagenet_pictures(path)
+    images, right, skipped = _imagenet_images(path)
     languages = babel_languages(Path(labels), Path(prompts))
-    bare = sum(texts.templates == BARE for texts in languages.values())
-    if bare:
-        skipped["language_without_prompts"] = bare
-    return Classification(pictures=pictures, labels=right, languages=languages, skipped=skipped)
+    lacking = {lang: "language_without_prompts" for lang, texts in languages.items() if texts.templates == BARE}
+    return Classification(images=images, labels=right, languages=languages, skipped=skipped, lacking=lacking)
 
 
 def babel_languages(labels: Path, prompts: Path) -> dict[str, ClassTexts]:
@@ -79,8 +77,8 @@ def _by_language(path: Path, what: str) -> dict[str, list]:
     return found
 
 
-def _imagenet_pictures(path: Path) -> tuple[PictureFiles, list[tuple[int, ...]], dict[str, int]]:
-    """Pictures, their labels, and the count of empty folders, where there are any."""
+def _imagenet_images(path: Path) -> tuple[ImageFiles, list[tuple[int, ...]], dict[str, int]]:
+    """Images, their labels, and the count of empty folders, where there are any."""
     folders = subfolders(path, "ImageNet's validation folders")
     if len(folders) != 1000 or not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
         raise UserError(
@@ -88,18 +86,18 @@ def _imagenet_pictures(path: Path) -> tuple[PictureFiles, list[tuple[int, ...]],
         )
     files, labels = _labelled(path, folders)
     empty = len(folders) - len(set(labels))
-    return PictureFiles(path, files), labels, {"class_without_picture": empty} if empty else {}
+    return ImageFiles(path, files), labels, {"class_without_image": empty} if empty else {}
 
 
 def _labelled(path: Path, folders: Sequence[str]) -> tuple[list[str], list[tuple[int, ...]]]:
-    """All pictures below the classes' folders, and their labels."""
+    """All images below the classes' folders, and their labels."""
     number = {folder: (index,) for index, folder in enumerate(folders)}
-    files = [file for file in pictures_below(path) if Path(file).parts[0] in number]
+    files = [file for file in images_below(path) if Path(file).parts[0] in number]
     return files, [number[Path(file).parts[0]] for file in files]
 
 
 def class_folders(path: Path, names: str = "", templates: str = "", metric: str = "accuracy") -> Classification:
-    """``<path>/<class>/<picture>``.
+    """``<path>/<class>/<image>``.
 
     Args:
         names: file with one class name a line, in the folders' sorted order; by default the folders' own names, with
@@ -113,13 +111,13 @@ def class_folders(path: Path, names: str = "", templates: str = "", metric: str 
     files, labels = _labelled(path, folders)
     empty = sorted(set(range(len(folders))) - {label for (label,) in labels})
     if empty:
-        raise UserError(f"{path / folders[empty[0]]}: a class without a picture; remove the folder or fill it")
+        raise UserError(f"{path / folders[empty[0]]}: a class without an image; remove the folder or fill it")
     found = read_lines(Path(names), "one class name a line") if names else [f.replace("_", " ") for f in folders]
     if len(found) != len(folders):
         raise UserError(f"{names}: {len(found)} names for the {len(folders)} folders of {path}")
     forms = read_lines(Path(templates), "one template a line") if templates else DEFAULT_TEMPLATES
     texts = ClassTexts(classes=range(len(found)), names=found, templates=forms)
-    return Classification(pictures=PictureFiles(path, files), labels=labels, languages={"en": texts}, metric=metric)
+    return Classification(images=ImageFiles(path, files), labels=labels, languages={"en": texts}, metric=metric)
 
 
 def labelled_parquet(
@@ -127,19 +125,19 @@ def labelled_parquet(
     names: Mapping[str, Sequence[str]],
     templates: Mapping[str, Sequence[str]],
     classes: Sequence[str],
-    picture: str = "jpg",
+    image: str = "jpg",
     label: str = "label",
     key: str = "key",
 ) -> Classification:
-    """A Parquet file of pictures with a label each, named in any number of languages.
+    """A Parquet file of images with a label each, named in any number of languages.
 
     Args:
         names: by language, one name a class, in the order of ``classes``.
         templates: by language, each with one ``{}``.
         classes: values of the label column.
-        picture, label, key: columns.
+        image, label, key: columns.
     """
-    table = read_parquet(path, (key, label, picture), "a Parquet file of labelled pictures")
+    table = read_parquet(path, (key, label, image), "a Parquet file of labelled images")
     number = {name: index for index, name in enumerate(classes)}
     found = table[label].to_pylist()
     unknown = sorted({str(value) for value in found if value not in number})
@@ -149,8 +147,8 @@ def labelled_parquet(
         lang: ClassTexts(classes=range(len(classes)), names=own, templates=templates_of(templates, lang))
         for lang, own in names.items()
     }
-    pictures = PictureColumn(encoded_pictures(table[picture], path), [str(name) for name in table[key].to_pylist()])
-    return Classification(pictures=pictures, labels=[(number[value],) for value in found], languages=languages)
+    images = ImageColumn(encoded_images(table[image], path), [str(name) for name in table[key].to_pylist()])
+    return Classification(images=images, labels=[(number[value],) for value in found], languages=languages)
 
 
 @cache

@@ -1,15 +1,47 @@
 """WebDatasets in CLIP_benchmark's layout, of classes or of captions."""
 
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.pictures import EXTENSIONS, PictureMembers, tar_samples
+from mc2_hpc.evaluation.images import ImageMembers, tar_samples
 from mc2_hpc.evaluation.sets.files import read_lines, read_text, required
 from mc2_hpc.evaluation.tasks import Captions, Classification, ClassTexts, Retrieval
+from mc2_hpc.samples import IMAGE_EXTENSIONS
 from mc2_hpc.tar import LocalFile, Member
 
 
-def clip_benchmark(path: Path, split: str = "test", metric: str = "accuracy") -> Classification | Retrieval:
+@dataclass(frozen=True)
+class _Sample:
+    """A complete sample: its shard, its files by lower-case extension, and which of them is the image."""
+
+    shard: Path
+    files: dict[str, Member]
+    image: Member
+
+    def read(self, extension: str) -> bytes:
+        """The payload of one file. Raises UserError where it cannot be read."""
+        member = self.files[extension]
+        try:
+            return LocalFile(self.shard).read(member.offset, member.size)
+        except OSError as error:
+            raise UserError(f"{self.shard}: {member.name} cannot be read ({error})") from None
+
+    def text(self, extension: str) -> str:
+        """The payload of one file as text. Raises UserError where it is not UTF-8."""
+        try:
+            return self.read(extension).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.shard}: {self.files[extension].name} is not UTF-8 ({error})") from None
+
+
+def clip_benchmark(
+    path: Path, split: str = "test", metric: str = "accuracy", group: int | None = None
+) -> Classification | Retrieval:
     """A WebDataset in CLIP_benchmark's layout.
 
     ``<path>/<split>/nshards.txt`` and ``0.tar`` ... Where ``dataset_type.txt`` says ``retrieval``, samples have a
@@ -18,54 +50,78 @@ def clip_benchmark(path: Path, split: str = "test", metric: str = "accuracy") ->
 
     Args:
         metric: one of ``tasks.METRICS``, for classes.
+        group: for ``worst_group``: which number of each sample's ``<key>.npy`` is its group, from 0. DataComp's copies
+            of WILDS, Dollar Street and GeoDE have such files.
     """
     kind_file = path / "dataset_type.txt"
     kind = read_text(kind_file, "").strip().lower() if kind_file.is_file() else "classification"
     if kind not in ("classification", "retrieval"):
         raise UserError(f"{kind_file}: {kind[:20]!r} sets are not scored, only classification and retrieval")
-    members, payloads, skipped = _samples(path / split, "txt" if kind == "retrieval" else "cls")
+    needed = ("txt",) if kind == "retrieval" else ("cls",) if group is None else ("cls", "npy")
+    samples, skipped = _samples(path / split, needed)
+    images = ImageMembers([(sample.shard, sample.image) for sample in samples])
     if kind == "retrieval":
-        owned = [(line, owner) for owner, text in enumerate(payloads) for line in text.splitlines() if line.strip()]
-        captions = Captions(texts=[text for text, _ in owned], pictures=[owner for _, owner in owned])
-        return Retrieval(pictures=PictureMembers(members), languages={"en": captions}, skipped=skipped)
+        texts = [sample.text("txt") for sample in samples]
+        owned = [(line, owner) for owner, text in enumerate(texts) for line in text.splitlines() if line.strip()]
+        captions = Captions(texts=[text for text, _ in owned], images=[owner for _, owner in owned])
+        return Retrieval(images=images, languages={"en": captions}, skipped=skipped)
     names = read_lines(path / "classnames.txt", "one class name a line")
     forms = read_lines(path / "zeroshot_classification_templates.txt", "one template a line")
-    labels = [(_class(text, *member, len(names)),) for text, member in zip(payloads, members, strict=True)]
-    texts = ClassTexts(classes=range(len(names)), names=names, templates=[form.replace("{c}", "{}") for form in forms])
     return Classification(
-        pictures=PictureMembers(members), labels=labels, languages={"en": texts}, metric=metric, skipped=skipped
+        images=images,
+        labels=[(_class(sample, len(names)),) for sample in samples],
+        languages={
+            "en": ClassTexts(
+                classes=range(len(names)), names=names, templates=[form.replace("{c}", "{}") for form in forms]
+            )
+        },
+        metric=metric,
+        groups=[] if group is None else [_group(sample, group) for sample in samples],
+        skipped=skipped,
     )
 
 
-def _samples(folder: Path, wanted: str) -> tuple[list[tuple[Path, Member]], list[str], dict[str, int]]:
-    """Of every complete sample, its picture and the text of its ``wanted`` file; and the count of the others."""
-    members: list[tuple[Path, Member]] = []
-    payloads: list[str] = []
+def _samples(folder: Path, needed: Sequence[str]) -> tuple[list[_Sample], dict[str, int]]:
+    """Every sample with an image and the ``needed`` files; and the count of the others."""
+    samples: list[_Sample] = []
     incomplete = 0
     count = _number(folder / "nshards.txt")
     for shard in (folder / f"{number}.tar" for number in range(count)):
-        source = LocalFile(required(shard, f"{folder / 'nshards.txt'} says {count} shards"))
+        required(shard, f"{folder / 'nshards.txt'} says {count} shards")
         for files in tar_samples(shard).values():
-            picture = next((files[extension[1:]] for extension in EXTENSIONS if extension[1:] in files), None)
-            if picture is None or wanted not in files:
+            image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
+            if image is None or not files.keys() >= set(needed):
                 incomplete += 1
                 continue
-            try:
-                payloads.append(source.read(files[wanted].offset, files[wanted].size).decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{shard}: {files[wanted].name} is not UTF-8 ({error})") from None
-            members.append((shard, picture))
-    if not members:
-        raise UserError(f"{folder}: no sample with a picture and a .{wanted} in its tars ({incomplete} incomplete)")
-    return members, payloads, {"incomplete_sample": incomplete} if incomplete else {}
+            samples.append(_Sample(shard, files, image))
+    if not samples:
+        wanted = " and a ".join(f".{extension}" for extension in needed)
+        raise UserError(f"{folder}: no sample with an image and a {wanted} in its tars ({incomplete} incomplete)")
+    return samples, {"incomplete_sample": incomplete} if incomplete else {}
 
 
-def _class(text: str, shard: Path, picture: Member, classes: int) -> int:
+def _class(sample: _Sample, classes: int) -> int:
+    text = sample.text("cls")
     if not text.strip().isdecimal():
-        raise UserError(f"{shard}: the .cls beside {picture.name} is {text[:20]!r}, not a class number")
+        raise UserError(f"{sample.shard}: the .cls beside {sample.image.name} is {text[:20]!r}, not a class number")
     if int(text) >= classes:
-        raise UserError(f"{shard}: {picture.name} is of class {int(text)}, but there are {classes} class names")
+        raise UserError(
+            f"{sample.shard}: {sample.image.name} is of class {int(text)}, but there are {classes} class names"
+        )
     return int(text)
+
+
+def _group(sample: _Sample, column: int) -> int:
+    try:
+        numbers = np.load(io.BytesIO(sample.read("npy")), allow_pickle=False)
+        value = float(numbers[column])
+        if value < 0 or value != int(value):
+            raise ValueError(f"{value} is not a whole number from 0")
+    except (ValueError, TypeError, IndexError, OverflowError, EOFError) as error:
+        raise UserError(
+            f"{sample.shard}: the .npy beside {sample.image.name} names no group at {column} ({error})"
+        ) from None
+    return int(value)
 
 
 def _number(path: Path) -> int:

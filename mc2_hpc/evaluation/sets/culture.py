@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.pictures import PictureFiles
+from mc2_hpc.evaluation.images import ImageFiles
 from mc2_hpc.evaluation.sets.captions import xm3600_records
 from mc2_hpc.evaluation.sets.classes import BARE, openai_imagenet
 from mc2_hpc.evaluation.sets.files import read_csv, shuffled
@@ -18,14 +18,14 @@ _DOLLAR_STREET = ("images_v2_imagenet_train.csv", "images_v2_imagenet_test.csv")
 def dollar_street(path: Path) -> Classification:
     """Dollar Street by ImageNet's classes: both CSV files in ``path`` (the set's ``dataset_dollarstreet`` folder).
 
-    ``imagenet_sysnet_id`` (sic) lists the right classes of a picture; ``imageRelPath`` says where it lies.
+    ``imagenet_sysnet_id`` (sic) lists the right classes of an image; ``imageRelPath`` says where it lies.
     """
     rows = [row for file in _DOLLAR_STREET for row in _dollar_street_rows(path / file)]
     labels = [_imagenet_classes(row, path) for row in rows]
     names, templates = openai_imagenet()
     texts = ClassTexts(classes=range(len(names)), names=names, templates=templates)
-    pictures = PictureFiles(path, [row["imageRelPath"] for row in rows])
-    return Classification(pictures=pictures, labels=labels, languages={"en": texts})
+    images = ImageFiles(path, [row["imageRelPath"] for row in rows])
+    return Classification(images=images, labels=labels, languages={"en": texts})
 
 
 def _imagenet_classes(row: dict[str, str], path: Path) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def dollar_street_places(path: Path) -> Places:
     names = [row["imageRelPath"] for row in rows]
     order = shuffled(names).tolist()
     return Places(
-        pictures=PictureFiles(path, names),
+        images=ImageFiles(path, names),
         places={"country": [row["country.name"] for row in rows]},
         train=[index for index in order if index < len(parts[0])],
         test=range(len(parts[0]), len(rows)),
@@ -60,7 +60,7 @@ def _dollar_street_rows(file: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def geode(path: Path) -> Classification:
-    """GeoDE: ``index.csv`` (``file_path``, ``object``) and the pictures below ``images``.
+    """GeoDE: ``index.csv`` (``file_path``, ``object``) and the images below ``images``.
 
     Names are those of the index, as they stand there, in ImageNet's 80 templates.
     """
@@ -68,36 +68,36 @@ def geode(path: Path) -> Classification:
     names = sorted({row["object"] for row in rows})
     number = {name: index for index, name in enumerate(names)}
     texts = ClassTexts(classes=range(len(names)), names=names, templates=openai_imagenet()[1])
-    pictures = PictureFiles(path / "images", [row["file_path"] for row in rows])
-    return Classification(pictures=pictures, labels=[(number[row["object"]],) for row in rows], languages={"en": texts})
+    images = ImageFiles(path / "images", [row["file_path"] for row in rows])
+    return Classification(images=images, labels=[(number[row["object"]],) for row in rows], languages={"en": texts})
 
 
 def geode_places(path: Path, train: int = 20_000) -> Places:
-    """Countries and regions of GeoDE: pictures shuffled, the first ``train`` to learn from."""
+    """Countries and regions of GeoDE: images shuffled, the first ``train`` to learn from."""
     rows = read_csv(path / "index.csv", ("file_path", "region", "ip_country"), "GeoDE's index")
     names = [row["file_path"] for row in rows]
     places = {"country": [row["ip_country"] for row in rows], "region": [row["region"] for row in rows]}
-    return _split(PictureFiles(path / "images", names), names, places, train)
+    return _split(ImageFiles(path / "images", names), names, places, train)
 
 
 def xm3600_places(path: Path, images: str = "images", train: int = 1_800) -> Places:
-    """Locales that Crossmodal-3600's pictures were chosen for (``image/locale``): half to learn from, half to test."""
+    """Locales that Crossmodal-3600's images were chosen for (``image/locale``): half to learn from, half to test."""
     rows = xm3600_records(path)
     if not all(isinstance(row.get("image/locale"), str) for row in rows):
-        raise UserError(f"{path / 'captions.jsonl'}: a picture without 'image/locale'")
+        raise UserError(f"{path / 'captions.jsonl'}: an image without 'image/locale'")
     names = [f"{row['image/key']}.jpg" for row in rows]
-    return _split(PictureFiles(path / images, names), names, {"locale": [row["image/locale"] for row in rows]}, train)
+    return _split(ImageFiles(path / images, names), names, {"locale": [row["image/locale"] for row in rows]}, train)
 
 
-def _split(pictures: PictureFiles, names: Sequence[str], places: dict[str, list[str]], train: int) -> Places:
+def _split(images: ImageFiles, names: Sequence[str], places: dict[str, list[str]], train: int) -> Places:
     if not 0 < train < len(names):
-        raise UserError(f"train={train}: the set has {len(names)} pictures, some have to be left to test")
+        raise UserError(f"train={train}: the set has {len(names)} images, some have to be left to test")
     order = shuffled(names).tolist()
-    return Places(pictures=pictures, places=places, train=order[:train], test=order[train:])
+    return Places(images=images, places=places, train=order[:train], test=order[train:])
 
 
 def gldv2(path: Path) -> Classification:
-    """Google Landmarks v2, recognition: the test pictures that show a landmark, named among all such landmarks.
+    """Google Landmarks v2, recognition: the test images that show a landmark, named among all such landmarks.
 
     Files: ``recognition_solution_v2.1.csv`` (``id``, ``landmarks``), ``train_label_to_category.csv`` (``landmark_id``,
     ``category``: a Wikimedia Commons category) and ``test/<3 folders>/<id>.jpg``. A landmark's name stands alone.
@@ -108,16 +108,16 @@ def gldv2(path: Path) -> Classification:
     shown = [(row["id"], [mark for mark in row["landmarks"].split() if mark in name_of]) for row in solution]
     shown = [(key, marks) for key, marks in shown if marks]
     if not shown:
-        raise UserError(f"{path}: no test picture shows a landmark that train_label_to_category.csv names")
+        raise UserError(f"{path}: no test image shows a landmark that train_label_to_category.csv names")
     landmarks = sorted({mark for _, marks in shown for mark in marks})
     number = {mark: index for index, mark in enumerate(landmarks)}
     files = [f"{key[0]}/{key[1]}/{key[2]}/{key}.jpg" for key, _ in shown]
     texts = ClassTexts(classes=range(len(landmarks)), names=[name_of[mark] for mark in landmarks], templates=BARE)
     return Classification(
-        pictures=PictureFiles(path / "test", files),
+        images=ImageFiles(path / "test", files),
         labels=[tuple(number[mark] for mark in marks) for _, marks in shown],
         languages={"en": texts},
-        skipped={"picture_without_landmark": len(solution) - len(shown)},
+        skipped={"image_without_landmark": len(solution) - len(shown)},
     )
 
 

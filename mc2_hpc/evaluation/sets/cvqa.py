@@ -1,4 +1,4 @@
-"""CVQA: culturally diverse questions about pictures, with four options each, in the local language and in English."""
+"""CVQA: culturally diverse questions about images, with four options each, in the local language and in English."""
 
 import ast
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.pictures import PictureColumn
-from mc2_hpc.evaluation.sets.files import encoded_pictures, read_parquet, required
+from mc2_hpc.evaluation.images import ImageColumn
+from mc2_hpc.evaluation.sets.files import encoded_images, read_parquet, required
 from mc2_hpc.evaluation.tasks import Choice, Question
 
 _COLUMNS = ("image", "ID", "Subset", "Question", "Translated Question", "Options", "Translated Options", "Label")
@@ -34,18 +34,18 @@ def cvqa(path: Path) -> Choice:
     for number, row in enumerate(rows):
         for variant, (question, options) in _VARIANTS.items():
             variants[variant].append(_question(row, question, options, number, path))
-    pictures = PictureColumn(encoded_pictures(table["image"], path), [str(row["ID"]) for row in rows])
-    return Choice(pictures=pictures, variants=variants)
+    images = ImageColumn(encoded_images(table["image"], path), [str(row["ID"]) for row in rows])
+    return Choice(images=images, variants=variants)
 
 
-def _question(row: dict[str, Any], question: str, options: str, picture: int, path: Path) -> Question:
+def _question(row: dict[str, Any], question: str, options: str, image: int, path: Path) -> Question:
     asked, choices, answer = row[question], row[options], row["Label"]
     if asked is None or not choices or None in choices:
         raise UserError(f"{path}: question {row['ID']} has no text in {question!r} or {options!r}")
     if not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise UserError(f"{path}: question {row['ID']} has no right option (label {answer})")
     return Question(
-        picture=picture,
+        image=image,
         options=[f"{asked} {option}" for option in choices],
         answer=answer,
         group=_group(str(row["Subset"])),

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.pictures import EXTENSIONS
+from mc2_hpc.samples import is_image_name
+from mc2_hpc.shard_paths import walk_files
 
 
 def required(path: Path, what: str) -> Path:
@@ -96,8 +97,8 @@ def read_parquet(path: Path, columns: Sequence[str], what: str) -> pa.Table:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
 
 
-def encoded_pictures(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
-    """A column of encoded pictures, which may be a struct with a field ``bytes`` (as Hugging Face writes it).
+def encoded_images(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
+    """A column of encoded images, which may be a struct with a field ``bytes`` (as Hugging Face writes it).
 
     Raises:
         UserError: the column holds something else.
@@ -105,15 +106,17 @@ def encoded_pictures(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], column.type.field("bytes").type)
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        raise UserError(f"{path}: a column of encoded pictures should be binary, not {column.type}")
+        raise UserError(f"{path}: a column of encoded images should be binary, not {column.type}")
     return column
 
 
-def pictures_below(folder: Path) -> list[str]:
-    """Relative paths of all pictures in and below a folder, sorted."""
-    found = (
-        path for path in required(folder, "pictures should lie there").rglob("*") if path.suffix.lower() in EXTENSIONS
-    )
+def images_below(folder: Path) -> list[str]:
+    """Relative paths of all images in and below a folder, links followed, sorted.
+
+    Raises:
+        UserError: no such folder, or one below cannot be read.
+    """
+    found = (path for path in walk_files(required(folder, "images should lie there")) if is_image_name(path.name))
     return sorted(str(path.relative_to(folder)) for path in found)
 
 

@@ -1,43 +1,49 @@
-"""Where the pictures of an evaluation set lie: files, members of tars, rows of a Parquet file.
+"""Where the images of an evaluation set lie: files, members of tars, rows of a Parquet file, training shards.
 
-A picture keeps its index whether it can be decoded or not; labels and captions refer to it.
+An image keeps its index whether it can be decoded or not; labels and captions refer to it.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 
+from mc2_hpc.data.crop import Encoded
+from mc2_hpc.data.locations import ShardSet
+from mc2_hpc.data.remote import CannotReach
+from mc2_hpc.data.skips import ShardError
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.samples import safe_members
+from mc2_hpc.samples import IMAGE_EXTENSIONS, safe_members
 from mc2_hpc.tar import LocalFile, Member, TarError, list_members
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+_OPEN_SHARDS = 64
 
 
-class Pictures(Protocol):
-    """Encoded pictures by index."""
+class Images(Protocol):
+    """Encoded images by index."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a message or a report calls the picture."""
+        """What a message or a report calls the image."""
         ...
 
-    def read(self, index: int) -> bytes:
-        """The encoded picture. Raises OSError."""
+    def read(self, index: int) -> Encoded:
+        """The encoded image. Raises OSError, or Dropped with the reason."""
         ...
 
     def fingerprint(self) -> str:
-        """Hex digest that changes when a picture is added, removed, renamed or replaced."""
+        """Hex digest that changes when an image is added, removed, renamed or replaced."""
         ...
 
 
-class PictureFiles:
+class ImageFiles:
     """Files below ``root``, in the order given."""
 
     def __init__(self, root: Path, files: Sequence[str | Path]) -> None:
@@ -49,12 +55,12 @@ class PictureFiles:
             UserError: there are none, or one is missing; the first is named.
         """
         if not files:
-            raise UserError(f"{root}: no pictures there ({', '.join(EXTENSIONS)})")
+            raise UserError(f"{root}: no images there (.{', .'.join(IMAGE_EXTENSIONS)})")
         self._root = root
         self._files = [Path(file) for file in files]
         missing = [file for file in self._files if not (root / file).is_file()]
         if missing:
-            raise UserError(f"{root / missing[0]}: picture is missing ({len(missing)} of {len(files)} are)")
+            raise UserError(f"{root / missing[0]}: image is missing ({len(missing)} of {len(files)} are)")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -67,15 +73,15 @@ class PictureFiles:
 
     def fingerprint(self) -> str:
         stats = ((self._root / file).stat() for file in self._files)
-        return _digest([[str(file), s.st_size, s.st_mtime_ns] for file, s in zip(self._files, stats, strict=True)])
+        return digest([[str(file), s.st_size, s.st_mtime_ns] for file, s in zip(self._files, stats, strict=True)])
 
 
-class PictureMembers:
+class ImageMembers:
     """Members of tar files, in the order given."""
 
     def __init__(self, members: Sequence[tuple[Path, Member]]) -> None:
         if not members:
-            raise UserError("no pictures in these tar files")
+            raise UserError("no images in these tar files")
         self._members = members
         self._open: dict[Path, LocalFile] = {}
 
@@ -95,11 +101,11 @@ class PictureMembers:
     def fingerprint(self) -> str:
         stats = {str(path): path.stat() for path, _ in self._members}
         files = [[path, s.st_size, s.st_mtime_ns] for path, s in sorted(stats.items())]
-        return _digest([files, [[str(path), *member] for path, member in self._members]])
+        return digest([files, [[str(path), *member] for path, member in self._members]])
 
 
-class PictureColumn:
-    """Encoded pictures of a binary Arrow column (held in memory)."""
+class ImageColumn:
+    """Encoded images of a binary Arrow column (held in memory)."""
 
     def __init__(self, column: pa.ChunkedArray, names: Sequence[str]) -> None:
         self._column = column
@@ -114,14 +120,49 @@ class PictureColumn:
     def read(self, index: int) -> bytes:
         data = self._column[index].as_py()
         if data is None:
-            raise OSError("no picture in this row")
+            raise OSError("no image in this row")
         return data
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(_digest(list(self._names)).encode())
+        whole = hashlib.sha256(digest(list(self._names)).encode())
         for index in range(len(self)):
-            digest.update(hashlib.sha256(self._column[index].as_py() or b"").digest())
-        return digest.hexdigest()
+            whole.update(hashlib.sha256(self._column[index].as_py() or b"").digest())
+        return whole.hexdigest()
+
+
+class ShardImages:
+    """Images of training shards, local or remote, in the order given."""
+
+    def __init__(self, shards: ShardSet, places: Sequence[tuple[int, int]], fingerprint: str) -> None:
+        """
+        Args:
+            places: the shard's number, and the image's in it.
+            fingerprint: as :meth:`fingerprint` gives it.
+        """
+        self._shards = shards
+        self._places = places
+        self._fingerprint = fingerprint
+        # Some at a time: every open one holds a file descriptor, and a copy in the cache if it is remote.
+        self._open = lru_cache(_OPEN_SHARDS)(shards.open)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def name(self, index: int) -> str:
+        number, place = self._places[index]
+        return f"{self._shards.names[number]}, image {place}"
+
+    def read(self, index: int) -> Encoded:
+        number, place = self._places[index]
+        try:
+            return self._open(number).read_image(place)
+        except ShardError as error:
+            raise Dropped(Drop.SHARD_UNREADABLE, str(error)) from None
+        except CannotReach as error:
+            raise UserError(f"{self._shards.names[number]}: {error}") from None
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
 
 def tar_samples(path: Path) -> dict[str, dict[str, Member]]:
@@ -142,5 +183,6 @@ def tar_samples(path: Path) -> dict[str, dict[str, Member]]:
     return samples
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """Hex digest of what JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,28 @@
+"""The tokenizer that lies beside a model's weights, as its ``model.json`` describes it."""
+
+from pathlib import Path
+
+from mc2_hpc.data.tokenizer import Tokenizer
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """The sentencepiece file of a checkpoint folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: no {TOKENIZER_FILE} beside the weights; copy the run's sentencepiece model there")
+    return path
+
+
+def load_tokenizer(folder: Path, card: ModelCard) -> Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        UserError: there is none, or it is not of the style that the card says.
+    """
+    return Tokenizer(tokenizer_file(folder), card.tokenizer_style, card.arch.text.context_length)

@@ -1,0 +1,171 @@
+"""Any model that open_clip has, from a folder as it saves them: ``open_clip_config.json``, weights, tokenizer files.
+
+The library itself builds the model, the image transform and the tokenizer. It reads them from a folder, so it is given
+one of links to the files, with a config that keeps it from the network and from running code that lies in the folder.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mc2_hpc.data.crop import Encoded
+from mc2_hpc.data.decode import decode_pil
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, folder_files, hash_files
+from mc2_hpc.models.formats import OPEN_CLIP_CONFIG
+from mc2_hpc.peers import import_open_clip
+from mc2_hpc.storage import read_json, write_json
+
+_TEXT_FOLDER = "text_tower"
+"""In the folder of links: the config of a text tower that transformers has."""
+_WEIGHTS = (".safetensors", ".bin", ".pth")  # what open_clip looks for; pickles it reads as weights alone
+_ROBERTA: dict[str, Any] = {
+    "model_type": "xlm-roberta",
+    "vocab_size": 250_002,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+TEXT_TOWERS: dict[str, dict[str, Any]] = {
+    "xlm-roberta-base": {
+        **_ROBERTA,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "xlm-roberta-large": {
+        **_ROBERTA,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+}
+"""Configs of text towers that open_clip would read from the Hub by their names."""
+
+
+class OpenClipEncoder:
+    """A model of open_clip; preprocessed images are float32 (3, S, S), normalised."""
+
+    def __init__(self, source: Path, device: torch.device, eval_resize: str | None) -> None:
+        """
+        Raises:
+            UserError: open_clip is not installed, or it cannot load the folder.
+        """
+        open_clip = import_open_clip()
+        config = _config(source)
+        with tempfile.TemporaryDirectory() as scratch:
+            name = f"local-dir:{_linked(source, config, Path(scratch))}"
+            try:
+                model, transform = open_clip.create_model_from_pretrained(
+                    name, device=device, image_resize_mode=eval_resize
+                )
+                tokenizer = open_clip.get_tokenizer(name)
+            except Exception as error:  # whatever is wrong with a folder shows as any of many errors in there
+                reason = str(error).strip() or type(error).__name__
+                raise UserError(f"{source}: open_clip cannot load it: {reason.splitlines()[0]}") from None
+        self.model: nn.Module = model.eval()
+        self.tokenizer = tokenizer
+        self._transform = transform
+        self._device = device
+        self.identity = hash_files(folder_files(source), open_clip.__version__, eval_resize)
+        self.facts = _facts(model, tokenizer)
+
+    def preprocess(self, image: Encoded | Image.Image) -> Tensor:
+        return self.transform(image if isinstance(image, Image.Image) else decode_pil(image))
+
+    def transform(self, image: Image.Image) -> Tensor:
+        return self._transform(image.convert("RGB"))
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        return self.tokenizer(list(texts))
+
+    def encode_images(self, images: Sequence[Tensor]) -> Tensor:
+        features = self.model.encode_image(torch.stack(list(images)).to(self._device))  # type: ignore[operator]
+        return F.normalize(features.float(), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        features = self.model.encode_text(self.tokenize(texts).to(self._device))  # type: ignore[operator]
+        return F.normalize(features.float(), dim=-1)
+
+    def logits(self) -> tuple[float, float]:
+        scale, bias = self.model.logit_scale, getattr(self.model, "logit_bias", None)
+        assert isinstance(scale, Tensor)
+        return float(scale.detach().float().exp()), 0.0 if bias is None else float(bias.detach().float())
+
+
+def _config(source: Path) -> dict[str, Any]:
+    """The parsed config, changed so that loading it needs no network and runs nothing."""
+    path = source / OPEN_CLIP_CONFIG
+    values = read_json(path)
+    model = values.get("model_cfg") if isinstance(values, dict) else None
+    text = model.get("text_cfg") if isinstance(model, dict) else None
+    if not isinstance(text, dict):
+        raise UserError(f"{path}: no model_cfg with a text_cfg there; not an open_clip config")
+    if not any(entry.suffix in _WEIGHTS for entry in source.iterdir()):
+        raise UserError(f"{source}: no weights there (open_clip_model.safetensors)")
+    if text.get("hf_tokenizer_name"):
+        kwargs = text.get("tokenizer_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise UserError(f"{path}: text_cfg.tokenizer_kwargs is not an object")
+        text["tokenizer_kwargs"] = {**kwargs, "trust_remote_code": False}
+    return values
+
+
+def _linked(source: Path, config: dict[str, Any], scratch: Path) -> Path:
+    """``scratch`` with links to the files of ``source``, and with ``config`` in place of its config."""
+    for entry in source.iterdir():
+        if entry.name != OPEN_CLIP_CONFIG:
+            (scratch / entry.name).symlink_to(entry.absolute())
+    text = config["model_cfg"]["text_cfg"]
+    tower = text.get("hf_model_name")
+    if tower:
+        text["hf_model_name"] = str(_text_tower(source, tower, scratch))
+    write_json(scratch / OPEN_CLIP_CONFIG, config)
+    return scratch
+
+
+def _text_tower(source: Path, name: object, scratch: Path) -> Path:
+    """A folder with the config of the text tower ``name``: one in the model's own folder, or of the table's towers.
+
+    Raises:
+        UserError: neither has it.
+    """
+    if isinstance(name, str) and (source / Path(name).name / "config.json").is_file():
+        return source / Path(name).name
+    if name not in TEXT_TOWERS:
+        raise UserError(
+            f"{source}: its text tower {name!r} is one of transformers' whose config is not there: put it into "
+            f"{source / Path(str(name)).name / 'config.json'} (known without: {', '.join(TEXT_TOWERS)})"
+        )
+    (scratch / _TEXT_FOLDER).mkdir()
+    write_json(scratch / _TEXT_FOLDER / "config.json", TEXT_TOWERS[str(name)])
+    return scratch / _TEXT_FOLDER
+
+
+def _facts(model: Any, tokenizer: Any) -> ModelFacts:
+    preprocess, visual = model.visual.preprocess_cfg, model.visual
+    size = preprocess["size"]
+    trunk = getattr(visual, "trunk", None)  # of timm
+    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None) or getattr(visual, "patch_size", None)
+    width = getattr(trunk, "embed_dim", None) or getattr(getattr(visual, "transformer", None), "width", None)
+    return ModelFacts(
+        format="open_clip",
+        image_size=int(size[0] if isinstance(size, tuple | list) else size),
+        resize=preprocess["resize_mode"],
+        context_length=int(tokenizer.context_length),
+        parameters=count_parameters(model),
+        vision_width=width,
+        patch_size=int(patch[0]) if isinstance(patch, tuple | list) else patch,
+    )

@@ -1,0 +1,110 @@
+"""A checkpoint or run folder of ours."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mc2_hpc.data.card_tokenizer import load_tokenizer
+from mc2_hpc.data.crop import Encoded
+from mc2_hpc.data.decode import EvalTransform
+from mc2_hpc.data.normalise import normalise
+from mc2_hpc.data.tokenizer import Tokenizer
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, hash_files
+from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, resolve_checkpoint
+from mc2_hpc.storage import read_json
+
+_TRAINER = "trainer.json"
+
+
+class OurEncoder:
+    """A model of ours; preprocessed images are uint8 (3, S, S), normalised on the device."""
+
+    def __init__(
+        self,
+        model: CLIP,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        *,
+        eval_resize: str | None = None,
+        identity: str = "",
+        step: int | None = None,
+    ) -> None:
+        """
+        Args:
+            model: on the device that it computes on.
+            eval_resize: ``shortest`` or ``squash``; None is the card's.
+            identity: of the weights; empty where nothing is cached under it.
+            step: training steps so far.
+
+        Raises:
+            UserError: an unknown ``eval_resize``.
+        """
+        vision, resize = card.arch.vision, eval_resize or card.arch.eval_resize
+        self.model = model
+        self.tokenizer = tokenizer
+        self.identity = identity
+        self.facts = ModelFacts(
+            format="mc2",
+            image_size=vision.image_size,
+            resize=resize,
+            context_length=card.arch.text.context_length,
+            parameters=count_parameters(model),
+            vision_width=vision.width,
+            patch_size=vision.patch_size,
+            step=step,
+        )
+        self._to_square = EvalTransform(vision.image_size, resize)
+
+    @classmethod
+    def load(cls, source: Path, device: torch.device, eval_resize: str | None) -> "OurEncoder":
+        """
+        Raises:
+            UserError: no checkpoint or no tokenizer in it.
+        """
+        folder = resolve_checkpoint(source)
+        model, card = load_clip(folder)
+        tokenizer = load_tokenizer(folder, card)
+        files = [*folder.glob("model.*safetensors"), folder / TOKENIZER_FILE]
+        identity = hash_files(files, card, eval_resize or card.arch.eval_resize)
+        step = _step(folder)
+        return cls(model.to(device), card, tokenizer, eval_resize=eval_resize, identity=identity, step=step)
+
+    def preprocess(self, image: Encoded | Image.Image) -> Tensor:
+        return self._to_square(image)
+
+    def transform(self, image: Image.Image) -> Tensor:
+        return normalise(self.preprocess(image)[None])[0]
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        return self.tokenizer.encode(texts)
+
+    def encode_images(self, images: Sequence[Tensor]) -> Tensor:
+        batch = torch.stack(list(images)).to(self._device)
+        return self.model.encode_image(normalise(batch), normalize=True).float()
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        return self.model.encode_text(self.tokenize(texts).to(self._device), normalize=True).float()
+
+    def logits(self) -> tuple[float, float]:
+        return float(self.model.logit_scale.detach().float().exp()), 0.0
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+
+def _step(folder: Path) -> int | None:
+    """The steps that a training checkpoint has seen; None for an imported model."""
+    path = folder / _TRAINER
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    step = values.get("step") if isinstance(values, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise UserError(f"{path}: step is {step!r}, not a whole number; the checkpoint is damaged")
+    return step

@@ -1,0 +1,140 @@
+"""CLIP, SigLIP, SigLIP 2 and MetaClip2 from folders that transformers saves."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mc2_hpc.data.crop import Encoded
+from mc2_hpc.data.decode import decode_pil
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, folder_files, hash_files
+from mc2_hpc.models.formats import TRANSFORMERS_CONFIG
+from mc2_hpc.peers import import_transformers
+from mc2_hpc.storage import read_json
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How a family's processor is called where its files do not say."""
+
+    padding: str
+    """Of texts: to the ``longest`` of a batch, or to ``max_length``, which SigLIP was trained with."""
+    inputs: tuple[str, ...]
+    """Of the text tower. SigLIP attends to the padding too."""
+
+
+_CLIP = _Family("longest", ("input_ids", "attention_mask"))
+_SIGLIP = _Family("max_length", ("input_ids",))
+FAMILIES = {"clip": _CLIP, "metaclip_2": _CLIP, "siglip": _SIGLIP, "siglip2": _SIGLIP}
+"""By ``model_type``. SigLIP 2 of one fixed size is ``siglip``; ``siglip2`` takes images in their own shape."""
+
+
+class TransformersEncoder:
+    """A model of transformers; preprocessed images are the image processor's tensors by name, without a batch."""
+
+    def __init__(self, source: Path, device: torch.device, eval_resize: str | None) -> None:
+        """
+        Raises:
+            UserError: transformers is not installed, the model is of another family, or the folder is not whole.
+        """
+        values = read_json(source / TRANSFORMERS_CONFIG)
+        kind = values.get("model_type")
+        if kind not in FAMILIES:
+            raise UserError(
+                f"{source / TRANSFORMERS_CONFIG}: model_type is {kind!r}; of transformers' models "
+                f"{', '.join(FAMILIES)} can be scored"
+            )
+        self._family = FAMILIES[kind]
+        transformers = import_transformers()
+        self.model: nn.Module = _loaded(transformers.AutoModel, source, dtype=torch.float32).to(device).eval()
+        self.tokenizer = _loaded(transformers.AutoTokenizer, source)
+        self._processor = _loaded(transformers.AutoImageProcessor, source)
+        self._device = device
+        config: Any = self.model.config
+        self._context_length = int(config.text_config.max_position_embeddings)
+        self._options = _resize_options(source, self._processor, _image_size(config, self._processor), eval_resize)
+        self.identity = hash_files(folder_files(source), transformers.__version__, eval_resize)
+        self.facts = ModelFacts(
+            format="hf",
+            image_size=_image_size(config, self._processor),
+            resize=eval_resize or _own_resize(self._processor),
+            context_length=self._context_length,
+            parameters=count_parameters(self.model),
+            vision_width=config.vision_config.hidden_size,
+            patch_size=config.vision_config.patch_size,
+        )
+
+    def preprocess(self, image: Encoded | Image.Image) -> dict[str, Tensor]:
+        return self.transform(image if isinstance(image, Image.Image) else decode_pil(image))
+
+    def transform(self, image: Image.Image) -> dict[str, Tensor]:
+        inputs = self._processor(images=image.convert("RGB"), return_tensors="pt", **self._options)
+        return {name: tensor[0] for name, tensor in inputs.items()}
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        tokens = self.tokenizer(
+            list(texts),
+            padding=self._family.padding,
+            truncation=True,
+            max_length=self._context_length,
+            return_tensors="pt",
+        )
+        return {name: tokens[name] for name in self._family.inputs}
+
+    def encode_images(self, images: Sequence[dict[str, Tensor]]) -> Tensor:
+        inputs = {name: torch.stack([image[name] for image in images]).to(self._device) for name in images[0]}
+        return _unit(self.model.get_image_features, inputs)  # type: ignore[arg-type]
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        inputs = {name: tensor.to(self._device) for name, tensor in self.tokenize(texts).items()}
+        return _unit(self.model.get_text_features, inputs)  # type: ignore[arg-type]
+
+    def logits(self) -> tuple[float, float]:
+        scale, bias = self.model.logit_scale, getattr(self.model, "logit_bias", None)
+        assert isinstance(scale, Tensor)
+        return float(scale.detach().exp()), 0.0 if bias is None else float(bias.detach())
+
+
+def _loaded(kind: Any, source: Path, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(str(source), local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # as many kinds as there are ways for a folder to be wrong
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{source}: transformers cannot load it: {reason.splitlines()[0]}") from None
+
+
+def _unit(encode: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
+    return F.normalize(encode(**inputs).pooler_output.float(), dim=-1)
+
+
+def _image_size(config: Any, processor: Any) -> int:
+    """The side of the square input; for a model of free shapes, of the square with as many patches."""
+    if hasattr(processor, "max_num_patches"):
+        return round(processor.max_num_patches**0.5) * processor.patch_size
+    return int(config.vision_config.image_size)
+
+
+def _own_resize(processor: Any) -> str:
+    if hasattr(processor, "max_num_patches"):
+        return "patches"
+    return "shortest" if getattr(processor, "do_center_crop", None) else "squash"
+
+
+def _resize_options(source: Path, processor: Any, side: int, eval_resize: str | None) -> dict[str, Any]:
+    """What the image processor is told so that it resizes in another way than its own."""
+    if eval_resize is None:
+        return {}
+    square = {"height": side, "width": side}
+    options: dict[str, dict[str, Any]] = {
+        "squash": {"size": square, "do_center_crop": False},
+        "shortest": {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square},
+    }
+    if eval_resize not in options or hasattr(processor, "max_num_patches"):
+        raise UserError(f"eval_resize={eval_resize}: the image processor of {source} cannot; leave it out")
+    return options[eval_resize]

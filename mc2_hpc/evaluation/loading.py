@@ -1,0 +1,116 @@
+"""``mc2_hpc.load``: a CLIP of any format for Python programs.
+
+clip = mc2_hpc.load("runs/my-run")
+clip.encode_image([Image.open("a.jpg"), "b.png"]) @ clip.encode_text(["a cat", "кошка"]).T
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mc2_hpc.drops import Dropped
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
+from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, encode_texts, finite
+
+AnyImage = Image.Image | str | Path | bytes
+"""An image that is open, the path of one, or an encoded one."""
+
+
+class Clip:
+    """A model with its tokenizer and image transform; :func:`load` makes one."""
+
+    def __init__(self, dual: DualEncoder) -> None:
+        self.dual = dual
+        """What evaluation and search compute with, too."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The library's own model, in eval mode."""
+        return self.dual.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The library's own tokenizer; :meth:`tokenize` calls it as the model needs it."""
+        return self.dual.tokenizer
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Sizes of the model, and the steps that it was trained for where they are known."""
+        return self.dual.facts
+
+    def transform(self, image: Image.Image) -> Any:
+        """One image as ``model`` takes it, without the batch dimension."""
+        return self.dual.transform(image)
+
+    def tokenize(self, texts: Sequence[str]) -> Any:
+        """Texts as ``model`` takes them, on the CPU."""
+        return self.dual.tokenize(texts)
+
+    @torch.inference_mode()
+    def encode_image(self, images: AnyImage | Sequence[AnyImage], *, batch: int = 64) -> Tensor:
+        """Unit-length float32 features on the CPU: (n, D) of n images, (D,) of one by itself.
+
+        Args:
+            images: open, or paths, or encoded. Paths and encoded ones are decoded as evaluation does.
+            batch: images encoded at a time.
+
+        Raises:
+            UserError: an image cannot be read or decoded, there is none, or a feature is not finite.
+        """
+        if isinstance(images, Image.Image | str | Path | bytes):
+            return self.encode_image([images], batch=batch)[0]
+        _at_least_one(batch, len(images), "images")
+        parts = [
+            self.dual.encode_images([self._preprocessed(image) for image in images[start : start + batch]]).cpu()
+            for start in range(0, len(images), batch)
+        ]
+        return finite(torch.cat(parts), "images")
+
+    def encode_text(self, texts: str | Sequence[str], *, batch: int = 256) -> Tensor:
+        """Unit-length float32 features on the CPU: (n, D) of n texts, (D,) of one by itself.
+
+        Raises:
+            UserError: there is no text, or a feature is not finite.
+        """
+        if isinstance(texts, str):
+            return self.encode_text([texts], batch=batch)[0]
+        _at_least_one(batch, len(texts), "texts")
+        return encode_texts(self.dual, texts, batch=batch)
+
+    def _preprocessed(self, image: AnyImage) -> Any:
+        name = str(image) if isinstance(image, str | Path) else "an image"
+        try:
+            return self.dual.preprocess(Path(image).read_bytes() if isinstance(image, str | Path) else image)
+        except Dropped as skip:
+            raise UserError(f"{name}: cannot be decoded ({skip})") from None
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+
+
+def load(source: str | Path, device: str | torch.device | None = None, *, eval_resize: str | None = None) -> Clip:
+    """Load a model: a checkpoint or run folder of ours, or a folder of open_clip or transformers.
+
+    Args:
+        device: where it computes; by default a GPU if there is one.
+        eval_resize: ``shortest``, ``squash`` or ``longest`` in place of the model's own way to its square input.
+
+    Raises:
+        UserError: there is no model that can be loaded, or no such device.
+    """
+    try:
+        place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise UserError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+    return Clip(open_dual_encoder(source, place, eval_resize=eval_resize))
+
+
+def _at_least_one(batch: int, count: int, what: str) -> None:
+    if batch < 1:
+        raise UserError(f"batch={batch}: must be at least 1")
+    if not count:
+        raise UserError(f"no {what} to encode")
