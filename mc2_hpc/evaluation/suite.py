@@ -28,7 +28,7 @@ from mc2_hpc.evaluation.encoder import Encoder, ImageFeatures
 from mc2_hpc.evaluation.gradients import gradient_cosines
 from mc2_hpc.evaluation.linear_probe import linear_probe
 from mc2_hpc.evaluation.scoring import ALL, Scores, score
-from mc2_hpc.evaluation.sets import READERS
+from mc2_hpc.evaluation.sets import reader_of
 from mc2_hpc.evaluation.sets.files import shuffled
 from mc2_hpc.evaluation.tasks import Classification, Retrieval, Task
 
@@ -61,7 +61,7 @@ class SetConfig:
     """One evaluation set of a suite."""
 
     reader: str
-    """A name from ``mc2_hpc.evaluation.sets.READERS``."""
+    """A name from ``mc2_hpc.evaluation.sets.READERS``, or the dotted name of a function of yours."""
     path: str
     """Where it lies; relative to the suite's ``root``."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -133,9 +133,11 @@ def shards_suite(path: str, overrides: list[str] | None = None) -> Suite:
 
 
 def _check(where: str, config: SetConfig) -> None:
-    if config.reader not in READERS:
-        raise UserError(f"{where}: unknown reader {config.reader!r}; choose one of {', '.join(READERS)}")
-    parameters = list(inspect.signature(READERS[config.reader].read).parameters.values())[1:]
+    try:
+        read = reader_of(config.reader).read
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    parameters = list(inspect.signature(read).parameters.values())[1:]
     known = {parameter.name for parameter in parameters}
     unknown = sorted(set(config.options) - known)
     if unknown:
@@ -221,7 +223,7 @@ def _read(config: SetConfig, root: Path) -> Task:
     """The set's task, or on every rank the error of the first one that cannot read it. Collective."""
     task, error = None, None
     try:
-        task = _only(READERS[config.reader].read(_place(root, config.path), **config.options), config.languages)
+        task = _only(reader_of(config.reader).read(_place(root, config.path), **config.options), config.languages)
     except UserError as failure:
         error = failure
     except OSError as failure:  # such as a file that may not be read: the other sets need not go without for it
@@ -261,7 +263,7 @@ def to_json(results: list[SetResult]) -> dict[str, Mapping[str, Any]]:
 
 
 def _set_json(result: SetResult) -> dict[str, Any]:
-    reader = {"reader": result.config.reader, "protocol": READERS[result.config.reader].protocol}
+    reader = {"reader": result.config.reader, "protocol": reader_of(result.config.reader).protocol}
     if result.task is None or result.scores is None:
         return {**reader, "error": result.error}
     scores = result.scores

@@ -1,14 +1,18 @@
 """Readers of evaluation sets: each follows one public file layout and makes a task of it.
 
 A reader is ``read(path, **options) -> Task``. It checks that every file it needs is there and names the first that is
-not; it downloads nothing.
+not; it downloads nothing. Readers of other packages are named by where they stand: ``mypackage.mymodule.read``.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
+from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.sets import captions, classes, clip_benchmark, culture, cvqa, shards, winogavil
 from mc2_hpc.evaluation.tasks import Task
+from mc2_hpc.jobs.named import describe, import_object
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,39 @@ READERS = {
     "xm3600_places": Reader(culture.xm3600_places, "ridge regression on 5, 10, 25 images per place; halves"),
 }
 """By the name that a suite file gives as ``reader``."""
+
+
+def reader_of(name: str) -> Reader:
+    """The reader of this name: one of :data:`READERS`, or a function by its dotted name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if name in READERS:
+        return READERS[name]
+    if "." not in name:
+        raise UserError(
+            f"unknown reader {name!r}; choose one of {', '.join(READERS)}, or name a function: mypackage.mymodule.read"
+        )
+    read = import_object(name)
+    if not callable(read):
+        raise UserError(f"{name}: not a function that reads a set")
+    return Reader(_guarded(name, read), f"as {name} reads it")
+
+
+def _guarded(name: str, read: Callable[..., Any]) -> Callable[..., Task]:
+    """Foreign code as a reader: whatever goes wrong in it is an error of its set alone, in one line."""
+
+    @wraps(read)
+    def guarded(*arguments: Any, **options: Any) -> Task:
+        try:
+            task = read(*arguments, **options)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the code raises
+            raise UserError(f"{name}: {describe(error)}") from error
+        if not isinstance(task, Task):
+            raise UserError(f"{name}: gave {type(task).__name__}, not a task of mc2_hpc.evaluation.tasks")
+        return task
+
+    return guarded

@@ -1,0 +1,28 @@
+"""Train from Python: a config file with some values changed, then the loss of the run's rows.
+
+    python examples/train.py CONFIG.yaml RUN_FOLDER [key.sub=value ...]
+
+``mc2 train`` does the same and starts ranks, nodes and restarts beside.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from mc2_hpc.config import load_config
+from mc2_hpc.distributed import process_group
+from mc2_hpc.training.run_folder import exclusive_run
+from mc2_hpc.training.trainer import Trainer
+
+
+def main(config_file: str, output: str, *overrides: str) -> None:
+    config = load_config(config_file, [f"output={output}", *overrides])
+    with process_group() as ranks, exclusive_run(config, ranks):
+        Trainer(config, ranks).train()
+    rows = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        print(f"step {row['step']}: loss {row['loss']:.3f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
