@@ -78,7 +78,7 @@ def check_text(what: str, text: str) -> None:
     bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
     if bad is not None:
         kind = "bytes that are not UTF-8" if unicodedata.category(bad) == "Cs" else "a line break or control character"
-        raise UserError(f"{what}: {printable(text)!r} has {kind}, which no Slurm script can hold; take it out")
+        raise UserError(f"{what}: '{printable(text)}' has {kind}, which no Slurm script can hold; take it out")
 
 
 def printable(text: str) -> str:
