@@ -13,7 +13,7 @@ that flag and applies filters, and two filters: :class:`Length` and :class:`Patt
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,6 +116,30 @@ def apply_filters(filters: Iterable[tuple[str, Filter]], rows: pa.Table, drops: 
             drops[_checked(name, reason["values"])] += reason["counts"]
         rows = rows.filter(pc.invert(dropped))
     return rows
+
+
+def recorded_filters(settings: Mapping[str, Any], where: object) -> list[tuple[str, Filter]]:
+    """The filters that a matched pool was made with, and their names.
+
+    Args:
+        settings: of its ``match.json``.
+        where: the pool, for errors.
+    """
+    named = from_plain(settings.get("filters", []), list[Named], f"{where}: filters")
+    return [(one.name, load_filter(one)) for one in named]
+
+
+def filtered_as(filters: Iterable[tuple[str, Filter]], text: str, lang: str, key: str | None) -> str | None:
+    """The reason that one caption is dropped for; None if it is kept.
+
+    Args:
+        key: of its image; empty where it is not known.
+    """
+    columns = {"key": key or "", "text": text, "lang": lang}
+    rows = pa.table({name: pa.array([value], pa.large_string()) for name, value in columns.items()})
+    drops: Counter[str] = Counter()
+    apply_filters(filters, rows, drops)
+    return next(iter(drops), None)
 
 
 def _as_column(answer: Any, num_rows: int) -> pa.Array:
