@@ -125,11 +125,10 @@ def test_drops_are_counted_in_stats_balance_and_report(pool, listed, module, tmp
     flags = ["--filter", f"{module}.Words", "words=words.txt", "--filter", LENGTH, "max_characters=11"]
     assert main([*words, *flags]) == 0
     result = json.loads(capsys.readouterr().out)
-    # 10 of a shard's captions have three more characters than "a big dog 1".
-    kept = {"de": 9 * 0, "en": 5}
-    drops = {"listed_word": 4 * 3, "too_long": 4 * (30 - 3 - sum(kept.values()))}
+    # Of a shard's 30, 27 are not listed; 4, 5, 7 and 8 in English have the 11 characters of "a big dog 4".
+    drops = {"listed_word": 4 * 3, "too_long": 4 * (27 - 4)}
     assert result["match"]["drops"] == result["balance"]["drops"] == drops
-    assert (result["match"]["rows"], result["match"]["captions"]) == (120, {"en": 20})
+    assert (result["match"]["rows"], result["match"]["captions"]) == (120, {"en": 16})
     assert read_json(tmp_path / "out" / "matched" / "match.json")["filters"] == [
         {"name": f"{module}.Words", "arguments": {"words": "words.txt"}},
         {"name": LENGTH, "arguments": {"max_characters": 11}},
