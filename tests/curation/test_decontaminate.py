@@ -22,15 +22,6 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local
 from mc2_hpc.tar import write_tar
 
-
-def runs(plan):
-    """``plan`` as a function that does it."""
-    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
-        plan(*arguments, **options), engine, progress
-    )
-
-
-decontaminate = runs(plan_decontaminate)
 pytest.importorskip("imagehash", reason="imagehash is not installed")
 
 
@@ -83,7 +74,7 @@ def test_benchmark_pictures_are_removed_from_tar_and_rows(tmp_path):
     shards = write_shard(tmp_path / "shards", "a", {f"k{seed}": picture(seed) for seed in range(8)})
     write_shard(shards, "b", {"k9": picture(9), "k2": picture(2, quality=30)})
     against = benchmark_folder(tmp_path / "benchmark", [2, 5, 77])
-    result = decontaminate(shards, against, tmp_path / "out")
+    result = jobs.run(plan_decontaminate(shards, against, tmp_path / "out"))
     assert members(tmp_path / "out" / "a.tar") == [f"k{seed}.jpg" for seed in (0, 1, 3, 4, 6, 7)]
     rows = pq.read_table(tmp_path / "out" / "a.parquet")
     assert rows["key"].to_pylist() == [f"k{seed}" for seed in (0, 1, 3, 4, 6, 7) for _ in range(2)]
@@ -98,7 +89,7 @@ def test_benchmark_pictures_are_removed_from_tar_and_rows(tmp_path):
 def test_shards_that_lose_nothing_keep_their_bytes_and_empty_ones_vanish(tmp_path):
     shards = write_shard(tmp_path / "shards", "clean", {f"k{seed}": picture(seed) for seed in range(3)})
     write_shard(shards, "dirty", {"k5": picture(5)})
-    decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out")
+    jobs.run(plan_decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out"))
     for name in ("clean.tar", "clean.parquet"):
         assert (tmp_path / "out" / name).read_bytes() == (shards / name).read_bytes()
     assert not list((tmp_path / "out").glob("dirty.*"))
@@ -113,7 +104,7 @@ def test_plain_shards_and_benchmark_tars(tmp_path):
     write_tar(tmp_path / "benchmark" / "test.tar", [("x/2.webp", picture(2, form="WEBP")), ("x/2.cls", b"4")])
     for against in (tmp_path / "benchmark", tmp_path / "benchmark" / "test.tar"):
         out = tmp_path / against.name / "out"
-        assert decontaminate(tmp_path / "shards", against, out)["removed"] == 1
+        assert jobs.run(plan_decontaminate(tmp_path / "shards", against, out))["removed"] == 1
         assert members(out / "s.tar") == ["a.jpg", "a.txt"]
         assert report(out)[0]["benchmark"] == f"{tmp_path}/benchmark/test.tar/x/2.webp"
 
@@ -121,7 +112,7 @@ def test_plain_shards_and_benchmark_tars(tmp_path):
 def test_pictures_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
     pictures = {"good": picture(1), "cut": picture(2)[:400], "none": b"", "text": b"hello"}
     shards = write_shard(tmp_path / "shards", "a", pictures)
-    result = decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out")
+    result = jobs.run(plan_decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out"))
     assert members(tmp_path / "out" / "a.tar") == ["good.jpg"]
     assert set(pq.read_table(tmp_path / "out" / "a.parquet")["key"].to_pylist()) == {"good"}
     assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"undecodable_image": 3}}
@@ -160,7 +151,7 @@ def test_workers_change_nothing_and_finished_shards_are_skipped(tmp_path, monkey
     write_shard(shards, "b", {f"k{seed}": picture(seed) for seed in range(4, 8)})
     against = benchmark_folder(tmp_path / "benchmark", [2, 5])
     results = [
-        decontaminate(shards, against, tmp_path / f"out{number}", engine=engine)
+        jobs.run(plan_decontaminate(shards, against, tmp_path / f"out{number}"), engine)
         for number, engine in enumerate((Local(), Local(2)))
     ]
     assert results[0] == results[1]
@@ -168,7 +159,7 @@ def test_workers_change_nothing_and_finished_shards_are_skipped(tmp_path, monkey
         assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()
     (tmp_path / "out1" / "b.tar").unlink()
     monkeypatch.setattr("mc2_hpc.curation.decontaminate.HashUnit.__call__", None)
-    assert decontaminate(shards, against, tmp_path / "out1") == results[0]
+    assert jobs.run(plan_decontaminate(shards, against, tmp_path / "out1")) == results[0]
     assert (tmp_path / "out0" / "b.tar").read_bytes() == (tmp_path / "out1" / "b.tar").read_bytes()
 
 
@@ -176,32 +167,32 @@ def test_bad_input_is_named(tmp_path):
     shards = write_shard(tmp_path / "shards", "a", {"k1": picture(1)})
     against = benchmark_folder(tmp_path / "benchmark", [2])
     with pytest.raises(UserError, match="max_distance=32: must be 0 to 31"):
-        decontaminate(shards, against, tmp_path / "out", max_distance=32)
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out", max_distance=32))
     with pytest.raises(UserError, match="nowhere: no such file or folder of benchmark images"):
-        decontaminate(shards, tmp_path / "nowhere", tmp_path / "out")
+        jobs.run(plan_decontaminate(shards, tmp_path / "nowhere", tmp_path / "out"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no images"):
-        decontaminate(shards, tmp_path / "empty", tmp_path / "out")
-    decontaminate(shards, against, tmp_path / "out")
+        jobs.run(plan_decontaminate(shards, tmp_path / "empty", tmp_path / "out"))
+    jobs.run(plan_decontaminate(shards, against, tmp_path / "out"))
     with pytest.raises(UserError, match="made with another max_distance"):
-        decontaminate(shards, against, tmp_path / "out", max_distance=3)
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out", max_distance=3))
     (against / "broken.jpg").write_bytes(b"\xff\xd8 broken")
     with pytest.raises(UserError, match="made with another against"):
-        decontaminate(shards, against, tmp_path / "out")
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out"))
     with pytest.raises(UserError, match="broken.jpg: .*cannot be decoded .* fix or remove it, delete .*out2 and run"):
-        decontaminate(shards, against, tmp_path / "out2")
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out2"))
     (against / "broken.jpg").unlink()
     write_tar(tmp_path / "no-pictures.tar", [("a.txt", b"")])
     with pytest.raises(UserError, match="no-pictures.tar: holds no benchmark images"):
-        decontaminate(shards, tmp_path / "no-pictures.tar", tmp_path / "out5")
+        jobs.run(plan_decontaminate(shards, tmp_path / "no-pictures.tar", tmp_path / "out5"))
     (shards / "c.tar").write_bytes(b"broken")
     with pytest.raises(UserError, match="1 of 2 .* failed.*c.tar: not a whole tar"):
-        decontaminate(shards, against, tmp_path / "out3")
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out3"))
     assert members(tmp_path / "out3" / "a.tar") == ["k1.jpg"]
     (shards / "c.tar").unlink()
     (shards / "d.parquet").touch()
     with pytest.raises(UserError, match="d.parquet: no d.tar with its images"):
-        decontaminate(shards, against, tmp_path / "out4")
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out4"))
 
 
 def edited(image, edit):
@@ -235,7 +226,7 @@ def test_edited_copies_of_web_pictures_are_found(shared_data, tmp_path, edit):
     write_tar(tmp_path / "benchmark.tar", [(name, raw[name]) for name in keys[:20]])
     copies = {name[:-4]: edited(Image.open(io.BytesIO(raw[name])).convert("RGB"), edit) for name in keys}
     shards = write_shard(tmp_path / "shards", "a", copies)
-    decontaminate(shards, tmp_path / "benchmark.tar", tmp_path / "out")
+    jobs.run(plan_decontaminate(shards, tmp_path / "benchmark.tar", tmp_path / "out"))
     found = {row["key"]: row["benchmark"].rpartition("/")[2] for row in report(tmp_path / "out")}
     assert found == {name[:-4]: name for name in keys[:20]}
     assert members(tmp_path / "out" / "a.tar") == keys[20:]
@@ -257,4 +248,4 @@ def test_copies_and_false_alarms_among_small_pictures(shared_data):
 def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("mc2_hpc.curation.decontaminate.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install imagehash"):
-        decontaminate(tmp_path, tmp_path, tmp_path / "out")
+        jobs.run(plan_decontaminate(tmp_path, tmp_path, tmp_path / "out"))

@@ -81,6 +81,9 @@ def test_cpu_ranks_ask_for_no_gpus(config, capsys):
         (["gres=gpu:a100:2(S:0-1),gpu:h100:2,nvme:1"], None, "gpu:a100:2(S:0-1),gpu:h100:2,nvme:1", "4"),
         (["gres=gpu:8", "ranks=2"], None, "gpu:8", "2"),
         (["gres=nvme:1"], "8", "nvme:1", "8"),
+        (["gpus-per-node=h100:2"], "h100:2", None, "2"),
+        (["gpus=0", "gres=gpu:2"], None, "gpu:2", "2"),
+        (["gpus=4", "ntasks-per-node=2"], "4", None, "2"),
     ],
 )
 def test_gpus_are_asked_for_once(config, words, gpus, gres, ranks, capsys):
@@ -110,7 +113,10 @@ def test_words_commas_and_flags(config, capsys):
         (["--slurm", "gpus=0"], "--slurm gpus=0: how many ranks per node? add ranks=N"),
         (["--slurm", "gpus=four"], "--slurm gpus=four: must be a whole number per node, with a type or without"),
         (["--slurm", "gpus=a100:"], "--slurm gpus=a100:: must be a whole number per node"),
-        (["--slurm", "gpus=2", "gres=gpu:a100:2"], "gpus=2 gres=gpu:a100:2: both ask for GPUs; give one of them"),
+        (["--slurm", "gpus=2", "gres=gpu:a100:2"], "--slurm gpus=2 gres=gpu:a100:2: ask for GPUs once"),
+        (["--slurm", "gpus-per-task=1"], "--slurm gpus-per-task=1: ask for GPUs once, by gpus=N (per node) or by gres"),
+        (["--slurm", "nodes=" + "9" * 5000], "must be a whole number of at least 1"),
+        (["--slurm", "gpus=" + "9" * 5000], "must be a whole number per node"),
         (["--slurm", "gpus=a100:0"], "--slurm gpus=0: how many ranks per node? add ranks=N"),
         (["--slurm", "output=/tmp/x"], "--slurm output=/tmp/x: no such key"),
         (["--slurm", "nodes=49"], "--slurm: 392 ranks but data.lanes=384"),
