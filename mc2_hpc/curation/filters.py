@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.named import Named, describe, from_plain, import_object, to_plain
+from mc2_hpc.jobs.named import Named, constructor_types, describe, from_plain, import_object, to_plain
 
 _FORM = "--filter package.module.Class key=value key=value ..."
 _METHOD = "drop_reasons"
@@ -48,17 +48,15 @@ def parse_filter(words: Sequence[str]) -> Named:
     """
     name, *options = words
     kind = _filter_class(name)
-    parameters = inspect.signature(kind, eval_str=True).parameters
+    types = constructor_types(kind)
     arguments = {}
     for word in options:
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--filter {name} {word}: write it as {_FORM}; other arguments come before --filter")
-        if key not in parameters:
-            raise UserError(f"--filter {name} {word}: no option {key!r}; it has {', '.join(parameters) or 'none'}")
-        declared = parameters[key].annotation
-        as_type = str if declared is inspect.Parameter.empty else declared
-        arguments[key] = to_plain(from_plain(value, as_type, f"--filter {name} {word}", strict=False))
+        if key not in types:
+            raise UserError(f"--filter {name} {word}: no option {key!r}; it has {', '.join(types) or 'none'}")
+        arguments[key] = to_plain(from_plain(value, types[key], f"--filter {name} {word}", strict=False))
     named = Named(name, arguments)
     load_filter(named)
     return named

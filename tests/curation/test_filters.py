@@ -57,9 +57,10 @@ class Answers:
 
 
 class Picky:
-    def __init__(self, least: int):
+    def __init__(self, least: int, listed: Path = Path("none")):
         if least > 9:
             raise RuntimeError("too much")
+        self.listed = listed
 
     def drop_reasons(self, rows):
         return [None] * len(rows)
@@ -116,6 +117,7 @@ def test_options_have_the_types_of_the_constructor(module, tmp_path):
     loaded = words.load()
     assert loaded.words == Path("a b.txt") and loaded.loudly is True
     assert parse_filter([f"{module}.Picky", "least=3"]).arguments == {"least": 3}
+    assert parse_filter([f"{module}.Picky", "least=3", "listed=a"]).load().listed == Path("a")
     assert parse_filter([PATTERN, "drop=a=b,(c|d)"]).load() == Pattern(drop="a=b,(c|d)")
 
 
