@@ -45,14 +45,15 @@ def _from_environment(name: str, slurm_name: str, default: int) -> int:
 def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
     """Join the process group that the environment describes; leave it at the end.
 
-    torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) come first, then Slurm's. Without
-    either the process is alone, and needs no port. NCCL on GPUs, gloo on CPUs.
+    torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) come first, then those that srun sets
+    for the tasks of a step. Without either, so also in the shell of an allocation, the process is alone, and needs no
+    port. NCCL on GPUs, gloo on CPUs.
 
     Raises:
         UserError: several processes are announced but no MASTER_ADDR to meet at, or more local ranks than GPUs.
     """
     rank = _from_environment("RANK", "SLURM_PROCID", 0)
-    world_size = _from_environment("WORLD_SIZE", "SLURM_NTASKS", 1)
+    world_size = _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
     local_rank = _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0)
     device = _device(local_rank)
     if world_size > 1:

@@ -80,6 +80,43 @@ def test_imports_run_downwards(module, path):
             assert name.split(".")[0] != "torch", f"{module} imports torch"
 
 
+def test_no_modules_import_each_other():
+    """No circle among all modules, imports inside functions and for type checkers included."""
+    files = dict(modules())
+    found = circles({module: set(used(path, files)) for module, path in files.items()})
+    assert not found, "\n".join(" <-> ".join(group) for group in found)
+
+
+def used(path, files):
+    """The product's modules that a file imports: of ``from package import name`` the name, where it is a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in files)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield from [name] if name in files else [node.module] if node.module in files else []
+
+
+def circles(graph):
+    """Groups of two or more nodes that reach each other, sorted; and nodes with an edge to themselves."""
+    reach = {}
+    for node in graph:
+        seen, todo = set(), list(graph[node])
+        while todo:
+            following = todo.pop()
+            if following not in seen:
+                seen.add(following)
+                todo += graph[following]
+        reach[node] = seen
+    groups = {tuple(sorted(other for other in reach[node] if node in reach[other])) for node in graph}
+    return sorted(group for group in groups if group)
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d", "a"}, "e": set()}) == [("b", "c"), ("d",)]
+
+
 def test_help_loads_no_heavy_package():
     """What makes ``mc2 --help`` answer at once: nothing big is imported for it."""
     code = (

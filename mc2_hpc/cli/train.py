@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopRequest()
     with stop.listening():
         code = _train(arguments, stop)
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
         _leave(code)
     return code
 

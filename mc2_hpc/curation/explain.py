@@ -12,6 +12,7 @@ import numpy as np
 
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.balancing.selection import keep_probability
+from mc2_hpc.curation.filters import filtered_as, recorded_filters
 from mc2_hpc.curation.matched import planned_settings, tables_folder
 from mc2_hpc.curation.matching.matcher import Matcher, is_saved
 from mc2_hpc.curation.matching.rules import check_mode, entry_pattern, spaced_text
@@ -98,7 +99,8 @@ def explain(
     Args:
         lang: of the caption; identified where not given.
         mode: matching rules; by default those of ``matched``, else of ``balance``, else ``fixed``.
-        matched: a matched pool of this metadata: its settings count, and its matcher tables need not be built.
+        matched: a matched pool of this metadata: its settings and filters count, and its matcher tables need not be
+            built.
         balance: for counts, probabilities and the verdict; matches only without it.
         key: of the image: tells whether (seed, epoch) keep the caption, if they draw it among the image's.
         identifier: :class:`FastLangdetect` by default.
@@ -120,6 +122,8 @@ def explain(
     text = spaced_text(_encodable(caption), mode)
     unknown = None if lang in languages else Drop.LANGUAGE_UNKNOWN
     drop_reason = Drop.CAPTION_EMPTY if not caption.strip() else unknown
+    if drop_reason is None and settings is not None:
+        drop_reason = filtered_as(recorded_filters(settings, matched), caption, lang, key)
     matches: list[MatchedEntry] = []
     near_misses: list[NearMiss] = []
     for name, source in ((matched, settings), (balance, report)):

@@ -13,7 +13,7 @@ that flag and applies filters, and two filters: :class:`Length` and :class:`Patt
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.named import Named, describe, from_plain, import_object, to_plain
+from mc2_hpc.jobs.named import Named, constructor_types, describe, from_plain, import_object, to_plain
 
 _FORM = "--filter package.module.Class key=value key=value ..."
 _METHOD = "drop_reasons"
@@ -48,17 +48,15 @@ def parse_filter(words: Sequence[str]) -> Named:
     """
     name, *options = words
     kind = _filter_class(name)
-    parameters = inspect.signature(kind, eval_str=True).parameters
+    types = constructor_types(kind)
     arguments = {}
     for word in options:
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--filter {name} {word}: write it as {_FORM}; other arguments come before --filter")
-        if key not in parameters:
-            raise UserError(f"--filter {name} {word}: no option {key!r}; it has {', '.join(parameters) or 'none'}")
-        declared = parameters[key].annotation
-        as_type = str if declared is inspect.Parameter.empty else declared
-        arguments[key] = to_plain(from_plain(value, as_type, f"--filter {name} {word}", strict=False))
+        if key not in types:
+            raise UserError(f"--filter {name} {word}: no option {key!r}; it has {', '.join(types) or 'none'}")
+        arguments[key] = to_plain(from_plain(value, types[key], f"--filter {name} {word}", strict=False))
     named = Named(name, arguments)
     load_filter(named)
     return named
@@ -116,6 +114,30 @@ def apply_filters(filters: Iterable[tuple[str, Filter]], rows: pa.Table, drops: 
             drops[_checked(name, reason["values"])] += reason["counts"]
         rows = rows.filter(pc.invert(dropped))
     return rows
+
+
+def recorded_filters(settings: Mapping[str, Any], where: object) -> list[tuple[str, Filter]]:
+    """The filters that a matched pool was made with, and their names.
+
+    Args:
+        settings: of its ``match.json``.
+        where: the pool, for errors.
+    """
+    named = from_plain(settings.get("filters", []), list[Named], f"{where}: filters")
+    return [(one.name, load_filter(one)) for one in named]
+
+
+def filtered_as(filters: Iterable[tuple[str, Filter]], text: str, lang: str, key: str | None) -> str | None:
+    """The reason that one caption is dropped for; None if it is kept.
+
+    Args:
+        key: of its image; empty where it is not known.
+    """
+    columns = {"key": key or "", "text": text, "lang": lang}
+    rows = pa.table({name: pa.array([value], pa.large_string()) for name, value in columns.items()})
+    drops: Counter[str] = Counter()
+    apply_filters(filters, rows, drops)
+    return next(iter(drops), None)
 
 
 def _as_column(answer: Any, num_rows: int) -> pa.Array:

@@ -83,7 +83,7 @@ def plan_match(
     if filters:
         for named in filters:
             load_filter(named)
-        settings["filters"] = to_plain(filters)
+        settings["filters"] = to_plain(list(filters))
     open_folder(out, SETTINGS, settings, list(shards))
     tables = BuildTables(out, mode)
     work = MatchShard(out, frozenset(languages), str(language_id), tuple(filters))

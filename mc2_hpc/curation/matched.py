@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import STATS, stats_path
+from mc2_hpc.jobs import STATS, has_outputs
 from mc2_hpc.storage import atomic_path, read_json
 
 SETTINGS = "match.json"
@@ -22,7 +22,6 @@ MERGED = "merged"
 """Folder of counts added up over shards, made by balancing from the counts of the shards."""
 OUTPUTS = ("{shard}.parquet", "counts/{shard}.npz", STATS)
 """Files of a matched shard."""
-TABLES = "matchers/{shard}/matcher.json"
 _ENTRIES = pa.list_(pa.uint32())
 _REPEATING = ["lang", "source"]
 _REQUIRED = {"key": pa.string(), "text": pa.string(), "lang": pa.string(), "entries": _ENTRIES}
@@ -40,8 +39,7 @@ def counts_path(out: Path, shard: str) -> Path:
 
 def is_matched(out: Path, shard: str) -> bool:
     """Whether all outputs of the shard are there."""
-    paths = (out / f"{shard}.parquet", counts_path(out, shard), stats_path(out, shard))
-    return all(path.is_file() for path in paths)
+    return has_outputs(out, OUTPUTS, shard)
 
 
 def read_settings(matched: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ A :class:`Plan` is a list of :class:`Stage`\\ s; a stage is a declaration (input
 from mc2_hpc.jobs.driver import run
 from mc2_hpc.jobs.engines import Engine, Local, Ray, Slurm
 from mc2_hpc.jobs.folders import STATS, open_folder, stats_path, sum_kept, sum_stats
-from mc2_hpc.jobs.stages import Plan, Stage
+from mc2_hpc.jobs.stages import Plan, Stage, has_outputs
 from mc2_hpc.jobs.watch import Progress
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Ray",
     "Slurm",
     "Stage",
+    "has_outputs",
     "open_folder",
     "run",
     "stats_path",

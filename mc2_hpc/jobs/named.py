@@ -51,7 +51,8 @@ class Named:
             return target
         if dataclasses.is_dataclass(target):
             return from_plain(self.arguments, target, self.name)
-        return target(**self.arguments)
+        types = constructor_types(target)
+        return target(**{key: from_plain(v, types.get(key, Any), self.name) for key, v in self.arguments.items()})
 
 
 def _dotted(target: Any) -> str:
@@ -91,6 +92,16 @@ def describe(error: BaseException) -> str:
         trace = trace.tb_next
     place = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace is not None else ""
     return f"{type(error).__name__}{': ' if message else ''}{message}{place}"
+
+
+def constructor_types(kind: type) -> dict[str, Any]:
+    """The declared types of what a class is made of, by name; ``Any`` where it declares none."""
+    try:
+        parameters = inspect.signature(kind, eval_str=True).parameters
+    except NameError:  # annotations that only a type checker can resolve
+        return dict.fromkeys(inspect.signature(kind).parameters, Any)
+    empty = inspect.Parameter.empty
+    return {key: Any if one.annotation is empty else one.annotation for key, one in parameters.items()}
 
 
 def type_of_input(work: Callable[..., Any]) -> Any:

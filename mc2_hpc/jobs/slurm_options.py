@@ -68,8 +68,8 @@ def check_option(key: str, value: str, own: Own) -> None:
         raise UserError(f"{shown}: no such key; other arguments of the command come before --slurm, which has {known}")
     check_text(f"--slurm {key}", value)
     least = own.get(key)
-    if least is not None and not (value.isascii() and value.isdigit() and int(value) >= least):
-        raise UserError(f"{shown}: must be a whole number{f' of at least {least}' if least else ''}")
+    if least is not None and not (re.fullmatch("[0-9]{1,9}", value) and int(value) >= least):
+        raise UserError(f"{shown[:80]}: must be a whole number of at least {least}")
 
 
 def check_text(what: str, text: str) -> None:
@@ -78,7 +78,7 @@ def check_text(what: str, text: str) -> None:
     bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
     if bad is not None:
         kind = "bytes that are not UTF-8" if unicodedata.category(bad) == "Cs" else "a line break or control character"
-        raise UserError(f"{what}: {printable(text)!r} has {kind}, which no Slurm script can hold; take it out")
+        raise UserError(f"{what}: '{printable(text)}' has {kind}, which no Slurm script can hold; take it out")
 
 
 def printable(text: str) -> str:

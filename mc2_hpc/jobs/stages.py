@@ -4,7 +4,7 @@ A shard's outputs are files of their own, each written atomically; that all of t
 done. A stage's work is a name and plain arguments (:mod:`mc2_hpc.jobs.named`), so any machine can be told of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -36,6 +36,11 @@ class ChecksOutputs(Protocol):
         ...
 
 
+def has_outputs(folder: Path, outputs: Iterable[str], shard: str) -> bool:
+    """Whether all ``outputs`` (see :attr:`Stage.outputs`) of a shard are files below ``folder``."""
+    return all((folder / output.replace(SHARD, shard)).is_file() for output in outputs)
+
+
 @dataclass(frozen=True)
 class Stage:
     """Work on every shard of a list, on any engine."""
@@ -60,7 +65,7 @@ class Stage:
 
     def is_done(self, shard: str) -> bool:
         """Whether all outputs of the shard are there."""
-        if not all((self.folder / output.replace(SHARD, shard)).is_file() for output in self.outputs):
+        if not has_outputs(self.folder, self.outputs, shard):
             return False
         return self.work.is_current(shard) if isinstance(self.work, ChecksOutputs) else True
 

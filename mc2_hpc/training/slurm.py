@@ -21,8 +21,9 @@ from mc2_hpc.storage import read_json, write_json
 
 KEYS = {"nodes": "nodes", "gpus": "gpus-per-node", "ranks": "ntasks-per-node", "cpus": "cpus-per-task"}
 """Short names of sbatch's options: nodes; GPUs and ranks per node; cores per rank."""
-_OWN = {"nodes": 1, "ranks": 1, "cpus": 1, "gpus": None, "env": None}
-"""Keys beside sbatch's own, and the least whole number of each that is a count."""
+_OWN = {"nodes": 1, "ranks": 1, "cpus": 1, "ntasks-per-node": 1, "cpus-per-task": 1}
+_OWN_TEXTS = ("gpus", "gpus-per-node", "env")
+"""Keys beside sbatch's others: counts, and the least of each; and those that are not counts."""
 
 MAX_STARTS = 5
 """Starts of one job without a new checkpoint between them, unless the variable MC2_MAX_STARTS says otherwise."""
@@ -43,25 +44,31 @@ def parse_options(words: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: a word that does not follow it, an unknown key, a value that cannot be, or GPUs asked for twice.
     """
-    options = parse_slurm_options(words, _OWN)
-    if "gpus" in options and not re.fullmatch(r"([\w.-]+:)?[0-9]+", options["gpus"], flags=re.ASCII):
+    short = {option: key for key, option in KEYS.items()}
+    parsed = parse_slurm_options(words, {**_OWN, **dict.fromkeys(_OWN_TEXTS)})
+    options = {short.get(key, key): value for key, value in parsed.items()}
+    if "gpus" in options and not re.fullmatch(r"([\w.-]+:)?[0-9]{1,6}", options["gpus"], flags=re.ASCII):
         raise UserError(
             f"--slurm gpus={options['gpus']}: must be a whole number per node, with a type or without: gpus=4, "
             "gpus=a100:4"
         )
-    if "gpus" in options and gpus_of_gres(options.get("gres", "")):
-        raise UserError(f"--slurm gpus={options['gpus']} gres={options['gres']}: both ask for GPUs; give one of them")
+    asked = [f"{key}={options[key]}" for key in ("gpus", "gres") if key in options and _num_gpus(key, options[key])]
+    asked += [f"{key}={options[key]}" for key in ("gpus-per-task", "gpus-per-socket") if key in options]
+    if len(asked) > 1 or any(word.startswith("gpus-per") for word in asked):
+        raise UserError(f"--slurm {' '.join(asked)}: ask for GPUs once, by gpus=N (per node) or by gres=gpu:N")
     return options
 
 
-def gpus_of_gres(gres: str) -> int:
-    """GPUs per node in a value of sbatch's ``--gres``, such as ``gpu:a100:4,nvme:1``; 0 where it names none."""
+def _num_gpus(key: str, value: str) -> int:
+    """GPUs per node in a value of ``gpus`` (``a100:4``) or of sbatch's ``gres`` (``gpu:a100:4,nvme:1``)."""
+    if key == "gpus":
+        return int(value.rpartition(":")[2])
     total = 0
-    for request in re.sub(r"\([^)]*\)", "", gres).split(","):
+    for request in re.sub(r"\([^)]*\)", "", value).split(","):
         name, *rest = request.removeprefix("gres/").replace("=", ":").split(":")
         if name == "gpu":
             count = rest[-1] if rest else "1"
-            total += int(count) if count.isascii() and count.isdigit() else 1
+            total += int(count) if re.fullmatch("[0-9]{1,6}", count) else 1  # a type alone is one
     return total
 
 
@@ -82,14 +89,14 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
         raise UserError("--slurm with checkpoint.resume=false: each start of the job would begin the run anew")
     script = (scripts_folder() / "train.sbatch").read_text(encoding="utf-8")
     header: dict[str, str] = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, flags=re.MULTILINE))
-    of_gres = gpus_of_gres(options.get("gres", ""))
-    gpus = str(of_gres) if of_gres else options.get("gpus", header["gpus-per-node"]).rpartition(":")[2]
-    if int(gpus) == 0 and "ranks" not in options:
+    of_gres = _num_gpus("gres", options.get("gres", ""))
+    gpus = of_gres or _num_gpus("gpus", options.get("gpus", header["gpus-per-node"]))
+    if gpus == 0 and "ranks" not in options:
         raise UserError("--slurm gpus=0: how many ranks per node? add ranks=N")
     values = {
         "job-name": Path(config.output).name,
         "output": f"{config.output.replace('%', '%%')}/slurm-%j.log",
-        "ntasks-per-node": gpus,
+        "ntasks-per-node": str(gpus),
         "cpus-per-task": str(config.data.workers + 2),
         **{KEYS.get(key, key): value for key, value in options.items() if key != "env"},
     }
@@ -100,12 +107,9 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
     environment = Path(options.get("env", scripts_folder() / "env.sh")).resolve()
     if not environment.is_file():
         raise UserError(f"--slurm env={environment}: no such file")
-    for what, text in (
-        ("output", config.output),
-        ("--slurm env", str(environment)),
-        *(("argument", a) for a in arguments),
-    ):
-        check_text(what, text)
+    check_text("--slurm env", str(environment))
+    for argument in arguments:
+        check_text("mc2 train", argument)
     exports = {"MC2_SLURM": scripts_folder(), "MC2_ENV": environment, "MC2_PYTHON": sys.executable}
     filling = [f"export {name}={shlex.quote(str(value))}" for name, value in exports.items()]
     return _with_header(script, values, [*filling, f"set -- {shlex.join(arguments)}"])

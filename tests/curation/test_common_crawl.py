@@ -21,16 +21,6 @@ from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local
 
-
-def runs(plan):
-    """``plan`` as a function that does it."""
-    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
-        plan(*arguments, **options), engine, progress
-    )
-
-
-extract = runs(plan_extract)
-
 pytest.importorskip("fastwarc", reason="FastWARC is not installed")
 
 HTTP = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
@@ -109,7 +99,7 @@ def test_wat_and_warc_give_the_same_rows(tmp_path):
     other = record("metadata", "application/warc-fields", b"fetchTimeMs: 12\r\n")
     archive(tmp_path / "in", "A-00000.warc.wat.gz", [record("warcinfo", "application/warc-fields", b""), wat(PICTURES)])
     archive(tmp_path / "in" / "deeper", "B-00001.warc.gz", [response(HTML.encode()), other])
-    result = extract([tmp_path / "in"], tmp_path / "out")
+    result = jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     expected = [(image_key(url), text, url) for text, url in ROWS]
     assert rows_of(tmp_path / "out", "A-00000") == rows_of(tmp_path / "out", "B-00001") == expected
     drops = {reason: 2 * count for reason, count in DROPS.items()} | {"caption_not_utf8": 1}
@@ -118,7 +108,7 @@ def test_wat_and_warc_give_the_same_rows(tmp_path):
 
 def test_output_is_a_caption_pool(tmp_path):
     archive(tmp_path / "in", "a.warc.wat.gz", [wat(PICTURES)])
-    extract([tmp_path / "in"], tmp_path / "out")
+    jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     (shard,) = list_pool(tmp_path / "out")
     rows, drops = next(iter_captions(shard))
     assert rows["text"].to_pylist() == [text for text, _ in ROWS] and not drops
@@ -128,7 +118,7 @@ def test_nothing_is_lost_over_all_rows(tmp_path):
     """Images in pages = rows + drops of images, over several pages and row groups."""
     pages = [wat(PICTURES, f"http://site{number}.com/") for number in range(50)]
     archive(tmp_path / "in", "a.warc.wat.gz", pages)
-    result = extract([tmp_path / "in"], tmp_path / "out")
+    result = jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     assert result["images"] == result["rows"] + sum(result["drops"].values()) == 50 * 12
 
 
@@ -136,7 +126,7 @@ def test_nothing_is_lost_over_all_rows(tmp_path):
 def test_rows_are_the_same_however_many_are_written_at_once(tmp_path, monkeypatch, rows_at_once):
     monkeypatch.setattr(stages, "_ROWS_AT_ONCE", rows_at_once)
     archive(tmp_path / "in", "a.warc.wat.gz", [wat(PICTURES)])
-    extract([tmp_path / "in"], tmp_path / "out")
+    jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     assert [row[1:] for row in rows_of(tmp_path / "out", "a")] == ROWS
 
 
@@ -198,7 +188,7 @@ def test_broken_records_are_counted(tmp_path, monkeypatch):
         good,
     ]
     archive(tmp_path / "in", "a.warc.gz", records)
-    result = extract([tmp_path / "in"], tmp_path / "out")
+    result = jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     assert [row[1] for row in rows_of(tmp_path / "out", "a")] == ["compressed", "good"]
     drops = {"caption_not_json": 2, "caption_not_utf8": 1, "record_too_large": 1, "record_not_http": 1}
     assert result["drops"] == drops
@@ -208,7 +198,7 @@ def test_broken_records_are_counted(tmp_path, monkeypatch):
 def test_long_captions_and_addresses_pass(tmp_path):
     text, url = "word " * 200_000 + "end", "http://a.com/" + "x" * 100_000
     archive(tmp_path / "in", "a.warc.wat.gz", [wat([img(url, text)])])
-    extract([tmp_path / "in"], tmp_path / "out")
+    jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     assert rows_of(tmp_path / "out", "a")[0][1:] == (text, url)
 
 
@@ -249,17 +239,17 @@ def check_damage(tmp_path, content):
         archive(folder, name, RECORDS)
     (folder / "b.warc.wat.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"1 of 3 .*b\.warc\.wat\.gz: damaged or cut short after record \d"):
-        extract([folder], tmp_path / "out")
+        jobs.run(plan_extract([folder], tmp_path / "out"))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.parquet")) == ["a.parquet", "c.parquet"]
     (folder / "b.warc.wat.gz").write_bytes(WHOLE)
-    assert extract([folder], tmp_path / "out")["rows"] == 12
+    assert jobs.run(plan_extract([folder], tmp_path / "out"))["rows"] == 12
 
 
 @pytest.mark.parametrize("content", [b"", gzip.compress(b"")])
 def test_archive_without_records_is_named(tmp_path, content):
     (tmp_path / "a.warc.wat.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.warc\.wat\.gz: holds no WARC records"):
-        extract([tmp_path / "a.warc.wat.gz"], tmp_path / "out")
+        jobs.run(plan_extract([tmp_path / "a.warc.wat.gz"], tmp_path / "out"))
 
 
 def test_workers_and_plain_files_change_nothing(tmp_path):
@@ -267,9 +257,9 @@ def test_workers_and_plain_files_change_nothing(tmp_path):
         archive(tmp_path / "in", f"{number}.warc.wat.gz", [wat(PICTURES, f"http://site{number}.com/")])
         archive(tmp_path / "plain", f"{number}.warc.wat", [wat(PICTURES, f"http://site{number}.com/")], bytes)
     results = [
-        extract([tmp_path / "in"], tmp_path / "one"),
-        extract([tmp_path / "in"], tmp_path / "two", engine=Local(2)),
-        extract([tmp_path / "plain"], tmp_path / "plain-out"),
+        jobs.run(plan_extract([tmp_path / "in"], tmp_path / "one")),
+        jobs.run(plan_extract([tmp_path / "in"], tmp_path / "two"), Local(2)),
+        jobs.run(plan_extract([tmp_path / "plain"], tmp_path / "plain-out")),
     ]
     assert results[0] == results[1] == results[2]
     for number in range(3):
@@ -295,7 +285,7 @@ def test_what_is_listed(tmp_path):
 def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install resiliparse"):
-        extract([tmp_path], tmp_path / "out")
+        jobs.run(plan_extract([tmp_path], tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

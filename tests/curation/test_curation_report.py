@@ -24,16 +24,6 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import LANGUAGES
 from mc2_hpc.storage import file_sha256, read_json, write_json
 
-
-def runs(plan):
-    """``plan`` as a function that does it."""
-    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
-        plan(*arguments, **options), engine, progress
-    )
-
-
-match, balance = map(runs, (plan_match, plan_balance))
-
 HOSTILE = "<script>tom & 'jerry'\"</script>"
 
 
@@ -68,8 +58,8 @@ def curate(folder: Path, entries: dict[str, list[str]], rows: list[tuple[str, st
     key, text, lang = zip(*rows, strict=True)
     (folder / "pool").mkdir()
     pq.write_table(pa.table({"key": key, "text": text, "lang": lang}), folder / "pool" / "0.parquet")
-    match(folder / "pool", folder / "metadata", folder / "out" / "matched")
-    balance(folder / "out" / "matched", folder / "metadata", folder / "out" / "balance", t_en)
+    jobs.run(plan_match(folder / "pool", folder / "metadata", folder / "out" / "matched"))
+    jobs.run(plan_balance(folder / "out" / "matched", folder / "metadata", folder / "out" / "balance", t_en))
     return folder / "out"
 
 

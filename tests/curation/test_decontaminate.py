@@ -1,4 +1,4 @@
-"""Decontamination: copies of benchmark pictures go, other pictures stay, and every removal is reported."""
+"""Decontamination: copies of benchmark images go, other images stay, and every removal is reported."""
 
 import csv
 import io
@@ -23,31 +23,22 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local
 from mc2_hpc.tar import write_tar
 
-
-def runs(plan):
-    """``plan`` as a function that does it."""
-    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
-        plan(*arguments, **options), engine, progress
-    )
-
-
-decontaminate = runs(plan_decontaminate)
 pytest.importorskip("imagehash", reason="imagehash is not installed")
 
 
-def picture(seed, size=(96, 64), form="JPEG", **options):
-    """Encoded smooth picture that no other seed resembles."""
+def make_image(seed, size=(96, 64), form="JPEG", **options):
+    """Encoded smooth image that no other seed resembles."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file, form, **options)
     return file.getvalue()
 
 
-def write_shard(folder, name, pictures, texts=2):
+def write_shard(folder, name, images, texts=2):
     """A training shard as packing writes it, of ``{key: bytes}``."""
     folder.mkdir(exist_ok=True)
-    write_tar(folder / f"{name}.tar", [(f"{key}.jpg", pictures[key]) for key in sorted(pictures)])
-    keys = [key for key in sorted(pictures) for _ in range(texts)]
+    write_tar(folder / f"{name}.tar", [(f"{key}.jpg", images[key]) for key in sorted(images)])
+    keys = [key for key in sorted(images) for _ in range(texts)]
     write_matched(
         folder / f"{name}.parquet",
         pa.table(
@@ -65,8 +56,8 @@ def write_shard(folder, name, pictures, texts=2):
 def benchmark_folder(folder, seeds):
     (folder / "class").mkdir(parents=True)
     for seed in seeds:
-        (folder / "class" / f"{seed}.png").write_bytes(picture(seed, (224, 224), "PNG"))
-    (folder / "labels.txt").write_text("not a picture")
+        (folder / "class" / f"{seed}.png").write_bytes(make_image(seed, (224, 224), "PNG"))
+    (folder / "labels.txt").write_text("not an image")
     return folder
 
 
@@ -80,11 +71,11 @@ def report(out):
         return list(csv.DictReader(file))
 
 
-def test_benchmark_pictures_are_removed_from_tar_and_rows(tmp_path):
-    shards = write_shard(tmp_path / "shards", "a", {f"k{seed}": picture(seed) for seed in range(8)})
-    write_shard(shards, "b", {"k9": picture(9), "k2": picture(2, quality=30)})
+def test_benchmark_images_are_removed_from_tar_and_rows(tmp_path):
+    shards = write_shard(tmp_path / "shards", "a", {f"k{seed}": make_image(seed) for seed in range(8)})
+    write_shard(shards, "b", {"k9": make_image(9), "k2": make_image(2, quality=30)})
     against = benchmark_folder(tmp_path / "benchmark", [2, 5, 77])
-    result = decontaminate(shards, against, tmp_path / "out")
+    result = jobs.run(plan_decontaminate(shards, against, tmp_path / "out"))
     assert members(tmp_path / "out" / "a.tar") == [f"k{seed}.jpg" for seed in (0, 1, 3, 4, 6, 7)]
     rows = pq.read_table(tmp_path / "out" / "a.parquet")
     assert rows["key"].to_pylist() == [f"k{seed}" for seed in (0, 1, 3, 4, 6, 7) for _ in range(2)]
@@ -97,32 +88,32 @@ def test_benchmark_pictures_are_removed_from_tar_and_rows(tmp_path):
 
 
 def test_shards_that_lose_nothing_keep_their_bytes_and_empty_ones_vanish(tmp_path):
-    shards = write_shard(tmp_path / "shards", "clean", {f"k{seed}": picture(seed) for seed in range(3)})
-    write_shard(shards, "dirty", {"k5": picture(5)})
-    decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out")
+    shards = write_shard(tmp_path / "shards", "clean", {f"k{seed}": make_image(seed) for seed in range(3)})
+    write_shard(shards, "dirty", {"k5": make_image(5)})
+    jobs.run(plan_decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out"))
     for name in ("clean.tar", "clean.parquet"):
         assert (tmp_path / "out" / name).read_bytes() == (shards / name).read_bytes()
     assert not list((tmp_path / "out").glob("dirty.*"))
 
 
 def test_plain_shards_and_benchmark_tars(tmp_path):
-    """WebDataset tars on both sides; texts go with their picture, pictures other than JPEG are compared too."""
+    """WebDataset tars on both sides; texts go with their image, images other than JPEG are compared too."""
     for folder in ("shards", "benchmark"):
         (tmp_path / folder).mkdir()
-    files = [("a.jpg", picture(1)), ("a.txt", b"one"), ("b.png", picture(2, form="PNG")), ("b.txt", b"two")]
+    files = [("a.jpg", make_image(1)), ("a.txt", b"one"), ("b.png", make_image(2, form="PNG")), ("b.txt", b"two")]
     write_tar(tmp_path / "shards" / "s.tar", files)
-    write_tar(tmp_path / "benchmark" / "test.tar", [("x/2.webp", picture(2, form="WEBP")), ("x/2.cls", b"4")])
+    write_tar(tmp_path / "benchmark" / "test.tar", [("x/2.webp", make_image(2, form="WEBP")), ("x/2.cls", b"4")])
     for against in (tmp_path / "benchmark", tmp_path / "benchmark" / "test.tar"):
         out = tmp_path / against.name / "out"
-        assert decontaminate(tmp_path / "shards", against, out)["removed"] == 1
+        assert jobs.run(plan_decontaminate(tmp_path / "shards", against, out))["removed"] == 1
         assert members(out / "s.tar") == ["a.jpg", "a.txt"]
         assert report(out)[0]["benchmark"] == f"{tmp_path}/benchmark/test.tar/x/2.webp"
 
 
-def test_pictures_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
-    pictures = {"good": picture(1), "cut": picture(2)[:400], "none": b"", "text": b"hello"}
-    shards = write_shard(tmp_path / "shards", "a", pictures)
-    result = decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out")
+def test_images_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
+    images = {"good": make_image(1), "cut": make_image(2)[:400], "none": b"", "text": b"hello"}
+    shards = write_shard(tmp_path / "shards", "a", images)
+    result = jobs.run(plan_decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out"))
     assert members(tmp_path / "out" / "a.tar") == ["good.jpg"]
     assert set(pq.read_table(tmp_path / "out" / "a.parquet")["key"].to_pylist()) == {"good"}
     assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"image_undecodable": 3}}
@@ -131,17 +122,17 @@ def test_pictures_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
 def test_huge_images_are_not_decoded_in_full():
     for form in ("JPEG", "PNG"):
         with pytest.raises(Dropped, match="image_too_large: 96x64"):
-            image_hashes(picture(1, form=form), max_pixels=96 * 64 // 9)
-    reduced, whole = (image_hashes(picture(1), max_pixels=most)[0] for most in (96 * 64 - 1, 96 * 64))
+            image_hashes(make_image(1, form=form), max_pixels=96 * 64 // 9)
+    reduced, whole = (image_hashes(make_image(1), max_pixels=most)[0] for most in (96 * 64 - 1, 96 * 64))
     assert np.bitwise_count(reduced ^ whole) <= MAX_DISTANCE
 
 
-def test_cmyk_and_grey_pictures_are_decoded():
-    image = Image.open(io.BytesIO(picture(1)))
+def test_cmyk_and_grey_images_are_decoded():
+    image = Image.open(io.BytesIO(make_image(1)))
     for mode in ("CMYK", "L"):
         file = io.BytesIO()
         image.convert(mode).save(file, "JPEG")
-        assert np.bitwise_count(image_hashes(file.getvalue())[0] ^ image_hashes(picture(1))[0]) <= MAX_DISTANCE
+        assert np.bitwise_count(image_hashes(file.getvalue())[0] ^ image_hashes(make_image(1))[0]) <= MAX_DISTANCE
 
 
 @settings(deadline=None, max_examples=50)
@@ -158,11 +149,11 @@ def test_nearest_equals_a_naive_search(hashes, against, pairs_at_once):
 
 
 def test_workers_change_nothing_and_finished_shards_are_skipped(tmp_path, monkeypatch):
-    shards = write_shard(tmp_path / "shards", "a", {f"k{seed}": picture(seed) for seed in range(4)})
-    write_shard(shards, "b", {f"k{seed}": picture(seed) for seed in range(4, 8)})
+    shards = write_shard(tmp_path / "shards", "a", {f"k{seed}": make_image(seed) for seed in range(4)})
+    write_shard(shards, "b", {f"k{seed}": make_image(seed) for seed in range(4, 8)})
     against = benchmark_folder(tmp_path / "benchmark", [2, 5])
     results = [
-        decontaminate(shards, against, tmp_path / f"out{number}", engine=engine)
+        jobs.run(plan_decontaminate(shards, against, tmp_path / f"out{number}"), engine)
         for number, engine in enumerate((Local(), Local(2)))
     ]
     assert results[0] == results[1]
@@ -170,44 +161,44 @@ def test_workers_change_nothing_and_finished_shards_are_skipped(tmp_path, monkey
         assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()
     (tmp_path / "out1" / "b.tar").unlink()
     monkeypatch.setattr("mc2_hpc.curation.decontaminate.HashUnit.__call__", None)
-    assert decontaminate(shards, against, tmp_path / "out1") == results[0]
+    assert jobs.run(plan_decontaminate(shards, against, tmp_path / "out1")) == results[0]
     assert (tmp_path / "out0" / "b.tar").read_bytes() == (tmp_path / "out1" / "b.tar").read_bytes()
 
 
 def test_bad_input_is_named(tmp_path):
-    shards = write_shard(tmp_path / "shards", "a", {"k1": picture(1)})
+    shards = write_shard(tmp_path / "shards", "a", {"k1": make_image(1)})
     against = benchmark_folder(tmp_path / "benchmark", [2])
     with pytest.raises(UserError, match="max_distance=32: must be 0 to 31"):
-        decontaminate(shards, against, tmp_path / "out", max_distance=32)
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out", max_distance=32))
     with pytest.raises(UserError, match="nowhere: no such file or folder of benchmark images"):
-        decontaminate(shards, tmp_path / "nowhere", tmp_path / "out")
+        jobs.run(plan_decontaminate(shards, tmp_path / "nowhere", tmp_path / "out"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no images"):
-        decontaminate(shards, tmp_path / "empty", tmp_path / "out")
-    decontaminate(shards, against, tmp_path / "out")
+        jobs.run(plan_decontaminate(shards, tmp_path / "empty", tmp_path / "out"))
+    jobs.run(plan_decontaminate(shards, against, tmp_path / "out"))
     with pytest.raises(UserError, match="made with another max_distance"):
-        decontaminate(shards, against, tmp_path / "out", max_distance=3)
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out", max_distance=3))
     (against / "broken.jpg").write_bytes(b"\xff\xd8 broken")
     with pytest.raises(UserError, match="made with another against"):
-        decontaminate(shards, against, tmp_path / "out")
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out"))
     with pytest.raises(UserError, match="broken.jpg: .*cannot be decoded .* fix or remove it, delete .*out2 and run"):
-        decontaminate(shards, against, tmp_path / "out2")
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out2"))
     (against / "broken.jpg").unlink()
-    write_tar(tmp_path / "no-pictures.tar", [("a.txt", b"")])
-    with pytest.raises(UserError, match="no-pictures.tar: holds no benchmark images"):
-        decontaminate(shards, tmp_path / "no-pictures.tar", tmp_path / "out5")
+    write_tar(tmp_path / "no-images.tar", [("a.txt", b"")])
+    with pytest.raises(UserError, match="no-images.tar: holds no benchmark images"):
+        jobs.run(plan_decontaminate(shards, tmp_path / "no-images.tar", tmp_path / "out5"))
     (shards / "c.tar").write_bytes(b"broken")
     with pytest.raises(UserError, match="1 of 2 .* failed.*c.tar: not a whole tar"):
-        decontaminate(shards, against, tmp_path / "out3")
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out3"))
     assert members(tmp_path / "out3" / "a.tar") == ["k1.jpg"]
     (shards / "c.tar").unlink()
     (shards / "d.parquet").touch()
     with pytest.raises(UserError, match="d.parquet: no d.tar with its images"):
-        decontaminate(shards, against, tmp_path / "out4")
+        jobs.run(plan_decontaminate(shards, against, tmp_path / "out4"))
 
 
 def edited(image, edit):
-    """An encoded copy of a picture."""
+    """An encoded copy of an image."""
     width, height = image.size
     quality = 90
     if edit == "re-encoded":
@@ -229,22 +220,22 @@ def edited(image, edit):
 
 
 @pytest.mark.parametrize("edit", ["re-encoded", "half", "square", "grey", "cropped 1", "cropped 3", "cropped 5"])
-def test_edited_copies_of_web_pictures_are_found(shared_data, tmp_path, edit):
-    """Every copy is removed, with its original named; pictures that the benchmark lacks stay."""
+def test_edited_copies_of_web_images_are_found(shared_data, tmp_path, edit):
+    """Every copy is removed, with its original named; images that the benchmark lacks stay."""
     with tarfile.open(shared_data / "cc12m-32.tar") as tar:
         raw = {member.name: tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")}
     keys = sorted(raw)
     write_tar(tmp_path / "benchmark.tar", [(name, raw[name]) for name in keys[:20]])
     copies = {name[:-4]: edited(Image.open(io.BytesIO(raw[name])).convert("RGB"), edit) for name in keys}
     shards = write_shard(tmp_path / "shards", "a", copies)
-    decontaminate(shards, tmp_path / "benchmark.tar", tmp_path / "out")
+    jobs.run(plan_decontaminate(shards, tmp_path / "benchmark.tar", tmp_path / "out"))
     found = {row["key"]: row["benchmark"].rpartition("/")[2] for row in report(tmp_path / "out")}
     assert found == {name[:-4]: name for name in keys[:20]}
     assert members(tmp_path / "out" / "a.tar") == keys[20:]
 
 
-def test_copies_and_false_alarms_among_small_pictures(shared_data):
-    """CIFAR-10 at the default distance: re-encoded copies are found, unlike pictures hardly ever."""
+def test_copies_and_false_alarms_among_small_images(shared_data):
+    """CIFAR-10 at the default distance: re-encoded copies are found, unlike images hardly ever."""
     tables = [pq.read_table(shared_data / f"cifar10-{part}.parquet").slice(0, 2000) for part in ("train", "test")]
     train, test = ([bytes(data) for data in table["jpg"].to_pylist()] for table in tables)
     benchmark = np.array([image_hashes(data)[0] for data in test])
@@ -252,11 +243,11 @@ def test_copies_and_false_alarms_among_small_pictures(shared_data):
     _, distance = nearest(np.array([image_hashes(data)[0] for data in copies]), benchmark)
     assert (distance <= MAX_DISTANCE).mean() > 0.97
     _, distance = nearest(np.array([image_hashes(data)[0] for data in train]), benchmark)
-    # The two sets share a few pictures: those are right to be found.
+    # The two sets share a few images: those are right to be found.
     assert (distance <= MAX_DISTANCE).mean() < 0.005
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("mc2_hpc.curation.decontaminate.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install imagehash"):
-        decontaminate(tmp_path, tmp_path, tmp_path / "out")
+        jobs.run(plan_decontaminate(tmp_path, tmp_path, tmp_path / "out"))

@@ -18,16 +18,6 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.shard_paths import list_shards
 from mc2_hpc.storage import read_json, write_json
 
-
-def runs(plan):
-    """``plan`` as a function that does it."""
-    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
-        plan(*arguments, **options), engine, progress
-    )
-
-
-match, balance, sample = map(runs, (plan_match, plan_balance, plan_sample))
-
 ENTRIES = {
     "en": ["dog", "big dog", "cat", "U.S.", "Zebra", "zebra crossing"],
     "ja": ["犬", "カメラ"],
@@ -47,8 +37,8 @@ def folder(tmp_path_factory) -> Path:
     key, text, lang = zip(*rows, strict=True)
     (folder / "pool").mkdir()
     pq.write_table(pa.table({"key": key, "text": text, "lang": lang}), folder / "pool" / "0.parquet")
-    match(folder / "pool", folder / "metadata", folder / "matched")
-    balance(folder / "matched", folder / "metadata", folder / "balance", 20)
+    jobs.run(plan_match(folder / "pool", folder / "metadata", folder / "matched"))
+    jobs.run(plan_balance(folder / "matched", folder / "metadata", folder / "balance", 20))
     return folder
 
 
@@ -57,7 +47,7 @@ def curated(folder: Path) -> dict[str, Path]:
 
 
 def test_agrees_with_the_stages(folder, tmp_path):
-    sample(folder / "matched", folder / "balance", tmp_path / "sample", seed=5, epoch=2)
+    jobs.run(plan_sample(folder / "matched", folder / "balance", tmp_path / "sample", seed=5, epoch=2))
     kept = {(row["key"], row["text"]) for row in rows_of(tmp_path / "sample")}
     verdicts = []
     for row in rows_of(folder / "matched")[:150]:
@@ -139,13 +129,13 @@ def test_drop_reasons_are_those_of_match(folder, tmp_path):
     }
     (tmp_path / "pool").mkdir()
     pq.write_table(pa.table(table), tmp_path / "pool" / "0.parquet")
-    drops = match(tmp_path / "pool", folder / "metadata", tmp_path / "matched")["drops"]
+    drops = jobs.run(plan_match(tmp_path / "pool", folder / "metadata", tmp_path / "matched"))["drops"]
     told = [explain(caption, folder / "metadata", lang=lang).drop_reason for caption, lang in captions.values()]
     assert sorted(drops) == sorted(reason for reason in told if reason) and told[3] is None
 
 
 def test_mode_of_the_folders_counts(folder, tmp_path):
-    match(folder / "pool", folder / "metadata", tmp_path / "compat", "compat")
+    jobs.run(plan_match(folder / "pool", folder / "metadata", tmp_path / "compat", "compat"))
     assert explain("the U.S.", folder / "metadata", matched=tmp_path / "compat", lang="en").mode == "compat"
     with pytest.raises(UserError, match="was made in mode compat, not fixed"):
         explain("the U.S.", folder / "metadata", matched=tmp_path / "compat", mode="fixed", lang="en")

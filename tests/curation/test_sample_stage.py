@@ -25,16 +25,6 @@ from mc2_hpc.jobs import Local
 from mc2_hpc.shard_paths import list_shards
 from mc2_hpc.storage import read_json, write_json
 
-
-def runs(plan):
-    """``plan`` as a function that does it."""
-    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
-        plan(*arguments, **options), engine, progress
-    )
-
-
-match, balance, pack, sample = map(runs, (plan_match, plan_balance, plan_pack, plan_sample))
-
 WORDS = {
     "en": ["dog", "cat", "zebra", "photo", "red"],
     "de": ["Hund", "Katze", "Zebra", "Foto"],
@@ -77,8 +67,8 @@ def curate(folder: Path, rows: list[tuple[str, str, str]], shards: int, *, image
     for lang, entries in WORDS.items():
         write_json(folder / "metadata" / f"{lang}.json", entries)
     pool = write_pool(folder / "pool", rows, shards, images=images)
-    match(pool, folder / "metadata", folder / "matched")
-    balance(folder / "matched", folder / "metadata", folder / "balance", 40)
+    jobs.run(plan_match(pool, folder / "metadata", folder / "matched"))
+    jobs.run(plan_balance(folder / "matched", folder / "metadata", folder / "balance", 40))
     return folder / "matched", folder / "balance"
 
 
@@ -103,10 +93,10 @@ def test_equals_what_the_loader_keeps_of_the_packed_shards(curated, tmp_path):
     from mc2_hpc.data.shards import open_shard
 
     matched, balanced = curated
-    pack(matched.parent / "pool", matched, tmp_path / "shards")
+    jobs.run(plan_pack(matched.parent / "pool", matched, tmp_path / "shards"))
     for seed, epoch in ((0, 0), (0, 1), (7, 0)):
         out = tmp_path / f"sample-{seed}-{epoch}"
-        sample(matched, balanced, out, seed=seed, epoch=epoch)
+        jobs.run(plan_sample(matched, balanced, out, seed=seed, epoch=epoch))
         online = []
         for path in list_shards(tmp_path / "shards", ".tar"):
             shard = open_shard(path)
@@ -120,22 +110,22 @@ def test_equals_what_the_loader_keeps_of_the_packed_shards(curated, tmp_path):
 def test_seed_and_epoch_matter(curated, tmp_path):
     samples = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        sample(*curated, tmp_path / f"{seed}{epoch}", seed=seed, epoch=epoch)
+        jobs.run(plan_sample(*curated, tmp_path / f"{seed}{epoch}", seed=seed, epoch=epoch))
         samples.append(rows_in(tmp_path / f"{seed}{epoch}"))
     assert samples[0] != samples[1] and samples[0] != samples[2] and samples[1] != samples[2]
 
 
 @pytest.mark.parametrize(("shards", "workers"), [(1, 1), (7, 2)])
 def test_shards_and_workers_change_nothing(curated, tmp_path, shards, workers):
-    sample(*curated, tmp_path / "three")
+    jobs.run(plan_sample(*curated, tmp_path / "three"))
     other = curate(tmp_path, make_rows(600), shards)
-    sample(*other, tmp_path / "other", engine=Local(workers))
+    jobs.run(plan_sample(*other, tmp_path / "other"), Local(workers))
     assert rows_in(tmp_path / "other") == rows_in(tmp_path / "three")
 
 
 def test_report_and_statistics(curated, tmp_path):
     matched, balanced = curated
-    report = sample(matched, balanced, tmp_path / "out")
+    report = jobs.run(plan_sample(matched, balanced, tmp_path / "out"))
     before, after = rows_in(matched), rows_in(tmp_path / "out")
     assert set(after) <= set(before)
     assert len({row[0] for row in after}) == len(after) == report["images"] == report["matched"]
@@ -160,27 +150,27 @@ def test_sizes_are_those_balancing_expects(tmp_path):
     """One text an image: kept texts follow the expectation within five standard deviations, for each language."""
     rows = [(f"image-{n:05d}", text, lang) for n, (_, text, lang) in enumerate(make_rows(2000))]
     matched, balanced = curate(tmp_path, rows, 2)
-    kept = sample(matched, balanced, tmp_path / "out")["languages"]
+    kept = jobs.run(plan_sample(matched, balanced, tmp_path / "out"))["languages"]
     for lang, expected in read_json(balanced / "balance.json")["languages"].items():
         assert abs(kept[lang]["texts"] - expected["expected_texts"]) < 5 * np.sqrt(expected["expected_texts"])
 
 
 def test_a_sample_is_a_matched_pool(curated, tmp_path):
     matched, balanced = curated
-    sample(matched, balanced, tmp_path / "out")
-    packed = pack(matched.parent / "pool", tmp_path / "out", tmp_path / "shards")
+    jobs.run(plan_sample(matched, balanced, tmp_path / "out"))
+    packed = jobs.run(plan_pack(matched.parent / "pool", tmp_path / "out", tmp_path / "shards"))
     assert packed["texts"] == packed["images"] == len(rows_in(tmp_path / "out"))
-    again = balance(tmp_path / "out", matched.parent / "metadata", tmp_path / "balance", 40)
+    again = jobs.run(plan_balance(tmp_path / "out", matched.parent / "metadata", tmp_path / "balance", 40))
     assert again["totals"]["matched"] == packed["texts"]
     origin = read_json(tmp_path / "out" / "match.json")["sample"]
     assert (origin["seed"], origin["epoch"]) == (0, 0)
     with pytest.raises(UserError, match="is a sample already"):
-        sample(tmp_path / "out", balanced, tmp_path / "again")
+        jobs.run(plan_sample(tmp_path / "out", balanced, tmp_path / "again"))
 
 
 def test_a_killed_run_continues_to_the_same_bytes(curated, tmp_path):
     matched, balanced = curated
-    sample(matched, balanced, tmp_path / "whole")
+    jobs.run(plan_sample(matched, balanced, tmp_path / "whole"))
     code = (
         "import os, signal, sys\n"
         "from mc2_hpc import jobs\n"
@@ -194,7 +184,7 @@ def test_a_killed_run_continues_to_the_same_bytes(curated, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "stats").iterdir()}
     assert len(done) == 2
-    sample(matched, balanced, tmp_path / "killed")
+    jobs.run(plan_sample(matched, balanced, tmp_path / "killed"))
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
@@ -203,15 +193,15 @@ def test_keys_in_several_shards_are_told(tmp_path, caplog):
     matched, balanced = curate(tmp_path, make_rows(100), 2)
     first, second = list_shards(matched, ".parquet")
     pq.write_table(pa.concat_tables([pq.read_table(first), pq.read_table(second).slice(0, 1)]), first)
-    report = sample(matched, balanced, tmp_path / "out")
+    report = jobs.run(plan_sample(matched, balanced, tmp_path / "out"))
     assert report["keys_in_several_shards"] == {"checked": 100, "found": 1}
     assert "1 of 100 image keys" in caplog.text
 
 
 def test_other_settings_are_refused(curated, tmp_path):
-    sample(*curated, tmp_path / "out")
+    jobs.run(plan_sample(*curated, tmp_path / "out"))
     with pytest.raises(UserError, match="another sample; name another folder"):
-        sample(*curated, tmp_path / "out", epoch=1)
+        jobs.run(plan_sample(*curated, tmp_path / "out", epoch=1))
 
 
 def test_a_foreign_balance_is_refused(curated, tmp_path):
@@ -220,7 +210,7 @@ def test_a_foreign_balance_is_refused(curated, tmp_path):
     write_json(tmp_path / "balance" / "balance.json", {**report, "mode": "compat"})
     (tmp_path / "balance" / "probs").symlink_to(balanced / "probs")
     with pytest.raises(UserError, match="balanced with other metadata or another mode"):
-        sample(matched, tmp_path / "balance", tmp_path / "out")
+        jobs.run(plan_sample(matched, tmp_path / "balance", tmp_path / "out"))
 
 
 def test_a_shard_without_rows(tmp_path):
@@ -228,7 +218,7 @@ def test_a_shard_without_rows(tmp_path):
     matched, balanced = curate(tmp_path, rows, 2)
     empty = list_shards(matched, ".parquet")[0]
     pq.write_table(pq.read_table(empty).slice(0, 0), empty)
-    report = sample(matched, balanced, tmp_path / "out")
+    report = jobs.run(plan_sample(matched, balanced, tmp_path / "out"))
     assert report["rows"] == len(rows_in(matched)) and report["images"] > 0
 
 
@@ -238,10 +228,10 @@ def test_a_damaged_shard_is_named_and_the_others_done(curated, tmp_path):
     whole = broken.read_bytes()
     broken.write_bytes(whole[:100])
     with pytest.raises(UserError, match=f"1 of 3 shards failed.*{broken.name}"):
-        sample(matched, balanced, tmp_path / "out")
+        jobs.run(plan_sample(matched, balanced, tmp_path / "out"))
     assert len(list((tmp_path / "out" / "stats").iterdir())) == 2
     broken.write_bytes(whole)
-    assert sample(matched, balanced, tmp_path / "out")["rows"] == len(rows_in(matched))
+    assert jobs.run(plan_sample(matched, balanced, tmp_path / "out"))["rows"] == len(rows_in(matched))
 
 
 def test_command(curated, tmp_path, capsys):

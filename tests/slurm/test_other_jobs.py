@@ -21,9 +21,9 @@ PYTHON = f"--export=ALL,MC2_PYTHON={sys.executable}"
 
 @pytest.fixture
 def pool(tmp_path) -> Path:
-    """Three shards of English captions and their pictures, and metadata for them."""
-    picture = io.BytesIO()
-    Image.new("RGB", (16, 16), "grey").save(picture, "JPEG")
+    """Three shards of English captions and their images, and metadata for them."""
+    image = io.BytesIO()
+    Image.new("RGB", (16, 16), "grey").save(image, "JPEG")
     for shard in range(3):
         keys = [f"{shard}{number:02d}" for number in range(20)]
         texts = ["a red house", "a house", "red", "nothing"] * 5
@@ -31,7 +31,7 @@ def pool(tmp_path) -> Path:
         pq.write_table(
             pa.table({"key": keys, "text": texts, "lang": ["en"] * 20}), tmp_path / "pool" / f"{shard}.parquet"
         )
-        write_tar(tmp_path / "pool" / f"{shard}.tar", ((f"{key}.jpg", picture.getvalue()) for key in keys))
+        write_tar(tmp_path / "pool" / f"{shard}.tar", ((f"{key}.jpg", image.getvalue()) for key in keys))
     (tmp_path / "metadata").mkdir()
     (tmp_path / "metadata" / "en.json").write_text(json.dumps(["red", "house", "a house"]), encoding="utf-8")
     return tmp_path / "pool"

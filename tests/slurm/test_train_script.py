@@ -72,17 +72,53 @@ def test_cpu_ranks_ask_for_no_gpus(config, capsys):
 
 
 @pytest.mark.parametrize(
+    "words, gpus, gres, ranks",
+    [
+        (["gpus=a100:4"], "a100:4", None, "4"),
+        (["gres=gpu:a100:4"], None, "gpu:a100:4", "4"),
+        (["gres=gpu:2"], None, "gpu:2", "2"),
+        (["gres=gpu"], None, "gpu", "1"),
+        (["gres=gpu:a100:2(S:0-1),gpu:h100:2,nvme:1"], None, "gpu:a100:2(S:0-1),gpu:h100:2,nvme:1", "4"),
+        (["gres=gpu:8", "ranks=2"], None, "gpu:8", "2"),
+        (["gres=nvme:1"], "8", "nvme:1", "8"),
+        (["gpus-per-node=h100:2"], "h100:2", None, "2"),
+        (["gpus=0", "gres=gpu:2"], None, "gpu:2", "2"),
+        (["gpus=4", "ntasks-per-node=2"], "4", None, "2"),
+    ],
+)
+def test_gpus_are_asked_for_once(config, words, gpus, gres, ranks, capsys):
+    found = header(script_of(capsys, config, "--slurm", "nodes=1", *words))
+    assert (found.get("gpus-per-node"), found.get("gres"), found["ntasks-per-node"]) == (gpus, gres, ranks)
+
+
+def test_words_commas_and_flags(config, capsys):
+    found = header(script_of(capsys, config, "--slurm", "nodes=2,gpus=4,exclusive", "--slurm", "partition=a,b"))
+    assert (found["nodes"], found["gpus-per-node"], found["partition"], found["exclusive"]) == ("2", "4", "a,b", "")
+
+
+@pytest.mark.parametrize(
     "words, message",
     [
         (["--slurm", "nods=2"], "--slurm nods=2: no such key"),
-        (["--slurm", "nodes=2", "optim.lr=1"], "--slurm optim.lr=1: no such key; overrides of the config come before"),
-        (["--slurm", "nodes"], "--slurm nodes: write it as key=value"),
+        (
+            ["--slurm", "nodes=2", "optim.lr=1"],
+            "--slurm optim.lr=1: no such key; other arguments of the command come before",
+        ),
+        (["--slurm", "nodes"], "--slurm nodes: write it as --slurm key=value key=value"),
         (["--slurm", "nodes=two"], "--slurm nodes=two: must be a whole number of at least 1"),
         (["--slurm", "nodes=0"], "--slurm nodes=0: must be a whole number of at least 1"),
         (["--slurm", "gpus=-1"], "--slurm gpus=-1: must be a whole number"),
-        (["--slurm", "time="], "--slurm time='': the value is empty"),
-        (["--slurm", "comment=a\n#SBATCH --nodes=9"], "the value is empty or has a space"),
-        (["--slurm", "gpus=0"], "--slurm gpus=0: how many ranks a node? add ranks=N"),
+        (["--slurm", "time="], "--slurm time=: the value is empty"),
+        (["--slurm", "comment=a\n#SBATCH --nodes=9"], "SBATCH --nodes=9' has a line break"),
+        (["--slurm", "gpus=0"], "--slurm gpus=0: how many ranks per node? add ranks=N"),
+        (["--slurm", "gpus=four"], "--slurm gpus=four: must be a whole number per node, with a type or without"),
+        (["--slurm", "gpus=a100:"], "--slurm gpus=a100:: must be a whole number per node"),
+        (["--slurm", "gpus=2", "gres=gpu:a100:2"], "--slurm gpus=2 gres=gpu:a100:2: ask for GPUs once"),
+        (["--slurm", "gpus-per-task=1"], "--slurm gpus-per-task=1: ask for GPUs once, by gpus=N (per node) or by gres"),
+        (["--slurm", "nodes=" + "9" * 5000], "must be a whole number of at least 1"),
+        (["--slurm", "gpus=" + "9" * 5000], "must be a whole number per node"),
+        (["--slurm", "gpus=a100:0"], "--slurm gpus=0: how many ranks per node? add ranks=N"),
+        (["--slurm", "output=/tmp/x"], "--slurm output=/tmp/x: no such key"),
         (["--slurm", "nodes=49"], "--slurm: 392 ranks but data.lanes=384"),
         (["--slurm", "env=nowhere.sh"], "nowhere.sh: no such file"),
         (["checkpoint.resume=false", "--slurm", "nodes=1"], "checkpoint.resume=false"),

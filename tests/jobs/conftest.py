@@ -1,0 +1,41 @@
+"""Work of the user's: a module that only the process of the test finds by itself."""
+
+import importlib
+
+import pytest
+
+WORK = """
+from dataclasses import dataclass
+from pathlib import Path
+
+from mc2_hpc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Touch:
+    folder: Path
+
+    def __call__(self, shard: str, times: int) -> None:
+        if times < 0:
+            raise UserError(f"{shard}: not {-times}")
+        with open(self.folder / shard, "a") as file:
+            file.write("x" * times)
+
+
+@dataclass(frozen=True)
+class Copy(Touch):
+    def __call__(self, shard: str, source: Path | None) -> None:
+        (self.folder / shard).write_text(source.read_text())
+
+    def is_current(self, shard: str) -> bool:
+        return (self.folder / shard).read_text() == (self.folder / "source").read_text()
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A module of the user's, in a folder that only this process searches."""
+    name = f"work_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(WORK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return importlib.import_module(name)

@@ -1,0 +1,28 @@
+"""Who is a rank: what torchrun or srun started, and not what merely runs inside an allocation of Slurm."""
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+from mc2_hpc.distributed import process_group
+with process_group() as ranks:
+    print(ranks.rank, ranks.world_size)
+"""
+SHELL = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_TASKS_PER_NODE": "8"}
+
+
+@pytest.mark.parametrize(
+    "environment, code, told",
+    [
+        (SHELL, 0, "0 1"),  # salloc's shell
+        ({**SHELL, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, 0, "0 1"),  # the body of a batch script
+        ({**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, 0, "0 1"),  # an interactive step
+        ({**SHELL, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, 1, "8 processes but MASTER_ADDR"),
+    ],
+)
+def test_slurm_makes_ranks_of_the_tasks_of_a_step_alone(environment, code, told):
+    environment = {"PATH": "/usr/bin:/bin", **environment}
+    run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == code and told in run.stdout + run.stderr, run.stderr
