@@ -121,7 +121,7 @@ def explain(
         (lang,), lang_from = identifier.identify([caption]), identifier.name
     text = spaced_text(_encodable(caption), mode)
     unknown = None if lang in languages else Drop.LANGUAGE_UNKNOWN
-    drop_reason = Drop.CAPTION_EMPTY if not caption.strip() else unknown
+    drop_reason: str | None = Drop.CAPTION_EMPTY if not caption.strip() else unknown
     if drop_reason is None and settings is not None:
         drop_reason = filtered_as(recorded_filters(settings, matched), caption, lang, key)
     matches: list[MatchedEntry] = []
