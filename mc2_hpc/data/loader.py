@@ -82,6 +82,7 @@ class TrainLoader:
             positions=_own_positions(position, own, lanes),
             board=Board(max(1, num_workers)),
         )
+        self.shards = source.shards
         self.shard_names = [name.rpartition("/")[2] for name in source.shards.names]
         """The shards in the order that epochs permute, without their folder, which may move."""
         self._shares = WorkerShares(
