@@ -29,14 +29,14 @@ def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, 
     num_shards = len(shards.names)
     if num_shards < num_readers:
         logger.warning(
-            "%s: %d shards for %d reading processes, so that several read the same one; more, smaller shards are "
+            "%s: fewer shards (%d) than reading processes (%d), so several read the same one; more, smaller shards are "
             "faster, or set data.workers lower",
             name,
             num_shards,
             num_readers,
         )
     elif num_shards < lanes:
-        logger.info("%s: %d shards for data.lanes=%d: lanes share them", name, num_shards, lanes)
+        logger.info("%s: fewer shards (%d) than data.lanes=%d: lanes share them", name, num_shards, lanes)
     found = _count(shards, max(global_batch, lanes))
     if found is None or found == 0:  # nothing usable: told by the loader, with the reasons
         return

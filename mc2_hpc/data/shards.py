@@ -7,6 +7,7 @@ a ``.json``, which may also have ``lang``). The Parquet file that img2dataset le
 column, so those shards are plain.
 """
 
+import errno
 import json
 import struct
 from collections.abc import Mapping
@@ -102,6 +103,10 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
         table = _read_pairs_table(path.with_suffix(".parquet"))
         index = open_index(path, source, curated=table is not None, cache=cache or cache_folder())
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard's
+            raise UserError(
+                f"{path}: {error.strerror}: raise the limit (`ulimit -n`), or set data.lanes lower"
+            ) from None
         raise ShardError(error.strerror or str(error)) from None
     if table is None:
         return PlainShard(name or str(path), source, index)
