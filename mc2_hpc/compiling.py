@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import config
 
 logger = logging.getLogger(__name__)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``numba.njit`` that releases the GIL and caches what it compiles."""
+    settings: Any = config  # filled in when numba is imported, so its attributes have no types
     compiler = numba.njit(nogil=True, cache=True)
     try:
         return compiler(function)
     except RuntimeError as error:  # "no locator available"
-        if numba.config.CACHE_DIR:
+        if settings.CACHE_DIR:
             raise
-        numba.config.CACHE_DIR = str(_temporary_folder())
-        logger.info("compiled code is kept in %s: %s", numba.config.CACHE_DIR, error)
+        settings.CACHE_DIR = str(_temporary_folder())
+        logger.info("compiled code is kept in %s: %s", settings.CACHE_DIR, error)
         return compiler(function)
 
 

@@ -17,6 +17,7 @@ Orientation tags are not applied, as in open_clip. Transparency is dropped.
 import importlib.util
 import io
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,8 @@ AUTO = {"train": "turbo", "eval": "turbo_exact"}
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _START_OF_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
 logger = logging.getLogger(__name__)
+# Of damaged metadata, which nobody here reads; it would be a line or two per image in every worker.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _RGB = npt.NDArray[np.uint8]
 

@@ -12,7 +12,7 @@ LARGER_SHARED_MEMORY = (
     "make it larger (docker run --shm-size), or set data.prefetch or data.workers lower; data.workers=0 needs none"
 )
 
-_OWN_FILES = 64
+_OWN_FILES = 32
 """Of the interpreter, torch, logs and a checkpoint."""
 _FILES_PER_WORKER = 8
 """Pipes and sentinels, in the rank."""
@@ -42,7 +42,7 @@ def check_open_files(*, lanes: int, workers: int, prefetch: int, world_size: int
     """
     limit = raise_open_files()
     rank = _OWN_FILES + world_size + workers * (_FILES_PER_WORKER + _TENSORS_PER_SHARE * (prefetch + 1))
-    worker = _OWN_FILES // 2 + -(-lanes // max(1, workers)) + _TENSORS_PER_SHARE * prefetch
+    worker = _OWN_FILES + -(-lanes // max(1, workers)) + _TENSORS_PER_SHARE * prefetch
     needed = max(rank, worker) if workers else rank + lanes
     if limit < needed:
         raise UserError(

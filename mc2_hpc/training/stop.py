@@ -29,9 +29,9 @@ class Stopped(Exception):
 class StopRequest:
     """Whether this process was asked to stop.
 
-    Before :meth:`defer` there is nothing to save, and a signal ends the process at once, with exit code 75 (Ctrl-C: 130),
-    even where it waits inside a library. Afterwards it is noted in :attr:`requested`, once, for the training loop to act
-    upon; a second Ctrl-C does not wait for that.
+    Before :meth:`defer` there is nothing to save, and a signal ends the process at once, with exit code 75 (Ctrl-C:
+    130), even where it waits inside a library. Afterwards it is noted in :attr:`requested`, once, for the training loop
+    to act upon; a second Ctrl-C does not wait for that.
     """
 
     def __init__(self) -> None:
