@@ -1,16 +1,18 @@
 """Whether there is enough data for a run's batch and lanes, found out before it starts."""
 
 import logging
-import time
+from collections.abc import Iterator
+from contextlib import suppress
 
 from mc2_hpc.data.locations import LocalShards, ShardSet
 from mc2_hpc.data.skips import ShardError
+from mc2_hpc.data.watch import Patient
 from mc2_hpc.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 20.0
-"""Longest look at shards that have no index yet; many shards are many samples, so little data shows sooner."""
+"""Longest look at shards: what is slow or hangs is left to the loader, which names it, and little data shows sooner."""
 
 
 def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, num_readers: int) -> None:
@@ -37,7 +39,10 @@ def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, 
         )
     elif num_shards < lanes:
         logger.info("%s: fewer shards (%d) than data.lanes=%d: lanes share them", name, num_shards, lanes)
-    found = _count(shards, max(global_batch, lanes))
+    try:
+        found = Patient(_count(shards, max(global_batch, lanes))).next(_LOOK_S)
+    except TimeoutError:
+        return
     if found is None or found == 0:  # nothing usable: told by the loader, with the reasons
         return
     if found < lanes:
@@ -53,18 +58,12 @@ def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, 
         )
 
 
-def _count(shards: ShardSet, enough: int) -> int | None:
-    """How many samples there are if fewer than ``enough``; ``None``: at least that many, or it cannot be told soon."""
-    if not isinstance(shards, LocalShards):
-        return None
-    begin, total = time.monotonic(), 0
+def _count(shards: ShardSet, enough: int) -> Iterator[int | None]:
+    """Yields how many samples there are if fewer than ``enough``, else ``None``, also where it cannot be told."""
+    total = 0 if isinstance(shards, LocalShards) else enough
     for number in range(len(shards.names)):
-        if time.monotonic() - begin > _LOOK_S:
-            return None
-        try:
-            total += shards.open(number).num_keys
-        except ShardError:
-            continue  # counted where it is read
         if total >= enough:
-            return None
-    return total
+            break
+        with suppress(ShardError):  # counted where it is read
+            total += shards.open(number).num_keys
+    yield total if total < enough else None

@@ -1,6 +1,7 @@
 """Little data is said at the start: a batch larger than it, few shards, fewer samples than lanes."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def test_shards_are_opened_only_until_there_is_enough(folder: Path, monkeypatch:
     monkeypatch.setattr(LocalShards, "open", lambda self, number: opened.append(number) or plain_open(self, number))
     check_enough(find_shards(folder), name="", global_batch=12, lanes=4, num_readers=1)
     assert opened == [0, 1]
+
+
+def test_storage_that_hangs_does_not_hold_up_the_start(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(folder / "hangs.tar")  # opening it waits for a writer for ever, like a dead file server
+    monkeypatch.setattr("mc2_hpc.data.enough._LOOK_S", 0.5)
+    assert said(caplog, folder, batch=64, lanes=4) == []
 
 
 def test_nothing_usable_is_left_to_the_loader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
