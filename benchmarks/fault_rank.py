@@ -196,7 +196,7 @@ class _Forked:
         if self.pid == 0:
             code = 1
             try:
-                for number in (signal.SIGTERM, signal.SIGUSR1):
+                for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                     signal.signal(number, signal.SIG_DFL)
                 os.setsid()
                 launch.end_with_parent()

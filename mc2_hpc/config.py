@@ -62,10 +62,14 @@ class TextOverrides:
 class ModelConfig:
     """Which dual encoder, and how its blocks compute."""
 
-    preset: str = "ViT-B-32-worldwide"
-    """A name from ``mc2_hpc.models.presets.PRESETS``; everything below refines it."""
+    preset: str | None = None
+    """A name from ``mc2_hpc.models.presets.PRESETS``; sizes below refine it. Null is the model of ``init_from``,
+    or ``ViT-B-32-worldwide``."""
     init_from: str | None = None
-    """Checkpoint or imported model whose weights a new run starts from; null draws them from ``seed``."""
+    """Model whose weights a new run starts from: a run or checkpoint, an open_clip folder or a transformers folder;
+    null draws them from ``seed``."""
+    new_tokenizer: bool = False
+    """Start from the weights of ``init_from`` although ``data.tokenizer`` is not the one they were trained with."""
     embed_dim: int | None = None
     quick_gelu: bool | None = None
     vision: VisionOverrides = field(default_factory=VisionOverrides)
@@ -89,7 +93,7 @@ class DataConfig:
     """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, glob or brace pattern,
     local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
     tokenizer: str = ""
-    """A sentencepiece model file."""
+    """A sentencepiece model file; empty is the one that ``model.init_from`` was trained with, in its style."""
     tokenizer_style: str = "xlmv"
     """How ids are laid out: ``xlmv`` (fairseq offset; XLM-V, XLM-R), ``mt5`` (SigLIP too) or ``gemma``."""
     balance: str | None = None

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,3 +114,14 @@ def first_error(error: Exception | None) -> None:
         if failure is not None:
             by_user, message = failure
             raise (UserError if by_user else RuntimeError)(f"rank {rank} failed: {message}")
+
+
+def on_first_rank(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Do ``work`` on the first rank while the others wait. Collective; raises as :func:`first_error` does."""
+    error: Exception | None = None
+    if ranks.is_first:
+        try:
+            work()
+        except Exception as failure:  # whatever it is, the other ranks must hear of it
+            error = failure
+    first_error(error)

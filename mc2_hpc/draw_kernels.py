@@ -3,12 +3,12 @@
 Apart from it because numba takes time and memory to import, which every worker of a loader would pay.
 """
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from mc2_hpc import draws
+from mc2_hpc.compiling import compiled
 
 _WORD_STEP, _LENGTH_STEP, _MIX_1, _MIX_2 = (
     np.uint64(value) for value in (draws.WORD_STEP, draws.LENGTH_STEP, draws.MIX_1, draws.MIX_2)
@@ -29,7 +29,7 @@ def hash_column(column: pa.Array) -> npt.NDArray[np.uint64]:
     return _hash_words(words, offsets - offsets[0])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _hash_words(words, offsets):
     hashes = np.empty(len(offsets) - 1, np.uint64)
     for row in range(len(hashes)):
@@ -52,7 +52,7 @@ def _hash_words(words, offsets):
     return hashes
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _mix(z):
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2

@@ -3,9 +3,11 @@
 Nothing here imports torch; curation and training share it.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What ``flock`` answers in a file system without locks, such as Lustre and NFS as they are often mounted."""
 
 _COMPLETE = ".complete"
 # Asking for it sets it for a moment, which threads would notice: so it is asked for once.
@@ -102,6 +109,8 @@ def remove_folder(folder: Path) -> None:
 def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
     """Hold ``folder`` against other processes that do the same; the hold ends with the process, however it ends.
 
+    Where the file system has no locks this is said in the log, and nothing is held.
+
     Raises:
         UserError: another process still holds it after ``wait_s`` seconds.
     """
@@ -120,6 +129,15 @@ def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
                         f"{wait_s:.0f} s; stop it, or choose another output"
                     ) from None
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                logger.warning(
+                    "%s: its file system has no locks (%s): see to it yourself that no other job works there",
+                    folder,
+                    error.strerror,
+                )
+                break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()

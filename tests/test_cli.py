@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,3 +99,15 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("mc2_hpc ")
+
+
+def test_a_terminal_of_ascii_shows_what_it_can(tmp_path):
+    """Captions and names of any language are printed, in escapes, and end nothing."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    code = "from mc2_hpc.cli import main; print('before'); code = main(['--help'])"
+    command = [sys.executable, "-c", f"import sys\ntry:\n {code}\nexcept SystemExit: print('\u732b', flush=True)"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.endswith("\\u732b\n"), result.stderr
+    command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(tmp_path / "läufe.yaml")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.endswith("l\\xe4ufe.yaml: no such config file\n")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first; a module may import its own layer's package and every layer below.
 LAYERS = [
-    {"mc2_hpc.drops", "mc2_hpc.errors", "mc2_hpc.precision"},
+    {"mc2_hpc.compiling", "mc2_hpc.drops", "mc2_hpc.errors", "mc2_hpc.precision"},
     {
         "mc2_hpc.config",
         "mc2_hpc.distributed",

@@ -1,5 +1,7 @@
 """Files that are whole or absent, and a folder held against others."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import stat
@@ -63,4 +65,23 @@ def test_a_folder_has_one_holder_at_a_time(tmp_path):
     other.kill()  # a killed holder holds nothing
     other.join(30)
     with exclusive_folder(tmp_path, wait_s=10):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog, number):
+    def flock(descriptor, operation):
+        raise OSError(number, "no such thing here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with exclusive_folder(tmp_path):
+        assert f"{tmp_path}: its file system has no locks (no such thing here)" in caplog.text
+
+
+def test_another_fault_of_locking_is_an_error(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="broken"), exclusive_folder(tmp_path):
         pass

@@ -1,6 +1,7 @@
 """``mc2``: the only place that wires all layers together. Each command imports what it needs when it runs."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII shows captions as well as it can
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     rest = _take_late(arguments, rest)

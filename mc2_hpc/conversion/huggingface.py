@@ -12,10 +12,13 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import LOGIT_SCALE_INIT
 from mc2_hpc.models.formats import TRANSFORMERS_CONFIG
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
-from mc2_hpc.models.weights import ModelCard, TensorFiles, check_names, write_tensors
+from mc2_hpc.models.weights import ModelCard, check_names, write_tensors
+from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.storage import read_json, write_json
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+"""Where transformers 5 saves the image processor, within the processor of images and texts."""
 MODEL_TYPE = "metaclip_2"
 
 # config.json leaves out what equals the class's default: these are MetaClip2TextConfig's and MetaClip2VisionConfig's.
@@ -66,9 +69,8 @@ def import_model(source: Path, out: Path) -> None:
     Raises:
         UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
     """
-    preprocessor = source / PREPROCESSOR_FILE
     path = source / TRANSFORMERS_CONFIG
-    arch = architecture(read_json(path), read_json(preprocessor) if preprocessor.is_file() else {}, str(path))
+    arch = architecture(read_json(path), _preprocessor(source), str(path))
     files = _weights(source)
     entries = huggingface_entries(arch)
     # Buffers that older versions of transformers stored with the weights.
@@ -77,6 +79,26 @@ def import_model(source: Path, out: Path) -> None:
     tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size)
     tensors = from_peer(entries, lambda name: read_fp32(files, name))
     write_model(out, ModelCard(arch=arch, tokenizer_style=style), tensors, tokenizer_file)
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """What a folder says of its image processor, by transformers up to 4 or, first, from 5 on; empty: nothing.
+
+    Raises:
+        UserError: such a file is not what transformers writes.
+    """
+    for name, key in ((PROCESSOR_FILE, "image_processor"), (PREPROCESSOR_FILE, None)):
+        path = folder / name
+        if not path.is_file():
+            continue
+        values = read_json(path)
+        if key is not None and isinstance(values, dict) and key not in values:
+            continue  # a processor without an image processor of its own; the other file has it
+        found = values[key] if key is not None and isinstance(values, dict) else values
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: does not describe an image processor")
+        return found
+    return {}
 
 
 def config(card: ModelCard) -> dict[str, Any]:
@@ -206,15 +228,15 @@ def _eval_resize(preprocessor: dict[str, Any], source: str) -> str:
         found = preprocessor.get(key, wanted)
         # transformers' constants are these to the last digit or, in some versions, one digit shorter.
         if len(found) != 3 or any(abs(a - b) > 1e-6 for a, b in zip(found, wanted, strict=True)):
-            raise UserError(f"{source}: {PREPROCESSOR_FILE}: {key}={found}: models here take {wanted}")
+            raise UserError(f"{source}: the image processor's {key}={found}: models here take {wanted}")
     size = preprocessor.get("size", {})
     return "squash" if isinstance(size, dict) and "height" in size else "shortest"
 
 
-def _weights(folder: Path) -> TensorFiles:
+def _weights(folder: Path) -> UnwrappedTensorFiles:
     if (folder / "model.safetensors.index.json").is_file():
-        return TensorFiles(folder, "model-*")
+        return UnwrappedTensorFiles(folder, "model-*")
     if (folder / "model.safetensors").is_file():
-        return TensorFiles(folder, "model")
+        return UnwrappedTensorFiles(folder, "model")
     refuse_pickles(folder)
     raise UserError(f"{folder}: no weights there (looked for model.safetensors and model.safetensors.index.json)")

@@ -10,7 +10,8 @@ from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.formats import OPEN_CLIP_CONFIG
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
-from mc2_hpc.models.weights import ModelCard, TensorFiles, check_names, write_tensors
+from mc2_hpc.models.weights import ModelCard, check_names, write_tensors
+from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.storage import read_json, write_json
 
 # In open_clip's own order of preference.
@@ -158,9 +159,9 @@ def _eval_resize(preprocess: dict[str, Any], source: str) -> str:
     return mode
 
 
-def _weights(folder: Path) -> TensorFiles:
+def _weights(folder: Path) -> UnwrappedTensorFiles:
     for prefix in _WEIGHTS:
         if (folder / f"{prefix}.safetensors").is_file():
-            return TensorFiles(folder, prefix)
+            return UnwrappedTensorFiles(folder, prefix)
     refuse_pickles(folder)
     raise UserError(f"{folder}: no weights there (looked for {', '.join(f'{p}.safetensors' for p in _WEIGHTS)})")

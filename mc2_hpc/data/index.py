@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import struct
+import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -66,7 +67,12 @@ class ShardIndex:
 
 def cache_folder() -> Path:
     """The user's folder for what can be made again: ``$XDG_CACHE_HOME/mc2_hpc``, by default ``~/.cache/mc2_hpc``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mc2_hpc"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "mc2_hpc"
+    try:
+        return Path.home() / ".cache" / "mc2_hpc"
+    except RuntimeError:  # a user whom the system does not know, as in some containers
+        return Path(tempfile.gettempdir()) / f"mc2_hpc-{os.getuid()}"
 
 
 def open_index(path: Path, source: LocalFile, *, cache: Path) -> ShardIndex:

@@ -23,6 +23,7 @@ from mc2_hpc.data.dali import DaliDecoder
 from mc2_hpc.data.dali_batches import decoded_by_dali
 from mc2_hpc.data.decode import resolve_backend
 from mc2_hpc.data.lanes import check_ranks, deal
+from mc2_hpc.data.limits import check_open_files, check_shared_memory
 from mc2_hpc.data.source import ShareSource
 from mc2_hpc.data.stream import Position
 from mc2_hpc.data.tokenizer import Tokenizer
@@ -73,6 +74,10 @@ class TrainLoader:
         if num_workers < config.workers:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
         backend = resolve_backend(config.decode, "train")
+        check_open_files(lanes=len(own), workers=num_workers, prefetch=config.prefetch, world_size=world_size)
+        if backend != "dali":  # the size of a JPEG is not known beforehand
+            share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
+            check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)
         source = ShareSource(
             config,
             backend=backend,
@@ -82,6 +87,7 @@ class TrainLoader:
             positions=_own_positions(position, own, lanes),
             board=Board(max(1, num_workers)),
         )
+        self.shards = source.shards
         self.shard_names = [name.rpartition("/")[2] for name in source.shards.names]
         """The shards in the order that epochs permute, without their folder, which may move."""
         self._shares = WorkerShares(

@@ -31,6 +31,7 @@ import fsspec
 
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.errors import UserError
+from mc2_hpc.storage import NO_LOCKS
 
 _BLOCK = 8 << 20
 _BLOCKS_AT_ONCE = 4
@@ -334,6 +335,14 @@ def _lock(folder: Path, kind: int, patience_s: float) -> int | None:
             pass
         except FileNotFoundError:  # between the two looks
             pass
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in NO_LOCKS:
+                raise UserError(
+                    f"{folder}: its file system has no locks ({error.strerror}), which processes that share a cache "
+                    f"need: set data.cache_dir to a folder on a local disk"
+                ) from None
+            raise
         os.close(descriptor)
         if time.monotonic() > deadline:
             raise CannotReach(f"{folder}: held by another process for {patience_s:.0f} s")

@@ -6,6 +6,7 @@ members :mod:`mc2_hpc.samples` describes. The Parquet files that img2dataset and
 ``text`` or ``key``, so those shards are plain.
 """
 
+import errno
 import struct
 from collections.abc import Mapping
 from functools import cached_property
@@ -98,6 +99,10 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
     except UserError as error:
         raise ShardError(str(error)) from None
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard's
+            raise UserError(
+                f"{path}: {error.strerror}: raise the limit (`ulimit -n`), or set data.lanes lower"
+            ) from None
         raise ShardError(error.strerror or str(error)) from None
     if table is None:
         return PlainShard(name or str(path), source, index)

@@ -13,6 +13,7 @@ from mc2_hpc.data.crop import EncodedCrop
 from mc2_hpc.data.dali import Jpegs
 from mc2_hpc.data.decode import TrainTransform, one_torch_thread
 from mc2_hpc.data.lanes import deal
+from mc2_hpc.data.limits import LARGER_SHARED_MEMORY, SHARED_MEMORY
 from mc2_hpc.data.locations import find_shards
 from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.stream import Example, Lane, Position, ShardPool
@@ -24,11 +25,15 @@ from mc2_hpc.errors import UserError
 _PATIENCE_SHARE = 0.8
 
 
+class NoSharedMemory(Exception):
+    """A share does not fit into shared memory; the message says where that is and what to do."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """An error of one line on its way from a worker; raised there, torch would wrap its message in a traceback."""
 
-    error: UserError | CannotReach
+    error: UserError | CannotReach | NoSharedMemory
 
 
 class ShareSource(IterableDataset[Share | Failure]):
@@ -85,9 +90,11 @@ class ShareSource(IterableDataset[Share | Failure]):
             while True:
                 with one_torch_thread():
                     share = self._share(pool, lanes)
+                    if info is not None:
+                        _to_shared_memory(share)
                 reading(None)
                 yield share
-        except (UserError, CannotReach) as error:
+        except (UserError, CannotReach, NoSharedMemory) as error:
             while True:  # a worker that ended would look like one that died
                 yield Failure(error)
 
@@ -120,3 +127,20 @@ class ShareSource(IterableDataset[Share | Failure]):
             position={number: lane.position for number, lane in lanes.items()},
             skipped=skipped,
         )
+
+
+def _to_shared_memory(share: Share) -> None:
+    """Move the tensors to where the rank can see them; sending them would do that, but in a thread whose errors nobody
+    hears.
+
+    Raises:
+        NoSharedMemory: there is no room.
+    """
+    jpegs = vars(share.jpegs).values() if share.jpegs is not None else ()
+    try:
+        for tensor in (share.pixels, share.tokens, *jpegs):
+            if tensor.numel():
+                tensor.share_memory_()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise NoSharedMemory(f"{SHARED_MEMORY} is full ({reason}): {LARGER_SHARED_MEMORY}") from None

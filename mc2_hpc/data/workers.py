@@ -154,8 +154,8 @@ def worker_context(*, preload: str) -> ForkServerContext:
 
 def _start_fork_server() -> None:
     """Start what the workers descend from, deaf to the signals that are the trainer's to act upon: Slurm sends them to
-    every process of a step."""
-    ours = {signal.SIGTERM, signal.SIGUSR1}
+    every process of a step, a terminal Ctrl-C to every process of a job."""
+    ours = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # what is blocked stays so in processes that start now
     try:
         resource_tracker.ensure_running()  # unblocks SIGTERM, and ignores it by itself

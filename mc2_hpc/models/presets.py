@@ -132,20 +132,26 @@ def _family() -> dict[str, ClipArchitecture]:
 
 
 PRESETS: dict[str, ClipArchitecture] = _family()
+DEFAULT_PRESET = "ViT-B-32-worldwide"
 
 
-def resolve(config: ModelConfig) -> ClipArchitecture:
+def resolve(config: ModelConfig, initial: ClipArchitecture | None = None) -> ClipArchitecture:
     """The preset that ``config`` names, with the numbers that ``config`` sets put in its place.
 
     A new vision width without a new MLP width keeps the preset's ratio of the two.
 
+    Args:
+        initial: of the model that the run starts from: what a config without a preset means.
+
     Raises:
         UserError: unknown preset (the nearest name is given), or sizes that do not fit together.
     """
-    if config.preset not in PRESETS:
+    if config.preset is not None and config.preset not in PRESETS:
         near = difflib.get_close_matches(config.preset, PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"model.preset={config.preset!r}: no such preset; nearest is {near!r}")
-    base = PRESETS[config.preset]
+    base = PRESETS[config.preset or DEFAULT_PRESET]
+    if config.preset is None and initial is not None:
+        base = initial
     vision = _set_fields(config.vision)
     if "width" in vision and "mlp_width" not in vision:
         vision["mlp_width"] = base.vision.mlp_width * vision["width"] // base.vision.width

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mc2_hpc.distributed import Ranks, first_error
+from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP
-from mc2_hpc.models.weights import TensorFiles, check_names
+from mc2_hpc.models.weights import check_names
+from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.storage import file_sha256, read_json
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,11 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint | None:
         UserError: there are checkpoints, but none is whole.
     """
     found: list[str | None] = [None]
-    error: Exception | None = None
-    if ranks.is_first:
-        try:
-            found = [_newest_whole(folder)]
-        except Exception as failure:  # whatever it is, the other ranks must hear of it
-            error = failure
-    first_error(error)
+
+    def find() -> None:
+        found[0] = _newest_whole(folder)
+
+    on_first_rank(ranks, find)
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         return None
@@ -110,7 +109,7 @@ def load_weights(clip: CLIP, folder: Path) -> None:
     Raises:
         UserError: they are another model's.
     """
-    files = TensorFiles(folder, "model")
+    files = UnwrappedTensorFiles(folder, "model")
     state = clip.state_dict()
     check_names(str(folder), files.names(), {name: tensor.shape for name, tensor in state.items()}, files)
     for name, tensor in state.items():

@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from mc2_hpc.training.stop import LOST_RANK, SAVED, SIGNALS
+from mc2_hpc.training.stop import INTERRUPTED, LOST_RANK, SAVED, SIGNALS
 
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 10
 """What the other ranks get to notice that one failed and to say so; then they are killed."""
+_INTERRUPTED_AGAIN_S = 2
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -36,7 +37,8 @@ def launch(command: Sequence[str], *, processes: int, restarts: int, stop_s: flo
     job = _Job(command, processes, stop_s)
     with job.passing_signals_on():
         for restart in range(restarts + 1):
-            code = verdict(job.run(), passed_on=job.signal)
+            codes = job.run()
+            code = INTERRUPTED if job.interrupts > 1 else verdict(codes, passed_on=job.signal)
             if code is not None:
                 return code
             if restart < restarts:
@@ -50,7 +52,8 @@ def verdict(codes: Sequence[int], *, passed_on: int | None) -> int | None:
     Args:
         passed_on: the signal they were sent, which ends a rank that has not yet begun to listen.
     """
-    codes = [SAVED if passed_on is not None and code == -passed_on else code for code in codes]
+    gone = INTERRUPTED if passed_on == signal.SIGINT else SAVED
+    codes = [gone if passed_on is not None and code == -passed_on else code for code in codes]
     final = [code for code in codes if code > 0 and code not in (SAVED, LOST_RANK)]
     if final:
         return final[0]
@@ -75,6 +78,8 @@ class _Job:
     def __init__(self, command: Sequence[str], processes: int, stop_s: float) -> None:
         self.signal: int | None = None
         """The latest signal passed on to the ranks."""
+        self.interrupts = 0
+        """How often Ctrl-C was pressed."""
         self._command = list(command)
         self._processes = processes
         self._stop_s = stop_s
@@ -92,7 +97,9 @@ class _Job:
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        self._limit(self._stop_s)
+        self.interrupts += number == signal.SIGINT
+        # Ranks leave at once when they are interrupted again; one that cannot hear is not waited for.
+        self._limit(self._stop_s if self.interrupts < 2 else _INTERRUPTED_AGAIN_S)
         for rank in self._ranks:
             rank.send_signal(number)
 
@@ -127,23 +134,17 @@ class _Job:
 
     def _wait(self) -> list[int]:
         running = dict(enumerate(self._ranks))
-        try:
-            while running:
-                time.sleep(_POLL_S)
-                for number, rank in list(running.items()):
-                    if rank.poll() is not None:
-                        del running[number]
-                        self._ended(number, rank.returncode)
-                if running and self._deadline is not None and time.monotonic() > self._deadline:
-                    logger.error("killing ranks %s, which still run", ", ".join(map(str, running)))
-                    for rank in running.values():
-                        rank.kill()
-                    self._deadline = None
-        except KeyboardInterrupt:
-            for rank in running.values():
-                rank.send_signal(signal.SIGINT)
-            time.sleep(1)  # to say so; run() kills what is left
-            raise
+        while running:
+            time.sleep(_POLL_S)
+            for number, rank in list(running.items()):
+                if rank.poll() is not None:
+                    del running[number]
+                    self._ended(number, rank.returncode)
+            if running and self._deadline is not None and time.monotonic() > self._deadline:
+                logger.error("killing ranks %s, which still run", ", ".join(map(str, running)))
+                for rank in running.values():
+                    rank.kill()
+                self._deadline = None
         return [rank.returncode for rank in self._ranks]
 
     def _ended(self, number: int, code: int) -> None:

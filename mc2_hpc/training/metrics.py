@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -13,6 +13,9 @@ from rich.table import Column
 
 from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.storage import atomic_path
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +52,10 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
         """Open the log of a run that continues after ``first_step`` steps (0: a new run)."""
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         self._steps = _Rows(folder / "metrics.jsonl", last_step=first_step)
         self._evaluations = _Rows(folder / "evaluations.jsonl", last_step=first_step)
-        self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._board = _open_board(folder / "tensorboard", first_step)
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         if sys.stderr.isatty():
@@ -159,6 +160,19 @@ def _remaining(row: dict[str, Any], total_steps: int) -> str:
     days, seconds = divmod(seconds, 86_400)
     clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     return f"{days}d {clock}" if days else clock
+
+
+def _open_board(folder: Path, first_step: int) -> "SummaryWriter | None":
+    """TensorBoard's writer, or ``None``, with a word in the log, where it cannot be had: a run does not need it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=first_step + 1)
+    except ImportError as error:
+        logger.warning("no TensorBoard log: %s; pip install tensorboard", error)
+    except OSError as error:
+        logger.warning("no TensorBoard log: %s: %s", folder, error)
+    return None
 
 
 class _Rows:

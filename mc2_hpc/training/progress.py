@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mc2_hpc.config import RunConfig
 from mc2_hpc.data.stream import Position
 from mc2_hpc.errors import UserError
 from mc2_hpc.training.checkpoint import Checkpoint
@@ -45,24 +44,11 @@ class Progress:
         }
 
 
-def restore_progress(
-    checkpoint: Checkpoint | None, config: RunConfig, *, is_first: bool
-) -> tuple[Progress, dict[int, Position] | None]:
-    """Progress to continue from, and the position of every lane for the loader (``None``: from the start).
-
-    Raises:
-        UserError: the checkpoint's data order is not the config's, so it could not continue.
-    """
+def restore_progress(checkpoint: Checkpoint | None, *, is_first: bool) -> tuple[Progress, dict[int, Position] | None]:
+    """Progress to continue from, and the position of every lane for the loader (``None``: from the start)."""
     if checkpoint is None:
         return Progress(), None
     saved = checkpoint.trainer
-    for key in ("lanes", "seed"):
-        before, now = saved["config"]["data"][key], getattr(config.data, key)
-        if before != now:
-            raise UserError(
-                f"{checkpoint.folder}: trained with data.{key}={before}, the config says {now}: the data order would "
-                f"not continue; keep {before}, or start anew with another output"
-            )
     progress = Progress(
         step=checkpoint.step,
         samples_seen=int(saved["samples_seen"]),

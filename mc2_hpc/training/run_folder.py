@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mc2_hpc.distributed import Ranks, first_error
+from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import exclusive_folder
 
@@ -16,14 +16,15 @@ def exclusive_run(output: Path, ranks: Ranks) -> Iterator[None]:
     Collective.
 
     Raises:
-        UserError: another job holds it.
+        UserError: another job holds it, or it cannot be written.
     """
     with ExitStack() as stack:
-        error: Exception | None = None
-        if ranks.is_first:
+
+        def hold() -> None:
             try:
                 stack.enter_context(exclusive_folder(output))
-            except (UserError, OSError) as failure:
-                error = failure
-        first_error(error)
+            except OSError as error:
+                raise UserError(f"output={output}: cannot be written: {error.strerror or error}") from None
+
+        on_first_rank(ranks, hold)
         yield

@@ -15,8 +15,11 @@ SAVED = 75
 LOST_RANK = 69
 """Exit code where another rank or the device went away: a new start may help (sysexits.h: EX_UNAVAILABLE)."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""A shutdown or preemption, and Slurm's warning before its time limit (``--signal=USR1@120``)."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C where nothing was saved for it, as shells have it (128 + SIGINT)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""A shutdown or preemption, Slurm's warning before its time limit (``--signal=USR1@120``), and Ctrl-C."""
 
 
 class Stopped(Exception):
@@ -26,14 +29,16 @@ class Stopped(Exception):
 class StopRequest:
     """Whether this process was asked to stop.
 
-    Before :meth:`defer` there is nothing to save, and a signal ends the process at once, with exit code 75, even where
-    it waits inside a library. Afterwards it is noted in :attr:`requested`, once, for the training loop to act upon.
+    Before :meth:`defer` there is nothing to save, and a signal ends the process at once, with exit code 75 (Ctrl-C:
+    130), even where it waits inside a library. Afterwards it is noted in :attr:`requested`, once, for the training loop
+    to act upon; a second Ctrl-C does not wait for that.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
         """Name of the first signal since :meth:`defer`."""
         self._deferred = False
+        self._interrupts = 0
         self._lock = threading.Lock()
 
     def defer(self) -> None:
@@ -68,12 +73,23 @@ class StopRequest:
         while numbers := os.read(reader, 64):
             for number in numbers:
                 if number in SIGNALS:
-                    self._heard(signal.Signals(number).name)
+                    self._heard(signal.Signals(number))
 
-    def _heard(self, name: str) -> None:
+    def _heard(self, number: signal.Signals) -> None:
+        is_interrupt = number == signal.SIGINT
         with self._lock:
             if not self._deferred:
-                print(f"mc2: {name} before the first step: nothing to save", file=sys.stderr, flush=True)
-                os._exit(SAVED)
+                _say(f"{number.name} before the first step: nothing to save")
+                os._exit(INTERRUPTED if is_interrupt else SAVED)
+            self._interrupts += is_interrupt
+            if self._interrupts > 1:
+                _say("interrupted again: leaving without another save")
+                os._exit(INTERRUPTED)
             if self.requested is None:
-                self.requested = name
+                self.requested = number.name
+        if is_interrupt and os.environ.get("RANK", "0") == "0":
+            _say(f"saving because of {number.name}; another one leaves at once")
+
+
+def _say(text: str) -> None:
+    print(f"mc2: {text}", file=sys.stderr, flush=True)

@@ -11,21 +11,21 @@ import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig, config_to_dict
 from mc2_hpc.data.batches import Batch
+from mc2_hpc.data.enough import check_enough
 from mc2_hpc.data.loader import TrainLoader
-from mc2_hpc.data.tokenizer import Tokenizer
-from mc2_hpc.distributed import Ranks
-from mc2_hpc.errors import UserError
+from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.clip import CLIP, build_clip
-from mc2_hpc.models.presets import ClipArchitecture, resolve
-from mc2_hpc.models.weights import ModelCard, TensorFiles, resolve_checkpoint
+from mc2_hpc.models.weights import ModelCard, TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
+from mc2_hpc.training.initial import Source, architecture, initial_source, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
+from mc2_hpc.training.resume import check_resume, warn_of_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss, num_micro_batches
@@ -73,14 +73,20 @@ class Trainer:
         self.output = Path(config.output)
         self.stop = stop or StopRequest()
         check_loss(config.loss, ranks.device)
-        arch = resolve(config.model)
-        self.tokenizer = Tokenizer(
-            config.data.tokenizer, config.data.tokenizer_style, context_length=arch.text.context_length
-        )
-        _check_vocabulary(arch, self.tokenizer, config.data.tokenizer)
-        self.card = ModelCard(arch=arch, tokenizer_style=config.data.tokenizer_style)
         folder = self.output / "checkpoints"
         checkpoint = newest_checkpoint(folder, ranks) if config.checkpoint.resume else None
+        with initial_source(config, checkpoint, ranks) as source:
+            self._build(checkpoint, source)
+
+    def _build(self, checkpoint: Checkpoint | None, source: Source | None) -> None:
+        config, ranks, folder = self.config, self.ranks, self.output / "checkpoints"
+        arch = architecture(config, source)
+        self.tokenizer = tokenizer(config, source, arch, ranks)
+        self.card = ModelCard(arch=arch, tokenizer_style=self.tokenizer.style)
+        if checkpoint is not None:
+            changes = check_resume(checkpoint, config, self.card, self.tokenizer)
+            if ranks.is_first:
+                warn_of_changes(checkpoint, changes)
         self.writer = CheckpointWriter(
             folder, ranks, keep=config.checkpoint.keep, newest=checkpoint.step if checkpoint else -1
         )
@@ -89,7 +95,7 @@ class Trainer:
             self.evaluation = PeriodicEvaluation(config, self.card, self.tokenizer, ranks, self.stop)
             if checkpoint is not None:
                 self.evaluation.restore_best(folder)
-        self.progress, position = restore_progress(checkpoint, config, is_first=ranks.is_first)
+        self.progress, position = restore_progress(checkpoint, is_first=ranks.is_first)
         self.loader = TrainLoader(
             config.data,
             global_batch=config.global_batch,
@@ -100,10 +106,11 @@ class Trainer:
             position=position,
         )
         self.shards = common_shards(self.loader.shard_names)
+        on_first_rank(ranks, self._check_enough_data)
         if checkpoint is not None and ranks.is_first:
             warn_of_other_shards(checkpoint, self.shards)
         clip = build_clip(arch, seed=config.seed)
-        self._prepare_model(clip, checkpoint)
+        self._prepare_model(clip, checkpoint, source)
         self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))
         if checkpoint is not None:
             self._load_moments(checkpoint)
@@ -118,14 +125,24 @@ class Trainer:
             every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
         )
 
-    def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None) -> None:
+    def _check_enough_data(self) -> None:
+        config = self.config
+        check_enough(
+            self.loader.shards,
+            name=f"data.train={config.data.train}",
+            global_batch=config.global_batch,
+            lanes=config.data.lanes,
+            num_readers=min(self.ranks.world_size * max(1, config.data.workers), config.data.lanes),
+        )
+
+    def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None, source: Source | None) -> None:
         model = self.config.model
         if checkpoint is not None:
             load_weights(clip, checkpoint.folder)
             logger.info("resuming %s after step %d", checkpoint.folder, checkpoint.step)
-        elif model.init_from is not None:
-            load_weights(clip, resolve_checkpoint(model.init_from))
-            logger.info("initial weights from %s", model.init_from)
+        elif source is not None:
+            load_weights(clip, source.folder)
+            logger.info("initial weights from %s", source.name)
         clip.set_attention(model.attention, self.ranks.device.type)
         clip.set_activation_checkpointing(model.activation_checkpointing)
 
@@ -310,7 +327,7 @@ class Trainer:
             self.engine,
             step=self.progress.step,
             card=self.card,
-            tokenizer_file=Path(self.config.data.tokenizer),
+            tokenizer_file=self.tokenizer.model_file,
             trainer={
                 **self.progress.gathered(),
                 "shards": self.shards,
@@ -318,17 +335,4 @@ class Trainer:
                 "world_size": self.ranks.world_size,
                 "versions": {name: version(name) for name in _PACKAGES},
             },
-        )
-
-
-def _check_vocabulary(arch: ClipArchitecture, tokenizer: Tokenizer, path: str) -> None:
-    if tokenizer.vocab_size > arch.text.vocab_size:
-        raise UserError(
-            f"{path}: {tokenizer.vocab_size} token ids, but model.text.vocab_size={arch.text.vocab_size}: "
-            f"raise it to at least {tokenizer.vocab_size} or use the model's own tokenizer"
-        )
-    if tokenizer.eos_id != arch.text.eos_id:
-        raise UserError(
-            f"{path}: its EOS is id {tokenizer.eos_id}, but model.text.eos_id={arch.text.eos_id}: "
-            f"set data.tokenizer_style and model.text.eos_id to match"
         )

@@ -318,6 +318,27 @@ def test_configs_that_are_no_configs(checkpoint: Checkpoint, tmp_path: Path) -> 
     fails(r"image_std=\[0.5, 0.5, 0.5\]: models here take", folder, "mc2", out)
 
 
+def test_what_transformers_5_says_of_images_is_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """It saves the image processor within ``processor_config.json`` alone."""
+    source, _ = checkpoint(eval_resize="squash")
+    folder = convert(source, "hf", tmp_path / "a")
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({"processor_class": "CLIPProcessor", "image_processor": images}))
+    back = convert(folder, "mc2", tmp_path / "b")
+    assert json.loads((back / "model.json").read_text())["arch"]["eval_resize"] == "squash"
+    out = tmp_path / "sub" / "out"
+    path.write_text(json.dumps({"image_processor": {**images, "image_mean": [0.5, 0.5, 0.5]}}))
+    fails(r"image_mean=\[0.5, 0.5, 0.5\]: models here take", folder, "mc2", out)
+    for wrong in ({"image_processor": "CLIPImageProcessor"}, ["image_processor"]):
+        path.write_text(json.dumps(wrong))
+        fails(r"processor_config.json: does not describe an image processor", folder, "mc2", out)
+    path.write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # transformers 4 writes both files
+    (folder / "preprocessor_config.json").write_text(json.dumps({**images, "image_std": [1, 1, 1]}))
+    fails(r"image_std=\[1, 1, 1\]: models here take", folder, "mc2", out)
+
+
 def test_an_interrupted_conversion_leaves_nothing(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

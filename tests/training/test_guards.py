@@ -36,6 +36,20 @@ def test_a_scale_that_is_no_number_is_not_saved(config, starter, tmp_path):
     assert starter.run(job) == 0
 
 
+@pytest.mark.parametrize("whom", ["", "launcher:"])
+def test_ctrl_c_saves_and_the_same_command_continues(config, starter, tmp_path, whom):
+    """Between two saves, in one rank of two or in the launcher of both."""
+    fault = {"at": "mid-step", "step": 3, "rank": 1, "do": [f"{whom}INT"]}
+    job = faults.job(config, tmp_path / "job", faults=[fault], step_seconds=0.1)
+    assert starter.run(job) == SAVED
+    log = (tmp_path / "job" / "log").read_text()
+    assert "SIGINT: saved after step" in log or "a signal to another rank: saved after step" in log
+    saved = max((tmp_path / "job" / "run" / "checkpoints").glob("step-*"))
+    assert saved.name != "step-00000008"
+    assert starter.run(job) == 0
+    assert f"resuming {saved}" in (tmp_path / "job" / "log").read_text()
+
+
 def test_shards_that_went_are_said_on_resume(config, starter, tmp_path):
     job = faults.job(config, tmp_path / "job")
     assert starter.run({**job, "stop_after": 4}) == SAVED

@@ -1,6 +1,7 @@
 """What a row shows is the run's: all ranks, and all steps since the row before."""
 
 import json
+import sys
 from collections import Counter
 
 import faults  # conftest.py has put benchmarks/ on the path
@@ -12,7 +13,7 @@ from mc2_hpc.config import load_config
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.data.tokenizer import Tokenizer
-from mc2_hpc.training.metrics import Means, progress_line
+from mc2_hpc.training.metrics import Means, MetricsLog, progress_line
 from mc2_hpc.training.throughput import Interval, rates
 
 STEPS, EVERY = 12, 4
@@ -159,3 +160,14 @@ def test_a_progress_line_fits_a_terminal():
     for total in (391_136, 99_999_999):
         line = progress_line(worst, total_steps=total)
         assert len(line) <= 80 and "loss 123.4568" in line
+
+
+def test_a_run_does_not_need_tensorboard(tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    log = MetricsLog(tmp_path, total_steps=3600, first_step=0)
+    log.write(row())
+    log.close()
+    assert caplog.text.count("no TensorBoard log") == 1 and "pip install tensorboard" in caplog.text
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 3.21987
+    assert capsys.readouterr().err.startswith("step 120/3600  ETA 1:01:03")
+    assert not (tmp_path / "tensorboard").exists()

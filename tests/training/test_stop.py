@@ -11,7 +11,7 @@ import pytest
 from mc2_hpc.cli import main
 from mc2_hpc.training.launch import launch, verdict
 from mc2_hpc.training.lost_rank import LostRankError, naming_the_wait
-from mc2_hpc.training.stop import LOST_RANK, SAVED, StopRequest
+from mc2_hpc.training.stop import INTERRUPTED, LOST_RANK, SAVED, StopRequest
 
 VERDICTS = {
     "all done": ([0, 0], None, 0),
@@ -25,6 +25,9 @@ VERDICTS = {
     "a bug in one, the other killed": ([-9, 1], None, 1),
     "a signal before they listened": ([-15, -15], 15, SAVED),
     "a signal before one listened": ([-10, SAVED], 10, SAVED),
+    "Ctrl-C before they listened": ([-2, -2], 2, INTERRUPTED),
+    "Ctrl-C before the first step of one": ([INTERRUPTED, LOST_RANK], 2, INTERRUPTED),
+    "Ctrl-C, and they saved": ([SAVED, SAVED], 2, SAVED),
     "a signal, but they did not save in time": ([-9, -9], 15, LOST_RANK),
 }
 
@@ -69,7 +72,7 @@ def launcher(code, options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_are_passed_on_and_waited_for(number):
     code = f"""
 signal.signal({int(number)}, lambda *_: (time.sleep(0.5), sys.exit(75)))
@@ -80,6 +83,17 @@ time.sleep(100)
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(number)
     assert process.wait(60) == SAVED
+
+
+def test_a_second_ctrl_c_does_not_wait_for_ranks_that_save():
+    code = "signal.signal(2, lambda *_: os.write(1, b'saving\\n'))\nos.write(1, b'ready\\n')\nwhile 1: time.sleep(100)"
+    process = launcher(code, "restarts=3, stop_s=600")
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(signal.SIGINT)
+    assert [process.stdout.readline() for _ in range(2)] == ["saving\n"] * 2
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == INTERRUPTED
 
 
 def test_ranks_that_do_not_save_in_time_are_killed():
@@ -116,7 +130,7 @@ with stop.listening():
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_before_the_first_step_a_signal_ends_a_rank_that_waits_for_others(number):
     """The rendezvous waits inside a library, where no handler written in Python would run for a minute."""
     code = """
@@ -131,7 +145,7 @@ def test_before_the_first_step_a_signal_ends_a_rank_that_waits_for_others(number
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
     process.send_signal(number)
-    assert process.wait(60) == SAVED
+    assert process.wait(60) == (INTERRUPTED if number == signal.SIGINT else SAVED)
     assert f"{number.name} before the first step: nothing to save" in process.stderr.read()
 
 
@@ -148,6 +162,23 @@ signal.signal(signal.SIGTERM, signal.SIG_DFL) == signal.SIG_DFL or exit(3)
 """
     process = listen(code)
     assert process.stdout.read() == "SIGUSR1\n" and process.wait(60) == 0
+
+
+def test_the_first_ctrl_c_asks_for_a_save_and_the_second_leaves():
+    code = """
+    stop.defer()
+    signal.raise_signal(signal.SIGINT)
+    while stop.requested is None:
+        time.sleep(0.01)
+    print(stop.requested, flush=True)
+    time.sleep(100)
+"""
+    process = listen(code)
+    assert process.stdout.readline() == "SIGINT\n" and process.poll() is None
+    assert process.stderr.readline() == "mc2: saving because of SIGINT; another one leaves at once\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == INTERRUPTED
+    assert process.stderr.read() == "mc2: interrupted again: leaving without another save\n"
 
 
 def test_nobody_asks_by_default():

@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from mc2_hpc.compiling import compiled
+
 _U = np.uint64
 BRANCH = _U(1 << 31)
 NUMBER = _U((1 << 31) - 1)
@@ -48,7 +50,7 @@ _OPENING_BITS = 18
 _S_OPENING = _U(64 - _OPENING_BITS)
 
 inner = njit(nogil=True)
-entry = njit(cache=True, nogil=True)
+entry = compiled
 
 
 @inner

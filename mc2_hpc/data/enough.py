@@ -1,0 +1,69 @@
+"""Whether there is enough data for a run's batch and lanes, found out before it starts."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+
+from mc2_hpc.data.locations import LocalShards, ShardSet
+from mc2_hpc.data.skips import ShardError
+from mc2_hpc.data.watch import Patient
+from mc2_hpc.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 20.0
+"""Longest look at shards: what is slow or hangs is left to the loader, which names it, and little data shows sooner."""
+
+
+def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, num_readers: int) -> None:
+    """Say in a line each what a run on little data should know.
+
+    Counts samples, good or bad and before balancing, only until there are enough of them. Remote shards are not looked
+    into: that would copy them.
+
+    Args:
+        name: of the data, for messages.
+        num_readers: processes that read, over all ranks.
+
+    Raises:
+        UserError: fewer samples than lanes, so that some lane would never give one.
+    """
+    num_shards = len(shards.names)
+    if num_shards < num_readers:
+        logger.warning(
+            "%s: fewer shards (%d) than reading processes (%d), so several read the same one; more, smaller shards are "
+            "faster, or set data.workers lower",
+            name,
+            num_shards,
+            num_readers,
+        )
+    elif num_shards < lanes:
+        logger.info("%s: fewer shards (%d) than data.lanes=%d: lanes share them", name, num_shards, lanes)
+    try:
+        found = Patient(_count(shards, max(global_batch, lanes))).next(_LOOK_S)
+    except TimeoutError:
+        return
+    if found is None or found == 0:  # nothing usable: told by the loader, with the reasons
+        return
+    if found < lanes:
+        raise UserError(f"{name}: {found} samples are too few for data.lanes={lanes}: set fewer lanes")
+    if found < global_batch:
+        logger.warning(
+            "%s: global_batch=%d is larger than the data, %d samples: each comes more than once in a batch, and is "
+            "then a wrong negative of itself; set global_batch to %d or less",
+            name,
+            global_batch,
+            found,
+            found // lanes * lanes,
+        )
+
+
+def _count(shards: ShardSet, enough: int) -> Iterator[int | None]:
+    """Yields how many samples there are if fewer than ``enough``, else ``None``, also where it cannot be told."""
+    total = 0 if isinstance(shards, LocalShards) else enough
+    for number in range(len(shards.names)):
+        if total >= enough:
+            break
+        with suppress(ShardError):  # counted where it is read
+            total += shards.open(number).num_keys
+    yield total if total < enough else None

@@ -1,0 +1,71 @@
+"""What this machine must grant before workers start: open files and shared memory. Found out at once, in one line."""
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+from mc2_hpc.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+LARGER_SHARED_MEMORY = (
+    "make it larger (docker run --shm-size), or set data.prefetch or data.workers lower; data.workers=0 needs none"
+)
+
+_OWN_FILES = 32
+"""Of the interpreter, torch, logs and a checkpoint."""
+_FILES_PER_WORKER = 8
+"""Pipes and sentinels, in the rank."""
+_TENSORS_PER_SHARE = 6
+"""At most: each keeps a file open while it is shared."""
+
+
+def raise_open_files() -> int:
+    """Let this process and those it starts open as many files as the machine's administrator allows; returns it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= hard > 0:
+        return soft if soft != resource.RLIM_INFINITY else 1 << 62
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # a hard limit that the system itself does not honour
+        return soft
+    return hard if hard != resource.RLIM_INFINITY else 1 << 62
+
+
+def check_open_files(*, lanes: int, workers: int, prefetch: int, world_size: int) -> None:
+    """
+    Args:
+        lanes: of this rank; each has a shard open.
+
+    Raises:
+        UserError: fewer files may be open than the rank or one of its workers will need.
+    """
+    limit = raise_open_files()
+    rank = _OWN_FILES + world_size + workers * (_FILES_PER_WORKER + _TENSORS_PER_SHARE * (prefetch + 1))
+    worker = _OWN_FILES + -(-lanes // max(1, workers)) + _TENSORS_PER_SHARE * prefetch
+    needed = max(rank, worker) if workers else rank + lanes
+    if limit < needed:
+        raise UserError(
+            f"at most {limit} files may be open in a process, and this run needs up to {needed}: raise the limit "
+            f"(`ulimit -n {max(1024, needed)}`), or set data.workers or data.lanes lower"
+        )
+
+
+def check_shared_memory(share_bytes: int, *, workers: int, prefetch: int) -> None:
+    """
+    Args:
+        share_bytes: of the images of a worker's share, 0 where that cannot be told.
+
+    Raises:
+        UserError: the shares that workers hold ready do not fit, for all ranks of this machine.
+    """
+    if workers == 0 or not SHARED_MEMORY.is_dir():
+        return
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    needed = share_bytes * workers * (prefetch + 1) * (int(local) if local.isdecimal() else 1)
+    total = shutil.disk_usage(SHARED_MEMORY).total
+    if total < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} has {total / 1e6:,.1f} MB, but the shares of data workers take up to "
+            f"{needed / 1e6:,.1f}: {LARGER_SHARED_MEMORY}"
+        )

@@ -1,0 +1,41 @@
+"""Weights saved out of a wrapper: the names that torch's wrappers put around a model's own, and a scale in a list."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.weights import TensorFiles
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of a name that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add, at the front or
+around a block."""
+
+
+class UnwrappedTensorFiles(TensorFiles):
+    """Tensor files under the names that the model had before it was wrapped, and ``logit_scale`` as a 0-d tensor."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        """
+        Raises:
+            UserError: as for ``TensorFiles``; or two tensors have the same name without their wrappers.
+        """
+        super().__init__(folder, prefix)
+        self._stored: dict[str, str] = {}
+        for name in super().names():
+            own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+            if own in self._stored:
+                raise UserError(f"{folder}: {self._stored[own]!r} and {name!r} are one weight; which is it?")
+            self._stored[own] = name
+
+    def names(self) -> list[str]:
+        """Sorted tensor names, without wrappers."""
+        return sorted(self._stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, backed by the file's memory map."""
+        tensor = super().get(self._stored[name])
+        return tensor.reshape(()) if name == "logit_scale" and tensor.numel() == 1 else tensor

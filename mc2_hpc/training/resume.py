@@ -1,0 +1,117 @@
+"""What a resumed run may change: one table of settings, compared with those of the checkpoint it resumes from.
+
+Settings that are in neither part (folders, logging, saving, ZeRO, backends, micro-batches, workers, ...) change nothing
+but speed and rounding, and may change without a word.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict
+from mc2_hpc.data.tokenizer import Tokenizer
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card
+from mc2_hpc.storage import file_sha256
+from mc2_hpc.training.checkpoint import Checkpoint
+from mc2_hpc.training.optim import learning_rate
+
+logger = logging.getLogger(__name__)
+
+_ORDER = "the data order would not continue"
+_MEANING = "the weights would mean another model"
+FIXED = {
+    "data.lanes": _ORDER,
+    "data.seed": _ORDER,
+    "model.quick_gelu": _MEANING,
+    "model.vision.head_width": _MEANING,
+    "model.text.heads": _MEANING,
+    "model.text.eos_id": _MEANING,
+    "data.tokenizer_style": _MEANING,
+}
+"""Settings that must not change, with the reason. Of sizes only those that no weight's shape shows; the others are
+found when the weights are loaded. The content of ``data.tokenizer`` must not change either."""
+
+SAID = (
+    "steps",
+    "global_batch",
+    "precision",
+    "optim.lr",
+    "optim.warmup",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.eps",
+    "optim.weight_decay",
+    "optim.grad_clip",
+    "data.train",
+    "data.balance",
+    "data.crop_scale",
+)
+"""Settings that may change, which is said in a line each: training continues, but is another from here on."""
+
+SCHEDULE = ("steps", "optim.lr", "optim.warmup")
+"""Those of them that decide the learning rate; its jump is said too."""
+
+
+def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tokenizer: Tokenizer) -> list[str]:
+    """What differs from the run that wrote the checkpoint and may, a line each.
+
+    Args:
+        card, tokenizer: of this start.
+
+    Raises:
+        UserError: something differs that must not.
+    """
+    before, now = checkpoint.trainer["config"], config_to_dict(config)
+    old_card = read_card(checkpoint.folder)
+    for key, why in FIXED.items():
+        if key.startswith("model."):
+            values = [_lookup(_nested(each), key.removeprefix("model.")) for each in (old_card, card)]
+        elif key == "data.tokenizer_style":
+            values = [old_card.tokenizer_style, card.tokenizer_style]
+        else:
+            values = [_lookup(before, key), _lookup(now, key)]
+        if values[0] != values[1]:
+            raise UserError(
+                f"{checkpoint.folder}: trained with {key}={values[0]}, now it is {values[1]}: {why}; "
+                f"keep {values[0]}, or start anew with another output"
+            )
+    own = checkpoint.folder / TOKENIZER_FILE
+    if own.is_file() and file_sha256(own) != file_sha256(tokenizer.model_file):
+        raise UserError(
+            f"{tokenizer.model_file}: not the tokenizer that {checkpoint.folder} was trained with: captions would mean "
+            f"other rows of the token table; set data.tokenizer={own}, or start anew with another output"
+        )
+    changed = [key for key in SAID if _lookup(before, key) != _lookup(now, key)]
+    lines = [f"{key} {_lookup(before, key)} -> {_lookup(now, key)}" for key in changed]
+    if set(changed) & set(SCHEDULE):
+        lines.append(_jump(checkpoint, before, config))
+    return lines
+
+
+def warn_of_changes(checkpoint: Checkpoint, lines: list[str]) -> None:
+    """Log what :func:`check_resume` found."""
+    for line in lines:
+        logger.warning("not as in %s: %s", checkpoint.folder.name, line)
+
+
+def _jump(checkpoint: Checkpoint, before: Mapping[str, Any], config: RunConfig) -> str:
+    step = checkpoint.step
+    old = config_from_dict({key: before[key] for key in ("steps", "optim")}, source=str(checkpoint.folder))
+    last = learning_rate(step - 1, total=old.steps, config=old.optim)
+    following = learning_rate(step, total=config.steps, config=config.optim)
+    return f"learning rate {last:.1e} in step {step} -> {following:.1e} in step {step + 1}"
+
+
+def _nested(card: ModelCard) -> dict[str, Any]:
+    """A card's architecture as nested mappings."""
+    arch = card.arch
+    return {**vars(arch), "vision": vars(arch.vision), "text": vars(arch.text)}
+
+
+def _lookup(values: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; ``None`` where there is none. Sequences compare as lists, as JSON makes them."""
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return list(found) if isinstance(found, tuple) else found

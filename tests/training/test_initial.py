@@ -1,0 +1,144 @@
+"""Where a run's model comes from: every format, its architecture and tokenizer, weights out of wrappers."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import write_config  # conftest.py has put benchmarks/ on the path
+
+from mc2_hpc.config import load_config
+from mc2_hpc.conversion.convert import convert
+from mc2_hpc.data.tokenizer import train_tokenizer
+from mc2_hpc.distributed import process_group
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.presets import PRESETS, resolve
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_card, write_tensors
+from mc2_hpc.models.wrapped import UnwrappedTensorFiles
+from mc2_hpc.training.checkpoint import Checkpoint, load_weights
+from mc2_hpc.training.initial import architecture, initial_source, tokenizer
+
+
+@pytest.fixture
+def config(tiny_pool, tmp_path):
+    """``config(*overrides, **model)``: a run into ``tmp_path / "run"`` whose model section is ``model`` alone."""
+
+    def load(*overrides, **model):
+        path = write_config(tmp_path / "new.yaml", tiny_pool, output=str(tmp_path / "run"), model=model)
+        return load_config(path, list(overrides))
+
+    return load
+
+
+@pytest.fixture
+def trained(tiny_pool, tmp_path):
+    """A model folder of ours with quick GELU, which no preset of its size has, and its model."""
+    arch = resolve(load_config(write_config(tmp_path / "old.yaml", tiny_pool)).model)
+    arch = dataclasses.replace(arch, quick_gelu=True)
+    clip = build_clip(arch, seed=5)
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    write_tensors(folder / "model.00000.safetensors", clip.state_dict())
+    write_card(folder, ModelCard(arch=arch, tokenizer_style="xlmv"))
+    (folder / TOKENIZER_FILE).write_bytes(tiny_pool.tokenizer.read_bytes())
+    return folder, clip
+
+
+def same_weights(found, expected):
+    found, expected = found.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["mc2", "open_clip", "hf"])
+def test_every_format_brings_architecture_tokenizer_and_weights(config, trained, tiny_pool, tmp_path, kind):
+    folder, clip = trained
+    source = folder if kind == "mc2" else convert(folder, kind, tmp_path / kind)
+    run = config("data.tokenizer=''", init_from=str(source))
+    with process_group() as ranks, initial_source(run, None, ranks) as found:
+        arch = architecture(run, found)
+        assert arch == clip.arch
+        ours = build_clip(arch, seed=0)
+        load_weights(ours, found.folder)
+        theirs = tokenizer(run, found, arch, ranks)
+    same_weights(ours, clip)
+    assert theirs.style == "xlmv" and theirs.model_file == tmp_path / "run" / TOKENIZER_FILE
+    assert theirs.model_file.read_bytes() == tiny_pool.tokenizer.read_bytes()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [TOKENIZER_FILE]  # no converted copy is left
+
+
+def test_the_config_refines_the_source_and_a_preset_takes_its_place(config, trained):
+    folder, clip = trained
+    with process_group() as ranks:
+        run = config(init_from=str(folder), quick_gelu=False)
+        with initial_source(run, None, ranks) as found:
+            assert architecture(run, found) == dataclasses.replace(clip.arch, quick_gelu=False)
+        run = config(init_from=str(folder), preset="ViT-S-16-worldwide")
+        with initial_source(run, None, ranks) as found:
+            assert architecture(run, found) == PRESETS["ViT-S-16-worldwide"]
+        with initial_source(config(), None, ranks) as found:
+            assert found is None and architecture(config(), None) == PRESETS["ViT-B-32-worldwide"]
+
+
+def test_a_resumed_run_has_its_checkpoints_model(config, trained):
+    """The source may have gone by then."""
+    folder, clip = trained
+    run = config(init_from="/nowhere/model")
+    with process_group() as ranks:
+        with initial_source(run, Checkpoint(folder=folder, trainer={"step": 3}), ranks) as found:
+            assert found.resumed and architecture(run, found) == clip.arch
+        with pytest.raises(UserError, match="/nowhere/model: no checkpoint there"):
+            with initial_source(run, None, ranks):
+                pass
+
+
+def test_another_tokenizer_needs_a_word(config, trained, tmp_path):
+    folder, _ = trained
+    other = train_tokenizer(["a lime dune"] * 9, tmp_path / "other.model", vocab_size=20, style="xlmv").model_file
+    with process_group() as ranks:
+        run = config(f"data.tokenizer={other}", init_from=str(folder))
+        with initial_source(run, None, ranks) as found:
+            with pytest.raises(UserError, match="not the tokenizer that the weights of .* were trained with"):
+                tokenizer(run, found, architecture(run, found), ranks)
+        run = config(f"data.tokenizer={other}", init_from=str(folder), new_tokenizer=True)
+        with initial_source(run, None, ranks) as found:
+            assert tokenizer(run, found, architecture(run, found), ranks).model_file == other
+        with pytest.raises(UserError, match="data.tokenizer is not set"):
+            run = config("data.tokenizer=''")
+            tokenizer(run, None, architecture(run, None), ranks)
+
+
+def wrap(path, prefix):
+    """Save the weights as a wrapped model's, with the scale in a list."""
+    weights = load_file(path)
+    weights["logit_scale"] = weights["logit_scale"].reshape(1)
+    save_file({prefix(name): tensor for name, tensor in weights.items()}, path)
+
+
+WRAPPERS = {
+    "distributed": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "compiled blocks": lambda name: name.replace("blocks.1.", "blocks.1._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS.values(), ids=WRAPPERS)
+def test_weights_of_wrapped_models(trained, tmp_path, prefix):
+    folder, clip = trained
+    exported = {kind: convert(folder, kind, tmp_path / kind) for kind in ("open_clip", "hf")}
+    wrap(exported["open_clip"] / "open_clip_model.safetensors", prefix)
+    wrap(exported["hf"] / "model.safetensors", prefix)
+    for kind, source in exported.items():
+        same_weights(load_clip(convert(source, "mc2", tmp_path / f"{kind}_back"))[0], clip)
+    wrap(folder / "model.00000.safetensors", prefix)
+    ours = build_clip(clip.arch, seed=0)
+    load_weights(ours, folder)
+    same_weights(ours, clip)
+
+
+def test_one_weight_twice_is_refused(tmp_path):
+    save_file({"a.b": torch.zeros(1), "module.a.b": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="'a.b' and 'module.a.b' are one weight"):
+        UnwrappedTensorFiles(tmp_path, "model")

@@ -1,0 +1,131 @@
+"""A resumed run: what must not change, what may with a word, what may without."""
+
+import dataclasses
+import json
+import logging
+
+import pytest
+from tiny_run import write_config  # conftest.py has put benchmarks/ on the path
+
+from mc2_hpc.config import config_from_dict, config_to_dict, load_config
+from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.presets import resolve
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card
+from mc2_hpc.training.checkpoint import Checkpoint
+from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.resume import FIXED, SAID, SCHEDULE, check_resume, warn_of_changes
+
+
+@pytest.fixture
+def resume(tiny_pool, tmp_path):
+    """``resume(*overrides, tokenizer=..., style=...)``: what changed since a checkpoint after 8 steps of 8."""
+    values = {"steps": 8, "optim": {"lr": 1e-3, "warmup": 2}}
+    path = write_config(tmp_path / "run.yaml", tiny_pool, **values)
+    before = load_config(path)
+    folder = tmp_path / "step-00000008"
+    folder.mkdir()
+    write_card(folder, ModelCard(arch=resolve(before.model), tokenizer_style="xlmv"))
+    (folder / TOKENIZER_FILE).write_bytes(tiny_pool.tokenizer.read_bytes())
+    saved = json.loads(json.dumps(config_to_dict(before)))  # as trainer.json has it
+    checkpoint = Checkpoint(folder=folder, trainer={"step": 8, "config": saved})
+
+    def compare(*overrides, tokenizer=tiny_pool.tokenizer, style="xlmv", config=None, **arch):
+        now = config or load_config(path, list(overrides))
+        card = ModelCard(arch=dataclasses.replace(resolve(now.model), **arch), tokenizer_style=style)
+        return check_resume(checkpoint, now, card, Tokenizer(tokenizer, "xlmv"))
+
+    compare.checkpoint = checkpoint
+    return compare
+
+
+def test_every_key_of_the_table_is_a_setting(tiny_pool, tmp_path):
+    """No key is in two parts, so a renamed setting shows here."""
+    config = config_to_dict(load_config(write_config(tmp_path / "run.yaml", tiny_pool)))
+    for key in (*FIXED, *SAID):
+        found = config
+        for part in key.split("."):
+            assert part in found, key
+            found = found[part]
+    assert not set(FIXED) & set(SAID) and set(SCHEDULE) <= set(SAID)
+
+
+def test_the_same_settings_are_no_news(resume):
+    assert resume() == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "output=elsewhere",
+        "log_every=3",
+        "micro_batch=4",
+        "zero.stage=3",
+        "data.workers=2",
+        "checkpoint.every=7",
+        "seed=9",
+    ],
+)
+def test_what_changes_speed_alone_is_silent(resume, override):
+    assert resume(override) == []
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("precision=bf16", "precision fp32 -> bf16"),
+        ("global_batch=64", "global_batch 32 -> 64"),
+        ("optim.beta2=0.5", "optim.beta2 0.95 -> 0.5"),
+        ("data.crop_scale=[0.5,1.0]", "data.crop_scale [0.9, 1.0] -> [0.5, 1.0]"),
+    ],
+)
+def test_what_may_change_is_said(resume, override, line):
+    assert resume(override) == [line]
+
+
+def test_the_jump_of_the_learning_rate_is_said(resume, caplog):
+    lines = resume("steps=16")
+    now = config_from_dict({"optim": {"lr": 1e-3, "warmup": 2}}).optim
+    last, following = learning_rate(7, total=8, config=now), learning_rate(8, total=16, config=now)
+    assert following > 9 * last
+    assert lines == ["steps 8 -> 16", f"learning rate {last:.1e} in step 8 -> {following:.1e} in step 9"]
+    with caplog.at_level(logging.WARNING):
+        warn_of_changes(resume.checkpoint, lines)
+    assert "not as in step-00000008: steps 8 -> 16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"overrides": ["data.lanes=4"]}, "trained with data.lanes=8, now it is 4: the data order would not continue"),
+        ({"overrides": ["data.seed=1"]}, "data.seed=0, now it is 1"),
+        ({"overrides": ["model.text.heads=4"]}, "trained with model.text.heads=3, now it is 4"),
+        ({"overrides": ["model.vision.head_width=16"]}, "model.vision.head_width=32, now it is 16"),
+        ({"quick_gelu": True}, "model.quick_gelu=False, now it is True"),
+        ({"style": "gemma"}, "data.tokenizer_style=xlmv, now it is gemma"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_must_not_change_is_refused(resume, change, words):
+    """Heads and activation are in no weight's shape: the run would go on with another function."""
+    with pytest.raises(UserError, match="keep .*, or start anew with another output") as error:
+        resume(*change.pop("overrides", []), **change)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(resume, tiny_pool, tmp_path):
+    texts = [f"number {n % 3}, ground {n}, square a lime" for n in range(200)]
+    other = train_tokenizer(texts, tmp_path / "other.model", vocab_size=40, style="xlmv").model_file
+    with pytest.raises(UserError, match="other.model: not the tokenizer that .*step-00000008 was trained with"):
+        resume(tokenizer=other)
+
+
+def test_the_same_tokenizer_may_lie_elsewhere(resume, tiny_pool, tmp_path):
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(tiny_pool.tokenizer.read_bytes())
+    assert resume(f"data.tokenizer={copy}", tokenizer=copy) == []
+
+
+def test_a_setting_that_an_older_version_did_not_have_is_said(resume):
+    del resume.checkpoint.trainer["config"]["optim"]["grad_clip"]
+    assert resume() == ["optim.grad_clip None -> 0.0"]
