@@ -18,7 +18,7 @@ from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
 from mc2_hpc.curation.matched import matched_table, write_matched_batches
 from mc2_hpc.curation.matching.matcher import Matcher, is_saved
-from mc2_hpc.curation.matching.rules import check_mode
+from mc2_hpc.curation.matching.rules import check_mode, mode_settings
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.distinct import Distinct
 from mc2_hpc.curation.pool.language_id import FastLangdetect, LanguageIdentifier
@@ -77,7 +77,7 @@ def plan_match(
     languages = metadata_files(Path(metadata).absolute())
     identifier = identifier or FastLangdetect()
     settings = {
-        "mode": mode,
+        **mode_settings(mode),
         "metadata": {lang: file_sha256(path) for lang, path in languages.items()},
         "language_id": identifier.name,
     }

@@ -5,7 +5,7 @@ Imported only when needed, as numba is slow.
 
 import numpy as np
 
-from mc2_hpc.curation.matching.rules import ACTION_BITS, KEEP, NORMALISE, SPACE, WRAP
+from mc2_hpc.curation.matching.rules import ACTION_BITS, INVISIBLE, KEEP, NORMALISE, SPACE, WRAP
 from mc2_hpc.curation.matching.trie_kernels import (
     BLANK,
     BRANCH,
@@ -27,6 +27,7 @@ from mc2_hpc.curation.matching.trie_kernels import (
 )
 
 _U = np.uint64
+_FLAGS = NORMALISE | INVISIBLE
 _NONE = np.uint32(0xFFFFFFFF)
 """No entry's id."""
 _SMALL_SORT = 32
@@ -51,21 +52,21 @@ def _decode(data, at):
 
 
 @entry
-def normalisation_doubts(data, offsets, actions):
-    """Rows (bool) with a character that NFC might change, by ``actions`` of :func:`text.character_table`."""
-    doubts = np.zeros(len(offsets) - 1, np.bool_)
-    for row in range(len(doubts)):
+def text_flags(data, offsets, actions):
+    """Flags of every row's characters together (uint8): ``NORMALISE | INVISIBLE`` of :func:`rules.character_table`."""
+    flags = np.zeros(len(offsets) - 1, np.uint8)
+    for row in range(len(flags)):
         at = offsets[row]
+        seen = 0
         while at < offsets[row + 1]:
             if data[at] < 0x80:
                 at += 1
                 continue
             point, size = _decode(data, at)
-            if point >= len(actions) or actions[point] & NORMALISE:
-                doubts[row] = True
-                break
+            seen |= actions[point] if point < len(actions) else _FLAGS
             at += size
-    return doubts
+        flags[row] = seen & _FLAGS
+    return flags
 
 
 @inner
@@ -256,7 +257,7 @@ def match_texts(
 
     Args:
         data, offsets: valid UTF-8 bytes of the texts (uint8) and where each starts (int64, one more than texts).
-        actions, collapse: what becomes of each character (:func:`text.character_table`), and of runs of spaces.
+        actions, collapse: what becomes of each character (:func:`rules.character_table`), and of runs of spaces.
         source: left as it is (:data:`trie_kernels.SOURCE`).
 
     Returns:
