@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
@@ -21,6 +20,7 @@ from mc2_hpc.curation.matching.matcher import Matcher, is_saved
 from mc2_hpc.curation.matching.rules import check_mode, mode_settings
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.distinct import Distinct
+from mc2_hpc.curation.pool.language_codes import bounded, in_known_languages
 from mc2_hpc.curation.pool.language_id import FastLangdetect, LanguageIdentifier
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Engine
@@ -55,8 +55,9 @@ def match(
         engine: where the work is done; one worker of this machine by default.
 
     Returns:
-        counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason, ``captions`` (usable ones, by
-        language) and ``languages``; None where the work was only submitted to Slurm
+        counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason, ``unknown_languages``
+        (captions by the code they have, a few dozen codes per shard), ``captions`` (usable ones, by language) and
+        ``languages``; None where the work was only submitted to Slurm
 
     Raises:
         UserError: bad pool, metadata or settings; or shards that could not be read (every other one is done).
@@ -167,6 +168,7 @@ class _Tally:
     matched: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     captions: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
     votes: dict[str, Sparse] = field(default_factory=dict)
     languages: dict[str, Counter[str]] = field(default_factory=dict)
     images: Distinct = field(default_factory=Distinct)
@@ -190,6 +192,7 @@ class _Tally:
             "matched": self.matched,
             "images": len(self.images),
             "drops": dict(self.drops),
+            "unknown_languages": dict(self.unknown),
             "captions": dict(self.captions),
             "languages": {lang: {**n, "images": len(self.images_of[lang])} for lang, n in self.languages.items()},
         }
@@ -213,7 +216,10 @@ class _MatchShard:
         """Rows of the shard that match, piece by piece; everything is counted in ``tally``."""
         for rows, drops in iter_captions(shard):
             tally.rows += len(rows) + drops.total()
-            rows = self._known(self._with_language(rows), drops)
+            rows, unknown = in_known_languages(self._with_language(rows), self.languages)
+            if unknown:
+                drops["unknown_language"] += unknown.total()
+                tally.unknown = bounded(tally.unknown + unknown)
             for row in rows["lang"].value_counts().to_pylist():
                 tally.captions[row["values"]] += row["counts"]
             offsets, ids = self._match(rows)
@@ -233,14 +239,6 @@ class _MatchShard:
         texts = rows["text"].to_pylist()
         langs = self.identifier.identify(texts) if texts else []
         return rows.append_column("lang", pa.array(langs, pa.large_string()))
-
-    def _known(self, rows: pa.Table, drops: Counter[str]) -> pa.Table:
-        """Rows in a language that has metadata; a row whose ``lang`` is null has none."""
-        known = pc.is_in(rows["lang"], pa.array(sorted(self.languages), pa.large_string()))
-        unknown = len(rows) - pc.sum(known, min_count=0).as_py()
-        if unknown:
-            drops["unknown_language"] += unknown
-        return rows.filter(known)
 
     def _match(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
         """Entries of every row in CSR form, each language's rows matched together."""

@@ -139,7 +139,7 @@ def is_pure_punctuation(text: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def is_invisible(char: str) -> bool:
-    """Whether the character has neither width nor a meaning of its own: direction marks, joiners, variation selectors."""
+    """Whether the character has neither width nor meaning of its own: direction marks, joiners, variation selectors."""
     return _within(char, _INVISIBLE)
 
 

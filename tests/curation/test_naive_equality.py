@@ -32,7 +32,15 @@ UNSPACED = re.compile(
 INSIDE_WORDS = "'’&+-‐‑·‧׳״־՚՛՜՞"
 POINTED = ("HEBREW ", "ARABIC ", "SYRIAC ", "ETHIOPIC ")
 LONE_MARKS = ("ARABIC TATWEEL", "NKO LAJANYALAN", "ARABIC SMALL WAW", "ARABIC SMALL YEH")
-CHILLUS = {"ക്\u200d": "ൿ", "ണ്\u200d": "ൺ", "ന്\u200d": "ൻ", "ര്\u200d": "ർ", "ല്\u200d": "ൽ", "ള്\u200d": "ൾ", "ত্\u200d": "ৎ"}
+CHILLUS = {
+    "ക്\u200d": "ൿ",
+    "ണ്\u200d": "ൺ",
+    "ന്\u200d": "ൻ",
+    "ര്\u200d": "ർ",
+    "ല്\u200d": "ൽ",
+    "ള്\u200d": "ൾ",
+    "ত্\u200d": "ৎ",
+}
 STRESSES = "\u0300\u0301\u030f\u0311"
 
 Rules = tuple[Callable[[str], str], Callable[[str], str]]

@@ -57,14 +57,16 @@ class Matcher:
         """Build the tables of ``entries``, whose positions are the entry ids.
 
         Raises:
-            UserError: an unknown mode; no, a blank or a repeated entry.
+            UserError: an unknown mode; no, a blank or a repeated entry; or nothing is left of any.
         """
         from mc2_hpc.curation.matching import trie_kernels
 
         check_mode(mode)
         check_entries(entries, "metadata")
-        found = ((position, pattern_or_none(entry, mode)) for position, entry in enumerate(entries))
-        patterns = {position: pattern for position, pattern in found if pattern and can_match(pattern, mode)}
+        found = [pattern_or_none(entry, mode) for entry in entries]
+        if not any(found):
+            raise UserError(f"metadata: entry {entries[0]!r} is blank, and so is every other; remove them")
+        patterns = {position: p for position, p in enumerate(found) if p is not None and can_match(p, mode)}
         whole = [p for p, pattern in patterns.items() if len(pattern) > 1 and pattern[0] == pattern[-1] == " "]
         between_spaces = frozenset(whole)
         other = [p for p in patterns if p not in between_spaces]

@@ -33,7 +33,6 @@ them, and its ``match.json`` records which.
 
 import re
 import unicodedata
-from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
