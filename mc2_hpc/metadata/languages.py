@@ -78,6 +78,7 @@ LANGUAGES: dict[str, Language] = _read_table()
 
 _BY_LID = {label: row.curation for row in LANGUAGES.values() for label in row.lid}
 _BY_ISO = {iso: row.curation for row in LANGUAGES.values() for iso in row.iso}
+_ROW_BY_ISO = {iso: row.code for row in LANGUAGES.values() for iso in row.iso}
 _BY_WORDNET = {wordnet: row.code for row in LANGUAGES.values() for wordnet in row.wordnet}
 _BY_SCRIPT = {("az", "Arab"): "azb", ("ku", "Arab"): "ckb", ("pa", "Arab"): "pnb"}
 """Languages whose Wikipedias differ by script, by the code without one."""
@@ -154,14 +155,15 @@ def curation_code(code: str, *, merge_unknown: bool = False) -> str:
 
 
 def code_of_wordnet(wordnet: str) -> str | None:
-    """Our code for a code of the Open Multilingual Wordnet; None without a row."""
-    return _BY_WORDNET.get(wordnet)
+    """Our code for a code of the Open Multilingual Wordnet, its own or ISO 639-3; None without a row."""
+    return _BY_WORDNET.get(wordnet) or _ROW_BY_ISO.get(wordnet)
 
 
 def code_of_folder(name: str) -> str:
-    """Our code for a folder's name, which may be Wikipedia's subdomain or database prefix too; else the name itself."""
-    code = name.replace("-", "_")
-    return code if code in LANGUAGES else _BY_WIKI.get(code, name)
+    """Our code for a folder's name, which may be Wikipedia's subdomain, its database prefix or ISO 639-3 too, in any
+    case; else the name itself."""
+    code = name.replace("-", "_").lower()
+    return code if code in LANGUAGES else _BY_WIKI.get(code) or _ROW_BY_ISO.get(code, name)
 
 
 def is_spaced(code: str) -> bool:

@@ -82,15 +82,27 @@ def without_stress(text: str) -> str:
     kept = ""
     for char in text:
         base = unicodedata.normalize("NFD", kept[-1:])[:1].lower()
-        if not (char in STRESSES and base and base in "аеєиіоуыэюяѣѧѫѵӕәөүұ"):
+        if kept[-1:] in ("й", "Й") or not (char in STRESSES and base and base in "аеєиіоуъыэюяѣѧѫѵӕәөүұ"):
             kept += char
+    return kept
+
+
+def without_invisible(text: str) -> str:
+    """A non-joiner is a space where the last character that stays is Arabic; all else goes."""
+    kept, last = "", ""
+    for char in text:
+        if char == "\u200c" and ("\u0600" <= last <= "\u06ff" or "\u0750" <= last <= "\u077f"):
+            char = " "
+        if not is_invisible(char):
+            kept += char
+            last = last if is_left_out(char) else "" if is_wrapped(char) else char
     return kept
 
 
 def fixed_text(text: str) -> str:
     for spelling, letter in CHILLUS.items():
         text = text.replace(spelling, letter)
-    text = unicodedata.normalize("NFC", "".join(char for char in text if not is_invisible(char)))
+    text = unicodedata.normalize("NFC", without_invisible(text))
     text = re.sub("([0-9#*])\u20e3", r" \1 ", without_stress(text)).replace("\u20e3", "")
     text = "".join(char for char in text if not is_left_out(char))
     text = re.sub("[\u1361\u2800\u3164\x00-\x1f\x7f-\x9f]", " ", text)
@@ -193,8 +205,8 @@ ALPHABET = (
     "e\u0301é\u0323ñΐб\u0308йא״ב־عرבह्िน้ำไລາမြန်កម្ព\u17d2བོད་犬京々〇ァカガ\u3099ーひㄅ강지\u1100\u1161\u11a8각ﾊﾟ"
     "\U00020000\U0002a700\U00030000\U0002f800\U0001b000😀👩🏽🇩🇪𝐀"
     "\u200c\u200e\u200f\u202b\u2067\u2069\u061c\u034f\U000e0067\U000e0100\x00\x92\u2800\u3164⠁"
-    "\u05b8\u05c1\u0591ש\u064e\u0651\u0654\u0655\u0670ـاويیهܐ\u0711\u0730\u135f\u07fa\u0308\u0327"
-    "а\u0301\u0300\u030f\u0311еёїѐгЕЮവന്രത্5#\u20e3|$©™★ℹ\U0001fae8´"
+    "\u05b8\u05c1\u0591ש\u064e\u0651\u0654\u0655\u0670ـاويیهݐ۱،ܐ\u0711\u0730\u135f\u07fa\u0308\u0327"
+    "ъа\u0301\u0300\u030f\u0311еёїѐгЕЮവന്രത্5#\u20e3|$©™★ℹ\U0001fae8´"
 )
 
 

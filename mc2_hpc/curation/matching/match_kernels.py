@@ -5,7 +5,16 @@ Imported only when needed, as numba is slow.
 
 import numpy as np
 
-from mc2_hpc.curation.matching.rules import ACTION_BITS, INVISIBLE, KEEP, NORMALISE, SPACE, WRAP
+from mc2_hpc.curation.matching.rules import (
+    ACTION_BITS,
+    DROP,
+    INVISIBLE,
+    KEEP,
+    NON_JOINER,
+    NORMALISE,
+    WRAP,
+    after_arabic_letter,
+)
 from mc2_hpc.curation.matching.trie_kernels import (
     BLANK,
     BRANCH,
@@ -69,6 +78,9 @@ def text_flags(data, offsets, actions):
     return flags
 
 
+_is_arabic = inner(after_arabic_letter)
+
+
 @inner
 def _space_out(data, start, stop, actions, collapse, spaced):
     """Write the spaced text of ``data[start:stop]`` into ``spaced``; returns its length."""
@@ -78,10 +90,16 @@ def _space_out(data, start, stop, actions, collapse, spaced):
     while at < stop:
         point, size = _decode(data, at)
         what = actions[point] & ACTION_BITS if point < len(actions) else KEEP
-        if what == SPACE or what == WRAP:
-            if not (collapse and spaced[length - 1] == BLANK):
-                spaced[length] = BLANK
-                length += 1
+        if what == DROP:
+            at += size
+            if point != NON_JOINER or not _is_arabic(np.int64(spaced[length - 1]), np.int64(spaced[length - 2])):
+                continue
+            spaced[length] = BLANK
+            length += 1
+            continue
+        if what != KEEP and not (collapse and spaced[length - 1] == BLANK):
+            spaced[length] = BLANK
+            length += 1
         if what == KEEP or what == WRAP:
             for offset in range(size):
                 spaced[length + offset] = data[at + offset]

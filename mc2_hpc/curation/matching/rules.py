@@ -12,7 +12,8 @@ them, and its ``match.json`` records which.
 
 ``fixed``: the default for new pools; closes the release's holes. Text and entry are first written alike:
     1. Invisible characters vanish: soft hyphen, zero-width space and joiners, direction marks, variation selectors,
-       byte-order mark. Chillus and khanda ta spelt with a joiner become the letters that Unicode has for them.
+       byte-order mark. But a non-joiner after an Arabic letter is a space, as which Persian writers often type it, and
+       chillus and khanda ta spelt with a joiner become the letters that Unicode has for them.
     2. Unicode NFC.
     3. Marks that writers leave out vanish: Hebrew points and cantillation, Arabic and Syriac vowel signs, tatweel,
        Ethiopic gemination; stress marks (acute, grave, and the accents of South Slavic) on Cyrillic vowels. Marks that
@@ -71,6 +72,7 @@ _IN_WORDS = frozenset("'\u2019&-\u2010\u2011\u00b7\u2027\u05f3\u05f4\u05be\u055a
 _ETHIOPIC_WORD_SPACE = "\u1361"
 _KEYCAP = "\u20e3"
 _JOINER = "\u200d"
+NON_JOINER = 0x200C
 _VIRAMA_JOINED = {
     "\u0d15\u0d4d\u200d": "\u0d7f",  # chillus of Malayalam, as they were spelt before Unicode 5.1
     "\u0d23\u0d4d\u200d": "\u0d7a",
@@ -81,7 +83,7 @@ _VIRAMA_JOINED = {
     "\u09a4\u09cd\u200d": "\u09ce",  # khanda ta of Bengali, before Unicode 4.1
 }
 _STRESS_MARKS = "\u0300\u0301\u030f\u0311"
-_CYRILLIC_VOWELS = "аеёєиіїоуўыэюяѐѝѣѧѫѵӑӓӕӗәӛӣӥөӧөӫӭӯӱӳүұ"
+_CYRILLIC_VOWELS = "аеёєиіїоуўъыэюяѐѝѣѧѫѵӑӓӕӗәӛӣӥөӧөӫӭӯӱӳүұ"
 _JOINED_SPELLING = re.compile("|".join(_VIRAMA_JOINED))
 _STRESSED = re.compile(f"(?<=[{_CYRILLIC_VOWELS}{_CYRILLIC_VOWELS.upper()}])[{_STRESS_MARKS}]+")
 _KEYCAPPED = re.compile(f"([0-9#*]){_KEYCAP}")
@@ -117,6 +119,8 @@ def without_invisibles(text: str) -> str:
     """Step 1 of ``fixed``. The table drops these characters too, so it matters only where NFC looks across one."""
     if _JOINER in text:
         text = _JOINED_SPELLING.sub(lambda found: _VIRAMA_JOINED[found[0]], text)
+    if chr(NON_JOINER) in text:
+        text = _spacing_non_joiner().sub(r"\1 ", text)
     return INVISIBLES.sub("", text)
 
 
@@ -182,6 +186,22 @@ def can_match(pattern: str, mode: str) -> bool:
         for at, char in enumerate(pattern)
         if char in _RELEASE_WRAPPED
     )
+
+
+def after_arabic_letter(last: int, before: int) -> bool:
+    """Whether two bytes of UTF-8, ``before`` and ``last``, are a character of the blocks Arabic, Arabic Supplement."""
+    return 0xD8 <= before <= 0xDB or (before == 0xDD and last >= 0x90)
+
+
+@lru_cache(maxsize=1)
+def _spacing_non_joiner() -> re.Pattern[str]:
+    """A letter that :func:`after_arabic_letter` means, with a non-joiner after it and what vanishes in between."""
+    letters, vanishing = [], []
+    for code in (*range(0x600, 0x700), *range(0x750, 0x780)):
+        what = action(chr(code), "fixed")
+        (letters if what == KEEP else vanishing if what == DROP else []).append(chr(code))
+    between = "".join(vanishing) + INVISIBLES.pattern[1:-2]
+    return re.compile(f"([{''.join(letters)}][{between}]*){chr(NON_JOINER)}")
 
 
 @lru_cache(maxsize=len(MODES))
