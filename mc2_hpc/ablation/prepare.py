@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mc2_hpc import jobs
@@ -27,9 +26,11 @@ from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.matched import entries_of, matched_batches, rows_by_language
 from mc2_hpc.curation.pack import plan_pack
 from mc2_hpc.curation.pool.captions import iter_captions, list_pool
+from mc2_hpc.curation.pool.language_codes import NO_CODE, in_known_languages
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries
+from mc2_hpc.metadata.languages import known_code
 from mc2_hpc.shard_paths import list_shards
 from mc2_hpc.storage import atomic_path, is_complete, mark_complete, read_json, write_json
 
@@ -132,16 +133,16 @@ def _pool_view(pool: Path, folder: Path, languages: list[str], relabel: bool) ->
         table = pq.read_table(shard.captions)
         if "lang" not in table.column_names:
             raise UserError(f"{shard.captions}: no column 'lang', so its languages cannot be told apart")
-        found.update(table["lang"].unique().to_pylist())
+        found.update(lang or NO_CODE for lang in table["lang"].unique().to_pylist())
         if languages:
-            table = table.filter(pc.is_in(table["lang"], pa.array(languages)))
+            table, _ = in_known_languages(table, languages)
         if relabel:
             place = table.column_names.index("lang")
             table = table.set_column(place, "lang", pa.array([ENGLISH] * len(table), pa.string()))
         with atomic_path(folder / f"{shard.name}.parquet") as temporary:
             pq.write_table(table, temporary)
         _link(shard.images, folder / f"{shard.name}.tar")
-    missing = [lang for lang in languages if lang not in found]
+    missing = sorted(set(languages) - {known_code(code, languages) for code in found})
     if missing:
         raise UserError(f"{pool}: no caption in language {missing[0]!r}; there are {', '.join(sorted(found))}")
     return folder

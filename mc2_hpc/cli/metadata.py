@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a cap of the recipe: unigrams, unigram_share, bigrams, bigram_share, titles, title_share ...",
+        help="change a cap of the recipe: unigrams, unigram_share, unigram_min_count, bigrams, bigram_share, "
+        "bigram_min_pmi, titles, title_share, title_min_views",
     )
     build.set_defaults(action=_build)
     fetch = actions.add_parser("fetch", help="download dumps and page views, going on where it broke off")
@@ -58,10 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     from mc2_hpc.metadata.build import Caps, build_folder
     from mc2_hpc.metadata.pageviews import MIN_HOURLY_VIEWS
-    from mc2_hpc.metadata.sources import choose_languages, find_sources
+    from mc2_hpc.metadata.shortfalls import shortfalls
+    from mc2_hpc.metadata.sources import choose_languages, find_sources, group_by_curation
     from mc2_hpc.terminal import progress
 
-    known: dict[str, Any] = {entry.name: type(entry.default) for entry in dataclasses.fields(Caps)}
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(Caps)}
+    known: dict[str, Any] = {name: float if value is None else type(value) for name, value in defaults.items()}
     caps: dict[str, Any] = {}
     for word in arguments.cap:
         name, _, value = word.partition("=")
@@ -94,6 +98,8 @@ def _build(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             progress=report,
         )
+    for line in shortfalls(card, group_by_curation(sources, merge_unknown=arguments.merge_unknown)):
+        print(line, file=sys.stderr)
     print(json.dumps(card, indent=2, ensure_ascii=False))
     return 0
 

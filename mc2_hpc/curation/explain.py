@@ -15,12 +15,13 @@ from mc2_hpc.balancing.selection import keep_probability
 from mc2_hpc.curation.filters import filtered_as, recorded_filters
 from mc2_hpc.curation.matched import planned_settings, tables_folder
 from mc2_hpc.curation.matching.matcher import Matcher, is_saved
-from mc2_hpc.curation.matching.rules import check_mode, entry_pattern, spaced_text
+from mc2_hpc.curation.matching.rules import check_mode, entry_pattern, mode_settings, pattern_or_none, spaced_text
 from mc2_hpc.curation.pool.language_id import FastLangdetect, LanguageIdentifier
 from mc2_hpc.draws import hash_keys, uniform
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries
+from mc2_hpc.metadata.languages import known_code
 from mc2_hpc.storage import file_sha256
 
 _NEAR_MISSES = 5
@@ -97,7 +98,7 @@ def explain(
     """Follow one caption through matching and balancing.
 
     Args:
-        lang: of the caption; identified where not given.
+        lang: of the caption, by any code that a pool may have; identified where not given.
         mode: matching rules; by default those of ``matched``, else of ``balance``, else ``fixed``.
         matched: a matched pool of this metadata: its settings and filters count, and its matcher tables need not be
             built.
@@ -119,6 +120,7 @@ def explain(
     if lang is None:
         identifier = identifier or FastLangdetect()
         (lang,), lang_from = identifier.identify([caption]), identifier.name
+    lang = known_code(lang, languages) or lang
     text = spaced_text(_encodable(caption), mode)
     unknown = None if lang in languages else Drop.LANGUAGE_UNKNOWN
     drop_reason: str | None = Drop.CAPTION_EMPTY if not caption.strip() else unknown
@@ -177,6 +179,10 @@ def _check_source(name: str | Path | None, source: dict[str, Any] | None, path: 
         raise UserError(
             f"{name}: was made in mode {source['mode']}, not {mode}; name that mode or leave this folder out"
         )
+    if "sources" not in source and source.get("matching_rules") != mode_settings(mode).get("matching_rules"):
+        raise UserError(
+            f"{name}: was matched by an older edition of mode {mode}; match the pool again, or leave it out"
+        )
 
 
 def _encodable(caption: str) -> str:
@@ -233,7 +239,8 @@ def _near_misses(caption: str, text: str, entries: Sequence[str], mode: str) -> 
         alike = entries[number].casefold()
         if alike not in folded and alike not in folded_text:
             return False  # most entries: their patterns need not be made
-        return entry_pattern(entries[number], mode).casefold() in folded_text
+        pattern = pattern_or_none(entries[number], mode)
+        return pattern is not None and pattern.casefold() in folded_text
 
     def inside_a_word(number: int) -> bool:
         return len(entries[number]) >= _SHORTEST_PART and entries[number] in caption

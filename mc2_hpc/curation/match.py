@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
@@ -27,10 +26,11 @@ from mc2_hpc.curation.matched import (
     tables_folder,
     write_matched_batches,
 )
-from mc2_hpc.curation.matching.matcher import LAST_SAVED, Matcher
-from mc2_hpc.curation.matching.rules import check_mode
+from mc2_hpc.curation.matching.matcher import LAST_SAVED, Matcher, is_saved
+from mc2_hpc.curation.matching.rules import check_mode, mode_settings
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.distinct import Distinct
+from mc2_hpc.curation.pool.language_codes import bounded, in_known_languages
 from mc2_hpc.curation.pool.language_id import DEFAULT_IDENTIFIER, LanguageIdentifier, make_identifier
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
@@ -64,7 +64,8 @@ def plan_match(
 
     Returns:
         stages, and as their result counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason,
-        ``captions`` (usable ones, by language) and ``languages``
+        ``unknown_languages`` (captions by the code they have, a few dozen codes per shard), ``captions`` (usable ones,
+        by language) and ``languages``
 
     Raises:
         UserError: bad pool, metadata, settings or filters.
@@ -76,7 +77,7 @@ def plan_match(
     shards = {shard.name: shard for shard in list_pool(pool)}
     languages = metadata_files(Path(metadata).absolute())
     settings = {
-        "mode": mode,
+        **mode_settings(mode),
         "metadata": {lang: file_sha256(path) for lang, path in languages.items()},
         "language_id": make_identifier(language_id).name,
     }
@@ -103,6 +104,10 @@ class BuildTables:
     out: Path
     mode: str
 
+    def is_current(self, lang: str) -> bool:
+        """Whether the tables are of this version."""
+        return is_saved(tables_folder(self.out, lang))
+
     def __call__(self, lang: str, path: Path) -> None:
         entries = read_entries(path)
         try:
@@ -125,6 +130,7 @@ class _Tally:
     matched: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     captions: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
     votes: dict[str, Sparse] = field(default_factory=dict)
     languages: dict[str, Counter[str]] = field(default_factory=dict)
     images: Distinct = field(default_factory=Distinct)
@@ -148,6 +154,7 @@ class _Tally:
             "matched": self.matched,
             "images": len(self.images),
             "drops": dict(self.drops),
+            "unknown_languages": dict(self.unknown),
             "captions": dict(self.captions),
             "languages": {lang: {**n, "images": len(self.images_of[lang])} for lang, n in self.languages.items()},
         }
@@ -180,7 +187,10 @@ class MatchShard:
         """Rows of the shard that match, piece by piece; everything is counted in ``tally``."""
         for rows, drops in iter_captions(shard):
             tally.rows += len(rows) + drops.total()
-            rows = self._known(self._with_language(rows), drops)
+            rows, unknown = in_known_languages(self._with_language(rows), self.languages)
+            if unknown:
+                drops[Drop.LANGUAGE_UNKNOWN] += unknown.total()
+                tally.unknown = bounded(tally.unknown + unknown)
             rows = apply_filters(self._filters, rows, drops)
             for row in rows["lang"].value_counts().to_pylist():
                 tally.captions[row["values"]] += row["counts"]
@@ -201,14 +211,6 @@ class MatchShard:
         texts = rows["text"].to_pylist()
         langs = self._identifier.identify(texts) if texts else []
         return rows.append_column("lang", pa.array(langs, pa.large_string()))
-
-    def _known(self, rows: pa.Table, drops: Counter[str]) -> pa.Table:
-        """Rows in a language that has metadata; a row whose ``lang`` is null has none."""
-        known = pc.is_in(rows["lang"], pa.array(sorted(self.languages), pa.large_string()))
-        unknown = len(rows) - pc.sum(known, min_count=0).as_py()
-        if unknown:
-            drops[Drop.LANGUAGE_UNKNOWN] += unknown
-        return rows.filter(known)
 
     def _match(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
         """Entries of every row in CSR form, each language's rows matched together."""

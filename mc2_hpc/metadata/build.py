@@ -6,6 +6,7 @@ first. Same inputs give the same bytes, on any number of processes.
 """
 
 import hashlib
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,9 +19,10 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.counting import count_corpus
 from mc2_hpc.metadata.files import CARD, check_entries, read_entries, write_entries
 from mc2_hpc.metadata.languages import is_spaced
+from mc2_hpc.metadata.lemmas import LemmaTally
 from mc2_hpc.metadata.ngrams import read_lines
 from mc2_hpc.metadata.pageviews import MIN_HOURLY_VIEWS, count_views, rank_titles
-from mc2_hpc.metadata.scripts import is_pure_punctuation, is_unspaced
+from mc2_hpc.metadata.scripts import is_pure_marks, is_unspaced
 from mc2_hpc.metadata.segmenters import choose_segmenter, segmenter_versions
 from mc2_hpc.metadata.sources import Sources, group_by_curation
 from mc2_hpc.metadata.wordnet import read_lemmas
@@ -43,17 +45,23 @@ class Caps:
     bigrams: int = 100_646
     bigram_share: float = 0.40
     """Of the unigrams that may be added."""
+    bigram_min_pmi: float | None = None
+    """In bits, below which a pair is left out; MetaCLIP 1's English list asks for 30. None: as the score has it."""
     titles: int = 61_235
     title_share: float = 0.76
     """Of the distinct titles that pass the filters."""
+    title_min_views: int = 0
+    """Of the titles whose views are known, in all; MetaCLIP 1's English list asks for 70."""
 
     def __post_init__(self) -> None:
-        for name in ("unigrams", "bigrams", "titles", "unigram_min_count"):
+        for name in ("unigrams", "bigrams", "titles", "unigram_min_count", "title_min_views"):
             if getattr(self, name) < 0:
                 raise UserError(f"caps.{name}={getattr(self, name)}: must be at least 0")
         for name in ("unigram_share", "bigram_share", "title_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"caps.{name}={getattr(self, name)}: must lie in [0, 1]")
+        if self.bigram_min_pmi is not None and not math.isfinite(self.bigram_min_pmi):
+            raise UserError(f"caps.bigram_min_pmi={self.bigram_min_pmi}: must be a finite number")
 
 
 @dataclass
@@ -82,6 +90,7 @@ def build_metadata(
     views: Mapping[str, int] | None = None,
     workers: Workers | None = None,
     told: Callable[[int, str], None] | None = None,
+    lemmas: LemmaTally | None = None,
 ) -> tuple[list[str], dict[str, int]]:
     """Entries of ``lang`` in id order, and how many each source added.
 
@@ -90,6 +99,7 @@ def build_metadata(
         segmenter: name in :mod:`mc2_hpc.metadata.segmenters`; by default the language's own.
         views: of its titles, for sources without a file of titles.
         told: see :func:`mc2_hpc.metadata.counting.count_corpus`.
+        lemmas: counts those of the wordnet that had markup.
 
     Raises:
         UserError: a source cannot be read, or nothing at all came of them.
@@ -102,16 +112,18 @@ def build_metadata(
     merged.add("numbers", (str(number) for number in range(100)) if sources.numbers else ())
     merged.add("number_names", _clean(_number_names(lang)) if sources.number_names else ())
     for path in sources.wordnet:
-        merged.add("wordnet", _clean(read_lemmas(lang, path)))
+        merged.add("wordnet", _clean(read_lemmas(lang, path, lemmas)))
     if sources.corpus:
         counts = count_corpus(sources.corpus, lang, segmenter or choose_segmenter(lang, {}), workers, told)
         unigrams = list(_clean(counts.rank_unigrams(caps.unigram_min_count)))
         unigram_cap = min(caps.unigrams, _share(caps.unigram_share, len(unigrams)))
         merged.add("unigrams", unigrams, unigram_cap)
-        bigrams = _clean(_join(lang, *pair) for pair in counts.rank_bigrams())
+        bigrams = _clean(_join(lang, *pair) for pair in counts.rank_bigrams(caps.bigram_min_pmi))
         merged.add("bigrams", bigrams, min(caps.bigrams, _share(caps.bigram_share, unigram_cap)))
     if sources.titles or views:
-        titles = list(dict.fromkeys(_clean(_titles(sources.titles) if sources.titles else rank_titles(views or {}))))
+        least = caps.title_min_views
+        ranked = _titles(sources.titles, least) if sources.titles else rank_titles(views or {}, least)
+        titles = list(dict.fromkeys(_clean(ranked)))
         merged.add("titles", titles, min(caps.titles, _share(caps.title_share, len(titles))))
     entries = list(merged.entries)
     check_entries(entries, f"metadata of {lang!r}")
@@ -202,9 +214,20 @@ class _Build:
             facts["segmenter"] = {"name": segmenter, "versions": segmenter_versions(segmenter)}
         if views is not None:
             facts["pageviews"] = self.views_facts
+        lemmas = LemmaTally()
         entries, facts["by_source"] = build_metadata(
-            code, sources, self.caps, segmenter=segmenter, views=views, workers=self.workers, told=self._count_texts
+            code,
+            sources,
+            self.caps,
+            segmenter=segmenter,
+            views=views,
+            workers=self.workers,
+            told=self._count_texts,
+            lemmas=lemmas,
         )
+        facts["lacks"] = sources.lacks(views=bool(views))
+        if sources.wordnet:
+            facts["lemmas"] = asdict(lemmas)
         facts["files"] = _hashes(sources.files())
         return entries, facts
 
@@ -251,9 +274,9 @@ def _share(share: float, count: int) -> int:
 
 
 def _clean(candidates: Iterable[str]) -> Iterator[str]:
-    """The candidates, stripped, without the empty, the over-long and the purely punctuational."""
+    """The candidates, stripped, without the empty, the over-long and those of nothing but marks."""
     stripped = (candidate.strip() for candidate in candidates)
-    return (c for c in stripped if c and len(c) <= _MAX_CHARS and not is_pure_punctuation(c))
+    return (c for c in stripped if c and len(c) <= _MAX_CHARS and not is_pure_marks(c))
 
 
 def _join(lang: str, first: str, second: str) -> str:
@@ -272,13 +295,13 @@ def _number_names(lang: str) -> list[str]:
     return [num2words(number, lang=lang) for number in range(100)]
 
 
-def _titles(path: Path) -> Sequence[str]:
+def _titles(path: Path, min_views: int) -> Sequence[str]:
     """Titles outside of namespaces (no ``:``), most viewed first; those without a number of views keep their order."""
     ranked: list[tuple[int, int, str]] = []
     for number, line in enumerate(read_lines(path), start=1):
         title, tab, views = line.partition("\t")
         if tab and not views.strip().isdecimal():
             raise UserError(f"{path}: line {number}: {views!r} is not a number of views; write title<TAB>views")
-        if ":" not in title:
+        if ":" not in title and not (tab and int(views) < min_views):
             ranked.append((-int(views) if tab else 0, number, title.replace("_", " ")))
     return [title for _, _, title in sorted(ranked)]

@@ -13,8 +13,10 @@ It is the row's own code, except for
 Those are merged into the language named in the column ``curation``.
 """
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 OTHER = "other"
@@ -76,7 +78,10 @@ LANGUAGES: dict[str, Language] = _read_table()
 
 _BY_LID = {label: row.curation for row in LANGUAGES.values() for label in row.lid}
 _BY_ISO = {iso: row.curation for row in LANGUAGES.values() for iso in row.iso}
+_ROW_BY_ISO = {iso: row.code for row in LANGUAGES.values() for iso in row.iso}
 _BY_WORDNET = {wordnet: row.code for row in LANGUAGES.values() for wordnet in row.wordnet}
+_BY_SCRIPT = {("az", "Arab"): "azb", ("ku", "Arab"): "ckb", ("pa", "Arab"): "pnb"}
+"""Languages whose Wikipedias differ by script, by the code without one."""
 _BY_WIKI = {row.wiki: row.code for row in LANGUAGES.values()}
 
 
@@ -95,6 +100,48 @@ def code_of_lid(label: str) -> str:
     return _BY_ISO.get(iso, label) if not script or (len(script) == 4 and script.istitle()) else label
 
 
+@lru_cache(maxsize=1 << 12)
+def code_of_tag(tag: str) -> str | None:
+    """Curation language that a code names in any system in use; None for a code that names no row.
+
+    Read are, in any case, with hyphens or underscores: our own codes and the labels of :func:`code_of_lid`; BCP 47
+    (``zh-Hant-HK``, ``pt-BR``, ``iw``); ISO 639-1, 639-2 (``ger``) and 639-3; FLORES (``eng_Latn``); POSIX locales
+    (``pt_BR.UTF-8``). Region and variant do not matter, and a script only where each has a Wikipedia of its own.
+    """
+    tag = re.split("[.@]", tag.strip(), maxsplit=1)[0]
+    plain = code_of_lid(tag.lower().replace("-", "_"))
+    if plain in LANGUAGES:
+        return plain
+    from langcodes import Language as Tag  # here: most pools are written in our codes
+    from langcodes import LanguageTagError
+
+    try:
+        written, standard = Tag.get(tag, normalize=False), Tag.get(tag)
+    except LanguageTagError:
+        return None
+    names = [*(written.extlangs or ()), written.language, standard.language, standard.prefer_macrolanguage().language]
+    for name in filter(None, names):
+        code = _BY_ISO.get(name) or code_of_lid(name)
+        if code in LANGUAGES:
+            return _BY_SCRIPT.get((code, standard.script or ""), code)
+    return None
+
+
+def known_code(tag: str | None, known: Collection[str]) -> str | None:
+    """The language of ``known``, a metadata folder's, that a pool's ``tag`` means; None where it is not among them.
+
+    A tag that is in ``known`` as it stands is itself, so that languages without a row need no code of ours. One without
+    a file is :data:`OTHER`'s, if there is that file and lid.176 does not know the language.
+    """
+    if tag is None or tag in known:
+        return tag
+    code = code_of_tag(tag)
+    if code is None or code in known:
+        return code
+    merged = curation_code(code, merge_unknown=True)
+    return merged if merged in known else None
+
+
 def curation_code(code: str, *, merge_unknown: bool = False) -> str:
     """Curation language of a Wikipedia code; a code without a row is its own.
 
@@ -108,14 +155,15 @@ def curation_code(code: str, *, merge_unknown: bool = False) -> str:
 
 
 def code_of_wordnet(wordnet: str) -> str | None:
-    """Our code for a code of the Open Multilingual Wordnet; None without a row."""
-    return _BY_WORDNET.get(wordnet)
+    """Our code for a code of the Open Multilingual Wordnet, its own or ISO 639-3; None without a row."""
+    return _BY_WORDNET.get(wordnet) or _ROW_BY_ISO.get(wordnet)
 
 
 def code_of_folder(name: str) -> str:
-    """Our code for a folder's name, which may be Wikipedia's subdomain or database prefix too; else the name itself."""
-    code = name.replace("-", "_")
-    return code if code in LANGUAGES else _BY_WIKI.get(code, name)
+    """Our code for a folder's name, which may be Wikipedia's subdomain, its database prefix or ISO 639-3 too, in any
+    case; else the name itself."""
+    code = name.replace("-", "_").lower()
+    return code if code in LANGUAGES else _BY_WIKI.get(code) or _ROW_BY_ISO.get(code, name)
 
 
 def is_spaced(code: str) -> bool:

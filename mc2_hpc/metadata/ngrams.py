@@ -145,8 +145,12 @@ class NgramCounts:
         """Words seen at least ``min_count`` times, most frequent first; equal counts in code-point order."""
         return [w for _, w in sorted((-count, word) for word, count in self.unigrams().items() if count >= min_count)]
 
-    def rank_bigrams(self) -> Iterator[tuple[str, str]]:
-        """Word pairs with a positive score (module docstring), best first; equal scores in code-point order."""
+    def rank_bigrams(self, min_pmi: float | None = None) -> Iterator[tuple[str, str]]:
+        """Word pairs with a positive score (module docstring), best first; equal scores in code-point order.
+
+        Args:
+            min_pmi: in bits (PMI to base 2), below which a pair is left out.
+        """
         pairs, both = self._merged_pairs()
         if not len(pairs):
             return
@@ -154,9 +158,11 @@ class NgramCounts:
         pmi = np.log(both) + np.log(self._unigrams.sum())
         pmi -= log_unigrams[pairs >> _SHIFT]
         pmi -= log_unigrams[pairs & _LOW]
-        pmi -= np.percentile(pmi, 30)
-        score = np.round((both + 1.0) ** 0.7 * pmi, _DECIMALS)
-        best = np.flatnonzero(score > 0)
+        score = np.round((both + 1.0) ** 0.7 * (pmi - np.percentile(pmi, 30)), _DECIMALS)
+        wanted = score > 0
+        if min_pmi is not None:
+            wanted &= np.round(pmi / np.log(2), _DECIMALS) >= min_pmi
+        best = np.flatnonzero(wanted)
         best = best[np.argsort(-score[best], kind="stable")]
         words = list(self._ids)
         for _, tied in groupby(best, key=score.__getitem__):

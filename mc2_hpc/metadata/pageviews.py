@@ -52,9 +52,9 @@ def count_views(
     return total
 
 
-def rank_titles(views: Mapping[str, int]) -> list[str]:
-    """Titles, most viewed first; equal views in code-point order."""
-    return [title for _, title in sorted((-count, title) for title, count in views.items())]
+def rank_titles(views: Mapping[str, int], min_views: int = 0) -> list[str]:
+    """Titles with at least ``min_views`` in all, most viewed first; equal views in code-point order."""
+    return [title for _, title in sorted((-count, title) for title, count in views.items() if count >= min_views)]
 
 
 def _count_file(path: Path, domains: Mapping[bytes, str], min_views: int) -> dict[str, dict[str, int]]:

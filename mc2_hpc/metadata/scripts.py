@@ -3,6 +3,7 @@
 The code-point ranges of the released rules ("compat") and of ours are both here, side by side.
 """
 
+import re
 import string
 import unicodedata
 from functools import lru_cache
@@ -47,7 +48,57 @@ _ALSO_UNSPACED: _Ranges = (
     (0x2F800, 0x2FA1F),  # compatibility ideographs supplement
     (0x30000, 0x323AF),  # extensions G, H
 )
+_INVISIBLE: _Ranges = (
+    (0x00AD, 0x00AD),  # soft hyphen
+    (0x034F, 0x034F),  # combining grapheme joiner
+    (0x061C, 0x061C),  # Arabic letter mark
+    (0x17B4, 0x17B5),  # Khmer inherent vowels, which no font shows
+    (0x180B, 0x180F),  # Mongolian variation selectors and vowel separator
+    (0x200B, 0x200F),  # zero-width space, non-joiner, joiner; direction marks
+    (0x202A, 0x202E),  # direction embeddings and overrides
+    (0x2060, 0x206F),  # word joiner, invisible operators, direction isolates
+    (0xFE00, 0xFE0F),  # variation selectors
+    (0xFEFF, 0xFEFF),  # byte-order mark
+    (0xFFF0, 0xFFFB),  # interlinear annotation
+    (0x1BCA0, 0x1BCA3),  # shorthand controls
+    (0x1D173, 0x1D17A),  # musical controls
+    (0xE0000, 0xE0FFF),  # tags, variation selectors of ideographs
+)
+_OPTIONAL: _Ranges = (
+    (0x0591, 0x05BD),  # Hebrew cantillation and points; the maqaf, U+05BE, is a hyphen
+    (0x05BF, 0x05BF),  # rafe
+    (0x05C1, 0x05C2),  # shin and sin dots
+    (0x05C4, 0x05C5),  # dots of manuscripts
+    (0x05C7, 0x05C7),  # qamats qatan
+    (0xFB1E, 0xFB1E),  # varika
+    (0x0610, 0x061A),  # Arabic honorifics, small vowels of the Quran
+    (0x0640, 0x0640),  # tatweel
+    (0x064B, 0x065F),  # harakat; of hamza and madda what NFC has not joined to a letter (the ezafe of Persian)
+    (0x0670, 0x0670),  # superscript alef
+    (0x06D6, 0x06DC),  # marks of the Quran, in four ranges
+    (0x06DF, 0x06E8),
+    (0x06EA, 0x06ED),
+    (0x08D3, 0x08E1),
+    (0x0898, 0x089F),  # Arabic vowels and marks of later editions of Unicode
+    (0x08CA, 0x08D2),
+    (0x08E3, 0x08FF),
+    (0x10EFD, 0x10EFF),
+    (0x0711, 0x0711),  # Syriac superscript alaph
+    (0x0730, 0x074A),  # Syriac points
+    (0x07FA, 0x07FA),  # lajanyalan, the tatweel of N'Ko, whose tones are letters' parts
+    (0x135D, 0x135F),  # Ethiopic gemination and length
+)
+_PICTOGRAPHS: _Ranges = (
+    (0x2139, 0x2139),  # the information sign, a letter to Unicode
+    (0x1F000, 0x1FAFF),  # the blocks of emoji, with those to come
+)
+_BLANK_SYMBOLS = frozenset("\u2800\u3164")
+"""Braille and hangul characters that show as a space and are used as one."""
+_BRAILLE: _Ranges = ((0x2801, 0x28FF),)
 _RELEASE_PUNCTUATION = frozenset(string.punctuation + "，。、；：？！“”‘’（）【】《》〈〉「」『』～—")
+
+INVISIBLES = re.compile("[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in _INVISIBLE) + "]+")
+"""Runs of characters that :func:`is_invisible` is true of."""
 
 
 def _within(char: str, ranges: _Ranges) -> bool:
@@ -84,3 +135,43 @@ def is_punctuation(char: str) -> bool:
 def is_pure_punctuation(text: str) -> bool:
     """Whether nothing but punctuation and symbols is in ``text`` (true for the empty string)."""
     return all(is_punctuation(char) for char in text)
+
+
+@lru_cache(maxsize=1 << 16)
+def is_invisible(char: str) -> bool:
+    """Whether the character has neither width nor meaning of its own: direction marks, joiners, variation selectors."""
+    return _within(char, _INVISIBLE)
+
+
+@lru_cache(maxsize=1 << 16)
+def is_optional_mark(char: str) -> bool:
+    """Whether writers leave the mark out where it is no dictionary or scripture: points of Hebrew, Arabic and Syriac,
+    tatweel, Ethiopic gemination.
+
+    Asked of text in NFC, so that hamza and madda are parts of their letters. The marks of all other scripts are parts
+    of letters: vowels of Indic scripts, Thai and Thaana, tones of Vietnamese and N'Ko, dakuten.
+    """
+    return _within(char, _OPTIONAL)
+
+
+@lru_cache(maxsize=1 << 16)
+def is_blank(char: str) -> bool:
+    """Whether the character shows as a space, or is a control character, which stands for one."""
+    return char.isspace() or char in _BLANK_SYMBOLS or unicodedata.category(char) == "Cc"
+
+
+@lru_cache(maxsize=1 << 16)
+def is_symbol(char: str) -> bool:
+    """Whether the character is no part of a word: emoji, arrows, ``|``, currency and trade marks.
+
+    Not so are ``+`` ("C++", "A+"), spacing accents, which are typed for an apostrophe, and the letters of Braille.
+    """
+    if _within(char, _PICTOGRAPHS):
+        return True
+    category = unicodedata.category(char)
+    return category[0] == "S" and category != "Sk" and char != "+" and not _within(char, _BRAILLE)
+
+
+def is_pure_marks(text: str) -> bool:
+    """Whether no word is in ``text``: punctuation, symbols, spaces, marks and invisible characters alone."""
+    return all(is_punctuation(char) or is_invisible(char) or is_optional_mark(char) or is_blank(char) for char in text)

@@ -12,7 +12,7 @@
         *-pages-articles*.xml.bz2        Wikipedia dumps
         titles.txt                       titles, one a line, as `title` or `title<TAB>views`
         metadata.json                    entries that are taken as they are; then nothing else may be there
-      wordnet/**/wn-data-<code>.tab      wordnets of any language, for every folder without one of its own
+      **/wn-data-<code>.tab[.gz]         wordnets of any language, for those without one in their own folder
       pageviews/pageviews-*.gz           hourly page views, for every folder without titles.txt
 """
 
@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.metadata.languages import code_of_folder, code_of_wordnet, curation_code
-from mc2_hpc.metadata.wordnet import TAB_FILE, WNDB_FILES, wordnet_files
+from mc2_hpc.metadata.languages import code_of_folder, curation_code
+from mc2_hpc.metadata.wordnet import WNDB_FILES, owner_of, wordnet_files
 
 PAGEVIEWS, WORDNET, READY = "pageviews", "wordnet", "metadata.json"
 
@@ -46,6 +46,13 @@ class Sources:
     ready: Path | None = None
     """A metadata file whose entries are taken as they are, in place of everything else."""
 
+    def lacks(self, *, views: bool = False) -> list[str]:
+        """The kinds of source that are missing; ``views`` says that the page views have titles of this language."""
+        if self.ready is not None:
+            return []
+        have = {"wordnet": self.wordnet, "corpus": self.corpus, "titles": self.titles or views}
+        return [kind for kind, there in have.items() if not there]
+
     def files(self) -> list[Path]:
         """Every file that is read for this language alone."""
         if self.ready is not None:
@@ -63,32 +70,41 @@ def find_sources(folder: str | Path, *, number_names: bool = False) -> dict[str,
     folder = Path(folder)
     names = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     languages = [path for path in names if path.name not in (PAGEVIEWS, WORDNET) and not path.name.startswith(".")]
-    if not languages:
-        raise UserError(f"{folder}: no language folders there; expected <lang>/corpus.txt, wordnet.txt, titles.txt")
     pageviews = tuple(sorted((folder / PAGEVIEWS).glob("pageviews-*.gz")))
     shared: dict[str, list[Path]] = {}
-    for path in sorted((folder / WORDNET).rglob("wn-data-*.tab*")):
-        match = TAB_FILE.fullmatch(path.name)
-        if match and (code := code_of_wordnet(match[1])):
+    tabs = [path for path in sorted(folder.rglob("wn-data-*.tab*")) if not _is_hidden(path.relative_to(folder))]
+    for path in tabs:
+        if code := owner_of(path):
             shared.setdefault(code, []).append(path)
     found: dict[str, Sources] = {}
     for path in languages:
         code = code_of_folder(path.name)
+        sources = _sources_in(path, code)
+        if not sources.files() and any(tab.is_relative_to(path) for tab in tabs):
+            continue  # a folder of wordnets
         if code in found:
             raise UserError(f"{path}: a second folder for {code!r}; join the two")
-        sources = replace(_sources_in(path), number_names=number_names, pageviews=pageviews)
-        if not sources.wordnet and sources.ready is None:
-            sources = replace(sources, wordnet=tuple(shared.get(code, ())))
         found[code] = sources
-    return found
+    for code, wordnets in shared.items():
+        sources = found.setdefault(code, Sources())
+        if not sources.wordnet and sources.ready is None:
+            found[code] = replace(sources, wordnet=tuple(wordnets))
+    if not found:
+        raise UserError(f"{folder}: no language folders there; expected <lang>/corpus.txt, wordnet.txt, titles.txt")
+    return {code: replace(found[code], number_names=number_names, pageviews=pageviews) for code in sorted(found)}
 
 
-def _sources_in(folder: Path) -> Sources:
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _sources_in(folder: Path, code: str) -> Sources:
     def optional(path: Path) -> Path | None:
         return path if path.is_file() else None
 
     names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     wordnet = [p for p in names if p.name == "wordnet.txt" or p.name.removesuffix(".gz").endswith((".tab", ".xml"))]
+    wordnet = [p for p in wordnet if owner_of(p) in (None, code)]  # a tab file goes by its name, wherever it lies
     if (folder / WORDNET).is_dir():
         missing = [name for name in WNDB_FILES if not (folder / WORDNET / name).is_file()]
         if missing:

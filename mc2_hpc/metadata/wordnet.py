@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import LANGUAGES, code_of_wordnet
+from mc2_hpc.metadata.lemmas import LemmaTally
 from mc2_hpc.metadata.ngrams import read_lines
 
 TAB_FILE = re.compile(r"wn-(?:data|wikt|cldr|nodia)-([a-z]{3})\.tab(?:\.gz)?")
@@ -23,10 +24,14 @@ _PLUS_JOINS = ("zh", "ja", "fr")
 _ADJECTIVE_POSITION = re.compile(r"\((?:a|p|ip)\)$")
 
 
-def read_lemmas(lang: str, path: str | Path) -> Iterator[str]:
+def read_lemmas(lang: str, path: str | Path, tally: LemmaTally | None = None) -> Iterator[str]:
     """Lemmas of a wordnet file or folder in its order, repeated where it repeats them, ``_`` replaced by a space.
 
-    The name tells the form: ``*.tab[.gz]``, ``*.xml[.gz]``, a folder of WNDB's ``data.*``, else a word list.
+    The name tells the form: ``*.tab[.gz]``, ``*.xml[.gz]``, a folder of WNDB's ``data.*``, else a word list. Markup is
+    cleaned away, see :mod:`mc2_hpc.metadata.lemmas`.
+
+    Args:
+        tally: counts the lemmas that had markup.
 
     Raises:
         UserError: it cannot be read, a line is not of its form (named), or it is another language's.
@@ -41,9 +46,16 @@ def read_lemmas(lang: str, path: str | Path) -> Iterator[str]:
         lemmas = _lmf(path)
     else:
         lemmas = read_lines(path)
+    tally = LemmaTally() if tally is None else tally
     for lemma in lemmas:
         lemma = lemma.replace("_", " ")
-        yield lemma.replace("+", "") if lang in _PLUS_JOINS else lemma
+        yield from tally.words(lemma.replace("+", "") if lang in _PLUS_JOINS else lemma)
+
+
+def owner_of(path: Path) -> str | None:
+    """Our code of the language that the name of an Open Multilingual Wordnet file tells; None for other names."""
+    match = TAB_FILE.fullmatch(path.name)
+    return code_of_wordnet(match[1]) if match else None
 
 
 def wordnet_files(path: Path) -> list[Path]:
@@ -56,8 +68,7 @@ def _tab(lang: str, path: Path) -> Iterator[str]:
 
     OMW's codes are its own: a file of another language is refused, as ``wn-data-als.tab``, Albanian, is for Alemannic.
     """
-    match = TAB_FILE.fullmatch(path.name)
-    owner = code_of_wordnet(match[1]) if match else None
+    owner = owner_of(path)
     if owner is not None and owner != lang:
         raise UserError(f"{path}: the wordnet of {LANGUAGES[owner].name}; move it to the folder {owner}/")
     for number, line in enumerate(read_lines(path), start=1):

@@ -1,6 +1,7 @@
 """The matcher equals a naive scan by the rules, in both modes, built or loaded."""
 
 import itertools
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from mc2_hpc.curation.matching.rules import MODES, entry_pattern, spaced_text
 from mc2_hpc.errors import UserError
 
 ALPHABET = "ab .,!'-+\t\n\u00a0\u200b\u3000e\u0301é犬京カメ강지ไทก\u1100\u1161\U00020000😀«»"
+ALPHABET += "\u200d\u200f\ufe0f\u05b8ש\u064b\u0654ـاа\u20e35\U000e0100"
 words = st.text(alphabet=ALPHABET, min_size=1, max_size=7)
 
 
@@ -189,6 +191,25 @@ def test_bad_entries():
 def test_entries_written_alike_give_the_match_to_the_first():
     assert rows(Matcher.build(["U. S.", "U.S."]).match(["U.S."])) == [[0]]
     assert rows(Matcher.build(["e\u0301", "é"]).match(["é"])) == [[0]]
+
+
+def test_a_word_with_points_and_without_has_one_vote():
+    matcher = Matcher.build(["שָׁלוֹם", "שלום", "كِتاب"])
+    assert rows(matcher.match(["שלום", "שָׁלוֹם עולם", "كتاب", "كـتـاب", "كِتَاب"])) == [[0], [0], [2], [2], [2]]
+    assert rows(Matcher.build(["שָׁלוֹם", "שלום"], "compat").match(["שלום", "שָׁלוֹם"])) == [[1], [0]]
+
+
+def test_an_entry_of_which_nothing_is_left_never_matches():
+    marks = ["\u0640", "\u200f", "\u05b8"]
+    assert rows(Matcher.build([*marks, "dog"]).match(["a dog", *marks, ""])) == [[3], [], [], [], []]
+
+
+def test_tables_of_another_version_count_as_unsaved(tmp_path):
+    Matcher.build(["dog"]).save(tmp_path)
+    assert is_saved(tmp_path)
+    info = json.loads((tmp_path / "matcher.json").read_text())
+    (tmp_path / "matcher.json").write_text(json.dumps({**info, "format": info["format"] - 1}))
+    assert not is_saved(tmp_path)
 
 
 def test_damaged_tables(tmp_path):

@@ -1,6 +1,8 @@
 """Matching real captions equals an independent automaton of the released rules, in four languages."""
 
 import gzip
+import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -38,3 +40,31 @@ def test_equals_ahocorasick(shared_data, lang, mode):
     assert np.diff(offsets).tolist() == [len(row) for row in expected]
     assert ids.tolist() == [number for row in expected for number in row]
     assert offsets[-1] > 5 * len(texts)
+
+
+def plain(label: str) -> str:
+    """A label as a caption has it: without points, stress marks and direction marks, spaces for Persian's joiners."""
+    kept = ""
+    for char in unicodedata.normalize("NFC", label):
+        name = unicodedata.name(char, "")
+        pointed = unicodedata.category(char) == "Mn" and name.startswith(("HEBREW", "ARABIC"))
+        if char == "\u200c":
+            kept += " "
+        elif not (pointed or unicodedata.category(char) == "Cf" or char in "\u0300\u0301"):
+            kept += char
+    return kept
+
+
+@pytest.mark.parametrize(
+    "lang, num_marked", [("HE", 112), ("AR", 129), ("FA", 152), ("UR", 56), ("YI", 88), ("RU", 190), ("UK", 96)]
+)
+def test_dictionary_spellings_are_found_in_captions(shared_data, lang, num_marked):
+    labels = json.loads((shared_data / "babel_imagenet-298.json").read_text(encoding="utf-8"))[lang][1]
+    marked = [name for name in dict.fromkeys(labels) if plain(name) != unicodedata.normalize("NFC", name)]
+    captions = [f"x {plain(name)} y" for name in marked]
+    for mode, all_found in (("fixed", True), ("compat", False)):
+        offsets, ids = Matcher.build(marked, mode).match(captions)
+        rows = [ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+        found = [any(plain(marked[n]) == plain(marked[own]) for n in row) for own, row in enumerate(rows)]
+        assert all(found) if all_found else not any(found)
+    assert len(marked) == num_marked

@@ -29,7 +29,19 @@ UNSPACED = re.compile(
     "\u3031-\u3035\u3040-\u318f\u31a0-\u31bf\u31f0-\u31ff\uff66-\uff9f\uffa0-\uffdc\u1100-\u11ff\ua960-\ua97f"
     "\uac00-\ud7ff\U0001b000-\U0001b16f\uaa60-\uaa7f\ua9e0-\ua9ff]"
 )
-INSIDE_WORDS = "'’&-‐‑·‧׳״־՚՛՜՞"
+INSIDE_WORDS = "'’&+-‐‑·‧׳״־՚՛՜՞"
+POINTED = ("HEBREW ", "ARABIC ", "SYRIAC ", "ETHIOPIC ")
+LONE_MARKS = ("ARABIC TATWEEL", "NKO LAJANYALAN", "ARABIC SMALL WAW", "ARABIC SMALL YEH")
+CHILLUS = {
+    "ക്\u200d": "ൿ",
+    "ണ്\u200d": "ൺ",
+    "ന്\u200d": "ൻ",
+    "ര്\u200d": "ർ",
+    "ല്\u200d": "ൽ",
+    "ള്\u200d": "ൾ",
+    "ত্\u200d": "ৎ",
+}
+STRESSES = "\u0300\u0301\u030f\u0311"
 
 Rules = tuple[Callable[[str], str], Callable[[str], str]]
 """Spaced text of a text, and pattern of an entry."""
@@ -46,11 +58,54 @@ def compat_pattern(entry: str) -> str:
 
 def is_wrapped(char: str) -> bool:
     kind = unicodedata.category(char)
-    return char == "`" or (kind.startswith("P") and kind != "Pc" and char not in INSIDE_WORDS)
+    if "\U0001f000" <= char <= "\U0001faff" or char in "`ℹ":
+        return True
+    symbol = kind.startswith("S") and kind != "Sk" and "BRAILLE" not in unicodedata.name(char, "")
+    return (symbol or (kind.startswith("P") and kind != "Pc")) and char not in INSIDE_WORDS
+
+
+def is_invisible(char: str) -> bool:
+    name = unicodedata.name(char, "")
+    if "VARIATION SELECTOR" in name or char in "\u034f\u17b4\u17b5":
+        return True
+    shown = name.startswith(("ARABIC", "SYRIAC", "KAITHI", "EGYPTIAN")) and name != "ARABIC LETTER MARK"
+    return unicodedata.category(char) == "Cf" and not shown
+
+
+def is_left_out(char: str) -> bool:
+    name = unicodedata.name(char, "")
+    return (unicodedata.category(char) == "Mn" and name.startswith(POINTED)) or name in LONE_MARKS
+
+
+def without_stress(text: str) -> str:
+    """Stress marks after a Cyrillic vowel go, one by one; a vowel with a mark of its own is one by its base."""
+    kept = ""
+    for char in text:
+        base = unicodedata.normalize("NFD", kept[-1:])[:1].lower()
+        if kept[-1:] in ("й", "Й") or not (char in STRESSES and base and base in "аеєиіоуъыэюяѣѧѫѵӕәөүұ"):
+            kept += char
+    return kept
+
+
+def without_invisible(text: str) -> str:
+    """A non-joiner is a space where the last character that stays is Arabic; all else goes."""
+    kept, last = "", ""
+    for char in text:
+        if char == "\u200c" and ("\u0600" <= last <= "\u06ff" or "\u0750" <= last <= "\u077f"):
+            char = " "
+        if not is_invisible(char):
+            kept += char
+            last = last if is_left_out(char) else "" if is_wrapped(char) else char
+    return kept
 
 
 def fixed_text(text: str) -> str:
-    text = re.sub("[\u00ad\u200b\u2060\ufeff]", "", unicodedata.normalize("NFC", text)).replace("\u1361", " ")
+    for spelling, letter in CHILLUS.items():
+        text = text.replace(spelling, letter)
+    text = unicodedata.normalize("NFC", without_invisible(text))
+    text = re.sub("([0-9#*])\u20e3", r" \1 ", without_stress(text)).replace("\u20e3", "")
+    text = "".join(char for char in text if not is_left_out(char))
+    text = re.sub("[\u1361\u2800\u3164\x00-\x1f\x7f-\x9f]", " ", text)
     text = "".join(f" {char} " if is_wrapped(char) else char for char in text)
     return f" {' '.join(text.split())} ".replace("  ", " ")
 
@@ -149,6 +204,9 @@ ALPHABET = (
     "ab cdA,.!?:;`'’-·&()«»\"…–_+#$^~ \t\n\r\u00a0\u3000\u2028\u1361\u00ad\u200b\u200d\ufe0f\ufeff"
     "e\u0301é\u0323ñΐб\u0308йא״ב־عرבह्िน้ำไລາမြန်កម្ព\u17d2བོད་犬京々〇ァカガ\u3099ーひㄅ강지\u1100\u1161\u11a8각ﾊﾟ"
     "\U00020000\U0002a700\U00030000\U0002f800\U0001b000😀👩🏽🇩🇪𝐀"
+    "\u200c\u200e\u200f\u202b\u2067\u2069\u061c\u034f\U000e0067\U000e0100\x00\x92\u2800\u3164⠁"
+    "\u05b8\u05c1\u0591ש\u064e\u0651\u0654\u0655\u0670ـاويیهݐ۱،ܐ\u0711\u0730\u135f\u07fa\u0308\u0327"
+    "ъа\u0301\u0300\u030f\u0311еёїѐгЕЮവന്രത্5#\u20e3|$©™★ℹ\U0001fae8´"
 )
 
 
@@ -166,6 +224,7 @@ ALPHABET = (
 )
 def test_any_text(mode, entries, texts, data):
     entries = [entry for entry in entries if entry.strip() and fixed_text(entry).strip()]
+    texts = [*texts, "".join(entries)]
     if not entries:
         return
     if data is not None:  # texts made of the entries hit far more often than free ones

@@ -74,6 +74,124 @@ def test_fixed_vanishing_and_spaces():
     assert spaced_text("\ufeffsoft\u00adhyphen \u00a0 x\n", "fixed") == " softhyphen x "
     assert spaced_text(" \t ", "fixed") == " "
     assert spaced_text("ሰላም፡ዓለም", "fixed") == " ሰላም ዓለም "
+    assert spaced_text("a\x00b\x92c\u3164d", "fixed") == " a b c d "
+
+
+@pytest.mark.parametrize(
+    "entry, text",
+    [
+        ("שָׁלוֹם", "שלום עולם"),  # Hebrew points
+        ("בְּרֵאשִׁ֖ית", "בראשית"),  # and cantillation
+        ("כִּנּוֹר", "כינור כנור"),
+        ("ייִדיש", "יידיש"),  # Yiddish has traditions with points and without
+        ("بَيْت", "بيت كبير"),  # Arabic vowels
+        ("رحمن", "الله ٱلرَّحْمَٰن رَحْمٰن"),  # superscript alef
+        ("سَیْب", "سیب سرخ"),  # Persian
+        ("خانه", "خانهٔ قدیمی"),  # its ezafe
+        ("کتاب", "کِتاب"),  # Urdu
+        ("جميل", "جمـــيل جدا"),  # tatweel
+        ("ܫܠܡܐ", "ܫܠܳܡܳܐ ܫܠܡܐ"),  # Syriac
+        ("ገና", "ገ፟ና"),  # Ethiopic gemination
+        ("больша́я бе́лая аку́ла", "большая белая акула"),  # stress
+        ("Київ", "Ки́їв взимку"),
+        ("слънце", "слъ́нце"),
+        ("Beograd", "Beograd"),
+        ("Београд", "Бео̀град"),
+    ],
+)
+def test_marks_that_writers_leave_out_hide_no_word(entry, text):
+    assert found(entry, text, "fixed")
+    assert text == entry or found(text, entry, "fixed") or " " in text  # and the other way round
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("йод", "иод"),
+        ("ёлка", "елка"),
+        ("їжа", "іжа"),
+        ("ќерка", "керка"),
+        ("ў", "у"),
+        ("أب", "اب"),  # hamza and madda are parts of letters, however they are written
+        ("آب", "اب"),
+        ("مؤمن", "مومن"),
+        ("कि", "क"),  # vowels of Indic scripts
+        ("हिंदी", "हदी"),
+        ("ปู", "ป"),  # Thai vowels and tones
+        ("ป่า", "ปา"),
+        ("ma", "mạ"),  # Vietnamese
+        ("nghệ", "nghê"),
+        ("が", "か"),  # dakuten
+        ("パ", "ハ"),
+        ("ދި", "ދ"),  # Thaana
+        ("ߞߊ߬", "ߞߊ"),  # tones of N'Ko
+        ("ܡܠܟ̈ܐ", "ܡܠܟܐ"),  # Syriac plural dots
+        ("résumé", "resume"),
+        ("ά", "α"),
+    ],
+)
+def test_marks_that_make_letters_stay(one, other):
+    for form in ("NFC", "NFD"):
+        assert spaced_text(unicodedata.normalize(form, one), "fixed") != spaced_text(other, "fixed")
+        assert spaced_text(unicodedata.normalize(form, one), "fixed") == spaced_text(one, "fixed")
+
+
+INVISIBLE = (
+    "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\u00ad\u200b\u2060\u034f\ufe0f"
+)
+
+
+@pytest.mark.parametrize("char", INVISIBLE + "\u200d\U000e0100")
+def test_invisible_characters_hide_no_word(char):
+    for word in ("sunset", "שלום", "سلام", "夕日", "cafe\u0301", "नमस्ते"):
+        assert found(word, f"{char}{word}{char} x", "fixed")
+        assert found(word, word[:2] + char + word[2:], "fixed")
+        assert found(word[:1] + char + word[1:], word, "fixed")
+    assert found("café", f"cafe{char}\u0301", "fixed")
+
+
+@pytest.mark.parametrize(
+    "entry, text",
+    [
+        ("می\u200cخواهم", "می خواهم بروم"),  # Persian: most who leave the non-joiner out type a space
+        ("می خواهم", "من می\u200cخواهم"),
+        ("گربه", "گربه\u200cهای سیاه"),  # cat, in: black cats
+        ("सॉफ़्ट\u200cवेयर", "सॉफ़्टवेयर"),  # Indic scripts: it only chooses a form
+        ("ಸಾಫ್ಟ್\u200cವೇರ್", "ಸಾಫ್ಟ್ವೇರ್"),
+        ("ශ්\u200dරී ලංකා", "ශ්රී ලංකා"),
+        ("അവൻ", "അവന്\u200d വന്നു"),  # a chillu as it was spelt, and as it is
+        ("হঠাৎ", "হঠাত্\u200d"),
+        ("Auflage", "Auf\u200clage"),
+    ],
+)
+def test_joiners(entry, text):
+    assert found(entry, text, "fixed") and not found(entry, text, "compat")
+
+
+@pytest.mark.parametrize(
+    "emoji",
+    "🌅 ❤️ ❤ 👍🏽 👨‍👩‍👧 🇩🇪 🏴\U000e0067\U000e0062\U000e007f ℹ️ ™ ★ ♥ ☀︎ \U0001fae8 → © | ~ € = ⠀ \ue000x".split()[:-1],
+)
+def test_emoji_and_symbols_hide_no_word(emoji):
+    for text in (f"sunset{emoji}", f"{emoji}sunset", f"{emoji}sunset{emoji}beach", f"x {emoji}{emoji}sunset, y"):
+        assert found("sunset", text, "fixed"), text
+    assert not found("sun", f"sunset{emoji}", "fixed")
+
+
+def test_emoji_are_found():
+    assert found("❤️", "love❤you", "fixed") and found("❤", "I ❤️ it", "fixed")
+    assert found("👍", "ok👍🏽", "fixed") and found("🇩🇪", "Berlin🇩🇪", "fixed")
+    assert found("👨‍👩‍👧", "us👨‍👩‍👧", "fixed") and not found("👨‍👩‍👧", "us👩‍👧", "fixed")
+
+
+def test_the_digit_of_a_keycap_is_a_word():
+    assert spaced_text("Step1️⃣Open 2⃣", "fixed") == " Step 1 Open 2 "
+    assert found("1️⃣", "No. 1", "fixed") and found("Step", "Step#️⃣", "fixed")
+
+
+def test_pointing_is_left_alone_in_compat():
+    for text in ("שָׁלוֹם", "بَيْت", "аку́ла", "\u200fשלום", "می\u200cخواهم", "sunset🌅", "1️⃣"):
+        assert spaced_text(text, "compat") == f" {text} " and entry_pattern(text, "compat") == f" {text} "
 
 
 def test_blank_entry_and_unknown_mode():

@@ -10,9 +10,11 @@ from mc2_hpc.metadata.languages import (
     OTHER,
     code_of_folder,
     code_of_lid,
+    code_of_tag,
     code_of_wordnet,
     curation_code,
     is_spaced,
+    known_code,
 )
 from mc2_hpc.metadata.scripts import is_release_unspaced
 
@@ -102,6 +104,12 @@ def test_names_with_several_parts(code, wiki, domain):
     assert code_of_folder(wiki) == code_of_folder(domain) == code
 
 
+def test_folder_by_iso_code_or_in_another_case():
+    assert [
+        code_of_folder(name) for name in ("heb", "EN", "zh-YUE", "als", "simple")
+    ] == "he en zh_yue als simple".split()
+
+
 def test_folder_of_an_unknown_language_is_its_own():
     assert code_of_folder("x-new") == "x-new"
 
@@ -135,6 +143,67 @@ def test_unspaced_languages():
 )
 def test_code_of_lid(label, code):
     assert code_of_lid(label) == code
+
+
+@pytest.mark.parametrize("spell", [str, str.upper, str.lower, str.title], ids=["as it is", "upper", "lower", "title"])
+def test_every_code_of_the_table_in_any_case(spell):
+    for row in LANGUAGES.values():
+        for tag in (row.code, row.domain, *row.iso):
+            if tag not in ("als", "be-x-old"):  # ISO's Albanian is Wikipedia's Alemannic
+                assert code_of_tag(spell(tag)) == row.curation, tag
+
+
+@pytest.mark.parametrize(
+    "tags, code",
+    [
+        ("en-US EN en_GB eng_Latn ENG_LATN eng en-x-simple en_US.UTF-8 en-GB-oed", "en"),
+        ("zh-CN zh_TW zho_Hans zh-Hant-HK cmn_Hans zh-cmn-Hans chi zh-guoyu", "zh"),
+        ("zh-yue yue_Hant zh_yue yue-HK", "zh_yue"),
+        ("pt-BR pt_PT por_Latn", "pt"),
+        ("iw iw-IL heb_Hebr", "he"),
+        ("in id-ID", "id"),
+        ("ji ydd_Hebr", "yi"),
+        ("nb nob_Latn no-bok nb-NO", "no"),
+        ("nn-NO nno_Latn", "nn"),
+        ("fil tl fil-PH tgl_Latn", "tl"),
+        ("ger deu de-CH-1996 de-AT", "de"),
+        ("fre fra fr-CA", "fr"),
+        ("mo ron_Latn rum", "ro"),
+        ("sr-Latn-RS srp_Cyrl sr_RS@latin", "sr"),
+        ("sh hbs sh_Latn", "sh"),
+        ("als gsw gsw-CH", "als"),  # Wikipedia's Alemannic
+        ("als_Latn als-AL sqi alb", "sq"),  # ISO's Albanian
+        ("arb_Arab apc_Arab ar-EG ars ary_Arab", "ar"),
+        ("prs_Arab pes fa-IR per", "fa"),
+        ("pan_Arab pa-Arab-PK pnb", "pnb"),
+        ("pan_Guru pa-IN", "pa"),
+        ("ku-Arab ckb_Arab", "ckb"),
+        ("es-419 es_MX", "es"),
+        ("i-klingon x-new und mul zxx mis C POSIX qaa_Latn English 日本 x - _ en- en--US", None),
+    ],
+)
+def test_code_of_tag(tags, code):
+    assert {tag: code_of_tag(tag) for tag in tags.split()} == dict.fromkeys(tags.split(), code)
+
+
+def test_most_codes_of_flores_have_metadata():
+    # Languages of FLORES-200 without a Wikipedia: no metadata can be built of them.
+    without = "bem_Latn cjk_Latn dyu_Latn hne_Deva kac_Latn kam_Latn kea_Latn kmb_Latn lua_Latn luo_Latn lus_Latn"
+    assert {code_of_tag(code) for code in without.split()} == {None}
+    some = "ace_Arab azj_Latn bjn_Latn crh_Latn dik_Latn fuv_Latn gaz_Latn kas_Deva khk_Cyrl kmr_Latn knc_Latn lvs_Latn"
+    some += (
+        " min_Latn mni_Beng npi_Deva nso_Latn ory_Orya pbt_Arab plt_Latn quy_Latn swh_Latn twi_Latn uzn_Latn zsm_Latn"
+    )
+    found = [code_of_tag(code) for code in some.split()]
+    assert found == ("ace az ms crh din ff om ks mn ku knc lv min mni ne nso or ps mg qu sw tw uz ms".split())
+
+
+def test_known_code():
+    assert known_code("en-US", {"en"}) == known_code("en", {"en"}) == "en"
+    assert known_code("en-US", {"en-US", "en"}) == "en-US"  # what has a file needs no row
+    assert known_code("my-own", {"my-own"}) == "my-own" and known_code("my-own", {"en"}) is None
+    assert known_code("fr", {"en"}) is None and known_code(None, {"en"}) is None and known_code("", {"en"}) is None
+    assert known_code("twi_Latn", {"other", "en"}) == "other" and known_code("de", {"other"}) is None
 
 
 def test_curation_code():

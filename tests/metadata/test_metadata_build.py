@@ -1,6 +1,7 @@
 """Building metadata: order, caps, filters, merging, failures, the data card."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 
@@ -10,6 +11,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata import counting
 from mc2_hpc.metadata.build import Caps, build_folder, build_metadata
 from mc2_hpc.metadata.files import metadata_files, read_entries
+from mc2_hpc.metadata.shortfalls import shortfalls
 from mc2_hpc.metadata.sources import Sources, find_sources
 from mc2_hpc.metadata.workers import Workers
 from mc2_hpc.storage import file_sha256
@@ -79,6 +81,47 @@ def test_plus_is_dropped_from_lemmas_where_the_wordnet_joins_with_it(tmp_path):
     sources = Sources(numbers=False, wordnet=(tmp_path / "w.txt",))
     assert build_metadata("fr", sources)[0] == ["ab"]
     assert build_metadata("de", sources)[0] == ["a+b"]
+
+
+def test_the_first_english_lists_minimums(tmp_path):
+    (tmp_path / "corpus.txt").write_text("new york\n" * 4 + "the dog\n" + "the cat the owl\n" * 9)
+    (tmp_path / "titles.txt").write_text("Alps\t70\nDog\t69\nunranked\n")
+    sources = Sources(numbers=False, corpus=(tmp_path / "corpus.txt",), titles=tmp_path / "titles.txt")
+    caps = Caps(
+        unigram_share=1, bigram_share=1, title_share=1, unigram_min_count=4, bigram_min_pmi=3, title_min_views=70
+    )
+    # PMI of "new york" in bits: log2(4 * 46 / (4 * 4)) = 3.52
+    entries, _ = build_metadata("en", sources, caps)
+    assert entries == ["the", "cat", "owl", "new", "york", "new york", "Alps", "unranked"]
+    assert "new york" not in build_metadata("en", sources, dataclasses.replace(caps, bigram_min_pmi=3.6))[0]
+    assert build_metadata("en", Sources(numbers=False), caps, views={"Alps": 70, "Dog": 69})[0] == ["Alps"]
+    with pytest.raises(UserError, match="bigram_min_pmi=nan"):
+        Caps(bigram_min_pmi=float("nan"))
+
+
+def test_what_languages_lacked_is_told(world, tmp_path):
+    (world / "wordnet" / "wn-data-heb.tab").write_text("1-n\tlemma\t[[כלב]]\n2-n\tlemma\t[edytuj]\n")
+    (world / "zu").mkdir()
+    card = build_world(world, tmp_path / "out")
+    parts = {code: facts for row in card["languages"].values() for code, facts in row["wikipedias"].items()}
+    assert parts["he"]["lacks"] == ["corpus", "titles"] and parts["sw"]["lacks"] == ["wordnet"]
+    assert parts["en"]["lacks"] == [] and parts["zu"]["lacks"] == ["wordnet", "corpus", "titles"]
+    assert parts["he"]["lemmas"] == {"cleaned": 1, "refused": 1, "examples": ["[edytuj]"]}
+    assert read_entries(tmp_path / "out" / "he.json")[100:] == ["כלב"]
+    assert shortfalls(card, card["languages"]) == [
+        "no wordnet: 4 of 6 (simple, sw, zh_yue, zu)",
+        "no corpus: 2 of 6 (he, zu)",
+        "no titles: 2 of 6 (he, zu)",
+        "he: markup in the wordnet: 1 lemmas cleaned, 1 refused ('[edytuj]')",
+        "warning: nothing but the digits 0-99 in 1 of 5 languages (zu): no file in their folders has the name of a "
+        "source; docs/metadata.md lists the names",
+    ]
+    assert shortfalls(card, ["en"]) == ["no wordnet: 1 of 2 (simple)"]
+
+
+def test_entries_of_nothing_but_marks_are_left_out(tmp_path):
+    (tmp_path / "w.txt").write_text("\u200e\nـ\nَ\n\u200d!\nقلم\n")
+    assert build_metadata("ar", Sources(numbers=False, wordnet=(tmp_path / "w.txt",)))[0] == ["قلم"]
 
 
 def test_titles_without_views_keep_their_order(tmp_path):

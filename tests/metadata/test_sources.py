@@ -33,6 +33,46 @@ def test_layout(tmp_path):
     assert found["zh_yue"].corpus == ()
 
 
+def test_wordnets_need_no_folder_of_their_language(tmp_path):
+    touch(tmp_path, "wordnet/wn-data-heb.tab", "omw/wns/als/wn-data-als.tab.gz", "wn-data-pol.tab", "sw/corpus.txt")
+    touch(
+        tmp_path,
+        "fra/wn-data-fra.tab",
+        "wordnet/wn-data-eus.tab",
+        "omw/wns/wikt/wn-wikt-swa.tab",
+        ".git/wn-data-ita.tab",
+    )
+    found = find_sources(tmp_path)
+    assert list(found) == ["eu", "fr", "he", "pl", "sq", "sw"]  # `omw` holds wordnets and is no language
+    assert found["sq"].wordnet == (tmp_path / "omw/wns/als/wn-data-als.tab.gz",)
+    assert found["fr"].wordnet == (tmp_path / "fra/wn-data-fra.tab",)
+    assert found["he"].lacks() == ["corpus", "titles"] and found["sw"].lacks(views=True) == ["wordnet"]
+
+
+def test_a_tab_file_goes_by_its_name(tmp_path):
+    touch(
+        tmp_path,
+        "als/wn-data-als.tab",
+        "msa/wn-data-ind.tab",
+        "msa/wn-data-zsm.tab",
+        "xx/mine.tab",
+        "yy/wn-data-xyz.tab",
+    )
+    found = find_sources(tmp_path)  # as the Open Multilingual Wordnet has its folders
+    assert {code: [path.name for path in sources.wordnet] for code, sources in found.items()} == {
+        "id": ["wn-data-ind.tab"],
+        "ms": ["wn-data-zsm.tab"],
+        "sq": ["wn-data-als.tab"],
+        "xx": ["mine.tab"],
+        "yy": ["wn-data-xyz.tab"],
+    }
+
+
+def test_a_folder_without_sources_is_a_language_of_digits(tmp_path):
+    touch(tmp_path, "zu/notes.md")
+    assert find_sources(tmp_path)["zu"].lacks() == ["wordnet", "corpus", "titles"]
+
+
 @pytest.mark.parametrize(
     "names, message",
     [

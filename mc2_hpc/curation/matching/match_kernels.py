@@ -3,9 +3,20 @@
 Imported only when needed, as numba is slow.
 """
 
+from typing import Any
+
 import numpy as np
 
-from mc2_hpc.curation.matching.rules import ACTION_BITS, KEEP, NORMALISE, SPACE, WRAP
+from mc2_hpc.curation.matching.rules import (
+    ACTION_BITS,
+    DROP,
+    INVISIBLE,
+    KEEP,
+    NON_JOINER,
+    NORMALISE,
+    WRAP,
+    after_arabic_letter,
+)
 from mc2_hpc.curation.matching.trie_kernels import (
     BLANK,
     BRANCH,
@@ -27,6 +38,7 @@ from mc2_hpc.curation.matching.trie_kernels import (
 )
 
 _U = np.uint64
+_FLAGS = NORMALISE | INVISIBLE
 _NONE = np.uint32(0xFFFFFFFF)
 """No entry's id."""
 _SMALL_SORT = 32
@@ -51,21 +63,24 @@ def _decode(data, at):
 
 
 @entry
-def normalisation_doubts(data, offsets, actions):
-    """Rows (bool) with a character that NFC might change, by ``actions`` of :func:`text.character_table`."""
-    doubts = np.zeros(len(offsets) - 1, np.bool_)
-    for row in range(len(doubts)):
+def text_flags(data, offsets, actions):
+    """Flags of every row's characters together (uint8): ``NORMALISE | INVISIBLE`` of :func:`rules.character_table`."""
+    flags = np.zeros(len(offsets) - 1, np.uint8)
+    for row in range(len(flags)):
         at = offsets[row]
+        seen = 0
         while at < offsets[row + 1]:
             if data[at] < 0x80:
                 at += 1
                 continue
             point, size = _decode(data, at)
-            if point >= len(actions) or actions[point] & NORMALISE:
-                doubts[row] = True
-                break
+            seen |= actions[point] if point < len(actions) else _FLAGS
             at += size
-    return doubts
+        flags[row] = seen & _FLAGS
+    return flags
+
+
+_is_arabic: Any = inner(after_arabic_letter)
 
 
 @inner
@@ -77,10 +92,16 @@ def _space_out(data, start, stop, actions, collapse, spaced):
     while at < stop:
         point, size = _decode(data, at)
         what = actions[point] & ACTION_BITS if point < len(actions) else KEEP
-        if what == SPACE or what == WRAP:
-            if not (collapse and spaced[length - 1] == BLANK):
-                spaced[length] = BLANK
-                length += 1
+        if what == DROP:
+            at += size
+            if point != NON_JOINER or not _is_arabic(np.int64(spaced[length - 1]), np.int64(spaced[length - 2])):
+                continue
+            spaced[length] = BLANK
+            length += 1
+            continue
+        if what != KEEP and not (collapse and spaced[length - 1] == BLANK):
+            spaced[length] = BLANK
+            length += 1
         if what == KEEP or what == WRAP:
             for offset in range(size):
                 spaced[length + offset] = data[at + offset]
@@ -256,7 +277,7 @@ def match_texts(
 
     Args:
         data, offsets: valid UTF-8 bytes of the texts (uint8) and where each starts (int64, one more than texts).
-        actions, collapse: what becomes of each character (:func:`text.character_table`), and of runs of spaces.
+        actions, collapse: what becomes of each character (:func:`rules.character_table`), and of runs of spaces.
         source: left as it is (:data:`trie_kernels.SOURCE`).
 
     Returns:

@@ -7,7 +7,6 @@ by every process that matches.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +15,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mc2_hpc.curation.matching.rules import can_match, character_table, check_mode, entry_pattern
+from mc2_hpc.curation.matching.rules import (
+    INVISIBLE,
+    NORMALISE,
+    can_match,
+    character_table,
+    check_mode,
+    composed,
+    pattern_or_none,
+    without_invisibles,
+)
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import check_entries
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
-_FORMAT = 2
+_FORMAT = 3
 LAST_SAVED = "matcher.json"
 """The file that :meth:`Matcher.save` writes last, in the folder of a matcher's tables."""
 _ARRAYS = {
@@ -50,17 +58,19 @@ class Matcher:
         """Build the tables of ``entries``, whose positions are the entry ids.
 
         Raises:
-            UserError: an unknown mode; no, a blank or a repeated entry.
+            UserError: an unknown mode; no, a blank or a repeated entry; or nothing is left of any.
         """
         from mc2_hpc.curation.matching import trie_kernels
 
         check_mode(mode)
         check_entries(entries, "metadata")
-        patterns = [entry_pattern(entry, mode) for entry in entries]
-        usable = [position for position, pattern in enumerate(patterns) if can_match(pattern, mode)]
-        whole = [p for p in usable if len(patterns[p]) > 1 and patterns[p][0] == " " and patterns[p][-1] == " "]
+        found = [pattern_or_none(entry, mode) for entry in entries]
+        if not any(found):
+            raise UserError(f"metadata: entry {entries[0]!r} is blank, and so is every other; remove them")
+        patterns = {position: p for position, p in enumerate(found) if p is not None and can_match(p, mode)}
+        whole = [p for p, pattern in patterns.items() if len(pattern) > 1 and pattern[0] == pattern[-1] == " "]
         between_spaces = frozenset(whole)
-        other = [p for p in usable if p not in between_spaces]
+        other = [p for p in patterns if p not in between_spaces]
         vocabulary, token_words, token_edges = trie_kernels.build_token_trie(
             *_join([patterns[p][1:-1] for p in whole], "utf-8", np.uint8), np.array(whole, np.int64)
         )
@@ -97,9 +107,9 @@ class Matcher:
         actions, *tables = (self._tables[name] for name in _ARRAYS)
         fixed = self.mode == "fixed"
         if fixed:
-            doubts = match_kernels.normalisation_doubts(data, offsets, actions)
-            if doubts.any():
-                data, offsets = _buffers(_normalised(column, doubts))
+            flags = match_kernels.text_flags(data, offsets, actions)
+            if (flags & NORMALISE).any():
+                data, offsets = _buffers(_composed(column, flags))
         return match_kernels.match_texts(data, offsets, actions, fixed, *tables)
 
     @property
@@ -132,8 +142,11 @@ class Matcher:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether :meth:`Matcher.save` finished in ``folder``."""
-    return (folder / LAST_SAVED).is_file()
+    """Whether :meth:`Matcher.save` of this version finished in ``folder``; tables of another are built anew."""
+    if not (folder / LAST_SAVED).is_file():
+        return False
+    info = read_json(folder / LAST_SAVED)
+    return isinstance(info, dict) and info.get("format") == _FORMAT
 
 
 def _map_table(path: Path, dtype: type) -> npt.NDArray:
@@ -176,10 +189,11 @@ def _buffers(column: pa.LargeStringArray) -> tuple[npt.NDArray, npt.NDArray]:
     return data, offsets
 
 
-def _normalised(column: pa.LargeStringArray, doubts: npt.NDArray[np.bool_]) -> pa.LargeStringArray:
-    """``column`` with the rows of ``doubts`` brought to NFC."""
-    mask = pa.array(doubts)
-    # Python's own tables, which the entries were normalised with, rather than Arrow's: the two follow other Unicode
+def _composed(column: pa.LargeStringArray, flags: npt.NDArray[np.uint8]) -> pa.LargeStringArray:
+    """``column`` with the rows that have the flag :data:`NORMALISE` written as mode ``fixed`` composes them."""
+    mask = pa.array((flags & NORMALISE) != 0)
+    # Python's own tables, which the entries were composed with, rather than Arrow's: the two follow other Unicode
     # versions.
-    replacements = [unicodedata.normalize("NFC", text) for text in column.filter(mask).to_pylist()]
+    rows = zip(column.filter(mask).to_pylist(), flags[(flags & NORMALISE) != 0] & INVISIBLE, strict=True)
+    replacements = [composed(without_invisibles(text) if invisible else text) for text, invisible in rows]
     return pc.replace_with_mask(column, mask, pa.array(replacements, pa.large_string()))

@@ -10,19 +10,29 @@ them, and its ``match.json`` records which.
     Entry: a space is put at each end, except at an end whose character is an ideograph, Thai, Lao, Myanmar, Khmer,
     Tibetan or punctuation (57 marks). The entry is not wrapped as texts are, so "U.S." never matches.
 
-``fixed``: the default for new pools; mends four holes of the release.
-    Text and entry are first written alike: Unicode NFC; every white-space character (U+3000, no-break spaces, the
-    Ethiopic word space too) is a space; soft hyphen, zero-width space, word joiner and byte-order mark vanish; every
-    punctuation mark (general category P) and the grave accent is wrapped in spaces, except the marks that stand inside
-    words (apostrophes, hyphens, connectors, ``&``, middle dots, Hebrew geresh, gershayim and maqaf, Armenian accents);
-    runs of spaces collapse to one; a space is put before and after. So "U.S." is " U . S . " on both sides and
-    matches, also as "U. S."; quotes and brackets do not hide the word they touch; double spaces do not break a bigram.
+``fixed``: the default for new pools; closes the release's holes. Text and entry are first written alike:
+    1. Invisible characters vanish: soft hyphen, zero-width space and joiners, direction marks, variation selectors,
+       byte-order mark. But a non-joiner after an Arabic letter is a space, as which Persian writers often type it, and
+       chillus and khanda ta spelt with a joiner become the letters that Unicode has for them.
+    2. Unicode NFC.
+    3. Marks that writers leave out vanish: Hebrew points and cantillation, Arabic and Syriac vowel signs, tatweel,
+       Ethiopic gemination; stress marks (acute, grave, and the accents of South Slavic) on Cyrillic vowels. Marks that
+       make a letter stay: hamza and madda, Cyrillic й, ё, ї, ќ, and those of every other script.
+    4. White space (U+3000, no-break spaces, the Ethiopic word space too) and control characters are a space.
+    5. Punctuation (general category P), the grave accent, emoji and other symbols are wrapped in spaces, except the
+       marks that stand inside words: apostrophes, hyphens, connectors, ``&``, ``+``, middle dots, Hebrew geresh,
+       gershayim and maqaf, Armenian accents, spacing accents. The digit of a keycap is a word of its own.
+    6. Runs of spaces collapse to one; a space is put before and after.
+    So "U.S." is " U . S . " on both sides and matches, also as "U. S."; quotes, brackets and emoji do not hide the word
+    they touch; double spaces do not break a bigram; a pointed entry is found in unpointed text, and the reverse.
     Entry: the space at an end is then dropped where the character at that end belongs to a script written without
     spaces - kana, hangul, bopomofo and the newer ideographs too - or is a mark or symbol that is not wrapped. Two
-    entries that are written alike ("U.S." and "U. S.") would always match together; the one with the lower id takes
-    the match, the other never matches. Case is kept, and compatibility forms (full-width letters) stay distinct.
+    entries that are written alike ("U.S." and "U. S.", a word with points and without) would always match together;
+    the one with the lower id takes the match, so that one word has one vote, and the other never matches. Nor does an
+    entry of which nothing is left. Case is kept, and compatibility forms (full-width letters) stay distinct.
 """
 
+import re
 import unicodedata
 from functools import lru_cache
 
@@ -30,23 +40,58 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.metadata.scripts import is_punctuation, is_release_punctuation, is_release_unspaced, is_unspaced
+from mc2_hpc.metadata.scripts import (
+    INVISIBLES,
+    is_blank,
+    is_invisible,
+    is_optional_mark,
+    is_punctuation,
+    is_release_punctuation,
+    is_release_unspaced,
+    is_symbol,
+    is_unspaced,
+)
 
 MODES = ("fixed", "compat")
+FIXED_EDITION = 2
+"""Counts the changes of mode ``fixed``, so that no pool is matched by two editions of it."""
 
 KEEP, SPACE, WRAP, DROP = 0, 1, 2, 3
 """What becomes of a character: stays, becomes a space, is wrapped in spaces, vanishes."""
 ACTION_BITS = 3
 NORMALISE = 4
-"""Flag beside the action: the character may not be in NFC where it stands."""
+"""Flag beside the action: :func:`composed` may change the text that has the character."""
+INVISIBLE = 8
+"""Flag beside the action: :func:`without_invisibles` changes the text that has the character."""
 
 _TABLE_SIZE = 0x20000
 """Planes 0 and 1; beyond lie ideographs and private use, all kept, some of them to be normalised."""
 _RELEASE_WRAPPED = ",.;:?!`"
 _RELEASE_SPACES = "\t\n\r"
 _IN_WORDS = frozenset("'\u2019&-\u2010\u2011\u00b7\u2027\u05f3\u05f4\u05be\u055a\u055b\u055c\u055e")
-_VANISHING = frozenset("\u00ad\u200b\u2060\ufeff")
 _ETHIOPIC_WORD_SPACE = "\u1361"
+_KEYCAP = "\u20e3"
+_JOINER = "\u200d"
+NON_JOINER = 0x200C
+_VIRAMA_JOINED = {
+    "\u0d15\u0d4d\u200d": "\u0d7f",  # chillus of Malayalam, as they were spelt before Unicode 5.1
+    "\u0d23\u0d4d\u200d": "\u0d7a",
+    "\u0d28\u0d4d\u200d": "\u0d7b",
+    "\u0d30\u0d4d\u200d": "\u0d7c",
+    "\u0d32\u0d4d\u200d": "\u0d7d",
+    "\u0d33\u0d4d\u200d": "\u0d7e",
+    "\u09a4\u09cd\u200d": "\u09ce",  # khanda ta of Bengali, before Unicode 4.1
+}
+_STRESS_MARKS = "\u0300\u0301\u030f\u0311"
+_CYRILLIC_VOWELS = "аеёєиіїоуўъыэюяѐѝѣѧѫѵӑӓӕӗәӛӣӥөӧөӫӭӯӱӳүұ"
+_JOINED_SPELLING = re.compile("|".join(_VIRAMA_JOINED))
+_STRESSED = re.compile(f"(?<=[{_CYRILLIC_VOWELS}{_CYRILLIC_VOWELS.upper()}])[{_STRESS_MARKS}]+")
+_KEYCAPPED = re.compile(f"([0-9#*]){_KEYCAP}")
+
+
+def mode_settings(mode: str) -> dict[str, str | int]:
+    """What a pool matched in ``mode`` records of the rules: ``compat`` never changes, ``fixed`` has editions."""
+    return {"mode": mode, "matching_rules": FIXED_EDITION} if mode == "fixed" else {"mode": mode}
 
 
 def check_mode(mode: str) -> None:
@@ -60,20 +105,40 @@ def action(char: str, mode: str) -> int:
     """What ``mode`` does to the character: :data:`KEEP`, :data:`SPACE`, :data:`WRAP` or :data:`DROP`."""
     if mode == "compat":
         return WRAP if char in _RELEASE_WRAPPED else SPACE if char in _RELEASE_SPACES else KEEP
-    if char in _VANISHING:
+    if is_invisible(char) or is_optional_mark(char) or char == _KEYCAP:
         return DROP
-    if char.isspace() or char == _ETHIOPIC_WORD_SPACE:
+    if is_blank(char) or char == _ETHIOPIC_WORD_SPACE:
         return SPACE
-    if char == "`":
+    if char == "`" or is_symbol(char):
         return WRAP
     category = unicodedata.category(char)
     return WRAP if category[0] == "P" and category != "Pc" and char not in _IN_WORDS else KEEP
 
 
+def without_invisibles(text: str) -> str:
+    """Step 1 of ``fixed``. The table drops these characters too, so it matters only where NFC looks across one."""
+    if _JOINER in text:
+        text = _JOINED_SPELLING.sub(lambda found: _VIRAMA_JOINED[found[0]], text)
+    if chr(NON_JOINER) in text:
+        text = _spacing_non_joiner().sub(r"\1 ", text)
+    return INVISIBLES.sub("", text)
+
+
+def composed(text: str) -> str:
+    """Step 2 of ``fixed``, with stress marks and keycaps, which are no matter of single characters either.
+
+    Changes nothing in a text without a character that :func:`character_table` flags with :data:`NORMALISE`.
+    """
+    text = unicodedata.normalize("NFC", text)
+    if "\u0301" in text or "\u0300" in text or "\u0311" in text or "\u030f" in text:
+        text = _STRESSED.sub("", text)
+    return _KEYCAPPED.sub(r" \1 ", text) if _KEYCAP in text else text
+
+
 def spaced_text(text: str, mode: str) -> str:
     """``text`` as patterns are looked for in it; the definition that the matcher's fast path must equal."""
     if mode == "fixed":
-        text = unicodedata.normalize("NFC", text)
+        text = composed(without_invisibles(text))
     parts = [" "]
     for char in text:
         what = action(char, mode)
@@ -93,12 +158,20 @@ def entry_pattern(entry: str, mode: str) -> str:
     Raises:
         UserError: nothing of the entry is left to look for.
     """
+    pattern = pattern_or_none(entry, mode)
+    if pattern is None:
+        raise UserError(f"metadata entry {entry!r} is blank; remove it")
+    return pattern
+
+
+def pattern_or_none(entry: str, mode: str) -> str | None:
+    """As :func:`entry_pattern`; None for an entry of which nothing is left, such as a title that is a single mark."""
     if mode == "compat":
         body, joins = entry, _joins_compat
     else:
         body, joins = spaced_text(entry, mode)[1:-1], _joins_fixed
     if not body.strip(" "):
-        raise UserError(f"metadata entry {entry!r} is blank; remove it")
+        return None
     return ("" if joins(body[0]) else " ") + body + ("" if joins(body[-1]) else " ")
 
 
@@ -115,15 +188,33 @@ def can_match(pattern: str, mode: str) -> bool:
     )
 
 
+def after_arabic_letter(last: int, before: int) -> bool:
+    """Whether two bytes of UTF-8, ``before`` and ``last``, are a character of the blocks Arabic, Arabic Supplement."""
+    return 0xD8 <= before <= 0xDB or (before == 0xDD and last >= 0x90)
+
+
+@lru_cache(maxsize=1)
+def _spacing_non_joiner() -> re.Pattern[str]:
+    """A letter that :func:`after_arabic_letter` means, with a non-joiner after it and what vanishes in between."""
+    letters: list[str] = []
+    vanishing: list[str] = []
+    for code in (*range(0x600, 0x700), *range(0x750, 0x780)):
+        what = action(chr(code), "fixed")
+        (letters if what == KEEP else vanishing if what == DROP else []).append(chr(code))
+    between = "".join(vanishing) + INVISIBLES.pattern[1:-2]
+    return re.compile(f"([{''.join(letters)}][{between}]*){chr(NON_JOINER)}")
+
+
 @lru_cache(maxsize=len(MODES))
 def character_table(mode: str) -> npt.NDArray[np.uint8]:
-    """:func:`action` of every code point below 0x20000, with :data:`NORMALISE` set where NFC is in doubt, uint8."""
+    """:func:`action` of every code point below 0x20000, with :data:`NORMALISE` and :data:`INVISIBLE` where they hold,
+    uint8. Whatever lies beyond stays or has both flags."""
     table = np.zeros(_TABLE_SIZE, np.uint8)
     for code in range(_TABLE_SIZE):
         char = chr(code)
         table[code] = action(char, mode)
-        if mode == "fixed" and code >= 0x80 and not 0xD800 <= code <= 0xDFFF and _normalisation_in_doubt(char):
-            table[code] |= NORMALISE
+        if mode == "fixed" and code >= 0x80 and not 0xD800 <= code <= 0xDFFF:
+            table[code] |= (NORMALISE if _composition_in_doubt(char) else 0) | (INVISIBLE if is_invisible(char) else 0)
     if mode == "fixed":
         for code in _second_of_compositions():
             table[code] |= NORMALISE
@@ -139,8 +230,8 @@ def _joins_fixed(char: str) -> bool:
     return is_unspaced(char) or (is_punctuation(char) and action(char, "fixed") != WRAP)
 
 
-def _normalisation_in_doubt(char: str) -> bool:
-    return unicodedata.combining(char) != 0 or unicodedata.normalize("NFC", char) != char
+def _composition_in_doubt(char: str) -> bool:
+    return char == _KEYCAP or unicodedata.combining(char) != 0 or unicodedata.normalize("NFC", char) != char
 
 
 def _second_of_compositions() -> list[int]:

@@ -1,0 +1,43 @@
+"""From the language codes that a pool is written in to those of its metadata."""
+
+from collections import Counter
+from collections.abc import Collection
+
+import pyarrow as pa
+
+from mc2_hpc.metadata.languages import known_code
+
+NO_CODE, OTHER_CODES = "(none)", "(others)"
+_LISTED = 50
+"""Most codes that are counted one by one; a column that holds no codes at all would else be counted whole."""
+_MAX_CHARS = 40
+
+
+def in_known_languages(rows: pa.Table, known: Collection[str]) -> tuple[pa.Table, Counter[str]]:
+    """The rows in a language that has metadata, ``lang`` in its code, and the others counted by the code they have.
+
+    Args:
+        rows: with a column ``lang`` of strings, which may be null.
+        known: languages that have metadata; :func:`mc2_hpc.metadata.languages.known_code` tells what codes mean them.
+    """
+    encoded = rows["lang"].combine_chunks().dictionary_encode(null_encoding="encode")
+    written = encoded.dictionary.to_pylist()
+    codes = [known_code(code, known) or None for code in written]
+    counts = encoded.indices.value_counts().to_pylist()
+    unknown: Counter[str] = Counter()
+    for row in counts:
+        if codes[row["values"]] is None:
+            unknown[(written[row["values"]] or NO_CODE)[:_MAX_CHARS]] += row["counts"]
+    if codes != written:
+        langs = pa.array(codes, rows["lang"].type).take(encoded.indices)
+        rows = rows.set_column(rows.column_names.index("lang"), "lang", langs)
+    return rows.filter(rows["lang"].is_valid()), bounded(unknown)
+
+
+def bounded(unknown: Counter[str]) -> Counter[str]:
+    """The same captions by the most frequent codes alone, the rest as :data:`OTHER_CODES`."""
+    if len(unknown) <= _LISTED:
+        return unknown
+    ranked = sorted(unknown.items(), key=lambda code: (code[0] == OTHER_CODES, -code[1], code[0]))
+    listed, rest = ranked[: _LISTED - 1], ranked[_LISTED - 1 :]
+    return Counter({**dict(listed), OTHER_CODES: sum(captions for _, captions in rest)})
