@@ -11,5 +11,11 @@ kernel_packages = ["mc2_hpc.kernels", *(f"mc2_hpc.kernels.{name}" for name in fi
 setup(
     packages=[*find_packages(include=["mc2_hpc", "mc2_hpc.*"]), "mc2_hpc.slurm_scripts", *kernel_packages],
     package_dir={"mc2_hpc.kernels": "kernels/ops", "mc2_hpc.slurm_scripts": "slurm"},
-    package_data={"mc2_hpc.metadata": ["languages.tsv"], "mc2_hpc.slurm_scripts": ["*.sbatch", "*.sh"]},
+    package_data={
+        "mc2_hpc.metadata": ["languages.tsv"],
+        "mc2_hpc.slurm_scripts": ["*.sbatch", "*.sh"],
+        **dict.fromkeys(
+            ("mc2_hpc.curation.report", "mc2_hpc.evaluation", "mc2_hpc.pages", "mc2_hpc.quickstart"), ["templates/*"]
+        ),
+    },
 )

@@ -18,7 +18,7 @@ LAYERS = [
         "mc2_hpc.config",
         "mc2_hpc.distributed",
         "mc2_hpc.draws",
-        "mc2_hpc.page_style",
+        "mc2_hpc.pages",
         "mc2_hpc.storage",
         "mc2_hpc.tar",
         "mc2_hpc.terminal",
@@ -111,6 +111,8 @@ def test_wheel_works_from_another_folder(tmp_path):
         inside = module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
         assert inside in names, f"the wheel lacks {inside}"
     assert {"mc2_hpc/metadata/languages.tsv", "mc2_hpc/slurm_scripts/train.sbatch"} <= names
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "mc2_hpc").rglob("templates/*")}
+    assert "mc2_hpc/pages/templates/base.html" in templates and templates <= names
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
     code = "import mc2_hpc.kernels.contrastive as c, mc2_hpc.training.trainer, os; print(os.path.dirname(c.__file__))"
     result = subprocess.run(

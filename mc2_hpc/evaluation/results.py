@@ -1,9 +1,8 @@
 """What a suite found, written down: ``results.json``, a Markdown table beside the paper's numbers, ``report.html``."""
 
-import base64
-import html
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from mc2_hpc.evaluation.paper import columns_of, why_no_slip_26
 from mc2_hpc.evaluation.pictures import Pictures
 from mc2_hpc.evaluation.suite import SetResult
 from mc2_hpc.evaluation.tasks import Retrieval
-from mc2_hpc.page_style import STYLE
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.pages import data_uri, write_page
 
 _EXAMPLES_A_SET, _HITS, _THUMBNAIL = 6, 5, 128
 _LEADING = ("top1", "mean_per_class_top1", "text_to_image_R@1", "LOCAL", "5_shot")
@@ -72,53 +70,54 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells[0])} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in cells[1:])]
 
 
+@dataclass(frozen=True)
+class Hit:
+    """An image shown for a caption."""
+
+    thumbnail: str
+    """A ``data:`` address."""
+    own: bool
+    """Whether the caption is this image's."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One caption and the images closest to it, best first."""
+
+    lang: str
+    query: str
+    hits: list[Hit]
+    missed: str
+    """Thumbnail of the caption's own image where it is not among the hits; else empty."""
+
+
 def write_report(path: Path, name: str, results: Sequence[SetResult], encoder: Encoder) -> None:
-    """One self-contained page: each set's numbers, languages from worst to best, and pictures found for captions.
+    """One self-contained page: each set's numbers, languages from worst to best, and images found for captions.
 
     Collective: the captions shown are encoded. Only the first rank writes.
     """
     sections = [_section(result, encoder) for result in results]
-    if not encoder.writes:
-        return
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(name)}: evaluation</title><style>{STYLE}</style>"
-        f'<header><div><p class="kicker">Evaluation</p><h1>{html.escape(name)}</h1></div></header>'
-        f"<main>{''.join(sections)}</main></html>\n"
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    if encoder.writes:
+        write_page(path, "mc2_hpc.evaluation", "report.html", {"name": name, "sections": sections})
 
 
-def _section(result: SetResult, encoder: Encoder) -> str:
-    title = f"<section><h2>{html.escape(result.name)}</h2>"
-    if result.scores is None or result.task is None or result.pictures is None:
-        return f'{title}<p class="lead">Not scored: {html.escape(result.error)}</p></section>'
+def _section(result: SetResult, encoder: Encoder) -> dict[str, Any]:
+    """What the page shows of one set."""
     scores = result.scores
-    tiles = "".join(
-        f'<div class="tile"><b>{100 * value:.1f}</b><span>{html.escape(metric)}, %</span></div>'
-        for metric, value in scores.mean.items()
-    )
-    left_out = ", ".join(f"{reason} {count}" for reason, count in scores.skipped.items())
-    body = f'<div class="tiles">{tiles}</div>'
-    if left_out:
-        body += f'<p class="soft">Left out: {html.escape(left_out)}</p>'
-    if len(scores.groups) > 1:
-        body += f'<h3>From worst to best</h3><div class="bars">{"".join(_bars(scores.groups, scores.counts))}</div>'
-    if isinstance(result.task, Retrieval):
-        body += _examples(result.task, result.pictures, scores.groups, encoder)
-    return f"{title}{body}</section>"
-
-
-def _bars(groups: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> Iterator[str]:
-    metric = leading_metric(next(iter(groups.values())))
-    for group, numbers in sorted(groups.items(), key=lambda item: item[1].get(metric, 0.0)):
-        value = numbers.get(metric, 0.0)
-        yield (
-            f'<div class="row" title="{counts[group]} scored"><span class="name">{html.escape(group)}</span>'
-            f'<span class="bar"><i style="width:{100 * value:.2f}%"></i></span>'
-            f'<span class="num">{100 * value:.1f}</span></div>'
-        )
+    if scores is None or result.task is None or result.pictures is None:
+        return {"name": result.name, "error": result.error}
+    metric = leading_metric(next(iter(scores.groups.values())))
+    worst_first = sorted(scores.groups.items(), key=lambda item: item[1].get(metric, 0.0))
+    retrieval = isinstance(result.task, Retrieval)
+    return {
+        "name": result.name,
+        "error": "",
+        "tiles": [(f"{100 * value:.1f}", f"{name}, %") for name, value in scores.mean.items()],
+        "left_out": scores.skipped,
+        "metric": metric,
+        "groups": [(group, numbers.get(metric, 0.0), scores.counts[group]) for group, numbers in worst_first],
+        "examples": _examples(result.task, result.pictures, scores.groups, encoder) if retrieval else [],
+    }
 
 
 def leading_metric(numbers: Mapping[str, float]) -> str:
@@ -128,8 +127,8 @@ def leading_metric(numbers: Mapping[str, float]) -> str:
 
 def _examples(
     task: Retrieval, features: PictureFeatures, groups: Mapping[str, Mapping[str, float]], encoder: Encoder
-) -> str:
-    """The five pictures closest to one caption of some languages, the worst ones first."""
+) -> list[Example]:
+    """The five images closest to one caption of some languages, the worst ones first."""
     metric = leading_metric(next(iter(groups.values())))
     worst = sorted(groups, key=lambda lang: groups[lang][metric])[:_EXAMPLES_A_SET]
     queries = []
@@ -141,24 +140,21 @@ def _examples(
     usable = torch.nonzero(features.usable).flatten()
     texts = encoder.texts([text for _, text, _ in queries])
     best = usable[nearest(texts, features.features[usable], min(_HITS, len(usable)))[1]]
-    cards = []
-    for (lang, text, owner), found in zip(queries, best.tolist(), strict=True):
-        hits = "".join(
-            f'<div class="hit{" right" if index == owner else ""}">'
-            f'<img alt="" src="{_thumbnail(task.pictures, index)}">{"its own" if index == owner else "&nbsp;"}</div>'
-            for index in found
+    return [
+        Example(
+            lang=lang,
+            query=text,
+            hits=[Hit(_thumbnail(task.pictures, index), index == owner) for index in found],
+            missed="" if owner in found else _thumbnail(task.pictures, owner),
         )
-        cards.append(
-            f'<div class="card"><p class="lang">{html.escape(lang)}</p>'
-            f'<p class="query" dir="auto">{html.escape(text)}</p><div class="hits">{hits}</div></div>'
-        )
-    return f'<h3>Pictures found for a caption</h3><div class="search">{"".join(cards)}</div>'
+        for (lang, text, owner), found in zip(queries, best.tolist(), strict=True)
+    ]
 
 
 def _thumbnail(pictures: Pictures, index: int) -> str:
-    """The picture as a small JPEG in a data: address. It could be decoded before, so it can now."""
+    """The image as a small JPEG in a ``data:`` address. It could be decoded before, so it can now."""
     image = Image.open(io.BytesIO(pictures.read(index))).convert("RGB")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return data_uri(data.getvalue(), "image/jpeg")
