@@ -1,6 +1,8 @@
 """Fixtures that every test may use."""
 
 import importlib.util
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
@@ -34,3 +36,49 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data beside the checkout ({folder.name} folder of shared is missing)")
     return folder
+
+
+class ParsedPage(HTMLParser):
+    """An HTML page's elements with their attributes, and its text; asserts that every element is closed in order."""
+
+    _VOID = frozenset({"meta", "img", "input", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self._open, f"left open: {self._open}"
+
+    def attributes(self, name: str) -> list[str | None]:
+        """Values of an attribute, in order."""
+        return [attributes[name] for _, attributes in self.tags if name in attributes]
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self._VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open and self._open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="session")
+def parse_page() -> Callable[[str], ParsedPage]:
+    """``parse_page(html)``: a page taken apart; fails where it is not well formed or an id stands there twice."""
+
+    def parse(page: str) -> ParsedPage:
+        parsed = ParsedPage(page)
+        ids = parsed.attributes("id")
+        assert len(set(ids)) == len(ids)
+        return parsed
+
+    return parse

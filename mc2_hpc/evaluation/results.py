@@ -108,7 +108,9 @@ def _section(result: SetResult, encoder: Encoder) -> dict[str, Any]:
         return {"name": result.name, "error": result.error}
     metric = leading_metric(next(iter(scores.groups.values())))
     worst_first = sorted(scores.groups.items(), key=lambda item: item[1].get(metric, 0.0))
-    retrieval = isinstance(result.task, Retrieval)
+    examples = []
+    if isinstance(result.task, Retrieval):
+        examples = _examples(result.task, result.pictures, scores.groups, encoder)
     return {
         "name": result.name,
         "error": "",
@@ -116,7 +118,7 @@ def _section(result: SetResult, encoder: Encoder) -> dict[str, Any]:
         "left_out": scores.skipped,
         "metric": metric,
         "groups": [(group, numbers.get(metric, 0.0), scores.counts[group]) for group, numbers in worst_first],
-        "examples": _examples(result.task, result.pictures, scores.groups, encoder) if retrieval else [],
+        "examples": examples,
     }
 
 

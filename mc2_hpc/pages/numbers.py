@@ -16,7 +16,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def short_share(share: float) -> str:
-    """A percentage of three digits, and no more than are needed: ``100%``, ``45.7%``, ``0.12%``, ``0.0034%``, ``<0.0001%``."""
+    """A percentage with no more digits than it needs: ``100%``, ``45.7%``, ``0.12%``, ``0.0034%``, ``<0.0001%``."""
     if 0 < share < 5e-7:
         return "<0.0001%"
     digits = 0 if share >= 0.9995 or share == 0 else 1 if share >= 0.01 else 2 if share >= 0.001 else 4

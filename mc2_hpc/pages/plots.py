@@ -1,8 +1,8 @@
 """One style for every plot, and figures as PNG bytes or as SVG inside a page. The same figure gives the same bytes.
 
 matplotlib belongs to extras, so it is imported inside functions; ask :func:`require_plotting` before long work.
-Text in a plot is numbers and Latin words as far as it is ours. Captions, entries and names in other scripts stay in HTML,
-where the browser has fonts for all of them; names that users give are set in the fonts that this machine has.
+Our own text in a plot is numbers and Latin words. Captions, entries and names in other scripts stay in HTML, where the
+browser has fonts for all of them; names that users give are set in the fonts that this machine has.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def _fonts() -> list[str]:
     """matplotlib's own font, and those installed that have the letters it lacks."""
     from matplotlib.font_manager import fontManager
 
-    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in {font.name for font in fontManager.ttflist})]
+    installed = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed)]
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:

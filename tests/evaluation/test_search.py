@@ -113,7 +113,7 @@ def test_in_a_browser(address, index, tmp_path):
     command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert result.stdout.count("<figure>") == len(index) == 10, result.stderr[-2000:]
-    assert "10 closest pictures" in result.stdout
+    assert "10 closest images" in result.stdout
     assert "below/&lt;b&gt;&amp;.jpg" in result.stdout  # a file's name is text, not markup
     first = index.search("кошка", 1)[0]
     assert result.stdout.index(f'src="/picture/{first.index}"') == result.stdout.index('src="/picture/')

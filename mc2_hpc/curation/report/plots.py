@@ -139,8 +139,6 @@ _PLOTS: Mapping[str, tuple[Callable[[Findings], Figure], str]] = {
 
 def _name_points(figure: Figure, axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """Write the first points' names beside them: each where it covers no point and no other name, or not at all."""
-    from matplotlib.transforms import Bbox
-
     figure.draw_without_rendering()  # settles the layout, so that places are known
     dots = axes.transData.transform(list(points.values()))
     taken: list[Any] = []
@@ -154,10 +152,8 @@ def _name_points(figure: Figure, axes: Any, points: Mapping[str, tuple[float, fl
                 name, point, (x, y), textcoords="offset points", ha=align, va="center", color=colour, fontsize=8.5
             )
             box = label.get_window_extent()
-            others = np.delete(dots, place, axis=0)
-            if not box.padded(_DOT).count_contains(others) and not any(
-                Bbox.intersection(box, other) for other in taken
-            ):
+            covers_dot = box.padded(_DOT).count_contains(np.delete(dots, place, axis=0))
+            if not covers_dot and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             label.remove()
