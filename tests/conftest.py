@@ -1,10 +1,16 @@
 """Fixtures that every test may use."""
 
+import html
 import importlib.util
+import json
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -82,3 +88,36 @@ def parse_page() -> Callable[[str], ParsedPage]:
         return parsed
 
     return parse
+
+
+@pytest.fixture
+def browse(tmp_path) -> Callable[..., str]:
+    """``browse(address, width=1400)``: what a page has become once a real browser has run it, as HTML."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=20000 --dump-dom"
+
+    def dump(address: str, width: int = 1400) -> str:
+        command = [chromium, *flags.split(), f"--window-size={width},2000", f"--user-data-dir={tmp_path / 'profile'}"]
+        result = subprocess.run([*command, address], capture_output=True, text=True, timeout=180)
+        assert "</html>" in result.stdout, result.stderr[-2000:]
+        return result.stdout
+
+    return dump
+
+
+@pytest.fixture
+def measure(browse, tmp_path) -> Callable[..., Any]:
+    """``measure(page, script, width)``: the value of a JavaScript expression once a page of that width is laid out."""
+
+    def run(page: str, script: str, width: int = 1400) -> Any:
+        path = tmp_path / "measured.html"
+        note = f"<script>document.title = JSON.stringify({script})</script>"
+        path.write_text(page.replace("</body>", f"{note}</body>"), encoding="utf-8")
+        title = re.search(r"<title>(.*?)</title>", browse(path.as_uri(), width), re.S)
+        assert title is not None
+        return json.loads(html.unescape(title[1]))
+
+    return run

@@ -184,6 +184,22 @@ def test_329_languages_stay_readable(many, parse_page):
     assert page.text.count("Head and tail") == 1
 
 
+@pytest.mark.parametrize("width", [1400, 900])
+def test_no_column_is_cut(many, measure, width):
+    """As laid out by a browser, with long names and large numbers."""
+    findings = gather(many, metadata_of(many))
+    large = {"texts": 123_456_789, "captions": 234_567_890, "matches": 345_678_901, "images": 99_999_999,
+             "expected_texts": 12_345_678.9, "threshold": 1_234_567, "entries": 999_999}  # fmt: skip
+    longest = sorted((language.name for language in LANGUAGES.values()), key=len)[-45:]
+    rows = [
+        dataclasses.replace(row, name=name, **large) for row, name in zip(findings.languages, longest, strict=False)
+    ]
+    page = render_page(dataclasses.replace(findings, languages=rows), NO_PLOTS)
+    script = """[...document.querySelectorAll("html, .wide, .card, .tile, figure")].filter(
+        e => e.scrollWidth > e.clientWidth + 1).map(e => [e.tagName, e.className, e.scrollWidth, e.clientWidth])"""
+    assert len(rows) == 45 and measure(page, script, width) == []
+
+
 def test_names_of_points_cover_neither_points_nor_each_other():
     """Of a crowd only those are named that have room, the first ones before later ones."""
     points = {f"x{n}": (10.0 + n % 5, 10.0 + n // 5) for n in range(20)} | {"en": (900.0, 900.0)}
