@@ -106,11 +106,11 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def short_ticks(axis: Any) -> None:
-    """Label the major ticks of an axis with :func:`short_number`, and no minor ones."""
-    from matplotlib.ticker import NullFormatter
+    """Label the major ticks of an axis with :func:`short_number`, and have no minor ones."""
+    from matplotlib.ticker import NullLocator
 
     axis.set_major_formatter(lambda value, _: short_number(value))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def png(figure: Figure, dpi: int = 180) -> bytes:

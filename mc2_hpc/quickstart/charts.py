@@ -51,7 +51,9 @@ def head_tail(name: str, before: Sequence[float], after: Sequence[float], *, thr
     highest = max(before[0], threshold, 10.0)
     with plot_style():
         figure, (axes,) = new_figure(2.5, 1.45)
-        axes.fill_between(ranks, [max(count, 0.5) for count in before], 0.5, color=LIGHT["before"], linewidth=0)
+        axes.fill_between(
+            ranks, [max(count, 0.5) for count in before], 0.5, color=LIGHT["before"], alpha=0.55, linewidth=0
+        )
         axes.axhline(threshold, color=LIGHT["ink"], linewidth=0.9, linestyle=(0, (4, 3)))
         kept = [(rank, count) for rank, count in zip(ranks, after, strict=True) if count >= 0.5]
         if kept:

@@ -59,7 +59,7 @@ def draw_plots(findings: Findings) -> dict[str, Plot]:
 
 def _languages(findings: Findings) -> Figure:
     """Share of the texts of the largest languages, before and after, on a log axis."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     shown = findings.languages[:_LANGUAGES]
     figure, (axes,) = new_figure(9.6, 1.0 + 0.235 * len(shown))
@@ -71,7 +71,7 @@ def _languages(findings: Findings) -> Figure:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(_percent)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(places, [shortened(row.name, _LONGEST_LABEL) for row in shown])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
