@@ -80,13 +80,12 @@ def require_plotting(what: str, extra: str) -> None:
 def plot_style() -> Iterator[None]:
     """Figures made and saved inside have the project's style, whatever the reader's own settings are."""
     import matplotlib
+    from cycler import cycler  # matplotlib's own
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {**_STYLE, "axes.prop_cycle": matplotlib.cycler(color=SERIES), "font.family": _fonts()}
-        )
+        matplotlib.rcParams.update({**_STYLE, "axes.prop_cycle": cycler(color=SERIES), "font.family": _fonts()})
         yield
 
 
