@@ -1,4 +1,4 @@
-"""What the trained model can do, measured on the held-out images, and how balancing changed the data."""
+"""What the trained model can do, measured on the held-out pictures, and how balancing changed the data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ _HITS = 5
 
 @dataclass(frozen=True)
 class Heldout:
-    """The held-out set in memory. N images.
+    """The held-out set in memory. N pictures.
 
     Attributes:
         images: uint8 ``(N, 3, S, S)``.
-        keys: of each image.
-        captions: language -> the caption of each image.
+        keys: of each picture.
+        captions: language -> the caption of each picture.
     """
 
     images: Tensor
@@ -47,17 +47,17 @@ class Heldout:
 
     @property
     def numbers(self) -> Tensor:
-        """int64 (N,): the number each image shows."""
+        """int64 (N,): the number each picture shows."""
         return torch.tensor([heldout_place(key)[1] for key in self.keys])
 
     @property
     def folds(self) -> Tensor:
-        """int64 (N,): each fold has one image of every number."""
+        """int64 (N,): each fold has one picture of every number."""
         return torch.tensor([heldout_place(key)[0] for key in self.keys])
 
 
 def read_heldout(folder: Path, image_size: int) -> Heldout:
-    """Read and resize all held-out images."""
+    """Read and resize all held-out pictures."""
     images: list[Tensor] = []
     keys: list[str] = []
     captions: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
@@ -109,7 +109,7 @@ def evaluate(model: DualEncoder, tokenize: Tokenize, heldout: Heldout, update: A
 
 
 def _retrieval(images: Tensor, texts: Tensor, folds: Tensor) -> dict[str, dict[str, float]]:
-    """Mean over the folds: inside a fold every number is there once, so each caption has one right image."""
+    """Mean over the folds: inside a fold every number is there once, so each caption has one right picture."""
     results = []
     for fold in folds.unique():
         members = folds == fold
@@ -122,7 +122,7 @@ def _retrieval(images: Tensor, texts: Tensor, folds: Tensor) -> dict[str, dict[s
 
 
 def _search(lang: str, images: Tensor, texts: Tensor, heldout: Heldout) -> dict[str, Any]:
-    """The images nearest to one caption of the language; another number in each language."""
+    """The pictures nearest to one caption of the language; another number in each language."""
     query = (37 * _EXAMPLE_LANGUAGES.index(lang) + 42) % len(NUMBERS)
     hits = nearest(texts[query : query + 1], images, min(_HITS, len(images)))[1][0].tolist()
     return {
@@ -163,7 +163,7 @@ def open_clip_difference(
     """Load ``export`` with open_clip itself and compare.
 
     Returns:
-        the largest absolute difference of a logit (``exp(logit_scale)`` x cosine) over ``pairs`` images x as many
+        the largest absolute difference of a logit (``exp(logit_scale)`` x cosine) over ``pairs`` pictures x as many
         captions, and of how many of all held-out captions the token ids differ.
     """
     from mc2_hpc.conversion.peers import import_open_clip
