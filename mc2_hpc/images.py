@@ -83,6 +83,21 @@ def load_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
         raise _damage(_START_OF_JPEG if image.format in ("JPEG", "MPO") else b"", error) from None
 
 
+def thumbnail(data: bytes | memoryview, side: int) -> bytes:
+    """A JPEG of the image, upright, at most ``side`` pixels wide and high.
+
+    Raises:
+        Dropped: see :func:`open_image`.
+    """
+    image = open_image(data)
+    image.draft("RGB", (2 * side, 2 * side))  # of a JPEG: decode no more than the thumbnail needs
+    image = load_rgb(image, upright=True)
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
 def _damage(start: bytes, error: Exception) -> Dropped:
     truncated = start == _START_OF_JPEG and "truncated" in str(error).lower()
     return Dropped(Drop.IMAGE_TRUNCATED if truncated else Drop.IMAGE_UNDECODABLE, str(error))

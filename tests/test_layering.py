@@ -18,14 +18,13 @@ LAYERS = [
         "mc2_hpc.config",
         "mc2_hpc.distributed",
         "mc2_hpc.draws",
-        "mc2_hpc.page_style",
         "mc2_hpc.peers",
         "mc2_hpc.storage",
         "mc2_hpc.tar",
         "mc2_hpc.terminal",
     },
     {"mc2_hpc.caption_tables", "mc2_hpc.images", "mc2_hpc.samples", "mc2_hpc.shard_paths"},
-    {"mc2_hpc.metadata"},
+    {"mc2_hpc.metadata", "mc2_hpc.pages"},
     {"mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.draw_kernels"},
     {"mc2_hpc.curation", "mc2_hpc.kernels"},
     {"mc2_hpc.models"},
@@ -165,6 +164,8 @@ def test_wheel_works_from_another_folder(tmp_path):
         inside = module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
         assert inside in names, f"the wheel lacks {inside}"
     assert {"mc2_hpc/py.typed", "mc2_hpc/metadata/languages.tsv", "mc2_hpc/slurm_scripts/train.sbatch"} <= names
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "mc2_hpc").rglob("templates/*")}
+    assert "mc2_hpc/pages/templates/base.html" in templates and templates <= names
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
     code = "import mc2_hpc.kernels.contrastive as c, mc2_hpc.training.trainer, os; print(os.path.dirname(c.__file__))"
     result = subprocess.run(

@@ -31,7 +31,7 @@ class DataPaths:
     root: str = "."
     """For other paths to name, as ``${data.root}``."""
     pool: str
-    """Folder of candidate captions and pictures, as ``mc2 curate`` takes it."""
+    """Folder of candidate captions and images, as ``mc2 curate`` takes it."""
     metadata: str
     """Folder of ``<lang>.json``."""
 
@@ -104,11 +104,6 @@ class RowConfig:
 class AblationConfig:
     """The file."""
 
-    title: str
-    mirrors: str
-    """The paper's table that it has the shape of."""
-    finding: str
-    """What the paper's table shows."""
     data: DataPaths
     base: str
     """Training config that every row starts from."""
@@ -116,6 +111,12 @@ class AblationConfig:
     """Evaluation suite (``mc2 eval --suite``)."""
     columns: dict[str, Column]
     rows: list[RowConfig]
+    title: str = ""
+    """Heads the table and the plot; without it the file's own name does."""
+    mirrors: str = ""
+    """A paper's table that it has the shape of, where there is one."""
+    finding: str = ""
+    """What that table shows."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each row is trained once with each: initial weights and every draw of the data path."""
     curation: dict[str, Any] = field(default_factory=dict)
@@ -171,7 +172,8 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
             raise UserError(f"{path}: columns.{name}: {found.suite} has no set {column.set!r}, but {', '.join(sets)}")
     return Ablation(
         name=path.stem,
-        **{key: getattr(found, key) for key in ("title", "mirrors", "finding", "data", "columns", "seeds")},
+        title=found.title or path.stem,
+        **{key: getattr(found, key) for key in ("mirrors", "finding", "data", "columns", "seeds")},
         suite=Path(found.suite),
         rows=[_row(f"{path}: rows.{row.name}", found, row) for row in found.rows],
     )

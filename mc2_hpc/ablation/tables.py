@@ -11,10 +11,10 @@ def table_row(
     """A row of :func:`markdown` and of ``ablations.json``.
 
     Args:
-        numbers: by column, in [0, 1], one mapping a seed.
+        numbers: by column, in [0, 1], one mapping per seed.
 
     Returns:
-        ``columns``: of each its ``values`` (one a seed), ``mean`` and ``stdev``, the sample standard deviation
+        ``columns``: of each its ``values`` (one per seed), ``mean`` and ``stdev``, the sample standard deviation
         (divided by n - 1), which is null for one seed.
     """
     columns = {}
@@ -37,7 +37,9 @@ def _section(table: Mapping[str, Any]) -> list[str]:
     ours = list(table["rows"][0]["columns"])
     paper = list(dict.fromkeys(column for row in table["rows"] for column in row["paper"]))
     head = ["row", "pairs seen", "English share", *ours, *(f"paper: {column}" for column in paper)]
-    lines = [f"## {table['title']}", "", f"Mirrors {table['mirrors']}. {table['finding']}", ""]
+    about = [f"Mirrors {table['mirrors']}."] if table["mirrors"] else []
+    about += [table["finding"]] if table["finding"] else []
+    lines = [f"## {table['title']}", "", *([" ".join(about), ""] if about else [])]
     lines += [_line(head), f"|{'---|' * len(head)}"]
     for row in table["rows"]:
         share = row["english_share"]

@@ -1,15 +1,11 @@
 """What a suite found, written down: ``results.json``, a Markdown table beside the paper's numbers, ``report.html``."""
 
-import base64
-import html
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts
 from mc2_hpc.evaluation.encoder import Encoder, ImageFeatures
@@ -19,8 +15,8 @@ from mc2_hpc.evaluation.paper import columns_of, why_no_mean
 from mc2_hpc.evaluation.scoring import ALL, Scores
 from mc2_hpc.evaluation.suite import SetResult
 from mc2_hpc.evaluation.tasks import Retrieval
-from mc2_hpc.page_style import STYLE
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.images import thumbnail
+from mc2_hpc.pages import data_uri, write_page
 
 _EXAMPLES_A_SET, _HITS, _THUMBNAIL = 6, 5, 128
 _LEADING = ("top1", "mean_per_class_top1", "text_to_image_R@1", "LOCAL", "5_shot")
@@ -110,49 +106,32 @@ def write_report(path: Path, name: str, results: Sequence[SetResult], encoder: E
     Collective: the captions shown are encoded. Only the first rank writes.
     """
     sections = [_section(result, encoder) for result in results]
-    if not encoder.writes:
-        return
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(name)}: evaluation</title><style>{STYLE}</style>"
-        f'<header><div><p class="kicker">Evaluation</p><h1>{html.escape(name)}</h1>'
-        f'<p class="soft">{html.escape(describe(encoder.dual.facts))}</p></div></header>'
-        f"<main>{''.join(sections)}</main></html>\n"
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    if encoder.writes:
+        values = {"name": name, "model": describe(encoder.dual.facts), "sections": sections}
+        write_page(path, "mc2_hpc.evaluation", "report.html", values)
 
 
-def _section(result: SetResult, encoder: Encoder) -> str:
-    title = f"<section><h2>{html.escape(result.name)}</h2>"
-    if result.scores is None or result.task is None or result.images is None:
-        return f'{title}<p class="lead">Not scored: {html.escape(result.error)}</p></section>'
+def _section(result: SetResult, encoder: Encoder) -> dict[str, Any]:
+    """What the page shows of one set."""
     scores = result.scores
-    tiles = "".join(
-        f'<div class="tile"><b>{100 * value:.1f}</b>'
-        f"<span>{html.escape(metric)}, %{_chance(scores, metric)}</span></div>"
-        for metric, value in scores.mean.items()
-    )
-    left_out = ", ".join(f"{reason} {count}" for reason, count in scores.skipped.items())
-    body = f'<div class="tiles">{tiles}</div><p class="soft">Of {number_scored(scores.counts):,} in all.</p>'
-    if left_out:
-        body += f'<p class="soft">Left out: {html.escape(left_out)}</p>'
-    if len(scores.groups) > 1:
-        body += f'<h3>From worst to best</h3><div class="bars">{"".join(_bars(scores.groups, scores.counts))}</div>'
+    if scores is None or result.task is None or result.images is None:
+        return {"name": result.name, "error": result.error}
+    shown = []
     if isinstance(result.task, Retrieval):
-        body += _examples(examples(result.task, result.images, scores.groups, encoder), result.task.images)
-    return f"{title}{body}</section>"
-
-
-def _bars(groups: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> Iterator[str]:
-    metric = leading_metric(next(iter(groups.values())))
-    for group, numbers in sorted(groups.items(), key=lambda item: item[1].get(metric, 0.0)):
-        value = numbers.get(metric, 0.0)
-        yield (
-            f'<div class="row" title="{counts[group]} scored"><span class="name">{html.escape(group)}</span>'
-            f'<span class="bar"><i style="width:{100 * value:.2f}%"></i></span>'
-            f'<span class="num">{100 * value:.1f}</span></div>'
-        )
+        found = examples(result.task, result.images, scores.groups, encoder)
+        shown = [(example, _hits(example, result.task.images)) for example in found]
+    metric = leading_metric(next(iter(scores.groups.values()))) if scores.groups else ""
+    worst_first = sorted(scores.groups.items(), key=lambda item: item[1].get(metric, 0.0))
+    return {
+        "name": result.name,
+        "error": "",
+        "tiles": [(f"{100 * value:.1f}", f"{name}, %{_chance(scores, name)}") for name, value in scores.mean.items()],
+        "number_scored": number_scored(scores.counts),
+        "left_out": scores.skipped,
+        "metric": metric,
+        "groups": [(group, numbers.get(metric, 0.0), scores.counts[group]) for group, numbers in worst_first],
+        "examples": shown,
+    }
 
 
 def leading_metric(numbers: Mapping[str, float]) -> str:
@@ -189,22 +168,12 @@ def examples(
     return [Example(lang, text, hits, owner) for (lang, text, owner), hits in zip(queries, best.tolist(), strict=True)]
 
 
-def _examples(found: Sequence[Example], images: Images) -> str:
-    cards = []
-    for example in found:
-        hits = [_hit(images, index, "its own" if index == example.owner else "&nbsp;") for index in example.hits]
-        if example.owner not in example.hits:
-            hits.append(_hit(images, example.owner, "missed: its own"))
-        cards.append(
-            f'<div class="card"><p class="lang">{html.escape(example.lang)}</p>'
-            f'<p class="query" dir="auto">{html.escape(example.query)}</p><div class="hits">{"".join(hits)}</div></div>'
-        )
-    return f'<h3>Images found for a caption</h3><div class="search">{"".join(cards)}</div>'
-
-
-def _hit(images: Images, index: int, label: str) -> str:
-    kind = "hit right" if label == "its own" else "hit"
-    return f'<div class="{kind}"><img alt="" src="{_thumbnail(images, index)}">{label}</div>'
+def _hits(example: Example, images: Images) -> list[tuple[str, str]]:
+    """(kind, thumbnail) of the images found, and behind them the caption's own where it was missed."""
+    kinds = [("right" if index == example.owner else "", index) for index in example.hits]
+    if example.owner not in example.hits:
+        kinds.append(("missed", example.owner))
+    return [(kind, _thumbnail(images, index)) for kind, index in kinds]
 
 
 def _chance(scores: Scores, metric: str) -> str:
@@ -213,8 +182,4 @@ def _chance(scores: Scores, metric: str) -> str:
 
 def _thumbnail(images: Images, index: int) -> str:
     """The image as a small JPEG in a data: address. It could be decoded before, so it can now."""
-    image = Image.open(io.BytesIO(images.read(index))).convert("RGB")
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return data_uri(thumbnail(images.read(index), _THUMBNAIL), "image/jpeg")

@@ -4,7 +4,6 @@ index = ImageIndex(encoder, folder)
 index.search("кошка", 10)
 """
 
-import io
 import json
 import threading
 from collections.abc import Callable
@@ -15,13 +14,14 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import torch
-from PIL import Image
 
+from mc2_hpc.drops import Dropped
 from mc2_hpc.evaluation.encoder import Encoder
 from mc2_hpc.evaluation.images import ImageFiles
 from mc2_hpc.evaluation.nearest import nearest
 from mc2_hpc.evaluation.sets.files import images_below
-from mc2_hpc.page_style import STYLE
+from mc2_hpc.images import thumbnail
+from mc2_hpc.pages import render
 
 HOST = "127.0.0.1"
 _THUMBNAIL = 320
@@ -90,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         if address.path == "/":
-            self._send("text/html; charset=utf-8", _PAGE.encode())
+            page = render("mc2_hpc.evaluation", "search.html", {})
+            self._send("text/html; charset=utf-8", page.encode())
         elif address.path == "/search":
             query = parse_qs(address.query).get("q", [""])[0].strip()[:_LONGEST_QUERY]
             hits = self.index.search(query, _SHOWN) if query else []
@@ -106,14 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         try:
-            image = Image.open(io.BytesIO(self.index.images.read(int(number)))).convert("RGB")
-        except OSError:  # gone or replaced since it was embedded
+            small = thumbnail(self.index.images.read(int(number)), _THUMBNAIL)
+        except (OSError, Dropped):  # gone or replaced since it was embedded
             self.send_error(HTTPStatus.GONE)
             return
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=85)
-        self._send("image/jpeg", data.getvalue())
+        self._send("image/jpeg", small)
 
     def _send(self, kind: str, body: bytes) -> None:
         self.send_response(HTTPStatus.OK)
@@ -125,53 +123,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Requests are not news."""
-
-
-_PAGE = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Image search</title>
-<style>{STYLE}
-form {{ margin: 40px 0 24px; }}
-input {{ width: 100%; padding: 14px 18px; font: inherit; font-size: 1.3rem; color: inherit; background: var(--card);
-  border: 1px solid var(--rule); border-radius: 14px; }}
-input:focus {{ outline: 2px solid var(--accent); }}
-.found {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 190px), 1fr)); gap: 16px; }}
-figure {{ margin: 0; }} figcaption {{ font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; margin-top: 4px; }}
-</style>
-<main>
-<form><input name="q" type="search" autofocus autocomplete="off" dir="auto" aria-label="Search"
-  placeholder="cat · кошка · 猫 · قطة · बिल्ली"></form>
-<p class="soft" id="state" role="status"></p>
-<div class="found" id="found"></div>
-</main>
-<script>
-const input = document.querySelector("input"), found = document.querySelector("#found");
-const state = document.querySelector("#state");
-let latest = 0;
-async function search() {{
-  const query = input.value.trim(), mine = ++latest;
-  history.replaceState(null, "", query ? "?q=" + encodeURIComponent(query) : "/");
-  let hits = [], trouble = "";
-  try {{
-    const answer = await fetch("/search?q=" + encodeURIComponent(query));
-    if (!answer.ok) throw new Error(answer.statusText);
-    hits = await answer.json();
-  }} catch (error) {{ trouble = "No answer: " + error.message; }}
-  if (mine !== latest) return;
-  found.replaceChildren(...hits.map(hit => {{
-    const figure = document.createElement("figure"), image = document.createElement("img");
-    image.src = "/picture/" + hit.index; image.alt = hit.name; image.loading = "lazy";
-    const caption = document.createElement("figcaption");
-    caption.textContent = hit.name + " · " + hit.score.toFixed(3);
-    figure.append(image, caption);
-    return figure;
-  }}));
-  state.textContent = trouble || (hits.length ? hits.length + " closest images" : "");
-}}
-let pause;
-input.addEventListener("input", () => {{ clearTimeout(pause); pause = setTimeout(search, 250); }});
-document.querySelector("form").addEventListener("submit", event => {{ event.preventDefault(); search(); }});
-input.value = new URLSearchParams(location.search).get("q") || "";
-if (input.value) search();
-</script></html>
-"""

@@ -1,4 +1,4 @@
-"""What is written beside the pictures: number names in sixteen languages, sentence forms, and noise.
+"""What is written beside the images: number names in sixteen languages, sentence forms, and noise.
 
 The names come from num2words. The sentence forms hold no number name of their own (a test checks it), so a caption
 matches exactly the metadata entries of the number it names.
@@ -150,6 +150,6 @@ def draw_caption(lang: str, name: str, rng: np.random.Generator) -> str:
 
 
 def draw_noise(rng: np.random.Generator) -> tuple[str, str]:
-    """A caption that says nothing about its picture, as (language, text)."""
+    """A caption that says nothing about its image, as (language, text)."""
     lang, form = NOISE[rng.integers(len(NOISE))]
     return lang, form.format(rng.integers(1000, 9999))

@@ -1,9 +1,9 @@
-"""The quickstart's raw material: a worldwide pool of pictures and candidate captions, and a held-out set.
+"""The quickstart's raw material: a worldwide pool of images and candidate captions, and a held-out set.
 
     folder/pool/pool-00007.tar          <key>.jpg
-    folder/pool/pool-00007.parquet      key, text, lang, source: one row a candidate caption
+    folder/pool/pool-00007.parquet      key, text, lang, source: one row per candidate caption
     folder/heldout/heldout-00000.tar    <key>.jpg, other writers' digits: one image of every number, a shard per fold
-    folder/heldout/heldout-00000.parquet  key, text, lang, source, number: one row a language
+    folder/heldout/heldout-00000.parquet  key, text, lang, source, number: one row per language
     folder/heldout.parquet              key, label, jpg: all of these images with their numbers
 
 As on the web, a few numbers and a few languages make up most of the pool, English most of all, an image may have
@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mc2_hpc.quickstart.captions import LANGUAGES, NUMBERS, draw_caption, draw_noise, number_names
-from mc2_hpc.quickstart.pictures import HandwrittenDigits, draw_number, load_handwriting
+from mc2_hpc.quickstart.images import HandwrittenDigits, draw_number, load_handwriting
 from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import write_tar
 
 _CAPTION_COUNTS = (0.35, 0.35, 0.2, 0.1)
-"""Chance that a picture has 1, 2, 3 or 4 candidate captions."""
+"""Chance that an image has 1, 2, 3 or 4 candidate captions."""
 _NOISE_SHARE = 0.12
 """Chance that a candidate caption is noise."""
 _ENGLISH_SHARE = 0.3
@@ -59,8 +59,8 @@ def make_pool(
 
     Args:
         images: of the pool.
-        heldout_per_number: held-out pictures of each number.
-        progress: called with (pictures made, pictures in all).
+        heldout_per_number: held-out images of each number.
+        progress: called with (images made, images in all).
     """
     folder = Path(folder)
     names = number_names()
@@ -80,7 +80,7 @@ def make_pool(
 
 
 def heldout_place(key: str) -> tuple[int, int]:
-    """(fold, number) of a held-out picture's key; every fold has one picture of every number."""
+    """(fold, number) of a held-out image's key; every fold has one image of every number."""
     fold, number = key.removeprefix("h").split("-")
     return int(fold), int(number)
 
@@ -98,24 +98,24 @@ def _write_pool_shard(
     language_weights = np.concatenate([[_ENGLISH_SHARE], (1 - _ENGLISH_SHARE) * others])
     num_captions = 1 + rng.choice(len(_CAPTION_COUNTS), size=count, p=_CAPTION_COUNTS)
     languages = rng.choice(LANGUAGES, size=(count, len(_CAPTION_COUNTS)), p=language_weights)
-    # The number is drawn as the picture's first language draws numbers.
+    # The number is drawn as the image's first language draws numbers.
     numbers = np.empty(count, np.int64)
     for lang in LANGUAGES:
         own = languages[:, 0] == lang
         exponent = _ENGLISH_NUMBER_EXPONENT if lang == "en" else _NUMBER_EXPONENT
         numbers[own] = rng.choice(len(NUMBERS), size=int(own.sum()), p=zipf(len(NUMBERS), exponent))
-    pictures: list[tuple[str, bytes]] = []
+    images: list[tuple[str, bytes]] = []
     rows: list[dict[str, object]] = []
     for index, number in enumerate(numbers.tolist()):
         key = f"{shard:03d}-{index:06d}"
-        pictures.append((key, draw_number(number, digits, rng)))
+        images.append((key, draw_number(number, digits, rng)))
         for lang in languages[index, : num_captions[index]].tolist():
             if rng.random() < _NOISE_SHARE:
                 lang, text = draw_noise(rng)
             else:
                 text = draw_caption(lang, names[lang][number], rng)
             rows.append({"key": key, "text": text, "lang": lang, "source": "alt"})
-    _write_pictures(stem.with_suffix(".tar"), pictures)
+    _write_images(stem.with_suffix(".tar"), images)
     _write_rows(stem.with_suffix(".parquet"), rows)
     return len(rows)
 
@@ -134,7 +134,7 @@ def _write_heldout(
                 text = draw_caption(lang, names[lang][number], rng)
                 rows.append({"key": key, "text": text, "lang": lang, "source": "heldout", "number": number})
         stem = folder / "heldout" / f"heldout-{fold:05d}"
-        _write_pictures(stem.with_suffix(".tar"), images)
+        _write_images(stem.with_suffix(".tar"), images)
         _write_rows(stem.with_suffix(".parquet"), rows)
         labelled += [
             {"key": key, "label": str(number), "jpg": jpeg} for (key, jpeg), number in zip(images, NUMBERS, strict=True)
@@ -142,9 +142,9 @@ def _write_heldout(
     _write_rows(folder / "heldout.parquet", labelled)
 
 
-def _write_pictures(path: Path, pictures: Iterable[tuple[str, bytes]]) -> None:
+def _write_images(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
     with atomic_path(path) as temporary:
-        write_tar(temporary, ((f"{key}.jpg", jpeg) for key, jpeg in pictures))
+        write_tar(temporary, ((f"{key}.jpg", jpeg) for key, jpeg in images))
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

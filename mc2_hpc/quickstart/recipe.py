@@ -15,10 +15,10 @@ class Recipe:
     """What a run of the quickstart may be made smaller by (the tests do)."""
 
     images: int = 20_000
-    """Pictures of the pool."""
+    """Images of the pool."""
     shards: int = 20
     heldout_per_number: int = 10
-    """Held-out pictures of each number."""
+    """Held-out images of each number."""
     t_en: int = 40
     """English's balancing threshold."""
     vocab_size: int = 1_600

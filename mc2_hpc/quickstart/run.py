@@ -1,13 +1,13 @@
 """``mc2 quickstart``: every stage of the system on this machine, joined end to end.
 
-output/pool, heldout     pictures and candidate captions (mc2_hpc.quickstart.pool)
+output/pool, heldout     images and candidate captions (mc2_hpc.quickstart.pool)
 output/metadata          the numbers' names in every language
 output/curated           matched captions, balance, training shards
 output/tokenizer.model   sentencepiece, trained on the captions that matched
 output/train.yaml        config of the training run; output/train: its checkpoints and metrics
 output/eval.yaml         suite that the model is scored on, for `mc2 eval output/train --suite output/eval.yaml`
 output/open_clip         the model as open_clip loads it
-output/report.json, report.html, pictures
+output/report.json, report.html, images
 """
 
 import json
@@ -30,7 +30,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.quickstart.captions import LANGUAGES, tokenizer_texts
 from mc2_hpc.quickstart.recipe import Recipe, write_training_config
 from mc2_hpc.quickstart.report import write_report
-from mc2_hpc.quickstart.samples import draw_samples, save_pictures
+from mc2_hpc.quickstart.samples import draw_samples, save_images
 from mc2_hpc.quickstart.stages import Stages
 from mc2_hpc.shard_paths import list_shards
 from mc2_hpc.storage import write_json
@@ -38,7 +38,7 @@ from mc2_hpc.storage import write_json
 _MARKER = ".quickstart"
 _LOGIT_TOLERANCE = 1e-4
 """A conversion whose logits (up to 100) differ by more is broken, not rounded."""
-_MODULES = ("sklearn", "num2words", "open_clip", "torchvision")
+_MODULES = ("sklearn", "num2words", "matplotlib", "open_clip", "torchvision")
 _PACKAGES = ("mc2_hpc", "torch", "deepspeed", "open_clip_torch")
 
 
@@ -46,7 +46,7 @@ def run_quickstart(output: str | Path, *, processes: int | None = None, recipe: 
     """Do the whole job into ``output``; an earlier quickstart there is moved aside.
 
     Args:
-        processes: of training; by default one a GPU, or 2 without any.
+        processes: of training; by default one per GPU, or 2 without any.
 
     Returns:
         the exit code, 0.
@@ -131,7 +131,7 @@ def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any
     from mc2_hpc.metadata.build import Sources, build_folder
     from mc2_hpc.quickstart.pool import make_pool
 
-    with stages.stage("make a pool of pictures and captions") as update:
+    with stages.stage("make a pool of images and captions") as update:
         summary = make_pool(
             output,
             images=recipe.images,
@@ -204,7 +204,7 @@ def _examine(output: Path, stages: Stages) -> dict[str, Any]:
         with stages.stage("evaluate on held-out handwriting") as update:
             results = evaluate(output / "eval.yaml", encoder, update)
     for example in results["retrieval_examples"]:
-        save_pictures(output, output / "heldout", example["hits"])
+        save_images(output, output / "heldout", example["hits"])
     with stages.stage("convert to open_clip, load it there, compare", bar=False):
         convert(output / "train", "open_clip", output / "open_clip")
         ours = open_dual_encoder(output / "train", torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Pictures for the report: copied out of the shards into ``output/pictures``."""
+"""Images for the report: copied out of the shards into ``output/images``."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,9 +15,9 @@ _SAMPLES = 16
 
 
 def draw_samples(output: Path) -> list[dict[str, Any]]:
-    """Pictures of the pool with all of their captions, for the report; those that curation dropped are ``noise``.
+    """Images of the pool with all of their captions, for the report; those that curation dropped are ``noise``.
 
-    Taken from the first shard: among pictures with several captions, those whose languages have been shown least.
+    Taken from the first shard: among images with several captions, those whose languages have been shown least.
     """
     captions = list_shards(output / "pool", ".parquet")[0]
     matched = read_matched(output / "curated" / "matched" / captions.name, ["key", "text"])
@@ -27,27 +27,27 @@ def draw_samples(output: Path) -> list[dict[str, Any]]:
         noise = (row["key"], row["text"]) not in kept
         rows.setdefault(row["key"], []).append({"lang": row["lang"], "text": row["text"], "noise": noise})
     samples = [{"key": key, "captions": rows[key]} for key in _varied(rows)]
-    save_pictures(output, output / "pool", samples)
+    save_images(output, output / "pool", samples)
     return samples
 
 
-def save_pictures(output: Path, shards: Path, entries: list[dict[str, Any]]) -> None:
-    """Copy the picture of every entry's ``key`` to ``output/pictures`` and name it under ``image``."""
+def save_images(output: Path, shards: Path, entries: list[dict[str, Any]]) -> None:
+    """Copy the image of every entry's ``key`` to ``output/images`` and name it under ``image``."""
     wanted = {f"{entry['key']}.jpg" for entry in entries}
     for path in list_shards(shards, ".tar"):
         with TarIndex(path) as tar:
             for member in (member for member in tar.members if member.name in wanted):
-                with atomic_path(output / "pictures" / member.name) as temporary:
+                with atomic_path(output / "images" / member.name) as temporary:
                     temporary.write_bytes(tar.read(member))
                 wanted.discard(member.name)
         if not wanted:
             break
     for entry in entries:
-        entry["image"] = f"pictures/{entry['key']}.jpg"
+        entry["image"] = f"images/{entry['key']}.jpg"
 
 
 def _varied(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Keys of pictures with three captions or more, each chosen for the languages that were shown least so far."""
+    """Keys of images with three captions or more, each chosen for the languages that were shown least so far."""
     shown: Counter[str] = Counter()
     left = [key for key, captions in rows.items() if len(captions) >= 3]
     keys: list[str] = []

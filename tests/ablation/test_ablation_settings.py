@@ -82,10 +82,19 @@ def test_a_missing_key_file_or_no_yaml(tmp_path, ablation_file):
     with pytest.raises(UserError, match="list.yaml: not a mapping"):
         load_ablation(tmp_path / "list.yaml")
     values = yaml.safe_load(ablation_file("whole", [ROW]).read_text())
-    del values["mirrors"]
+    del values["suite"]
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match="mirrors"):
+    with pytest.raises(UserError, match="suite"):
         load_ablation(tmp_path / "whole.yaml")
+
+
+def test_what_is_only_printed_may_be_left_out(tmp_path, ablation_file):
+    values = yaml.safe_load(ablation_file("mine", [ROW]).read_text())
+    for key in ("title", "mirrors", "finding"):
+        del values[key]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    found = load_ablation(tmp_path / "mine.yaml")
+    assert (found.title, found.mirrors, found.finding) == ("mine", "", "")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -51,6 +51,17 @@ def test_the_papers_row_stands_beside_ours():
     assert "| 50.0 |" in single and "over 1 seed." in single
 
 
+@pytest.mark.parametrize(
+    "about, line",
+    [({"mirrors": ""}, "F."), ({"finding": ""}, "Mirrors table 2."), ({"mirrors": "", "finding": ""}, None)],
+)
+def test_nothing_is_printed_of_what_the_file_does_not_say(about, line):
+    lines = markdown([{**table(table_row("r", [0], [{"English": 0.5}], {})), **about}]).splitlines()
+    assert lines[0] == "## T" and lines[1] == ""
+    assert lines[2].startswith("| row |") if line is None else lines[2:4] == [line, ""]
+    assert "Mirrors ." not in lines and not any("none" in text.lower() for text in lines)
+
+
 @pytest.fixture
 def run(tmp_path):
     groups = {"en": {"top1": 0.6}, "de": {"top1": 0.5}, "fr": {"top1": 0.1}}

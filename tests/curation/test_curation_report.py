@@ -1,8 +1,9 @@
 """The report shows the run's own numbers on one page that needs nothing else, for two languages and for 329."""
 
+import dataclasses
+import html
 import re
 import struct
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
 from mc2_hpc import jobs
 from mc2_hpc.balancing.thresholds import entry_probabilities
@@ -19,37 +21,16 @@ from mc2_hpc.curation.balance import plan_balance
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.report import plots
 from mc2_hpc.curation.report.findings import gather, mass_curve
-from mc2_hpc.curation.report.page import DROP_REASONS, render, write_report
+from mc2_hpc.curation.report.page import render_page, write_report
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import LANGUAGES
+from mc2_hpc.pages import plots as page_plots
+from mc2_hpc.pages.plots import new_figure, plot_style
 from mc2_hpc.storage import file_sha256, read_json, write_json
 
 HOSTILE = "<script>tom & 'jerry'\"</script>"
-
-
-class Page(HTMLParser):
-    """Collects elements and text; complains of tags that are not closed."""
-
-    VOID = frozenset({"meta", "img", "link", "br"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+NO_PLOTS = dict.fromkeys(("languages", "head_tail", "thresholds"), Markup(""))
 
 
 def curate(folder: Path, entries: dict[str, list[str]], rows: list[tuple[str, str, str]], t_en: int) -> Path:
@@ -104,9 +85,9 @@ def metadata_of(run: Path) -> Path:
     return run.parent / "metadata"
 
 
-def test_page_shows_the_numbers_of_the_run(two, page_path):
+def test_page_shows_the_numbers_of_the_run(two, page_path, parse_page):
     report = read_json(two / "balance" / "balance.json")
-    page = Page(page_path.read_text(encoding="utf-8"))
+    page = parse_page(page_path.read_text(encoding="utf-8"))
     for shown in ("160 of 163 captions matched", "English", "German", "t = 50", HOSTILE, "no_match", "caption_empty"):
         assert shown in page.text
     assert f"{report['languages']['en']['expected_texts']:,.0f}" in page.text
@@ -114,13 +95,39 @@ def test_page_shows_the_numbers_of_the_run(two, page_path):
     assert "Metadata without a match: 1" in page.text and "no caption of the pool is in this language" in page.text
 
 
-def test_page_needs_nothing_but_itself(page_path):
-    html = page_path.read_text(encoding="utf-8")
-    page = Page(html)
-    assert "http:" not in html and "https:" not in html and "url(" not in html and "@import" not in html
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
-    images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 3 and all(source and source.startswith("data:image/png;base64,") for source in images)
+def test_page_shows_captions_and_match_rate_of_each_language(two, page_path):
+    table = page_path.read_text(encoding="utf-8").partition("<table>")[2].partition("</table>")[0]
+    cells = [[html.unescape(re.sub(r"<[^>]*>", "", cell)).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row)]
+             for row in table.split("</tr>")]  # fmt: skip
+    assert cells[0] == ["language", "captions", "matched", "match rate", "images", "matches", "matches per text"]
+    assert cells[1] == ["English en", "121", "120", "99.2%", "120", "160", "1.3"]
+    assert cells[2] == ["German de", "40", "40", "100%", "40", "50", "1.2"]
+    english, german = gather(two, metadata_of(two)).languages
+    assert (english.captions, german.captions) == (121, 40) and english.match_rate == pytest.approx(120 / 121)
+
+
+def test_without_the_matched_pool_the_rate_is_not_known(many, parse_page):
+    findings = gather(many, metadata_of(many))
+    assert {row.captions for row in findings.languages} == {row.match_rate for row in findings.languages} == {None}
+    assert "–" in parse_page(render_page(findings, NO_PLOTS)).text
+
+
+def test_a_balance_of_an_earlier_match_is_refused(two, tmp_path):
+    (tmp_path / "balance").symlink_to(two / "balance")
+    write_json(tmp_path / "matched" / "match.json", {"shards": ["0"]})
+    write_json(tmp_path / "matched" / "stats" / "0.json", {"matched": 161, "captions": {"en": 121, "de": 41}})
+    with pytest.raises(UserError, match="run `mc2 curate balance` again"):
+        gather(tmp_path, metadata_of(two))
+
+
+def test_page_needs_nothing_but_itself(page_path, parse_page):
+    text = page_path.read_text(encoding="utf-8")
+    page = parse_page(text)
+    assert "http:" not in text and "https:" not in text and not re.search(r"url\((?!#)", text) and "@import" not in text
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "img", "image"}
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(drawings) == 3 and all(drawing["aria-label"] and drawing["viewbox"] for drawing in drawings)
+    assert {address[0] for address in page.attributes("href")} == {"#"}
     files = sorted(file.name for file in page_path.parent.iterdir())
     assert files == ["curation.html", "head_tail.png", "languages.png", "thresholds.png"]
     for name in files[1:]:
@@ -135,17 +142,16 @@ def test_same_run_same_bytes(two, page_path):
     assert {path.name: path.read_bytes() for path in page_path.parent.iterdir()} == before
 
 
-def test_packing_is_told_where_it_was_done(two, tmp_path):
+def test_packing_is_told_where_it_was_done(two, tmp_path, parse_page):
     out = tmp_path / "out"
     out.mkdir()
     (out / "balance").symlink_to(two / "balance")
     write_json(out / "shards" / "pack.json", {"shards": ["a", "b"]})
     write_json(out / "shards" / "stats" / "a.json", {"images": 90, "texts": 91, "drops": {"image_missing": 7}})
-    plots = dict.fromkeys(("languages", "head_tail", "thresholds"), b"")
-    assert "image_missing" not in render(gather(out, metadata_of(two)), plots)
+    assert "image_missing" not in render_page(gather(out, metadata_of(two)), NO_PLOTS)
     write_json(out / "shards" / "stats" / "b.json", {"images": 10, "texts": 11, "drops": {"image_missing": 1}})
-    text = Page(render(gather(out, metadata_of(two)), plots)).text
-    assert "100 were packed" in text and "matched, but not in the tar" in text
+    text = parse_page(render_page(gather(out, metadata_of(two)), NO_PLOTS)).text
+    assert "100 were packed" in text and "a caption without an image" in text
 
 
 def test_findings(two):
@@ -162,23 +168,82 @@ def test_findings(two):
         ("cat", 40, 1),
     ]
     assert findings.drops == {"no_match": 1, "language_unknown": 1, "caption_empty": 1}
-    assert set(findings.drops) <= set(DROP_REASONS)
+    assert set(findings.drops) <= set(Drop)
 
 
-def test_329_languages_stay_readable(many):
+def test_329_languages_stay_readable(many, parse_page):
     findings = gather(many, metadata_of(many))
     assert len(findings.languages) == 329 and findings.languages[0].code == "en"
-    html = render(findings, plots.draw_plots(findings))
-    page = Page(html)
-    summaries = re.findall(r"<summary>(.*?)</summary>", html, re.S)
-    assert any(summary.startswith("304 more languages") for summary in summaries)
+    text = render_page(findings, {name: plot.svg for name, plot in plots.draw_plots(findings).items()})
+    page = parse_page(text)
+    summaries = re.findall(r"<summary>(.*?)</summary>", text, re.S)
+    assert sum(summary.startswith("304 more languages") for summary in summaries) == 2
     assert any(summary.startswith("317 more languages") for summary in summaries)
-    open_part = re.sub(r"<details>.*?</details>", "", html, flags=re.S)
+    open_part = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
     assert open_part.count("<tr>") < 250
-    assert len(html) < 4_000_000
+    assert len(text) < 4_000_000
     for language in findings.languages:
-        assert f"<code>{language.code}</code>" in html
+        assert f"<code>{language.code}</code>" in text
     assert page.text.count("Head and tail") == 1
+
+
+@pytest.mark.parametrize("width", [1400, 900])
+def test_no_column_is_cut(many, measure, width):
+    """As laid out by a browser, with long names and large numbers."""
+    findings = gather(many, metadata_of(many))
+    large = {"texts": 123_456_789, "captions": 234_567_890, "matches": 345_678_901, "images": 99_999_999,
+             "expected_texts": 12_345_678.9, "threshold": 1_234_567, "entries": 999_999}  # fmt: skip
+    longest = sorted((language.name for language in LANGUAGES.values()), key=len)[-45:]
+    rows = [
+        dataclasses.replace(row, name=name, **large) for row, name in zip(findings.languages, longest, strict=False)
+    ]
+    page = render_page(dataclasses.replace(findings, languages=rows), NO_PLOTS)
+    script = """[...document.querySelectorAll("html, .wide, .card, .tile, figure")].filter(
+        e => e.scrollWidth > e.clientWidth + 1).map(e => [e.tagName, e.className, e.scrollWidth, e.clientWidth])"""
+    assert len(rows) == 45 and measure(page, script, width) == []
+
+
+def test_names_of_points_cover_neither_points_nor_each_other():
+    """Of a crowd only those are named that have room, the first ones before later ones."""
+    points = {f"x{n}": (10.0 + n % 5, 10.0 + n // 5) for n in range(20)} | {"en": (900.0, 900.0)}
+    points = {"en": points.pop("en"), **points}
+    with plot_style():
+        figure, (axes,) = new_figure(9.6, 4.6)
+        axes.set(xscale="log", yscale="log", xlim=(1, 1000), ylim=(1, 1000))
+        plots._name_points(figure, axes, points)
+        figure.draw_without_rendering()
+        boxes = {label.get_text(): label.get_window_extent() for label in axes.texts}
+        dots = dict(zip(points, axes.transData.transform(list(points.values())), strict=True))
+    assert "en" in boxes and 1 < len(boxes) < 20
+    for name, box in boxes.items():
+        assert not any(box.overlaps(other) for key, other in boxes.items() if key != name)
+        assert not any(box.contains(*dot) for key, dot in dots.items() if key != name)
+
+
+def test_titles_end_where_the_next_panel_begins(many):
+    """Neither a language's name nor its threshold reaches into the panel beside it, however long they are."""
+    findings = gather(many, metadata_of(many))
+    named = [dataclasses.replace(row, name="Belarusian (Taraškievica) of " * 3, threshold=10**9)
+             for row in findings.languages]  # fmt: skip
+    with plot_style():
+        figure = plots._head_tail(dataclasses.replace(findings, languages=named))
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for axes in figure.axes for text in (axes._left_title, *axes.texts)]
+    assert len(boxes) == 24
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[place + 1 :])
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=300, unique=True))
+def test_a_thinned_curve_keeps_its_ends_and_no_more_than_can_be_seen(counts):
+    counts = np.sort(np.array(counts, np.uint64))
+    mass = np.arange(1, len(counts) + 1) / len(counts)
+    fewer, their_mass = plots.thinned(counts, mass)
+    assert fewer[0] == counts[0] and fewer[-1] == counts[-1] and their_mass[-1] == 1
+    assert len(fewer) <= 2 + 80 * 9 and set(fewer.tolist()) <= set(counts.tolist())
+    # Where a point was left out, the next kept one is so near that both fall on one pixel.
+    after = fewer[np.searchsorted(fewer, counts)]
+    assert (np.log10(after.astype(float)) - np.log10(counts.astype(float)) <= 1 / 80).all()
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30).filter(any))
@@ -202,8 +267,8 @@ def test_a_run_that_is_not_balanced(tmp_path, two):
 
 
 def test_missing_matplotlib(two, monkeypatch):
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'mc2_hpc\[curation\]'"):
+    monkeypatch.setattr(page_plots, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the curation report needs matplotlib: pip install 'mc2_hpc\[curation\]'"):
         write_report(two, metadata_of(two))
 
 

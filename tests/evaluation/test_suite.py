@@ -44,7 +44,7 @@ def evaluate(checkpoint, suite_file, out, *more):
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
-def test_numbers_tables_and_page(tiny_checkpoint, suite_file, tmp_path, capsys):
+def test_numbers_tables_and_page(tiny_checkpoint, suite_file, tmp_path, capsys, parse_page):
     found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out")
     assert set(found["sets"]["xtd10"]["groups"]) == {"de", "en"} and found["sets"]["xtd10"]["n"] == {"de": 10, "en": 10}
     assert found["sets"]["folders"]["images"] == 10 and 0 <= found["sets"]["folders"]["mean"]["top1"] <= 1
@@ -54,10 +54,11 @@ def test_numbers_tables_and_page(tiny_checkpoint, suite_file, tmp_path, capsys):
     assert "| xm3600 | not scored |" in table and "| XTD-10 T2I |" in table and table in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "&amp; &lt;caption&gt;" in page and "<caption>" not in page
-    missed = page.count("missed: its own")  # shown behind the five found
-    assert missed + page.count(">its own<") == 2
-    assert page.count('src="data:image/jpeg;base64,') == 2 * 5 + missed
+    hits, missed = page.count('<div class="hit "') + page.count('<div class="hit right"'), page.count("its own, missed")
+    assert hits == 2 * 5 and page.count("✓ its own") + missed == 2
+    assert page.count('src="data:image/jpeg;base64,') == hits + missed
     assert not re.search(r'(src|href)="(?!data:)', page)
+    parse_page(page)
 
 
 def test_features_are_kept_between_runs(tiny_checkpoint, suite_file, tmp_path):

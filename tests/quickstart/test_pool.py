@@ -13,7 +13,7 @@ from PIL import Image
 from mc2_hpc.data.tokenizer import train_tokenizer
 from mc2_hpc.metadata.languages import is_spaced
 from mc2_hpc.quickstart.captions import AUTONYMS, LANGUAGES, NOISE, TEMPLATES, number_names, tokenizer_texts
-from mc2_hpc.quickstart.pictures import SIDES, load_handwriting
+from mc2_hpc.quickstart.images import SIDES, load_handwriting
 from mc2_hpc.quickstart.pool import heldout_place, make_pool, zipf
 
 
@@ -76,8 +76,8 @@ def test_layout(pool):
     for path in sorted((folder / "pool").glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
-                picture = Image.open(io.BytesIO(tar.extractfile(member).read()))
-                assert picture.format == "JPEG" and picture.size[0] == picture.size[1] and picture.size[0] in SIDES
+                image = Image.open(io.BytesIO(tar.extractfile(member).read()))
+                assert image.format == "JPEG" and image.size[0] == image.size[1] and image.size[0] in SIDES
                 assert member.mtime == 0 and member.uid == 0
                 keys.add(member.name.removesuffix(".jpg"))
     assert len(keys) == summary.images == 600 and keys == {row["key"] for row in rows}
@@ -98,7 +98,7 @@ def test_english_and_small_numbers_are_the_head_and_some_captions_say_nothing(po
     assert sum(count > 1 for count in several.values()) > 200
 
 
-def test_candidates_of_one_picture_name_one_number(pool):
+def test_candidates_of_one_image_name_one_number(pool):
     folder, _ = pool
     names = number_names()
     exact = {(lang, template.format(names[lang][n])): n for lang in LANGUAGES for template in TEMPLATES[lang]
@@ -110,7 +110,7 @@ def test_candidates_of_one_picture_name_one_number(pool):
     assert all(len(found) == 1 for found in numbers.values()) and len(numbers) > 500
 
 
-def test_held_out_pictures_are_balanced_with_a_caption_a_language(pool):
+def test_held_out_images_are_balanced_with_a_caption_per_language(pool):
     folder, summary = pool
     rows, names = rows_of(folder, "heldout"), number_names()
     assert summary.heldout_images == 200 and len(rows) == 200 * len(LANGUAGES)

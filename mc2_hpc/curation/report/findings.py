@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.balancing.folder import BalanceFolder
+from mc2_hpc.curation.match import SETTINGS as MATCH_SETTINGS
 from mc2_hpc.curation.pack import SETTINGS as PACK_SETTINGS
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import stats_path, sum_stats
@@ -35,8 +37,10 @@ class LanguageFindings:
 
     code: str
     name: str
+    captions: int | None
+    """Usable ones of the pool; None where the matched pool is not there."""
     texts: int
-    """That matched."""
+    """Captions that matched."""
     images: int
     matches: int
     expected_texts: float
@@ -51,6 +55,11 @@ class LanguageFindings:
     threshold: int
     tail_mass: float
     top: list[TopEntry]
+
+    @property
+    def match_rate(self) -> float | None:
+        """Share of its captions that matched."""
+        return self.texts / self.captions if self.captions else None
 
     @property
     def kept(self) -> float:
@@ -89,13 +98,14 @@ def gather(run: str | Path, metadata: str | Path) -> Findings:
         metadata: the folder it was matched with.
 
     Raises:
-        UserError: the run is not balanced yet, or the metadata is another.
+        UserError: the run is not balanced yet or was matched again since, or the metadata is another.
     """
     folder = BalanceFolder(Path(run) / "balance")
     balance = folder.report()
     files = metadata_files(metadata)
     before = sum(row["texts"] for row in balance["languages"].values())
     after = sum(row["expected_texts"] for row in balance["languages"].values())
+    captions = _captions(Path(run), balance)
     languages = []
     for code, row in balance["languages"].items():
         if code not in files or file_sha256(files[code]) != balance["sources"]["metadata"][code]:
@@ -103,6 +113,7 @@ def gather(run: str | Path, metadata: str | Path) -> Findings:
         language = LanguageFindings(
             code=code,
             name=LANGUAGES[code].name if code in LANGUAGES else code,
+            captions=captions.get(code),
             texts=row["texts"],
             images=row["images"],
             matches=row["matches"],
@@ -118,7 +129,7 @@ def gather(run: str | Path, metadata: str | Path) -> Findings:
         )
         languages.append(language)
     languages.sort(key=lambda language: (-language.texts, language.code))
-    return Findings(balance, languages, folder, _packed(Path(run) / "shards"))
+    return Findings(balance, languages, folder, _packed(Path(run)))
 
 
 def mass_curve(counts: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
@@ -132,11 +143,26 @@ def mass_curve(counts: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], 
     return distinct, mass / mass[-1]
 
 
-def _packed(shards: Path) -> dict[str, Any] | None:
-    if not (shards / PACK_SETTINGS).is_file():
+def _captions(run: Path, balance: Mapping[str, Any]) -> dict[str, int]:
+    """Captions of the pool by language, from the counters of matching; none where those are not there."""
+    counters = _counters(run / "matched", MATCH_SETTINGS)
+    if counters is None:
+        return {}
+    if counters["matched"] != balance["totals"]["matched"]:
+        raise UserError(f"{run / 'balance'}: made before {run / 'matched'}; run `mc2 curate balance` again")
+    return counters["captions"]
+
+
+def _packed(run: Path) -> dict[str, Any] | None:
+    return _counters(run / "shards", PACK_SETTINGS)
+
+
+def _counters(folder: Path, settings: str) -> dict[str, Any] | None:
+    """A stage's counters over all shards; None where it has not finished."""
+    if not (folder / settings).is_file():
         return None
-    names = read_json(shards / PACK_SETTINGS)["shards"]
-    return sum_stats(shards, names) if all(stats_path(shards, name).is_file() for name in names) else None
+    names = read_json(folder / settings)["shards"]
+    return sum_stats(folder, names) if all(stats_path(folder, name).is_file() for name in names) else None
 
 
 def _top_entries(entries: list[str], counts: npt.NDArray[np.uint64], probs: npt.NDArray[np.float32]) -> list[TopEntry]:

@@ -1,89 +1,78 @@
-"""The report's plots, as PNG bytes; the same findings give the same bytes.
-
-Labels are numbers, language codes and English names: metadata entries stay in HTML, where the browser has fonts for
-every script.
-"""
+"""The curation report's plots. Labels are numbers, language codes and English names: entries stay in HTML."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+
 from mc2_hpc.curation.report.findings import Findings, mass_curve
-from mc2_hpc.errors import UserError
+from mc2_hpc.pages.palette import LIGHT
+from mc2_hpc.pages.plots import new_figure, plot_style, png, require_plotting, short_ticks, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LANGUAGES = 30
 _CURVES = 12
-_LABELS = 16
-_INK, _SOFT, _RULE, _BEFORE, _ACCENT = "#1d1b18", "#6d675e", "#e6e0d6", "#a89f90", "#b8442a"
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "grid.color": _RULE,
-    "grid.linewidth": 0.7,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-}
+_COLUMNS = 4
+_LABELS = 24
+_LONGEST_TITLE = 27
+_LONGEST_LABEL = 44
+_POINTS_PER_DECADE = 80
+_DOT = 4
+"""Radius that a dot needs, in pixels."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot in both of its forms."""
+
+    png: bytes
+    svg: Markup
 
 
 def require_matplotlib() -> None:
     """Raise a :class:`UserError` where the plots cannot be drawn; a long run can ask before it begins."""
-    if find_spec("matplotlib") is None:
-        raise UserError("the curation report needs matplotlib: pip install 'mc2_hpc[curation]'")
+    require_plotting("the curation report needs", "curation")
 
 
-def draw_plots(findings: Findings) -> dict[str, bytes]:
-    """PNG bytes of every plot by name: ``languages``, ``head_tail``, ``thresholds``.
+def draw_plots(findings: Findings) -> dict[str, Plot]:
+    """Every plot by name: ``languages``, ``head_tail``, ``thresholds``.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     require_matplotlib()
-    import matplotlib
-
-    plots = {"languages": _languages, "head_tail": _head_tail, "thresholds": _thresholds}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the reader's own settings would give other pictures
-        matplotlib.rcParams.update(_STYLE)
-        return {name: _png(plot(findings)) for name, plot in plots.items()}
+    plots = {}
+    with plot_style():
+        for name, (draw, title) in _PLOTS.items():
+            figure = draw(findings)
+            plots[name] = Plot(png(figure), svg(figure, name, title))
+    return plots
 
 
 def _languages(findings: Findings) -> Figure:
     """Share of the texts of the largest languages, before and after, on a log axis."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     shown = findings.languages[:_LANGUAGES]
-    figure, (axes,) = _figure(9.6, 1.0 + 0.235 * len(shown))
+    figure, (axes,) = new_figure(9.6, 1.0 + 0.235 * len(shown))
     places = range(len(shown))
     before, after = [row.share_before for row in shown], [row.share_after for row in shown]
-    axes.hlines(places, before, after, color=_RULE, linewidth=3, zorder=1)
-    axes.scatter(before, places, color=_BEFORE, s=30, label="of matched texts", zorder=2)
-    axes.scatter(after, places, color=_ACCENT, s=30, label="of texts expected after balancing", zorder=3)
+    axes.hlines(places, before, after, color=LIGHT["rule"], linewidth=3, zorder=1)
+    axes.scatter(before, places, color=LIGHT["before"], s=30, label="of matched texts", zorder=2)
+    axes.scatter(after, places, color=LIGHT["accent"], s=30, label="of texts expected after balancing", zorder=3)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(_percent)
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(places, [row.name for row in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(places, [shortened(row.name, _LONGEST_LABEL) for row in shown])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
@@ -94,83 +83,108 @@ def _languages(findings: Findings) -> Figure:
 
 def _head_tail(findings: Findings) -> Figure:
     """Cumulative share of matches over entries sorted by count, with t and p, for the largest languages."""
-    from matplotlib.ticker import NullFormatter
-
     shown = findings.languages[:_CURVES]
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure, panels = _figure(9.6, 0.5 + 1.95 * rows, rows, columns)
+    rows = -(-len(shown) // _COLUMNS)
+    figure, panels = new_figure(9.6, 0.5 + 2.1 * rows, rows, min(_COLUMNS, len(shown)))
     p = findings.balance["p"]
     for axes, language in zip(panels, shown, strict=False):
-        counts, mass = mass_curve(findings.folder.counts(language.code))
+        counts, mass = thinned(*mass_curve(findings.folder.counts(language.code)))
         t = language.threshold
-        axes.axhline(p, color=_SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.axvline(t, color=_ACCENT, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.step(counts, mass, where="post", color=_INK, linewidth=1.4)
-        axes.fill_between(counts, mass, step="post", where=counts <= t, color=_ACCENT, alpha=0.18, linewidth=0)
+        axes.axhline(p, color=LIGHT["soft"], linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axvline(t, color=LIGHT["accent"], linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.step(counts, mass, where="post", color=LIGHT["ink"], linewidth=1.4)
+        axes.fill_between(counts, mass, step="post", where=counts <= t, color=LIGHT["accent"], alpha=0.18, linewidth=0)
         axes.set_xscale("log")
         axes.set_xlim(*_whole_decades([1, int(counts[-1])]))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _thousands(axes.xaxis)
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(_percent)
         axes.label_outer(remove_inner_ticks=False)
         axes.tick_params(labelbottom=True)
-        axes.set_title(language.name)
-        axes.text(1, 1.04, f"t = {t:,}", transform=axes.transAxes, ha="right", color=_ACCENT, fontsize=8.5)
+        # t has a line of its own: beside the name it would run into long ones.
+        axes.set_title(shortened(language.name, _LONGEST_TITLE), pad=16)
+        axes.text(0, 1.035, f"t = {t:,}", transform=axes.transAxes, color=LIGHT["accent"], fontsize=8.5)
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
-    figure.supxlabel("on entries that occur in at most so many texts", color=_SOFT, fontsize=9)
-    figure.supylabel("share of matches", color=_SOFT, fontsize=9)
+    figure.supxlabel("on entries that occur in at most so many texts", color=LIGHT["soft"], fontsize=9)
+    figure.supylabel("share of matches", color=LIGHT["soft"], fontsize=9)
     return figure
 
 
 def _thresholds(findings: Findings) -> Figure:
-    """Threshold of every language over its matched texts; the largest ones are named."""
-    from matplotlib.ticker import NullFormatter
-
-    figure, (axes,) = _figure(9.6, 4.2)
+    """Threshold of every language over its matched texts; the largest ones are named where there is room."""
+    figure, (axes,) = new_figure(9.6, 4.6)
     languages = findings.languages
     texts, thresholds = [row.texts for row in languages], [row.threshold for row in languages]
-    axes.scatter(texts, thresholds, s=22, color=_BEFORE, alpha=0.75, zorder=2)
-    for row in languages[:_LABELS]:
-        english = row.code == "en"
-        axes.annotate(
-            row.code,
-            (row.texts, row.threshold),
-            xytext=(5, 4),
-            textcoords="offset points",
-            color=_ACCENT if english else _INK,
-            fontsize=8.5,
-        )
-        if english:
-            axes.scatter([row.texts], [row.threshold], s=34, color=_ACCENT, zorder=3)
+    colours = [LIGHT["accent"] if row.code == "en" else LIGHT["before"] for row in languages]
+    axes.scatter(texts, thresholds, s=22, color=colours, zorder=2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(*_whole_decades(texts))
     axes.set_ylim(*_whole_decades(thresholds))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_number)
-        axis.set_minor_formatter(NullFormatter())
+        short_ticks(axis)
     axes.set_xlabel("matched texts of the language")
     axes.set_ylabel("threshold t")
+    _name_points(figure, axes, {row.code: (row.texts, row.threshold) for row in languages})
     return figure
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
-    from matplotlib.figure import Figure
+_PLOTS: Mapping[str, tuple[Callable[[Findings], Figure], str]] = {
+    "languages": (_languages, "Share of each language before and after balancing"),
+    "head_tail": (_head_tail, "Cumulative share of matches over entries sorted by count"),
+    "thresholds": (_thresholds, "Threshold of each language over its matched texts"),
+}
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+
+def _name_points(figure: Figure, axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write the first points' names beside them: each where it covers no point and no other name, or not at all."""
+    figure.draw_without_rendering()  # settles the layout, so that places are known
+    dots = axes.transData.transform(list(points.values()))
+    taken: list[Any] = []
+    sides = ((6, 0, "left"), (-6, 0, "right"), (0, 8, "center"), (0, -8, "center"))
+    for place, (name, point) in enumerate(points.items()):
+        if place == _LABELS:
+            break
+        for x, y, align in sides:
+            colour = LIGHT["accent"] if name == "en" else LIGHT["ink"]
+            label = axes.annotate(
+                name, point, (x, y), textcoords="offset points", ha=align, va="center", color=colour, fontsize=8.5
+            )
+            box = label.get_window_extent()
+            covers_dot = box.padded(_DOT).count_contains(np.delete(dots, place, axis=0))
+            if not covers_dot and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
 
 
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=180, metadata={"Software": None})
-    return stream.getvalue()
+def shortened(name: str, longest: int) -> str:
+    """The name, cut off where it is longer than its place."""
+    return name if len(name) <= longest else name[: longest - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def thinned(
+    counts: npt.NDArray[np.uint64], mass: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
+    """The curve with no more points than can be told apart on a log axis: the last ones of each narrow band, and both
+    ends."""
+    bands = np.floor(np.log10(counts.astype(np.float64)) * _POINTS_PER_DECADE)
+    last = np.append(bands[1:] != bands[:-1], True)
+    last[0] = True
+    return counts[last], mass[last]
+
+
+def _thousands(axis: Any) -> None:
+    """At most five ticks of a log axis, as 1, 1k, 1M."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(numticks=5))
+    short_ticks(axis)
 
 
 def _whole_decades(values: Sequence[int]) -> tuple[float, float]:
-    """Limits of a logarithmic axis that has two labelled powers of ten at least."""
+    """Limits of a logarithmic axis that has at least two labelled powers of ten."""
     low = math.floor(math.log10(min(values)))
     high = max(math.ceil(math.log10(max(values))), low + 1)
     return 0.8 * 10.0**low, 1.25 * 10.0**high
@@ -178,7 +192,3 @@ def _whole_decades(values: Sequence[int]) -> tuple[float, float]:
 
 def _percent(share: float, _: int) -> str:
     return f"{share:.3%}".rstrip("%").rstrip("0").rstrip(".") + "%" if share < 0.01 else f"{share:.0%}"
-
-
-def _number(value: float, _: int) -> str:
-    return f"{value:,.0f}"

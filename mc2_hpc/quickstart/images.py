@@ -1,4 +1,4 @@
-"""Pictures of the numbers 0-99, composed from photographs of handwritten digits.
+"""Images of the numbers 0-99, composed from photographs of handwritten digits.
 
 scikit-learn carries 1,797 handwritten digits of 13 writers (the test part of UCI's *optdigits*: 8x8 pixels, 17 grey
 levels), in the order in which they were collected. Cutting that order in two keeps nearly every writer on one side:
@@ -16,7 +16,7 @@ TRAIN_DIGITS = 1300
 """The first 1,300 digits are for training, the remaining 497 are held out."""
 
 SIDES = (48, 56, 64)
-"""Sides of the square pictures in pixels."""
+"""Sides of the square images in pixels."""
 
 _JPEG_QUALITY = 90
 
