@@ -61,7 +61,7 @@ class ImageFeatures:
         if self.reasons is not None:
             return dict(self.reasons)
         count = int((~self.usable).sum())
-        return {"undecodable_image": count} if count else {}
+        return {"image_undecodable": count} if count else {}
 
 
 class Encoder:

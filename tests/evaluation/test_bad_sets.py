@@ -166,7 +166,7 @@ def test_what_is_left_out_is_counted_in_the_table(put, evaluate, tmp_path):
         }
     )
     assert {name: entry.get("skipped", entry) for name, entry in found.items()} == {
-        "whole": {"undecodable_image": 1},
+        "whole": {"image_undecodable": 1},
         "wds": {"incomplete_sample": 1},
         "xm": {"language_without_captions": 1},
         "babel": {"class_without_image": 999, "language_without_prompts": 2, "language_without_images": 1},

@@ -73,7 +73,7 @@ def test_a_broken_image_has_no_feature_and_is_counted(encoder, image_folder):
     (image_folder / "03.jpg").write_bytes((image_folder / "03.jpg").read_bytes()[:50])
     found = encoder.images(ImageFiles(image_folder, all_of(image_folder)))
     assert found.usable.tolist() == [number != 3 for number in range(10)]
-    assert found.skipped() == {"truncated_jpeg": 1}
+    assert found.skipped() == {"image_truncated": 1}
     lengths = found.features.norm(dim=1)
     assert float(lengths[3]) == 0 and torch.allclose(lengths[found.usable], torch.ones(9))
 

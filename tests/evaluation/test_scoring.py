@@ -76,7 +76,7 @@ def test_a_language_sees_only_the_images_of_its_classes(encoder, seven_classes):
     images = features_of(60, broken=(1,))
     found = score(seven_classes, images, encoder)
     shown = [index for index in range(60) if index % 7 in (5, 1) and index != 1]
-    assert found.counts == {"en": 59, "de": len(shown)} and found.skipped == {"undecodable_image": 1}
+    assert found.counts == {"en": 59, "de": len(shown)} and found.skipped == {"image_undecodable": 1}
     moon_dog = encoder.texts(["Mond", "Hund"])
     right = [(5, 1)[int((images.features[index] @ moon_dog.T).argmax())] == index % 7 for index in shown]
     assert found.groups["de"]["top1"] == pytest.approx(sum(right) / len(right))
@@ -155,7 +155,7 @@ def test_captions_of_broken_images_are_left_out_and_counted(encoder):
     task = Retrieval(images=Shown(3), languages={"en": captions})
     found = score(task, features_of(3, broken=(1,)), encoder)
     assert found.counts == {"en": 2}
-    assert found.skipped == {"undecodable_image": 1, "caption_without_image": 1}
+    assert found.skipped == {"image_undecodable": 1, "caption_without_image": 1}
     with pytest.raises(UserError, match="no caption has an image"):
         score(task, features_of(3, broken=(0, 1, 2)), encoder)
 

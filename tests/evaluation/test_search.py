@@ -42,7 +42,7 @@ def test_hits_are_ordered_by_cosine(index, encoder, image_folder):
     features = encoder.images(ImageFiles(image_folder, [index.images.name(i) for i in range(11)])).features
     scores = (features @ encoder.texts(["кошка"])[0]).tolist()
     hits = index.search("кошка", 20)
-    assert len(hits) == len(index) == 10 and index.skipped == {"undecodable_image": 1}
+    assert len(hits) == len(index) == 10 and index.skipped == {"image_undecodable": 1}
     expected = sorted((i for i in range(11) if index.images.name(i) != "05.jpg"), key=lambda i: (-scores[i], i))
     assert [hit.index for hit in hits] == expected
     assert [hit.score for hit in hits] == pytest.approx([scores[i] for i in expected], abs=1e-6)

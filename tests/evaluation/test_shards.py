@@ -168,7 +168,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path, noise, encoder):
     task = shards(tmp_path)
     counted = {"caption_missing": 1, "image_missing": 1, "caption_not_utf8": 1, "shard_unreadable": 1}
     assert task.skipped == counted
-    assert encoder.images(task.images).skipped() == {"undecodable_image": 1, "truncated_jpeg": 1}
+    assert encoder.images(task.images).skipped() == {"image_undecodable": 1, "image_truncated": 1}
 
 
 def test_nothing_usable_is_an_error(tmp_path, encoder):
