@@ -83,13 +83,13 @@ class Clip:
         return encode_texts(self.dual, texts, batch=batch)
 
     def _preprocessed(self, image: AnyImage) -> Any:
-        name = str(image) if isinstance(image, str | Path) else "an image"
+        path = image if isinstance(image, str | Path) else None
         try:
-            return self.dual.preprocess(Path(image).read_bytes() if isinstance(image, str | Path) else image)
+            return self.dual.preprocess(image if isinstance(image, Image.Image | bytes) else Path(image).read_bytes())
         except Dropped as skip:
-            raise UserError(f"{name}: cannot be decoded ({skip})") from None
+            raise UserError(f"{path or 'an image'}: cannot be decoded ({skip})") from None
         except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+            raise UserError(f"{path or 'an image'}: cannot be read ({error.strerror or error})") from None
 
 
 def load(source: str | Path, device: str | torch.device | None = None, *, eval_resize: str | None = None) -> Clip:

@@ -33,7 +33,9 @@ def recall(image_features: Tensor, text_features: Tensor, text_image: Tensor, ks
     """
     num_images, num_texts = len(image_features), len(text_features)
     if len(text_image) != num_texts or num_texts == 0:
-        raise UserError(f"{num_texts} texts with {len(text_image)} image indices: needs one index a text, and a text")
+        raise UserError(
+            f"{num_texts} texts with {len(text_image)} image indices: needs one index per text, and at least one"
+        )
     low, high = int(text_image.min()), int(text_image.max())
     if low < 0 or high >= num_images:
         raise UserError(f"image indices lie in {low}..{high}, but there are {num_images} images")

@@ -214,9 +214,9 @@ def _with_gradients(scores: Scores, task: Task, images: ImageFeatures, encoder: 
     if not isinstance(task, Retrieval):
         raise UserError("gradient_pairs: only sets of images with captions have pairs")
     found = gradient_cosines(task, images, encoder, pairs=pairs)
-    return dataclasses.replace(
-        scores, embedding={lang: {**scores.embedding.get(lang, {}), **found.get(lang, {})} for lang in task.languages}
-    )
+    named = [lang for lang in task.languages if lang]  # shards may have captions of no known language
+    embedding = {lang: {**scores.embedding.get(lang, {}), **found.get(lang, {})} for lang in named}
+    return dataclasses.replace(scores, embedding=embedding)
 
 
 def _read(config: SetConfig, root: Path) -> Task:
@@ -250,11 +250,11 @@ def _only(task: Task, languages: list[str]) -> Task:
     if missing:
         raise UserError(f"no language {missing[0]!r} in the set; it has {', '.join(task.languages)}")
     wanted = [known[lang.lower()] for lang in languages]
-    return dataclasses.replace(
-        task,
-        languages={lang: task.languages[lang] for lang in wanted if lang in task.languages},  # type: ignore[arg-type]
-        lacking={lang: reason for lang, reason in task.lacking.items() if lang in wanted},
-    )
+    found = {lang: task.languages[lang] for lang in wanted if lang in task.languages}
+    if not found:
+        raise UserError(f"languages: none of {', '.join(wanted)} can be scored ({task.lacking[wanted[0]]})")
+    lacking = {lang: reason for lang, reason in task.lacking.items() if lang in wanted}
+    return dataclasses.replace(task, languages=found, lacking=lacking)  # type: ignore[arg-type]
 
 
 def to_json(results: list[SetResult]) -> dict[str, Mapping[str, Any]]:

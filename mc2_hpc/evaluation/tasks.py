@@ -20,13 +20,15 @@ class ClassTexts:
     classes: Sequence[int]
     """Which of the set's classes the language names; images of other classes are not shown to it."""
     names: Sequence[str]
-    """One a class."""
+    """One per class."""
     templates: Sequence[str]
     """Each with one ``{}`` for the name."""
 
     def __post_init__(self) -> None:
         if len(self.classes) != len(self.names) or not self.names:
-            raise UserError(f"{len(self.classes)} classes with {len(self.names)} names: needs one a class, and a class")
+            raise UserError(
+                f"{len(self.classes)} classes with {len(self.names)} names: needs one per class, and at least one"
+            )
         for number, name in zip(self.classes, self.names, strict=True):
             if not name.strip():
                 raise UserError(f"class {number} has an empty name")
@@ -73,7 +75,9 @@ class Captions:
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.images) or not self.texts:
-            raise UserError(f"{len(self.texts)} captions of {len(self.images)} images: needs one a text, and a text")
+            raise UserError(
+                f"{len(self.texts)} captions of {len(self.images)} images: needs one per text, and at least one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

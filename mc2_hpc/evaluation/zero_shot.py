@@ -51,7 +51,9 @@ def top_k_accuracy(features: Tensor, weights: Tensor, labels: Tensor, ks: Sequen
     """
     num_classes = len(weights)
     if len(labels) == 0 or len(labels) != len(features):
-        raise UserError(f"{len(features)} images with {len(labels)} labels: needs one label per image, and an image")
+        raise UserError(
+            f"{len(features)} images with {len(labels)} labels: needs one label per image, and at least one"
+        )
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise UserError(f"labels lie in {int(labels.min())}..{int(labels.max())}, but there are {num_classes} classes")
     best = predict(features, weights, k=min(max(ks), num_classes))

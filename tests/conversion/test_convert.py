@@ -42,7 +42,7 @@ def logits(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torc
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (41, 60, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((96, 64), Image.Resampling.BICUBIC)
 
@@ -92,11 +92,11 @@ def test_transformers_loads_the_folder(
 
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
-def test_pictures_are_prepared_alike(
+def test_images_are_prepared_alike(
     resize: str,
     checkpoint: Checkpoint,
     tmp_path: Path,
-    picture: Image.Image,
+    image: Image.Image,
     open_clip: ModuleType,
     transformers: ModuleType,
 ) -> None:
@@ -105,14 +105,14 @@ def test_pictures_are_prepared_alike(
     _, _, transform = open_clip.create_model_and_transforms(
         f"local-dir:{convert(source, 'open_clip', tmp_path / 'open_clip')}"
     )
-    width = side if resize == "squash" else int(side * picture.width / picture.height)
+    width = side if resize == "squash" else int(side * image.width / image.height)
     left = round((width - side) / 2)
-    resized = picture.resize((width, side), Image.Resampling.BICUBIC).crop((left, 0, left + side, side))
+    resized = image.resize((width, side), Image.Resampling.BICUBIC).crop((left, 0, left + side, side))
     expected = normalise(torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None])[0]
-    torch.testing.assert_close(transform(picture), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(transform(image), expected, atol=1e-5, rtol=0)
     folder = convert(source, "hf", tmp_path / "hf")
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    found = processor(picture, return_tensors="pt")["pixel_values"][0]
+    found = processor(image, return_tensors="pt")["pixel_values"][0]
     assert found.shape == expected.shape
     # Another implementation of bicubic resizing, which rounds some bytes the other way.
     assert (found - expected).abs().max() < 3.5 / 255 / 0.26

@@ -26,7 +26,7 @@ NAMED_IN_OPEN_CLIP = {
     "ViT-L-14-worldwide-mt5": "ViT-L-14-worldwide",
 }
 
-# Layers kept of each tower. One of each size, larger pictures among them.
+# Layers kept of each tower. One of each size, larger images among them.
 CUT = {
     "ViT-S-16-worldwide-384": 2,
     "ViT-M-16-worldwide": 2,

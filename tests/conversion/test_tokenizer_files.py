@@ -124,7 +124,7 @@ def test_decoding_gives_the_text_back(style: str, exported: dict[str, Any]) -> N
 def test_open_clips_wrapper_gives_our_ids(
     tokenizers: dict[str, Tokenizer], tmp_path: Path, open_clip: ModuleType, captions: list[str]
 ) -> None:
-    """open_clip mends mojibake, HTML entities and whitespace first: captions without those come out alike."""
+    """open_clip fixes mojibake, HTML entities and whitespace first: captions without those come out alike."""
     for style, tokenizer in tokenizers.items():
         folder = tmp_path / style
         folder.mkdir()

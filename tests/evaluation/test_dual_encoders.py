@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pickle
+import shutil
 import socket
 
 import pytest
@@ -134,7 +135,7 @@ def library_of(folder, open_clip):
     path = folder / "open_clip_config.json"
     before = path.read_text()
     values = json.loads(before)
-    if "hf_model_name" in values["model_cfg"]["text_cfg"]:  # it takes that for a name on the Hub
+    if "hf_model_name" in values["model_cfg"]["text_cfg"]:  # it would look it up on the Hub
         values["model_cfg"]["text_cfg"]["hf_model_name"] = str(folder / "xlm-roberta-base")
         path.write_text(json.dumps(values))
     try:
@@ -375,3 +376,15 @@ def test_ours_takes_open_and_encoded_images_alike(tiny_checkpoint, noise):
     assert squash.identity != encoder.identity and not torch.equal(squash.preprocess(data), encoder.preprocess(data))
     with pytest.raises(UserError, match="choose shortest or squash"):
         open_dual_encoder(tiny_checkpoint, CPU, eval_resize="longest")
+
+
+def test_a_text_tower_known_by_name_needs_no_config(tmp_path, open_clip, monkeypatch):
+    """As laion publishes them: the folder names the tower, and the Hub has its config."""
+    (tmp_path / "model" / "xlm-roberta-base").mkdir(parents=True)
+    (tmp_path / "model" / "xlm-roberta-base" / "config.json").write_text(json.dumps(ROBERTA))
+    vision = {"layers": 1, "width": 64}
+    folder = open_clip_folder(tmp_path / "model", open_clip, "xlm-roberta-base-ViT-B-32", {}, {}, vision)
+    expected = open_dual_encoder(folder, CPU).encode_texts(TEXTS)
+    shutil.rmtree(folder / "xlm-roberta-base")
+    monkeypatch.setitem(ours_of_open_clip.TEXT_TOWERS, "xlm-roberta-base", ROBERTA)
+    assert torch.equal(open_dual_encoder(folder, CPU).encode_texts(TEXTS), expected)

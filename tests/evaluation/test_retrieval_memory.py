@@ -14,14 +14,14 @@ from mc2_hpc.evaluation.encoder import ImageFeatures
 from mc2_hpc.evaluation.scoring import score
 from mc2_hpc.evaluation.tasks import Captions, Retrieval
 
-LOCALES, PICTURES, WIDTH = 36, 3600, 1024
+LOCALES, IMAGES, WIDTH = 36, 3600, 1024
 torch.set_num_threads(1)
-features = F.normalize(torch.randn(PICTURES, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
-owners = [index // 2 for index in range(2 * PICTURES)]
+features = F.normalize(torch.randn(IMAGES, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
+owners = [index // 2 for index in range(2 * IMAGES)]
 
 class Images:
     def __len__(self):
-        return PICTURES
+        return IMAGES
 
 class Encoder:
     calls = 0
@@ -37,7 +37,7 @@ task = Retrieval(
 )
 encoder = Encoder()
 resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-found = score(task, ImageFeatures(features, torch.ones(PICTURES, dtype=torch.bool)), encoder)
+found = score(task, ImageFeatures(features, torch.ones(IMAGES, dtype=torch.bool)), encoder)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"growth": peak - resident, "counts": dict(found.counts), "mean": dict(found.mean)}))
 """

@@ -9,7 +9,9 @@ import urllib.request
 
 import pytest
 
+import mc2_hpc
 from mc2_hpc.cli import main
+from mc2_hpc.conversion.convert import convert
 from mc2_hpc.evaluation.images import ImageFiles
 from mc2_hpc.evaluation.search import ImageIndex, make_server
 
@@ -57,6 +59,18 @@ def test_on_the_terminal_and_only_embedded_once(tiny_checkpoint, image_folder, t
     before = kept.stat().st_mtime_ns
     assert main([*words, "猫", "--top", "3"]) == 0
     assert capsys.readouterr().out == first and kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "hf"])
+def test_others_models_search_too(kind, tiny_checkpoint, image_folder, tmp_path, capsys):
+    convert(tiny_checkpoint, kind, tmp_path / kind)
+    words = ["search", str(tmp_path / kind), "--images", str(image_folder), "--cache", str(tmp_path / "cache")]
+    assert main([*words, "кошка", "--top", "10"]) == 0
+    hits = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    encoder = mc2_hpc.load(tmp_path / kind, device="cpu")
+    scores = encoder.encode_image([name for _, name in hits]) @ encoder.encode_text("кошка")
+    assert [float(score) for score, _ in hits] == pytest.approx(scores.tolist(), abs=6e-4)
+    assert scores.tolist() == sorted(scores.tolist(), reverse=True) and len({name for _, name in hits}) == 10
 
 
 @pytest.mark.parametrize(

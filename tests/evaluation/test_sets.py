@@ -28,6 +28,7 @@ from mc2_hpc.evaluation.sets.culture import (
     xm3600_places,
 )
 from mc2_hpc.evaluation.sets.cvqa import cvqa
+from mc2_hpc.evaluation.suite import _only
 from mc2_hpc.tar import write_tar
 
 
@@ -79,6 +80,10 @@ def test_babel_imagenet(imagenet_folder, tmp_path):
     german = task.languages["de"]
     assert (german.classes, german.names) == ([2, 0], ["Hai", "Schleie"])
     assert german.templates == ["ein Foto von einem {} ."] and task.languages["xx"].templates == ["{}"]
+    assert task.lacking == {"xx": "language_without_prompts"}
+    only = _only(task, ["DE"])  # the file's own key
+    assert list(only.languages) == ["de"] and only.lacking == {}  # nobody asked for the other one
+    assert _only(task, ["xx"]).lacking == task.lacking
 
 
 def test_the_real_babel_imagenet_files(shared_data):

@@ -87,6 +87,55 @@ def test_only_some_languages_by_an_override(tiny_checkpoint, suite_file, tmp_pat
     assert "no language 'fr' in the set; it has de, en" in found["sets"]["xtd10"]["error"]
 
 
+def test_only_languages_that_were_asked_for_are_missed(tiny_checkpoint, suite_file, tmp_path):
+    (tmp_path / "fr.txt").write_text("\n" * 10)
+    found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out")["sets"]["xtd10"]
+    assert found["skipped"] == {"language_without_captions": 1} and set(found["groups"]) == {"de", "en"}
+    found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out", "sets.xtd10.languages=[EN,De]")["sets"]["xtd10"]
+    assert found["skipped"] == {} and set(found["groups"]) == {"de", "en"}
+    found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out", "sets.xtd10.languages=[de,fr]")["sets"]["xtd10"]
+    assert found["skipped"] == {"language_without_captions": 1} and set(found["groups"]) == {"de"}
+    found = evaluate(tiny_checkpoint, suite_file, tmp_path / "out", "sets.xtd10.languages=[fr]")["sets"]["xtd10"]
+    assert found["error"] == "languages: none of fr can be scored (language_without_captions)"
+
+
+def test_another_resize_is_recorded_and_computed_anew(tiny_checkpoint, suite_file, tmp_path):
+    own = evaluate(tiny_checkpoint, suite_file, tmp_path / "out")
+    squash = evaluate(tiny_checkpoint, suite_file, tmp_path / "out", "eval_resize=squash")
+    assert (own["eval_resize"], squash["eval_resize"]) == ("shortest", "squash")
+    assert own["identity"] != squash["identity"]
+    assert len(list((tmp_path / "out" / "features").iterdir())) == 2 * 2  # two sets, kept for either
+    values = yaml.safe_load(suite_file.read_text())
+    suite_file.write_text(yaml.safe_dump({**values, "eval_resize": "squash"}))
+    assert evaluate(tiny_checkpoint, suite_file, tmp_path / "out")["identity"] == squash["identity"]
+    with pytest.raises(UserError, match="eval_resize=crop: choose one of shortest, squash, longest"):
+        load_suite(suite_file, ["eval_resize=crop"])
+
+
+def test_a_report_names_the_model_and_what_each_number_is_of(tiny_checkpoint, suite_file, tmp_path):
+    import shutil
+
+    trained = tmp_path / "step-1200"
+    shutil.copytree(tiny_checkpoint, trained)
+    (trained / "trainer.json").write_text(json.dumps({"step": 1200}))
+    found = evaluate(trained, suite_file, tmp_path / "out")
+    assert found["model"]["step"] == 1200 and found["model"]["format"] == "mc2"
+    captions, folders = found["sets"]["xtd10"], found["sets"]["folders"]
+    assert captions["chance"]["text_to_image_R@1"] == pytest.approx(0.1) and folders["chance"] == {
+        "top1": 0.5,
+        "top5": 1,
+    }
+    ends = captions["spread"]["text_to_image_R@5"]
+    numbers = {lang: row["text_to_image_R@5"] for lang, row in captions["groups"].items()}
+    assert (ends["lowest"], ends["highest"]) == (min(numbers.values()), max(numbers.values()))
+    assert numbers[ends["of"]] == ends["lowest"] and numbers[ends["and_of"]] == ends["highest"]
+    table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert table.startswith("step-1200: step 1,200, ") and "32 px (shortest), 24 tokens" in table
+    assert "| folders | top1 |" in table and "| 50.0 |  | 10 |" in table
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "step 1,200" in page and "chance 50.0" in page and "Of 20 in all." in page
+
+
 def test_nothing_to_score_is_an_error(tiny_checkpoint, suite_file, tmp_path, capsys):
     words = ["eval", str(tiny_checkpoint), "--suite", str(suite_file), f"root={tmp_path / 'nowhere'}"]
     assert main(words) == 2
@@ -116,7 +165,7 @@ def test_bad_suites_are_named(entry, message, tmp_path):
 def test_shipped_suites_can_be_read(path):
     suite = load_suite(path, ["root=/elsewhere"])
     assert suite.sets and all(
-        "/elsewhere" in str(v) for c in suite.sets.values() for v in c.options.values() if "/" in v
+        "/elsewhere" in str(v) for c in suite.sets.values() for v in c.options.values() if "/" in str(v)
     )
 
 

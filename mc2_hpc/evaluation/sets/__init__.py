@@ -33,7 +33,7 @@ READERS = {
     "labelled_parquet": Reader(classes.labelled_parquet, _TOP1),
     "clip_benchmark": Reader(clip_benchmark.clip_benchmark, f"CLIP_benchmark's layout; {_TOP1}; or {_RECALL}"),
     "xm3600": Reader(captions.xm3600, f"all captions of each locale; {_RECALL}; mean of locales"),
-    "caption_lines": Reader(captions.caption_lines, f"one caption a line; {_RECALL}; mean of languages"),
+    "caption_lines": Reader(captions.caption_lines, f"one caption per line; {_RECALL}; mean of languages"),
     "coco": Reader(captions.coco, f"COCO caption annotations; {_RECALL}"),
     "shards": Reader(shards.shards, f"all captions at once, and those of each language by themselves; {_RECALL}"),
     "winogavil": Reader(

@@ -45,7 +45,7 @@ def xm3600_records(path: Path) -> list[dict[str, Any]]:
             if not all(isinstance(text, str) for text in (record["image/key"], *texts)):
                 raise TypeError("a key or caption is not a string")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: line {number} is no image of Crossmodal-3600 ({error})") from None
+            raise UserError(f"{file}: line {number} is not an image of Crossmodal-3600 ({error})") from None
         records.append(record)
     return records
 
@@ -61,7 +61,7 @@ def caption_lines(
     images: str = "images",
     languages: Sequence[str] = (),
 ) -> Retrieval:
-    """A file of image names, and for each language a file with one caption a line, in the same order.
+    """A file of image names, and for each language a file with one caption per line, in the same order.
 
     XTD-10: ``index=test_image_names.txt captions=test_1kcaptions_{}.txt``; XTD-200: ``index=test_image_names.txt``;
     Flickr30k-200: the defaults.
@@ -70,7 +70,7 @@ def caption_lines(
         captions: name of a language's file, with ``{}`` for its code.
         languages: codes; by default, of all files that are there.
     """
-    names = read_lines(path / index, "one image's file name a line")
+    names = read_lines(path / index, "one image's file name per line")
     if captions.count("{}") != 1:
         raise UserError(f"captions={captions!r}: write exactly one {{}} for the language's code")
     before, after = captions.split("{}")
@@ -83,7 +83,7 @@ def caption_lines(
         raise UserError(f"{path}: no caption files {captions} there")
     read = {}
     for lang in found:
-        lines = read_lines(path / captions.replace("{}", lang), "one caption a line")
+        lines = read_lines(path / captions.replace("{}", lang), "one caption per line")
         if len(lines) != len(names):
             raise UserError(f"{path / captions.replace('{}', lang)}: {len(lines)} captions for {len(names)} images")
         described = [place for place, line in enumerate(lines) if line]

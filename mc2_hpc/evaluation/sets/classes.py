@@ -100,22 +100,22 @@ def class_folders(path: Path, names: str = "", templates: str = "", metric: str 
     """``<path>/<class>/<image>``.
 
     Args:
-        names: file with one class name a line, in the folders' sorted order; by default the folders' own names, with
+        names: file with one class name per line, in the folders' sorted order; by default the folders' own names, with
             ``_`` for a space.
-        templates: file with one template a line, each with one ``{}``.
+        templates: file with one template per line, each with one ``{}``.
         metric: one of ``tasks.METRICS``.
     """
-    folders = subfolders(path, "one folder a class")
+    folders = subfolders(path, "one folder per class")
     if not folders:
-        raise UserError(f"{path}: no folders there; expected one a class")
+        raise UserError(f"{path}: no folders there; expected one per class")
     files, labels = _labelled(path, folders)
     empty = sorted(set(range(len(folders))) - {label for (label,) in labels})
     if empty:
         raise UserError(f"{path / folders[empty[0]]}: a class without an image; remove the folder or fill it")
-    found = read_lines(Path(names), "one class name a line") if names else [f.replace("_", " ") for f in folders]
+    found = read_lines(Path(names), "one class name per line") if names else [f.replace("_", " ") for f in folders]
     if len(found) != len(folders):
         raise UserError(f"{names}: {len(found)} names for the {len(folders)} folders of {path}")
-    forms = read_lines(Path(templates), "one template a line") if templates else DEFAULT_TEMPLATES
+    forms = read_lines(Path(templates), "one template per line") if templates else DEFAULT_TEMPLATES
     texts = ClassTexts(classes=range(len(found)), names=found, templates=forms)
     return Classification(images=ImageFiles(path, files), labels=labels, languages={"en": texts}, metric=metric)
 
@@ -132,7 +132,7 @@ def labelled_parquet(
     """A Parquet file of images with a label each, named in any number of languages.
 
     Args:
-        names: by language, one name a class, in the order of ``classes``.
+        names: by language, one name per class, in the order of ``classes``.
         templates: by language, each with one ``{}``.
         classes: values of the label column.
         image, label, key: columns.

@@ -45,7 +45,7 @@ def clip_benchmark(
     """A WebDataset in CLIP_benchmark's layout.
 
     ``<path>/<split>/nshards.txt`` and ``0.tar`` ... Where ``dataset_type.txt`` says ``retrieval``, samples have a
-    ``<key>.txt`` with one caption a line; else a ``<key>.cls``, and there are ``classnames.txt`` and
+    ``<key>.txt`` with one caption per line; else a ``<key>.cls``, and there are ``classnames.txt`` and
     ``zeroshot_classification_templates.txt``, whose templates have ``{c}``.
 
     Args:
@@ -65,8 +65,8 @@ def clip_benchmark(
         owned = [(line, owner) for owner, text in enumerate(texts) for line in text.splitlines() if line.strip()]
         captions = Captions(texts=[text for text, _ in owned], images=[owner for _, owner in owned])
         return Retrieval(images=images, languages={"en": captions}, skipped=skipped)
-    names = read_lines(path / "classnames.txt", "one class name a line")
-    forms = read_lines(path / "zeroshot_classification_templates.txt", "one template a line")
+    names = read_lines(path / "classnames.txt", "one class name per line")
+    forms = read_lines(path / "zeroshot_classification_templates.txt", "one template per line")
     return Classification(
         images=images,
         labels=[(_class(sample, len(names)),) for sample in samples],
