@@ -176,7 +176,7 @@ def test_nothing_usable_is_an_error(tmp_path, encoder):
     with pytest.raises(UserError, match="not one image can be used; everything was skipped: shard_unreadable 1"):
         shards(tmp_path)
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"bad", "txt": b"x"})])
-    with pytest.raises(UserError, match="undecodable_image 1"):
+    with pytest.raises(UserError, match="image_undecodable 1"):
         encoder.images(shards(tmp_path).images)
 
 
