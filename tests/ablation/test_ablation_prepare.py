@@ -95,7 +95,7 @@ def test_half_curated_is_finished_to_the_same_bytes(make, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.pipeline, "pack", stop)
+        patch.setattr(prepare, "plan_pack", stop)
         make(languages=["de"], thresholds="same")
     half, _ = make(languages=["de"], thresholds="same")
     whole, _ = make(languages=["de"], thresholds="same", t_en=5)
