@@ -1,7 +1,7 @@
 """Work on many shards, on this machine, on Slurm or on Ray: ``run(plan, engine, progress)``. Knows nothing of captions.
 
-A :class:`Plan` is a list of :class:`Stage`\\ s; a stage is a declaration (inputs, outputs, one piece of work). Read
-``stages.py`` first, then ``driver.py``, which runs a plan, and ``tasks.py``, which is what happens on another machine:
+A plan is a tuple of stages, and a stage is a declaration: inputs, outputs, one piece of work. Read ``stages.py`` first,
+then ``driver.py``, which runs a plan, and ``tasks.py``, which is what happens on another machine:
 
     stages          what is to be done                     folders        settings and counters beside the outputs
     driver          run a plan                             named          work as a name and JSON, no pickles

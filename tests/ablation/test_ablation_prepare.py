@@ -84,7 +84,7 @@ def test_one_metadata_for_all_texts(make, data):
 
 def test_the_same_settings_are_curated_once(make, monkeypatch):
     first, _ = make(languages=["en"])
-    monkeypatch.setattr(prepare.pipeline, "match", lambda *_: pytest.fail("curated again"))
+    monkeypatch.setattr(prepare, "plan_match", lambda *_: pytest.fail("curated again"))
     assert make(languages=["en"])[0] == first
     with pytest.raises(pytest.fail.Exception, match="curated again"):
         make(languages=["de"])
@@ -95,7 +95,7 @@ def test_half_curated_is_finished_to_the_same_bytes(make, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.pipeline, "pack", stop)
+        patch.setattr(prepare, "plan_pack", stop)
         make(languages=["de"], thresholds="same")
     half, _ = make(languages=["de"], thresholds="same")
     whole, _ = make(languages=["de"], thresholds="same", t_en=5)
