@@ -42,7 +42,8 @@ class Language:
     curation: str
     """Code of the language that this Wikipedia's entries are merged into; its own code where it stands alone."""
     iso: tuple[str, ...]
-    """ISO 639-3 codes: the language's, then the member by which models name a macrolanguage (``ara``, ``arb``)."""
+    """ISO 639-3 codes: the language's, then the members by which models name a macrolanguage (``ara``, ``arb``) and
+    those without a Wikipedia that they tell apart from it (``apc``)."""
 
     @property
     def domain(self) -> str:

@@ -3,19 +3,16 @@
 Imported only when needed, as numba is slow.
 """
 
-from typing import Any
-
 import numpy as np
 
 from mc2_hpc.curation.matching.rules import (
     ACTION_BITS,
+    CONTEXT,
     DROP,
-    INVISIBLE,
     KEEP,
     NON_JOINER,
     NORMALISE,
     WRAP,
-    after_arabic_letter,
 )
 from mc2_hpc.curation.matching.trie_kernels import (
     BLANK,
@@ -38,7 +35,7 @@ from mc2_hpc.curation.matching.trie_kernels import (
 )
 
 _U = np.uint64
-_FLAGS = NORMALISE | INVISIBLE
+_FLAGS = NORMALISE | CONTEXT
 _NONE = np.uint32(0xFFFFFFFF)
 """No entry's id."""
 _SMALL_SORT = 32
@@ -64,7 +61,7 @@ def _decode(data, at):
 
 @entry
 def text_flags(data, offsets, actions):
-    """Flags of every row's characters together (uint8): ``NORMALISE | INVISIBLE`` of :func:`rules.character_table`."""
+    """Flags of every row's characters together (uint8): ``NORMALISE | CONTEXT`` of :func:`rules.character_table`."""
     flags = np.zeros(len(offsets) - 1, np.uint8)
     for row in range(len(flags)):
         at = offsets[row]
@@ -80,7 +77,11 @@ def text_flags(data, offsets, actions):
     return flags
 
 
-_is_arabic: Any = inner(after_arabic_letter)
+@inner
+def _after_arabic(spaced, length):
+    """Whether the last character of ``spaced[:length]`` is of the blocks Arabic (D8 to DB) or Arabic Supplement."""
+    last, before = spaced[length - 1], spaced[length - 2]
+    return last >= 0x80 and (0xD8 <= before <= 0xDB or (before == 0xDD and last >= 0x90))
 
 
 @inner
@@ -93,11 +94,10 @@ def _space_out(data, start, stop, actions, collapse, spaced):
         point, size = _decode(data, at)
         what = actions[point] & ACTION_BITS if point < len(actions) else KEEP
         if what == DROP:
+            if point == NON_JOINER and _after_arabic(spaced, length):
+                spaced[length] = BLANK
+                length += 1
             at += size
-            if point != NON_JOINER or not _is_arabic(np.int64(spaced[length - 1]), np.int64(spaced[length - 2])):
-                continue
-            spaced[length] = BLANK
-            length += 1
             continue
         if what != KEEP and not (collapse and spaced[length - 1] == BLANK):
             spaced[length] = BLANK

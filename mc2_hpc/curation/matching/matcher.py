@@ -7,6 +7,7 @@ by every process that matches.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,14 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mc2_hpc.curation.matching.rules import (
-    INVISIBLE,
+    CONTEXT,
     NORMALISE,
     can_match,
     character_table,
     check_mode,
     composed,
     pattern_or_none,
-    without_invisibles,
 )
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import check_entries
@@ -191,9 +191,12 @@ def _buffers(column: pa.LargeStringArray) -> tuple[npt.NDArray, npt.NDArray]:
 
 def _composed(column: pa.LargeStringArray, flags: npt.NDArray[np.uint8]) -> pa.LargeStringArray:
     """``column`` with the rows that have the flag :data:`NORMALISE` written as mode ``fixed`` composes them."""
-    mask = pa.array((flags & NORMALISE) != 0)
+    doubtful = (flags & NORMALISE) != 0
+    mask = pa.array(doubtful)
     # Python's own tables, which the entries were composed with, rather than Arrow's: the two follow other Unicode
     # versions.
-    rows = zip(column.filter(mask).to_pylist(), flags[(flags & NORMALISE) != 0] & INVISIBLE, strict=True)
-    replacements = [composed(without_invisibles(text) if invisible else text) for text, invisible in rows]
+    texts = column.filter(mask).to_pylist()
+    replacements = [unicodedata.normalize("NFC", text) for text in texts]
+    for row in np.flatnonzero(flags[doubtful] & CONTEXT):
+        replacements[row] = composed(texts[row])
     return pc.replace_with_mask(column, mask, pa.array(replacements, pa.large_string()))

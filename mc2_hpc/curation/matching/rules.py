@@ -61,8 +61,8 @@ KEEP, SPACE, WRAP, DROP = 0, 1, 2, 3
 ACTION_BITS = 3
 NORMALISE = 4
 """Flag beside the action: :func:`composed` may change the text that has the character."""
-INVISIBLE = 8
-"""Flag beside the action: :func:`without_invisibles` changes the text that has the character."""
+CONTEXT = 8
+"""Flag beside the action: :func:`composed` may do more to it than NFC."""
 
 _TABLE_SIZE = 0x20000
 """Planes 0 and 1; beyond lie ideographs and private use, all kept, some of them to be normalised."""
@@ -115,30 +115,24 @@ def action(char: str, mode: str) -> int:
     return WRAP if category[0] == "P" and category != "Pc" and char not in _IN_WORDS else KEEP
 
 
-def without_invisibles(text: str) -> str:
-    """Step 1 of ``fixed``. The table drops these characters too, so it matters only where NFC looks across one."""
+def composed(text: str) -> str:
+    """What ``fixed`` does to a text as a whole: steps 1 and 2, stress marks and keycaps.
+
+    Without a character that :func:`character_table` flags with :data:`NORMALISE` it changes nothing that the table
+    would not, and without one flagged with :data:`CONTEXT` it is NFC.
+    """
     if _JOINER in text:
         text = _JOINED_SPELLING.sub(lambda found: _VIRAMA_JOINED[found[0]], text)
     if chr(NON_JOINER) in text:
         text = _spacing_non_joiner().sub(r"\1 ", text)
-    return INVISIBLES.sub("", text)
-
-
-def composed(text: str) -> str:
-    """Step 2 of ``fixed``, with stress marks and keycaps, which are no matter of single characters either.
-
-    Changes nothing in a text without a character that :func:`character_table` flags with :data:`NORMALISE`.
-    """
-    text = unicodedata.normalize("NFC", text)
-    if "\u0301" in text or "\u0300" in text or "\u0311" in text or "\u030f" in text:
-        text = _STRESSED.sub("", text)
-    return _KEYCAPPED.sub(r" \1 ", text) if _KEYCAP in text else text
+    text = unicodedata.normalize("NFC", INVISIBLES.sub("", text))
+    return _KEYCAPPED.sub(r" \1 ", _STRESSED.sub("", text))
 
 
 def spaced_text(text: str, mode: str) -> str:
     """``text`` as patterns are looked for in it; the definition that the matcher's fast path must equal."""
     if mode == "fixed":
-        text = composed(without_invisibles(text))
+        text = composed(text)
     parts = [" "]
     for char in text:
         what = action(char, mode)
@@ -188,33 +182,25 @@ def can_match(pattern: str, mode: str) -> bool:
     )
 
 
-def after_arabic_letter(last: int, before: int) -> bool:
-    """Whether two bytes of UTF-8, ``before`` and ``last``, are a character of the blocks Arabic, Arabic Supplement."""
-    return 0xD8 <= before <= 0xDB or (before == 0xDD and last >= 0x90)
-
-
 @lru_cache(maxsize=1)
 def _spacing_non_joiner() -> re.Pattern[str]:
-    """A letter that :func:`after_arabic_letter` means, with a non-joiner after it and what vanishes in between."""
-    letters: list[str] = []
-    vanishing: list[str] = []
-    for code in (*range(0x600, 0x700), *range(0x750, 0x780)):
-        what = action(chr(code), "fixed")
-        (letters if what == KEEP else vanishing if what == DROP else []).append(chr(code))
-    between = "".join(vanishing) + INVISIBLES.pattern[1:-2]
-    return re.compile(f"([{''.join(letters)}][{between}]*){chr(NON_JOINER)}")
+    """A letter or digit of the blocks Arabic and Arabic Supplement, what vanishes after it, and a non-joiner."""
+    arabic = [chr(code) for code in (*range(0x600, 0x700), *range(0x750, 0x780))]
+    letters = "".join(char for char in arabic if action(char, "fixed") == KEEP)
+    vanishing = "".join(char for char in arabic if action(char, "fixed") == DROP) + INVISIBLES.pattern[1:-2]
+    return re.compile(f"([{letters}][{vanishing}]*){chr(NON_JOINER)}")
 
 
 @lru_cache(maxsize=len(MODES))
 def character_table(mode: str) -> npt.NDArray[np.uint8]:
-    """:func:`action` of every code point below 0x20000, with :data:`NORMALISE` and :data:`INVISIBLE` where they hold,
+    """:func:`action` of every code point below 0x20000, with :data:`NORMALISE` and :data:`CONTEXT` where they hold,
     uint8. Whatever lies beyond stays or has both flags."""
     table = np.zeros(_TABLE_SIZE, np.uint8)
     for code in range(_TABLE_SIZE):
         char = chr(code)
         table[code] = action(char, mode)
         if mode == "fixed" and code >= 0x80 and not 0xD800 <= code <= 0xDFFF:
-            table[code] |= (NORMALISE if _composition_in_doubt(char) else 0) | (INVISIBLE if is_invisible(char) else 0)
+            table[code] |= (NORMALISE if _composition_in_doubt(char) else 0) | (CONTEXT if _needs_context(char) else 0)
     if mode == "fixed":
         for code in _second_of_compositions():
             table[code] |= NORMALISE
@@ -232,6 +218,10 @@ def _joins_fixed(char: str) -> bool:
 
 def _composition_in_doubt(char: str) -> bool:
     return char == _KEYCAP or unicodedata.combining(char) != 0 or unicodedata.normalize("NFC", char) != char
+
+
+def _needs_context(char: str) -> bool:
+    return is_invisible(char) or char in _STRESS_MARKS or char == _KEYCAP
 
 
 def _second_of_compositions() -> list[int]:
