@@ -33,19 +33,19 @@ bench: .venv/dev
 	$(MAKE) plots
 
 scale: .venv/dev
-	$(BIN)/python benchmarks/scale_curation.py --json benchmarks/results/scale_curation.json
+	$(BIN)/python -m benchmarks.scale_curation --json benchmarks/results/scale_curation.json
 	$(MAKE) plots
 
 soak: .venv/dev
-	$(BIN)/python benchmarks/soak.py --minutes 30 --json benchmarks/results/soak.json
+	$(BIN)/python -m benchmarks.soak --minutes 30 --json benchmarks/results/soak.json
 
 # DATA: folder with CIFAR-10 and Babel-ImageNet's labels (docs/ablations.md).
 ablations: .venv/dev
-	$(BIN)/python benchmarks/ablations.py $(DATA) --json benchmarks/results/ablations.json
+	$(BIN)/python -m benchmarks.ablations $(DATA) --json benchmarks/results/ablations.json
 	$(MAKE) plots
 
 plots: .venv/dev
-	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python -m benchmarks.plot
 
 wheel: .venv/dev
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import alternate, main, resident_growth, spread
 from torch import Tensor
 
+from benchmarks.harness import alternate, main, resident_growth, spread
 from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss
 from mc2_hpc.kernels.contrastive.dispatch import WORKSPACE_BYTES

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import alternate, main, resident_growth, spread
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.harness import alternate, main, resident_growth, spread
 from mc2_hpc.conversion.convert import convert
 from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.data.tokenizer import train_tokenizer

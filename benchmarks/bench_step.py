@@ -21,9 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import main, spread
 from torch import Tensor
 
+from benchmarks.harness import main, spread
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks, process_group

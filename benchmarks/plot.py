@@ -9,9 +9,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from ablations import as_tables
-from harness import RESULTS
 
+from benchmarks.ablations import as_tables
+from benchmarks.harness import RESULTS
 from mc2_hpc.ablation.plot import draw_panel
 
 

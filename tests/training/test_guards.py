@@ -2,21 +2,19 @@
 
 import shutil
 
-import faults  # conftest.py has put benchmarks/ on the path
 import pytest
 import torch.distributed as dist
-from tiny_run import write_config, write_pool
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.training.progress import common_shards
 from mc2_hpc.training.stop import SAVED
+from tests.faults import matrix
+from tests.faults.tiny_run import write_config, write_pool
 
 
 @pytest.fixture(scope="module")
-def starter():
-    starter = faults.Starter(fork=True)
-    yield starter
-    starter.close()
+def starter(fork_server):
+    return matrix.Starter(fork_server)
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def config(tmp_path):
 def test_a_scale_that_is_no_number_is_not_saved(config, starter, tmp_path):
     """Its gradient is in no norm: only the scale itself shows it, in the step of a save too."""
     fault = {"at": "mid-step", "step": 4, "rank": 1, "do": ["poison scale"]}
-    job = faults.job(config, tmp_path / "job", faults=[fault])
+    job = matrix.job(config, tmp_path / "job", faults=[fault])
     assert starter.run(job) == 1
     log = (tmp_path / "job" / "log").read_text()
     assert "logit_scale is nan at step 4; last good checkpoint: none yet" in log
@@ -37,7 +35,7 @@ def test_a_scale_that_is_no_number_is_not_saved(config, starter, tmp_path):
 
 
 def test_shards_that_went_are_said_on_resume(config, starter, tmp_path):
-    job = faults.job(config, tmp_path / "job")
+    job = matrix.job(config, tmp_path / "job")
     assert starter.run({**job, "stop_after": 4}) == SAVED
     assert starter.run({**job, "stop_after": 6}) == SAVED
     assert "shards, now there are" not in (tmp_path / "job" / "log").read_text()
