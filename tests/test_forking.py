@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests import forking
+
 COMMANDS = {
     "arguments, folder and environment": (
         "import os, sys; print(sys.argv, os.getcwd(), os.environ['WHO'], 'PYTEST_CURRENT_TEST' in os.environ)",
@@ -83,7 +85,8 @@ def test_a_command_that_is_late_is_killed(fork_server, tmp_path):
         time.sleep(0.01)
 
 
-def test_one_rank_that_fails_ends_the_others(fork_server):
+def test_one_rank_that_fails_ends_the_others(fork_server, monkeypatch):
+    monkeypatch.setattr(forking, "GRACE_S", 1)
     code = "import os, sys, time; rank = int(os.environ['RANK']); print(rank, flush=True)\nif rank == 1: sys.exit(5)\n"
     began = time.monotonic()
     result = fork_server.run_ranks(2, ["-c", f"{code}time.sleep(100)"])
