@@ -1,6 +1,8 @@
 # Everything a newcomer or CI runs; each target installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests run on this many cores at a time.
+WORKERS ?= 2
 
 .PHONY: quickstart test test-slow test-gpu lint bench scale soak ablations plots wheel clean
 
@@ -8,7 +10,7 @@ quickstart: .venv/quickstart
 	$(BIN)/mc2 quickstart
 
 test: .venv/dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow

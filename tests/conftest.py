@@ -22,6 +22,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 Ranks = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+LONGEST_FIRST = ("slurm", "tests/training/test_faults.py")
+"""Groups that take minutes: dealt first, so that no worker is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deal a module's tests to one worker, for its fixtures; and all that use the Slurm cluster, as there is one."""
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {item: "slurm" if _uses_slurm(item) else item.nodeid.partition("::")[0] for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    places = {group: place for place, group in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(groups[item], len(places)))
+
+
+def _uses_slurm(item: pytest.Item) -> bool:
+    return "slurm_cluster" in getattr(item, "fixturenames", ())
+
+
 @pytest.fixture(scope="session")
 def open_clip() -> ModuleType:
     """open_clip, imported the way the product imports it."""
