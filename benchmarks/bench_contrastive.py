@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import alternate, main, resident_growth, spread
+from benchmarks.harness import ROOT, alternate, main, own_command, resident_growth, spread
 from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss
 from mc2_hpc.kernels.contrastive.dispatch import WORKSPACE_BYTES
@@ -196,8 +196,8 @@ def peak_memory(
     Raises ``RuntimeError`` (``OutOfMemoryError`` is one) if the loss does not run.
     """
     if device == "cpu":
-        command = [sys.executable, __file__, "--peak-memory", name, str(batch), str(torch.get_num_threads())]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800).stdout)
+        command = [*own_command(__file__), "--peak-memory", name, str(batch), str(torch.get_num_threads())]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1800).stdout)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

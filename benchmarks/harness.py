@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+"""Where ``python -m benchmarks.<module>`` works."""
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment() -> dict[str, Any]:
@@ -33,7 +35,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
+        "commit": _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
     }
 
 
@@ -77,6 +79,11 @@ def alternate(
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def own_command(file: str) -> list[str]:
+    """What starts a benchmark's ``__file__`` again in :data:`ROOT`, for measurements in a process of their own."""
+    return [sys.executable, "-m", f"benchmarks.{Path(file).stem}"]
 
 
 def resident_growth(call: Callable[[], object]) -> int:

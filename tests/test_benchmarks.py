@@ -2,24 +2,17 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+from benchmarks.harness import RESULTS, ROOT, own_command
+from benchmarks.plot import PLOTS, plot_checkpoint
+
+ROWS = sorted(RESULTS.glob("*.json"))
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
-    from plot import PLOTS
-
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["rows"] and result["env"]["commit"] and result["env"]["machine"]
     assert not result.get("quick"), "a quick run is not for quoting"
@@ -31,7 +24,7 @@ def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
 
 
 def test_the_gpu_suite_refuses_a_part_it_does_not_have(tmp_path):
-    command = ["bash", str(BENCHMARKS / "gpu_suite.sh"), "nonsense"]
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "nonsense"]
     result = subprocess.run(
         command, env={"OUT": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
     )
@@ -41,8 +34,8 @@ def test_the_gpu_suite_refuses_a_part_it_does_not_have(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("contender", ["ours_sdpa", "open_clip"])
 def test_a_step_of_each_side_is_measured(contender):
-    command = [sys.executable, str(BENCHMARKS / "bench_step.py"), "--contender", contender, "--quick"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [*own_command("bench_step.py"), "--contender", contender, "--quick"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout.splitlines()[-1])
     assert row["samples_per_second"] > 0 and 0 < row["mfu"] < 1.5
@@ -50,14 +43,12 @@ def test_a_step_of_each_side_is_measured(contender):
 
 @pytest.mark.slow
 def test_the_wait_for_a_checkpoint_is_measured(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "bench_checkpoint.py"), "--quick", "--json", str(tmp_path / "row.json")]
-    subprocess.run(command, check=True, timeout=900)
+    command = [*own_command("bench_checkpoint.py"), "--quick", "--json", str(tmp_path / "row.json")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=900)
     result = json.loads((tmp_path / "row.json").read_text(encoding="utf-8"))
     waited = {row["who"] for row in result["rows"] if row["what"] == "stall a save"}
     assert waited == {"background", "foreground", "open_clip"}
     assert result["config"]["checkpoint_bytes"] > 12 * result["config"]["parameters"]
     assert all(value > 0 for value in result["ratios"].values())
-    from plot import plot_checkpoint
-
     plot_checkpoint(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
