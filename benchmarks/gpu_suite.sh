@@ -29,7 +29,7 @@ setup() {
         "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" .whl/*.whl
     fi
     "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
-    "$PYTHON" -m mc2_hpc.cli doctor
+    "$PYTHON" -m mc2_hpc.cli doctor --full
 }
 
 correct() {
