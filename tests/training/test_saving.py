@@ -118,7 +118,7 @@ def test_a_folder_without_checkpoints_is_a_new_run(tmp_path):
 HANDED_OVER = {
     path
     for path in PRODUCT
-    if path.parent.name == "curation" and path.name in ("executors.py", "executor_process.py", "tasks.py")
+    if path.parent.name == "jobs" and path.name in ("executors.py", "executor_process.py", "tasks.py")
 }
 
 
