@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 """Where ``python -m benchmarks.<module>`` works."""
 RESULTS = ROOT / "benchmarks" / "results"
+_NOT_ROWS = ":(exclude)benchmarks/results"
 
 
 def environment() -> dict[str, Any]:
@@ -35,8 +36,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """The commit that is checked out, ``-dirty`` if tracked files differ from it; rows measured since do not count."""
+    name = _output(["git", "-C", str(ROOT), "describe", "--always"])
+    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", _NOT_ROWS])
+    return f"{name}-dirty" if name and changed else name
 
 
 def _cpu_name() -> str:
@@ -112,7 +120,10 @@ def main(name: str, run: Callable[[bool], dict[str, Any]]) -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute; a smoke test, not for quoting")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
-    result = {"name": name, "env": environment(), "quick": arguments.quick, **run(arguments.quick)}
+    env = environment()
+    if arguments.json and str(env["commit"]).endswith("-dirty") and not arguments.quick:
+        print(f"mc2 bench: this row will say {env['commit']}: commit first to keep it", file=sys.stderr)
+    result = {"name": name, "env": env, "quick": arguments.quick, **run(arguments.quick)}
     for row in result["rows"]:
         print("  ".join(f"{k}={_short(v)}" for k, v in row.items() if not isinstance(v, list)))
     for key, value in result["ratios"].items():
