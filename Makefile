@@ -13,7 +13,7 @@ test: .venv/dev lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 3600
 
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu

@@ -22,12 +22,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 Ranks = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+SLURM_S = 900
+"""A test on the Slurm cluster waits for its scheduler, again and again."""
 LONGEST_FIRST = ("slurm", "tests/training/test_faults.py")
 """Groups that take minutes: dealt first, so that no worker is left with one of them at the end."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deal a module's tests to one worker, for its fixtures; and all that use the Slurm cluster, as there is one."""
+    for item in filter(_uses_slurm, items):
+        item.add_marker(pytest.mark.timeout(SLURM_S), append=False)
     if not hasattr(config, "workerinput"):
         return
     groups = {item: "slurm" if _uses_slurm(item) else item.nodeid.partition("::")[0] for item in items}

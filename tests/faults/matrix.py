@@ -35,7 +35,7 @@ from tests.forking import ForkServer
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "faults.md"
 RESULTS = ROOT / "benchmarks" / "results"
-JOB_S = 600
+JOB_S = 240
 """The longest that a forked job may take, restarts and all."""
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
 COMMAND = [sys.executable, "-m", "tests.faults.rank"]

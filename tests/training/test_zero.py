@@ -15,6 +15,9 @@ from mc2_hpc.models.presets import resolve
 from tests.training import zero_worker as worker
 
 
+pytestmark = pytest.mark.timeout(900)  # seventeen trainings
+
+
 @pytest.fixture(scope="module")
 def plain():
     """20 steps on one process: open_clip's ClipLoss, torch's AdamW with open_clip's groups and schedule, no engine."""
