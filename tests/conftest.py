@@ -24,7 +24,14 @@ Ranks = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SLURM_S = 900
 """A test on the Slurm cluster waits for its scheduler, again and again."""
-LONGEST_FIRST = ("slurm", "tests/training/test_faults.py")
+LONGEST_FIRST = (
+    "slurm",
+    "tests/training/test_faults.py",
+    "tests/training/test_cli_train.py",
+    "tests/training/test_zero.py",
+    "tests/kernels/test_triton_interpreter.py",
+    "tests/quickstart/test_quickstart_run.py",
+)
 """Groups that take minutes: dealt first, so that no worker is left with one of them at the end."""
 
 
