@@ -146,11 +146,13 @@ class ForkServer:
         """
         process = self.start(command, env=env, cwd=cwd)
         try:
-            out, err = process.communicate(timeout)
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise subprocess.TimeoutExpired(process.args, timeout, *process.communicate(GRACE_S)) from None
         finally:
             process.kill()
-        assert process.returncode is not None
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return subprocess.CompletedProcess(process.args, code, *process.communicate())
 
     def run_ranks(
         self, num_ranks: int, arguments: Sequence[str | Path], *, timeout: float = 240
@@ -178,7 +180,8 @@ class ForkServer:
     def close(self) -> None:
         """End the server; what it started runs on."""
         self._control.close()
-        self._process.wait(GRACE_S)
+        self._process.kill()  # it may still be importing
+        self._process.wait()
 
 
 def _wait_for_all(ranks: Sequence[Forked], timeout: float) -> int:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,3 +98,17 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("mc2_hpc ")
+
+
+def test_a_benchmark_runs_in_the_checkout_and_writes_where_it_was_told(tmp_path, monkeypatch):
+    """From any folder: benchmarks are modules of the checkout's root."""
+    started = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **k: started.append((a[0], k)) or subprocess.CompletedProcess(a, 3)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "train", "--quick", "--json", "row.json"]) == 3
+    ((command, options),) = started
+    row = str(tmp_path / "row.json")
+    assert command == [sys.executable, "-m", "benchmarks.bench_train", "--quick", "--json", row]
+    assert (options["cwd"] / "benchmarks" / "bench_train.py").is_file()

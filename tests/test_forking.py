@@ -76,9 +76,10 @@ def test_signals_reach_the_process(fork_server, tmp_path):
 
 
 def test_a_command_that_is_late_is_killed(fork_server, tmp_path):
-    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    with pytest.raises(subprocess.TimeoutExpired):
-        fork_server.run([sys.executable, "-c", code], timeout=2)
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    with pytest.raises(subprocess.TimeoutExpired) as late:
+        fork_server.run([sys.executable, "-c", f"{code}; print('here', flush=True); time.sleep(60)"], timeout=2)
+    assert late.value.output == "here\n"
     pid, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 60
     while os.path.exists(f"/proc/{pid}"):
         assert time.monotonic() < deadline
