@@ -1,6 +1,8 @@
 # Everything a newcomer or CI runs; each target installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests run on this many cores at a time.
+WORKERS ?= 2
 
 .PHONY: quickstart test test-slow test-gpu lint bench scale soak ablations plots wheel clean
 
@@ -8,10 +10,10 @@ quickstart: .venv/quickstart
 	$(BIN)/mc2 quickstart
 
 test: .venv/dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 3600
 
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
@@ -33,19 +35,19 @@ bench: .venv/dev
 	$(MAKE) plots
 
 scale: .venv/dev
-	$(BIN)/python benchmarks/scale_curation.py --json benchmarks/results/scale_curation.json
+	$(BIN)/python -m benchmarks.scale_curation --json benchmarks/results/scale_curation.json
 	$(MAKE) plots
 
 soak: .venv/dev
-	$(BIN)/python benchmarks/soak.py --minutes 30 --json benchmarks/results/soak.json
+	$(BIN)/python -m benchmarks.soak --minutes 30 --json benchmarks/results/soak.json
 
 # DATA: folder with CIFAR-10 and Babel-ImageNet's labels (docs/ablations.md).
 ablations: .venv/dev
-	$(BIN)/python benchmarks/ablations.py $(DATA) --json benchmarks/results/ablations.json
+	$(BIN)/python -m benchmarks.ablations $(DATA) --json benchmarks/results/ablations.json
 	$(MAKE) plots
 
 plots: .venv/dev
-	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python -m benchmarks.plot
 
 wheel: .venv/dev
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist

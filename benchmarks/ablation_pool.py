@@ -1,6 +1,6 @@
 """Raw material of the ablations: CIFAR-10 pictures with captions in ten languages, metadata, and an evaluation suite.
 
-    python benchmarks/ablation_pool.py SHARED_DATA OUT [--pictures 14000]
+    python -m benchmarks.ablation_pool SHARED_DATA OUT [--pictures 14000]
 
     OUT/pool/00000.tar, .parquet   pictures, and candidate captions: key, text, lang, source
     OUT/metadata/<lang>.json       the names of every class in that language

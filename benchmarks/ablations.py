@@ -1,6 +1,6 @@
 """The committed ablation rows: the small pool, ``mc2 ablate configs/ablations/*.yaml`` on it, one result file.
 
-    python benchmarks/ablations.py SHARED_DATA [--work runs/ablations] [--jobs 2] [--json FILE]
+    python -m benchmarks.ablations SHARED_DATA [--work runs/ablations] [--jobs 2] [--json FILE]
 
 The same command goes on after an interruption. FILE gets the tables beside it as Markdown; ``plot.py`` draws it.
 """
@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ablation_pool
-from harness import environment
-
+from benchmarks import ablation_pool
+from benchmarks.harness import environment
 from mc2_hpc.ablation.run import ablate
 from mc2_hpc.ablation.tables import markdown
 from mc2_hpc.terminal import progress

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import main, spread
-from tiny_run import write_pool
 
+from benchmarks.harness import main, spread
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.conversion.open_clip import config as open_clip_config
 from mc2_hpc.distributed import Ranks, process_group
@@ -32,6 +31,7 @@ from mc2_hpc.peers import import_open_clip
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep
+from tests.faults.tiny_run import write_pool
 
 PRESETS = {False: "ViT-B-32-worldwide", True: "ViT-S-16-worldwide"}
 VOCABULARY = {False: 49_408, True: 8_000}

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import alternate, main, resident_growth, spread
 from torch import Tensor
 
+from benchmarks.harness import ROOT, alternate, main, own_command, resident_growth, spread
 from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss
 from mc2_hpc.kernels.contrastive.dispatch import WORKSPACE_BYTES
 from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, Plan
@@ -198,8 +198,8 @@ def peak_memory(
     Raises ``RuntimeError`` (``OutOfMemoryError`` is one) if the loss does not run.
     """
     if device == "cpu":
-        command = [sys.executable, __file__, "--peak-memory", name, str(batch), str(torch.get_num_threads())]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800).stdout)
+        command = [*own_command(__file__), "--peak-memory", name, str(batch), str(torch.get_num_threads())]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1800).stdout)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

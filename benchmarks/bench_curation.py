@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peer_release_curation as release
 import pyarrow as pa
 import pyarrow.parquet as pq
-from curation_corpus import Corpus, english, spaceless
-from harness import main, spread
 
+from benchmarks import peer_release_curation as release
+from benchmarks.curation_corpus import Corpus, english, spaceless
+from benchmarks.harness import main, spread
 from mc2_hpc.balancing.thresholds import entry_probabilities
 from mc2_hpc.curation.counts import VotesFile
 from mc2_hpc.curation.match import MatchShard

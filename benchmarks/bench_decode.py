@@ -1,6 +1,6 @@
 """JPEGs to RandomResizedCrops on the training device: DALI, torchvision's nvJPEG, and the CPU's cores.
 
-    python benchmarks/bench_decode.py [--quick] [--json FILE]
+    python -m benchmarks.bench_decode [--quick] [--json FILE]
 
 The question of a GPU machine: how many pictures a second can come to one GPU, and how much of the CPU do they cost?
 ``turbo`` is what data workers run, in a process a core; ``dali`` the ``mixed`` pipeline that ``data.decode=dali``
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from harness import main, spread
 
+from benchmarks.harness import main, spread
 from mc2_hpc.data.crop import Box, EncodedCrop, random_crop
 from mc2_hpc.data.dali import IN_FLIGHT, DaliDecoder, Jpegs
 from mc2_hpc.data.decode import TrainTransform

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import alternate, main, resident_growth, spread
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.harness import ROOT, alternate, main, own_command, resident_growth, spread
 from mc2_hpc.conversion.convert import convert
 from mc2_hpc.data.tokenizer import train_tokenizer
 from mc2_hpc.distributed import process_group
@@ -220,8 +220,8 @@ RECALL = {"ours": our_recall, "clip_benchmark": their_recall}
 
 def peak_memory(who: str, pictures: int) -> int:
     """Bytes that the resident set grows by in one locale, in a process of its own."""
-    command = [sys.executable, __file__, "--peak-memory", who, str(pictures)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout)
+    command = [*own_command(__file__), "--peak-memory", who, str(pictures)]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600).stdout)
 
 
 def print_peak_memory(who: str, pictures: int) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from harness import main
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.harness import main
 from mc2_hpc.kernels.contrastive import triton_impl
 from mc2_hpc.kernels.contrastive.launch import LAUNCHES, Launch, launch_for
 

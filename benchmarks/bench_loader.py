@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import main, spread
 from PIL import Image
 
+from benchmarks.harness import main, spread
 from mc2_hpc.config import DataConfig
 from mc2_hpc.conversion.tokenizer_files import write_tokenizer
 from mc2_hpc.data.crop import Box, dct_scaled, random_crop

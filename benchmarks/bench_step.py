@@ -17,13 +17,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from harness import main, spread
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from benchmarks.harness import ROOT, main, own_command, spread
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks, process_group
@@ -55,16 +58,18 @@ Step = Callable[[Tensor, Tensor], object]
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows of all contenders that run here, and our best rate over open_clip's best."""
+    """Rows of all contenders that run here (``quick``: the first two), and our best rate over open_clip's best."""
     cuda = torch.cuda.is_available()
     start = time.monotonic()
     rows, missing = [], {}
-    for name in SETTINGS if cuda else ON_CPU:
+    names = (tuple(SETTINGS) if cuda else ON_CPU)[: 2 if quick else None]
+    for number, name in enumerate(names, 1):
         if time.monotonic() - start > SECONDS_IN_ALL:
             missing[name] = "no time left"
             continue
         try:
-            rows.append({"who": name, **_in_its_own_process(name, quick)})
+            with _waiting(f"{number} of {len(names) + 1}: {name}"):
+                rows.append({"who": name, **_in_its_own_process(name, quick)})
         except RuntimeError as error:
             missing[name] = str(error)
     best = {side: _best(rows, side) for side in ("ours", PEER)}
@@ -73,12 +78,28 @@ def run(quick: bool) -> dict[str, Any]:
         ratios["samples_per_second_vs_open_clip"] = (
             best["ours"]["samples_per_second"] / best[PEER]["samples_per_second"]
         )
-    profile = _in_its_own_process(best["ours"]["who"], quick, "--profile") if best["ours"] else []
+    costs = []
+    if best["ours"]:
+        with _waiting(f"{len(names) + 1} of {len(names) + 1}: profile of {best['ours']['who']}"):
+            costs = _in_its_own_process(best["ours"]["who"], quick, "--profile")
     return {
-        "config": {**_sizes(quick), "missing": missing, "profile": profile},
+        "config": {**_sizes(quick), "missing": missing, "profile": costs},
         "rows": rows,
         "ratios": ratios,
     }
+
+
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """Say on standard error what is measured, how long it has taken so far (on a terminal) and in the end."""
+    console, start = Console(stderr=True), time.monotonic()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what)
+        if not console.is_terminal:
+            console.print(f"{what} ...")
+        yield
+    console.print(f"{what}: {time.monotonic() - start:.0f} s")
 
 
 def _best(rows: list[dict[str, Any]], side: str) -> dict[str, Any] | None:
@@ -113,9 +134,9 @@ def _run_config(name: str, quick: bool) -> RunConfig:
 
 def _in_its_own_process(name: str, quick: bool, *options: str) -> Any:
     """What ``measure`` or ``profile`` prints for a contender; its last line of error as a RuntimeError."""
-    command = [sys.executable, __file__, "--contender", name, *(["--quick"] if quick else []), *options]
+    command = [*own_command(__file__), "--contender", name, *(["--quick"] if quick else []), *options]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_IN_ALL)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS_IN_ALL)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"took more than {SECONDS_IN_ALL} s") from None
     if result.returncode:

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from harness import main, spread
 from PIL import Image
 
+from benchmarks.harness import main, spread
 from mc2_hpc.conversion.tokenizer_files import write_tokenizer
 from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.data.shards import Pair

@@ -29,7 +29,7 @@ setup() {
         "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" .whl/*.whl
     fi
     "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
-    "$PYTHON" -m mc2_hpc.cli doctor
+    "$PYTHON" -m mc2_hpc.cli doctor --full
 }
 
 correct() {
@@ -41,24 +41,24 @@ correct() {
 }
 
 loss() {
-    timeout 170 "$PYTHON" benchmarks/bench_contrastive.py --json "${STEM}_loss.json"
+    timeout 170 "$PYTHON" -m benchmarks.bench_contrastive --json "${STEM}_loss.json"
 }
 
 step() {
-    timeout 290 "$PYTHON" benchmarks/bench_step.py --json "${STEM}_step.json"
+    timeout 290 "$PYTHON" -m benchmarks.bench_step --json "${STEM}_step.json"
 }
 
 decode() {
-    timeout 170 "$PYTHON" benchmarks/bench_decode.py --json "${STEM}_decode.json"
+    timeout 170 "$PYTHON" -m benchmarks.bench_decode --json "${STEM}_decode.json"
 }
 
 kernels() {
-    timeout 120 "$PYTHON" benchmarks/bench_kernels.py --json "${STEM}_kernels.json" || return 1
+    timeout 120 "$PYTHON" -m benchmarks.bench_kernels --json "${STEM}_kernels.json" || return 1
     if command -v ncu >/dev/null; then
         local metrics=sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active
         metrics+=,dram__bytes.sum,sm__warps_active.avg.pct_of_peak_sustained_active
         timeout 60 ncu --clock-control none -k 'regex:statistics_kernel|gradient_kernel' -c 8 --metrics "$metrics" \
-            --csv --log-file "${STEM}_ncu.csv" "$PYTHON" benchmarks/bench_contrastive.py --quick
+            --csv --log-file "${STEM}_ncu.csv" "$PYTHON" -m benchmarks.bench_contrastive --quick
     fi
 }
 

@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+"""Where ``python -m benchmarks.<module>`` works."""
+RESULTS = ROOT / "benchmarks" / "results"
+_NOT_ROWS = ":(exclude)benchmarks/results"
 
 
 def environment() -> dict[str, Any]:
@@ -33,8 +36,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """The commit that is checked out, ``-dirty`` if tracked files differ from it; rows measured since do not count."""
+    name = _output(["git", "-C", str(ROOT), "describe", "--always"])
+    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", _NOT_ROWS])
+    return f"{name}-dirty" if name and changed else name
 
 
 def _cpu_name() -> str:
@@ -79,6 +89,11 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def own_command(file: str) -> list[str]:
+    """What starts a benchmark's ``__file__`` again in :data:`ROOT`, for measurements in a process of their own."""
+    return [sys.executable, "-m", f"benchmarks.{Path(file).stem}"]
+
+
 def resident_growth(call: Callable[[], object]) -> int:
     """Bytes that this process's resident set grows by at its peak during the call; of use in a process of its own."""
     before = _status_bytes("VmRSS")
@@ -105,7 +120,10 @@ def main(name: str, run: Callable[[bool], dict[str, Any]]) -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute; a smoke test, not for quoting")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
-    result = {"name": name, "env": environment(), "quick": arguments.quick, **run(arguments.quick)}
+    env = environment()
+    if arguments.json and str(env["commit"]).endswith("-dirty") and not arguments.quick:
+        print(f"mc2 bench: this row will say {env['commit']}: commit first to keep it", file=sys.stderr)
+    result = {"name": name, "env": env, "quick": arguments.quick, **run(arguments.quick)}
     for row in result["rows"]:
         print("  ".join(f"{k}={_short(v)}" for k, v in row.items() if not isinstance(v, list)))
     for key, value in result["ratios"].items():

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablations import as_tables
-from harness import RESULTS
-
+from benchmarks.ablations import as_tables
+from benchmarks.harness import RESULTS
 from mc2_hpc.ablation.plot import DPI, draw_panel
 from mc2_hpc.pages.palette import LIGHT
 from mc2_hpc.pages.plots import new_figure, plot_style, png, short_ticks

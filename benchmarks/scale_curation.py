@@ -1,6 +1,6 @@
 """Ten million captions in 200 languages through the real pipeline: memory must stay flat, and time grow with captions.
 
-    python benchmarks/scale_curation.py [--quick] [--json FILE]
+    python -m benchmarks.scale_curation [--quick] [--json FILE]
 
 Generates metadata and a pool, then runs ``mc2 curate match``, ``balance`` and ``sample`` as a user would, in processes
 of their own that are watched from here. A row is taken whenever another twentieth of the shards is finished: seconds
@@ -22,9 +22,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from curation_corpus import IDEOGRAPHS, LETTERS, generated_words
-from harness import main
 
+from benchmarks.curation_corpus import IDEOGRAPHS, LETTERS, generated_words
+from benchmarks.harness import main
 from mc2_hpc.curation.pool.language_id import FastLangdetect
 from mc2_hpc.metadata.files import write_entries
 

@@ -1,6 +1,6 @@
 """Training under fire: a random fault every minute, then proof that none of them changed anything.
 
-    python benchmarks/soak.py --minutes 30
+    python -m benchmarks.soak --minutes 30
 
 Ranks are killed, hung, asked to stop, the launcher is killed, the newest checkpoint is damaged, and the number of ranks
 changes, in an order drawn from ``--seed``. When the time is up the run is stopped and saved. Then it is trained once
@@ -23,14 +23,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import faults
-from fault_diary import EPOCH, account, every_key, history, losses, read_diary, state_hashes
-from fault_rows import flip_byte
-from harness import environment
-
+from benchmarks.harness import environment
 from mc2_hpc.storage import exclusive_folder
 from mc2_hpc.training.checkpoint import complete_folders, find_damage
 from mc2_hpc.training.stop import LOST_RANK, SAVED
+from tests.faults import matrix
+from tests.faults.diary import EPOCH, account, every_key, history, losses, read_diary, state_hashes
+from tests.faults.rows import flip_byte
 
 STEP_SECONDS = 0.2
 """Least time of a step, so that the second run takes less than the first."""
@@ -85,7 +84,7 @@ class Soak:
         return self._random.choice([name for name in FAULTS if name != "hang" or self._ranks > 1])
 
     def _start(self) -> None:
-        task = faults.job(
+        task = matrix.job(
             self._config,
             self._folder,
             processes=self._ranks,
@@ -96,7 +95,7 @@ class Soak:
         )
         path = self._folder / "job.json"
         path.write_text(json.dumps(task), encoding="utf-8")
-        self._process = subprocess.Popen([sys.executable, str(faults.SCRIPT), str(path)])
+        self._process = subprocess.Popen([*matrix.COMMAND, str(path)], cwd=matrix.ROOT)
 
     def _ended(self) -> None:
         """Wait until nobody works in the run's folder any more."""
@@ -180,10 +179,10 @@ def last_step(job: Path) -> int:
 def repeat(config: Path, folder: Path, soaked: Path) -> None:
     """Train the steps of ``soaked`` with no fault, each on as many ranks as it had there."""
     kept, last = history(read_diary(soaked)), last_step(soaked)
-    starter = faults.Starter(fork=False)
+    starter = matrix.Starter()
     for step in range(1, last + 1):
         if step == last or kept[step + 1].world != kept[step].world:
-            task = faults.job(
+            task = matrix.job(
                 config, folder, processes=kept[step].world, stop_after=step, overrides=[*OVERRIDES, "checkpoint.keep=2"]
             )
             code = starter.run(task)
@@ -231,7 +230,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    config = faults.prepare(folder)
+    config = matrix.prepare(folder)
     (folder / "soaked").mkdir()
     soak = Soak(config, folder / "soaked", arguments.seed)
     try:

@@ -1,37 +1,74 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and how tests are dealt to several workers (``pytest -n``)."""
 
 import html
-import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mc2_hpc.peers import import_open_clip, import_transformers
+from tests.forking import ForkServer
+from tests.slurm_cluster import slurm_cluster  # noqa: F401  # a fixture
 
-# Tests are no package, so the file beside this one is loaded by its path.
-_spec = importlib.util.spec_from_file_location("slurm_cluster", Path(__file__).with_name("slurm_cluster.py"))
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-slurm_cluster = _module.slurm_cluster
+if TYPE_CHECKING:
+    from tests.faults.tiny_run import TinyPool
+
+# Read when torch is imported, which is later: each process of the tests computes on one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+Ranks = Callable[..., subprocess.CompletedProcess[str]]
+
+
+SLURM_S = 900
+"""A test on the Slurm cluster waits for its scheduler, again and again."""
+LONGEST_FIRST = (
+    "slurm",
+    "tests/training/test_faults.py",
+    "tests/training/test_cli_train.py",
+    "tests/training/test_zero.py",
+    "tests/kernels/test_triton_interpreter.py",
+    "tests/quickstart/test_quickstart_run.py",
+)
+"""Groups that take minutes: dealt first, so that no worker is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deal a module's tests to one worker, for its fixtures; and all that use the Slurm cluster, as there is one."""
+    for item in filter(_uses_slurm, items):
+        item.add_marker(pytest.mark.timeout(SLURM_S), append=False)
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {item: "slurm" if _uses_slurm(item) else item.nodeid.partition("::")[0] for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    places = {group: place for place, group in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(groups[item], len(places)))
+
+
+def _uses_slurm(item: pytest.Item) -> bool:
+    return "slurm_cluster" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
 def open_clip() -> ModuleType:
     """open_clip, imported the way the product imports it."""
+    from mc2_hpc.peers import import_open_clip
+
     return import_open_clip()
 
 
 @pytest.fixture(scope="session")
 def transformers() -> ModuleType:
     """transformers, imported the way the product imports it."""
+    from mc2_hpc.peers import import_transformers
+
     return import_transformers()
 
 
@@ -121,3 +158,42 @@ def measure(browse, tmp_path) -> Callable[..., Any]:
         return json.loads(html.unescape(title[1]))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Runs ``[sys.executable, ...]`` in processes that need not import torch and DeepSpeed again."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def ranks_of(fork_server) -> Ranks:
+    """``ranks_of(processes, *arguments, check=True)``: ``python arguments...`` on several gloo ranks, forked."""
+
+    def run(processes: int, *arguments: str | Path, check: bool = True, timeout: float = 240):
+        result = fork_server.run_ranks(processes, arguments, timeout=timeout)
+        if check and result.returncode:
+            pytest.fail(f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_pool(tmp_path_factory) -> "TinyPool":
+    """Shared and read-only: tests that damage shards copy them first."""
+    from tests.faults.tiny_run import write_pool
+
+    return write_pool(tmp_path_factory.mktemp("pool"))
+
+
+@pytest.fixture(scope="module")
+def module_config(tiny_pool, tmp_path_factory) -> Path:
+    """A run of fp32 steps on the tiny pool."""
+    from tests.faults.tiny_run import write_config
+
+    folder = tmp_path_factory.mktemp("config")
+    values = {"steps": 12, "log_every": 2, "checkpoint": {"every": 6, "keep": 2}}
+    return write_config(folder / "tiny.yaml", tiny_pool, output=str(folder / "run"), **values)

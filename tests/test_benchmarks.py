@@ -2,24 +2,18 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+from benchmarks import harness
+from benchmarks.harness import RESULTS, ROOT, own_command
+from benchmarks.plot import PLOTS, plot_checkpoint
+
+ROWS = sorted(RESULTS.glob("*.json"))
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
-    from plot import PLOTS
-
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["rows"] and result["env"]["commit"] and result["env"]["machine"]
     assert not result.get("quick"), "a quick run is not for quoting"
@@ -30,8 +24,40 @@ def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
         assert path.with_suffix(".png").is_file(), "make plots"
 
 
+DIRTY = {"2026-11-23_cpu_ablations", "2026-11-23_cpu_contrastive", "2026-11-23_cpu_eval", "2026-11-23_cpu_loader"}
+_AGAIN = pytest.mark.xfail(strict=True, reason="to be measured again, on a quiet machine and a committed tree")
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[_AGAIN] if path.stem in DIRTY else []) for path in ROWS]
+)
+def test_committed_rows_are_of_a_commit(path):
+    """What was measured can be checked out: nothing but rows had changed since."""
+    assert "dirty" not in json.loads(path.read_text(encoding="utf-8"))["env"]["commit"]
+
+
+def test_only_rows_may_change_between_commit_and_measurement(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    row, code = tmp_path / "benchmarks" / "results" / "row.json", tmp_path / "code.py"
+    row.parent.mkdir(parents=True)
+    for path in (row, code):
+        path.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    clean = harness.commit()
+    row.write_text("2")
+    assert harness.commit() == clean and "dirty" not in clean
+    code.write_text("2")
+    assert harness.commit() == f"{clean}-dirty"
+
+
 def test_the_gpu_suite_refuses_a_part_it_does_not_have(tmp_path):
-    command = ["bash", str(BENCHMARKS / "gpu_suite.sh"), "nonsense"]
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "nonsense"]
     result = subprocess.run(
         command, env={"OUT": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
     )
@@ -41,8 +67,8 @@ def test_the_gpu_suite_refuses_a_part_it_does_not_have(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("contender", ["ours_sdpa", "open_clip"])
 def test_a_step_of_each_side_is_measured(contender):
-    command = [sys.executable, str(BENCHMARKS / "bench_step.py"), "--contender", contender, "--quick"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [*own_command("bench_step.py"), "--contender", contender, "--quick"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout.splitlines()[-1])
     assert row["samples_per_second"] > 0 and 0 < row["mfu"] < 1.5
@@ -50,14 +76,12 @@ def test_a_step_of_each_side_is_measured(contender):
 
 @pytest.mark.slow
 def test_the_wait_for_a_checkpoint_is_measured(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "bench_checkpoint.py"), "--quick", "--json", str(tmp_path / "row.json")]
-    subprocess.run(command, check=True, timeout=900)
+    command = [*own_command("bench_checkpoint.py"), "--quick", "--json", str(tmp_path / "row.json")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=900)
     result = json.loads((tmp_path / "row.json").read_text(encoding="utf-8"))
     waited = {row["who"] for row in result["rows"] if row["what"] == "stall a save"}
     assert waited == {"background", "foreground", "open_clip"}
     assert result["config"]["checkpoint_bytes"] > 12 * result["config"]["parameters"]
     assert all(value > 0 for value in result["ratios"].values())
-    from plot import plot_checkpoint
-
     plot_checkpoint(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

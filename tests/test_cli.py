@@ -111,3 +111,17 @@ def test_a_terminal_of_ascii_shows_what_it_can(tmp_path):
     command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(tmp_path / "läufe.yaml")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and result.stderr.endswith("l\\xe4ufe.yaml: no such config file\n")
+
+
+def test_a_benchmark_runs_in_the_checkout_and_writes_where_it_was_told(tmp_path, monkeypatch):
+    """From any folder: benchmarks are modules of the checkout's root."""
+    started = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **k: started.append((a[0], k)) or subprocess.CompletedProcess(a, 3)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "train", "--quick", "--json", "row.json"]) == 3
+    ((command, options),) = started
+    row = str(tmp_path / "row.json")
+    assert command == [sys.executable, "-m", "benchmarks.bench_train", "--quick", "--json", row]
+    assert (options["cwd"] / "benchmarks" / "bench_train.py").is_file()

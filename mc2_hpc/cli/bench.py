@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
         known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
         there = f"choose one of {', '.join(known)}" if known else f"no benchmarks in {folder}: use a source checkout"
         raise UserError(f"bench {arguments.name!r}: no such benchmark; {there}")
-    command = [sys.executable, str(script), *(["--quick"] if arguments.quick else [])]
+    command = [sys.executable, "-m", f"benchmarks.bench_{arguments.name}", *(["--quick"] if arguments.quick else [])]
     if arguments.json:
-        command += ["--json", str(arguments.json)]
-    return subprocess.run(command).returncode
+        command += ["--json", str(arguments.json.absolute())]
+    return subprocess.run(command, cwd=folder.parent).returncode

@@ -7,13 +7,14 @@ SUMMARY = "what is installed here, and does it work"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="also run the self-checks that take seconds each")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.doctor import examine, to_json
 
-    findings = examine()
+    findings = examine(full=arguments.full)
     if arguments.json:
         print(json.dumps(to_json(findings), indent=2))
         return 0
@@ -24,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table("component", "status", "version", "self-check, or what to do")
     colour = {"ok": "green", "missing": "yellow", "broken": "red"}
     for finding in findings:
-        status = f"[{colour[finding.status]}]{finding.status}[/]"
+        status = f"[{colour[finding.status]}]{finding.status}[/]{' (shallow)' if finding.shallow else ''}"
         table.add_row(finding.component, status, finding.version, escape(finding.detail))
     Console().print(table)
     return 0

@@ -7,23 +7,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import ablation_pool, ablations
+from benchmarks.plot import PLOTS
+from mc2_hpc.ablation.addresses import content
 from mc2_hpc.ablation.tables import table_row
 from mc2_hpc.evaluation.sets import READERS
 from mc2_hpc.evaluation.suite import load_suite
 from mc2_hpc.quickstart.captions import NOISE
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
 
 @pytest.fixture
 def pool(shared_data, tmp_path):
-    import ablation_pool
-
     captions = ablation_pool.make(shared_data, tmp_path / "data", pictures=600, test=100, shards=2)
     shards = sorted((tmp_path / "data" / "pool").glob("*.parquet"))
     rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
@@ -45,8 +39,6 @@ def test_the_pool_is_uneven_as_the_webs(pool):
 
 
 def test_every_caption_is_of_its_picture(pool, shared_data):
-    import ablation_pool
-
     folder, rows = pool
     names, _ = ablation_pool.read_languages(shared_data)
     table = pq.read_table(shared_data / "cifar10-train.parquet")
@@ -79,19 +71,12 @@ def test_the_suite_shows_all_classes_in_every_language(pool):
 
 
 def test_the_same_seed_makes_the_same_pool(pool, shared_data, tmp_path):
-    import ablation_pool
-
-    from mc2_hpc.ablation.addresses import content
-
     ablation_pool.make(shared_data, tmp_path / "again", pictures=600, test=100, shards=2)
     for name in ("pool", "metadata", "test.parquet"):
         assert content(tmp_path / "again" / name) == content(pool[0] / name)
 
 
 def test_a_result_is_written_and_drawn(tmp_path):
-    import ablations
-    from plot import PLOTS
-
     rows = [table_row("a|b", [0, 1], [{"English": 0.5}, {"English": 0.6}], {"ImageNet": 67.5})]
     facts = {"pairs": 100, "english_share": 0.4}
     about = {"title": "T", "mirrors": "table 1", "finding": "F."}

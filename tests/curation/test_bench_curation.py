@@ -1,36 +1,24 @@
 """The benchmarks of curation: their inputs, their peer, what they derive from rows, and that they run."""
 
-import importlib
-import sys
-from pathlib import Path
-
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from benchmarks import bench_curation
+from benchmarks import curation_corpus as corpora
+from benchmarks import peer_release_curation as peer
+from benchmarks import scale_curation as scale
 from mc2_hpc.curation.matching.matcher import Matcher
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
-
-
-def test_the_corpus_is_the_same_at_every_call(load, tmp_path):
-    corpora = load("curation_corpus")
+def test_the_corpus_is_the_same_at_every_call(tmp_path):
     one, other = (corpora.english(2000, 500, data=tmp_path / "none") for _ in range(2))
     assert one == other and one.source == "generated"
     assert len(one.entries) == len(set(one.entries)) == 2000 and len(one.captions) == 500
     assert corpora.spaceless(300, 40) == corpora.spaceless(300, 40)
 
 
-def test_the_peer_finds_what_the_matcher_finds(load, tmp_path):
-    peer, corpora = load("peer_release_curation"), load("curation_corpus")
+def test_the_peer_finds_what_the_matcher_finds(tmp_path):
     for corpus in (corpora.english(2000, 500, data=tmp_path / "none"), corpora.spaceless(500, 100)):
         offsets, ids = Matcher.build(corpus.entries, "compat").match(corpus.captions)
         theirs = peer.match_captions(corpus.captions, peer.build_automaton(corpus.entries))
@@ -40,7 +28,7 @@ def test_the_peer_finds_what_the_matcher_finds(load, tmp_path):
         assert len(ids) > len(corpus.captions)
 
 
-def test_ratios_are_ours_over_the_peers(load):
+def test_ratios_are_ours_over_the_peers():
     rates = {
         ("stage 1", "ours"): 800,
         ("stage 1", "release"): 100,
@@ -52,7 +40,7 @@ def test_ratios_are_ours_over_the_peers(load):
         ("spaceless matcher", "pyahocorasick"): 2,
     }
     rows = [{"what": what, "who": who, "median": rate} for (what, who), rate in rates.items()]
-    assert load("bench_curation").ratios([*rows, {"what": "tables", "who": "fixed"}]) == {
+    assert bench_curation.ratios([*rows, {"what": "tables", "who": "fixed"}]) == {
         "match_vs_release": 8,
         "sample_vs_release": 20,
         "matcher_vs_pyahocorasick": 3,
@@ -60,8 +48,7 @@ def test_ratios_are_ours_over_the_peers(load):
     }
 
 
-def test_scale_is_extrapolated_from_the_steady_part(load):
-    scale = load("scale_curation")
+def test_scale_is_extrapolated_from_the_steady_part():
     match = [
         {"stage": "match", "captions": millions * 10**6, "seconds": 20 + millions, "private_mb": mb}
         for millions, mb in ((1, 90), (2, 100), (3, 100), (5, 110))
@@ -73,11 +60,7 @@ def test_scale_is_extrapolated_from_the_steady_part(load):
     assert scale.ratios(rows) == pytest.approx({"second_half_vs_first_half": 1.0, "end_vs_middle_memory": 1.1})
 
 
-def test_captions_for_scale_are_those_of_their_seed(load):
-    import numpy as np
-    import pyarrow as pa
-
-    scale = load("scale_curation")
+def test_captions_for_scale_are_those_of_their_seed():
     words = pa.array([f"w{n}" for n in range(1000)])
     one, other = (scale.draw_captions(np.random.default_rng(3), words, 200) for _ in range(2))
     assert one == other and len(one) == 200
@@ -87,7 +70,7 @@ def test_captions_for_scale_are_those_of_their_seed(load):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bench_curation", "scale_curation"])
-def test_it_runs(load, name):
-    result = load(name).run(quick=True)
+@pytest.mark.parametrize("benchmark", [bench_curation, scale], ids=["bench_curation", "scale_curation"])
+def test_it_runs(benchmark):
+    result = benchmark.run(quick=True)
     assert result["rows"] and all(value > 0 for value in result["ratios"].values())

@@ -1,6 +1,5 @@
 """What makes worldwide matching fit: small tables, mapped and shared, and only those of the languages that occur."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,27 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import curation_corpus
 from mc2_hpc import jobs
 from mc2_hpc.curation.match import _matcher, plan_match
 from mc2_hpc.curation.matched import tables_folder
 from mc2_hpc.curation.matching.matcher import Matcher
 from mc2_hpc.metadata.files import write_entries
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def corpus(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import curation_corpus
-
-    yield curation_corpus
-    sys.modules.pop("curation_corpus")
-
 
 @pytest.mark.parametrize("mode", ["compat", "fixed"])
-def test_tables_of_half_a_million_entries_take_at_most_120_megabytes(corpus, tmp_path, mode):
-    entries = corpus.english(65_536, 100, data=tmp_path / "none").entries
+def test_tables_of_half_a_million_entries_take_at_most_120_megabytes(tmp_path, mode):
+    entries = curation_corpus.english(65_536, 100, data=tmp_path / "none").entries
     # Just above a power of two the tables are emptiest: the worst case of a table that doubles.
     largest = max(Matcher.build(entries[:count], mode).nbytes / count for count in (40_000, 53_000, 65_536))
     assert 500_000 * largest <= 120e6

@@ -29,9 +29,7 @@ from mc2_hpc.data.shards import CuratedShard, Pair
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from remote_servers import Web, http_server  # noqa: E402
+from tests.data.remote_servers import Web, http_server
 
 needs_http = pytest.mark.skipif(importlib.util.find_spec("aiohttp") is None, reason="aiohttp is not installed")
 needs_s3 = pytest.mark.skipif(

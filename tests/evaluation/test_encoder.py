@@ -1,8 +1,5 @@
 """Features: the same on any number of ranks, computed once, and honest about images that cannot be decoded."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,20 +43,14 @@ def all_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_ranks_finds_the_same_features(processes, tiny_checkpoint, encoder, image_folder, tmp_path):
+def test_any_number_of_ranks_finds_the_same_features(
+    processes, tiny_checkpoint, encoder, image_folder, ranks_of, tmp_path
+):
     (image_folder / "04.jpg").write_bytes(b"not an image")
     script = tmp_path / "worker.py"
     script.write_text(_WORKER)
     (tmp_path / "out").mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = subprocess.run(
-        [*launcher, str(script), str(tiny_checkpoint), str(image_folder), str(tmp_path / "out")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
+    ranks_of(processes, script, tiny_checkpoint, image_folder, tmp_path / "out")
     alone = encoder.images(ImageFiles(image_folder, all_of(image_folder)))
     texts = encoder.texts(["a photo of a cat", "ein Foto", "a photo of a cat", "猫"])
     for rank in range(processes):

@@ -1,13 +1,15 @@
 """The contrastive loss on several gloo ranks: the same as one process, by both exchanges, and no hang when one dies."""
 
 import itertools
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forking import Forked
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 EXCHANGES = ("all_gather", "ring")
@@ -15,19 +17,15 @@ BATCHES = {1: [(5,)], 2: [(4, 4), (1, 6)], 3: [(3, 3, 3), (5, 0, 2)], 4: [(7, 7,
 TIMEOUT = 120
 
 
-def start(size: int, folder: Path, task: str) -> list[subprocess.Popen]:
-    return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(size), str(folder), task],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+@pytest.fixture(scope="module")
+def start(fork_server) -> Callable[[int, Path, str], list[Forked]]:
+    def run(size: int, folder: Path, task: str) -> list[Forked]:
+        return [fork_server.start([sys.executable, WORKER, rank, size, folder, task]) for rank in range(size)]
+
+    return run
 
 
-def finish(ranks: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def finish(ranks: list[Forked]) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of every rank; none outlives the test."""
     try:
         results = []
@@ -66,7 +64,7 @@ def all_cases(kit) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def found(kit, tmp_path_factory):
+def found(kit, start, tmp_path_factory):
     """Every case with what each of its ranks got: one start of four processes for all of them."""
     folder = tmp_path_factory.mktemp("ranks")
     cases = all_cases(kit)
@@ -106,7 +104,7 @@ def test_both_exchanges_agree_to_rounding(found):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_a_killed_rank_makes_the_others_fail(exchange, tmp_path):
+def test_a_killed_rank_makes_the_others_fail(exchange, start, tmp_path):
     *others, killed = finish(start(3, tmp_path, f"vanish-{exchange}"))
     assert killed[0] == -9
     for code, _, err in others:
@@ -114,7 +112,7 @@ def test_a_killed_rank_makes_the_others_fail(exchange, tmp_path):
         assert "Error" in err
 
 
-def test_a_rank_that_never_calls_makes_the_others_fail_within_the_timeout(tmp_path):
+def test_a_rank_that_never_calls_makes_the_others_fail_within_the_timeout(start, tmp_path):
     began = time.monotonic()
     ranks = start(2, tmp_path, "stall-all_gather")
     try:
@@ -128,7 +126,7 @@ def test_a_rank_that_never_calls_makes_the_others_fail_within_the_timeout(tmp_pa
     assert time.monotonic() - began < 45
 
 
-def test_ranks_with_different_widths_all_say_so(tmp_path):
+def test_ranks_with_different_widths_all_say_so(start, tmp_path):
     for code, out, err in finish(start(2, tmp_path, "mismatch")):
         assert code == 0, err[-2000:]
         assert "ranks hold different feature widths: [3, 4]" in out

@@ -1,15 +1,13 @@
 """Kernels compiled ahead of time for GPUs this machine need not have: no spills, shared memory, tensor cores."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_kernels.py"
+from benchmarks.harness import ROOT, own_command
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -17,7 +15,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 def compile_table(tmp_path, *options: str) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(BENCHMARK), "--json", str(tmp_path / "table.json"), *options],
+        [*own_command("bench_kernels.py"), "--json", str(tmp_path / "table.json"), *options],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -45,12 +44,7 @@ def test_every_entry_of_the_dispatch_tables_compiles(tmp_path):
 @pytest.fixture
 def bench_kernels(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
-    spec = importlib.util.spec_from_file_location("bench_kernels", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_kernels", module)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.bench_kernels")
 
 
 @pytest.mark.parametrize(

@@ -96,5 +96,6 @@ def test_scripts_are_well_formed(script):
 def test_doctor_finds_slurm(slurm_cluster, monkeypatch):
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm_cluster.env[name])
-    version, detail = doctor.PROBES["Slurm"]()
-    assert version == slurm_cluster.command("sbatch", "--version").split()[-1] and detail == "sinfo answered"
+    (finding,) = doctor.examine_here(["Slurm"], full=False)
+    assert finding.version == slurm_cluster.command("sbatch", "--version").split()[-1]
+    assert (finding.status, finding.detail) == (doctor.OK, "sinfo answered")

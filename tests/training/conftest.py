@@ -1,4 +1,4 @@
-"""A tiny pool to train on, and running scripts under torchrun."""
+"""torchrun, for the tests that start ranks with it."""
 
 import os
 import subprocess
@@ -7,10 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from tiny_run import TinyPool, write_config, write_pool  # noqa: E402  # the fault matrix trains on the same
 
 Torchrun = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -33,17 +29,3 @@ def torchrun() -> Torchrun:
         return result
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tiny_pool(tmp_path_factory) -> TinyPool:
-    """Shared and read-only: tests that damage shards copy them first."""
-    return write_pool(tmp_path_factory.mktemp("pool"))
-
-
-@pytest.fixture(scope="module")
-def module_config(tiny_pool, tmp_path_factory) -> Path:
-    """A run of fp32 steps on the tiny pool."""
-    folder = tmp_path_factory.mktemp("config")
-    values = {"steps": 12, "log_every": 2, "checkpoint": {"every": 6, "keep": 2}}
-    return write_config(folder / "tiny.yaml", tiny_pool, output=str(folder / "run"), **values)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -24,12 +23,12 @@ def train(module_config, tmp_path, capfd):
 
 
 @pytest.fixture
-def run_training(module_config, tmp_path):
+def run_training(module_config, fork_server, tmp_path):
     """The same in a process of its own, with all that it logs: DeepSpeed starts once a process."""
 
     def run(*overrides):
         command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(module_config), f"output={tmp_path / 'run'}"]
-        result = subprocess.run([*command, "steps=2", *overrides], capture_output=True, text=True, timeout=120)
+        result = fork_server.run([*command, "steps=2", *overrides], timeout=120)
         return result.returncode, result.stderr
 
     return run

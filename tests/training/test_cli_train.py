@@ -28,16 +28,17 @@ def tensors(checkpoint, prefix):
     return {name: files.get(name) for name in files.names()}
 
 
-def train(torchrun, config, run, processes=2, *overrides, **options):
+def train(ranks_of, config, run, processes=2, *overrides, **options):
+    """``ranks_of``, or ``torchrun`` in its place."""
     arguments = [f"output={run}", f"steps={STEPS}", "checkpoint.every=10", *overrides]
-    return torchrun(processes, "-m", "mc2_hpc.cli", "train", config, *arguments, **options)
+    return ranks_of(processes, "-m", "mc2_hpc.cli", "train", config, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(torchrun, module_config, tmp_path_factory):
+def undisturbed(ranks_of, module_config, tmp_path_factory):
     """A finished run on 2 ranks at ZeRO stage 1."""
     run = tmp_path_factory.mktemp("undisturbed")
-    train(torchrun, module_config, run)
+    train(ranks_of, module_config, run)
     return run
 
 
@@ -88,9 +89,9 @@ def killed(module_config, tmp_path_factory):
     return run
 
 
-def resumed(torchrun, config, killed, run, processes=2, *overrides):
+def resumed(ranks_of, config, killed, run, processes=2, *overrides):
     shutil.copytree(killed, run, dirs_exist_ok=True)
-    train(torchrun, config, run, processes, *overrides)
+    train(ranks_of, config, run, processes, *overrides)
 
 
 def test_learns_and_saves(undisturbed):
@@ -126,6 +127,7 @@ def same_bits(found_run, expected_run):
 
 
 def test_resumes_bitwise_after_kill(torchrun, undisturbed, killed, module_config, tmp_path):
+    """Under torchrun, with processes that are ranks as any user's are."""
     resumed(torchrun, module_config, killed, tmp_path)
     same_bits(tmp_path, undisturbed)
 
@@ -143,10 +145,10 @@ def test_restarts_by_itself_when_a_rank_is_killed(undisturbed, module_config, tm
 
 @pytest.mark.parametrize("processes, stage", [(1, 2), (3, 3)])
 def test_resumes_on_other_ranks_and_stages(
-    torchrun, undisturbed, killed, module_config, tmp_path, open_clip, processes, stage
+    ranks_of, undisturbed, killed, module_config, tmp_path, open_clip, processes, stage
 ):
     """10 steps on 2 ranks at stage 1, the rest elsewhere: the same samples, so the same losses up to rounding."""
-    resumed(torchrun, module_config, killed, tmp_path, processes, f"zero.stage={stage}")
+    resumed(ranks_of, module_config, killed, tmp_path, processes, f"zero.stage={stage}")
     before, after = rows(undisturbed), rows(tmp_path)
     assert before.keys() == after.keys()
     for step in before:
@@ -169,16 +171,16 @@ def test_resumes_on_other_ranks_and_stages(
     torch.testing.assert_close(found[2] * found[0] @ found[1].T, expected, rtol=0, atol=1e-5)
 
 
-def test_micro_batches_change_nothing(torchrun, undisturbed, module_config, tmp_path):
-    train(torchrun, module_config, tmp_path, 2, "micro_batch=6")
+def test_micro_batches_change_nothing(ranks_of, undisturbed, module_config, tmp_path):
+    train(ranks_of, module_config, tmp_path, 2, "micro_batch=6")
     before, after = rows(undisturbed), rows(tmp_path)
     for step in before:
         assert after[step]["loss"] == pytest.approx(before[step]["loss"], rel=1e-4), step
 
 
-def test_non_finite_loss_stops_and_keeps_the_checkpoint(torchrun, module_config, tmp_path):
-    train(torchrun, module_config, tmp_path, 1, "steps=10")
-    result = train(torchrun, module_config, tmp_path, 1, "optim.lr=1e30", "optim.warmup=0", check=False)
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(ranks_of, module_config, tmp_path):
+    train(ranks_of, module_config, tmp_path, 1, "steps=10")
+    result = train(ranks_of, module_config, tmp_path, 1, "optim.lr=1e30", "optim.warmup=0", check=False)
     assert result.returncode != 0
     line = next(line for line in result.stderr.splitlines() if "mc2:" in line)
     assert "nan at step 12" in line or "inf at step 11" in line or "nan at step 11" in line
@@ -187,7 +189,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(torchrun, module_config,
     assert find_damage(tmp_path / "checkpoints" / "step-00000010") is None
 
 
-def test_finished_run_has_nothing_to_do(torchrun, undisturbed, module_config):
+def test_finished_run_has_nothing_to_do(ranks_of, undisturbed, module_config):
     before = (undisturbed / "metrics.jsonl").read_bytes()
-    assert "nothing to do" in train(torchrun, module_config, undisturbed, 1).stderr
+    assert "nothing to do" in train(ranks_of, module_config, undisturbed, 1).stderr
     assert (undisturbed / "metrics.jsonl").read_bytes() == before

@@ -2,17 +2,17 @@
 
 import json
 
-import faults  # conftest.py has put benchmarks/ on the path
 import pytest
 import yaml
-from fault_diary import losses
-from tiny_run import draw_pairs, write_config, write_pool
 
 from mc2_hpc.cli import main
 from mc2_hpc.config import load_config
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.weights import resolve_checkpoint
 from mc2_hpc.training.stop import SAVED
+from tests.faults import matrix
+from tests.faults.diary import losses, state_hashes
+from tests.faults.tiny_run import draw_pairs, write_config, write_pool
 
 STEPS, EVERY = 12, 4
 
@@ -24,12 +24,10 @@ def extensions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def starter(extensions):
+def starter(extensions, fork_server):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-        starter = faults.Starter(fork=True)
-    yield starter
-    starter.close()
+        yield matrix.Starter(fork_server)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +62,14 @@ def config(tmp_path_factory):
 def plain(config, starter, tmp_path_factory):
     """A run that evaluates nothing."""
     folder = tmp_path_factory.mktemp("plain")
-    assert starter.run(faults.job(config, folder)) == 0
+    assert starter.run(matrix.job(config, folder)) == 0
     return folder
 
 
 def train(config, folder, starter, suite, *overrides, **options):
     """The exit code of two ranks that evaluate the suite every 4 steps."""
     changes = [f"eval.suite={suite}", f"eval.every={EVERY}", "eval.batch=3", *overrides]
-    code = starter.run(faults.job(config, folder, overrides=changes, **options))
+    code = starter.run(matrix.job(config, folder, overrides=changes, **options))
     assert code in (0, SAVED), (folder / "log").read_text()
     return code
 
@@ -95,7 +93,7 @@ def same_numbers(found, expected):
 def test_changes_no_bit_of_the_training_and_equals_mc2_eval(config, starter, suite, plain, tmp_path):
     assert train(config, tmp_path, starter, suite) == 0
     assert losses(tmp_path) == losses(plain)
-    assert faults.state_hashes(tmp_path, STEPS) == faults.state_hashes(plain, STEPS)
+    assert state_hashes(tmp_path, STEPS) == state_hashes(plain, STEPS)
     rows = evaluations(tmp_path)
     assert sorted(rows) == [4, 8, 12]
     assert "nowhere" in rows[12]["sets"]["nowhere"]["error"]
@@ -139,7 +137,7 @@ def test_a_signal_ends_an_evaluation_and_the_next_start_does_it(config, starter,
     assert train(config, tmp_path, starter, suite, *changes, faults=[fault]) == 0
     assert sorted(evaluations(tmp_path)) == [6, 12]
     assert losses(tmp_path) == losses(plain)
-    assert faults.state_hashes(tmp_path, STEPS) == faults.state_hashes(plain, STEPS)
+    assert state_hashes(tmp_path, STEPS) == state_hashes(plain, STEPS)
 
 
 def test_nothing_is_compiled_to_train_on_a_cpu(plain, extensions):

@@ -2,27 +2,26 @@
 
 import json
 
-import faults  # conftest.py has put benchmarks/ on the path
 import pytest
-from fault_diary import account, count_samples, losses
-from fault_rows import ROWS, STEPS
+
+from tests.faults import matrix
+from tests.faults.diary import account, count_samples, losses
+from tests.faults.rows import ROWS, STEPS
 
 
 @pytest.fixture(scope="module")
-def starter():
-    starter = faults.Starter(fork=True)
-    yield starter
-    starter.close()
+def starter(fork_server):
+    return matrix.Starter(fork_server)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return faults.prepare(tmp_path_factory.mktemp("pool"))
+    return matrix.prepare(tmp_path_factory.mktemp("pool"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(config, starter, tmp_path_factory):
-    return faults.run_undisturbed(config, tmp_path_factory.mktemp("undisturbed"), starter)
+    return matrix.run_undisturbed(config, tmp_path_factory.mktemp("undisturbed"), starter)
 
 
 def test_undisturbed(undisturbed):
@@ -38,16 +37,16 @@ def test_undisturbed(undisturbed):
 )
 def test_row(row, config, undisturbed, starter, tmp_path):
     try:
-        figures = faults.run_row(row, config, tmp_path / "row", starter, undisturbed)
-    except faults.CannotMount as error:
+        figures = matrix.run_row(row, config, tmp_path / "row", starter, undisturbed)
+    except matrix.CannotMount as error:
         pytest.skip(str(error))
     print(figures)
 
 
 def test_the_table_in_the_docs_is_the_newest_measured_one():
-    results = sorted(faults.RESULTS.glob("*_faults.json"))
+    results = sorted(matrix.RESULTS.glob("*_faults.json"))
     rows = json.loads(results[-1].read_text(encoding="utf-8"))["rows"] if results else None
-    assert faults.table(rows) in faults.DOCS.read_text(encoding="utf-8")
+    assert matrix.table(rows) in matrix.DOCS.read_text(encoding="utf-8")
     if rows is not None:
         measured = {(row["fault"], row["moment"], row["outcome"]) for row in rows}
         assert measured <= {(row.fault, row.moment, row.outcome) for row in ROWS}, "measure again"

@@ -2,21 +2,19 @@
 
 import shutil
 
-import faults  # conftest.py has put benchmarks/ on the path
 import pytest
 import torch.distributed as dist
-from tiny_run import write_config, write_pool
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.training.progress import common_shards
 from mc2_hpc.training.stop import SAVED
+from tests.faults import matrix
+from tests.faults.tiny_run import write_config, write_pool
 
 
 @pytest.fixture(scope="module")
-def starter():
-    starter = faults.Starter(fork=True)
-    yield starter
-    starter.close()
+def starter(fork_server):
+    return matrix.Starter(fork_server)
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def config(tmp_path):
 def test_a_scale_that_is_no_number_is_not_saved(config, starter, tmp_path):
     """Its gradient is in no norm: only the scale itself shows it, in the step of a save too."""
     fault = {"at": "mid-step", "step": 4, "rank": 1, "do": ["poison scale"]}
-    job = faults.job(config, tmp_path / "job", faults=[fault])
+    job = matrix.job(config, tmp_path / "job", faults=[fault])
     assert starter.run(job) == 1
     log = (tmp_path / "job" / "log").read_text()
     assert "logit_scale is nan at step 4; last good checkpoint: none yet" in log
@@ -40,7 +38,7 @@ def test_a_scale_that_is_no_number_is_not_saved(config, starter, tmp_path):
 def test_ctrl_c_saves_and_the_same_command_continues(config, starter, tmp_path, whom):
     """Between two saves, in one rank of two or in the launcher of both."""
     fault = {"at": "mid-step", "step": 3, "rank": 1, "do": [f"{whom}INT"]}
-    job = faults.job(config, tmp_path / "job", faults=[fault], step_seconds=0.1)
+    job = matrix.job(config, tmp_path / "job", faults=[fault], step_seconds=0.1)
     assert starter.run(job) == SAVED
     log = (tmp_path / "job" / "log").read_text()
     assert "SIGINT: saved after step" in log or "a signal to another rank: saved after step" in log
@@ -51,7 +49,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, starter, tmp_path, 
 
 
 def test_shards_that_went_are_said_on_resume(config, starter, tmp_path):
-    job = faults.job(config, tmp_path / "job")
+    job = matrix.job(config, tmp_path / "job")
     assert starter.run({**job, "stop_after": 4}) == SAVED
     assert starter.run({**job, "stop_after": 6}) == SAVED
     assert "shards, now there are" not in (tmp_path / "job" / "log").read_text()

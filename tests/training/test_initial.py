@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import write_config  # conftest.py has put benchmarks/ on the path
 
 from mc2_hpc.config import load_config
 from mc2_hpc.conversion.convert import convert
@@ -18,6 +17,7 @@ from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_c
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights
 from mc2_hpc.training.initial import architecture, initial_source, tokenizer
+from tests.faults.tiny_run import write_config
 
 
 @pytest.fixture

@@ -4,10 +4,7 @@ import json
 import sys
 from collections import Counter
 
-import faults  # conftest.py has put benchmarks/ on the path
 import pytest
-from fault_diary import kept_samples
-from tiny_run import TinyPool, draw_pairs, write_config, write_pool
 
 from mc2_hpc.config import load_config
 from mc2_hpc.data.loader import TrainLoader
@@ -15,6 +12,9 @@ from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.training.metrics import Means, MetricsLog, progress_line
 from mc2_hpc.training.throughput import Interval, rates
+from tests.faults import matrix
+from tests.faults.diary import kept_samples
+from tests.faults.tiny_run import TinyPool, draw_pairs, write_config, write_pool
 
 STEPS, EVERY = 12, 4
 
@@ -37,15 +37,14 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(config, tmp_path_factory):
+def runs(config, fork_server, tmp_path_factory):
     """Folders of the same two ranks' run with a row per step and with a row per four steps."""
-    starter = faults.Starter(fork=True)
+    starter = matrix.Starter(fork_server)
     folders = {}
     for every in (1, EVERY):
         folders[every] = tmp_path_factory.mktemp(f"every{every}")
-        job = faults.job(config, folders[every], processes=2, overrides=[f"log_every={every}"])
+        job = matrix.job(config, folders[every], processes=2, overrides=[f"log_every={every}"])
         assert starter.run(job) == 0, (folders[every] / "log").read_text()
-    starter.close()
     return folders
 
 

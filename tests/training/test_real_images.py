@@ -71,7 +71,7 @@ def test_balancing_lowers_the_head(curated):
 
 
 @pytest.mark.slow
-def test_learns_cifar_in_five_languages(curated, shared_data, torchrun, tmp_path):
+def test_learns_cifar_in_five_languages(curated, shared_data, ranks_of, tmp_path):
     folder, _ = curated
     tokenizer = Tokenizer(folder / "sp.model", "xlmv")
     config = tmp_path / "cifar.yaml"
@@ -102,7 +102,7 @@ def test_learns_cifar_in_five_languages(curated, shared_data, torchrun, tmp_path
         ),
         encoding="utf-8",
     )
-    torchrun(2, "-m", "mc2_hpc.cli", "train", config)
+    ranks_of(2, "-m", "mc2_hpc.cli", "train", config)
     clip = load(tmp_path / "run")
     test = pq.read_table(shared_data / "cifar10-test.parquet").slice(0, 1000).to_pylist()
     features = clip.encode_image([row["jpg"] for row in test])

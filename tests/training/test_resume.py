@@ -5,7 +5,6 @@ import json
 import logging
 
 import pytest
-from tiny_run import write_config  # conftest.py has put benchmarks/ on the path
 
 from mc2_hpc.config import config_from_dict, config_to_dict, load_config
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
@@ -15,6 +14,7 @@ from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card
 from mc2_hpc.training.checkpoint import Checkpoint
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.resume import FIXED, SAID, SCHEDULE, check_resume, warn_of_changes
+from tests.faults.tiny_run import write_config
 
 
 @pytest.fixture

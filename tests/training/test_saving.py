@@ -3,7 +3,6 @@
 import ast
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,14 +18,14 @@ PRODUCT = [*Path(__file__).parents[2].glob("mc2_hpc/**/*.py"), *Path(__file__).p
 
 
 @pytest.fixture(scope="module")
-def train(module_config, tmp_path_factory):
+def train(module_config, fork_server, tmp_path_factory):
     """``train(*overrides)``: run folder and events of 30 steps that save every 10."""
 
     def run(*overrides):
         folder = tmp_path_factory.mktemp("run")
         values = [f"output={folder}", "steps=30", "checkpoint.every=10", "checkpoint.keep=3", *overrides]
         command = [sys.executable, str(WORKER), str(module_config), *values]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        result = fork_server.run(command, timeout=300)
         assert result.returncode == 0, result.stderr
         return folder, result.stdout.splitlines()
 
@@ -119,7 +118,7 @@ def test_a_folder_without_checkpoints_is_a_new_run(tmp_path):
 HANDED_OVER = {
     path
     for path in PRODUCT
-    if path.parent.name == "curation" and path.name in ("executors.py", "executor_process.py", "tasks.py")
+    if path.parent.name == "jobs" and path.name in ("executors.py", "executor_process.py", "tasks.py")
 }
 
 

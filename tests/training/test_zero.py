@@ -1,6 +1,5 @@
 """Every ZeRO stage, micro-batching and number of ranks trains as plain PyTorch with open_clip's loss does."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,11 +12,9 @@ from mc2_hpc.data.normalise import normalise
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import resolve
 from mc2_hpc.peers import import_open_clip
+from tests.training import zero_worker as worker
 
-WORKER = Path(__file__).parent / "zero_worker.py"
-_spec = importlib.util.spec_from_file_location("zero_worker", WORKER)
-worker = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(worker)
+pytestmark = pytest.mark.timeout(900)  # seventeen trainings
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +58,12 @@ CASES_BY_RANKS = {
 
 
 @pytest.fixture(scope="module")
-def trained(torchrun, tmp_path_factory):
+def trained(ranks_of, tmp_path_factory):
     """Folder of what the worker wrote, by number of ranks."""
     folders = {}
     for ranks, names in CASES_BY_RANKS.items():
         folders[ranks] = tmp_path_factory.mktemp(f"zero{ranks}")
-        torchrun(ranks, WORKER, folders[ranks], *names)
+        ranks_of(ranks, worker.__file__, folders[ranks], *names)
     return folders
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiny_run import NUM_NEW, PER_SHARD
-
 from mc2_hpc.training.stop import LOST_RANK, SAVED
+from tests.faults.tiny_run import NUM_NEW, PER_SHARD
 
 STEPS, EVERY = 48, 8
 """Of the run, and between its saves."""

@@ -1,8 +1,7 @@
-"""``mc2 train`` that breaks as told and keeps a diary of its samples: what ``faults.py`` and ``soak.py`` run.
+"""``mc2 train`` that breaks as told and keeps a diary of its samples: what ``matrix.py`` and the soak run.
 
-    python benchmarks/fault_rank.py JOB.json     one job in fresh processes, as a user starts it
-    python benchmarks/fault_rank.py              a JSON job a line from standard input, ranks forked from here: imports
-                                                 are done once, so a job starts in a moment
+    python -m tests.faults.rank JOB.json            one job, ranks in fresh processes, as a user starts it
+    python -m tests.faults.rank --fork JOB.json     ranks forked from this process, which has imported everything
 
 A job has ``folder`` (diary, log, marks of faults that have struck), ``config``, ``overrides``, ``processes``,
 ``restarts``, ``timeout``, ``step_seconds`` (least time of a step), ``stop_after`` (a step after which all ranks save
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_run import NUM_NEW, draw_pairs
 
 import mc2_hpc.cli
 from mc2_hpc.data.loader import TrainLoader
@@ -36,6 +34,7 @@ from mc2_hpc.data.packing import write_shard
 from mc2_hpc.training import evaluating, launch, saving, trainer
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.save_policy import Agreed
+from tests.faults.tiny_run import NUM_NEW, draw_pairs
 
 Job = dict[str, Any]
 
@@ -234,37 +233,14 @@ def run_job(job: Job, *, fork: bool) -> int:
     log = os.open(Path(job["folder"]) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    command = [sys.executable, __file__, "--rank", json.dumps(job)]
+    command = [sys.executable, "-m", "tests.faults.rank", "--rank", json.dumps(job)]
     if fork:
         launch.start_rank = lambda command, environment: _Forked(environment, job)
     return launch.launch(command, processes=job["processes"], restarts=job["restarts"], stop_s=60)
 
 
-def _serve() -> None:
-    """Fork a process for every job; print its id when it starts and its exit code when it has ended."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
-    import torch._dynamo  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.setsid()
-                code = run_job(json.loads(line), fork=True)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--rank"]:
-        sys.exit(run_rank(json.loads(sys.argv[2])))
-    if sys.argv[1:]:
-        sys.exit(run_job(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), fork=False))
-    _serve()
+    *how, what = sys.argv[1:]
+    if how == ["--rank"]:
+        sys.exit(run_rank(json.loads(what)))
+    sys.exit(run_job(json.loads(Path(what).read_text(encoding="utf-8")), fork=how == ["--fork"]))

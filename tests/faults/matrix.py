@@ -1,10 +1,10 @@
 """The fault matrix: what is broken when, and how the run that went through it compares with an undisturbed one.
 
-Each row of ``fault_rows.ROWS`` is a story of one or more starts of ``mc2 train``. ``tests/training/test_faults.py``
-runs them with ranks forked from one process; ``bench_faults.py`` in fresh processes, as a user would, and keeps the
+Each row of ``rows.ROWS`` is a story of one or more starts of ``mc2 train``. ``tests/training/test_faults.py`` runs them
+with ranks forked from one process; ``benchmarks/bench_faults.py`` in fresh processes, as a user would, and keeps the
 times.
 
-    python benchmarks/faults.py [RESULT.json]    puts the matrix into docs/faults.md, with the figures of that result
+    python -m tests.faults.matrix [RESULT.json]    puts the matrix into docs/faults.md, with the figures of that result
 """
 
 import json
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fault_diary import (
+from tests.faults.diary import (
     account,
     count_samples,
     kept_samples,
@@ -28,13 +28,18 @@ from fault_diary import (
     skips,
     state_hashes,
 )
-from fault_rows import DISK, EVERY, KEYS, ROWS, SHARD, SHARDS, STEPS, VICTIM, Row
-from tiny_run import BATCH, write_config, write_pool
+from tests.faults.rows import DISK, EVERY, KEYS, ROWS, SHARD, SHARDS, STEPS, VICTIM, Row
+from tests.faults.tiny_run import BATCH, write_config, write_pool
+from tests.forking import ForkServer
 
-DOCS = Path(__file__).parents[1] / "docs" / "faults.md"
-RESULTS = Path(__file__).with_name("results")
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "faults.md"
+RESULTS = ROOT / "benchmarks" / "results"
+JOB_S = 240
+"""The longest that a forked job may take, restarts and all."""
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
-SCRIPT = Path(__file__).with_name("fault_rank.py")
+COMMAND = [sys.executable, "-m", "tests.faults.rank"]
+"""Runs a job, in :data:`ROOT`."""
 
 
 def prepare(folder: Path) -> Path:
@@ -44,7 +49,7 @@ def prepare(folder: Path) -> Path:
 
 
 def job(config: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    """A job for ``fault_rank.py`` that trains into ``folder / "run"``."""
+    """A job for ``rank.py`` that trains into ``folder / "run"``."""
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"output={folder / 'run'}", *changes.pop("overrides", ())]
     plain = {"processes": 2, "restarts": 0, "timeout": 120, "step_seconds": 0, "stop_after": None, "faults": []}
@@ -56,31 +61,18 @@ class CannotMount(Exception):
 
 
 class Starter:
-    """Runs jobs: in fresh processes, or forked from a server that has imported everything (``fork=True``)."""
+    """Runs jobs in fresh processes, or with a server in processes forked from it."""
 
-    def __init__(self, *, fork: bool) -> None:
-        self._server: subprocess.Popen[str] | None = None
-        if fork:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self._server = subprocess.Popen([sys.executable, str(SCRIPT)], **pipes)
+    def __init__(self, server: ForkServer | None = None) -> None:
+        self._server = server
 
     def run(self, task: Mapping[str, Any]) -> int:
         """Run a job to its end; returns its exit code."""
+        path = Path(task["folder"]) / "job.json"
+        path.write_text(json.dumps(task), encoding="utf-8")
         if self._server is None:
-            path = Path(task["folder"]) / "job.json"
-            path.write_text(json.dumps(task), encoding="utf-8")
-            return subprocess.run([sys.executable, str(SCRIPT), str(path)]).returncode
-        assert self._server.stdin and self._server.stdout
-        print(json.dumps(task), file=self._server.stdin, flush=True)
-        self._server.stdout.readline()
-        return int(self._server.stdout.readline())
-
-    def close(self) -> None:
-        """End the server."""
-        if self._server is not None:
-            assert self._server.stdin
-            self._server.stdin.close()
-            self._server.wait()
+            return subprocess.run([*COMMAND, str(path)], cwd=ROOT).returncode
+        return self._server.run([*COMMAND, "--fork", path], cwd=ROOT, timeout=JOB_S).returncode
 
 
 @contextmanager
@@ -203,7 +195,7 @@ def table(rows: list[dict[str, Any]] | None) -> str:
 
 
 def write_table(result: Path | None) -> None:
-    """Put the matrix into ``docs/faults.md``, with the figures of a result of ``bench_faults.py``."""
+    """Put the matrix into ``docs/faults.md``, with the figures of a result of ``mc2 bench faults``."""
     rows = json.loads(result.read_text(encoding="utf-8"))["rows"] if result else None
     head, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
     DOCS.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")

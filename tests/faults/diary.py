@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_run import BATCH, LANES, PER_SHARD, SAMPLES
 
 from mc2_hpc.data.locations import LocalShards
 from mc2_hpc.data.stream import Lane, Position, ShardPool
+from tests.faults.tiny_run import BATCH, LANES, PER_SHARD, SAMPLES
 
 EPOCH = SAMPLES // BATCH
 """Steps of an epoch: every sample is good, so each comes once in it."""
