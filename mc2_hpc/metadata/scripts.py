@@ -97,8 +97,15 @@ _BLANK_SYMBOLS = frozenset("\u2800\u3164")
 _BRAILLE: _Ranges = ((0x2801, 0x28FF),)
 _RELEASE_PUNCTUATION = frozenset(string.punctuation + "，。、；：？！“”‘’（）【】《》〈〉「」『』～—")
 
-INVISIBLES = re.compile("[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in _INVISIBLE) + "]+")
+
+def _pattern(ranges: _Ranges) -> str:
+    return "[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in ranges) + "]"
+
+
+INVISIBLES = re.compile(_pattern(_INVISIBLE) + "+")
 """Runs of characters that :func:`is_invisible` is true of."""
+VANISHING = _pattern(_INVISIBLE + _OPTIONAL)
+"""Regular expression of a character that :func:`is_invisible` or :func:`is_optional_mark` is true of."""
 
 
 def _within(char: str, ranges: _Ranges) -> bool:

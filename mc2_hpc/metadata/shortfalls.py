@@ -29,7 +29,7 @@ def shortfalls(card: Mapping[str, Any], built: Collection[str]) -> list[str]:
     if digits := [lang for lang, row in languages.items() if row["entries"] <= _NUM_DIGITS and _only_numbers(row)]:
         lines.append(
             f"warning: nothing but the digits 0-99 in {len(digits)} of {len(languages)} languages ({_named(digits)}): "
-            "no file in their folders has the name of a source; docs/metadata.md lists the names"
+            "too little text, or no file that is named as docs/metadata.md says"
         )
     return lines
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mc2_hpc.curation.matching.matcher import Matcher
 from mc2_hpc.curation.matching.rules import (
     ACTION_BITS,
     NORMALISE,
@@ -176,6 +177,15 @@ def test_emoji_and_symbols_hide_no_word(emoji):
     for text in (f"sunset{emoji}", f"{emoji}sunset", f"{emoji}sunset{emoji}beach", f"x {emoji}{emoji}sunset, y"):
         assert found("sunset", text, "fixed"), text
     assert not found("sun", f"sunset{emoji}", "fixed")
+
+
+@pytest.mark.parametrize("mark", ["", "\u0591", "\u07fa", "\u0640", "\u200f", "\u200c", "\u064e"])
+def test_what_vanishes_does_not_part_a_letter_from_its_non_joiner(mark):
+    matcher = Matcher.build(["5", "a5"])
+    for before, spaced, ids in (("ی", " ی 5 ", [0]), ("a", " a5 ", [1]), ("،", " ، 5 ", [0]), ("", " 5 ", [0])):
+        text = f"{before}{mark}\u200c5"
+        assert spaced_text(text, "fixed") == spaced, ascii(text)
+        assert matcher.match([text])[1].tolist() == ids, ascii(text)  # by its tables alone, or by way of NFC
 
 
 def test_emoji_are_found():

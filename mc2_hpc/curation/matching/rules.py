@@ -42,6 +42,7 @@ import numpy.typing as npt
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.scripts import (
     INVISIBLES,
+    VANISHING,
     is_blank,
     is_invisible,
     is_optional_mark,
@@ -187,8 +188,7 @@ def _spacing_non_joiner() -> re.Pattern[str]:
     """A letter or digit of the blocks Arabic and Arabic Supplement, what vanishes after it, and a non-joiner."""
     arabic = [chr(code) for code in (*range(0x600, 0x700), *range(0x750, 0x780))]
     letters = "".join(char for char in arabic if action(char, "fixed") == KEEP)
-    vanishing = "".join(char for char in arabic if action(char, "fixed") == DROP) + INVISIBLES.pattern[1:-2]
-    return re.compile(f"([{letters}][{vanishing}]*){chr(NON_JOINER)}")
+    return re.compile(f"([{letters}]{VANISHING}*){chr(NON_JOINER)}")
 
 
 @lru_cache(maxsize=len(MODES))
