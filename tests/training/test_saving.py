@@ -119,14 +119,14 @@ def test_a_folder_without_checkpoints_is_a_new_run(tmp_path):
 HANDED_OVER = {
     path
     for path in PRODUCT
-    if path.parent.name == "curation" and path.name in ("executors.py", "executor_process.py", "tasks.py")
+    if path.parent.name == "jobs" and path.name in ("executors.py", "executor_process.py", "tasks.py")
 }
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: "/".join(path.parts[-2:]))
 def test_nothing_is_unpickled(path):
     """No pickle, marshal, shelve, joblib, ``torch.load`` or ``numpy.load(allow_pickle=True)`` in the product; but for
-    what curation's driver hands to its own tasks, as datatrove's executors do."""
+    what the driver of jobs hands to its own tasks, as datatrove's executors do."""
     if path in HANDED_OVER:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
