@@ -143,7 +143,7 @@ def test_a_progress_line_begins_with_step_and_time_to_go():
     line = progress_line(row(), total_steps=3600)
     assert line == "step 120/3600  ETA 1:01:03  loss 3.2199  71,234/s  wait 1%  lr 4.0e-04"
     line = progress_line(row(skipped={"read_error": 81}), total_steps=391_136)
-    assert line == "step 120/391136  ETA 4d 18:19:55  loss 3.2199  71,234/s  wait 1%  skipped 81"
+    assert line == "step 120/391136  ETA 4d 18:19:56  loss 3.2199  71,234/s  wait 1%  skipped 81"
 
 
 def test_a_progress_line_fits_a_terminal():

@@ -125,7 +125,7 @@ HANDED_OVER = {
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: "/".join(path.parts[-2:]))
 def test_nothing_is_unpickled(path):
     """No pickle, marshal, shelve, joblib, ``torch.load`` or ``numpy.load(allow_pickle=True)`` in the product; but for
-    what curation's driver hands to its own tasks, as datatrove's executors do."""
+    what the driver of jobs hands to its own tasks, as datatrove's executors do."""
     if path in HANDED_OVER:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
