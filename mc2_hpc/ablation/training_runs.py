@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from mc2_hpc.ablation.addresses import address
 from mc2_hpc.ablation.prepare import Prepared, PreparedTokenizer
 from mc2_hpc.ablation.settings import REDUCTIONS, Ablation, Column, Row
-from mc2_hpc.config import config_from_dict, config_to_dict
+from mc2_hpc.config import config_from_dict, config_to_dict, yaml_text
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import atomic_path, read_json, write_json
 
@@ -83,7 +81,7 @@ def plan_run(
     title = f"{ablation.name}: {row.name}, seed {seed}"
     write_json(folder / "settings.json", {"title": title, **settings})
     with atomic_path(folder / "train.yaml") as temporary:
-        OmegaConf.save(OmegaConf.create(values), temporary)
+        temporary.write_text(yaml_text(values), encoding="utf-8")
     scores = folder / f"eval-{suite}"
     mc2 = [sys.executable, "-m", "mc2_hpc.cli"]
     evaluation = ["--suite", str(ablation.suite), "--out", str(scores), "--batch", str(_EVAL_BATCH)]

@@ -25,6 +25,8 @@ from mc2_hpc.evaluation.gradients import gradient_cosines
 from mc2_hpc.evaluation.scoring import Scores, score
 from mc2_hpc.evaluation.sets import READERS
 from mc2_hpc.evaluation.tasks import Classification, Retrieval, Task
+from mc2_hpc.reading.settings import typed_arguments
+from mc2_hpc.reading.yaml_file import Section
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,19 @@ class Suite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _SetInFile(SetConfig):
+    """With the options as they were written: their types are those of the reader's arguments."""
+
+    options: Section = Section({}, "")  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SuiteFile:
+    root: str = "."
+    sets: dict[str, _SetInFile] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetResult:
     """What became of one set: scores, or why there are none."""
 
@@ -80,27 +95,29 @@ def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
     Raises:
         UserError: no such file, not YAML, an unknown key, reader or option, or no set at all.
     """
-    suite = typed(Suite, read_yaml(path, "suite file"), overrides or (), source=str(path))
-    if not suite.sets:
+    found = typed(_SuiteFile, read_yaml(path, "suite file"), overrides or (), source=str(path))
+    if not found.sets:
         raise UserError(f"{path}: no sets in it")
-    for name, config in suite.sets.items():
-        _check(f"{path}: sets.{name}", config)
-    return suite
+    return Suite(root=found.root, sets={name: _checked(path, name, of) for name, of in found.sets.items()})
 
 
-def _check(where: str, config: SetConfig) -> None:
+def _checked(path: str | Path, name: str, config: "_SetInFile") -> SetConfig:
+    where = f"{path}: sets.{name}"
     if config.reader not in READERS:
         raise UserError(f"{where}: unknown reader {config.reader!r}; choose one of {', '.join(READERS)}")
     parameters = list(inspect.signature(READERS[config.reader].read).parameters.values())[1:]
     known = {parameter.name for parameter in parameters}
-    unknown = sorted(set(config.options) - known)
+    unknown = sorted(set(config.options.entries) - known)
     if unknown:
         raise UserError(
             f"{where}: {config.reader} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}"
         )
-    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in config.options]
+    given = config.options.entries
+    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in given]
     if needed:
         raise UserError(f"{where}: {config.reader} needs the option {needed[0]!r}")
+    options = typed_arguments(READERS[config.reader].read, given, within=f"sets.{name}.options.")
+    return SetConfig(**{**vars(config), "options": options})
 
 
 def run_suite(suite: Suite, encoder: Encoder, progress: Report | None = None) -> list[SetResult]:
