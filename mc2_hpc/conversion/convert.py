@@ -6,12 +6,16 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from mc2_hpc.conversion import huggingface, open_clip
 from mc2_hpc.conversion.model_folder import is_pickle, refused_pickle
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.weights import resolve_checkpoint
-from mc2_hpc.storage import fsync_folder, read_json, remove_folder
+from mc2_hpc.reading.json_file import Foreign, read_json
+from mc2_hpc.storage import fsync_folder, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +99,13 @@ def _is_ours(source: Path) -> bool:
 
 def _is_huggingface(source: Path) -> bool:
     path = source / huggingface.CONFIG_FILE
-    values = read_json(path) if path.is_file() else None
-    return isinstance(values, dict) and "model_type" in values
+    return path.is_file() and read_json(path, _AnyConfig).model_type is not msgspec.UNSET
+
+
+class _AnyConfig(Foreign):
+    """A ``config.json`` of anybody's: transformers' names a type of model."""
+
+    model_type: Any = msgspec.UNSET
 
 
 def _write(source: Path, kind: str, to: str, out: Path) -> None:

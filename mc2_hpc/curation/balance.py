@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.balancing import csr
+from mc2_hpc.balancing.folder import read_report
 from mc2_hpc.balancing.selection import keep_probability
 from mc2_hpc.balancing.thresholds import check_threshold, entry_probabilities, mass_to_threshold, threshold_to_mass
 from mc2_hpc.curation.counts import VotesFile, dense, merge_tree, merge_votes, merged_path
@@ -65,7 +66,7 @@ def balance(
     read_settings(Path(matched))
     if not run_stages(plan_balance(matched, metadata, out, t_en), engine, progress):
         return None
-    return read_json(Path(out) / _REPORT)
+    return read_report(Path(out))
 
 
 def plan_balance(matched: str | Path, metadata: str | Path, out: str | Path, t_en: int) -> list[Stage]:

@@ -6,13 +6,13 @@ Each stage may be run alone, and a killed one is continued by calling it again.
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.balancing.folder import read_report
 from mc2_hpc.curation.balance import balance, plan_balance
 from mc2_hpc.curation.match import match, plan_match
 from mc2_hpc.curation.pack import pack, plan_pack
 from mc2_hpc.curation.pool.language_id import LanguageIdentifier
 from mc2_hpc.jobs.engines import Engine
 from mc2_hpc.jobs.stages import Progress, run_stages, sum_stats
-from mc2_hpc.storage import read_json
 
 __all__ = ["balance", "match", "pack", "run"]
 
@@ -48,6 +48,6 @@ def run(
         return None
     return {
         "match": sum_stats(matched, list(matching[-1].shards)),
-        "balance": read_json(balanced / "balance.json"),
+        "balance": read_report(balanced),
         "pack": sum_stats(shards, list(packing[-1].shards)),
     }
