@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mc2_hpc.cli.curate_stages import engine_flags, on_engine
+from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def add_actions(actions: Any) -> None:
 
 
 def _add_draw(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of the draws, as data.seed of training [0]")
-    parser.add_argument("--epoch", type=int, default=0, help="of the draws [0]")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the draws, as data.seed of training [0]")
+    parser.add_argument("--epoch", type=whole(0), default=0, help="of the draws [0]")
 
 
 def _sample(arguments: argparse.Namespace, engine: Any, report: Any) -> dict[str, Any] | None:

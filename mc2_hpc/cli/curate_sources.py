@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.cli.curate_stages import engine_flags, on_engine
+from mc2_hpc.cli.numbers import whole
 
 
 def add_actions(actions: Any) -> None:
@@ -16,7 +17,7 @@ def add_actions(actions: Any) -> None:
 
     deduplicate = actions.add_parser("deduplicate", parents=[common], help="every image key in one shard, texts once")
     deduplicate.add_argument("pool", type=Path, help="folder of <shard>.parquet, such as extract wrote")
-    deduplicate.add_argument("--shards", type=int, help="to write [one for each million rows]")
+    deduplicate.add_argument("--shards", type=whole(1, 1 << 20), help="to write [one for each million rows]")
     deduplicate.set_defaults(action=on_engine(_deduplicate))
 
     decontaminate = actions.add_parser("decontaminate", parents=[common], help="training shards without benchmarks")
@@ -25,7 +26,11 @@ def add_actions(actions: Any) -> None:
         "--against", type=Path, required=True, help="folder of benchmark pictures or tars of them"
     )
     decontaminate.add_argument(
-        "--max-distance", type=int, default=6, metavar="BITS", help="of 64, up to which pictures count as one [6]"
+        "--max-distance",
+        type=whole(0, 64),
+        default=6,
+        metavar="BITS",
+        help="of 64, up to which pictures count as one [6]",
     )
     decontaminate.set_defaults(action=on_engine(_decontaminate))
 

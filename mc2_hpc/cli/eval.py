@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
 SUMMARY = "score a checkpoint on a suite of sets, or on image-text shards"
@@ -19,14 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that differ from the suite's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md, report.html there")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features of pictures there [OUT/features]")
-    parser.add_argument("--batch", type=int, default=64, help="pictures encoded at a time [64]")
+    parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="pictures encoded at a time [64]")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoders [fp32]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="with --shards: write all numbers here")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.batch < 1:
-        raise UserError(f"--batch {arguments.batch}: must be at least 1")
     return _suite(arguments) if arguments.suite else _shards(arguments)
 
 
