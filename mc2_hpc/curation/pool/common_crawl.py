@@ -19,7 +19,8 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mc2_hpc.curation.pool.page_images import PageImages, images_of_html, images_of_wat
+from mc2_hpc.curation.pool.page_images import PageImages, images_of_wat
+from mc2_hpc.curation.pool.page_worker import HeavyPage, PageWorker
 from mc2_hpc.curation.pool.urls import UnusableUrl, absolute_url, image_key
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Engine
@@ -30,6 +31,8 @@ SETTINGS = "extract.json"
 _SETTINGS = {"key": "96 bits of SHA-224 of the canonical URL", "rules": 1}
 _SUFFIXES = (".wat", ".warc", ".wat.gz", ".warc.gz")
 _LARGEST_RECORD = 64 << 20
+_LARGEST_PAGE = 16 << 20
+"""Of HTML, unpacked; Common Crawl cuts pages off at 5 MiB."""
 _ROWS_AT_ONCE = 1 << 16
 _SCHEMA = pa.schema({"key": pa.string(), "text": pa.string(), "source": pa.string()})
 _Parser = Callable[[bytes, str], PageImages | None]
@@ -54,7 +57,8 @@ def extract(
     Returns:
         counters over all archives: ``records`` (of any type), ``pages`` (with at least one image), ``images`` (in
         them), ``rows``, and ``drops`` by reason. Of records: ``giant_record`` (above 64 MiB), ``bad_json``,
-        ``invalid_utf8``, ``bad_http``. Of images: ``empty_text``, ``no_url``, ``not_http``, ``bad_url``,
+        ``invalid_utf8``, ``bad_http``, ``too_large`` (HTML that unpacks to more than 16 MiB), ``heavy_page`` (HTML
+        that takes more than 10 s or 1 GiB to parse). Of images: ``empty_text``, ``no_url``, ``not_http``, ``bad_url``,
         ``invalid_utf8`` and ``duplicate_text`` (the same address and text again). None where the work was only
         submitted to Slurm.
 
@@ -140,6 +144,7 @@ class _ArchiveReader:
         self.counts = {"records": 0, "pages": 0, "images": 0, "rows": 0}
         self.drops: Counter[str] = Counter()
         self._seen: set[bytes] = set()
+        self._worker = PageWorker()
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Key, text and source of each usable image, in the archive's order.
@@ -148,7 +153,7 @@ class _ArchiveReader:
             UserError: the archive is damaged, cut short, or none.
         """
         try:
-            with _open(self.path) as stream:
+            with _open(self.path) as stream, self._worker:
                 for page in self._pages(stream):
                     yield from self._rows_of(page)
         except (OSError, EOFError, zlib.error) as error:
@@ -165,7 +170,7 @@ class _ArchiveReader:
         # HTTP is parsed later, from memory: a page that breaks its rules must not end the archive.
         for record in ArchiveIterator(cast(Any, stream), parse_http=False):
             size = record.content_length
-            parse = _parser(record)
+            parse = _parser(record, self._worker)
             if parse and size <= _LARGEST_RECORD:
                 payload = record.reader.read()
                 whole = len(payload) == size
@@ -191,6 +196,10 @@ class _ArchiveReader:
             self.drops["bad_json"] += 1
         except _BadHttp:
             self.drops["bad_http"] += 1
+        except _TooLarge:
+            self.drops["too_large"] += 1
+        except HeavyPage:
+            self.drops["heavy_page"] += 1
         return None
 
     def _rows_of(self, page: PageImages) -> Iterator[tuple[str, str, str]]:
@@ -220,7 +229,11 @@ class _BadHttp(Exception):
     """A response that breaks HTTP's rules."""
 
 
-def _images_of_response(payload: bytes, address: str) -> PageImages | None:
+class _TooLarge(Exception):
+    """A page that unpacks to more than :data:`_LARGEST_PAGE`."""
+
+
+def _images_of_response(worker: PageWorker, payload: bytes, address: str) -> PageImages | None:
     """Images of an HTTP response, None where it is no HTML."""
     from fastwarc import WarcRecord
 
@@ -231,18 +244,23 @@ def _images_of_response(payload: bytes, address: str) -> PageImages | None:
         response.parse_http(auto_decode="all")
         if response.http_content_type not in _HTML:
             return None
-        return images_of_html(response.reader.read(), response.http_charset, address)
+        body = response.reader.read(_LARGEST_PAGE + 1)
     except OSError as error:
         raise _BadHttp from error
+    if len(body) > _LARGEST_PAGE:
+        raise _TooLarge
+    return worker.images_of_html(body, response.http_charset, address)
 
 
-def _parser(record: Any) -> _Parser | None:
+def _parser(record: Any, worker: PageWorker) -> _Parser | None:
     """What finds the images in a record's payload; None for a record that describes no page."""
     from fastwarc import WarcRecordType
 
     if record.record_type == WarcRecordType.metadata and "json" in record.headers.get("Content-Type", ""):
         return lambda payload, address: images_of_wat(payload)
-    return _images_of_response if record.record_type == WarcRecordType.response and record.is_http else None
+    if record.record_type == WarcRecordType.response and record.is_http:
+        return partial(_images_of_response, worker)
+    return None
 
 
 def _open(path: Path) -> IO[bytes]:
