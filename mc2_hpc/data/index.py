@@ -21,6 +21,8 @@ import numpy.typing as npt
 
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
+from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import ByteSource, LocalFile, Member, TarError, escapes, list_members
 
@@ -32,8 +34,11 @@ _TXT, _JSON = FILES.index("txt"), FILES.index("json")
 _COLUMNS = 2 + 2 * len(FILES)
 _MOST_BETWEEN = 16384
 """Bytes between the files of a sample that are read along with them, rather than each file by itself."""
-_MAGIC = b"mc2idx2\n"
-_HEADER = struct.Struct("<8s?3xqqqqL")  # magic, curated, size and time of the tar, samples, unsafe names, checksum
+_MOST_BYTES = 1 << 32
+_MAGIC = b"mc2idx3\n"
+_HEADER = struct.Struct("<8s?3xqqqq")  # magic, curated, size and time of the tar, samples, unsafe names
+_CHECKSUM = struct.Struct("<L")
+"""CRC-32 of all before it, at the end."""
 _Stamp = tuple[bytes, bool, int, int]
 # A tar written so lately may be written again within the tick of its clock: such an index is used, but not kept.
 _SETTLED_NS = 2_000_000_000
@@ -179,20 +184,21 @@ def _by_stem(members: Iterable[Member]) -> dict[str, dict[int, Member]]:
 def _read(path: Path, stamp: _Stamp) -> tuple[ShardIndex | None, bool]:
     """The index at ``path``, or None where it is absent, damaged, or of another tar; and whether it was of another."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None, False
-    except OSError as error:
+        if not path.exists():
+            return None, False
+        data = read_bytes(path, most=_MOST_BYTES)
+    except (UserError, OSError) as error:
         _logger.info("%s: cannot be read, so the tar is listed again: %s", path, error)
         return None, False
-    if len(data) < _HEADER.size:
+    if len(data) < _HEADER.size + _CHECKSUM.size:
         return None, False
-    *found, num, unsafe, checksum = _HEADER.unpack_from(data)
+    content = memoryview(data)[: -_CHECKSUM.size]
+    if _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0] != zlib.crc32(content):
+        return None, False  # a disk that lost part of it, or another version's; the tar knows
+    *found, num, unsafe = _HEADER.unpack_from(data)
     if tuple(found) != stamp:
         return None, found[0] == _MAGIC  # else it was written by another version
-    body = memoryview(data)[_HEADER.size :]
-    if zlib.crc32(body) != checksum:
-        return None, False  # a disk that lost part of it; the tar knows
+    body = content[_HEADER.size :]
     hashes = np.frombuffer(body, np.uint64, num)
     places = np.frombuffer(body, np.int64, num * _COLUMNS, offset=hashes.nbytes)
     text = bytes(body[hashes.nbytes + places.nbytes :]).decode("utf-8", "surrogateescape")
@@ -204,12 +210,12 @@ def _keep(index: ShardIndex, stamp: _Stamp, targets: Iterable[Path]) -> None:
     global _unwritable_logged
     text = "\0".join(index.keys).encode("utf-8", "surrogateescape")
     body = index.hashes.tobytes() + index.places.tobytes() + text
-    header = _HEADER.pack(*stamp, len(index.keys), index.unsafe_names, zlib.crc32(body))
+    content = _HEADER.pack(*stamp, len(index.keys), index.unsafe_names) + body
     error: OSError | None = None
     for path in targets:
         try:
             with atomic_path(path) as temporary:
-                temporary.write_bytes(header + body)
+                temporary.write_bytes(content + _CHECKSUM.pack(zlib.crc32(content)))
             return
         except OSError as failure:
             error = failure

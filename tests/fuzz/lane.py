@@ -293,14 +293,13 @@ def warm_up() -> None:
 
     torch.set_num_threads(1)
     # By the first layer that is made on torch's meta device, by DeepSpeed, and by the first summary that is written.
-    import deepspeed.runtime.zero.muon.muon_optimizer
     import torch._dynamo
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
+    from mc2_hpc.ablation import run
     from mc2_hpc.curation import pipeline  # noqa: F401
     from mc2_hpc.curation.pool import common_crawl, decontaminate, url_dedup  # noqa: F401
     from mc2_hpc.curation.report import page  # noqa: F401
-    from mc2_hpc.ablation import run
     from mc2_hpc.evaluation import search, shards, suite  # noqa: F401
     from mc2_hpc.jobs import executors  # noqa: F401
     from mc2_hpc.metadata import build  # noqa: F401
