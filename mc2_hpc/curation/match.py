@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,47 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Engine
 from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
 from mc2_hpc.metadata.files import metadata_files, read_entries
-from mc2_hpc.storage import file_sha256, read_json, write_json
+from mc2_hpc.reading.json_file import Count, File, Sha256, read_fields
+from mc2_hpc.storage import file_sha256, write_json
 
 SETTINGS = "match.json"
+
+
+class _Sampled(File):
+    """What ``sample`` of a matched pool was drawn with."""
+
+    seed: Count
+    epoch: Count
+    balance: Sha256
+
+
+class MatchSettings(File, omit_defaults=True):
+    """``match.json``."""
+
+    mode: Literal["fixed", "compat"]
+    metadata: dict[str, Sha256]
+    language_id: str
+    shards: list[str]
+    sample: _Sampled | None = None
+
+
+class _LanguageStats(File):
+    texts: Count
+    images: Count
+    matches: Count
+
+
+class MatchStats(File):
+    """``stats/<shard>.json`` of a matched pool."""
+
+    rows: Count
+    matched: Count
+    images: Count
+    drops: dict[str, Count]
+    captions: dict[str, Count]
+    languages: dict[str, _LanguageStats]
+
+
 MERGED = "merged"
 """Folder of counts added up over shards, made by balancing from the counts of the shards."""
 
@@ -64,7 +102,7 @@ def match(
     stages = plan_match(pool, metadata, out, mode, identifier)
     if not run_stages(stages, engine, progress):
         return None
-    return sum_stats(Path(out), list(stages[-1].shards))
+    return sum_stats(Path(out), list(stages[-1].shards), MatchStats)
 
 
 def plan_match(
@@ -131,7 +169,7 @@ def planned_settings(matched: Path) -> dict[str, Any]:
     """As :func:`read_settings`, of a pool whose shards may still have to be matched."""
     if not (matched / SETTINGS).is_file():
         raise UserError(f"{matched}: not a matched pool (no {SETTINGS}); run `mc2 curate match` first")
-    return read_json(matched / SETTINGS)
+    return read_fields(matched / SETTINGS, MatchSettings, cure="run `mc2 curate match` into another folder")
 
 
 def _has_tables(out: Path, lang: str) -> bool:

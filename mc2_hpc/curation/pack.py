@@ -18,11 +18,27 @@ from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
-from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.jobs.stages import REDO, Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.reading.json_file import Count, File, read_json
+from mc2_hpc.storage import atomic_path, write_json
 from mc2_hpc.tar import escapes, fits_tar_name, write_tar
 
 SETTINGS = "pack.json"
+
+
+class PackSettings(File):
+    """``pack.json``."""
+
+    matched: dict[str, Any]
+    shards: list[str]
+
+
+class PackStats(File):
+    """``stats/<shard>.json`` of a folder of training shards."""
+
+    images: Count
+    texts: Count
+    drops: dict[str, Count]
 
 
 def pack(
@@ -55,7 +71,7 @@ def pack(
     stages = plan_pack(pool, matched, out)
     if not run_stages(stages, engine, progress):
         return None
-    return sum_stats(Path(out), list(stages[-1].shards))
+    return sum_stats(Path(out), list(stages[-1].shards), PackStats)
 
 
 def plan_pack(pool: str | Path, matched: str | Path, out: str | Path) -> list[Stage]:
@@ -73,7 +89,9 @@ def _is_packed(out: Path, shard: str) -> bool:
     path = stats_path(out, shard)
     if not path.is_file():
         return False
-    return read_json(path)["images"] == 0 or all((out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
+    return read_json(path, PackStats, cure=REDO).images == 0 or all(
+        (out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet")
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mc2_hpc.balancing.folder import read_report
 from mc2_hpc.curation.balance import balance, plan_balance
-from mc2_hpc.curation.match import match, plan_match
+from mc2_hpc.curation.match import MatchStats, match, plan_match
 from mc2_hpc.curation.pack import pack, plan_pack
 from mc2_hpc.curation.pool.language_id import LanguageIdentifier
 from mc2_hpc.jobs.engines import Engine
@@ -47,7 +47,7 @@ def run(
     if not run_stages([*matching, *balancing, *packing], engine, progress):
         return None
     return {
-        "match": sum_stats(matched, list(matching[-1].shards)),
+        "match": sum_stats(matched, list(matching[-1].shards), MatchStats),
         "balance": read_report(balanced),
         "pack": sum_stats(shards, list(packing[-1].shards)),
     }

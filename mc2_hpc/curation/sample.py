@@ -20,12 +20,14 @@ from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import REPORT, BalanceFolder
 from mc2_hpc.balancing.selection import choose_texts, passes
 from mc2_hpc.curation.counts import count_votes, write_votes
-from mc2_hpc.curation.match import SETTINGS, counts_path, is_matched, read_settings, rows_by_language
+from mc2_hpc.curation.match import SETTINGS, MatchStats, counts_path, is_matched, read_settings, rows_by_language
 from mc2_hpc.curation.matched import entries_of, read_matched, write_matched
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
-from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
+from mc2_hpc.jobs.stages import REDO, Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.reading.arrays import map_array
+from mc2_hpc.reading.json_file import read_json
+from mc2_hpc.storage import atomic_path, file_sha256, write_json
 
 _CHECKED_KEYS = 1 << 20
 _logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def sample(
     if not run_stages(stages, engine, progress):
         return None
     shards = list(stages[0].shards)
-    return {**sum_stats(Path(out), shards), "keys_in_several_shards": _check_keys(Path(out), shards)}
+    return {**sum_stats(Path(out), shards, MatchStats), "keys_in_several_shards": _check_keys(Path(out), shards)}
 
 
 def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, seed: int, epoch: int) -> list[Stage]:
@@ -74,7 +76,7 @@ def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, se
     probs = BalanceFolder(Path(balance).absolute())
     _check_same_pool(matched, settings, probs)
     shards = settings.pop("shards")
-    images = sum(read_json(stats_path(matched, name))["images"] for name in shards)
+    images = sum(read_json(stats_path(matched, name), MatchStats, cure=REDO).images for name in shards)
     origin = {"seed": seed, "epoch": epoch, "balance": file_sha256(probs.folder / REPORT)}
     open_stage(out, SETTINGS, {**settings, "sample": origin}, shards)
     work = _SampleShard(matched, out, probs, seed, epoch, min(1.0, _CHECKED_KEYS / max(images, 1)))
@@ -172,7 +174,7 @@ def _keys_path(out: Path, shard: str) -> Path:
 
 def _check_keys(out: Path, shards: list[str]) -> dict[str, int]:
     """Count keys that stand in more than one shard among those left for this check, and warn of them."""
-    hashes = np.concatenate([np.load(_keys_path(out, name), allow_pickle=False) for name in shards])
+    hashes = np.concatenate([map_array(_keys_path(out, name), np.uint64, cure=REDO) for name in shards])
     distinct, times = np.unique(hashes, return_counts=True)
     found = int((times > 1).sum())
     if found:

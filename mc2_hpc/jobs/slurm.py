@@ -19,7 +19,16 @@ from mc2_hpc.jobs.executors import quiet_datatrove
 from mc2_hpc.jobs.stages import BUSY_S, JOB, Stage, plan_tasks
 from mc2_hpc.jobs.tasks import RunTask, TaskFiles
 from mc2_hpc.jobs.watch import Progress, Watch
-from mc2_hpc.storage import exclusive_folder, read_json, write_json
+from mc2_hpc.reading.json_file import Count, File, read_json
+from mc2_hpc.storage import exclusive_folder, write_json
+
+
+class _Job(File):
+    """``job.json``: the job of a stage, and how many shards it was to do."""
+
+    job: str
+    shards: Count
+
 
 _POLL_S = 5.0
 _NO_ANSWER_S = 600.0
@@ -75,7 +84,7 @@ def live_jobs(stages: Sequence[Stage]) -> dict[str, str]:
     ids = {}
     for stage in stages:
         if (stage.logs / JOB).is_file():
-            ids[stage.name] = read_json(stage.logs / JOB)["job"]
+            ids[stage.name] = read_json(stage.logs / JOB, _Job).job
     in_queue = _queue() if ids else set()
     return {name: job for name, job in ids.items() if job in in_queue}
 
@@ -171,7 +180,7 @@ def _wait(stages: Sequence[Stage], jobs: dict[str, str], progress: Progress | No
         UserError: a stage is not done; what failed in the first such stage is named.
     """
     for stage in (stage for stage in stages if stage.name in jobs):
-        done_before = len(stage.shards) - read_json(stage.logs / JOB)["shards"]
+        done_before = len(stage.shards) - read_json(stage.logs / JOB, _Job).shards
         watch = Watch(stage.name, stage.unit, len(stage.shards), done_before, progress)
         waiting = True
         while waiting:

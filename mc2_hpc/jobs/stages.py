@@ -14,9 +14,10 @@ from typing import Any
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Engine, Local, Ray, Slurm, num_tasks
 from mc2_hpc.jobs.watch import Progress, Watch
-from mc2_hpc.storage import exclusive_folder, read_json, remove_folder, write_json
+from mc2_hpc.reading.json_file import Count, as_type, read_fields, read_json
+from mc2_hpc.storage import exclusive_folder, remove_folder, write_json
 
-__all__ = ["Progress", "Stage", "open_stage", "run_stages", "stats_path", "sum_stats"]
+__all__ = ["REDO", "Counters", "Progress", "Stage", "open_stage", "run_stages", "stats_path", "sum_stats"]
 
 JOB = "job.json"
 """Among a stage's logs: the Slurm job that it was submitted as."""
@@ -63,16 +64,35 @@ class Stage:
                 path.unlink(missing_ok=True)
 
 
+REDO = "delete the file, and its shard is done again"
+"""How to get another file that marks a finished shard."""
+
+
 def stats_path(out: Path, shard: str) -> Path:
     """The file that marks a shard of the stage in ``out`` as finished and holds its counters."""
     return out / "stats" / f"{shard}.json"
 
 
-def sum_stats(out: Path, shards: Sequence[str]) -> dict[str, Any]:
-    """Add up the counters of finished shards, nested dictionaries key by key, keys sorted; one shard in memory."""
+Counters = dict[str, Count | dict[str, Count | dict[str, Count]]]
+"""The schema of any shard's counters: numbers by name, or by name within a name."""
+
+
+def sum_stats(out: Path, shards: Sequence[str], kind: Any = Counters) -> dict[str, Any]:
+    """Add up the counters of finished shards, nested dictionaries key by key, keys sorted; one shard in memory.
+
+    Args:
+        kind: their schema; where it names counters, all have them.
+
+    Raises:
+        UserError: a shard's counters are missing or damaged.
+    """
     total: dict[str, Any] = {}
     for name in shards:
-        _add(total, read_json(stats_path(out, name)))
+        path = stats_path(out, name)
+        try:
+            _add(total, read_fields(path, kind, cure=REDO))
+        except (TypeError, AttributeError):  # a number here, numbers by name there
+            raise UserError(f"{path}: other counters than the shards before it; {REDO}") from None
     return total
 
 
@@ -94,14 +114,15 @@ def open_stage(out: Path, file: str, settings: Mapping[str, Any], shards: Sequen
     """
     path = out / file
     if path.is_file():
-        before = read_json(path)
+        before = read_json(path, dict[str, Any], cure="delete the folder, or name another")
+        names = as_type(before.get("shards"), list[str], f"{path}: $.shards")
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
             raise UserError(
                 f"{path}: this folder was made with another {', '.join(changed)}; name another folder or delete it"
             )
         listed = set(shards)
-        gone = [name for name in before["shards"] if name not in listed and stats_path(out, name).is_file()]
+        gone = [name for name in names if name not in listed and stats_path(out, name).is_file()]
         if gone:
             raise UserError(
                 f"{path}: {len(gone)} shards that are finished have gone from the input, the first is {gone[0]!r}; "

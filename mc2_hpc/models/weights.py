@@ -139,7 +139,10 @@ def read_latest(folder: Path) -> str:
     """
     name = Path(read_text(folder / "latest", most=4096).strip()).name
     if not name.isprintable() or not 0 < len(name.encode()) < 256:
-        raise UserError(f"{folder / 'latest'}: does not name a checkpoint; name the checkpoint folder itself")
+        raise UserError(
+            f"{folder / 'latest'}: names no checkpoint, so there is no model.json there; "
+            f"name the checkpoint folder itself"
+        )
     return name
 
 

@@ -101,6 +101,10 @@ class Arrays:
         _check(where, array, dtype, ndim, length, self._tail)
         return array
 
+    def read_texts(self, name: str) -> list[str]:
+        """An array of texts as a list. Raises as :meth:`read` does."""
+        return self.read(name, np.str_).tolist()
+
 
 _HEADERS: Mapping[tuple[int, int], Any] = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -110,7 +114,8 @@ _HEADERS: Mapping[tuple[int, int], Any] = {
 
 def _check(where: str, array: npt.NDArray[Any], dtype: npt.DTypeLike, ndim: int, length: int | None, tail: str) -> None:
     wanted = np.dtype(dtype)
-    if array.dtype != wanted or array.ndim != ndim:
+    fits = array.dtype.kind == "U" if wanted.kind == "U" else array.dtype == wanted
+    if not fits or array.ndim != ndim:
         dimensions = "one dimension" if ndim == 1 else f"{ndim} dimensions"
         raise UserError(
             f"{where}: holds {array.dtype} of shape {array.shape}, where {wanted} of {dimensions} is expected{tail}"

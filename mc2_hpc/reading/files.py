@@ -15,6 +15,8 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 
+_UNSIZED = 1 << 20
+
 
 def open_regular(path: str | Path) -> IO[bytes]:
     """Open a regular file for reading. A pipe without a writer does not hold it up.
@@ -52,10 +54,12 @@ def read_bytes(path: str | Path, *, most: int) -> bytes:
     """
     with open_regular(path) as stream:
         try:
-            data = stream.read(most + 1)
+            size = os.fstat(stream.fileno()).st_size
+            # What is asked for is what gets reserved. Files of /proc say 0.
+            data = b"" if size > most else stream.read(min(most, size or _UNSIZED) + 1)
         except OSError as error:
             raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from None
-    if len(data) > most:
+    if size > most or len(data) > most:
         raise UserError(f"{shown(path)}: larger than {most:,} bytes, the most that such a file may have")
     return data
 

@@ -34,55 +34,33 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mutations
 import world
 
+from mc2_hpc.reading.settings import typed
+from mc2_hpc.reading.yaml_file import read_yaml
+
 SECONDS = 60
 MEMORY_BYTES = 2 << 30
 """Beyond what the process that forks has already."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command on the valid world, and what of it may be damaged."""
+    """A command on the valid world, and what of it may be damaged (``commands.yaml``)."""
 
     words: str
-    targets: dict[str, str]
+    files: dict[str, str]
     """Pattern of files: their kind, a key of ``mutations.BY_KIND``."""
     flags: list[str] = field(default_factory=list)
     overrides: bool = False
-    weight: int = 1
-    numbers: bool = False
-    """Whether what it prints is scores, which a damaged type may not change without a word."""
+    scores: bool = False
+    often: int = 1
 
 
-MODEL = {"*/model.json": "json", "*/*.safetensors": "tensors", "*/tokenizer.model": "binary"}
-SHARDS = {"plain/*.tar": "tar"}
-RUN = "run/checkpoints/step-00000001"
-TRAIN = ["--timeout", "--processes", "--restarts"]
-COMMANDS = {
-    "train": Command("train run.yaml output=new", {"run.yaml": "yaml", **SHARDS, "sp.model": "binary"}, ["--timeout", "--restarts"], True, 4),
-    "train, curated": Command("train curated.yaml", {"curated/shards/*.parquet": "parquet", "curated/shards/*.tar": "tar", "curated/balance/balance.json": "json", "curated/balance/probs/*.npy": "array"}, weight=2),
-    "train, resumed": Command("train run.yaml steps=2", {f"{RUN}/trainer.json": "json", f"{RUN}/manifest.json": "json", f"{RUN}/*.safetensors": "tensors", "run/checkpoints/latest": "text", "run/metrics.jsonl": "json"}, overrides=True, weight=2),
-    "train, from a model": Command("train run.yaml output=new model.init_from=run", {f"{RUN}/model.json": "json", f"{RUN}/*.safetensors": "tensors", "run/checkpoints/latest": "text"}),
-    "eval, shards": Command("eval run --shards plain", {**SHARDS, f"{RUN}/model.json": "json", f"{RUN}/model*.safetensors": "tensors", f"{RUN}/tokenizer.model": "binary"}, ["--batch"], numbers=True),
-    "search": Command("search run house --images images", {"images/*": "image", f"{RUN}/model.json": "json", f"{RUN}/model*.safetensors": "tensors"}, ["--top", "--batch", "--serve"]),
-    "convert, ours": Command("convert run --to hf --out new", {f"{RUN}/model.json": "json", f"{RUN}/model*.safetensors": "tensors", f"{RUN}/tokenizer.model": "binary", "run/checkpoints/latest": "text"}, weight=2),
-    "convert, open_clip": Command("convert oc --to mc2 --out new", {"oc/open_clip_config.json": "json", "oc/*.safetensors": "tensors", "oc/*.model": "binary"}, weight=3),
-    "convert, transformers": Command("convert hf --to mc2 --out new", {"hf/config.json": "json", "hf/preprocessor_config.json": "json", "hf/*.safetensors": "tensors", "hf/*.model": "binary"}, weight=3),
-    "eval, foreign": Command("eval oc --suite suite-folders.yaml", {"oc/open_clip_config.json": "json", "oc/*.safetensors": "tensors"}, numbers=True),
-    "metadata build": Command("metadata build sources --out new", {"sources/*/corpus.txt": "text"}, ["--hourly-views", "--workers"]),
-    "curate match": Command("curate match pool --metadata metadata --workers 1 --out new", {"pool/*.parquet": "parquet", "metadata/??.json": "json"}, ["--workers", "--tasks"], weight=2),
-    "curate match, again": Command("curate match pool --metadata metadata --workers 1 --out curated/matched", {"curated/matched/match.json": "json", "curated/matched/stats/0.json": "json"}),
-    "curate balance": Command("curate balance curated/matched --metadata metadata --t-en 3 --workers 1 --out curated/balance", {"curated/matched/match.json": "json", "curated/matched/stats/*.json": "json", "curated/matched/*.parquet": "parquet", "curated/matched/counts/*.npz": "array", "curated/balance/thresholds.json": "json", "curated/balance/expected/*.json": "json", "metadata/??.json": "json"}, ["--t-en"], weight=3),
-    "curate pack": Command("curate pack pool --matched curated/matched --workers 1 --out new", {"pool/*.tar": "tar", "curated/matched/match.json": "json", "curated/matched/*.parquet": "parquet"}, weight=2),
-    "curate pack, again": Command("curate pack pool --matched curated/matched --workers 1 --out curated/shards", {"curated/shards/pack.json": "json", "curated/shards/stats/*.json": "json"}),
-    "curate sample": Command("curate sample curated/matched --balance curated/balance --workers 1 --out new", {"curated/matched/match.json": "json", "curated/matched/*.parquet": "parquet", "curated/balance/balance.json": "json", "curated/balance/probs/*.npy": "array"}, ["--seed", "--epoch", "--workers"], weight=2),
-    "curate report": Command("curate report curated --metadata metadata", {"curated/matched/match.json": "json", "curated/matched/stats/*.json": "json", "curated/balance/balance.json": "json", "curated/balance/counts/*.npy": "array", "curated/shards/pack.json": "json", "curated/shards/stats/*.json": "json", "metadata/??.json": "json"}),
-    "curate explain": Command("curate explain sea --lang en --metadata metadata --matched curated/matched --balance curated/balance", {"metadata/??.json": "json", "curated/matched/match.json": "json", "curated/matched/matchers/en/*.json": "json", "curated/matched/matchers/en/*.npy": "array", "curated/balance/balance.json": "json", "curated/balance/*/en.npy": "array"}, ["--seed", "--epoch"]),
-    "curate extract": Command("curate extract crawl --workers 1 --out new", {"crawl/*": "warc"}, weight=3),
-    "curate deduplicate": Command("curate deduplicate extracted --workers 1 --out new", {"extracted/*.parquet": "parquet"}, ["--shards", "--workers"]),
-    "curate decontaminate": Command("curate decontaminate curated/shards --against images --workers 1 --out new", {"curated/shards/*.tar": "tar", "curated/shards/*.parquet": "parquet", "images/*": "image"}, ["--max-distance"]),
-    "ablate": Command("ablate ablation.yaml", {"ablation.yaml": "yaml", "run.yaml": "yaml", "suite-folders.yaml": "yaml"}, ["--jobs"]),
-}  # fmt: skip
-SETS = {
+@dataclass(frozen=True, kw_only=True)
+class _Commands:
+    commands: dict[str, Command]
+
+
+_SETS = {
     "xm3600": {"xm3600/captions.jsonl": "json"},
     "lines": {"lines/*.txt": "text"},
     "coco": {"coco.json": "json"},
@@ -94,14 +72,24 @@ SETS = {
     "geode": {"geode/index.csv": "text"},
     "gldv2": {"gldv2/*.csv": "text"},
 }
-for _name, _files in SETS.items():
-    COMMANDS[f"eval, {_name}"] = Command(
-        f"eval run --suite suite-{_name}.yaml",
-        {**{f"sets/{pattern}": kind for pattern, kind in _files.items()}, f"suite-{_name}.yaml": "yaml"},
-        ["--batch"],
-        overrides=True,
-        numbers=True,
-    )
+"""Evaluation sets: their files below ``sets``."""
+
+
+def _commands() -> dict[str, Command]:
+    tree = read_yaml(Path(__file__).with_name("commands.yaml"), "table of commands")
+    found = dict(typed(_Commands, {"commands": tree}, source="commands.yaml").commands)
+    for name, files in _SETS.items():
+        found[f"eval, {name}"] = Command(
+            words=f"eval run --suite suite-{name}.yaml",
+            files={**{f"sets/{pattern}": kind for pattern, kind in files.items()}, f"suite-{name}.yaml": "yaml"},
+            flags=["--batch"],
+            overrides=True,
+            scores=True,
+        )
+    return found
+
+
+COMMANDS = _commands()
 
 
 @dataclass
@@ -140,7 +128,7 @@ class Lane:
 
     def run(self, number: int) -> Result:
         rng = random.Random(f"{self._seed}/{number}")
-        name = rng.choices(list(COMMANDS), [command.weight for command in COMMANDS.values()])[0]
+        name = rng.choices(list(COMMANDS), [command.often for command in COMMANDS.values()])[0]
         command = COMMANDS[name]
         with self._copy() as folder:
             words, environment = command.words.split(), {}
@@ -149,7 +137,7 @@ class Lane:
             code, out, err, peak = self._run(folder, words, environment)
             seconds = time.monotonic() - start
         outcome, detail = _verdict(code, err, peak, seconds)
-        if outcome == "done" and command.numbers and retyped and not re.search("skipped|left out|without", out + err):
+        if outcome == "done" and command.scores and retyped and not re.search("skipped|left out|without", out + err):
             if _numbers(out) != self._expected[name]:
                 outcome, detail = "numbers believed", out[-300:]
         return Result(number, name, kind, what, outcome, round(seconds, 2), detail)
@@ -168,12 +156,12 @@ class Lane:
         if chosen == "environment":
             environment.update(mutations.environment(rng))
             return "environment", str(environment)[:80], False
-        pattern = rng.choice(list(command.targets))
+        pattern = rng.choice(list(command.files))
         paths = sorted(path for path in folder.glob(pattern) if path.is_file())
         if not paths:
             raise SystemExit(f"{command.words}: the valid world has no {pattern}")
         path = rng.choice(paths)
-        change = rng.choice(mutations.BY_KIND[command.targets[pattern]])
+        change = rng.choice(mutations.BY_KIND[command.files[pattern]])
         try:
             what = change(path, rng)
         except (UnicodeEncodeError, ValueError) as error:  # what cannot even be written is no input
@@ -181,7 +169,7 @@ class Lane:
         retyped = change in (mutations.change_json, mutations.change_parquet) and not re.search(
             "removed|strange|renamed|no rows|some null|nothing", what
         )
-        return command.targets[pattern], f"{path.relative_to(folder)}: {what}", retyped
+        return command.files[pattern], f"{path.relative_to(folder)}: {what}", retyped
 
     def _copy(self) -> "_Folder":
         return _Folder(self._valid)
@@ -239,12 +227,12 @@ def _child(folder: Path, words: list[str], environment: dict[str, str], keep_mod
         from mc2_hpc.cli import main
 
         code = main(words)
-        if keep_modules:
-            Path(".modules").write_text(json.dumps(list(sys.modules)))
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 70
     except BaseException:
         traceback.print_exc()
+    if keep_modules:
+        Path(".modules").write_text(json.dumps(list(sys.modules)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -321,7 +309,7 @@ def in_child(function: Any, *arguments: Any) -> Any:
             with os.fdopen(write, "w") as stream:
                 json.dump(result, stream)
             code = 0
-        except Exception:
+        except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()

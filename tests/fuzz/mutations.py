@@ -137,7 +137,41 @@ def _places(value: Any, place: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 # ---- YAML, overrides, environment
 
 
-_WORDS = ["null", "~", "true", "on", "1:30", "2024_11", "0x10", "007", ".inf", ".nan", "1e999", "-1", "[]", "{}", "[1, 2", "{a: 1", "!!int 3", "&a [*a]", "*b", "${oc.env:HOME}", "${x}", "${", "'q", '"\\x00"', "9" * 30, "9" * 5000, "\t", "@x", "x: y", "/dev/null", "s3://", "http://127.0.0.1:1/x", "[" * 5000]  # fmt: skip
+_WORDS = [
+    "null",
+    "~",
+    "true",
+    "on",
+    "1:30",
+    "2024_11",
+    "0x10",
+    "007",
+    ".inf",
+    ".nan",
+    "1e999",
+    "-1",
+    "[]",
+    "{}",
+    "[1, 2",
+    "{a: 1",
+    "!!int 3",
+    "&a [*a]",
+    "*b",
+    "${oc.env:HOME}",
+    "${x}",
+    "${",
+    "'q",
+    '"\\x00"',
+    "9" * 30,
+    "9" * 5000,
+    "\t",
+    "@x",
+    "x: y",
+    "/dev/null",
+    "s3://",
+    "http://127.0.0.1:1/x",
+    "[" * 5000,
+]
 
 
 def change_yaml(path: Path, rng: random.Random) -> str:
@@ -166,7 +200,36 @@ def change_yaml(path: Path, rng: random.Random) -> str:
     return f"line {number + 1} {kind}"
 
 
-_KEYS = ["steps", "output", "optim.lr", "data.crop_scale", "data.lanes", "model.vision.width", "model.vision.layers", "model.text.vocab_size", "data.seed", "seed", "global_batch", "micro_batch", "precision", "data.train", "data.tokenizer", "model.init_from", "eval.suite", "checkpoint.every", "data.stall_seconds", "data.cache_dir", "zero.stage", "data.crop_scale[0]", "[", "", "a..b", ".", "steps.x", "model.vision"]  # fmt: skip
+_KEYS = [
+    "steps",
+    "output",
+    "optim.lr",
+    "data.crop_scale",
+    "data.lanes",
+    "model.vision.width",
+    "model.vision.layers",
+    "model.text.vocab_size",
+    "data.seed",
+    "seed",
+    "global_batch",
+    "micro_batch",
+    "precision",
+    "data.train",
+    "data.tokenizer",
+    "model.init_from",
+    "eval.suite",
+    "checkpoint.every",
+    "data.stall_seconds",
+    "data.cache_dir",
+    "zero.stage",
+    "data.crop_scale[0]",
+    "[",
+    "",
+    "a..b",
+    ".",
+    "steps.x",
+    "model.vision",
+]
 
 
 def override(rng: random.Random) -> str:
@@ -332,7 +395,23 @@ def _recast(header: Any, body: bytes, kind: str) -> tuple[Any, bytes]:
 # ---- archives, texts
 
 
-_NAMES = ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "x", ".jpg", "00000", "\udcff.jpg", "x" * 3000 + ".jpg", "a\nb.jpg", "00000.JPG", "0.0.0.jpg", "00000.mask.png", "00000.txt", "00000.json", "00000.cls"]  # fmt: skip
+_NAMES = [
+    "../x.jpg",
+    "/etc/x.jpg",
+    "a/../../x.jpg",
+    "x",
+    ".jpg",
+    "00000",
+    "\udcff.jpg",
+    "x" * 3000 + ".jpg",
+    "a\nb.jpg",
+    "00000.JPG",
+    "0.0.0.jpg",
+    "00000.mask.png",
+    "00000.txt",
+    "00000.json",
+    "00000.cls",
+]
 
 
 def change_tar(path: Path, rng: random.Random) -> str:
@@ -452,7 +531,10 @@ def change_warc(path: Path, rng: random.Random) -> str:
             rb"WARC-Type: \w+", b"WARC-Type: " + rng.choice([b"x", b"\xff", b"metadata", b"warcinfo"]), data, count=1
         )
     else:
-        head = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.b/\r\nContent-Type: application/http; msgtype=response\r\n"
+        head = (
+            b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.b/\r\n"
+            b"Content-Type: application/http; msgtype=response\r\n"
+        )
         data += head + b"Content-Length: %d\r\n\r\n" % len(bodies[kind]) + bodies[kind] + b"\r\n\r\n"
     path.write_bytes(gzip.compress(data, 1) if packed else data)
     return kind

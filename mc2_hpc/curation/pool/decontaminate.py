@@ -29,8 +29,10 @@ from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.curation.pool.perceptual_hash import Hashes, UnreadablePicture, nearest, picture_hashes
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Engine
-from mc2_hpc.jobs.stages import Progress, Stage, open_stage, run_stages, stats_path, sum_stats
-from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.jobs.stages import REDO, Progress, Stage, open_stage, run_stages, stats_path, sum_stats
+from mc2_hpc.reading.arrays import open_npz
+from mc2_hpc.reading.json_file import Count, File, read_json
+from mc2_hpc.storage import atomic_path, write_json
 from mc2_hpc.tar import fits_tar_name, write_tar
 
 SETTINGS = "decontaminate.json"
@@ -38,6 +40,17 @@ REPORT = "removed.csv"
 MAX_DISTANCE = 6
 """Bits by default: the most at which pairs of CIFAR-10's train and test pictures, looked at by eye, were still one
 picture almost every time. At 8 bits many are not."""
+
+
+class _Stats(File):
+    """``stats/<shard>.json``."""
+
+    pictures: Count
+    images: Count
+    removed: Count
+    drops: dict[str, Count]
+
+
 _CUTS = (0.0, 0.025, 0.05)
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _FILES_AT_ONCE = 1000
@@ -174,9 +187,10 @@ def _benchmark(out: Path, units: tuple[str, ...]) -> tuple[list[str], Hashes]:
     names: list[str] = []
     hashes: list[npt.NDArray[np.uint64]] = []
     for unit in units:
-        with np.load(_hashes_path(out, unit)) as file:
-            names += [name for name in file["names"].tolist() for _ in _CUTS]
-            hashes.append(file["hashes"].ravel())
+        with open_npz(_hashes_path(out, unit), cure=REDO) as file:
+            of_unit = file.read_texts("names")
+            names += [name for name in of_unit for _ in _CUTS]
+            hashes.append(file.read("hashes", np.uint64, ndim=2, length=len(of_unit)).ravel())
     return names, np.concatenate(hashes)
 
 
@@ -252,7 +266,7 @@ def _is_clean(out: Path, shard: str) -> bool:
     stats = stats_path(out, shard)
     if not (stats.is_file() and _removed_path(out, shard).is_file()):
         return False
-    return (out / f"{shard}.tar").is_file() or read_json(stats)["images"] == 0
+    return (out / f"{shard}.tar").is_file() or read_json(stats, _Stats, cure=REDO).images == 0
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:

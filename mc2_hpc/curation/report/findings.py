@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.curation.pack import SETTINGS as PACK_SETTINGS
+from mc2_hpc.curation.pack import PackSettings, PackStats
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.stages import stats_path, sum_stats
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.metadata.languages import LANGUAGES
-from mc2_hpc.storage import file_sha256, read_json
+from mc2_hpc.reading.json_file import read_json
+from mc2_hpc.storage import file_sha256
 
 _TOP_ENTRIES = 10
 
@@ -135,8 +137,8 @@ def mass_curve(counts: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], 
 def _packed(shards: Path) -> dict[str, Any] | None:
     if not (shards / PACK_SETTINGS).is_file():
         return None
-    names = read_json(shards / PACK_SETTINGS)["shards"]
-    return sum_stats(shards, names) if all(stats_path(shards, name).is_file() for name in names) else None
+    names = read_json(shards / PACK_SETTINGS, PackSettings).shards
+    return sum_stats(shards, names, PackStats) if all(stats_path(shards, name).is_file() for name in names) else None
 
 
 def _top_entries(entries: list[str], counts: npt.NDArray[np.uint64], probs: npt.NDArray[np.float32]) -> list[TopEntry]:
