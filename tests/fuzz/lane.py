@@ -246,7 +246,8 @@ def _import_all(names: list[str]) -> None:
                 importlib.import_module(name)
 
 
-_LOGGED = re.compile(r"\d\d:\d\d:\d\d [IWE] |\[rank\d|\[W\d|\s*$")
+_LOGGED = re.compile(r"\d\d:\d\d:\d\d [IWE] |\[rank\d|\[W\d|\[20\d\d-|[\w ,-]+: \d+(/\d+)?(, .*)?$|step \d+/|\s*$")
+"""Log and progress, which may come before the one line."""
 
 
 def _verdict(code: int, err: str, peak: int, seconds: float) -> tuple[str, str]:
