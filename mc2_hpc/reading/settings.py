@@ -105,7 +105,7 @@ class _Misfit(Exception):
 
 
 def _with_override(kind: type, tree: Section, word: str) -> Section:
-    place = f"override {word!r}"
+    place = f"override {_brief(word)}"
     key, equals, text = word.partition("=")
     parts = key.split(".")
     if not equals or not all(part.strip() for part in parts):
@@ -408,7 +408,7 @@ def _unknown_key(key: str, names: Mapping[str, Any]) -> str:
     section = key.rpartition(".")[0]
     known = [f"{section}.{name}" if section else name for name in names]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+    return f"unknown key {_brief(key)}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
 
 
 @functools.cache

@@ -238,13 +238,15 @@ def test_one_line_says_what_and_where(read, text, message):
         ("steps=", "steps: must be a whole number in decimal digits, not ''"),
         ("rate=inf", "override 'rate=inf': rate: must be a finite number"),
         ("title=\udcff", "title: the character '\\udcff' may not stand in it"),
+        ("title[0]=" + "[" * 5000, "[[[['...: a list is set as a whole: title=[first, second]"),
+        ("x" * 5000 + "=1", "xxx'...: unknown key 'xxx"),
         ("title=${oc.env:HOME}", "is not ${key.sub} of another setting"),
     ],
 )
 def test_so_it_does_for_an_override(read, word, message):
     with pytest.raises(UserError) as error:
         read("{}", word)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_what_is_too_deep_or_too_much_ends_soon(read):

@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.pictures import EXTENSIONS
+from mc2_hpc.reading.files import read_bytes
+
+_MOST_BYTES = 2 << 30
 
 
 def required(path: Path, what: str) -> Path:
@@ -44,7 +47,7 @@ def read_text(path: Path, what: str) -> str:
         UserError: no such file, not readable, or not UTF-8.
     """
     try:
-        return required(path, what).read_text(encoding="utf-8-sig")
+        return read_bytes(required(path, what), most=_MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from None
     except OSError as error:
