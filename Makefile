@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run on this many cores at a time.
 WORKERS ?= 2
 
-.PHONY: quickstart test test-slow test-gpu lint bench scale soak ablations plots wheel clean
+.PHONY: quickstart test test-slow test-gpu fuzz lint bench scale soak ablations plots wheel clean
 
 quickstart: .venv/quickstart
 	$(BIN)/mc2 quickstart
@@ -17,6 +17,10 @@ test-slow: .venv/dev
 
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
+
+# 2,000 damaged inputs of every kind through every command; under ten minutes on two idle cores.
+fuzz: .venv/dev
+	$(BIN)/python tests/fuzz/lane.py --inputs 2000 --jobs 2 --json benchmarks/results/fuzz.json
 
 lint: .venv/dev
 	$(BIN)/ruff check .

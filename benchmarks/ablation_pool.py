@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
 
+from mc2_hpc.config import yaml_text
 from mc2_hpc.data.packing import write_shard
 from mc2_hpc.evaluation.sets.classes import babel_languages
 from mc2_hpc.evaluation.tasks import ClassTexts
@@ -118,7 +118,7 @@ def make(shared: Path, out: Path, *, pictures: int = 14_000, test: int = 4_000, 
     with atomic_path(out / "test.parquet") as temporary:
         pq.write_table(pq.read_table(shared / "cifar10-test.parquet").slice(0, test), temporary)
     with atomic_path(out / "suite.yaml") as temporary:
-        OmegaConf.save(OmegaConf.create(suite(out, names, forms)), temporary)
+        temporary.write_text(yaml_text(suite(out, names, forms)), encoding="utf-8")
     return captions
 
 

@@ -7,19 +7,18 @@ file and the key. A parsed config is read-only (frozen dataclasses): state that 
 """
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+import yaml
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.precision import Precision
+from mc2_hpc.reading.settings import typed
+from mc2_hpc.reading.yaml_file import read_yaml
 
-Settings = TypeVar("Settings")
+__all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "read_yaml", "typed", "yaml_text"]
 
 
 def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -257,6 +256,8 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        if not self.output.strip():
+            raise UserError("output: names no folder")
         _choose("precision", self.precision, tuple(Precision))
         for name in ("steps", "global_batch", "log_every"):
             _at_least(name, getattr(self, name), 1)
@@ -288,57 +289,14 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def read_yaml(path: str | Path, what: str) -> DictConfig:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: no such file (``what`` says what it should be), or not a mapping in YAML.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such {what}")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # yaml raises a family of errors without a common public base
-        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: not a mapping of keys")
-    return loaded
+def yaml_text(values: dict[str, Any]) -> str:
+    """Plain values as a YAML file that :func:`read_yaml` reads back to the same: ``${`` in texts is written ``$${``."""
+    return yaml.safe_dump(_escaped(values), allow_unicode=True, sort_keys=False)
 
 
-def typed(kind: type[Settings], values: Any, overrides: Sequence[str] = (), *, source: str) -> Settings:
-    """An object of the dataclass ``kind`` from a mapping and ``key.sub=value`` overrides.
-
-    Raises:
-        UserError: names ``source``, or the override, and the key that is unknown or whose value does not do.
-    """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), values)
-        for override in overrides:
-            source = f"override {override!r}"
-            if "=" not in override:
-                raise UserError("write it as key.sub=value")
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        found = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        raise UserError(f"{source}: {_unknown_key(error)}") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {error.full_key or 'value'}: {_first_line(error)}") from None
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    assert isinstance(found, kind)
-    return found
-
-
-def _unknown_key(error: ConfigKeyError) -> str:
-    """What was written, and what is nearest to it among the keys there are."""
-    key = str(error.full_key or error.key)
-    section = key.rpartition(".")[0]
-    names = [entry.name for entry in dataclasses.fields(error.object_type)] if error.object_type is not None else []
-    known = [f"{section}.{name}" if section else name for name in names]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(part) for part in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value

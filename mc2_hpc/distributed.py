@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,12 +34,26 @@ class Ranks:
         return self.rank == 0
 
 
-def _from_environment(name: str, slurm_name: str, default: int) -> int:
-    value = os.environ.get(name, os.environ.get(slurm_name, str(default)))
-    try:
-        return int(value)
-    except ValueError:
-        raise UserError(f"environment variable {name}={value!r}: must be a whole number") from None
+_MOST_RANKS = 1 << 20
+
+
+def _from_environment(name: str, slurm_name: str, default: int, *, low: int, high: int) -> int:
+    named = name if name in os.environ or slurm_name not in os.environ else slurm_name
+    text = os.environ.get(named, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text, flags=re.ASCII) or not low <= int(text) <= high:
+        raise UserError(f"environment variable {named}={text[:40]!r}: must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def _facts() -> tuple[int, int, int]:
+    """Rank, world size and local rank, as the environment has them.
+
+    Raises:
+        UserError: one is no number, or out of range.
+    """
+    world_size = _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1, low=1, high=_MOST_RANKS)
+    rank = _from_environment("RANK", "SLURM_PROCID", 0, low=0, high=world_size - 1)
+    return rank, world_size, _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0, low=0, high=world_size - 1)
 
 
 @contextmanager
@@ -50,11 +65,10 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
     port. NCCL on GPUs, gloo on CPUs.
 
     Raises:
-        UserError: several processes are announced but no MASTER_ADDR to meet at, or more local ranks than GPUs.
+        UserError: a variable is no number or out of range, several processes are announced but no MASTER_ADDR to meet
+            at, or more local ranks than GPUs.
     """
-    rank = _from_environment("RANK", "SLURM_PROCID", 0)
-    world_size = _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
-    local_rank = _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0)
+    rank, world_size, local_rank = _facts()
     device = _device(local_rank)
     if world_size > 1:
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
@@ -62,6 +76,7 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
                 f"{world_size} processes but MASTER_ADDR/MASTER_PORT are not set: launch with torchrun, "
                 f"`mc2 train --processes`, or slurm/train.sbatch"
             )
+        _from_environment("MASTER_PORT", "", 0, low=1, high=65_535)
         store, address = None, "env://"
     else:
         store, address = dist.HashStore(), None

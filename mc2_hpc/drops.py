@@ -24,6 +24,7 @@ class Drop(StrEnum):
     # Pages and addresses
     RECORD_TOO_LARGE = "record_too_large"
     RECORD_NOT_HTTP = "record_not_http"
+    PAGE_TOO_HEAVY = "page_too_heavy"
     URL_MISSING = "url_missing"
     URL_NOT_HTTP = "url_not_http"
     URL_INVALID = "url_invalid"
@@ -59,6 +60,7 @@ MEANINGS = {
     Drop.KEY_MISSING: "a caption without a key",
     Drop.RECORD_TOO_LARGE: "a record of an archive that is too large to be a page",
     Drop.RECORD_NOT_HTTP: "a record that is not a valid HTTP response",
+    Drop.PAGE_TOO_HEAVY: "a page that takes too much time or memory to parse",
     Drop.URL_MISSING: "an image without an address",
     Drop.URL_NOT_HTTP: "an address that is neither http nor https",
     Drop.URL_INVALID: "an address that cannot be parsed",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading import json_file as reading_json
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What ``flock`` answers in a file system without locks, such as Lustre and NFS as they are often mounted."""
 
 _COMPLETE = ".complete"
+_MOST_JSON_BYTES = 1 << 30
 # Asking for it sets it for a moment, which threads would notice: so it is asked for once.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -61,17 +63,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file whose reader looks at its form itself.
 
     Raises:
         UserError: the file is missing or is not JSON.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    return reading_json.read_json(path, reading_json.ANYTHING, most=_MOST_JSON_BYTES)
 
 
 def fsync_file(path: Path) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first; a module may import its own layer's package and every layer below.
 LAYERS = [
     {"mc2_hpc.compiling", "mc2_hpc.drops", "mc2_hpc.errors", "mc2_hpc.precision"},
+    {"mc2_hpc.reading"},
     {
         "mc2_hpc.config",
         "mc2_hpc.distributed",
@@ -122,7 +123,7 @@ def test_help_loads_no_heavy_package():
         "import sys; from mc2_hpc.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'deepspeed', 'pyarrow', 'omegaconf', 'numba', 'rich'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'deepspeed', 'pyarrow', 'msgspec', 'yaml', 'numba', 'rich'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -18,7 +18,7 @@ from mc2_hpc import jobs
 from mc2_hpc.ablation.addresses import address
 from mc2_hpc.ablation.settings import CurationSettings, DataPaths, TokenizerSettings
 from mc2_hpc.balancing import csr
-from mc2_hpc.balancing.folder import REPORT, BalanceFolder
+from mc2_hpc.balancing.folder import REPORT, BalanceFolder, read_report
 from mc2_hpc.balancing.selection import keep_probability
 from mc2_hpc.balancing.thresholds import entry_probabilities, threshold_to_mass
 from mc2_hpc.curation.balance import plan_balance
@@ -32,7 +32,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries
 from mc2_hpc.metadata.languages import known_code
 from mc2_hpc.shard_paths import list_shards
-from mc2_hpc.storage import atomic_path, is_complete, mark_complete, read_json, write_json
+from mc2_hpc.storage import atomic_path, is_complete, mark_complete, write_json
 
 ENGLISH = "en"
 
@@ -164,7 +164,6 @@ def _balance_alike(balance: Path, matched: Path, out: Path) -> None:
             with atomic_path(out / kind / f"{lang}.npy") as temporary:
                 np.save(temporary, array, allow_pickle=False)
         report["languages"][lang] |= {
-            "t": t,
             "entries_head": int((counts > t).sum()),
             "tail_mass": threshold_to_mass(counts, t),
             "expected_texts": 0.0,
@@ -191,6 +190,6 @@ def english_share(settings: CurationSettings, curated: Path) -> float | None:
     """Share of English among the texts that balancing is expected to keep; None where one metadata takes all texts."""
     if settings.metadata != "by_language":
         return None
-    languages = read_json(curated / "balance" / REPORT)["languages"]
+    languages = read_report(curated / "balance")["languages"]
     expected = {lang: languages[lang]["expected_texts"] for lang in settings.languages or languages}
     return expected.get(ENGLISH, 0.0) / sum(expected.values())

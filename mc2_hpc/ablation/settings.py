@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from mc2_hpc.config import RunConfig, load_config, read_yaml, typed
 from mc2_hpc.data.tokenizer import STYLES
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.suite import load_suite
+from mc2_hpc.reading.settings import Prose
+from mc2_hpc.reading.yaml_file import Section
 
 METADATA = ("by_language", "english", "merged")
 THRESHOLDS = ("tail_mass", "same")
@@ -90,8 +89,8 @@ class RowConfig:
     """A row as the file has it: what differs from the file's common settings."""
 
     name: str
-    curation: dict[str, Any] = field(default_factory=dict)
-    tokenizer: dict[str, Any] = field(default_factory=dict)
+    curation: Section = Section({}, "")
+    tokenizer: Section = Section({}, "")
     seen: float = 1.0
     """Pairs seen, as a multiple of the base config's: its ``steps`` are multiplied by it."""
     train: list[str] = field(default_factory=list)
@@ -111,16 +110,16 @@ class AblationConfig:
     """Evaluation suite (``mc2 eval --suite``)."""
     columns: dict[str, Column]
     rows: list[RowConfig]
-    title: str = ""
+    title: Prose = Prose("")
     """Heads the table and the plot; without it the file's own name does."""
-    mirrors: str = ""
+    mirrors: Prose = Prose("")
     """A paper's table that it has the shape of, where there is one."""
-    finding: str = ""
+    finding: Prose = Prose("")
     """What that table shows."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each row is trained once with each: initial weights and every draw of the data path."""
-    curation: dict[str, Any] = field(default_factory=dict)
-    tokenizer: dict[str, Any] = field(default_factory=dict)
+    curation: Section = Section({}, "")
+    tokenizer: Section = Section({}, "")
     train: list[str] = field(default_factory=list)
 
 
@@ -159,8 +158,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
         UserError: no such file, not YAML, an unknown key or a wrong value in it, in its base config or its suite.
     """
     path = Path(path)
-    loaded = OmegaConf.merge(read_yaml(path, "ablation file"), OmegaConf.from_dotlist(list(overrides)))
-    found = typed(AblationConfig, loaded, source=str(path))
+    found = typed(AblationConfig, read_yaml(path, "ablation file"), overrides, source=str(path))
     for what in ("columns", "rows", "seeds"):
         if not getattr(found, what):
             raise UserError(f"{path}: no {what} in it")
@@ -175,13 +173,13 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
         title=found.title or path.stem,
         **{key: getattr(found, key) for key in ("mirrors", "finding", "data", "columns", "seeds")},
         suite=Path(found.suite),
-        rows=[_row(f"{path}: rows.{row.name}", found, row) for row in found.rows],
+        rows=[_row(str(path), found, row) for row in found.rows],
     )
 
 
-def _row(where: str, ablation: AblationConfig, row: RowConfig) -> Row:
-    curation = OmegaConf.merge(ablation.curation, row.curation)
-    tokenizer = OmegaConf.merge(ablation.tokenizer, row.tokenizer)
+def _row(source: str, ablation: AblationConfig, row: RowConfig) -> Row:
+    where = f"{source}: rows.{row.name}"
+    curation, tokenizer = ablation.curation.merged(row.curation), ablation.tokenizer.merged(row.tokenizer)
     if row.seen <= 0:
         raise UserError(f"{where}: seen={row.seen}: must be above 0")
     try:
@@ -190,8 +188,8 @@ def _row(where: str, ablation: AblationConfig, row: RowConfig) -> Row:
         raise UserError(f"{where}: {error}") from None
     return Row(
         name=row.name,
-        curation=typed(CurationSettings, curation, source=f"{where}: curation"),
-        tokenizer=typed(TokenizerSettings, tokenizer, source=f"{where}: tokenizer"),
+        curation=typed(CurationSettings, curation, source=source, within=f"rows.{row.name}: curation: "),
+        tokenizer=typed(TokenizerSettings, tokenizer, source=source, within=f"rows.{row.name}: tokenizer: "),
         config=dataclasses.replace(config, steps=max(1, round(config.steps * row.seen))),
         paper=row.paper,
     )

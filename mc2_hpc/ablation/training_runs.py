@@ -11,16 +11,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from mc2_hpc.ablation.addresses import address
 from mc2_hpc.ablation.prepare import Prepared, PreparedTokenizer
 from mc2_hpc.ablation.settings import REDUCTIONS, Ablation, Column, Row
-from mc2_hpc.config import config_from_dict, config_to_dict
+from mc2_hpc.config import config_from_dict, config_to_dict, yaml_text
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.reading.json_file import Foreign, read_json
+from mc2_hpc.storage import atomic_path, write_json
 
 _EVAL_BATCH = 256
 
@@ -83,7 +81,7 @@ def plan_run(
     title = f"{ablation.name}: {row.name}, seed {seed}"
     write_json(folder / "settings.json", {"title": title, **settings})
     with atomic_path(folder / "train.yaml") as temporary:
-        OmegaConf.save(OmegaConf.create(values), temporary)
+        temporary.write_text(yaml_text(values), encoding="utf-8")
     scores = folder / f"eval-{suite}"
     mc2 = [sys.executable, "-m", "mc2_hpc.cli"]
     evaluation = ["--suite", str(ablation.suite), "--out", str(scores), "--batch", str(_EVAL_BATCH)]
@@ -99,22 +97,35 @@ def plan_run(
     )
 
 
+class _Scores(Foreign):
+    error: str | None = None
+    groups: dict[str, dict[str, float]] = {}
+
+
+class _Results(Foreign):
+    """``results.json``, as far as tables are made of it."""
+
+    sets: dict[str, _Scores]
+
+
 def read_columns(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str, float]:
     """The run's number in each column, in [0, 1].
 
     Raises:
         UserError: a set could not be scored, or has no such metric or language.
     """
-    sets = read_json(run.results)["sets"]
+    sets = read_json(run.results, _Results, cure="delete it, and the run is scored again").sets
     return {name: _number(run, name, column, sets) for name, column in columns.items()}
 
 
-def _number(run: TrainingRun, name: str, column: Column, sets: Mapping[str, Any]) -> float:
+def _number(run: TrainingRun, name: str, column: Column, sets: Mapping[str, _Scores]) -> float:
     where = f"{run.title}: column {name!r}"
+    if column.set not in sets:
+        raise UserError(f"{where}: {run.results} has no set {column.set!r}; delete it, and the run is scored again")
     scores = sets[column.set]
-    if "error" in scores:
-        raise UserError(f"{where}: {column.set} was not scored: {scores['error']}; mend it and delete {run.results}")
-    groups = scores["groups"]
+    if scores.error is not None:
+        raise UserError(f"{where}: {column.set} was not scored: {scores.error}; fix it and delete {run.results}")
+    groups = scores.groups
     missing = [lang for lang in (*column.languages, *column.without) if lang not in groups]
     if missing:
         raise UserError(f"{where}: {column.set} has no language {missing[0]!r}; it has {', '.join(groups)}")

@@ -8,9 +8,61 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import read_json
+from mc2_hpc.reading.arrays import map_array
+from mc2_hpc.reading.json_file import Count, File, Foreign, Sha256, Size, read_fields, read_json
 
 REPORT = "balance.json"
+_CURE = "run `mc2 curate balance` again"
+
+
+class _Language(File):
+    texts: Count
+    matches: Count
+    images: Count
+    entries: Size
+    entries_matched: Count
+    entries_head: Count
+    tail_mass: float
+    expected_texts: float
+
+
+class _Totals(File):
+    shards: Count
+    rows: Count
+    matched: Count
+    images: Count
+
+
+class _Sources(File):
+    metadata: dict[str, Sha256]
+    counts: dict[str, Sha256]
+    language_id: Any
+
+
+class Report(File):
+    """``balance.json``."""
+
+    t_en: Size
+    p: float
+    t: dict[str, Size]
+    mode: str
+    languages: dict[str, _Language]
+    languages_without_matches: dict[str, str]
+    totals: _Totals
+    drops: dict[str, Count]
+    english_share_before: float
+    english_share_after: float
+    sources: _Sources
+
+
+class _LanguageLength(Foreign):
+    entries: Size
+
+
+class _Lengths(Foreign):
+    """``balance.json``, as far as arrays are checked by it."""
+
+    languages: dict[str, _LanguageLength] = {}
 
 
 class BalanceFolder(Mapping[str, npt.NDArray[np.float32]]):
@@ -29,19 +81,32 @@ class BalanceFolder(Mapping[str, npt.NDArray[np.float32]]):
         if not self._files:
             raise UserError(f"{folder}: no probs/<lang>.npy there; run `mc2 curate balance` again")
         self._open: dict[str, npt.NDArray[np.float32]] = {}
+        self._lengths: _Lengths | None = None
 
     def report(self) -> dict[str, Any]:
         """What ``balance.json`` holds."""
-        return read_json(self.folder / REPORT)
+        return read_report(self.folder)
 
     def counts(self, lang: str) -> npt.NDArray[np.uint64]:
         """Matches of each entry of a language, uint64."""
-        return _map_array(self.folder / "counts" / self._files[lang].name, np.uint64)
+        return map_array(
+            self.folder / "counts" / self._files[lang].name, np.uint64, length=self._num_entries(lang), cure=_CURE
+        )
 
     def __getitem__(self, lang: str) -> npt.NDArray[np.float32]:
         if lang not in self._open:
-            self._open[lang] = _map_array(self._files[lang], np.float32)
+            probs = map_array(self._files[lang], np.float32, length=self._num_entries(lang), cure=_CURE)
+            if len(probs) and not (probs.min() >= 0 and probs.max() <= 1):  # NaN fails both
+                raise UserError(f"{self._files[lang]}: holds numbers that are no probabilities; {_CURE}")
+            self._open[lang] = probs
         return self._open[lang]
+
+    def _num_entries(self, lang: str) -> int | None:
+        """Entries of a language, where the report says."""
+        if self._lengths is None:
+            self._lengths = read_json(self.folder / REPORT, _Lengths, cure=_CURE)
+        row = self._lengths.languages.get(lang)
+        return None if row is None else row.entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -56,11 +121,10 @@ class BalanceFolder(Mapping[str, npt.NDArray[np.float32]]):
         self.__init__(folder)  # type: ignore[misc]
 
 
-def _map_array(path: Path, dtype: type) -> npt.NDArray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not readable as an array ({error}); run `mc2 curate balance` again") from None
-    if array.ndim != 1 or array.dtype != dtype:
-        raise UserError(f"{path}: holds {array.dtype} of shape {array.shape}, not one {dtype.__name__} an entry")
-    return array
+def read_report(folder: Path) -> dict[str, Any]:
+    """What ``balance.json`` of ``folder`` holds.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return read_fields(folder / REPORT, Report, cure=_CURE)

@@ -3,12 +3,15 @@
 import argparse
 import io
 import logging
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mc2_hpc import __version__
 from mc2_hpc.cli import ablate, bench, convert, curate, doctor, eval, metadata, quickstart, search, train
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import shown
 
 COMMANDS = {
     "quickstart": quickstart,
@@ -31,10 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII shows captions as well as it can
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    try:
+        arguments, rest = parser.parse_known_args(argv)
+    except UserError as error:
+        print(f"mc2: {error}", file=sys.stderr)
+        return 2
     rest = _take_late(arguments, rest)
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.exit(2, f"mc2: unrecognized arguments: {' '.join(map(shown, rest))}\n")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("mc2_hpc").setLevel(logging.INFO)  # the parent of all our loggers; other libraries stay quiet
     try:
@@ -61,10 +68,17 @@ def _take_late(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
     return rest
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the words, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"argument (\S+): (.*: must be .*)", message, flags=re.DOTALL)  # of mc2_hpc.cli.numbers
+        message = f"{found[1]} {found[2]}" if found else message.removeprefix("argument ")
+        raise UserError(f"{shown(message)}; see `{self.prog} --help`")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mc2", description="Worldwide CLIP: metadata, curation, training, evaluation, conversion."
-    )
+    parser = _Parser(prog="mc2", description="Worldwide CLIP: metadata, curation, training, evaluation, conversion.")
     parser.add_argument("--version", action="version", version=f"mc2_hpc {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

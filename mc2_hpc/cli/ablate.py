@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
 SUMMARY = "train and score the rows of ablation tables, each with several seeds"
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Words of the form key=value among the files; the list also takes those that come after an option.
     parser.set_defaults(overrides=[])
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of all work [runs/ablations]")
-    parser.add_argument("--jobs", type=int, default=1, help="training runs at a time, one thread each [1]")
+    parser.add_argument("--jobs", type=whole(1), default=1, help="training runs at a time, one thread each [1]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -21,8 +22,6 @@ def run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.ablation.tables import markdown
     from mc2_hpc.terminal import progress
 
-    if arguments.jobs < 1:
-        raise UserError(f"--jobs {arguments.jobs}: must be at least 1")
     files = [word for word in arguments.files if "=" not in word]
     overrides = [word for word in arguments.files if "=" in word] + arguments.overrides
     if not files:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def add_action(actions: Any) -> None:
 def draw_flags() -> argparse.ArgumentParser:
     """The flags that say which draw, as a parent of a parser."""
     flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("--seed", type=int, default=0, help="of the draws, as data.seed of training [0]")
-    flags.add_argument("--epoch", type=int, default=0, help="of the draws [0]")
+    flags.add_argument("--seed", type=whole(0), default=0, help="of the draws, as data.seed of training [0]")
+    flags.add_argument("--epoch", type=whole(0), default=0, help="of the draws [0]")
     return flags
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
 SUMMARY = "score a model on a suite of sets, or on image-text shards"
@@ -22,13 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md, report.html there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what results.json holds there")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features of images there [OUT/features]")
-    parser.add_argument("--batch", type=int, default=64, help="images encoded at a time [64]")
+    parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="images encoded at a time [64]")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoders [fp32]")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.batch < 1:
-        raise UserError(f"--batch {arguments.batch}: must be at least 1")
     from mc2_hpc.distributed import process_group
     from mc2_hpc.evaluation.suite import load_suite, shards_suite
 

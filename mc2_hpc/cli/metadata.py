@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
 SUMMARY = "build the entries that captions are matched against"
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("sources", type=Path, help="folder laid out as docs/metadata.md says")
     build.add_argument("--out", type=Path, required=True, help="folder to write")
     build.add_argument("--languages", metavar="A,B", help="build these alone")
-    build.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    build.add_argument("--workers", type=whole(1, 4096), default=1, help="processes (default: 1)")
     build.add_argument("--number-names", action="store_true", help="add the names of 0-99 (needs num2words)")
     build.add_argument(
         "--segmenter",
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LANG=NAME",
         help="split a language's text by this segmenter; `characters` needs no package",
     )
-    build.add_argument("--hourly-views", type=int, help="views an hour from which a title counts (default: 50)")
+    build.add_argument("--hourly-views", type=whole(1), help="views an hour from which a title counts (default: 50)")
     build.add_argument(
         "--merge-unknown", action="store_true", help="put languages that lid.176 does not know into other.json"
     )
@@ -82,8 +83,6 @@ def _build(arguments: argparse.Namespace) -> int:
             raise UserError(f"--segmenter {word}: write LANG=NAME")
         segmenters[lang] = name
     hourly_views = MIN_HOURLY_VIEWS if arguments.hourly_views is None else arguments.hourly_views
-    if hourly_views < 1:
-        raise UserError(f"--hourly-views {hourly_views}: must be at least 1")
     sources = find_sources(arguments.sources, number_names=arguments.number_names)
     if arguments.languages is not None:
         sources = choose_languages(sources, arguments.languages.split(","))

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from mc2_hpc.cli.numbers import port, whole
 from mc2_hpc.errors import UserError
 
 SUMMARY = "find images of a folder with words of any language"
@@ -16,20 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("query", nargs="?", help="what to look for, in any language")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images")
-    parser.add_argument("--top", type=int, default=10, help="images to show [10]")
-    parser.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="a page in the browser [8000]")
+    parser.add_argument("--top", type=whole(1), default=10, help="images to show [10]")
+    parser.add_argument(
+        "--serve", nargs="?", type=port, const=8000, metavar="PORT", help="a page in the browser [8000]"
+    )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features there [~/.cache/mc2_hpc/features]")
-    parser.add_argument("--batch", type=int, default=64, help="images encoded at a time [64]")
+    parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="images encoded at a time [64]")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if (arguments.query is None) == (arguments.serve is None):
         raise UserError("search: give either words to look for, or --serve")
-    for name in ("top", "batch"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
-    if arguments.serve is not None and not 0 <= arguments.serve < 65536:
-        raise UserError(f"--serve {arguments.serve}: not a port; choose another")
     from mc2_hpc.distributed import process_group
     from mc2_hpc.evaluation.encoder import Encoder
     from mc2_hpc.evaluation.search import ImageIndex

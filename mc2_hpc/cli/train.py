@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mc2_hpc.cli import train_slurm
+from mc2_hpc.cli.numbers import seconds, whole
 from mc2_hpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ SUMMARY = "train a model from a config file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that differ from the file's")
-    parser.add_argument("--processes", type=int, help="start this many processes on this machine (one a GPU)")
     parser.add_argument(
-        "--restarts", type=int, default=0, help="with --processes: start all again this often if one dies [0]"
+        "--processes", type=whole(1, 4096), help="start this many processes on this machine (one a GPU)"
     )
-    parser.add_argument("--timeout", type=float, default=600, help="seconds a rank waits for the others [600]")
+    parser.add_argument(
+        "--restarts", type=whole(0), default=0, help="with --processes: start all again this often if one dies [0]"
+    )
+    parser.add_argument("--timeout", type=seconds, default=600, help="seconds a rank waits for the others [600]")
     train_slurm.add_arguments(parser)
 
 
@@ -95,10 +98,6 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     if arguments.processes is None:
         raise UserError("--restarts needs --processes: elsewhere the launcher restarts (torchrun, Slurm)")
-    if arguments.processes < 1 or arguments.restarts < 0:
-        raise UserError(
-            f"--processes {arguments.processes} --restarts {arguments.restarts}: at least 1 process and 0 restarts"
-        )
     if "WORLD_SIZE" in os.environ:
         raise UserError("--processes inside a launched job (WORLD_SIZE is set): leave it out")
     # Bad input shows here, once, before any process is started.

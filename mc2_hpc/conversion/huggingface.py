@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.conversion.keys import from_peer, huggingface_entries, peer_shapes, to_peer
-from mc2_hpc.conversion.model_folder import check_sizes, read_fp32, read_model, refuse_pickles, write_model
+from mc2_hpc.conversion.model_folder import check_sizes, read_model, refuse_pickles, write_model
 from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.data.tokenizer import STYLES
@@ -14,7 +14,8 @@ from mc2_hpc.models.formats import TRANSFORMERS_CONFIG
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.weights import ModelCard, check_names, write_tensors
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
-from mc2_hpc.storage import read_json, write_json
+from mc2_hpc.reading.json_file import Foreign, as_type, read_json
+from mc2_hpc.storage import write_json
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
@@ -60,7 +61,7 @@ def export(checkpoint: Path, out: Path) -> None:
     write_json(out / TRANSFORMERS_CONFIG, config(card))
     write_json(out / PREPROCESSOR_FILE, preprocessor_config(card.arch))
     write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)
-    write_tensors(out / "model.safetensors", dict(to_peer(huggingface_entries(card.arch), files.get)))
+    write_tensors(out / "model.safetensors", dict(to_peer(huggingface_entries(card.arch), files.get_fp32)))
 
 
 def import_model(source: Path, out: Path) -> None:
@@ -70,18 +71,18 @@ def import_model(source: Path, out: Path) -> None:
         UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
     """
     path = source / TRANSFORMERS_CONFIG
-    arch = architecture(read_json(path), _preprocessor(source), str(path))
+    arch = architecture(read_json(path, dict[str, Any]), _preprocessor(source), str(path))
     files = _weights(source)
     entries = huggingface_entries(arch)
     # Buffers that older versions of transformers stored with the weights.
     names = [name for name in files.names() if not name.endswith(".position_ids")]
     check_names(str(source), names, peer_shapes(entries, arch), files)
     tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size)
-    tensors = from_peer(entries, lambda name: read_fp32(files, name))
+    tensors = from_peer(entries, files.get_fp32)
     write_model(out, ModelCard(arch=arch, tokenizer_style=style), tensors, tokenizer_file)
 
 
-def _preprocessor(folder: Path) -> dict[str, Any]:
+def _preprocessor(folder: Path) -> "Preprocessor":
     """What a folder says of its image processor, by transformers up to 4 or, first, from 5 on; empty: nothing.
 
     Raises:
@@ -91,14 +92,12 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             continue
-        values = read_json(path)
-        if key is not None and isinstance(values, dict) and key not in values:
+        values = read_json(path, dict[str, Any], what="an image processor's description")
+        if key is not None and key not in values:
             continue  # a processor without an image processor of its own; the other file has it
-        found = values[key] if key is not None and isinstance(values, dict) else values
-        if not isinstance(found, dict):
-            raise UserError(f"{path}: does not describe an image processor")
-        return found
-    return {}
+        found = values[key] if key is not None else values
+        return as_type(found, Preprocessor, str(path), what="an image processor's description")
+    return Preprocessor()
 
 
 def config(card: ModelCard) -> dict[str, Any]:
@@ -166,7 +165,22 @@ def preprocessor_config(arch: ClipArchitecture) -> dict[str, Any]:
     }
 
 
-def architecture(values: Any, preprocessor: dict[str, Any], source: str) -> ClipArchitecture:
+class Preprocessor(Foreign):
+    """``preprocessor_config.json``, as far as it decides what a model sees."""
+
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    size: dict[str, Any] | int | None = None
+
+
+class _Config(Foreign):
+    """``config.json``, but for the sizes of its towers."""
+
+    text_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+
+
+def architecture(values: Any, preprocessor: Preprocessor, source: str) -> ClipArchitecture:
     """The architecture of a parsed ``config.json`` and ``preprocessor_config.json`` (may be empty).
 
     Raises:
@@ -175,8 +189,9 @@ def architecture(values: Any, preprocessor: dict[str, Any], source: str) -> Clip
     if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
         found = values.get("model_type") if isinstance(values, dict) else None
         raise UserError(f"{source}: model_type is {found!r}; only {MODEL_TYPE} models can be imported")
-    text = {**TEXT_DEFAULTS, **(values.get("text_config") or {})}
-    vision = {**VISION_DEFAULTS, **(values.get("vision_config") or {})}
+    sections = as_type(values, _Config, source)
+    text = {**TEXT_DEFAULTS, **(sections.text_config or {})}
+    vision = {**VISION_DEFAULTS, **(sections.vision_config or {})}
     embed_dim = values.get("projection_dim", PROJECTION_DIM_DEFAULT)
     check_sizes(source, {"projection_dim": embed_dim})
     _check_family(text, vision, source)
@@ -209,7 +224,7 @@ def _check_family(text: dict[str, Any], vision: dict[str, Any], source: str) -> 
         check_sizes(source, {f"{section}.{key}": found[key] for key in numbers})
         if found["hidden_size"] % found["num_attention_heads"]:
             raise UserError(f"{source}: {section}.hidden_size is not a multiple of num_attention_heads")
-    if text["hidden_act"] not in _ACTIVATIONS:
+    if not isinstance(text["hidden_act"], str) or text["hidden_act"] not in _ACTIVATIONS:
         raise UserError(f"{source}: hidden_act={text['hidden_act']!r}: models here have {' or '.join(_ACTIVATIONS)}")
     required = {
         "vision_config.hidden_act": (vision["hidden_act"], text["hidden_act"]),
@@ -223,14 +238,13 @@ def _check_family(text: dict[str, Any], vision: dict[str, Any], source: str) -> 
             raise UserError(f"{source}: {key}={found!r}: models here have {wanted!r}")
 
 
-def _eval_resize(preprocessor: dict[str, Any], source: str) -> str:
+def _eval_resize(preprocessor: Preprocessor, source: str) -> str:
     for key, wanted in (("image_mean", MEAN), ("image_std", STD)):
-        found = preprocessor.get(key, wanted)
+        found = getattr(preprocessor, key) or wanted
         # transformers' constants are these to the last digit or, in some versions, one digit shorter.
         if len(found) != 3 or any(abs(a - b) > 1e-6 for a, b in zip(found, wanted, strict=True)):
-            raise UserError(f"{source}: the image processor's {key}={found}: models here take {wanted}")
-    size = preprocessor.get("size", {})
-    return "squash" if isinstance(size, dict) and "height" in size else "shortest"
+            raise UserError(f"{source}: the image processor's {key}={found[:4]}: models here take {wanted}")
+    return "squash" if isinstance(preprocessor.size, dict) and "height" in preprocessor.size else "shortest"
 
 
 def _weights(folder: Path) -> UnwrappedTensorFiles:

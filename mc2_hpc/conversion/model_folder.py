@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mc2_hpc.conversion.keys import our_shapes
@@ -24,7 +23,7 @@ from mc2_hpc.models.weights import (
 )
 
 _FILE_BYTES = 1 << 30
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_SIZE = 10**9
 
 
 def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
@@ -55,18 +54,6 @@ def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]
     write_card(out, card)
 
 
-def read_fp32(files: TensorFiles, name: str) -> Tensor:
-    """One tensor as fp32: half-precision weights widen exactly.
-
-    Raises:
-        UserError: it holds anything but floating-point numbers of at most 32 bits.
-    """
-    tensor = files.get(name)
-    if tensor.dtype not in _FLOATS:
-        raise UserError(f"{files.folder}: {name} is {tensor.dtype}; convert weights of fp32, fp16 or bf16")
-    return tensor.float()
-
-
 def check_sizes(source: str, sizes: Mapping[str, Any]) -> None:
     """Check the sizes that a config file states.
 
@@ -75,7 +62,14 @@ def check_sizes(source: str, sizes: Mapping[str, Any]) -> None:
     """
     for key, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{source}: {key}={value!r}: must be a whole number of at least 1")
+            raise UserError(f"{source}: {key}={_brief(value)}: must be a whole number of at least 1")
+        if value > _MOST_SIZE:
+            raise UserError(f"{source}: {key} has {len(str(value))} digits: no model is that large")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def refuse_pickles(folder: Path) -> None:

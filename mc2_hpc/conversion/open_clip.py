@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.conversion.keys import from_peer, open_clip_entries, peer_shapes, to_peer
-from mc2_hpc.conversion.model_folder import check_sizes, read_fp32, read_model, refuse_pickles, write_model
+from mc2_hpc.conversion.model_folder import check_sizes, read_model, refuse_pickles, write_model
 from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.errors import UserError
@@ -12,7 +12,8 @@ from mc2_hpc.models.formats import OPEN_CLIP_CONFIG
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.weights import ModelCard, check_names, write_tensors
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
-from mc2_hpc.storage import read_json, write_json
+from mc2_hpc.reading.json_file import ANYTHING, Foreign, as_type, read_json
+from mc2_hpc.storage import write_json
 
 # In open_clip's own order of preference.
 _WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model")
@@ -38,6 +39,18 @@ _WITHOUT_EFFECT = {
 }
 
 
+_MOST_RATIO = 1000
+
+
+class _Preprocessing(Foreign):
+    """``preprocess_cfg`` of ``open_clip_config.json``."""
+
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: str | None = None
+    resize_mode: str = "shortest"
+
+
 def export(checkpoint: Path, out: Path) -> None:
     """Write the model of a checkpoint or run folder into ``out``, an existing empty folder.
 
@@ -47,7 +60,7 @@ def export(checkpoint: Path, out: Path) -> None:
     card, files, tokenizer_file = read_model(checkpoint)
     write_json(out / OPEN_CLIP_CONFIG, config(card))
     write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)
-    write_tensors(out / "open_clip_model.safetensors", dict(to_peer(open_clip_entries(card.arch), files.get)))
+    write_tensors(out / "open_clip_model.safetensors", dict(to_peer(open_clip_entries(card.arch), files.get_fp32)))
 
 
 def import_model(source: Path, out: Path) -> None:
@@ -57,12 +70,12 @@ def import_model(source: Path, out: Path) -> None:
         UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
     """
     path = source / OPEN_CLIP_CONFIG
-    arch, text_prefix = architecture(read_json(path), str(path))
+    arch, text_prefix = architecture(read_json(path, ANYTHING), str(path))
     files = _weights(source)
     entries = open_clip_entries(arch, text_prefix)
     check_names(str(source), files.names(), peer_shapes(entries, arch), files)
     tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size)
-    tensors = from_peer(entries, lambda name: read_fp32(files, name))
+    tensors = from_peer(entries, files.get_fp32)
     write_model(out, ModelCard(arch=arch, tokenizer_style=style), tensors, tokenizer_file)
 
 
@@ -126,14 +139,17 @@ def architecture(values: Any, source: str) -> tuple[ClipArchitecture, str]:
     check_sizes(source, {"embed_dim": top["embed_dim"]})
     check_sizes(source, {f"vision_cfg.{key}": value for key, value in vision.items()})
     check_sizes(source, {f"text_cfg.{key}": value for key, value in text.items()})
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio <= 0:
-        raise UserError(f"{source}: vision_cfg.mlp_ratio={ratio!r}: must be a positive number")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= _MOST_RATIO:
+        raise UserError(f"{source}: vision_cfg.mlp_ratio={str(ratio)[:40]!r}: must be a positive number")
+    for key in ("quick_gelu", "custom_text"):
+        if not isinstance(top[key], bool):
+            raise UserError(f"{source}: model_cfg.{key}={top[key]!r}: must be true or false")
     arch = ClipArchitecture(
         embed_dim=top["embed_dim"],
-        quick_gelu=bool(top["quick_gelu"]),
+        quick_gelu=top["quick_gelu"],
         vision=VisionArchitecture(**vision, mlp_width=int(vision["width"] * ratio)),
         text=TextArchitecture(**text),
-        eval_resize=_eval_resize(values.get("preprocess_cfg") or {}, source),
+        eval_resize=_eval_resize(as_type(values.get("preprocess_cfg") or {}, _Preprocessing, source), source),
     )
     return arch, "text." if top["custom_text"] else ""
 
@@ -148,15 +164,17 @@ def _take(values: Any, section: str, sizes: dict[str, Any], source: str) -> dict
     return {key: values.get(key, default) for key, default in sizes.items()}
 
 
-def _eval_resize(preprocess: dict[str, Any], source: str) -> str:
+def _eval_resize(preprocess: _Preprocessing, source: str) -> str:
     ours = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic"}
     for key, value in ours.items():
-        if list(preprocess.get(key, value)) != list(value):
-            raise UserError(f"{source}: preprocess_cfg.{key}={preprocess[key]}: models here take {value}")
-    mode = preprocess.get("resize_mode", "shortest")
-    if mode not in ("shortest", "squash"):
-        raise UserError(f"{source}: preprocess_cfg.resize_mode={mode!r}: models here take shortest or squash")
-    return mode
+        found = getattr(preprocess, key)
+        if found is not None and found != value:
+            raise UserError(f"{source}: preprocess_cfg.{key}={found}: models here take {value}")
+    if preprocess.resize_mode not in ("shortest", "squash"):
+        raise UserError(
+            f"{source}: preprocess_cfg.resize_mode={preprocess.resize_mode!r}: models here take shortest or squash"
+        )
+    return preprocess.resize_mode
 
 
 def _weights(folder: Path) -> UnwrappedTensorFiles:

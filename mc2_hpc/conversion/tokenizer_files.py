@@ -13,8 +13,9 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
-from mc2_hpc.data.tokenizer import STYLES, Tokenizer
+from mc2_hpc.data.tokenizer import MOST_BYTES, STYLES, Tokenizer
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import write_json
 
 MODEL_NAMES = {"xlmv": "sentencepiece.bpe.model", "mt5": "spiece.model", "gemma": "tokenizer.model"}
@@ -34,7 +35,7 @@ def write_tokenizer(model_file: Path, style: str, context_length: int, out: Path
     """
     Tokenizer(model_file, style)  # its checks
     proto = sentencepiece_proto.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(model_file.read_bytes())
+    proto.ParseFromString(read_bytes(model_file, most=MOST_BYTES))
     shutil.copyfile(model_file, out / MODEL_NAMES[style])
     write_json(out / "tokenizer.json", tokenizer_json(proto, style, str(model_file)))
     write_json(out / "tokenizer_config.json", tokenizer_config(proto, style, context_length))

@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.balancing import csr
+from mc2_hpc.balancing.folder import read_report
 from mc2_hpc.balancing.selection import keep_probability
 from mc2_hpc.balancing.thresholds import check_threshold, entry_probabilities, mass_to_threshold, threshold_to_mass
 from mc2_hpc.curation.counts import VotesFile, dense, merge_tree, merge_votes, merged_path
 from mc2_hpc.curation.matched import (
     MERGED,
     SETTINGS,
+    MatchStats,
     counts_path,
     entries_of,
     matched_batches,
@@ -31,13 +33,32 @@ from mc2_hpc.curation.matched import (
     rows_by_language,
 )
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import Plan, Stage, sum_stats
+from mc2_hpc.jobs import REDO, Plan, Stage, sum_stats
 from mc2_hpc.metadata.files import metadata_files, read_entries
-from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
+from mc2_hpc.reading.arrays import map_array
+from mc2_hpc.reading.json_file import Count, File, Sha256, Size, read_fields, read_json
+from mc2_hpc.storage import atomic_path, file_sha256, write_json
 
 ENGLISH = "en"
 _REPORT = "balance.json"
 _THRESHOLDS = "thresholds.json"
+
+
+class _Row(File):
+    """A language of ``thresholds.json``."""
+
+    t: Size
+    counts_sha256: Sha256
+    entries: Size
+    entries_matched: Count
+    entries_head: Count
+    tail_mass: float
+
+
+class _Thresholds(File):
+    t_en: Size
+    p: float
+    languages: dict[str, _Row]
 
 
 def plan_balance(
@@ -79,7 +100,7 @@ def plan_balance(
         Stage("expected share", out, dict.fromkeys(shards), ExpectShard(matched, out), ("expected/{shard}.json",)),
         Stage("balance", out, {"balance": None}, WriteReport(matched, out, root), (_REPORT,)),
     )
-    return Plan(stages, result=lambda: read_json(out / _REPORT))
+    return Plan(stages, result=lambda: read_report(out))
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,7 @@ class SetThresholds:
         marker = self._marker()
         if not (marker.is_file() and self.root.is_file()):
             return False
-        return read_json(marker) == self._made_of()
+        return read_json(marker, dict[str, Any]) == self._made_of()
 
     def _marker(self) -> Path:
         return self.out / "logs" / f"made_of_{_THRESHOLDS}"
@@ -189,7 +210,7 @@ class ExpectShard:
 @lru_cache(maxsize=512)
 def _probabilities(path: Path, version: int) -> npt.NDArray[np.float32]:
     """Mapped into memory; ``version`` tells an array from one that was written later under the same name."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return map_array(path, np.float32, cure="run `mc2 curate balance` into another folder")
 
 
 @dataclass(frozen=True)
@@ -201,11 +222,11 @@ class WriteReport:
     root: Path
 
     def __call__(self, name: str, value: None) -> None:
-        settings, thresholds = read_settings(self.matched), read_json(self.out / _THRESHOLDS)
-        stats = sum_stats(self.matched, settings["shards"])
+        settings, thresholds = read_settings(self.matched), read_fields(self.out / _THRESHOLDS, _Thresholds, cure=REDO)
+        stats = sum_stats(self.matched, settings["shards"], MatchStats)
         expected: dict[str, float] = dict.fromkeys(thresholds["languages"], 0.0)
         for shard in settings["shards"]:
-            for lang, texts in read_json(_expected_path(self.out, shard)).items():
+            for lang, texts in read_json(_expected_path(self.out, shard), dict[str, float], cure=REDO).items():
                 expected[lang] += texts
         rows = {
             lang: {

@@ -7,7 +7,7 @@ numbers knows no order: the same counts, and equal bytes, whatever the tree.
 
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.arrays import open_npz
 from mc2_hpc.storage import atomic_path
 
 FAN_IN = 100
 """Files that are merged to one: three levels for a million shards."""
+_CURE = "damaged counts: delete the file and match again"
 _DENSE = 8
 """Entries a match up to which counting in an array is the faster way."""
 
@@ -101,24 +103,14 @@ class VotesFile:
 
     def __init__(self, path: Path):
         self.path = path
-        with self._named():
-            self._archive = np.load(path, allow_pickle=False)
-            suffix = ".entries"
-            self.langs = {name.removesuffix(suffix) for name in self._archive.files if name.endswith(suffix)}
+        self._stack = ExitStack()
+        self._arrays = self._stack.enter_context(open_npz(path, cure=_CURE))
+        suffix = ".entries"
+        self.langs = {name.removesuffix(suffix) for name in self._arrays.names if name.endswith(suffix)}
 
     def __getitem__(self, lang: str) -> Sparse:
-        with self._named():
-            entries, counts = self._archive[f"{lang}.entries"], self._archive[f"{lang}.counts"]
-            if entries.shape != counts.shape or entries.dtype != np.uint32 or counts.dtype != np.uint64:
-                raise ValueError(f"{lang} holds {entries.dtype} ids {entries.shape}, {counts.dtype} {counts.shape}")
-            return entries, counts
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path}: damaged counts ({error}); delete the file and match again") from None
+        entries = self._arrays.read(f"{lang}.entries", np.uint32)
+        return entries, self._arrays.read(f"{lang}.counts", np.uint64, length=len(entries))
 
     def __enter__(self) -> "VotesFile":
         return self
@@ -126,7 +118,7 @@ class VotesFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._archive.close()
+        self._stack.__exit__(kind, error, trace)
 
 
 def merge_tree(leaves: Sequence[Path], folder: Path) -> list[dict[str, tuple[Path, ...]]]:

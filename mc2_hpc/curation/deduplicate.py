@@ -24,9 +24,18 @@ from mc2_hpc.draw_kernels import hash_column
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept, sum_stats
-from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.reading.json_file import Foreign, Size, read_json
+from mc2_hpc.storage import atomic_path, write_json
 
 SETTINGS = "deduplicate.json"
+
+
+class _Settings(Foreign):
+    """``deduplicate.json``, as far as it is asked for before the settings are compared."""
+
+    num_shards: Size
+
+
 _ROWS_A_SHARD = 1_000_000
 _ROWS_A_RUN = 1 << 20
 _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -121,7 +130,7 @@ def _number_of_shards(out: Path, inputs: dict[str, PoolShard], shards: int | Non
             raise UserError(f"shards={shards}: must be at least 1")
         return shards
     if (out / SETTINGS).is_file():
-        return int(read_json(out / SETTINGS)["num_shards"])
+        return read_json(out / SETTINGS, _Settings, cure="name another folder, or delete it").num_shards
     rows = sum(_num_rows(shard.captions) for shard in inputs.values() if shard.captions)
     return max(1, -(-rows // _ROWS_A_SHARD))
 

@@ -20,6 +20,7 @@ from mc2_hpc.curation.matched import (
     MERGED,
     OUTPUTS,
     SETTINGS,
+    MatchStats,
     counts_path,
     matched_table,
     rows_by_language,
@@ -93,7 +94,7 @@ def plan_match(
             Stage("matcher tables", out, languages, tables, (f"matchers/{{shard}}/{LAST_SAVED}",), unit="languages"),
             Stage("match", out, shards, work, OUTPUTS, invalidates=(out / MERGED,)),
         ),
-        result=lambda: sum_kept(out, list(shards), "matched"),
+        result=lambda: sum_kept(out, list(shards), "matched", MatchStats),
     )
 
 

@@ -6,7 +6,7 @@ Beside them lie the counts of each shard, the matcher tables of each language, a
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,59 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, has_outputs
-from mc2_hpc.storage import atomic_path, read_json
+from mc2_hpc.reading.json_file import Count, File, Sha256, read_fields
+from mc2_hpc.storage import atomic_path
 
 SETTINGS = "match.json"
 MERGED = "merged"
 """Folder of counts added up over shards, made by balancing from the counts of the shards."""
 OUTPUTS = ("{shard}.parquet", "counts/{shard}.npz", STATS)
 """Files of a matched shard."""
+
+
+class _Sampled(File):
+    """What ``sample`` of a matched pool was drawn with."""
+
+    seed: Count
+    epoch: Count
+    balance: Sha256
+
+
+class _Filter(File):
+    name: str
+    arguments: dict[str, Any] | None = None
+
+
+class MatchSettings(File, omit_defaults=True):
+    """``match.json``."""
+
+    mode: Literal["fixed", "compat"]
+    metadata: dict[str, Sha256]
+    language_id: str
+    shards: list[str]
+    matching_rules: Count | None = None
+    filters: list[_Filter] | None = None
+    sample: _Sampled | None = None
+
+
+class _LanguageStats(File):
+    texts: Count
+    images: Count
+    matches: Count
+
+
+class MatchStats(File):
+    """``stats/<shard>.json`` of a matched pool."""
+
+    rows: Count
+    matched: Count
+    images: Count
+    drops: dict[str, Count]
+    captions: dict[str, Count]
+    languages: dict[str, _LanguageStats]
+    unknown_languages: dict[str, Count] = {}
+
+
 _ENTRIES = pa.list_(pa.uint32())
 _REPEATING = ["lang", "source"]
 _REQUIRED = {"key": pa.string(), "text": pa.string(), "lang": pa.string(), "entries": _ENTRIES}
@@ -62,7 +108,7 @@ def planned_settings(matched: Path) -> dict[str, Any]:
     """As :func:`read_settings`, of a pool whose shards may still have to be matched."""
     if not (matched / SETTINGS).is_file():
         raise UserError(f"{matched}: not a matched pool (no {SETTINGS}); run `mc2 curate match` first")
-    return read_json(matched / SETTINGS)
+    return read_fields(matched / SETTINGS, MatchSettings, cure="run `mc2 curate match` into another folder")
 
 
 def matched_table(rows: pa.Table, offsets: npt.NDArray[np.int64], ids: npt.NDArray[np.uint32]) -> pa.Table:

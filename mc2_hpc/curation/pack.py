@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,13 +16,29 @@ from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.reading.json_file import Count, File, read_json
 from mc2_hpc.samples import JPEG_EXTENSIONS, ByKey, Listing
 from mc2_hpc.shard_paths import Names
-from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.storage import atomic_path, write_json
 from mc2_hpc.tar import Member, escapes, fits_tar_name, write_tar
 
 SETTINGS = "pack.json"
+
+
+class PackSettings(File):
+    """``pack.json``."""
+
+    matched: dict[str, Any]
+    shards: list[str]
+
+
+class PackStats(File):
+    """``stats/<shard>.json`` of a folder of training shards."""
+
+    images: Count
+    texts: Count
+    drops: dict[str, Count]
 
 
 def plan_pack(pool: Names, matched: str | Path, out: str | Path, *, after_match: bool = False) -> Plan:
@@ -51,7 +68,7 @@ def plan_pack(pool: Names, matched: str | Path, out: str | Path, *, after_match:
     open_folder(out, SETTINGS, {"matched": settings}, shards)
     tars = {name: in_pool.get(name) for name in shards}
     stage = Stage("pack", out, tars, PackShard(matched, out), (STATS,))
-    return Plan((stage,), result=lambda: sum_kept(out, shards, "images"))
+    return Plan((stage,), result=lambda: sum_kept(out, shards, "images", PackStats))
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,7 @@ class PackShard:
 
     def is_current(self, shard: str) -> bool:
         """Whether the shard's files are there, if it has images."""
-        if read_json(stats_path(self.out, shard))["images"] == 0:
+        if read_json(stats_path(self.out, shard), PackStats, cure=REDO).images == 0:
             return True
         return all((self.out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
 

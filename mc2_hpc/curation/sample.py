@@ -23,6 +23,7 @@ from mc2_hpc.curation.counts import count_votes, write_votes
 from mc2_hpc.curation.matched import (
     OUTPUTS,
     SETTINGS,
+    MatchStats,
     counts_path,
     entries_of,
     read_matched,
@@ -32,8 +33,10 @@ from mc2_hpc.curation.matched import (
 )
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_kept
-from mc2_hpc.storage import atomic_path, file_sha256, read_json, write_json
+from mc2_hpc.jobs import REDO, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.reading.arrays import map_array
+from mc2_hpc.reading.json_file import read_json
+from mc2_hpc.storage import atomic_path, file_sha256, write_json
 
 _CHECKED_KEYS = 1 << 20
 _logger = logging.getLogger(__name__)
@@ -63,13 +66,14 @@ def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, se
     probs = BalanceFolder(Path(balance).absolute())
     _check_same_pool(matched, settings, probs)
     shards = settings.pop("shards")
-    images = sum(read_json(stats_path(matched, name))["images"] for name in shards)
+    images = sum(read_json(stats_path(matched, name), MatchStats, cure=REDO).images for name in shards)
     origin = {"seed": seed, "epoch": epoch, "balance": file_sha256(probs.folder / REPORT)}
     open_folder(out, SETTINGS, {**settings, "sample": origin}, shards)
     work = SampleShard(matched, out, probs.folder, seed, epoch, min(1.0, _CHECKED_KEYS / max(images, 1)))
     stage = Stage("sample", out, dict.fromkeys(shards), work, (*OUTPUTS, "keys/{shard}.npy"))
     return Plan(
-        (stage,), lambda: {**sum_kept(out, shards, "matched"), "keys_in_several_shards": _check_keys(out, shards)}
+        (stage,),
+        lambda: {**sum_kept(out, shards, "matched", MatchStats), "keys_in_several_shards": _check_keys(out, shards)},
     )
 
 
@@ -164,7 +168,7 @@ def _keys_path(out: Path, shard: str) -> Path:
 
 def _check_keys(out: Path, shards: list[str]) -> dict[str, int]:
     """Count keys that stand in more than one shard among those left for this check, and warn of them."""
-    hashes = np.concatenate([np.load(_keys_path(out, name), allow_pickle=False) for name in shards])
+    hashes = np.concatenate([map_array(_keys_path(out, name), np.uint64, cure=REDO) for name in shards])
     distinct, times = np.unique(hashes, return_counts=True)
     found = int((times > 1).sum())
     if found:

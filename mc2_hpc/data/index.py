@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
+from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.samples import LARGEST_RECORD, Sample, list_samples
 from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import ByteSource, LocalFile, Member, TarError
@@ -33,9 +35,11 @@ FILES = ("image", "caption", "record")
 _COLUMNS = 2 + 2 * len(FILES)
 _MOST_BETWEEN = 16384
 """Bytes between the files of a sample that are read along with them, rather than each file by itself."""
+_MOST_BYTES = 1 << 32
 _MAGIC = b"mc2idx3\n"
 _HEADER = struct.Struct("<8sqqqq")  # magic, size and time of the tar, samples, bytes of drops
-_CHECKSUM = struct.Struct("<L")  # of the header and of what follows the checksum
+_CHECKSUM = struct.Struct("<L")
+"""CRC-32 of all before it, at the end."""
 _Stamp = tuple[bytes, int, int]
 # A tar written so lately may be written again within the tick of its clock: such an index is used, but not kept.
 _SETTLED_NS = 2_000_000_000
@@ -142,21 +146,21 @@ def _place(member: Member | None) -> tuple[int, int]:
 def _read(path: Path, stamp: _Stamp) -> tuple[ShardIndex | None, bool]:
     """The index at ``path``, or None where it is absent, damaged, or of another tar; and whether it was of another."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None, False
-    except OSError as error:
+        if not path.exists():
+            return None, False
+        data = read_bytes(path, most=_MOST_BYTES)
+    except (UserError, OSError) as error:
         logger.info("%s: cannot be read, so the tar is listed again: %s", path, error)
         return None, False
-    begin = _HEADER.size + _CHECKSUM.size
-    if len(data) < begin or not data.startswith(_MAGIC):
-        return None, False  # cut short, or written by another version
-    body = memoryview(data)[begin:]
-    if _CHECKSUM.unpack_from(data, _HEADER.size)[0] != zlib.crc32(body, zlib.crc32(data[: _HEADER.size])):
-        return None, False  # a disk that lost part of it; the tar knows
+    if len(data) < _HEADER.size + _CHECKSUM.size:
+        return None, False
+    content = memoryview(data)[: -_CHECKSUM.size]
+    if _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0] != zlib.crc32(content):
+        return None, False  # a disk that lost part of it, or another version's; the tar knows
     *found, num, drops_size = _HEADER.unpack_from(data)
     if tuple(found) != stamp:
-        return None, True
+        return None, found[0] == _MAGIC  # else it was written by another version
+    body = content[_HEADER.size :]
     hashes = np.frombuffer(body, np.uint64, num)
     places = np.frombuffer(body, np.int64, num * _COLUMNS, offset=hashes.nbytes)
     rest = body[hashes.nbytes + places.nbytes :]
@@ -170,13 +174,12 @@ def _keep(index: ShardIndex, stamp: _Stamp, targets: Iterable[Path]) -> None:
     drops = json.dumps(index.drops).encode()
     keys = "\0".join(index.keys).encode("utf-8", "surrogateescape")
     body = index.hashes.tobytes() + index.places.tobytes() + drops + keys
-    header = _HEADER.pack(*stamp, len(index.keys), len(drops))
-    header += _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(header)))
+    content = _HEADER.pack(*stamp, len(index.keys), len(drops)) + body
     error: OSError | None = None
     for path in targets:
         try:
             with atomic_path(path) as temporary:
-                temporary.write_bytes(header + body)
+                temporary.write_bytes(content + _CHECKSUM.pack(zlib.crc32(content)))
             return
         except OSError as failure:
             error = failure

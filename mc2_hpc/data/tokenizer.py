@@ -29,7 +29,11 @@ import sentencepiece
 import torch
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import atomic_path
+
+MOST_BYTES = 256 << 20
+"""Of a sentencepiece model file: some 250 bytes for each of a million pieces."""
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WIDTH_MULTIPLE = 8
@@ -180,7 +184,7 @@ def _load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise UserError(f"{path}: no such sentencepiece model file (data.tokenizer)")
     model = sentencepiece.SentencePieceProcessor()
     try:
-        loaded = model.LoadFromSerializedProto(path.read_bytes())
+        loaded = model.LoadFromSerializedProto(read_bytes(path, most=MOST_BYTES))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
     if not loaded or model.get_piece_size() == 0:

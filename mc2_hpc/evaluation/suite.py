@@ -31,6 +31,8 @@ from mc2_hpc.evaluation.scoring import ALL, Scores, score
 from mc2_hpc.evaluation.sets import reader_of
 from mc2_hpc.evaluation.sets.files import shuffled
 from mc2_hpc.evaluation.tasks import Classification, Retrieval, Task
+from mc2_hpc.reading.settings import typed_arguments
+from mc2_hpc.reading.yaml_file import Section
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,30 @@ class Suite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _ProbeInFile:
+    """:class:`ProbeConfig` with the options as they were written."""
+
+    path: str | None = None
+    options: Section = Section({}, "")
+    validation: float = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SetInFile(SetConfig):
+    """With the options as they were written: their types are those of the reader's arguments."""
+
+    options: Section = Section({}, "")  # type: ignore[assignment]
+    linear_probe: _ProbeInFile | None = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SuiteFile:
+    root: str = "."
+    eval_resize: str | None = None
+    sets: dict[str, _SetInFile] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetResult:
     """What became of one set: scores, or why there are none."""
 
@@ -114,12 +140,10 @@ def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
     Raises:
         UserError: no such file, not YAML, an unknown key, reader or option, or no set at all.
     """
-    suite = typed(Suite, read_yaml(path, "suite file"), overrides or (), source=str(path))
-    if not suite.sets:
+    found = typed(_SuiteFile, read_yaml(path, "suite file"), overrides or (), source=str(path))
+    if not found.sets:
         raise UserError(f"{path}: no sets in it")
-    for name, config in suite.sets.items():
-        _check(f"{path}: sets.{name}", config)
-    return suite
+    return _suite(found, str(path))
 
 
 def shards_suite(path: str, overrides: list[str] | None = None) -> Suite:
@@ -129,24 +153,37 @@ def shards_suite(path: str, overrides: list[str] | None = None) -> Suite:
         UserError: an unknown key.
     """
     values = {"sets": {"shards": {"reader": "shards", "path": path}}}
-    return typed(Suite, values, overrides or (), source="--shards")
+    return _suite(typed(_SuiteFile, values, overrides or (), source="--shards"), "--shards")
 
 
-def _check(where: str, config: SetConfig) -> None:
+def _suite(found: "_SuiteFile", source: str) -> Suite:
+    sets = {name: _checked(source, name, config) for name, config in found.sets.items()}
+    return Suite(root=found.root, eval_resize=found.eval_resize, sets=sets)
+
+
+def _checked(source: str, name: str, config: "_SetInFile") -> SetConfig:
+    where = f"{source}: sets.{name}"
     try:
         read = reader_of(config.reader).read
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     parameters = list(inspect.signature(read).parameters.values())[1:]
     known = {parameter.name for parameter in parameters}
-    unknown = sorted(set(config.options) - known)
+    unknown = sorted(set(config.options.entries) - known)
     if unknown:
         raise UserError(
             f"{where}: {config.reader} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}"
         )
-    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in config.options]
+    given = config.options.entries
+    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in given]
     if needed:
         raise UserError(f"{where}: {config.reader} needs the option {needed[0]!r}")
+    values = {**vars(config), "options": typed_arguments(read, given, within=f"sets.{name}.options.")}
+    if config.linear_probe is not None:
+        within = f"sets.{name}.linear_probe.options."
+        of_probe = typed_arguments(read, config.linear_probe.options.entries, within=within)
+        values["linear_probe"] = ProbeConfig(**{**vars(config.linear_probe), "options": of_probe})
+    return SetConfig(**values)
 
 
 def run_suite(suite: Suite, encoder: Encoder, progress: Report | None = None) -> list[SetResult]:

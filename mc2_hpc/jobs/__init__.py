@@ -12,11 +12,12 @@ then ``driver.py``, which runs a plan, and ``tasks.py``, which is what happens o
 
 from mc2_hpc.jobs.driver import run
 from mc2_hpc.jobs.engines import Engine, Local, Ray, Slurm
-from mc2_hpc.jobs.folders import STATS, open_folder, stats_path, sum_kept, sum_stats
+from mc2_hpc.jobs.folders import REDO, STATS, open_folder, stats_path, sum_kept, sum_stats
 from mc2_hpc.jobs.stages import Plan, Stage, has_outputs
 from mc2_hpc.jobs.watch import Progress
 
 __all__ = [
+    "REDO",
     "STATS",
     "Engine",
     "Local",

@@ -5,10 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import read_json, write_json
+from mc2_hpc.reading.json_file import Count, as_type, read_fields, read_json
+from mc2_hpc.storage import write_json
 
 STATS = "stats/{shard}.json"
 """Counters of a shard, below its stage's folder; written after its other outputs."""
+
+
+REDO = "delete the file, and its shard is done again"
+"""How to get another file that marks a finished shard."""
+Counters = dict[str, Count | dict[str, Count | dict[str, Count]]]
+"""The schema of any shard's counters: numbers by name, or by name within a name."""
 
 
 def stats_path(out: Path, shard: str) -> Path:
@@ -16,15 +23,26 @@ def stats_path(out: Path, shard: str) -> Path:
     return out / "stats" / f"{shard}.json"
 
 
-def sum_stats(out: Path, shards: Sequence[str]) -> dict[str, Any]:
-    """Add up the counters of finished shards, nested dictionaries key by key, keys sorted; one shard in memory."""
+def sum_stats(out: Path, shards: Sequence[str], kind: Any = Counters) -> dict[str, Any]:
+    """Add up the counters of finished shards, nested dictionaries key by key, keys sorted; one shard in memory.
+
+    Args:
+        kind: their schema; where it names counters, all have them.
+
+    Raises:
+        UserError: a shard's counters are missing or damaged.
+    """
     total: dict[str, Any] = {}
     for name in shards:
-        _add(total, read_json(stats_path(out, name)))
+        path = stats_path(out, name)
+        try:
+            _add(total, read_fields(path, kind, cure=REDO))
+        except (TypeError, AttributeError):  # a number here, numbers by name there
+            raise UserError(f"{path}: other counters than the shards before it; {REDO}") from None
     return total
 
 
-def sum_kept(out: Path, shards: Sequence[str], kept: str) -> dict[str, Any]:
+def sum_kept(out: Path, shards: Sequence[str], kept: str, kind: Any = Counters) -> dict[str, Any]:
     """As :func:`sum_stats`, for work that has failed when it kept nothing.
 
     Args:
@@ -33,7 +51,7 @@ def sum_kept(out: Path, shards: Sequence[str], kept: str) -> dict[str, Any]:
     Raises:
         UserError: it is 0; the message says under which reasons everything was dropped.
     """
-    total = sum_stats(out, shards)
+    total = sum_stats(out, shards, kind)
     if not total.get(kept):
         drops = sorted(total.get("drops", {}).items(), key=lambda drop: (-drop[1], drop[0]))
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in drops if count) or "the input is empty"
@@ -59,8 +77,8 @@ def open_folder(out: Path, file: str, settings: Mapping[str, Any], shards: Seque
     """
     path = out / file
     if path.is_file():
-        before = read_json(path)
-        finished = before.pop("shards")
+        before = read_json(path, dict[str, Any], cure="delete the folder, or name another")
+        finished = as_type(before.pop("shards", None), list[str], f"{path}: $.shards")
         changed = [key for key in {**settings, **before} if before.get(key) != settings.get(key)]
         if changed:
             raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 from mc2_hpc import __version__
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.counting import count_corpus
-from mc2_hpc.metadata.files import CARD, check_entries, read_entries, write_entries
+from mc2_hpc.metadata.files import CARD, Card, check_entries, read_entries, write_entries
 from mc2_hpc.metadata.languages import is_spaced
 from mc2_hpc.metadata.lemmas import LemmaTally
 from mc2_hpc.metadata.ngrams import read_lines
@@ -27,7 +27,8 @@ from mc2_hpc.metadata.segmenters import choose_segmenter, segmenter_versions
 from mc2_hpc.metadata.sources import Sources, group_by_curation
 from mc2_hpc.metadata.wordnet import read_lemmas
 from mc2_hpc.metadata.workers import Workers
-from mc2_hpc.storage import file_sha256, read_json, write_json
+from mc2_hpc.reading.json_file import read_json
+from mc2_hpc.storage import file_sha256, write_json
 from mc2_hpc.terminal import Report
 
 _MAX_CHARS = 256
@@ -256,7 +257,7 @@ def _card_of(out: Path) -> dict[str, Any]:
     if not (out / CARD).is_file():
         return {"languages": {}}
     present = {path.stem for path in out.glob("*.json")}
-    return {"languages": {k: v for k, v in read_json(out / CARD)["languages"].items() if k in present}}
+    return {"languages": {k: v for k, v in read_json(out / CARD, Card).languages.items() if k in present}}
 
 
 def _versions() -> dict[str, str]:

@@ -2,11 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import read_json, write_json
+from mc2_hpc.reading.json_file import Foreign, read_json
+from mc2_hpc.storage import write_json
 
 CARD = "card.json"
+_MOST_BYTES = 1 << 30
+
+
+class Card(Foreign):
+    """``card.json``, as far as a later build reads it: what each language was built from."""
+
+    languages: dict[str, dict[str, Any]]
 
 
 def write_entries(path: Path, entries: Sequence[str]) -> None:
@@ -20,12 +29,7 @@ def read_entries(path: str | Path) -> list[str]:
     Raises:
         UserError: not a JSON list of strings, empty, or an entry is blank, repeated or not encodable as UTF-8.
     """
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: metadata must be a JSON list of strings, not {type(entries).__name__}")
-    for position, entry in enumerate(entries):
-        if not isinstance(entry, str):
-            raise UserError(f"{path}: entry {position} is {entry!r}, not a string")
+    entries = read_json(path, list[str], most=_MOST_BYTES, what="metadata, a list of texts")
     check_entries(entries, str(path))
     return entries
 

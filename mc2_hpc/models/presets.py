@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from mc2_hpc.config import ModelConfig
 from mc2_hpc.errors import UserError
 
+_MOST = {"layers": 1 << 10, "vocab_size": 1 << 24, "context_length": 1 << 16, "image_size": 1 << 14}
+_MOST_WIDTH = 1 << 17
+_MOST_PARAMETERS = 10**12
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionArchitecture:
@@ -59,6 +63,9 @@ class ClipArchitecture:
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"model.{name}={size}: must be at least 1")
+            most = _MOST.get(name.rpartition(".")[2], _MOST_WIDTH)
+            if size > most:
+                raise UserError(f"model.{name}={size}: must be at most {most:,}")
         if vision.image_size % vision.patch_size:
             raise UserError(
                 f"model.vision.image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}"
@@ -69,6 +76,30 @@ class ClipArchitecture:
             raise UserError(f"model.text.width={text.width} is not a multiple of heads={text.heads}")
         if not 0 <= text.eos_id < text.vocab_size:
             raise UserError(f"model.text.eos_id={text.eos_id} lies outside vocab_size={text.vocab_size}")
+        if self.eval_resize not in ("shortest", "squash"):
+            raise UserError(f"eval_resize={self.eval_resize!r}: must be shortest or squash")
+        if num_parameters(self) > _MOST_PARAMETERS:
+            raise UserError(f"a model of {num_parameters(self):,} parameters: at most {_MOST_PARAMETERS:,} will do")
+
+
+def num_parameters(arch: ClipArchitecture) -> int:
+    """Parameters of a model, from its sizes alone."""
+    vision, text = arch.vision, arch.text
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+
+    def blocks(layers: int, width: int, mlp_width: int) -> int:
+        """Of each: two norms, attention's 4 matrices and the MLP's 2, all with biases."""
+        return layers * (4 * width + 4 * width * (width + 1) + width * mlp_width * 2 + mlp_width + width)
+
+    image_tower = (3 * vision.patch_size**2 + 1 + num_patches + 1 + 4 + arch.embed_dim) * vision.width
+    text_tower = (text.vocab_size + text.context_length + 2 + arch.embed_dim) * text.width
+    return (
+        image_tower
+        + blocks(vision.layers, vision.width, vision.mlp_width)
+        + text_tower
+        + blocks(text.layers, text.width, 4 * text.width)
+        + 1  # logit_scale
+    )
 
 
 @dataclass(frozen=True)

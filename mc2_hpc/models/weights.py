@@ -6,10 +6,13 @@ them. Nothing is unpickled.
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,7 +21,12 @@ from torch import Tensor
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
-from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.reading.files import read_text
+from mc2_hpc.reading.json_file import Count, File, Name, Size, read_json
+from mc2_hpc.reading.tensors import TensorInfo, read_header
+from mc2_hpc.storage import atomic_path, write_json
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE, TOKENIZER_FILE = "model.json", "tokenizer.model"
 BEST = "best.json"
@@ -32,6 +40,47 @@ class ModelCard:
     arch: ClipArchitecture
     tokenizer_style: str
     """``xlmv``, ``mt5`` or ``gemma`` (see ``mc2_hpc.data.tokenizer``); the model file is ``tokenizer.model``."""
+
+
+class _Vision(File):
+    image_size: Size
+    patch_size: Size
+    width: Size
+    layers: Size
+    head_width: Size
+    mlp_width: Size
+
+
+class _Text(File):
+    vocab_size: Size
+    context_length: Size
+    eos_id: Count
+    width: Size
+    layers: Size
+    heads: Size
+
+
+class _Architecture(File):
+    embed_dim: Size
+    quick_gelu: bool
+    vision: _Vision
+    text: _Text
+    eval_resize: Literal["shortest", "squash"] = "shortest"
+
+
+class _Card(File):
+    """``model.json``."""
+
+    arch: _Architecture
+    tokenizer_style: Literal["xlmv", "mt5", "gemma"]
+
+
+class _Best(File):
+    """``best.json``."""
+
+    checkpoint: Name
+    metric: Annotated[str, msgspec.Meta(max_length=1000)]
+    value: float
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
@@ -48,16 +97,19 @@ def read_card(folder: Path) -> ModelCard:
     path = folder / CARD_FILE
     if not path.is_file():
         raise UserError(f"{folder}: no model.json there; name a checkpoint folder (runs/<name>/checkpoints/step-...)")
-    values = read_json(path)
+    card = read_json(path, _Card, what="a model description of this program")
+    sizes = msgspec.structs.asdict(card.arch)
     try:
-        arch = dict(values["arch"])
-        vision = VisionArchitecture(**arch.pop("vision"))
-        text = TextArchitecture(**arch.pop("text"))
-        return ModelCard(
-            arch=ClipArchitecture(vision=vision, text=text, **arch), tokenizer_style=values["tokenizer_style"]
+        arch = ClipArchitecture(
+            **{
+                **sizes,
+                "vision": VisionArchitecture(**msgspec.structs.asdict(card.arch.vision)),
+                "text": TextArchitecture(**msgspec.structs.asdict(card.arch.text)),
+            }
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a model description of this program ({error})") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return ModelCard(arch=arch, tokenizer_style=card.tokenizer_style)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -86,8 +138,23 @@ def _find_checkpoint(path: Path) -> Path | None:
         if (folder / CARD_FILE).is_file():
             return folder
         if (folder / "latest").is_file():
-            return folder / Path((folder / "latest").read_text(encoding="utf-8").strip()).name
+            return folder / read_latest(folder)
     return None
+
+
+def read_latest(folder: Path) -> str:
+    """The checkpoint that ``latest`` of ``folder`` names: the last part of it, should it be a path.
+
+    Raises:
+        UserError: the file is missing or names nothing.
+    """
+    name = Path(read_text(folder / "latest", most=4096).strip()).name
+    if not name.isprintable() or not 0 < len(name.encode()) < 256:
+        raise UserError(
+            f"{folder / 'latest'}: names no checkpoint, so there is no model.json there; "
+            f"name the checkpoint folder itself"
+        )
+    return name
 
 
 def read_best(path: Path) -> tuple[str, str, float]:
@@ -96,11 +163,8 @@ def read_best(path: Path) -> tuple[str, str, float]:
     Raises:
         UserError: the file is missing or says something else.
     """
-    values = read_json(path)
-    try:
-        return str(values["checkpoint"]), str(values["metric"]), float(values["value"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: does not name a checkpoint ({error!r}); name the checkpoint folder itself") from None
+    best = read_json(path, _Best, cure="name the checkpoint folder itself")
+    return best.checkpoint, best.metric, best.value
 
 
 class TensorFiles:
@@ -113,27 +177,61 @@ class TensorFiles:
             UserError: no such file, or one is damaged.
         """
         self.folder = folder
-        self._file_of: dict[str, Path] = {}
+        self._info: dict[str, TensorInfo] = {}
+        self._cast: set[str] = set()
         for path in sorted(folder.glob(f"{prefix}.*safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._file_of.update(dict.fromkeys(file.keys(), path))
-            except SafetensorError as error:
-                raise UserError(f"{path}: damaged safetensors file ({error})") from None
-        if not self._file_of:
+            header = read_header(path)
+            for name in header.keys() & self._info.keys():
+                raise UserError(f"{path}: holds {name!r}, which {self._info[name].path.name} holds too; remove one")
+            self._info |= header
+        if not self._info:
             raise UserError(f"{folder}: no {prefix}.*.safetensors there")
 
     def names(self) -> list[str]:
         """Sorted tensor names."""
-        return sorted(self._file_of)
+        return sorted(self._info)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._info
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, as the header of its file has it."""
+        return self._info[name].shape
+
+    def stored_type(self, name: str) -> str:
+        """A tensor's type in its file, such as ``F32``."""
+        return self._info[name].dtype
 
     def get(self, name: str) -> Tensor:
-        """One tensor, backed by the file's memory map."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+        """One tensor, backed by the file's memory map.
+
+        Raises:
+            UserError: its file has been damaged since.
+        """
+        path = self._info[name].path
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(f"{path}: damaged safetensors file ({str(error).splitlines()[0]})") from None
+
+    def get_fp32(self, name: str) -> Tensor:
+        """One tensor as fp32: half-precision weights widen exactly, and fp64 is rounded; the log says so once a type.
+
+        Raises:
+            UserError: it holds anything but floating-point numbers.
+        """
+        tensor = self.get(name)
+        if tensor.dtype not in _FLOATS:
+            raise UserError(f"{self.folder}: {name} is {tensor.dtype}; convert weights of fp32, fp16 or bf16")
+        kind = self.stored_type(name)
+        if kind != "F32" and kind not in self._cast:
+            self._cast.add(kind)
+            logger.info("%s: weights of type %s (such as %s) are used as fp32", self.folder, kind, name)
+        return tensor.float()
+
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -156,10 +254,10 @@ def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.
             f"{source}: checkpoint of another model: it {what} ({len(missing)} missing, {len(extra)} extra)"
         )
     for name, shape in expected.items():
-        actual = files.get(name).shape
-        if actual != shape:
+        actual = files.shape(name)
+        if actual != tuple(shape):
             raise UserError(
-                f"{source}: checkpoint of another model: {name} is {tuple(actual)}, the config wants {tuple(shape)}"
+                f"{source}: checkpoint of another model: {name} is {actual}, the config wants {tuple(shape)}"
             )
 
 
@@ -171,7 +269,7 @@ def load_clip(folder: str | Path, arch: ClipArchitecture | None = None) -> tuple
         arch: what the caller expects; ``None`` takes what ``model.json`` says.
 
     Raises:
-        UserError: no checkpoint, a damaged file, or weights that do not fit ``arch``.
+        UserError: no checkpoint, a damaged file, or weights that do not fit ``arch`` or are not floating-point numbers.
     """
     folder = resolve_checkpoint(folder)
     card = read_card(folder)
@@ -180,5 +278,5 @@ def load_clip(folder: str | Path, arch: ClipArchitecture | None = None) -> tuple
     files = TensorFiles(folder, "model")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_names(str(folder), files.names(), shapes, files)
-    model.load_state_dict({name: files.get(name) for name in files.names()}, assign=True)
+    model.load_state_dict({name: files.get_fp32(name) for name in files.names()}, assign=True)
     return model.eval(), card

@@ -1,5 +1,6 @@
 """Weights saved out of a wrapper: the names that torch's wrappers put around a model's own, and a scale in a list."""
 
+import math
 from pathlib import Path
 
 from torch import Tensor
@@ -39,3 +40,12 @@ class UnwrappedTensorFiles(TensorFiles):
         """One tensor, backed by the file's memory map."""
         tensor = super().get(self._stored[name])
         return tensor.reshape(()) if name == "logit_scale" and tensor.numel() == 1 else tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape as :meth:`get` gives it."""
+        shape = super().shape(self._stored[name])
+        return () if name == "logit_scale" and math.prod(shape) == 1 else shape
+
+    def stored_type(self, name: str) -> str:
+        """A tensor's type in its file."""
+        return super().stored_type(self._stored[name])

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from mc2_hpc.config import config_from_dict
+from mc2_hpc.config import config_from_dict, yaml_text
 from mc2_hpc.storage import atomic_path
 
 
@@ -64,4 +62,4 @@ def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: 
     }
     config_from_dict(values, str(path))  # refuses what `mc2 train` would refuse
     with atomic_path(path) as temporary:
-        OmegaConf.save(OmegaConf.create(values), temporary)
+        temporary.write_text(yaml_text(values), encoding="utf-8")

@@ -25,11 +25,40 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.weights import check_names
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
-from mc2_hpc.storage import file_sha256, read_json
+from mc2_hpc.reading.json_file import Count, File, Foreign, Sha256, read_fields, read_json
+from mc2_hpc.storage import file_sha256
 
 logger = logging.getLogger(__name__)
 
 TRAINER, MANIFEST, LATEST = "trainer.json", "manifest.json", "latest"
+
+
+class _Saved(File):
+    """A file of ``manifest.json``."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class _SavedConfig(Foreign):
+    data: dict[str, Any]
+
+
+class _SavedShards(File):
+    count: Count
+    sha256: Sha256
+
+
+class _TrainerFile(Foreign):
+    """``trainer.json``, as far as a run resumes from it."""
+
+    step: Count
+    samples_seen: Count
+    skipped: dict[str, Count]
+    position: list[tuple[Count, Count, Count]]
+    """Epoch, shard and offset of each lane."""
+    config: _SavedConfig
+    shards: _SavedShards | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +98,7 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint | None:
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         return None
-    return Checkpoint(folder=folder / found[0], trainer=read_json(folder / found[0] / TRAINER))
+    return Checkpoint(folder=folder / found[0], trainer=read_fields(folder / found[0] / TRAINER, _TrainerFile))
 
 
 def _newest_whole(folder: Path) -> str | None:
@@ -87,18 +116,18 @@ def _newest_whole(folder: Path) -> str | None:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, in words, or ``None`` if all match their manifest."""
     try:
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in read_json(folder / MANIFEST).items()}
-    except (UserError, AttributeError, KeyError, TypeError) as error:
+        entries = read_json(folder / MANIFEST, dict[str, _Saved])
+    except UserError as error:
         return f"{MANIFEST} cannot be read: {error}"
     if TRAINER not in entries:
         return f"{MANIFEST} does not list {TRAINER}"
-    for name, (size, sha256) in sorted(entries.items()):
+    for name, saved in sorted(entries.items()):
         path = folder / Path(name).name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if file_sha256(path) != sha256:
+        if path.stat().st_size != saved.bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {saved.bytes}"
+        if file_sha256(path) != saved.sha256:
             return f"{name} does not match its SHA-256"
     return None
 
@@ -113,4 +142,4 @@ def load_weights(clip: CLIP, folder: Path) -> None:
     state = clip.state_dict()
     check_names(str(folder), files.names(), {name: tensor.shape for name, tensor in state.items()}, files)
     for name, tensor in state.items():
-        tensor.copy_(files.get(name))
+        tensor.copy_(files.get_fp32(name))

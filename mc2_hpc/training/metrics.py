@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from mc2_hpc.evaluation.results import leading_metric
+from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import atomic_path
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS = 80
+_MOST_BYTES = 4 << 30
 
 
 class Means:
@@ -175,6 +177,16 @@ def _open_board(folder: Path, first_step: int) -> "SummaryWriter | None":
     return None
 
 
+def _step_of(line: str) -> int | None:
+    """The step of a row; None where the line is no row."""
+    try:
+        row = json.loads(line)  # which reads NaN, as some rows have
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int else None
+
+
 class _Rows:
     """A file of JSON rows, one a line, each of a ``step``."""
 
@@ -189,15 +201,16 @@ class _Rows:
         self._unwritten = b""
 
     def _drop_beyond(self, step: int) -> None:
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the torn last line of a killed run
-            if row["step"] <= step:
+        kept, num_unreadable = [], 0
+        for line in read_bytes(self._path, most=_MOST_BYTES).decode("utf-8", "replace").splitlines():
+            found = _step_of(line)
+            if found is None:
+                num_unreadable += 1
+            elif found <= step:
                 kept.append(line)
-                self.steps.add(row["step"])
+                self.steps.add(found)
+        if num_unreadable > 1:  # one is the torn last line of a killed run
+            logger.warning("%s: %d lines are no rows of a step; they are left out", self._path, num_unreadable)
         with atomic_path(self._path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

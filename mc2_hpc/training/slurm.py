@@ -17,7 +17,9 @@ from mc2_hpc.config import RunConfig, load_config
 from mc2_hpc.data.lanes import check_ranks
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.slurm_options import check_text, directive, parse_slurm_options
-from mc2_hpc.storage import read_json, write_json
+from mc2_hpc.models.weights import read_latest
+from mc2_hpc.reading.json_file import Count, File, read_json
+from mc2_hpc.storage import write_json
 
 KEYS = {"nodes": "nodes", "gpus": "gpus-per-node", "ranks": "ntasks-per-node", "cpus": "cpus-per-task"}
 """Short names of sbatch's options: nodes; GPUs and ranks per node; cores per rank."""
@@ -150,6 +152,14 @@ def submit(script: str) -> str:
     return result.stdout.strip().split(";")[0]
 
 
+class _Starts(File):
+    """``slurm-starts.json``."""
+
+    job: str
+    newest: str | None
+    starts: Count
+
+
 def count_start(output: Path, job_id: str, *, max_starts: int) -> int:
     """Note one more start of a job in the run's folder; how many there were since its newest checkpoint, with this one.
 
@@ -157,10 +167,10 @@ def count_start(output: Path, job_id: str, *, max_starts: int) -> int:
         UserError: they are more than ``max_starts``: whatever ends the job would end it again.
     """
     record, latest = output / "slurm-starts.json", output / "checkpoints" / "latest"
-    newest = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
-    before = read_json(record) if record.is_file() else {}
-    again = (before.get("job"), before.get("newest")) == (job_id, newest)
-    starts = before["starts"] + 1 if again else 1
+    newest = read_latest(latest.parent) if latest.is_file() else None
+    before = read_json(record, _Starts, cure="delete it") if record.is_file() else None
+    again = before is not None and (before.job, before.newest) == (job_id, newest)
+    starts = before.starts + 1 if before is not None and again else 1
     if starts > max_starts:
         raise UserError(
             f"{output}: {max_starts} starts of job {job_id} and no checkpoint after {newest or 'the beginning'}: given "

@@ -4,6 +4,9 @@ import functools
 import gzip
 import hashlib
 import json
+import resource
+import zlib
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +20,7 @@ from mc2_hpc.curation.pool import common_crawl
 from mc2_hpc.curation.pool.captions import iter_captions, list_pool
 from mc2_hpc.curation.pool.common_crawl import list_archives
 from mc2_hpc.curation.pool.page_images import images_of_html, images_of_wat
+from mc2_hpc.curation.pool.page_worker import PageWorker
 from mc2_hpc.curation.pool.urls import absolute_url, canonical_url, image_key
 from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
@@ -359,3 +363,32 @@ def test_addresses_stay_as_they_are_made(source, base):
         return
     assert url.isascii() and " " not in url and absolute_url(url, base) == url
     assert canonical_url(canonical_url(url)) == canonical_url(url)
+
+
+def _packed(kind, body):
+    return response(body, HTTP.replace(b"\r\n\r\n", b"\r\nContent-Encoding: " + kind + b"\r\n\r\n"))
+
+
+@pytest.mark.parametrize("kind, pack", [(b"gzip", lambda data: gzip.compress(data, 1)), (b"deflate", zlib.compress)])
+def test_a_page_unpacks_to_so_much_at_most(tmp_path, kind, pack):
+    good = b"<img src=a.jpg alt=one>"
+    pages = [_packed(kind, pack(good)), _packed(kind, pack(good + bytes(200 << 20))), _packed(kind, pack(b"x")[:-3])]
+    archive(tmp_path / "in", "a.warc.gz", [*pages, response(b"<img src=b.jpg alt=two>")])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
+    assert result["drops"]["record_too_large"] == 1
+    assert [row[1] for row in rows_of(tmp_path / "out", "a")] == ["one", "two"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_a_page_that_costs_too_much_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(common_crawl, "PageWorker", partial(PageWorker, cpu_s=0.3))
+    attributes = b" ".join(b"a%d=1" % number for number in range(100_000))
+    unclosed = b"".join(b"<b id=%d>" % number for number in range(30_000)) + b"<p>x" * 30_000
+    reopened = b"<p>" + b"".join(b"<b id=%d>" % number for number in range(2000)) + b"<p>x" * 1_000_000
+    good = response(b"<img src=a.jpg alt=one>")
+    pages = [response(html) for html in (b"<img " + attributes + b">", unclosed, reopened)]
+    archive(tmp_path / "in", "a.warc.gz", [pages[0], good, *pages[1:], response(b"<img src=b.jpg alt=two>")])
+    result = jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
+    assert result["drops"] == {"page_too_heavy": 3}
+    assert [row[1] for row in rows_of(tmp_path / "out", "a")] == ["one", "two"]

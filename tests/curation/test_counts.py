@@ -88,7 +88,7 @@ def test_foreign_id_and_damaged_file(tmp_path):
     flipped[300] ^= 1
     for content in (b"", b"PK\x03\x04 broken", b"text", (tmp_path / "array.npy").read_bytes(), bytes(flipped)):
         (tmp_path / "x.npz").write_bytes(content)
-        with pytest.raises(UserError, match="x.npz: damaged counts"):
+        with pytest.raises(UserError, match="x.npz: .*damaged counts"):
             merge_votes([whole, tmp_path / "x.npz"], tmp_path / "sum.npz")
     with pytest.raises(UserError, match="none.npz: damaged counts"):
         VotesFile(tmp_path / "none.npz")

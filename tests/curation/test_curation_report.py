@@ -69,7 +69,7 @@ def many(two, tmp_path_factory) -> Path:
             np.save(run / "balance" / name / f"{lang}.npy", array)
         hashes[lang] = file_sha256(run.parent / "metadata" / f"{lang}.json")
         texts = int(counts.sum())
-        rows[lang] = {**template["languages"]["de"], "texts": texts, "expected_texts": texts / 3}
+        rows[lang] = {**template["languages"]["de"], "texts": texts, "entries": 20, "expected_texts": texts / 3}
     sources = {**template["sources"], "metadata": hashes, "counts": hashes}
     report = {**template, "languages": rows, "t": dict.fromkeys(rows, 100), "sources": sources}
     write_json(run / "balance" / "balance.json", report)

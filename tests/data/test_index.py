@@ -124,6 +124,25 @@ def test_a_damaged_index_is_made_again(damage: str, tmp_path: Path) -> None:
     assert kept(path).read_bytes() == whole
 
 
+def test_every_byte_of_an_index_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "0.tar", 3)
+    expected = contents(open_shard(path))
+    whole = kept(path).read_bytes()
+    for position in range(len(whole)):
+        kept(path).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        shard = open_shard(path)
+        assert contents(shard) == expected and shard.unsafe_names == 0, position
+        assert kept(path).read_bytes() == whole
+
+
+def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "0.tar", 3)
+    expected = contents(open_shard(path))
+    kept(path).unlink()
+    os.mkfifo(kept(path))
+    assert contents(open_shard(path)) == expected
+
+
 def test_where_nothing_can_be_written_beside_the_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "data" / "0.tar", 20)
     atomic_path = index_module.atomic_path

@@ -285,12 +285,12 @@ def test_bad_caps_and_workers():
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{}", "must be a JSON list"),
+        ("{}", r"not metadata, a list of texts: \$: expected a list, found an object"),
         ("[]", "no entries"),
-        ('["a", 1]', "entry 1 is 1"),
+        ('["a", 1]', r"\$\[1\]: expected text, found a whole number"),
         ('["a", " "]', "entry 1 is blank"),
         ('["a", "b", "a"]', "entries 0 and 2 are both 'a'"),
-        ('["a", "\\ud800"]', "entry 1 .* lone surrogate"),
+        ('["a", "\\ud800"]', r"\$\[1\]: has a lone surrogate"),
         ("[", "not valid JSON"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip
-from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
+from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture, num_parameters
 from mc2_hpc.models.weights import (
     ModelCard,
     TensorFiles,
@@ -147,3 +148,75 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_tensors(path, {"a": torch.ones(2).to_sparse()})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types_are_used_as_fp32(folder: Path, model: CLIP, dtype: torch.dtype, caplog) -> None:
+    path = folder / "model.1.safetensors"
+    with safe_open(path, framework="pt") as file:
+        write_tensors(path, {name: file.get_tensor(name).to(dtype) for name in file.keys()})
+    with caplog.at_level("INFO", logger="mc2_hpc"):
+        loaded, _ = load_clip(folder)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, model.state_dict()[name].float(), atol=1e-2, rtol=1e-2)
+    assert caplog.text.count("are used as fp32") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.uint8])
+def test_whole_numbers_are_no_weights(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "model.1.safetensors"
+    with safe_open(path, framework="pt") as file:
+        write_tensors(path, {name: file.get_tensor(name).to(dtype) for name in file.keys()})
+    fails(f"step-3: [a-z_.0-9]+ is {dtype}; convert weights of fp32", folder)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])
+def test_what_is_no_file_in_place_of_weights(folder: Path, kind: str) -> None:
+    path = folder / "model.1.safetensors"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    expected = {"pipe": "is a named pipe", "folder": "is a folder", "dangling link": "links to nowhere"}[kind]
+    fails(f"model.1.safetensors: {expected}", folder)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("text", "layers", 10**6, r"model.text.layers=1000000: must be at most 1,024"),
+        ("vision", "width", 10**18, r"arch.vision.width: expected int <="),
+        ("vision", "width", 2 * 10**9, r"model.vision.width=2000000000: must be at most 131,072"),
+        ("vision", "image_size", 10**8, r"model.vision.image_size=100000000: must be at most 16,384"),
+        ("text", "vocab_size", 2**24, r"checkpoint of another model"),
+        ("text", "width", True, r"\$.arch.text.width: expected a whole number, found true or false"),
+        ("text", "heads", None, r"\$.arch.text.heads: expected a whole number, found null"),
+    ],
+)
+def test_sizes_are_bounded_before_anything_is_built(
+    folder: Path, section: str, key: str, value: object, message: str
+) -> None:
+    path = folder / "model.json"
+    card = json.loads(path.read_text())
+    card["arch"][section][key] = value
+    path.write_text(json.dumps(card))
+    fails(f"{message}", folder)
+
+
+def test_two_files_with_one_tensor(folder: Path) -> None:
+    (folder / "model.2.safetensors").write_bytes((folder / "model.1.safetensors").read_bytes())
+    fails(r"model.2.safetensors: holds '[a-z_.0-9]+', which model.1.safetensors holds too; remove one", folder)
+
+
+@pytest.mark.parametrize("content", ["", " \n", "x" * 5000, "a\0b"])
+def test_a_latest_that_names_nothing(folder: Path, content: str) -> None:
+    (folder.parent / "latest").write_text(content)
+    fails("latest: ", folder.parent)
+
+
+def test_parameters_are_counted_from_sizes(model: CLIP) -> None:
+    assert num_parameters(ARCH) == sum(parameter.numel() for parameter in model.parameters())

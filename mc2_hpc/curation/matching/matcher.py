@@ -8,6 +8,7 @@ by every process that matches.
 from __future__ import annotations
 
 import unicodedata
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,11 +28,26 @@ from mc2_hpc.curation.matching.rules import (
 )
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import check_entries
-from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.reading.arrays import map_array
+from mc2_hpc.reading.json_file import Count, Foreign, read_json
+from mc2_hpc.storage import atomic_path, write_json
 
 _FORMAT = 3
 LAST_SAVED = "matcher.json"
 """The file that :meth:`Matcher.save` writes last, in the folder of a matcher's tables."""
+_CURE = "damaged matcher table: delete its folder and match again"
+
+
+class _Info(Foreign):
+    """``matcher.json``; of another format only that is looked at."""
+
+    format: int
+    mode: str = ""
+    num_entries: Count = 0
+    crc32: dict[str, Count] = {}
+    """Of each table's bytes: compiled loops follow whatever stands in them."""
+
+
 _ARRAYS = {
     "actions": np.uint8,
     "vocabulary": np.uint64,
@@ -121,10 +137,13 @@ class Matcher:
         """Write the tables as ``<name>.npy``, and ``matcher.json`` last: without it the folder counts as unfinished."""
         folder = Path(folder)
         (folder / LAST_SAVED).unlink(missing_ok=True)
+        sums = {name: zlib.crc32(table.data) for name, table in self._tables.items()}
         for name, table in self._tables.items():
             with atomic_path(folder / f"{name}.npy") as temporary:
                 np.save(temporary, table, allow_pickle=False)
-        write_json(folder / LAST_SAVED, {"format": _FORMAT, "mode": self.mode, "num_entries": self.num_entries})
+        write_json(
+            folder / LAST_SAVED, {"format": _FORMAT, "mode": self.mode, "num_entries": self.num_entries, "crc32": sums}
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Matcher:
@@ -134,30 +153,26 @@ class Matcher:
             UserError: no tables, unfinished, damaged or of another version of the format.
         """
         folder = Path(folder)
-        info = read_json(folder / LAST_SAVED)
-        if not isinstance(info, dict) or info.get("format") != _FORMAT:
+        info = read_json(folder / LAST_SAVED, _Info, cure=_CURE)
+        if info.format != _FORMAT:
             raise UserError(f"{folder}: matcher tables of another format; delete the folder and match again")
         tables = {name: _map_table(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
-        return cls(info["mode"], info["num_entries"], tables)
+        for name, table in tables.items():
+            if zlib.crc32(table.data) != info.crc32.get(name):
+                raise UserError(f"{folder / name}.npy: does not match its checksum; {_CURE}")
+        return cls(info.mode, info.num_entries, tables)
 
 
 def is_saved(folder: Path) -> bool:
     """Whether :meth:`Matcher.save` of this version finished in ``folder``; tables of another are built anew."""
     if not (folder / LAST_SAVED).is_file():
         return False
-    info = read_json(folder / LAST_SAVED)
-    return isinstance(info, dict) and info.get("format") == _FORMAT
+    return read_json(folder / LAST_SAVED, _Info, cure=_CURE).format == _FORMAT
 
 
 def _map_table(path: Path, dtype: type) -> npt.NDArray:
-    try:
-        # An empty file cannot be mapped, and the plain array type is what the compiled loops take.
-        table = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)).view(np.ndarray)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged matcher table ({error}); delete its folder and match again") from None
-    if table.dtype != dtype or table.ndim != 1:
-        raise UserError(f"{path}: damaged matcher table ({table.dtype}); delete its folder and match again")
-    return table
+    # An empty file cannot be mapped, and the plain array type is what the compiled loops take.
+    return np.asarray(map_array(path, dtype, cure=_CURE)).view(np.ndarray)
 
 
 def _join(patterns: list[str], encoding: str, dtype: type) -> tuple[npt.NDArray, npt.NDArray]:

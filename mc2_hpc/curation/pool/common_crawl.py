@@ -10,16 +10,20 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from mc2_hpc.curation.pool.page_images import PageImages, images_of_html, images_of_wat
+from mc2_hpc.curation.pool.page_images import PageImages, images_of_wat
+from mc2_hpc.curation.pool.page_worker import HeavyPage, PageWorker
 from mc2_hpc.curation.pool.urls import absolute_url, image_key
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 
 _SUFFIXES = (".wat", ".warc", ".wat.gz", ".warc.gz")
 _LARGEST_RECORD = 64 << 20
+_LARGEST_PAGE = 16 << 20
+"""Of HTML, unpacked; Common Crawl cuts pages off at 5 MiB."""
 _Parser = Callable[[bytes, str], PageImages | None]
 _HTML = ("text/html", "application/xhtml+xml")
 
@@ -53,6 +57,7 @@ class ArchiveReader:
         self.counts = {"records": 0, "pages": 0, "images": 0, "rows": 0}
         self.drops: Counter[str] = Counter()
         self._seen: set[bytes] = set()
+        self._worker = PageWorker()
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Key, text and source of each usable image, in the archive's order.
@@ -61,7 +66,7 @@ class ArchiveReader:
             UserError: the archive is damaged, cut short, or none.
         """
         try:
-            with _open(self.path) as stream:
+            with _open(self.path) as stream, self._worker:
                 for page in self._pages(stream):
                     yield from self._rows_of(page)
         except (OSError, EOFError, zlib.error) as error:
@@ -78,7 +83,7 @@ class ArchiveReader:
         # HTTP is parsed later, from memory: a page that breaks its rules must not end the archive.
         for record in ArchiveIterator(cast(Any, stream), parse_http=False):
             size = record.content_length
-            parse = _parser(record)
+            parse = _parser(record, self._worker)
             if parse and size <= _LARGEST_RECORD:
                 payload = record.reader.read()
                 whole = len(payload) == size
@@ -104,6 +109,10 @@ class ArchiveReader:
             self.drops[Drop.CAPTION_NOT_JSON] += 1
         except _BadHttp:
             self.drops[Drop.RECORD_NOT_HTTP] += 1
+        except _TooLarge:
+            self.drops[Drop.RECORD_TOO_LARGE] += 1
+        except HeavyPage:
+            self.drops[Drop.PAGE_TOO_HEAVY] += 1
         return None
 
     def _rows_of(self, page: PageImages) -> Iterator[tuple[str, str, str]]:
@@ -133,7 +142,11 @@ class _BadHttp(Exception):
     """A response that breaks HTTP's rules."""
 
 
-def _images_of_response(payload: bytes, address: str) -> PageImages | None:
+class _TooLarge(Exception):
+    """A page that unpacks to more than :data:`_LARGEST_PAGE`."""
+
+
+def _images_of_response(worker: PageWorker, payload: bytes, address: str) -> PageImages | None:
     """Images of an HTTP response, None where it is no HTML."""
     from fastwarc import WarcRecord
 
@@ -144,18 +157,23 @@ def _images_of_response(payload: bytes, address: str) -> PageImages | None:
         response.parse_http(auto_decode="all")
         if response.http_content_type not in _HTML:
             return None
-        return images_of_html(response.reader.read(), response.http_charset, address)
+        body = response.reader.read(_LARGEST_PAGE + 1)
     except OSError as error:
         raise _BadHttp from error
+    if len(body) > _LARGEST_PAGE:
+        raise _TooLarge
+    return worker.images_of_html(body, response.http_charset, address)
 
 
-def _parser(record: Any) -> _Parser | None:
+def _parser(record: Any, worker: PageWorker) -> _Parser | None:
     """What finds the images in a record's payload; None for a record that describes no page."""
     from fastwarc import WarcRecordType
 
     if record.record_type == WarcRecordType.metadata and "json" in record.headers.get("Content-Type", ""):
         return lambda payload, address: images_of_wat(payload)
-    return _images_of_response if record.record_type == WarcRecordType.response and record.is_http else None
+    if record.record_type == WarcRecordType.response and record.is_http:
+        return partial(_images_of_response, worker)
+    return None
 
 
 def _open(path: Path) -> IO[bytes]:

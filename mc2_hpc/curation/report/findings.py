@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.balancing.folder import BalanceFolder
-from mc2_hpc.curation.match import SETTINGS as MATCH_SETTINGS
+from mc2_hpc.curation.matched import SETTINGS as MATCH_SETTINGS
 from mc2_hpc.curation.pack import SETTINGS as PACK_SETTINGS
+from mc2_hpc.curation.pack import PackSettings, PackStats
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import stats_path, sum_stats
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.metadata.languages import LANGUAGES
-from mc2_hpc.storage import file_sha256, read_json
+from mc2_hpc.reading.json_file import read_json
+from mc2_hpc.storage import file_sha256
 
 _TOP_ENTRIES = 10
 
@@ -145,7 +147,7 @@ def mass_curve(counts: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], 
 
 def _captions(run: Path, balance: Mapping[str, Any]) -> dict[str, int]:
     """Captions of the pool by language, from the counters of matching; none where those are not there."""
-    counters = _counters(run / "matched", MATCH_SETTINGS)
+    counters = _counters(run / "matched", MATCH_SETTINGS, MatchSettings, MatchStats)
     if counters is None:
         return {}
     if counters["matched"] != balance["totals"]["matched"]:
@@ -154,15 +156,15 @@ def _captions(run: Path, balance: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _packed(run: Path) -> dict[str, Any] | None:
-    return _counters(run / "shards", PACK_SETTINGS)
+    return _counters(run / "shards", PACK_SETTINGS, PackSettings, PackStats)
 
 
-def _counters(folder: Path, settings: str) -> dict[str, Any] | None:
+def _counters(folder: Path, file: str, settings: type[Any], counters: type[Any]) -> dict[str, Any] | None:
     """A stage's counters over all shards; None where it has not finished."""
-    if not (folder / settings).is_file():
+    if not (folder / file).is_file():
         return None
-    names = read_json(folder / settings)["shards"]
-    return sum_stats(folder, names) if all(stats_path(folder, name).is_file() for name in names) else None
+    names: list[str] = read_json(folder / file, settings).shards
+    return sum_stats(folder, names, counters) if all(stats_path(folder, name).is_file() for name in names) else None
 
 
 def _top_entries(entries: list[str], counts: npt.NDArray[np.uint64], probs: npt.NDArray[np.float32]) -> list[TopEntry]:

@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.samples import is_image_name
 from mc2_hpc.shard_paths import walk_files
+
+_MOST_BYTES = 2 << 30
 
 
 def required(path: Path, what: str) -> Path:
@@ -45,7 +48,7 @@ def read_text(path: Path, what: str) -> str:
         UserError: no such file, not readable, or not UTF-8.
     """
     try:
-        return required(path, what).read_text(encoding="utf-8-sig")
+        return read_bytes(required(path, what), most=_MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from None
     except OSError as error:

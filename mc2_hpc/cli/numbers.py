@@ -1,0 +1,44 @@
+"""Numbers on the command line, as ``type=`` of an argument: what is none, or out of range, is one line."""
+
+import math
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+_LONGEST_S = 10**8
+"""About three years: what sleeps and sockets still take."""
+
+
+def whole(low: int, high: int = 10**12) -> Callable[[str], int]:
+    """Reads a whole number from ``low`` to ``high``, in decimal digits."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[-+]?[0-9]{1,18}", text, flags=re.ASCII):
+            raise ArgumentTypeError(f"{_brief(text)}: must be a whole number")
+        if int(text) < low:
+            raise ArgumentTypeError(f"{text}: must be at least {low}")
+        if int(text) > high:
+            raise ArgumentTypeError(f"{text}: must be at most {high:,}")
+        return int(text)
+
+    return read
+
+
+def seconds(text: str) -> float:
+    """Reads a number of seconds above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{_brief(text)}: must be a number of seconds") from None
+    if not (math.isfinite(found) and 0 < found <= _LONGEST_S):
+        raise ArgumentTypeError(f"{_brief(text)}: must be a number of seconds above 0, of at most {_LONGEST_S:,}")
+    return found
+
+
+def port(text: str) -> int:
+    """Reads the number of a TCP port; 0 asks for any that is free."""
+    return whole(0, 65_535)(text)
+
+
+def _brief(text: str) -> str:
+    return repr(text[:40])[1:-1]

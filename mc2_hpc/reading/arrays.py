@@ -1,0 +1,128 @@
+"""NumPy's NPY and NPZ files: element type, dimensions and length are checked against what the caller knows.
+
+Nothing is unpickled, and no header makes us reserve more memory than the file has bytes.
+"""
+
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import check_regular, open_regular, shown
+
+# What NumPy raises over headers that are not its own: they are parsed as Python.
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, TypeError),
+    *(SyntaxError, tokenize.TokenError, RecursionError, OverflowError, MemoryError),
+)
+
+
+def map_array(
+    path: str | Path, dtype: npt.DTypeLike, *, ndim: int = 1, length: int | None = None, cure: str = ""
+) -> npt.NDArray[Any]:
+    """An NPY file mapped into memory, read-only.
+
+    Args:
+        length: of the first dimension, where it is known.
+        cure: how to get a good file, for the end of the message.
+
+    Raises:
+        UserError: no such file, damaged, or another type, number of dimensions or length.
+    """
+    size = check_regular(path)
+    tail = f"; {cure}" if cure else ""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except _UNREADABLE as error:
+        raise UserError(f"{shown(path)}: not readable as an array ({_first_line(error)}){tail}") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{shown(path)}: holds several arrays, not one{tail}")
+    if array.nbytes > size:
+        raise UserError(f"{shown(path)}: cut off{tail}")
+    _check(shown(path), array, dtype, ndim, length, tail)
+    return array
+
+
+@contextmanager
+def open_npz(path: str | Path, *, cure: str = "") -> Iterator["Arrays"]:
+    """The arrays of an NPZ file, read when asked for.
+
+    Raises:
+        UserError: no such file or damaged, also when an array is read.
+    """
+    tail = f"; {cure}" if cure else ""
+    with open_regular(path) as stream:
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                yield Arrays(str(path), archive, tail)
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{shown(path)}: not readable as arrays ({_first_line(error)}){tail}") from None
+
+
+class Arrays:
+    """Arrays of an open NPZ file by name."""
+
+    def __init__(self, path: str, archive: zipfile.ZipFile, tail: str) -> None:
+        self._path, self._archive, self._tail = path, archive, tail
+        names = [info.filename for info in archive.infolist()]
+        if len(set(names)) < len(names):
+            raise UserError(f"{shown(path)}: holds two arrays of one name{tail}")
+        self.names = [name.removesuffix(".npy") for name in names]
+
+    def read(self, name: str, dtype: npt.DTypeLike, *, ndim: int = 1, length: int | None = None) -> npt.NDArray[Any]:
+        """One array.
+
+        Raises:
+            UserError: it is not there, damaged, or of another type, number of dimensions or length.
+        """
+        where = f"{shown(self._path)}: {shown(name)}"
+        if name not in self.names:
+            raise UserError(f"{where}: is missing{self._tail}")
+        info = self._archive.getinfo(f"{name}.npy")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > Path(self._path).stat().st_size:
+            raise UserError(f"{where}: is compressed, which no file of ours is{self._tail}")
+        try:
+            with self._archive.open(info) as stream:
+                version = np.lib.format.read_magic(stream)
+                shape, _, found = _HEADERS[version](stream)
+                if np.prod(shape, dtype=float) * found.itemsize > info.file_size:
+                    raise ValueError(f"shape {shape} does not fit its {info.file_size} bytes")
+            with self._archive.open(info) as stream:
+                array = np.lib.format.read_array(stream, allow_pickle=False)
+        except _UNREADABLE as error:
+            raise UserError(f"{where}: not readable as an array ({_first_line(error)}){self._tail}") from None
+        _check(where, array, dtype, ndim, length, self._tail)
+        return array
+
+    def read_texts(self, name: str) -> list[str]:
+        """An array of texts as a list. Raises as :meth:`read` does."""
+        return self.read(name, np.str_).tolist()
+
+
+_HEADERS: Mapping[tuple[int, int], Any] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _check(where: str, array: npt.NDArray[Any], dtype: npt.DTypeLike, ndim: int, length: int | None, tail: str) -> None:
+    wanted = np.dtype(dtype)
+    fits = array.dtype.kind == "U" if wanted.kind == "U" else array.dtype == wanted
+    if not fits or array.ndim != ndim:
+        dimensions = "one dimension" if ndim == 1 else f"{ndim} dimensions"
+        raise UserError(
+            f"{where}: holds {array.dtype} of shape {array.shape}, where {wanted} of {dimensions} is expected{tail}"
+        )
+    if length is not None and len(array) != length:
+        raise UserError(f"{where}: holds {len(array)} numbers, where {length} are expected{tail}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

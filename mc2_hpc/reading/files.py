@@ -1,0 +1,102 @@
+"""Regular files, opened without waiting for anybody and read no further than a bound."""
+
+import os
+import stat
+from pathlib import Path
+from typing import IO
+
+from mc2_hpc.errors import UserError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+_UNSIZED = 1 << 20
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a regular file for reading. A pipe without a writer does not hold it up.
+
+    Raises:
+        UserError: there is no such file, it may not be read, or it is a folder, pipe, socket or device.
+    """
+    try:
+        # Opening a pipe waits for a writer, unless told not to; for regular files the flag is without effect.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise UserError(_why_not(path, error)) from None
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise UserError(f"{shown(path)}: is {_KINDS.get(kind, 'not a regular file')}; name a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def check_regular(path: str | Path) -> int:
+    """Size in bytes of a regular file that can be read: for libraries that open files by name themselves.
+
+    Raises:
+        UserError: see :func:`open_regular`.
+    """
+    with open_regular(path) as stream:
+        return os.fstat(stream.fileno()).st_size
+
+
+def read_bytes(path: str | Path, *, most: int) -> bytes:
+    """The content of a regular file of at most ``most`` bytes.
+
+    Raises:
+        UserError: see :func:`open_regular`; or it is larger.
+    """
+    with open_regular(path) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            # What is asked for is what gets reserved. Files of /proc say 0.
+            data = b"" if size > most else stream.read(min(most, size or _UNSIZED) + 1)
+        except OSError as error:
+            raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    if size > most or len(data) > most:
+        raise UserError(f"{shown(path)}: larger than {most:,} bytes, the most that such a file may have")
+    return data
+
+
+def read_text(path: str | Path, *, most: int) -> str:
+    """The text of a UTF-8 file of at most ``most`` bytes, without a byte order mark.
+
+    Raises:
+        UserError: see :func:`read_bytes`; or it is not UTF-8, with the line of the first bad byte.
+    """
+    return decode(read_bytes(path, most=most), path)
+
+
+def decode(data: bytes, path: str | Path) -> str:
+    """UTF-8 ``data`` of ``path`` as text, without a byte order mark.
+
+    Raises:
+        UserError: not UTF-8, with the line of the first bad byte.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{shown(path)}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def shown(path: str | Path) -> str:
+    """A path for a message: one line, whatever bytes its name has."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+
+
+def _why_not(path: str | Path, error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        if os.path.islink(path):
+            return f"{shown(path)}: links to {shown(os.readlink(path))}, which is not there"
+        return f"{shown(path)}: no such file"
+    reason = error.strerror if isinstance(error, OSError) else error  # ValueError: a zero byte in the name
+    return f"{shown(path)}: cannot be opened: {reason}"

@@ -1,0 +1,177 @@
+"""JSON as a typed value: the schema (a ``msgspec.Struct``) of each kind of file stands beside the code that owns it.
+
+Types are exact: a boolean is no number, a text is no list, a number with a fraction is no whole number. Refused with
+one line, in bounded time and memory: keys that stand twice, NaN and infinities, numbers out of range, nesting beyond
+the interpreter's own, bytes that are not UTF-8.
+"""
+
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import decode, read_bytes, shown
+
+T = TypeVar("T")
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+"""A whole number that may be 0."""
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]
+"""A whole number of at least 1."""
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^\w[\w.-]*$", max_length=200)]
+"""A file's or folder's name: it leads to no other folder."""
+
+ANYTHING: Any = Any
+"""The schema of what may be any JSON; its reader looks closer."""
+
+_MOST_BYTES = 64 << 20
+_WORDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list"}
+_WORDS |= {"object": "an object", "null": "null"}
+
+
+class File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the schemas of our own files derive from: every key is known."""
+
+
+class Foreign(msgspec.Struct, kw_only=True):
+    """What the schemas of other programs' files derive from: keys that we do not use may be anything."""
+
+
+def read_json(path: str | Path, kind: type[T], *, most: int = _MOST_BYTES, what: str = "", cure: str = "") -> T:
+    """A JSON file of at most ``most`` bytes as a value of ``kind``.
+
+    Args:
+        what: the file should be, for the message about one of another form.
+        cure: how to get a good file, for the end of every message.
+
+    Raises:
+        UserError: no regular file, not JSON, or not of that form; with the place and what was expected there.
+    """
+    return parse_json(read_bytes(path, most=most), kind, path, what=what, cure=cure)
+
+
+def parse_json(data: bytes, kind: type[T], path: str | Path, *, what: str = "", cure: str = "") -> T:
+    """:func:`read_json` of bytes that are there already; ``path`` names them in messages."""
+    tail = f"; {cure}" if cure else ""
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        found = msgspec.json.decode(data, type=kind)
+        if b"{" in data:
+            json.loads(data, object_pairs_hook=_without_repeats)
+        return found
+    except msgspec.ValidationError as error:
+        place = _expected(str(error))
+        if place.startswith("$[...]"):
+            place = place.replace("$[...]", _first_misfit(data, kind), 1)
+        raise UserError(f"{shown(path)}: {_not_that(what)}{place}{tail}") from None
+    except UnicodeDecodeError:
+        decode(data, path)  # raises, with the line
+        raise UserError(f"{shown(path)}: not UTF-8{tail}") from None
+    except RecursionError:
+        raise UserError(f"{shown(path)}: not valid JSON for us: nested too deeply{tail}") from None
+    except _Repeated as error:
+        raise UserError(f"{shown(path)}: the key {str(error)[:100]!r} stands twice in one object{tail}") from None
+    except ValueError as error:  # msgspec.DecodeError, and json's about what the schema passes over
+        raise UserError(f"{shown(path)}: not valid JSON: {_malformed(str(error), data)}{tail}") from None
+
+
+def as_type(value: object, kind: type[T], source: str, *, what: str = "") -> T:
+    """A part of parsed JSON as a value of ``kind``; ``source`` names it.
+
+    Raises:
+        UserError: it is of another form; with the place and what was expected there.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{source}: {_not_that(what)}{_expected(str(error))}") from None
+
+
+def read_fields(path: str | Path, kind: type[Any], *, what: str = "", cure: str = "") -> Any:
+    """:func:`read_json` as plain dictionaries and lists, with the defaults of what the file leaves out."""
+    return msgspec.to_builtins(read_json(path, kind, what=what, cure=cure))
+
+
+class _Repeated(ValueError):
+    pass
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> None:
+    """Nothing, since only the check is wanted: what an object holds is known already."""
+    if len(pairs) > 1:
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Repeated(key)
+            seen.add(key)
+
+
+def _not_that(what: str) -> str:
+    return f"not {what}: " if what else ""
+
+
+def _expected(message: str) -> str:
+    """msgspec's words with the place first."""
+    what, _, place = message.partition(" - at ")
+    place = place.strip("`") or "$"
+    if place.startswith("key in "):
+        place = f"a {place.replace('`', '')}"
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
+        return f"{place}: {missing[1]!r} is missing"
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
+        return f"{place}: unknown key {unknown[1][:100]!r}"
+    if types := re.fullmatch(r"Expected `([^`]*)`, got `([^`]*)`", what):
+        kinds = " or ".join(_WORDS.get(part, part) for part in types[1].split(" | "))
+        return f"{place}: expected {kinds}, found {_WORDS.get(types[2], types[2])}"
+    return f"{place}: {what[0].lower()}{what[1:].replace('`', '')}"
+
+
+def _malformed(message: str, data: bytes) -> str:
+    message = message.removeprefix("JSON is malformed: ")
+    if surrogate := _lone_surrogate(data):
+        return f"{surrogate}: has a lone surrogate, half of a character; remove it"
+    if message == "Input data was truncated":
+        return "it ends too early" if data.strip() else "it is empty"
+    at = re.search(r"\(byte (\d+)\)$", message)
+    if at is None:
+        return "a number of too many digits" if "integer string conversion" in message else message.splitlines()[0]
+    line = data.count(b"\n", 0, int(at[1])) + 1
+    return f"line {line}: {message[: at.start()].strip()}"
+
+
+def _lone_surrogate(data: bytes) -> str:
+    """The place of a text with half of a pair of ``\\u`` escapes, which UTF-8 cannot hold; empty if there is none."""
+    if b"\\u" not in data:
+        return ""
+    try:
+        pending = [("$", json.loads(data))]
+    except (ValueError, RecursionError):
+        return ""
+    while pending:
+        place, value = pending.pop()
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            return place
+        if isinstance(value, list):
+            pending += [(f"{place}[{number}]", part) for number, part in enumerate(value)]
+        elif isinstance(value, dict):
+            pending += [(f"{place}.{shown(key)}", part) for key, part in value.items()]
+    return ""
+
+
+def _first_misfit(data: bytes, kind: Any) -> str:
+    """The first value of an object of like values that is not of the right kind: msgspec leaves its key open."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return "$[...]"
+    for key, value in values.items():
+        try:
+            msgspec.convert(value, typing.get_args(kind)[1])
+        except msgspec.ValidationError:
+            return f"$.{shown(key)[:100]}"
+    return "$[...]"

@@ -1,0 +1,61 @@
+"""Regular files alone are opened, none is waited for, and each is bounded."""
+
+import os
+import socket
+
+import pytest
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import check_regular, open_regular, read_bytes, read_text
+
+
+def test_content(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf\xc3\xa4\n")
+    assert read_bytes(tmp_path / "a", most=6) == b"\xef\xbb\xbf\xc3\xa4\n"
+    assert read_text(tmp_path / "a", most=6) == "ä\n" and check_regular(tmp_path / "a") == 6
+    with pytest.raises(UserError, match="a: larger than 5 bytes"):
+        read_bytes(tmp_path / "a", most=5)
+
+
+def test_a_link_to_a_file_is_one(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "b").symlink_to("a")
+    assert read_bytes(tmp_path / "b", most=1) == b"x"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("folder", "folder: is a folder; name a file"),
+        ("pipe", "pipe: is a named pipe; name a file"),
+        ("socket", "socket: cannot be opened: "),
+        ("/dev/zero", "/dev/zero: is a device; name a file"),
+        ("none", "none: no such file"),
+        ("dangling", "dangling: links to nowhere, which is not there"),
+        ("circle", "circle: cannot be opened: "),
+        ("folder/none/x", "x: no such file"),
+        ("a\0b", "cannot be opened: embedded null byte"),
+        ("x" * 300, "cannot be opened: File name too long"),
+        ("two\nlines", r"two\\nlines: no such file"),
+    ],
+)
+def test_what_is_no_file_is_named_at_once(tmp_path, name, message):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.getcwd()
+        os.chdir(tmp_path)  # an address has room for 107 bytes
+        server.bind("socket")
+        os.chdir(here)
+        for opening in (open_regular, check_regular):
+            with pytest.raises(UserError, match=message) as error:
+                opening(tmp_path / name)
+            assert "\n" not in str(error.value)
+
+
+def test_the_line_of_a_bad_byte(tmp_path):
+    (tmp_path / "a").write_bytes(b"one\ntwo\xff\n")
+    with pytest.raises(UserError, match="a, line 2: byte 0xff is not UTF-8"):
+        read_text(tmp_path / "a", most=100)
