@@ -19,17 +19,16 @@ from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.engines import Engine
 from mc2_hpc.jobs.stages import REDO, Progress, Stage, open_stage, run_stages, stats_path, sum_stats
-from mc2_hpc.reading.json_file import Count, File, read_json
+from mc2_hpc.reading.json_file import Count, File, Foreign, read_json
 from mc2_hpc.storage import atomic_path, write_json
 from mc2_hpc.tar import escapes, fits_tar_name, write_tar
 
 SETTINGS = "pack.json"
 
 
-class PackSettings(File):
-    """``pack.json``."""
+class PackSettings(Foreign):
+    """``pack.json``, as far as reports ask for it."""
 
-    matched: dict[str, Any]
     shards: list[str]
 
 

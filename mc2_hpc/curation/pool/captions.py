@@ -104,6 +104,8 @@ def _read_parquet(path: Path) -> Iterator[pa.Table]:
                 raise UserError(f"{path}: no column {missing[0]!r}; a caption pool needs key and text")
             names = [name for name in ("key", "text", "lang", "source") if name in schema.names]
             for name in names:
+                if schema.names.count(name) > 1:
+                    raise UserError(f"{path}: {schema.names.count(name)} columns {name!r}; keep one")
                 _check_string(path, schema.field(name))
             if file.metadata.num_rows == 0:
                 yield _one_chunk(schema.empty_table().select(names))
