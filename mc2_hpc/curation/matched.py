@@ -168,6 +168,8 @@ def _open_matched(path: str | Path) -> Iterator[pq.ParquetFile]:
             for name, kind in _REQUIRED.items():
                 if name not in schema.names:
                     raise UserError(f"{path}: no column {name!r}; not a matched pool (see `mc2 curate match`)")
+                if schema.names.count(name) > 1:
+                    raise UserError(f"{path}: {schema.names.count(name)} columns {name!r}; keep one")
                 if not schema.field(name).type.equals(kind):
                     raise UserError(f"{path}: column {name!r} is {schema.field(name).type}, must be {kind}")
             yield file

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +16,7 @@ from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
-from mc2_hpc.reading.json_file import Count, File, read_json
+from mc2_hpc.reading.json_file import Count, File, Foreign, read_json
 from mc2_hpc.samples import JPEG_EXTENSIONS, ByKey, Listing
 from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import atomic_path, write_json
@@ -26,10 +25,9 @@ from mc2_hpc.tar import Member, escapes, fits_tar_name, write_tar
 SETTINGS = "pack.json"
 
 
-class PackSettings(File):
-    """``pack.json``."""
+class PackSettings(Foreign):
+    """``pack.json``, as far as reports ask for it."""
 
-    matched: dict[str, Any]
     shards: list[str]
 
 

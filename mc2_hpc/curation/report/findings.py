@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.curation.matched import SETTINGS as MATCH_SETTINGS
+from mc2_hpc.curation.matched import MatchSettings, MatchStats
 from mc2_hpc.curation.pack import SETTINGS as PACK_SETTINGS
 from mc2_hpc.curation.pack import PackSettings, PackStats
 from mc2_hpc.errors import UserError
