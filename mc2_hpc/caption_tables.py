@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import check_regular
 
 if TYPE_CHECKING:  # plain shards must not pay for this import in every worker
     import pyarrow
@@ -33,6 +34,7 @@ def caption_columns(path: Path) -> list[str]:
     """
     if not path.exists():
         return []
+    check_regular(path)
     import pyarrow
     import pyarrow.parquet
 

@@ -80,7 +80,9 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
-    """Files in and below ``folder``, links followed, in the order of their names; none that is hidden or dangling.
+    """What lies in and below ``folder`` beside folders, links followed, in the order of their names; nothing hidden.
+
+    Dangling links and named pipes are among them: whoever reads them counts them as unreadable.
 
     Raises:
         UserError: a folder cannot be read.
@@ -97,10 +99,7 @@ def walk_files(folder: Path) -> Iterator[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _of_one(name: str, suffixes: Sequence[str]) -> list[Path]:
@@ -111,7 +110,7 @@ def _of_one(name: str, suffixes: Sequence[str]) -> list[Path]:
     if len(expanded) > 1:
         return [found for one in expanded for found in _of_one(one, suffixes)]
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    found = [match for match in matches if match.suffix.lower() in suffixes and match.is_file()]
+    found = [match for match in matches if match.suffix.lower() in suffixes and not match.is_dir()]
     if not found:  # the pattern may name folders of shards
         found = [shard for match in matches if match.is_dir() for shard in _of_path(match, suffixes)]
     if not found:
@@ -120,10 +119,8 @@ def _of_one(name: str, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _of_path(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    if path.is_file():
-        return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: neither a folder nor a regular file")
+        return [path]
     below = [found for found in walk_files(path) if found.suffix.lower() in suffixes]
     if not below:
         raise UserError(f"{path}: folder has no {_kinds(suffixes)} shards, nor has a folder below it")

@@ -5,8 +5,10 @@ Own parsing instead of ``tarfile``, which is slower and ends without a word at a
 error, where a map would kill the process (SIGBUS).
 """
 
+import errno
 import io
 import os
+import stat
 import tarfile
 import weakref
 import zlib
@@ -55,6 +57,8 @@ class LocalFile:
 
     def __init__(self, path: Path, pin: object = None) -> None:
         self._pin = pin
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for a writer
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)

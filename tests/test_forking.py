@@ -20,7 +20,10 @@ COMMANDS = {
     "error": ("def f(): raise OSError('broken')\nf()", 1),
     "left by the back door": ("import os, sys; print('x', flush=True); os._exit(9)", 9),
     "killed": ("import os; os.kill(os.getpid(), 9)", -9),
-    "interrupted": ("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(60)", -2),
+    "interrupted": (
+        "import os, signal, time; signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), 2); time.sleep(60)",
+        -2,
+    ),
     "terminated": ("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -15),
     "what runs at exit": ("import atexit; atexit.register(print, 'at exit'); print('main')", 0),
     "standard input is empty": ("import sys; print(repr(sys.stdin.read()))", 0),

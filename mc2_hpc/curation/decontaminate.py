@@ -95,7 +95,7 @@ def _benchmark_units(against: Path) -> tuple[dict[str, list[Path]], str]:
         raise UserError(f"{against}: no such file or folder of benchmark images")
     files = sorted(walk_files(against)) if against.is_dir() else [against]
     tars = [path for path in files if path.suffix.lower() == ".tar"]
-    images = [path for path in files if is_image_name(path.name)]
+    images = [path for path in files if is_image_name(path.name) and path.is_file()]
     if not tars and not images:
         raise UserError(f"{against}: no images (.{', .'.join(IMAGE_EXTENSIONS)}) and no tars of them")
     parts = [[tar] for tar in tars] + [

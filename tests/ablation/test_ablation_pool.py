@@ -63,7 +63,7 @@ def test_the_suite_shows_all_classes_in_every_language(pool):
     suite = load_suite(folder / "suite.yaml")
     for config in suite.sets.values():
         task = READERS[config.reader].read(Path(suite.root) / config.path, **config.options)
-        assert len(task.languages) >= 10 and len(task.pictures) == 100
+        assert len(task.languages) >= 10 and len(task.images) == 100
         for texts in task.languages.values():
             assert len(set(texts.names)) == 10 and len(texts.templates) >= 3
     common, rare = (config.options["names"]["en"] for config in suite.sets.values())

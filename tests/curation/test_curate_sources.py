@@ -49,7 +49,9 @@ def test_decontaminate(tmp_path, capsys):
     file = io.BytesIO()
     Image.linear_gradient("L").save(file, "JPEG")
     (tmp_path / "shards").mkdir()
-    write_tar(tmp_path / "shards" / "a.tar", [("k.jpg", file.getvalue())])
+    other = io.BytesIO()
+    Image.radial_gradient("L").save(other, "JPEG")
+    write_tar(tmp_path / "shards" / "a.tar", [("k.jpg", file.getvalue()), ("other.jpg", other.getvalue())])
     write_tar(tmp_path / "test.tar", [("x.jpg", file.getvalue())])
     flags = ["--against", str(tmp_path / "test.tar"), "--workers", "1", "--out", str(tmp_path / "out")]
     assert main(["curate", "decontaminate", str(tmp_path / "shards"), *flags]) == 0
@@ -61,7 +63,7 @@ def test_decontaminate(tmp_path, capsys):
     "words, message",
     [
         (["extract", "{}/none"], "none: no such file or folder"),
-        (["deduplicate", "{}"], "no *.parquet or *.tar shards in this pool folder"),
+        (["deduplicate", "{}"], "no *.parquet or *.tar shards"),
         (["decontaminate", "{}", "--against", "{}"], "no *.parquet or *.tar shards"),
     ],
 )

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from mc2_hpc import jobs
 from mc2_hpc.curation.run import plan_run
+from tests.holding import held
 
 WAIT_S = 240
 
@@ -44,13 +46,11 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_killed_run_is_continued(pool, tmp_path, victim, outputs):
-    """A shard that nobody writes to (a named pipe) holds a worker at a known place until it is killed."""
+    """A shard that cannot be opened for the time being holds a worker at a known place until it is killed."""
     jobs.run(plan_run(pool, pool.parent / "metadata", tmp_path / "whole", t_en=30))
     whole, out = outputs(tmp_path / "whole"), tmp_path / "out"
-    held = pool / "4.parquet"
-    content = held.read_bytes()
-    held.unlink()
-    os.mkfifo(held)
+    release = ExitStack()
+    release.enter_context(held(pool / "4.parquet"))
     driver = subprocess.Popen(command(pool, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     stats = out / "matched" / "stats"
     wait_until(lambda: stats.is_dir() and len(list(stats.glob("[0-9].json"))) == 5, driver)
@@ -65,8 +65,7 @@ def test_killed_run_is_continued(pool, tmp_path, victim, outputs):
     while not gone(worker):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    held.unlink()
-    held.write_bytes(content)
+    release.close()
     before = {path: path.stat().st_mtime_ns for path in (out / "matched").glob("[0-9].parquet")}
     assert len(before) == 5 and list((out / "matched").glob(".4.*"))
     subprocess.run(command(pool, out), check=True, capture_output=True, timeout=WAIT_S)

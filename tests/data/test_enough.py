@@ -1,7 +1,6 @@
 """Little data is said at the start: a batch larger than it, few shards, fewer samples than lanes."""
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mc2_hpc.data.locations import LocalShards, find_shards
 from mc2_hpc.data.packing import pack_pairs, write_shard
 from mc2_hpc.data.shards import Pair
 from mc2_hpc.errors import UserError
+from tests.holding import held
 
 
 @pytest.fixture
@@ -61,9 +61,10 @@ def test_shards_are_opened_only_until_there_is_enough(folder: Path, monkeypatch:
 def test_storage_that_hangs_does_not_hold_up_the_start(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    os.mkfifo(folder / "hangs.tar")  # opening it waits for a writer for ever, like a dead file server
+    write_shard(folder / "hangs.tar", [])
     monkeypatch.setattr("mc2_hpc.data.enough._LOOK_S", 0.5)
-    assert said(caplog, folder, batch=64, lanes=4) == []
+    with held(folder / "hangs.tar"):
+        assert said(caplog, folder, batch=64, lanes=4) == []
 
 
 def test_nothing_usable_is_left_to_the_loader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

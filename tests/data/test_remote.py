@@ -84,7 +84,7 @@ def test_a_shard_is_copied_once(
     shards = find_shards("memory:///data", cache=tmp_path / "cache")
     assert shards.names == [address]
     shard = shards.open(0)
-    assert shard.read(2).image[:3] == b"0-2" and shard.name == address
+    assert shard.read(2, seed=0, epoch=0).image[:3] == b"0-2" and shard.name == address
     monkeypatch.setattr(type(memory), "cat_ranges", None)  # not asked again
     assert shards.open(0).num_keys == 4
     copy = cached(tmp_path / "cache" / "shards")[0]
@@ -96,7 +96,7 @@ def test_parquet_comes_along(memory: fsspec.AbstractFileSystem, tmp_path: Path) 
     pq.write_table(pa.table({"key": ["0-1"], "text": ["hello"]}), tmp_path / "p.parquet")
     memory.pipe(address.replace(".tar", ".parquet"), (tmp_path / "p.parquet").read_bytes())
     shard = find_shards(address, cache=tmp_path / "cache").open(0)
-    assert isinstance(shard, CuratedShard) and shard.read(0).text == "hello"
+    assert isinstance(shard, CuratedShard) and shard.read(0, seed=0, epoch=0).text == "hello"
 
 
 def test_a_rewritten_shard_is_copied_again(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:

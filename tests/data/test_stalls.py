@@ -25,6 +25,7 @@ from mc2_hpc.data.watch import Board, Patient
 from mc2_hpc.errors import UserError
 
 LONG_AGO = (0, 0)
+from tests.holding import held
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +71,14 @@ def make_loader(tokenizer_file: Path) -> Iterator[Callable[..., TrainLoader]]:
 def test_a_read_that_never_returns_names_rank_worker_and_shard(
     workers: int, make_loader: Callable[..., TrainLoader], tmp_path: Path
 ) -> None:
-    os.mkfifo(tmp_path / "hangs.tar")  # opening it waits for a writer for ever, like a dead file server
+    write_shard(tmp_path / "hangs.tar", [("a", {"jpg": b"1", "txt": b"x"})])
     loader = make_loader(tmp_path, workers=workers, rank=1, world_size=2, stall_seconds=3 if workers == 0 else 12)
     expected = (
         rf"rank 1: no samples from data worker 0 \(lanes 2-{2 if workers else 3}\), which has been at "
         rf"{tmp_path}/hangs\.tar for \d+ s: none for \d+ s; fix it and start the run again"
     )
     began = time.monotonic()
-    with pytest.raises(DataStalled, match=expected):
+    with held(tmp_path / "hangs.tar"), pytest.raises(DataStalled, match=expected):
         next(loader)
     assert time.monotonic() - began < 60
     loader.close()
@@ -87,10 +88,13 @@ def test_a_read_that_never_returns_names_rank_worker_and_shard(
 def test_a_shard_that_hangs_in_mid_run(make_loader: Callable[..., TrainLoader], folder: Path) -> None:
     loader = make_loader(folder, workers=1, stall_seconds=10)
     next(loader)
-    for path in folder.glob("*.tar"):
-        path.unlink()
-        os.mkfifo(path)
-    with pytest.raises(DataStalled, match=r"worker 0 \(lanes 0-3\), which has been at .*/0000\d\.tar for"):
+    paths = sorted(folder.glob("*.tar"))
+    for path in paths:
+        content = path.read_bytes()
+        path.unlink()  # what the worker has open stays readable
+        path.write_bytes(content)
+    expected = r"worker 0 \(lanes 0-3\), which has been at .*/0000\d\.tar for"
+    with held(*paths), pytest.raises(DataStalled, match=expected):
         for _ in range(100):
             next(loader)
 

@@ -171,7 +171,7 @@ def test_what_is_left_out_is_counted_in_the_table(put, evaluate, tmp_path):
         "xm": {"language_without_captions": 1},
         "babel": {"class_without_image": 999, "language_without_prompts": 2, "language_without_images": 1},
     }
-    assert found["whole"]["n"] == {"en": 2} and "| whole | top1 |" in table and "undecodable_image 1 |" in table
+    assert found["whole"]["n"] == {"en": 2} and "| whole | top1 |" in table and "image_undecodable 1 |" in table
 
 
 def test_a_checkpoint_without_its_tokenizer_is_one_line(tiny_checkpoint, tmp_path, put, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.samples import is_image_name
 from mc2_hpc.shard_paths import walk_files
+
+logger = logging.getLogger(__name__)
 
 _MOST_BYTES = 2 << 30
 
@@ -114,13 +117,19 @@ def encoded_images(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
 
 
 def images_below(folder: Path) -> list[str]:
-    """Relative paths of all images in and below a folder, links followed, sorted.
+    """Relative paths of all images in and below a folder, links followed, sorted; dangling ones are told of in the log.
 
     Raises:
         UserError: no such folder, or one below cannot be read.
     """
-    found = (path for path in walk_files(required(folder, "images should lie there")) if is_image_name(path.name))
-    return sorted(str(path.relative_to(folder)) for path in found)
+    found = [path for path in walk_files(required(folder, "images should lie there")) if is_image_name(path.name)]
+    readable = [path for path in found if path.is_file()]
+    if len(readable) < len(found):
+        lost = next(path for path in found if not path.is_file())
+        logger.warning(
+            "%s: %d images are dangling links or not files, such as %s", folder, len(found) - len(readable), lost
+        )
+    return sorted(str(path.relative_to(folder)) for path in readable)
 
 
 def shuffled(names: Sequence[str], seed: int = 0) -> npt.NDArray[np.int64]:
