@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.reading.files import check_regular
 
 if TYPE_CHECKING:  # plain shards must not pay for this import in every worker
     import pyarrow
@@ -34,7 +33,8 @@ def caption_columns(path: Path) -> list[str]:
     """
     if not path.exists():
         return []
-    check_regular(path)
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file")
     import pyarrow
     import pyarrow.parquet
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "left by the back door": ("import os, sys; print('x', flush=True); os._exit(9)", 9),
     "killed": ("import os; os.kill(os.getpid(), 9)", -9),
     "interrupted": (
-        "import os, signal, time; signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), 2); time.sleep(60)",
+        "import os, time, signal as s; s.signal(2, s.default_int_handler); os.kill(os.getpid(), 2); time.sleep(60)",
         -2,
     ),
     "terminated": ("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -15),

@@ -17,15 +17,15 @@ import torch
 from mc2_hpc.config import DataConfig
 from mc2_hpc.data.batches import Share
 from mc2_hpc.data.loader import Batch, DataStalled, TrainLoader
-from mc2_hpc.data.packing import pack_pairs
+from mc2_hpc.data.packing import pack_pairs, write_shard
 from mc2_hpc.data.shards import Pair
 from mc2_hpc.data.source import Failure, ShareSource
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board, Patient
 from mc2_hpc.errors import UserError
+from tests.holding import held
 
 LONG_AGO = (0, 0)
-from tests.holding import held
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from mc2_hpc.curation.pool.distinct import Distinct
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.reading.files import check_regular
 from mc2_hpc.samples import CAPTION_EXTENSION, RECORD_EXTENSION, Caption, captions_of, is_unicode
 from mc2_hpc.shard_paths import Names, list_shards
 from mc2_hpc.tar import ESCAPES, Member, escapes
@@ -99,8 +98,8 @@ def _pieces(shard: PoolShard) -> Iterator[tuple[pa.Table, Counter[str]]]:
 
 
 def _read_parquet(path: Path) -> Iterator[pa.Table]:
-    if path.exists():
-        check_regular(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
     try:
         # Through a buffer and not ahead, or a row group is read whole, however large it is.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:

@@ -124,11 +124,8 @@ def images_below(folder: Path) -> list[str]:
     """
     found = [path for path in walk_files(required(folder, "images should lie there")) if is_image_name(path.name)]
     readable = [path for path in found if path.is_file()]
-    if len(readable) < len(found):
-        lost = next(path for path in found if not path.is_file())
-        logger.warning(
-            "%s: %d images are dangling links or not files, such as %s", folder, len(found) - len(readable), lost
-        )
+    if lost := [path for path in found if not path.is_file()]:
+        logger.warning("%s: %d images are dangling links or not files, such as %s", folder, len(lost), lost[0])
     return sorted(str(path.relative_to(folder)) for path in readable)
 
 
