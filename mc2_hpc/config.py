@@ -88,8 +88,8 @@ class ModelConfig:
 class DataConfig:
     """Where the pairs come from and how they become tensors."""
 
-    train: str = ""
-    """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, glob or brace pattern,
+    train: str | list[str] = ""
+    """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, pattern, or list of them,
     local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
     tokenizer: str = ""
     """A sentencepiece model file; empty is the one that ``model.init_from`` was trained with, in its style."""
@@ -109,6 +109,9 @@ class DataConfig:
     """``dali``: share of the JPEGs for the GPU's own JPEG engine, where it has one; 0 leaves all to its cores."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Area range of RandomResizedCrop."""
+    max_image_pixels: int = 1 << 26
+    """Largest image that is decoded in full. Larger JPEGs, up to eight times as many pixels, are decoded at a half or a
+    quarter of their size; anything else that large is skipped."""
     seed: int = 0
     """Seeds every random draw of the data path: text choice, balancing, order, crop."""
     stall_seconds: float = 600
@@ -127,6 +130,7 @@ class DataConfig:
         _at_least("data.prefetch", self.prefetch, 1)
         _at_least("data.stall_seconds", self.stall_seconds, 1)
         _at_least("data.cache_gb", self.cache_gb, 0)
+        _at_least("data.max_image_pixels", self.max_image_pixels, 1)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"data.crop_scale=[{low}, {high}]: needs 0 < low <= high <= 1")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mc2_hpc.config import DataConfig
 from mc2_hpc.drops import Drop, Dropped
-from mc2_hpc.images import REDUCED, load_rgb, open_image
+from mc2_hpc.images import MAX_PIXELS, REDUCED, load_rgb, open_image
 
 GREYS = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
 COLOURS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
@@ -91,3 +92,7 @@ def test_damage_has_a_reason(data, reason):
     with pytest.raises(Dropped) as caught:
         rgb(data)
     assert caught.value.reason is reason
+
+
+def test_the_limit_is_the_default_of_training():
+    assert DataConfig().max_image_pixels == MAX_PIXELS

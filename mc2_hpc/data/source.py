@@ -66,7 +66,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         )
         self._config = config
         self._probs = BalanceFolder(config.balance) if config.balance is not None else None
-        self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend)
+        self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend, config.max_image_pixels)
         self._image_size = image_size
         self._tokenizer = tokenizer
         self._samples_per_lane = samples_per_lane

@@ -336,7 +336,7 @@ def test_what_transformers_5_says_of_images_is_read(checkpoint: Checkpoint, tmp_
         fails(r"processor_config.json: not an image processor's description", folder, "mc2", out)
     path.write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # transformers 4 writes both files
     (folder / "preprocessor_config.json").write_text(json.dumps({**images, "image_std": [1, 1, 1]}))
-    fails(r"image_std=\[1, 1, 1\]: models here take", folder, "mc2", out)
+    fails(r"image_std=\[1.0, 1.0, 1.0\]: models here take", folder, "mc2", out)
 
 
 def test_an_interrupted_conversion_leaves_nothing(
