@@ -57,7 +57,7 @@ def test_one_line(words, message, tmp_path, monkeypatch, capsys):
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two': must be"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='9999"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE='': must be"),
-        ({"SLURM_NTASKS": "nan"}, "SLURM_NTASKS='nan': must be"),
+        ({"SLURM_STEP_NUM_TASKS": "nan"}, "SLURM_STEP_NUM_TASKS='nan': must be"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "7"}, "LOCAL_RANK='7': must be a whole number from 0 to 1"),
         (
             {"WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "99999"},
@@ -68,7 +68,15 @@ def test_one_line(words, message, tmp_path, monkeypatch, capsys):
     ids=lambda value: repr(value)[:50],
 )
 def test_the_environment_too(values, message, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mc2_hpc.cli import curate_explain
 from mc2_hpc.cli.curate_engine import engine_flags, engine_of, run_plan
+from mc2_hpc.cli.numbers import whole
 
 if TYPE_CHECKING:
     from mc2_hpc.jobs import Plan
@@ -40,12 +41,18 @@ def _add_sources(actions: Any) -> None:
     extract.add_argument("archives", nargs="+", help="files, or folders searched at any depth")
     deduplicate = _add(actions, "deduplicate", "every image key in one shard, texts once")
     deduplicate.add_argument("pool", help="folder of <shard>.parquet, such as extract wrote")
-    deduplicate.add_argument("--shards", type=int, metavar="N", help="to write [one for each million rows]")
+    deduplicate.add_argument(
+        "--shards", type=whole(1, 1 << 20), metavar="N", help="to write [one for each million rows]"
+    )
     decontaminate = _add(actions, "decontaminate", "training shards without benchmarks")
     decontaminate.add_argument("shards", help="folder of training shards")
     decontaminate.add_argument("--against", required=True, help="folder of benchmark images or tars of them")
     decontaminate.add_argument(
-        "--max-distance", type=int, default=6, metavar="BITS", help="of 64, up to which images count as one [6]"
+        "--max-distance",
+        type=whole(0, 31),
+        default=6,
+        metavar="BITS",
+        help="of 64, up to which images count as one [6]",
     )
 
 
@@ -70,7 +77,9 @@ def _add_stages(actions: Any) -> None:
         metavar=("package.module.Class", "key=value"),
         help="drop captions before matching; may be repeated (docs/curation.md)",
     )
-    threshold.add_argument("--t-en", type=int, required=True, help="English threshold: 20000 (400M) to 170000 (2.5B)")
+    threshold.add_argument(
+        "--t-en", type=whole(1), required=True, help="English threshold: 20000 (400M) to 170000 (2.5B)"
+    )
     _add(actions, "match", "captions to the entries in them", from_pool, matching)
     balance = _add(actions, "balance", "counts, thresholds, probabilities", threshold)
     balance.add_argument("matched", help="what match wrote")

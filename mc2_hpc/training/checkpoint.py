@@ -40,10 +40,6 @@ class _Saved(File):
     sha256: Sha256
 
 
-class _SavedConfig(Foreign):
-    data: dict[str, Any]
-
-
 class _SavedShards(File):
     count: Count
     sha256: Sha256
@@ -57,7 +53,8 @@ class _TrainerFile(Foreign):
     skipped: dict[str, Count]
     position: list[tuple[Count, Count, Count]]
     """Epoch, shard and offset of each lane."""
-    config: _SavedConfig
+    config: dict[str, Any]
+    """Of the run that wrote it; whoever compares a setting looks whether it is there."""
     shards: _SavedShards | None = None
 
 

@@ -97,7 +97,9 @@ def warn_of_changes(checkpoint: Checkpoint, lines: list[str]) -> None:
 
 def _jump(checkpoint: Checkpoint, before: Mapping[str, Any], config: RunConfig) -> str:
     step = checkpoint.step
-    old = config_from_dict({key: before[key] for key in ("steps", "optim")}, source=str(checkpoint.folder))
+    old = config_from_dict(
+        {key: before[key] for key in ("steps", "optim") if key in before}, source=str(checkpoint.folder)
+    )
     last = learning_rate(step - 1, total=old.steps, config=old.optim)
     following = learning_rate(step, total=config.steps, config=config.optim)
     return f"learning rate {last:.1e} in step {step} -> {following:.1e} in step {step + 1}"

@@ -114,8 +114,17 @@ def test_without_the_matched_pool_the_rate_is_not_known(many, parse_page):
 
 def test_a_balance_of_an_earlier_match_is_refused(two, tmp_path):
     (tmp_path / "balance").symlink_to(two / "balance")
-    write_json(tmp_path / "matched" / "match.json", {"shards": ["0"]})
-    write_json(tmp_path / "matched" / "stats" / "0.json", {"matched": 161, "captions": {"en": 121, "de": 41}})
+    settings = {"mode": "fixed", "metadata": {}, "language_id": "none", "shards": ["0"]}
+    write_json(tmp_path / "matched" / "match.json", settings)
+    counters = {
+        "rows": 163,
+        "matched": 161,
+        "images": 1,
+        "drops": {},
+        "languages": {},
+        "captions": {"en": 121, "de": 41},
+    }
+    write_json(tmp_path / "matched" / "stats" / "0.json", counters)
     with pytest.raises(UserError, match="run `mc2 curate balance` again"):
         gather(tmp_path, metadata_of(two))
 

@@ -78,7 +78,7 @@ def test_others_models_search_too(kind, tiny_checkpoint, image_folder, tmp_path,
     [
         ([], "give either words to look for, or --serve"),
         (["cat", "--top", "0"], "--top 0: must be at least 1"),
-        (["--serve", "99999"], "--serve 99999: not a port"),
+        (["--serve", "99999"], "--serve 99999: must be at most 65,535"),
         (["cat", "--images", "nowhere"], "nowhere"),
     ],
 )

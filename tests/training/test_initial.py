@@ -55,7 +55,7 @@ def same_weights(found, expected):
 def test_every_format_brings_architecture_tokenizer_and_weights(config, trained, tiny_pool, tmp_path, kind):
     folder, clip = trained
     source = folder if kind == "mc2" else convert(folder, kind, tmp_path / kind)
-    run = config("data.tokenizer=''", init_from=str(source))
+    run = config("data.tokenizer=", init_from=str(source))
     with process_group() as ranks, initial_source(run, None, ranks) as found:
         arch = architecture(run, found)
         assert arch == clip.arch
@@ -105,7 +105,7 @@ def test_another_tokenizer_needs_a_word(config, trained, tmp_path):
         with initial_source(run, None, ranks) as found:
             assert tokenizer(run, found, architecture(run, found), ranks).model_file == other
         with pytest.raises(UserError, match="data.tokenizer is not set"):
-            run = config("data.tokenizer=''")
+            run = config("data.tokenizer=")
             tokenizer(run, None, architecture(run, None), ranks)
 
 

@@ -196,8 +196,8 @@ def test_only_lost_ranks_are_called_so():
 
 
 BAD = {
-    "no process": (["--processes", "0"], "at least 1 process"),
-    "negative restarts": (["--processes", "2", "--restarts", "-1"], "at least 1 process and 0 restarts"),
+    "no process": (["--processes", "0"], "--processes 0: must be at least 1"),
+    "negative restarts": (["--processes", "2", "--restarts", "-1"], "--restarts -1: must be at least 0"),
     "restarts without processes": (["--restarts", "2"], "--restarts needs --processes"),
     "restarts that begin anew": (["--processes", "2", "--restarts", "2", "checkpoint.resume=false"], "begin anew"),
 }
