@@ -89,8 +89,8 @@ class DataConfig:
     """Where the pairs come from and how they become tensors."""
 
     train: str | list[str] = ""
-    """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, pattern or a list of these,
-    local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
+    """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, pattern or list
+    of these, local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
     tokenizer: str = ""
     """A sentencepiece model file; empty is the one that ``model.init_from`` was trained with, in its style."""
     tokenizer_style: str = "xlmv"
