@@ -17,7 +17,7 @@ from mc2_hpc.training.trainer import Trainer
 
 def main(config_file: str, output: str, *overrides: str) -> None:
     config = load_config(config_file, [f"output={output}", *overrides])
-    with process_group() as ranks, exclusive_run(config, ranks):
+    with process_group() as ranks, exclusive_run(Path(config.output), ranks):
         Trainer(config, ranks).train()
     rows = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows:

@@ -135,7 +135,7 @@ def test_importing_the_package_loads_nothing_heavy():
     """``mc2_hpc.load`` loads torch when it is called, not before."""
     code = (
         "import sys, mc2_hpc\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'omegaconf'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert callable(mc2_hpc.load) and 'torch' in sys.modules"
     )

@@ -54,7 +54,7 @@ def markdown(
         for metric, value in entry["mean"].items():
             rows.append([where, metric, f"{100 * value:.1f}", *_context(entry, metric), skipped])
     lines += [*_table(["set", "metric", "per cent", "chance", "lowest, highest", "n", "left out"], rows), ""]
-    lines += _embedding_tables(sets)
+    lines += [*_completeness(sets), *_embedding_tables(sets)]
     return "\n".join(lines)
 
 
@@ -79,6 +79,17 @@ def _context(entry: Mapping[str, Any], metric: str) -> list[str]:
 def number_scored(counts: Mapping[str, int]) -> int:
     """How many images, texts or questions a set's number is of: all of them, or the sum of its groups'."""
     return counts[ALL] if ALL in counts else sum(counts.values())
+
+
+def _completeness(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line that says whether any sample of the scored sets was left out; their tables say which and why."""
+    scored = [entry for entry in sets.values() if "error" not in entry]
+    total = sum(number_scored(entry["n"]) for entry in scored if entry.get("n"))
+    left_out = sum(sum(entry["skipped"].values()) for entry in scored)
+    if not total:
+        return []
+    line = f"{total:,} of {total + left_out:,} samples scored, {left_out:,} left out" if left_out else ""
+    return [line or f"all {total:,} samples scored", ""]
 
 
 def _embedding_tables(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+import yaml
 
 from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import BalanceFolder
@@ -55,7 +55,9 @@ def write_suite(path: Path, folder: Path) -> None:
         fold = f"fold_{shard.stem.rpartition('-')[2]}"
         sets[fold] = {"reader": "shards", "path": f"heldout/{shard.name}", "languages": list(LANGUAGES)}
     with atomic_path(path) as temporary:
-        OmegaConf.save(OmegaConf.create({"root": str(folder), "sets": sets}), temporary)
+        temporary.write_text(
+            yaml.safe_dump({"root": str(folder), "sets": sets}, allow_unicode=True, sort_keys=False), encoding="utf-8"
+        )
 
 
 def evaluate(suite: Path, encoder: Encoder, update: Callable[[int, int], None]) -> dict[str, Any]:

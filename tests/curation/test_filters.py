@@ -139,6 +139,14 @@ def test_drops_are_counted_in_stats_balance_and_report(pool, listed, module, tmp
     assert "listed_word" in page and "too_long" in page
 
 
+def test_the_examples_filter(monkeypatch):
+    """The filter of examples/ is loaded by its name, and each of its reasons is given."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
+    one = parse_filter(["caption_filters.NoAdvertisements", "most_prices=1"]).load()
+    texts = ["a red car", "a red car for $5", "from $5 to 7 €", "red cars, buy now"]
+    assert one.drop_reasons(pa.table({"text": texts})) == [None, None, "price", "call_to_buy"]
+
+
 def test_rows_that_are_kept_are_those_without_a_filter(pool, listed, tmp_path):
     match(pool, tmp_path / "plain")
     match(pool, tmp_path / "filtered", listed)

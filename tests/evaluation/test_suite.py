@@ -52,6 +52,7 @@ def test_numbers_tables_and_page(tiny_checkpoint, suite_file, tmp_path, capsys, 
     assert all(entry["protocol"] for entry in found["sets"].values()) and len(found["identity"]) == 64
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| xm3600 | not scored |" in table and "| XTD-10 T2I |" in table and table in capsys.readouterr().out
+    assert "all 30 samples scored" in table  # 10 captions in each of two languages, 10 images in folders
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "&amp; &lt;caption&gt;" in page and "<caption>" not in page
     hits, missed = page.count('<div class="hit "') + page.count('<div class="hit right"'), page.count("its own, missed")
