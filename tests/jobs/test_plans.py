@@ -156,9 +156,11 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
 
 
 SLEEPS = """
+import signal
 import sys
 from pathlib import Path
 from mc2_hpc import jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what they start in the background ignore it
 shards = {"import time; time.sleep(600)": {}, "import time; time.sleep(601)": {}}
 jobs.run(jobs.Plan((jobs.Stage("s", Path(sys.argv[1]), shards, exec, ("never",)),), dict), jobs.Local(2))
 """
