@@ -286,10 +286,10 @@ def warm_up() -> None:
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     from mc2_hpc.ablation import run
-    from mc2_hpc.curation import pipeline  # noqa: F401
-    from mc2_hpc.curation.pool import common_crawl, decontaminate, url_dedup  # noqa: F401
+    from mc2_hpc.curation import decontaminate, deduplicate, extract  # noqa: F401
+    from mc2_hpc.curation import run as curation_run  # noqa: F401
     from mc2_hpc.curation.report import page  # noqa: F401
-    from mc2_hpc.evaluation import search, shards, suite  # noqa: F401
+    from mc2_hpc.evaluation import search, suite  # noqa: F401
     from mc2_hpc.jobs import executors  # noqa: F401
     from mc2_hpc.metadata import build  # noqa: F401
     from mc2_hpc.training import trainer  # noqa: F401
