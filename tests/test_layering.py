@@ -1,6 +1,7 @@
 """Imports run downwards only, the command line is light, and the wheel is whole."""
 
 import ast
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -117,30 +118,39 @@ def test_circles_are_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d", "a"}, "e": set()}) == [("b", "c"), ("d",)]
 
 
+def of_heavy(packages: str, after: str) -> str:
+    """Which of ``packages`` are loaded by the statements ``after``, and what these print, in a process of its own."""
+    code = f"{after}\nimport sys; print(sorted(set({packages.split()}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_help_loads_no_heavy_package():
     """What makes ``mc2 --help`` answer at once: nothing big is imported for it."""
-    code = (
-        "import sys; from mc2_hpc.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'deepspeed', 'pyarrow', 'msgspec', 'yaml', 'numba', 'rich'} & set(sys.modules)\n"
-        "sys.exit(repr(heavy) if heavy else 0)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert "quickstart" in result.stdout
+    ask_help = "from mc2_hpc.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    *text, loaded = of_heavy("torch numpy deepspeed pyarrow msgspec yaml numba rich", ask_help).splitlines()
+    assert loaded == "[]" and any("quickstart" in line for line in text)
 
 
 def test_importing_the_package_loads_nothing_heavy():
     """``mc2_hpc.load`` loads torch when it is called, not before."""
-    code = (
-        "import sys, mc2_hpc\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'yaml'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "assert callable(mc2_hpc.load) and 'torch' in sys.modules"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
+    assert of_heavy("torch numpy PIL yaml", "import mc2_hpc") == "[]\n"
+    assert of_heavy("torch", "import mc2_hpc; assert callable(mc2_hpc.load)") == "['torch']\n"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
+def test_imports_inside_functions_are_there(folder):
+    """Those of what no test calls in every run: slow lanes, benchmarks. (mypy sees to the package itself.)"""
+    missing = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for name in imports(path):
+            if name.split(".")[0] == "mc2_hpc":
+                try:
+                    pkgutil.resolve_name(name)
+                except (ImportError, AttributeError) as error:
+                    missing.append(f"{path.relative_to(ROOT)}: {error}")
+    assert not missing
 
 
 def test_wheel_works_from_another_folder(tmp_path):
