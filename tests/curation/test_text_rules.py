@@ -1,5 +1,6 @@
 """The matching rules, by example and by their defining properties."""
 
+import itertools
 import re
 import unicodedata
 
@@ -211,6 +212,17 @@ def test_blank_entry_and_unknown_mode():
         entry_pattern(" ", "compat")
     with pytest.raises(UserError, match="mode 'loose': choose one of fixed, compat"):
         check_mode("loose")
+
+
+def test_can_match_is_right_for_every_short_entry():
+    """Of a letter, spaces and full stops: against every text that is long enough to have the entry."""
+
+    def strings(longest):
+        return ("".join(chars) for n in range(1, longest + 1) for chars in itertools.product("a .", repeat=n))
+
+    spaced = "|".join(spaced_text(text, "compat") for text in strings(8))
+    patterns = [entry_pattern(entry, "compat") for entry in strings(5) if entry.strip()]
+    assert [can_match(pattern, "compat") for pattern in patterns] == [pattern in spaced for pattern in patterns]
 
 
 @given(st.text(alphabet="ab .,!\t\n'", min_size=1, max_size=6).filter(str.strip), st.data())

@@ -35,6 +35,7 @@ them, and its ``match.json`` records which.
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -176,11 +177,11 @@ def can_match(pattern: str, mode: str) -> bool:
         return True
     if any(char in pattern for char in _RELEASE_SPACES):
         return False
+    marks = [at for at, char in enumerate(pattern) if char in _RELEASE_WRAPPED]
+    # A space of its own stands on each side of a mark, so two marks are never a single space apart.
     return all(
-        (at == 0 or pattern[at - 1] == " ") and (at == len(pattern) - 1 or pattern[at + 1] == " ")
-        for at, char in enumerate(pattern)
-        if char in _RELEASE_WRAPPED
-    )
+        (at == 0 or pattern[at - 1] == " ") and (at == len(pattern) - 1 or pattern[at + 1] == " ") for at in marks
+    ) and not any(second - first == 2 for first, second in pairwise(marks))
 
 
 @lru_cache(maxsize=1)
