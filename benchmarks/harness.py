@@ -5,7 +5,6 @@ the peer's in the same run, larger is better unless the name ends in ``_memory``
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 
 ROOT = Path(__file__).parents[1]
 """Where ``python -m benchmarks.<module>`` works."""
@@ -118,19 +119,18 @@ def main(name: str, run: Callable[[bool], dict[str, Any]]) -> None:
     """Command line of a benchmark: ``[--quick] [--json FILE]``; prints rows and ratios."""
     parser = argparse.ArgumentParser(prog=f"mc2 bench {name}")
     parser.add_argument("--quick", action="store_true", help="under a minute; a smoke test, not for quoting")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    add_json_flag(parser)
     arguments = parser.parse_args()
     env = environment()
     if arguments.json and str(env["commit"]).endswith("-dirty") and not arguments.quick:
         print(f"mc2 bench: this row will say {env['commit']}: commit first to keep it", file=sys.stderr)
     result = {"name": name, "env": env, "quick": arguments.quick, **run(arguments.quick)}
-    for row in result["rows"]:
+    for row in result["rows"] if arguments.json != STDOUT else ():
         print("  ".join(f"{k}={_short(v)}" for k, v in row.items() if not isinstance(v, list)))
-    for key, value in result["ratios"].items():
+    for key, value in result["ratios"].items() if arguments.json != STDOUT else ():
         print(f"{key}: {value:.2f}")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(result, arguments.json)
     sys.stdout.flush()
 
 

@@ -8,10 +8,10 @@ lists shards passes them over.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc2_hpc.errors import UserError
-
 if TYPE_CHECKING:  # plain shards must not pay for this import in every worker
     import pyarrow
+
+    from mc2_hpc.reading.parquet_file import ColumnType
 
 KEY, TEXT, LANG, SOURCE, ENTRIES = "key", "text", "lang", "source", "entries"
 
@@ -33,19 +33,11 @@ def caption_columns(path: Path) -> list[str]:
     """
     if not path.exists():
         return []
-    if not path.is_file():
-        raise UserError(f"{path}: not a regular file")
-    import pyarrow
-    import pyarrow.parquet
+    from mc2_hpc.reading.parquet_file import ANY, open_parquet
 
-    try:
-        names = pyarrow.parquet.read_schema(path).names
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
+    with open_parquet(path, optional=dict.fromkeys((KEY, TEXT, LANG, SOURCE, ENTRIES), ANY)) as file:
+        names = file.schema_arrow.names
     found = [name for name in (KEY, TEXT, LANG, SOURCE, ENTRIES) if name in names]
-    for name in found:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: has {names.count(name)} columns {name!r}; write it again with one")
     return found if {KEY, TEXT} <= set(found) else []
 
 
@@ -61,36 +53,22 @@ def caption_table(path: Path) -> "pyarrow.Table | None":
     if not names:
         return None
     import pyarrow
-    import pyarrow.parquet
+
+    from mc2_hpc.reading.parquet_file import open_parquet
 
     types = {KEY: pyarrow.string(), TEXT: pyarrow.large_binary(), LANG: pyarrow.string()}
     types[ENTRIES] = pyarrow.list_(pyarrow.uint32())
-    try:
-        table = pyarrow.parquet.ParquetFile(path).read([name for name in names if name in types], use_threads=False)
-        for field in table.schema:
-            check_column(path, field)
+    columns = {name: kind for name, kind in column_types().items() if name in names and name in types}
+    with open_parquet(path, columns) as file:
+        table = file.read(list(columns), use_threads=False)
         if LANG not in names:
             table = table.append_column(LANG, pyarrow.nulls(len(table), pyarrow.string()))
         return pyarrow.table({name: table[name].cast(types[name]) for name in table.column_names})
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
 
 
-def check_column(path: Path, field: "pyarrow.Field") -> None:
-    """Raise UserError unless a column of a caption table is of its type: strings; for keys whole numbers too."""
-    import pyarrow.types as kinds
+def column_types() -> "dict[str, ColumnType]":
+    """What the columns of a caption table may hold: strings; for keys whole numbers too."""
+    from mc2_hpc.reading.parquet_file import IDS, TEXT_OR_INTEGER
+    from mc2_hpc.reading.parquet_file import TEXT as STRINGS
 
-    kind = field.type.value_type if kinds.is_dictionary(field.type) else field.type
-    if field.name == ENTRIES:
-        if not (kinds.is_list(kind) and kinds.is_unsigned_integer(kind.value_type)):
-            raise UserError(f"{path}: column {field.name!r} is {field.type}, must be list<uint32>")
-    elif field.name == KEY and kinds.is_integer(kind):
-        return
-    elif not (
-        kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind) or kinds.is_null(kind)
-    ):
-        raise UserError(f"{path}: column {field.name!r} is {field.type}, must be string")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return {KEY: TEXT_OR_INTEGER, TEXT: STRINGS, LANG: STRINGS, SOURCE: STRINGS, ENTRIES: IDS}

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.reading import json_file as reading_json
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,6 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What ``flock`` answers in a file system without locks, such as Lustre and NFS as they are often mounted."""
 
 _COMPLETE = ".complete"
-_MOST_JSON_BYTES = 1 << 30
 # Asking for it sets it for a moment, which threads would notice: so it is asked for once.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -59,16 +57,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON with sorted keys, atomically: the same value gives the same bytes."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(to_json_text(value), encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file whose reader looks at its form itself.
-
-    Raises:
-        UserError: the file is missing or is not JSON.
-    """
-    return reading_json.read_json(path, reading_json.ANYTHING, most=_MOST_JSON_BYTES)
+def to_json_text(value: Any) -> str:
+    """What :func:`write_json` writes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def fsync_file(path: Path) -> None:

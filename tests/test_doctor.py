@@ -100,7 +100,7 @@ def test_another_package_called_apex_is_not_nvidias(monkeypatch, tmp_path):
 
 
 def test_json(capsys):
-    assert main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["component"] for row in rows} == set(doctor.PROBES)
     assert {row["component"] for row in rows if row["shallow"]} >= {"DeepSpeed", "Triton"}

@@ -14,7 +14,6 @@ from mc2_hpc.storage import (
     exclusive_folder,
     is_complete,
     mark_complete,
-    read_json,
     write_json,
 )
 
@@ -29,14 +28,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
     assert path.read_text() == '{\n  "a": "ä",\n  "b": 1\n}\n'
     assert path.stat().st_mode & stat.S_IRUSR
-
-
-def test_read_json_names_the_file(tmp_path):
-    with pytest.raises(UserError, match="none.json: no such file"):
-        read_json(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_bytes(b'{"a": \xff}')
-    with pytest.raises(UserError, match="bad.json: not valid JSON"):
-        read_json(tmp_path / "bad.json")
 
 
 def test_completion_marker(tmp_path):

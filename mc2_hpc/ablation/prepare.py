@@ -21,6 +21,7 @@ from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import REPORT, BalanceFolder, read_report
 from mc2_hpc.balancing.selection import keep_probability
 from mc2_hpc.balancing.thresholds import entry_probabilities, threshold_to_mass
+from mc2_hpc.caption_tables import LANG, column_types
 from mc2_hpc.curation.balance import plan_balance
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.matched import entries_of, matched_batches, rows_by_language
@@ -31,6 +32,7 @@ from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries
 from mc2_hpc.metadata.languages import known_code
+from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.shard_paths import list_shards
 from mc2_hpc.storage import atomic_path, is_complete, mark_complete, write_json
 
@@ -130,15 +132,14 @@ def _pool_view(pool: Path, folder: Path, languages: list[str], relabel: bool) ->
     for shard in list_pool(pool):
         if shard.captions is None or shard.images is None:
             raise UserError(f"{pool}: {shard.name} is no .parquet beside a .tar: languages cannot be told apart in it")
-        table = pq.read_table(shard.captions)
-        if "lang" not in table.column_names:
-            raise UserError(f"{shard.captions}: no column 'lang', so its languages cannot be told apart")
-        found.update(lang or NO_CODE for lang in table["lang"].unique().to_pylist())
+        with open_parquet(shard.captions, {LANG: column_types()[LANG]}, what="captions with their languages") as file:
+            table = file.read()
+        found.update(lang or NO_CODE for lang in table[LANG].unique().to_pylist())
         if languages:
             table, _ = in_known_languages(table, languages)
         if relabel:
-            place = table.column_names.index("lang")
-            table = table.set_column(place, "lang", pa.array([ENGLISH] * len(table), pa.string()))
+            place = table.column_names.index(LANG)
+            table = table.set_column(place, LANG, pa.array([ENGLISH] * len(table), pa.string()))
         with atomic_path(folder / f"{shard.name}.parquet") as temporary:
             pq.write_table(table, temporary)
         _link(shard.images, folder / f"{shard.name}.tar")

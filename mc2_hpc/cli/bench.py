@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mc2_hpc.cli.json_result import STDOUT, add_json_flag
 from mc2_hpc.errors import UserError
 
 SUMMARY = "run a benchmark against its named peer"
@@ -11,7 +12,7 @@ SUMMARY = "run a benchmark against its named peer"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="benchmark: the <name> of benchmarks/bench_<name>.py")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and ratios here")
+    add_json_flag(parser)
     parser.add_argument("--quick", action="store_true", help="under a minute, for a smoke test: not for quoting")
 
 
@@ -28,5 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"bench {arguments.name!r}: no such benchmark; {there}")
     command = [sys.executable, "-m", f"benchmarks.bench_{arguments.name}", *(["--quick"] if arguments.quick else [])]
     if arguments.json:
-        command += ["--json", str(arguments.json.absolute())]
+        command += ["--json", arguments.json if arguments.json == STDOUT else str(Path(arguments.json).absolute())]
     return subprocess.run(command, cwd=folder.parent).returncode

@@ -1,11 +1,11 @@
 """``mc2 curate explain``: what happens to one caption, and why."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
@@ -22,7 +22,7 @@ def add_action(actions: Any) -> None:
     explain.add_argument("--balance", type=Path, help="what balance wrote: adds counts, probabilities, the verdict")
     explain.add_argument("--mode", choices=("fixed", "compat"), help="matching rules [the folder's, else fixed]")
     explain.add_argument("--key", help="image key: tells whether it is kept with this seed and epoch")
-    explain.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_json_flag(explain)
     explain.set_defaults(action=_explain)
 
 
@@ -51,8 +51,8 @@ def _explain(arguments: argparse.Namespace) -> int:
         epoch=arguments.epoch,
     )
     if arguments.json:
-        print(json.dumps(explanation.to_dict(), indent=2, ensure_ascii=False))
-    else:
+        write_result(explanation.to_dict(), arguments.json)
+    if arguments.json != STDOUT:
         _show(explanation)
     return 0
 

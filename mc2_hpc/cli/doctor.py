@@ -1,14 +1,15 @@
 """``mc2 doctor``."""
 
 import argparse
-import json
+
+from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 
 SUMMARY = "what is installed here, and does it work"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="also run the self-checks that take seconds each")
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -16,7 +17,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     findings = examine(full=arguments.full)
     if arguments.json:
-        print(json.dumps(to_json(findings), indent=2))
+        write_result(to_json(findings), arguments.json)
+    if arguments.json == STDOUT:
         return 0
     from rich.console import Console
     from rich.markup import escape

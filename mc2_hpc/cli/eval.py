@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--shards", metavar="WHERE", help="image-text shards, as data.train names them: retrieval")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that differ from the suite's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md, report.html there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what results.json holds there")
+    add_json_flag(parser)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features of images there [OUT/features]")
     parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="images encoded at a time [64]")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoders [fp32]")
@@ -64,10 +65,11 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
     sets, facts = to_json(results), encoder.dual.facts
     if ranks.is_first:
         table = markdown(arguments.checkpoint.name, sets, reported(facts.vision_width, facts.patch_size), facts)
-        print(table)
         found = _document(arguments, encoder, sets)
+        if arguments.json != STDOUT:
+            print(table)
         if arguments.json:
-            write_json(arguments.json, found)
+            write_result(found, arguments.json)
         if arguments.out:
             write_json(arguments.out / "results.json", found)
             with atomic_path(arguments.out / "results.md") as temporary:

@@ -21,9 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from mc2_hpc.caption_tables import is_caption_table
+from mc2_hpc.caption_tables import KEY, column_types, is_caption_table
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
@@ -31,9 +30,11 @@ from mc2_hpc.curation.pool.perceptual_hash import Hashes, image_hashes, nearest
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.reading.json_file import Count, Foreign, read_json
+from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
 from mc2_hpc.shard_paths import walk_files
-from mc2_hpc.storage import atomic_path, read_json, write_json
+from mc2_hpc.storage import atomic_path, write_json
 from mc2_hpc.tar import Member, fits_tar_name, write_tar
 
 SETTINGS = "decontaminate.json"
@@ -159,6 +160,12 @@ def _benchmark(out: Path, units: tuple[str, ...]) -> tuple[list[str], Hashes]:
     return names, np.concatenate(hashes)
 
 
+class _Images(Foreign):
+    """The part of a shard's counts that tells whether it has a tar."""
+
+    images: Count
+
+
 @dataclass(frozen=True)
 class CleanShard:
     """Copies one shard without what matches the benchmark."""
@@ -169,7 +176,7 @@ class CleanShard:
 
     def is_current(self, shard: str) -> bool:
         """Whether the shard's tar is there, if it has images left."""
-        return (self.out / f"{shard}.tar").is_file() or read_json(stats_path(self.out, shard))["images"] == 0
+        return (self.out / f"{shard}.tar").is_file() or read_json(stats_path(self.out, shard), _Images).images == 0
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
@@ -222,11 +229,9 @@ def _key(member: Member) -> str:
 
 
 def _rows_without(path: Path, keys: set[str]) -> pa.Table:
-    try:
-        table = pq.read_table(path, partitioning=None)
-        return table.filter(pc.invert(pc.is_in(table["key"], pa.array(sorted(keys), table["key"].type))))
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as the rows of a training shard ({error})") from None
+    with open_parquet(path, {KEY: column_types()[KEY]}, what="the rows of a training shard") as file:
+        table = file.read()
+        return table.filter(pc.invert(pc.is_in(table[KEY], pa.array(sorted(keys), table[KEY].type))))
 
 
 def _removed_path(out: Path, shard: str) -> Path:

@@ -25,6 +25,7 @@ from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept, sum_stats
 from mc2_hpc.reading.json_file import Foreign, Size, read_json
+from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.storage import atomic_path, write_json
 
 SETTINGS = "deduplicate.json"
@@ -136,10 +137,8 @@ def _number_of_shards(out: Path, inputs: dict[str, PoolShard], shards: int | Non
 
 
 def _num_rows(path: Path) -> int:
-    try:
-        return pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).strip().splitlines()[0]})") from None
+    with open_parquet(path) as file:
+        return file.metadata.num_rows
 
 
 def scattered_folder(out: Path) -> Path:

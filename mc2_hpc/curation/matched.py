@@ -4,7 +4,7 @@ Beside them lie the counts of each shard, the matcher tables of each language, a
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, has_outputs
 from mc2_hpc.reading.json_file import Count, File, Sha256, read_fields
+from mc2_hpc.reading.parquet_file import ColumnType, open_parquet
 from mc2_hpc.storage import atomic_path
 
 SETTINGS = "match.json"
@@ -70,7 +71,8 @@ class MatchStats(File):
 
 _ENTRIES = pa.list_(pa.uint32())
 _REPEATING = ["lang", "source"]
-_REQUIRED = {"key": pa.string(), "text": pa.string(), "lang": pa.string(), "entries": _ENTRIES}
+_STRING = ColumnType.exactly(pa.string())
+_REQUIRED = {"key": _STRING, "text": _STRING, "lang": _STRING, "entries": ColumnType.exactly(_ENTRIES)}
 
 
 def tables_folder(out: Path, lang: str) -> Path:
@@ -160,21 +162,8 @@ def matched_batches(path: str | Path, columns: list[str] | None = None) -> Itera
             yield file.read_row_group(group, columns).combine_chunks()
 
 
-@contextmanager
-def _open_matched(path: str | Path) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            for name, kind in _REQUIRED.items():
-                if name not in schema.names:
-                    raise UserError(f"{path}: no column {name!r}; not a matched pool (see `mc2 curate match`)")
-                if schema.names.count(name) > 1:
-                    raise UserError(f"{path}: {schema.names.count(name)} columns {name!r}; keep one")
-                if not schema.field(name).type.equals(kind):
-                    raise UserError(f"{path}: column {name!r} is {schema.field(name).type}, must be {kind}")
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).strip().splitlines()[0]})") from None
+def _open_matched(path: str | Path) -> AbstractContextManager[pq.ParquetFile]:
+    return open_parquet(path, _REQUIRED, what="a part of a matched pool (see `mc2 curate match`)")
 
 
 def entries_of(table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:

@@ -2,10 +2,11 @@
 
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.weights import is_checkpoint
-from mc2_hpc.storage import read_json
+from mc2_hpc.reading.json_file import read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 TRANSFORMERS_CONFIG = "config.json"
@@ -38,8 +39,7 @@ def detect_format(source: Path) -> Format:
     if (source / OPEN_CLIP_CONFIG).is_file():
         return Format.OPEN_CLIP
     path = source / TRANSFORMERS_CONFIG
-    values = read_json(path) if path.is_file() else None
-    if isinstance(values, dict) and "model_type" in values:
+    if path.is_file() and "model_type" in read_json(path, dict[str, Any]):
         return Format.TRANSFORMERS
     raise UserError(
         f"{source}: no model there (looked for model.json, latest, checkpoints/latest of a run, "

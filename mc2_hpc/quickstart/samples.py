@@ -4,10 +4,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from mc2_hpc.curation.matched import read_matched
 from mc2_hpc.curation.pool.image_tars import TarIndex
+from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.shard_paths import list_shards
 from mc2_hpc.storage import atomic_path
 
@@ -23,7 +22,9 @@ def draw_samples(output: Path) -> list[dict[str, Any]]:
     matched = read_matched(output / "curated" / "matched" / captions.name, ["key", "text"])
     kept = set(zip(matched["key"].to_pylist(), matched["text"].to_pylist(), strict=True))
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in pq.read_table(captions).to_pylist():
+    with open_parquet(captions) as file:
+        table = file.read()
+    for row in table.to_pylist():
         noise = (row["key"], row["text"]) not in kept
         rows.setdefault(row["key"], []).append({"lang": row["lang"], "text": row["text"], "noise": noise})
     samples = [{"key": key, "captions": rows[key]} for key in _varied(rows)]

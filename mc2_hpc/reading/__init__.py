@@ -12,6 +12,7 @@ json_file      JSON to a typed value: one schema for each kind of file
 yaml_file      YAML to a tree that keeps what was written and where
 settings       that tree, with ``key.sub=value`` overrides, to a dataclass
 arrays         NPY and NPZ: element type, dimensions and length
+parquet_file   Parquet: each expected column once, of the expected type
 tensors        headers of safetensors files: names, element types, shapes, offsets
 =============  ================================================================================
 """

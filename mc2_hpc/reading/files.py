@@ -25,8 +25,7 @@ def open_regular(path: str | Path) -> IO[bytes]:
         UserError: there is no such file, it may not be read, or it is a folder, pipe, socket or device.
     """
     try:
-        # Opening a pipe waits for a writer, unless told not to; for regular files the flag is without effect.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = _open(path)
     except (OSError, ValueError) as error:
         raise UserError(_why_not(path, error)) from None
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -34,6 +33,18 @@ def open_regular(path: str | Path) -> IO[bytes]:
         os.close(descriptor)
         raise UserError(f"{shown(path)}: is {_KINDS.get(kind, 'not a regular file')}; name a file")
     return os.fdopen(descriptor, "rb")
+
+
+def _open(path: str | Path) -> int:
+    # Opening a pipe waits for a writer, unless told not to.
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_NONBLOCK)
+    except BlockingIOError:
+        # Another process has a lease on the file, as file servers do: the kernel takes it away within a bounded time.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+        return os.open(path, flags)
 
 
 def check_regular(path: str | Path) -> int:

@@ -114,8 +114,8 @@ def test_shard_without_rows(tmp_path):
 @pytest.mark.parametrize(
     "columns, message",
     [
-        ({"key": ["a"]}, "s.parquet: no column 'text'"),
-        ({"text": ["a"]}, "s.parquet: no column 'key'"),
+        ({"key": ["a"]}, "s.parquet: not a table of captions: no column 'text'"),
+        ({"text": ["a"]}, "s.parquet: not a table of captions: no column 'key'"),
         ({"key": [1.5], "text": ["a"]}, "s.parquet: column 'key' is double, must be string"),
         ({"key": ["a"], "text": [b"a"]}, "s.parquet: column 'text' is binary, must be string"),
     ],

@@ -22,8 +22,9 @@ from mc2_hpc.curation.pack import plan_pack
 from mc2_hpc.curation.sample import plan_sample
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local
+from mc2_hpc.reading.json_file import ANYTHING, read_json
 from mc2_hpc.shard_paths import list_shards
-from mc2_hpc.storage import read_json, write_json
+from mc2_hpc.storage import write_json
 
 WORDS = {
     "en": ["dog", "cat", "zebra", "photo", "red"],
@@ -139,7 +140,7 @@ def test_report_and_statistics(curated, tmp_path):
         matches = sum(len(row[3]) for row in texts)
         assert report["languages"][lang] == {"texts": len(texts), "images": len(texts), "matches": matches}
     votes = np.zeros(len(WORDS["en"]), int)
-    for name in read_json(tmp_path / "out" / "match.json")["shards"]:
+    for name in read_json(tmp_path / "out" / "match.json", ANYTHING)["shards"]:
         with VotesFile(counts_path(tmp_path / "out", name)) as file:
             entries, counts = file["en"]
         votes[entries] += counts.astype(int)
@@ -151,7 +152,7 @@ def test_sizes_are_those_balancing_expects(tmp_path):
     rows = [(f"image-{n:05d}", text, lang) for n, (_, text, lang) in enumerate(make_rows(2000))]
     matched, balanced = curate(tmp_path, rows, 2)
     kept = jobs.run(plan_sample(matched, balanced, tmp_path / "out"))["languages"]
-    for lang, expected in read_json(balanced / "balance.json")["languages"].items():
+    for lang, expected in read_json(balanced / "balance.json", ANYTHING)["languages"].items():
         assert abs(kept[lang]["texts"] - expected["expected_texts"]) < 5 * np.sqrt(expected["expected_texts"])
 
 
@@ -162,7 +163,7 @@ def test_a_sample_is_a_matched_pool(curated, tmp_path):
     assert packed["texts"] == packed["images"] == len(rows_in(tmp_path / "out"))
     again = jobs.run(plan_balance(tmp_path / "out", matched.parent / "metadata", tmp_path / "balance", 40))
     assert again["totals"]["matched"] == packed["texts"]
-    origin = read_json(tmp_path / "out" / "match.json")["sample"]
+    origin = read_json(tmp_path / "out" / "match.json", ANYTHING)["sample"]
     assert (origin["seed"], origin["epoch"]) == (0, 0)
     with pytest.raises(UserError, match="is a sample already"):
         jobs.run(plan_sample(tmp_path / "out", balanced, tmp_path / "again"))
@@ -206,7 +207,7 @@ def test_other_settings_are_refused(curated, tmp_path):
 
 def test_a_foreign_balance_is_refused(curated, tmp_path):
     matched, balanced = curated
-    report = read_json(balanced / "balance.json")
+    report = read_json(balanced / "balance.json", ANYTHING)
     write_json(tmp_path / "balance" / "balance.json", {**report, "mode": "compat"})
     (tmp_path / "balance" / "probs").symlink_to(balanced / "probs")
     with pytest.raises(UserError, match="balanced with other metadata or another mode"):

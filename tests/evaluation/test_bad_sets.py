@@ -88,7 +88,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     words = {"classes": ["cat"], "names": {"de": ["Katze"]}, "templates": {"en": ["{}"]}}
     fault("no_prompts", "labelled_parquet", r"no prompts for language 'de' .*en\)", path="set.parquet", **words)
     words = {**words, "templates": {"de": ["{}"]}}
-    fault("no_column", "labelled_parquet", r"no column 'jpg'; there are key, label", path="columns.parquet", **words)
+    fault("no_column", "labelled_parquet", r"no column 'jpg'; its columns are", path="columns.parquet", **words)
     fault("no_bytes", "labelled_parquet", r"images should be binary, not string", path="text.parquet", **words)
     fault("no_parquet", "labelled_parquet", r"not\.parquet: cannot be read as Parquet", path="not.parquet", **words)
 
@@ -108,15 +108,41 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     fault("wds_form", "clip_benchmark", r"prompt 'a photo' .* write exactly one")
 
     put("xm/captions.jsonl", '{"image/key": "a", "de": {"caption": ["eins"]}}\n["b"]\n')
-    fault("xm", "xm3600", r"captions\.jsonl: line 2 is not an image of Crossmodal-3600")
-    fault("xm_places", "xm3600_places", r"captions\.jsonl: line 2 is not an image", path="xm")
+    fault("xm", "xm3600", r"captions\.jsonl: line 2: not an image of Crossmodal-3600")
+    fault("xm_places", "xm3600_places", r"captions\.jsonl: line 2: not an image", path="xm")
     put("xm_null/captions.jsonl", '{"image/key": "a", "de": {"caption": [null]}}\n')
-    fault("xm_null", "xm3600", r"line 1 .*not a string")
+    fault("xm_null", "xm3600", r"line 1: .*expected text, found null")
+    put("xm_text/captions.jsonl", '{"image/key": "a", "de": {"caption": "eins"}}\n')
+    fault("xm_text", "xm3600", r"line 1: .*expected a list, found text")
+    put("xm_list/captions.jsonl", '{"image/key": "a", "de": ["eins"]}\n')
+    fault("xm_list", "xm3600", r"line 1: .*expected an object, found a list")
     put("lines/filenames.txt", "a.jpg\nb.jpg\n")
     put("lines/de.txt", "eins\n")
     fault("lines", "caption_lines", r"lines/de\.txt: 1 captions for 2 images")
     put("coco.json", "[]")
     fault("coco", "coco", r"coco\.json: not COCO's caption annotations", path="coco.json", images=root)
+    images = [{"id": 1, "file_name": "a.jpg"}]
+    for name, change, message in (
+        ("number", {"caption": 7}, r"\.caption: expected text, found a whole number"),
+        ("boolean", {"image_id": True}, r"\.image_id: expected .*, found true or false"),
+        ("astray", {"image_id": 2}, "a caption of image 2, which is not among the images"),
+    ):
+        row = {"image_id": 1, "caption": "a", **change}
+        put(f"coco_{name}.json", json.dumps({"images": images, "annotations": [row]}))
+        fault(f"coco_{name}", "coco", message, path=f"coco_{name}.json", images=root)
+    for number in range(1000):
+        (tmp_path / "ids" / f"n{10000000 + number}").mkdir(parents=True)
+    put("ids/n10000000/1.JPEG")
+    put("prompts.json", '{"DE": ["{}"]}')
+    for name, labels, message in (
+        ("names", {"DE": [[0], "Schleie"]}, r"\$\.DE\[1\]: expected a list, found text"),
+        ("boolean", {"DE": [[True], ["Schleie"]]}, "expected a whole number, found true or false"),
+        ("class", {"DE": [[1000], ["Schleie"]]}, "<= 999"),
+        ("short", {"DE": [[0, 1], ["Schleie"]]}, "DE has 2 classes and 1 names"),
+    ):
+        put(f"labels_{name}.json", json.dumps(labels))
+        options = {"labels": f"{root}/labels_{name}.json", "prompts": f"{root}/prompts.json"}
+        fault(f"babel_{name}", "babel_imagenet", message, path="ids", **options)
 
     put("ds/images_v2_imagenet_train.csv", "imageRelPath,imagenet_sysnet_id\na.jpg,[1000]\n")
     put("ds/images_v2_imagenet_test.csv", "imageRelPath,imagenet_sysnet_id\nb.jpg,[1]\n")

@@ -157,7 +157,7 @@ def test_winogavil_is_scored_as_datacomp_scores_it(tmp_path, noise, encoder):
 
 @pytest.mark.parametrize(
     "cell, message",
-    [("w1", "candidates of round 0 is not a JSON list"), ('["w1"]', "associations that are not candidates")],
+    [("w1", "candidates of round 0: "), ('["w1"]', "associations that are not candidates")],
 )
 def test_broken_rounds_are_named(cell, message, tmp_path, noise):
     write_winogavil(tmp_path, noise, ROUNDS[:1])

@@ -242,7 +242,7 @@ def test_cvqa_without_answers_or_columns(tmp_path, noise):
     with pytest.raises(UserError, match=r"question 1_0 has no right option \(label 9\)"):
         cvqa(tmp_path)
     pq.write_table(cvqa_table(noise).drop_columns(["Subset"]), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="a.parquet: no column 'Subset'; there are image, ID"):
+    with pytest.raises(UserError, match="a.parquet: not a part of CVQA: no column 'Subset'; its columns are image, ID"):
         cvqa(tmp_path)
 
 

@@ -1,7 +1,10 @@
 """Regular files alone are opened, none is waited for, and each is bounded."""
 
+import fcntl
 import os
+import signal
 import socket
+import time
 
 import pytest
 
@@ -21,6 +24,22 @@ def test_a_link_to_a_file_is_one(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / "b").symlink_to("a")
     assert read_bytes(tmp_path / "b", most=1) == b"x"
+
+
+def test_a_lease_on_a_file_is_waited_for(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    reader, writer = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        signal.signal(signal.SIGIO, lambda *_: os._exit(0))  # the kernel asks for the lease: give it back
+        descriptor = os.open(tmp_path / "a", os.O_RDWR)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        os.write(writer, b"1")
+        while True:
+            time.sleep(0.1)
+    assert os.read(reader, 1) == b"1"
+    assert read_bytes(tmp_path / "a", most=1) == b"x"
+    assert os.waitpid(holder, 0)[1] == 0
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from mc2_hpc.caption_tables import KEY, LANG, SOURCE, TEXT, check_column, is_caption_table
+from mc2_hpc.caption_tables import KEY, LANG, SOURCE, TEXT, column_types, is_caption_table
 from mc2_hpc.curation.pool.distinct import Distinct
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.samples import CAPTION_EXTENSION, RECORD_EXTENSION, Caption, captions_of, is_unicode
 from mc2_hpc.shard_paths import Names, list_shards
 from mc2_hpc.tar import ESCAPES, Member, escapes
@@ -98,26 +98,17 @@ def _pieces(shard: PoolShard) -> Iterator[tuple[pa.Table, Counter[str]]]:
 
 
 def _read_parquet(path: Path) -> Iterator[pa.Table]:
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a regular file")
-    try:
-        # Through a buffer and not ahead, or a row group is read whole, however large it is.
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            missing = [name for name in (KEY, TEXT) if name not in schema.names]
-            if missing:
-                raise UserError(f"{path}: no column {missing[0]!r}; a caption pool needs key and text")
-            names = [name for name in (KEY, TEXT, LANG, SOURCE) if name in schema.names]
-            for name in names:
-                if schema.names.count(name) > 1:
-                    raise UserError(f"{path}: has {schema.names.count(name)} columns {name!r}; write it again with one")
-                check_column(path, schema.field(name))
-            if file.metadata.num_rows == 0:
-                yield _one_chunk(schema.empty_table().select(names))
-            for batch in file.iter_batches(BATCH_ROWS, columns=names):
-                yield _one_chunk(pa.table(batch).select(names))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
+    types = column_types()
+    required, optional = {name: types[name] for name in (KEY, TEXT)}, {name: types[name] for name in (LANG, SOURCE)}
+    what = "a table of captions"
+    # Through a buffer and not ahead, or a row group is read whole, however large it is.
+    with open_parquet(path, required, optional=optional, what=what, buffer_size=1 << 20, pre_buffer=False) as file:
+        schema = file.schema_arrow
+        names = [name for name in (KEY, TEXT, LANG, SOURCE) if name in schema.names]
+        if file.metadata.num_rows == 0:
+            yield _one_chunk(schema.empty_table().select(names))
+        for batch in file.iter_batches(BATCH_ROWS, columns=names):
+            yield _one_chunk(pa.table(batch).select(names))
 
 
 def _one_chunk(table: pa.Table) -> pa.Table:

@@ -20,7 +20,8 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, folder_files, hash_files
 from mc2_hpc.models.formats import OPEN_CLIP_CONFIG
 from mc2_hpc.peers import import_open_clip
-from mc2_hpc.storage import read_json, write_json
+from mc2_hpc.reading.json_file import Foreign, as_type, read_json
+from mc2_hpc.storage import write_json
 
 _TEXT_FOLDER = "text_tower"
 """In the folder of links: the config of a text tower that transformers has."""
@@ -105,21 +106,30 @@ class OpenClipEncoder:
         return float(scale.detach().float().exp()), 0.0 if bias is None else float(bias.detach().float())
 
 
+class _TextConfig(Foreign):
+    hf_tokenizer_name: str | None = None
+    hf_model_name: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+
+class _ModelConfig(Foreign):
+    text_cfg: _TextConfig
+
+
+class _Config(Foreign):
+    model_cfg: _ModelConfig
+
+
 def _config(source: Path) -> dict[str, Any]:
     """The parsed config, changed so that loading it needs no network and runs nothing."""
     path = source / OPEN_CLIP_CONFIG
-    values = read_json(path)
-    model = values.get("model_cfg") if isinstance(values, dict) else None
-    text = model.get("text_cfg") if isinstance(model, dict) else None
-    if not isinstance(text, dict):
-        raise UserError(f"{path}: no model_cfg with a text_cfg there; not an open_clip config")
+    values = read_json(path, dict[str, Any], what="an open_clip config")
+    text = as_type(values, _Config, str(path), what="an open_clip config").model_cfg.text_cfg
     if not any(entry.suffix in _WEIGHTS for entry in source.iterdir()):
         raise UserError(f"{source}: no weights there (open_clip_model.safetensors)")
-    if text.get("hf_tokenizer_name"):
-        kwargs = text.get("tokenizer_kwargs") or {}
-        if not isinstance(kwargs, dict):
-            raise UserError(f"{path}: text_cfg.tokenizer_kwargs is not an object")
-        text["tokenizer_kwargs"] = {**kwargs, "trust_remote_code": False}
+    if text.hf_tokenizer_name:
+        kwargs = {**(text.tokenizer_kwargs or {}), "trust_remote_code": False}
+        values["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = kwargs
     return values
 
 
@@ -136,21 +146,21 @@ def _linked(source: Path, config: dict[str, Any], scratch: Path) -> Path:
     return scratch
 
 
-def _text_tower(source: Path, name: object, scratch: Path) -> Path:
+def _text_tower(source: Path, name: str, scratch: Path) -> Path:
     """A folder with the config of the text tower ``name``: one in the model's own folder, or of the table's towers.
 
     Raises:
         UserError: neither has it.
     """
-    if isinstance(name, str) and (source / Path(name).name / "config.json").is_file():
+    if (source / Path(name).name / "config.json").is_file():
         return source / Path(name).name
     if name not in TEXT_TOWERS:
         raise UserError(
             f"{source}: its text tower {name!r} is one of transformers' whose config is not there: put it into "
-            f"{source / Path(str(name)).name / 'config.json'} (known without: {', '.join(TEXT_TOWERS)})"
+            f"{source / Path(name).name / 'config.json'} (known without: {', '.join(TEXT_TOWERS)})"
         )
     (scratch / _TEXT_FOLDER).mkdir()
-    write_json(scratch / _TEXT_FOLDER / "config.json", TEXT_TOWERS[str(name)])
+    write_json(scratch / _TEXT_FOLDER / "config.json", TEXT_TOWERS[name])
     return scratch / _TEXT_FOLDER
 
 

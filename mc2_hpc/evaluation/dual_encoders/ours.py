@@ -12,11 +12,10 @@ from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.tokenizer import Tokenizer
-from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, hash_files
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, resolve_checkpoint
-from mc2_hpc.storage import read_json
+from mc2_hpc.reading.json_file import Count, Foreign, read_json
 
 _TRAINER = "trainer.json"
 
@@ -103,8 +102,8 @@ def _step(folder: Path) -> int | None:
     path = folder / _TRAINER
     if not path.is_file():
         return None
-    values = read_json(path)
-    step = values.get("step") if isinstance(values, dict) else None
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise UserError(f"{path}: step is {step!r}, not a whole number; the checkpoint is damaged")
-    return step
+    return read_json(path, _TrainerState, cure="the checkpoint is damaged").step
+
+
+class _TrainerState(Foreign):
+    step: Count

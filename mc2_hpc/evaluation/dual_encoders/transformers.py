@@ -16,7 +16,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, folder_files, hash_files
 from mc2_hpc.models.formats import TRANSFORMERS_CONFIG
 from mc2_hpc.peers import import_transformers
-from mc2_hpc.storage import read_json
+from mc2_hpc.reading.json_file import Foreign, read_json
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ FAMILIES = {"clip": _CLIP, "metaclip_2": _CLIP, "siglip": _SIGLIP, "siglip2": _S
 """By ``model_type``. SigLIP 2 of one fixed size is ``siglip``; ``siglip2`` takes images in their own shape."""
 
 
+class _Config(Foreign):
+    model_type: str
+
+
 class TransformersEncoder:
     """A model of transformers; preprocessed images are the image processor's tensors by name, without a batch."""
 
@@ -43,8 +47,7 @@ class TransformersEncoder:
         Raises:
             UserError: transformers is not installed, the model is of another family, or the folder is not whole.
         """
-        values = read_json(source / TRANSFORMERS_CONFIG)
-        kind = values.get("model_type")
+        kind = read_json(source / TRANSFORMERS_CONFIG, _Config, what="a config of transformers").model_type
         if kind not in FAMILIES:
             raise UserError(
                 f"{source / TRANSFORMERS_CONFIG}: model_type is {kind!r}; of transformers' models "

@@ -1,15 +1,16 @@
 """Retrieval sets: Crossmodal-3600, caption files by line (XTD-10, XTD-200, Flickr30k-200), COCO's annotations."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.images import ImageFiles
-from mc2_hpc.evaluation.sets.files import read_lines, required
+from mc2_hpc.evaluation.sets.files import MOST_BYTES, read_lines, required
 from mc2_hpc.evaluation.tasks import Captions, Retrieval
-from mc2_hpc.storage import read_json
+from mc2_hpc.reading.json_file import Foreign, as_type, parse_json, read_json
 
 
 def xm3600(path: Path, images: str = "images") -> Retrieval:
@@ -19,35 +20,56 @@ def xm3600(path: Path, images: str = "images") -> Retrieval:
     """
     texts: dict[str, list[str]] = {}
     owners: dict[str, list[int]] = {}
-    records = xm3600_records(path)
+    records = xm3600_images(path)
     for number, record in enumerate(records):
-        for locale, entry in record.items():
-            if isinstance(entry, dict) and "caption" in entry:
-                own = [caption for caption in entry["caption"] if caption.strip()]
-                texts.setdefault(locale, []).extend(own)
-                owners.setdefault(locale, []).extend([number] * len(own))
+        for lang, captions in record.captions.items():
+            own = [caption for caption in captions if caption.strip()]
+            texts.setdefault(lang, []).extend(own)
+            owners.setdefault(lang, []).extend([number] * len(own))
     languages = {lang: Captions(texts=texts[lang], images=owners[lang]) for lang in sorted(texts) if texts[lang]}
     return Retrieval(
-        images=ImageFiles(path / images, [f"{record['image/key']}.jpg" for record in records]),
+        images=ImageFiles(path / images, [f"{record.key}.jpg" for record in records]),
         languages=languages,
         lacking=_without_captions(texts.keys() - languages.keys()),
     )
 
 
-def xm3600_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``captions.jsonl``, of which each has a key and lists of captions, if any."""
-    file = path / "captions.jsonl"
-    records = []
+class Xm3600Image(NamedTuple):
+    """A line of Crossmodal-3600's ``captions.jsonl``."""
+
+    key: str
+    locale: str | None
+    """That the image was chosen for."""
+    captions: dict[str, list[str]]
+    """By locale."""
+
+
+class _Line(Foreign):
+    key: str = msgspec.field(name="image/key")
+    locale: str | None = msgspec.field(name="image/locale", default=None)
+
+
+class _Captions(Foreign):
+    caption: list[str]
+
+
+def xm3600_images(path: Path) -> list[Xm3600Image]:
+    """The lines of ``captions.jsonl``.
+
+    Raises:
+        UserError: a line is of another form.
+    """
+    file, what = path / "captions.jsonl", "an image of Crossmodal-3600"
+    images = []
     for number, line in enumerate(read_lines(file, "captions.zip unpacks to it"), start=1):
-        try:
-            record = json.loads(line)
-            texts = [text for entry in record.values() if isinstance(entry, dict) for text in entry.get("caption", [])]
-            if not all(isinstance(text, str) for text in (record["image/key"], *texts)):
-                raise TypeError("a key or caption is not a string")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: line {number} is not an image of Crossmodal-3600 ({error})") from None
-        records.append(record)
-    return records
+        source = f"{file}: line {number}"
+        fields = parse_json(line.encode(), dict[str, Any], source, what=what)
+        own = as_type(fields, _Line, source, what=what)
+        # A slash marks a property of the image; every other key is a locale.
+        entries = {lang: entry for lang, entry in fields.items() if "/" not in lang}
+        captions = as_type(entries, dict[str, _Captions], source, what=what)
+        images.append(Xm3600Image(own.key, own.locale, {lang: entry.caption for lang, entry in captions.items()}))
+    return images
 
 
 def _without_captions(languages: Iterable[str]) -> dict[str, str]:
@@ -95,6 +117,21 @@ def caption_lines(
     return Retrieval(images=ImageFiles(path / images, names), languages=read, lacking=lacking)
 
 
+class _CocoImage(Foreign):
+    id: int | str
+    file_name: str
+
+
+class _CocoCaption(Foreign):
+    image_id: int | str
+    caption: str
+
+
+class _Coco(Foreign):
+    images: list[_CocoImage]
+    annotations: list[_CocoCaption]
+
+
 def coco(path: Path, images: str, language: str = "en") -> Retrieval:
     """COCO's caption annotations: ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}``.
 
@@ -102,15 +139,16 @@ def coco(path: Path, images: str, language: str = "en") -> Retrieval:
         path: the JSON file.
         images: folder of the images.
     """
-    record = read_json(required(path, "COCO's caption annotations"))
-    try:
-        place = {image["id"]: number for number, image in enumerate(record["images"])}
-        files = [image["file_name"] for image in record["images"]]
-        rows = [(row["caption"].strip(), place[row["image_id"]]) for row in record["annotations"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not COCO's caption annotations ({error!r})") from None
+    what = "COCO's caption annotations"
+    record = read_json(required(path, what), _Coco, most=MOST_BYTES, what=what)
+    place = {image.id: number for number, image in enumerate(record.images)}
+    files = [image.file_name for image in record.images]
     if len(place) != len(files):
         raise UserError(f"{path}: two images with one id")
+    astray = next((row.image_id for row in record.annotations if row.image_id not in place), None)
+    if astray is not None:
+        raise UserError(f"{path}: a caption of image {astray}, which is not among the images")
+    rows = [(row.caption.strip(), place[row.image_id]) for row in record.annotations]
     rows = [row for row in rows if row[0]]
     captions = Captions(texts=[text for text, _ in rows], images=[owner for _, owner in rows])
     return Retrieval(images=ImageFiles(Path(images), files), languages={language: captions})

@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
+
+import msgspec
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.images import ImageColumn, ImageFiles
 from mc2_hpc.evaluation.prompts import templates_of
 from mc2_hpc.evaluation.sets.files import (
+    MOST_BYTES,
     encoded_images,
     images_below,
     read_lines,
@@ -19,9 +23,12 @@ from mc2_hpc.evaluation.sets.files import (
     subfolders,
 )
 from mc2_hpc.evaluation.tasks import Classification, ClassTexts
-from mc2_hpc.storage import read_json
+from mc2_hpc.reading.json_file import read_json
+from mc2_hpc.reading.parquet_file import ANY, TEXT_OR_INTEGER
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+_Labels = tuple[list[Annotated[int, msgspec.Meta(ge=0, le=999)]], list[str]]
+"""Classes of ImageNet and their names, one for each."""
 BARE = ["{}"]
 """The name alone, for languages that have no prompts."""
 
@@ -57,24 +64,20 @@ def babel_languages(labels: Path, prompts: Path) -> dict[str, ClassTexts]:
     Raises:
         UserError: a file is missing or of another form.
     """
-    templates = _by_language(prompts, "Babel-ImageNet's prompts by language")
+    prompts_of, what = dict[str, list[str]], "Babel-ImageNet's prompts by language"
+    templates = read_json(required(prompts, what), prompts_of, most=MOST_BYTES, what=what)
     languages = {}
-    for lang, entry in _by_language(labels, "Babel-ImageNet's labels by language").items():
-        if not (isinstance(entry, list) and len(entry) == 2 and len(entry[0]) == len(entry[1]) > 0):
-            raise UserError(f"{labels}: {lang} is not [[class indices], [names]]")
-        if len(set(entry[0])) != len(entry[0]) or not set(entry[0]) <= set(range(1000)):
-            raise UserError(f"{labels}: {lang} has a class twice, or one that ImageNet does not have")
+    what = "Babel-ImageNet's labels by language"
+    for lang, entry in read_json(required(labels, what), dict[str, _Labels], most=MOST_BYTES, what=what).items():
+        classes, names = entry
+        if not len(classes) == len(names) > 0:
+            raise UserError(f"{labels}: {lang} has {len(classes)} classes and {len(names)} names; one name per class")
+        if len(set(classes)) != len(classes):
+            raise UserError(f"{labels}: {lang} has a class twice")
         # The templates have a blank at each side of the braces, which a name does not need.
         forms = [" ".join(form.split()) for form in templates.get(lang, BARE)]
-        languages[lang.lower()] = ClassTexts(classes=entry[0], names=entry[1], templates=forms)
+        languages[lang.lower()] = ClassTexts(classes=classes, names=names, templates=forms)
     return dict(sorted(languages.items()))
-
-
-def _by_language(path: Path, what: str) -> dict[str, list]:
-    found = read_json(required(path, what))
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object by language; {what}")
-    return found
 
 
 def _imagenet_images(path: Path) -> tuple[ImageFiles, list[tuple[int, ...]], dict[str, int]]:
@@ -137,7 +140,8 @@ def labelled_parquet(
         classes: values of the label column.
         image, label, key: columns.
     """
-    table = read_parquet(path, (key, label, image), "a Parquet file of labelled images")
+    columns = {key: TEXT_OR_INTEGER, label: TEXT_OR_INTEGER, image: ANY}
+    table = read_parquet(path, columns, "a Parquet file of labelled images")
     number = {name: index for index, name in enumerate(classes)}
     found = table[label].to_pylist()
     unknown = sorted({str(value) for value in found if value not in number})

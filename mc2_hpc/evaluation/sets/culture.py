@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.images import ImageFiles
-from mc2_hpc.evaluation.sets.captions import xm3600_records
+from mc2_hpc.evaluation.sets.captions import xm3600_images
 from mc2_hpc.evaluation.sets.classes import BARE, openai_imagenet
 from mc2_hpc.evaluation.sets.files import read_csv, shuffled
 from mc2_hpc.evaluation.tasks import Classification, ClassTexts, Places
@@ -82,11 +82,12 @@ def geode_places(path: Path, train: int = 20_000) -> Places:
 
 def xm3600_places(path: Path, images: str = "images", train: int = 1_800) -> Places:
     """Locales that Crossmodal-3600's images were chosen for (``image/locale``): half to learn from, half to test."""
-    rows = xm3600_records(path)
-    if not all(isinstance(row.get("image/locale"), str) for row in rows):
+    rows = xm3600_images(path)
+    locales = [row.locale for row in rows if row.locale is not None]
+    if len(locales) < len(rows):
         raise UserError(f"{path / 'captions.jsonl'}: an image without 'image/locale'")
-    names = [f"{row['image/key']}.jpg" for row in rows]
-    return _split(ImageFiles(path / images, names), names, {"locale": [row["image/locale"] for row in rows]}, train)
+    names = [f"{row.key}.jpg" for row in rows]
+    return _split(ImageFiles(path / images, names), names, {"locale": locales}, train)
 
 
 def _split(images: ImageFiles, names: Sequence[str], places: dict[str, list[str]], train: int) -> Places:

@@ -10,8 +10,18 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.images import ImageColumn
 from mc2_hpc.evaluation.sets.files import encoded_images, read_parquet, required
 from mc2_hpc.evaluation.tasks import Choice, Question
+from mc2_hpc.reading.parquet_file import ANY, INTEGER, TEXT, TEXT_OR_INTEGER, TEXTS
 
-_COLUMNS = ("image", "ID", "Subset", "Question", "Translated Question", "Options", "Translated Options", "Label")
+_COLUMNS = {
+    "image": ANY,
+    "ID": TEXT_OR_INTEGER,
+    "Subset": TEXT,
+    "Question": TEXT,
+    "Translated Question": TEXT,
+    "Options": TEXTS,
+    "Translated Options": TEXTS,
+    "Label": INTEGER,
+}
 _VARIANTS = {"LOCAL": ("Question", "Options"), "EN": ("Translated Question", "Translated Options")}
 
 
@@ -42,7 +52,7 @@ def _question(row: dict[str, Any], question: str, options: str, image: int, path
     asked, choices, answer = row[question], row[options], row["Label"]
     if asked is None or not choices or None in choices:
         raise UserError(f"{path}: question {row['ID']} has no text in {question!r} or {options!r}")
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+    if answer is None or not 0 <= answer < len(choices):
         raise UserError(f"{path}: question {row['ID']} has no right option (label {answer})")
     return Question(
         image=image,

@@ -3,23 +3,24 @@
 import csv
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_bytes
+from mc2_hpc.reading.parquet_file import ColumnType, open_parquet
 from mc2_hpc.samples import is_image_name
 from mc2_hpc.shard_paths import walk_files
 
 logger = logging.getLogger(__name__)
 
-_MOST_BYTES = 2 << 30
+MOST_BYTES = 2 << 30
+"""Of a text file of an evaluation set."""
 
 
 def required(path: Path, what: str) -> Path:
@@ -51,7 +52,7 @@ def read_text(path: Path, what: str) -> str:
         UserError: no such file, not readable, or not UTF-8.
     """
     try:
-        return read_bytes(required(path, what), most=_MOST_BYTES).decode("utf-8-sig")
+        return read_bytes(required(path, what), most=MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from None
     except OSError as error:
@@ -87,20 +88,14 @@ def read_csv(path: Path, columns: Sequence[str], what: str) -> list[dict[str, st
     return rows
 
 
-def read_parquet(path: Path, columns: Sequence[str], what: str) -> pa.Table:
+def read_parquet(path: Path, columns: Mapping[str, ColumnType], what: str) -> pa.Table:
     """These columns of a Parquet file.
 
     Raises:
-        UserError: no such file, not Parquet, or it lacks a column.
+        UserError: no such file, not Parquet, or it lacks a column or has one of another type.
     """
-    try:
-        names = pq.read_schema(required(path, what)).names
-        missing = [column for column in columns if column not in names]
-        if missing:
-            raise UserError(f"{path}: no column {missing[0]!r}; there are {', '.join(names)}")
-        return pq.read_table(path, columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    with open_parquet(required(path, what), columns, what=what) as file:
+        return file.read(list(columns))
 
 
 def encoded_images(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:

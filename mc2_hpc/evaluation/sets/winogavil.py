@@ -1,13 +1,18 @@
 """WinoGAViL: a cue, some images, and which of them go with it."""
 
-import json
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.images import ImageFiles
 from mc2_hpc.evaluation.sets.files import read_csv
 from mc2_hpc.evaluation.tasks import Association, Round
+from mc2_hpc.reading.json_file import parse_json
 
+_FileName = Annotated[str, msgspec.Meta(pattern="^[^/]+$")]
+"""Part of a file's name, so it must not lead out of the folder."""
 _COLUMNS = ("ID", "cue", "candidates", "associations")
 
 
@@ -40,14 +45,8 @@ def winogavil(path: Path, images: str = "winogavil_images") -> Association:
 
 def _names(row: dict[str, str], column: str, file: Path) -> list[str]:
     """Names in a cell, each once."""
-    try:
-        names = json.loads(row[column])
-    except ValueError:
-        names = None
-    # A name is part of a file's: it must not lead out of the folder.
-    if not isinstance(names, list) or not all(isinstance(name, str) and name and "/" not in name for name in names):
-        raise UserError(f"{file}: {column} of round {row['ID']} is not a JSON list of names")
-    return list(dict.fromkeys(names))
+    source = f"{file}: {column} of round {row['ID']}"
+    return list(dict.fromkeys(parse_json(row[column].encode(), list[_FileName], source, what="a JSON list of names")))
 
 
 def _cue(cue: str) -> str:
