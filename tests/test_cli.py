@@ -113,6 +113,19 @@ def test_a_terminal_of_ascii_shows_what_it_can(tmp_path):
     assert result.returncode == 2 and result.stderr.endswith("l\\xe4ufe.yaml: no such config file\n")
 
 
+def test_a_locale_without_unicode_writes_names_in_it(tmp_path):
+    metadata = tmp_path / "m\u00e4ta"
+    metadata.mkdir()
+    (metadata / "de.json").write_text('["W\u00f6rter"]', encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["curate", "explain", "W\u00f6rter", "--lang", "de", "--metadata", str(metadata), "--json", "\u732b.json"]
+    command = [sys.executable, "-m", "mc2_hpc.cli", *words]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "\u732b.json").read_text(encoding="utf-8"))
+    assert [match["entry"] for match in found["matches"]] == ["W\u00f6rter"]
+
+
 def test_a_benchmark_runs_in_the_checkout_and_writes_where_it_was_told(tmp_path, monkeypatch):
     """From any folder: benchmarks are modules of the checkout's root."""
     started = []

@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
+    if argv is None and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # Captions, languages and file names need more than an ASCII or Latin-1 locale can write. Ranks and data workers
+        # inherit the variable.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII shows captions as well as it can
