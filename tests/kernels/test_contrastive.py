@@ -239,6 +239,6 @@ def test_auto_says_once_what_it_picked(monkeypatch, caplog):
         for _ in range(2):
             assert dispatch.choose_backend("auto", torch.device("cpu")) == "tiled"
     assert [record.message for record in caplog.records] == [
-        "contrastive loss: auto picked the tiled backend (features are on cpu)"
+        "contrastive loss: auto selected the tiled backend (features are on cpu)"
     ]
     assert set(dispatch.AUTO_BACKEND.values()) <= set(BACKENDS)
