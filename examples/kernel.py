@@ -2,8 +2,8 @@
 
     python examples/kernel.py        # on a GPU; elsewhere in Triton's interpreter
 
-It has the same four parts as a folder in ``kernels/ops``: a float64 reference, the Triton kernels, the autograd function,
-and a check of the value and the gradient for odd sizes.
+It has the same four parts as a folder in ``kernels/ops``: a float64 reference, the Triton kernels, the autograd
+function, and a check of the value and the gradient for odd sizes.
 """
 
 import os

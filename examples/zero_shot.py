@@ -1,6 +1,6 @@
 """Classify an image in five languages, without training on any labels.
 
-    python examples/zero_shot.py MODEL photo.jpg
+python examples/zero_shot.py MODEL photo.jpg
 """
 
 import sys
@@ -23,8 +23,7 @@ def main(model: str, image: str) -> None:
     shown = clip.encode_image(image)
     for language, (names, template) in CLASSES.items():
         texts = clip.encode_text([template.format(name) for name in names])
-        # The cosines of a trained CLIP differ by a few hundredths; multiplied by 100, its usual logit scale, they become
-        # usable logits.
+        # Cosines of a trained CLIP differ by a few hundredths; 100 is its usual logit scale.
         odds = torch.softmax(100 * texts @ shown, dim=0)
         best = int(odds.argmax())
         print(f"{language:9} {names[best]} ({odds[best]:.0%})")

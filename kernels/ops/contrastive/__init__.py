@@ -38,10 +38,10 @@ def contrastive_loss(
         group: ranks that share the batch; ``None`` is the default group, or one process if there is none.
         backend: ``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (the table in ``dispatch``).
         exchange: one of ``EXCHANGES``.
-        workspace_bytes: memory for logit tiles, in addition to what grows with b or D; ``None`` is the device's default.
+        workspace_bytes: memory for logit tiles, besides what grows with b or D; ``None`` is the device's default.
 
-    Returns the global loss, a scalar in fp32 (fp64 for fp64), bitwise identical on every rank; NaN if any feature of any
-    rank is not finite. Each rank's gradient is its part of the global gradient times the world size, so that
+    Returns the global loss, a scalar in fp32 (fp64 for fp64), bitwise identical on every rank; NaN if any feature of
+    any rank is not finite. Each rank's gradient is its part of the global gradient times the world size, so that
     *averaging* parameter gradients over ranks, as data parallelism does, gives the exact gradient. All ranks must call
     it, and its backward, together; if a rank is lost, the others fail after the group's timeout. Two runs on the same
     inputs give the same bits.

@@ -75,8 +75,8 @@ def circulate(
     """Pass every rank's block round the ring; returns the merged results of all visits to this rank's block.
 
     ``visit(owner, block)`` computes a partial result for the block of rank ``owner``; ``merge(total, partial)`` adds it
-    to ``total`` in place, with visiting ranks in the order owner, owner + 1, ... The first dimension of every tensor, in
-    a block or in a partial result, is the owner's pairs.
+    to ``total`` in place, with visiting ranks in the order owner, owner + 1, ... The first dimension of every tensor,
+    in a block or in a partial result, is the owner's pairs.
     """
     size, rank = shared.size, shared.rank
     arriving: Hop | None = None

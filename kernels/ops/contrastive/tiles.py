@@ -6,7 +6,7 @@ and column log-sum-exp of S and a pair's column p(i), the loss 1/(2B) sum_i [(r_
     dL/dS_ij = 1/(2B) G_ij,   G_ij = exp(S_ij - r_i) + exp(S_ij - c_j) - 2 [j = p(i)],
 
 so dI = s/(2B) G T, dT = s/(2B) G^T I and dL/dlogit_scale = 1/(2B) sum_ij G_ij S_ij = sum_i <dI_i, I_i>. Forward takes
-2BND flops (S), backward 6BND (S again, G T, G^T I). The total of 8BND is the minimum for any method that does not store S.
+2BND flops (S), backward 6BND (S again, G T, G^T I). The total of 8BND is the minimum for methods that do not store S.
 
 The terms of G for positive pairs are far larger than all others and nearly cancel. They never enter the products, whose
 operands may be half precision: ``add_pairs`` adds their contribution in the accumulator's type.
@@ -48,7 +48,7 @@ class TileOperations(Protocol):
 
 
 TileFactory = Callable[[Tensor, int], TileOperations]
-"""Creates the tile arithmetic for images (b, D) and a maximum number of texts at a time; the result owns its workspace."""
+"""Creates the tile arithmetic for images (b, D) and a maximum number of texts; the result owns its workspace."""
 
 
 def blocks(size: int, step: int) -> Iterator[slice]:

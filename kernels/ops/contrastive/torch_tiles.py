@@ -9,8 +9,8 @@ from .products import accumulator_dtype, multiply
 from .statistics import Statistics
 
 FP16_GRADIENT_SCALE = 2.0**14
-"""|G| <= 2 outside the positive pairs, and its terms may be as small as 1/B: this keeps 1/B a normal fp16 number up to a
-quarter of a billion pairs."""
+"""|G| <= 2 outside the positive pairs, and its terms may be as small as 1/B: this keeps 1/B a normal fp16 number up to
+a quarter of a billion pairs."""
 
 
 def gradient_scale(operand_dtype: torch.dtype) -> float:

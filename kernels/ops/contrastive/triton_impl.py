@@ -1,8 +1,8 @@
 """The ``triton`` backend: tiles of logits in Triton kernels, matrix products with G in cuBLAS.
 
-Per tile, forward stores the row and column maxima and sums of exponentials of each BLOCK_M x BLOCK_N block in memory and
-then sums over blocks in a fixed order: no atomics, so two runs give the same bits. Backward turns logits into
-G = exp(S - r) + exp(S - c), zero for the positive pairs, and writes it once, in the features' type; G T and G^T I are then
+Per tile, forward stores the row and column maxima and sums of exponentials of each BLOCK_M x BLOCK_N block in memory
+and then sums over blocks in a fixed order: no atomics, so two runs give the same bits. Backward turns logits into G =
+exp(S - r) + exp(S - c), zero for the positive pairs, and writes it once, in the features' type; G T and G^T I are then
 plain products.
 """
 
