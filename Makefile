@@ -1,7 +1,7 @@
-# Everything a newcomer or CI runs; each target installs what it needs into .venv.
+# The commands for newcomers and CI; each target installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests run on this many cores at a time.
+# Number of cores for tests.
 WORKERS ?= 2
 
 .PHONY: quickstart test test-slow test-gpu fuzz lint bench scale soak ablations plots wheel clean
@@ -18,7 +18,7 @@ test-slow: .venv/dev
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
 
-# 2,000 damaged inputs of every kind through every command; under ten minutes on two idle cores.
+# Sends 2,000 damaged inputs of every kind through every command; under ten minutes on two idle cores.
 fuzz: .venv/dev
 	$(BIN)/python tests/fuzz/lane.py --inputs 2000 --jobs 2 --json benchmarks/results/fuzz.json
 
@@ -45,7 +45,7 @@ scale: .venv/dev
 soak: .venv/dev
 	$(BIN)/python -m benchmarks.soak --minutes 30 --json benchmarks/results/soak.json
 
-# DATA: folder with CIFAR-10 and Babel-ImageNet's labels (docs/ablations.md).
+# DATA: folder with CIFAR-10 and the Babel-ImageNet labels (docs/ablations.md).
 ablations: .venv/dev
 	$(BIN)/python -m benchmarks.ablations $(DATA) --json benchmarks/results/ablations.json
 	$(MAKE) plots

@@ -1,7 +1,7 @@
 """Package layout that pyproject.toml cannot express.
 
-The kernels live in the top-level folder ``kernels/ops`` but are imported as ``mc2_hpc.kernels``: a
-top-level package called ``kernels`` would shadow Hugging Face's package of that name.
+The kernels are in the top-level folder ``kernels/ops`` but are imported as ``mc2_hpc.kernels``, because a top-level
+package ``kernels`` would shadow Hugging Face's package of that name.
 """
 
 from setuptools import find_packages, setup

@@ -1,15 +1,16 @@
-"""Raw material of the ablations: CIFAR-10 pictures with captions in ten languages, metadata, and an evaluation suite.
+"""The data set of the ablations: CIFAR-10 images with captions in ten languages, metadata, and an evaluation suite.
 
     python -m benchmarks.ablation_pool SHARED_DATA OUT [--pictures 14000]
 
-    OUT/pool/00000.tar, .parquet   pictures, and candidate captions: key, text, lang, source
+    OUT/pool/00000.tar, .parquet   images, and candidate captions: key, text, lang, source
     OUT/metadata/<lang>.json       the names of every class in that language
-    OUT/test.parquet, suite.yaml   held-out pictures, and how ``mc2 eval`` scores them in every language
+    OUT/test.parquet, suite.yaml   held-out images, and how ``mc2 eval`` scores them in every language
 
-Names and sentence forms are Babel-ImageNet's: a CIFAR class goes by the names of the ImageNet classes below it ("dog"
-by its breeds), the first of them its common name. Like the web's, the pool is uneven: English is its largest language;
-a few classes and a few names of each make up most of it, in English more so than elsewhere; a picture has one to three
-captions; some say nothing, and some in another language use the English name. Every draw comes from the seed.
+Names and templates are from Babel-ImageNet: a CIFAR class is called by the names of the ImageNet classes that belong to
+it ("dog" by its breeds), the first being its common name. Like the web, the pool is uneven: English is its largest
+language, and a few classes and a few of their names make up most of it, especially in English. An image has one to
+three captions; some are uninformative, and some in other languages use the English name. Every draw follows from the
+seed.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from mc2_hpc.quickstart.captions import NOISE
 from mc2_hpc.quickstart.pool import zipf
 from mc2_hpc.storage import atomic_path
 
-# CIFAR-10's classes, most frequent in the pool first, and the ImageNet classes below each.
+# CIFAR-10's classes, most frequent in the pool first, and the ImageNet classes that belong to each.
 IMAGENET_CLASSES = {
     "dog": (207, 258, 235, 151, 250),
     "automobile": (817, 468, 511, 627),
@@ -43,7 +44,7 @@ IMAGENET_CLASSES = {
     "frog": (30, 31, 32),
     "deer": (),
 }
-# ImageNet has no deer, and of horses only the sorrel.
+# ImageNet has no deer, and its only horse is the sorrel.
 HORSE_AND_DEER = {
     "en": ("horse", "deer"),
     "es": ("caballo", "ciervo"),
@@ -61,19 +62,19 @@ LANGUAGES = tuple(HORSE_AND_DEER)
 _ENGLISH_SHARE = 0.44  # the recipe's
 _LANGUAGE_EXPONENT = 0.5
 _ENGLISH_EXPONENT, _EXPONENT = 1.2, 0.8
-"""Zipf exponents of the classes, and of the names within a class."""
+"""Zipf exponents for the classes and for the names within a class, in English and in other languages."""
 _CAPTION_COUNTS = (0.5, 0.35, 0.15)
-"""Chance that a picture has 1, 2 or 3 captions."""
+"""Chance that an image has 1, 2 or 3 captions."""
 _NOISE_SHARE, _LOAN_SHARE = 0.1, 0.05
 _TEMPLATES, _EVAL_TEMPLATES = 20, 5
-"""Sentence forms of a language in the pool, and in the evaluation."""
+"""Number of templates per language in the pool and in the evaluation."""
 
 Names = dict[str, dict[str, list[str]]]
 """Language -> class -> its names, the common one first."""
 
 
 def read_languages(shared: Path) -> tuple[Names, dict[str, list[str]]]:
-    """Names and sentence forms of :data:`LANGUAGES`."""
+    """Names and templates of :data:`LANGUAGES`."""
     babel = babel_languages(shared / "babel_imagenet-298.json", shared / "babel_imagenet_prompts.json")
     names = {lang: _class_names(lang, babel[lang]) for lang in LANGUAGES}
     forms = {lang: [form for form in babel[lang].templates if form.count("{}") == 1] for lang in LANGUAGES}
@@ -89,7 +90,7 @@ def _class_names(lang: str, texts: ClassTexts) -> dict[str, list[str]]:
     return {**names, "horse": [HORSE_AND_DEER[lang][0]], "deer": [HORSE_AND_DEER[lang][1]]}
 
 
-def make(shared: Path, out: Path, *, pictures: int = 14_000, test: int = 4_000, shards: int = 8, seed: int = 0) -> int:
+def make(shared: Path, out: Path, *, images: int = 14_000, test: int = 4_000, shards: int = 8, seed: int = 0) -> int:
     """Write everything under ``out``; returns the number of captions."""
     names, forms = read_languages(shared)
     for lang, of_class in names.items():
@@ -103,7 +104,7 @@ def make(shared: Path, out: Path, *, pictures: int = 14_000, test: int = 4_000, 
     for shard in range(shards):
         rng = np.random.default_rng([seed, shard])
         rows, jpegs = [], []
-        for number in range(pictures * shard // shards, pictures * (shard + 1) // shards):
+        for number in range(images * shard // shards, images * (shard + 1) // shards):
             langs = rng.choice(LANGUAGES, size=1 + rng.choice(len(_CAPTION_COUNTS), p=_CAPTION_COUNTS), p=_shares())
             label = _draw(list(IMAGENET_CLASSES), str(langs[0]), rng)
             key = f"{number:06d}"
@@ -123,7 +124,7 @@ def make(shared: Path, out: Path, *, pictures: int = 14_000, test: int = 4_000, 
 
 
 def suite(out: Path, names: Names, forms: dict[str, list[str]]) -> dict[str, Any]:
-    """The classes by their common names, and by their rarest ones."""
+    """A suite of two sets: the classes by their common names, and by their rarest."""
 
     def entry(place: int) -> dict[str, Any]:
         chosen = {lang: [own[place] for own in of_class.values()] for lang, of_class in names.items()}
@@ -155,10 +156,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path, help="folder with cifar10-{train,test}.parquet and Babel-ImageNet's files")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=int, default=14_000)
+    parser.add_argument("--pictures", dest="images", type=int, default=14_000)
     arguments = parser.parse_args()
-    captions = make(arguments.shared, arguments.out, pictures=arguments.pictures)
-    print(f"{arguments.out}: {arguments.pictures:,} pictures, {captions:,} captions")
+    captions = make(arguments.shared, arguments.out, images=arguments.images)
+    print(f"{arguments.out}: {arguments.images:,} images, {captions:,} captions")
 
 
 if __name__ == "__main__":

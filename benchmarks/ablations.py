@@ -1,8 +1,8 @@
-"""The committed ablation rows: the small pool, ``mc2 ablate configs/ablations/*.yaml`` on it, one result file.
+"""The committed ablation rows: builds the small pool and runs ``mc2 ablate configs/ablations/*.yaml`` on it.
 
     python -m benchmarks.ablations SHARED_DATA [--work runs/ablations] [--jobs 2] [--json FILE]
 
-The same command goes on after an interruption. FILE gets the tables beside it as Markdown; ``plot.py`` draws it.
+The same command resumes after an interruption. The tables are written beside FILE as Markdown; ``plot.py`` plots FILE.
 """
 
 import argparse
@@ -22,7 +22,7 @@ _ABOUT = ("title", "mirrors", "finding")
 
 
 def as_result(tables: Sequence[Mapping[str, Any]], command: str) -> dict[str, Any]:
-    """The tables of ``mc2 ablate`` in the form of every benchmark's result."""
+    """The tables of ``mc2 ablate`` in the format of benchmark results."""
     about = {table["name"]: {key: table[key] for key in _ABOUT} for table in tables}
     rows = [{"ablation": table["name"], **row} for table in tables for row in table["rows"]]
     config = {"command": command, "ablations": about}
@@ -30,7 +30,7 @@ def as_result(tables: Sequence[Mapping[str, Any]], command: str) -> dict[str, An
 
 
 def as_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tables that :func:`as_result` was given."""
+    """The tables that were passed to :func:`as_result`."""
     return [
         {"name": name, **about, "rows": [row for row in result["rows"] if row["ablation"] == name]}
         for name, about in result["config"]["ablations"].items()
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     data = arguments.work / "data"
-    if not (data / "suite.yaml").is_file():  # what is written last
+    if not (data / "suite.yaml").is_file():  # written last
         ablation_pool.make(arguments.shared, data)
     files = sorted(CONFIGS.glob("*.yaml"))
     with progress() as report:

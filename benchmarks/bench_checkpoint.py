@@ -1,13 +1,13 @@
-"""How long training waits for a checkpoint: ours in the background and in the foreground, against open_clip's way.
+"""How long training waits for a checkpoint: ours in the background and in the foreground, compared with open_clip.
 
     mc2 bench checkpoint [--quick] [--json FILE]
 
-All three save the same number of parameters with AdamW's moments, 12 bytes a parameter, from one process to the same
-disk, in turn. open_clip's way is what its program does after an epoch: ``torch.save`` of a dictionary with the model's
-and the optimizer's ``state_dict``, in the training process. It neither hashes its file nor forces it to the disk; both
-of ours do. In the background only the copy and the bookkeeping between steps are waited for, and the steps trained
-meanwhile are timed too, against steps with no save under way. Before each save the disk is left in peace (``sync``),
-so that nobody pays for the bytes of the one before.
+All three save the same number of parameters with AdamW's moments, 12 bytes per parameter, from one process to the same
+disk, alternately. open_clip is measured as in its program after an epoch: ``torch.save`` of a dictionary with the
+``state_dict`` of model and optimizer, in the training process. It neither hashes its file nor forces it to disk; both
+of ours do. In the background, training only waits for the copy and the bookkeeping between steps. The steps trained
+meanwhile are timed too, and compared with steps without a save in progress. The disk is flushed (``sync``) before each
+save, so that no contender waits for the previous one's bytes.
 """
 
 import os
@@ -35,17 +35,17 @@ from tests.faults.tiny_run import write_pool
 
 PRESETS = {False: "ViT-B-32-worldwide", True: "ViT-S-16-worldwide"}
 VOCABULARY = {False: 49_408, True: 8_000}
-"""CLIP's own, and less: a table of 900k rows would be most of the model."""
+"""CLIP's own size and a smaller one: a table of 900k rows would be most of the model."""
 ROUNDS = {False: 5, True: 1}
 BATCH = {False: 8, True: 4}
 STEPS_IN_PEACE = 3
-"""Before every save in the background, to compare with the steps during it."""
+"""Steps before every background save, to compare with the steps during it."""
 
 Save = Callable[[], float]
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows of seconds a save makes training wait, and of seconds a step."""
+    """Rows for the seconds that training waits per save, and for the seconds per step."""
     config = _run_config(quick)
     arch = resolve(config.model)
     with tempfile.TemporaryDirectory() as name, process_group(60) as ranks:
@@ -56,7 +56,7 @@ def run(quick: bool) -> dict[str, Any]:
             "open_clip": _open_clip_save(arch, Path(name)),
         }
         waits: dict[str, list[float]] = {who: [] for who in contenders}
-        for _ in range(1 + ROUNDS[quick]):  # in the first our copies get their memory, and the peer its moments
+        for _ in range(1 + ROUNDS[quick]):  # the first round allocates our copies and the peer's moments
             for who, save in contenders.items():
                 os.sync()
                 waits[who].append(save())
@@ -68,7 +68,7 @@ def run(quick: bool) -> dict[str, Any]:
     for who, rounds in (("no save under way", ours.peace), ("while one is written", ours.during)):
         medians = [statistics.median(seconds) for seconds in rounds[1:]]
         rows.append({"who": who, "what": "step", "unit": "s", **spread(medians), "samples": medians})
-    # The first sample is left out of every ratio, as it is of the rows' medians.
+    # The first sample is excluded from every ratio, as it is from the rows' medians.
     pairs = list(zip(ours.peace[1:], ours.during[1:], strict=True))
     return {
         "config": {
@@ -113,9 +113,9 @@ class _Ours:
 
     def __init__(self, config: RunConfig, arch: ClipArchitecture, ranks: Ranks, folder: Path) -> None:
         self.peace: list[list[float]] = []
-        """Seconds of the steps before each save in the background."""
+        """Seconds of the steps before each background save."""
         self.during: list[list[float]] = []
-        """Seconds of the steps while it was written."""
+        """Seconds of the steps while the checkpoint was being written."""
         self._engine = Engine(build_clip(arch, seed=0), config, ranks, num_micro=1)
         self.num_parameters = sum(self._engine.state_shape(name).numel() for _, name in self._engine.state_names()) // 3
         self._writer = CheckpointWriter(folder / "ours", ranks, keep=1)
@@ -135,7 +135,7 @@ class _Ours:
         return max(self._writer.folder.glob("step-*"))
 
     def save_in_background(self) -> float:
-        """Train, save, train until it is published; seconds that training waited."""
+        """Train, save, and train until the checkpoint is published; returns the seconds that training waited."""
         self.peace.append([self._train_a_step()[0] for _ in range(STEPS_IN_PEACE)])
         wait, during = self._begin(), []
         while self._writer.busy:
@@ -150,7 +150,7 @@ class _Ours:
         return wait
 
     def save_in_foreground(self) -> float:
-        """Seconds until the checkpoint is published, with no step meanwhile."""
+        """Seconds until the checkpoint is published, with no training meanwhile."""
         start = time.perf_counter()
         self._begin()
         self._writer.finish()
@@ -177,7 +177,7 @@ class _Ours:
 
 
 def _open_clip_save(arch: ClipArchitecture, folder: Path) -> Save:
-    """open_clip's model of the same sizes with AdamW's moments, saved as ``open_clip_train.main`` does."""
+    """open_clip's model with the same sizes and AdamW's moments, saved as in ``open_clip_train.main``."""
     values = open_clip_config(ModelCard(arch=arch, tokenizer_style="xlmv"))["model_cfg"]
     values["text_cfg"].pop("hf_tokenizer_name", None)
     model = import_open_clip().model.CLIP(**values)

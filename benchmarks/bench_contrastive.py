@@ -1,11 +1,11 @@
-"""The contrastive loss against open_clip's ClipLoss: time, peak memory and achieved rate, by batch size.
+"""The contrastive loss compared with open_clip's ClipLoss: time, peak memory and achieved rate, by batch size.
 
     mc2 bench contrastive [--quick] [--json FILE]
 
-One process holds the whole batch (D = 1024; fp32 on a CPU, bf16 on a GPU). Contenders are timed in turn, forward alone
-and forward with backward. ``tflops`` counts 8 B^2 D operations, what the loss needs, whatever a contender really does;
-``matmul_tflops`` is the rate of a plain matrix product in the same run, the ceiling. On a GPU also: both variants of
-the Triton backend, its launch parameters in a few other sizes, and Inf-CL and siglip-kernel where they are installed.
+One process holds the whole batch (D = 1024; fp32 on a CPU, bf16 on a GPU). Contenders are timed alternately, forward
+alone and forward with backward. ``tflops`` counts the 8 B^2 D operations that the loss needs, whatever a contender
+actually computes; ``matmul_tflops`` is the rate of a plain matrix product in the same run, an upper bound. A GPU run
+adds both variants of the Triton backend, other launch parameters, and Inf-CL and siglip-kernel if they are installed.
 """
 
 import math
@@ -31,7 +31,7 @@ WIDTH = 1024
 LOGIT_SCALE = math.log(100)
 PEER = "open_clip"
 VARIANTS = {"ours_fused": "descriptor", "ours_chunked": "memory"}
-"""Variants of the Triton backend, timed on a GPU beside what the table picks, by the source of their products."""
+"""Variants of the Triton backend, timed on a GPU in addition to the table's choice, by the source of their products."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -42,7 +42,7 @@ OTHER_LAUNCHES = {
     "gradient_128x128x64_w8": ("gradient", Launch(128, 128, 64, num_warps=8, num_stages=3)),
     "gradient_128x128x64_w4": ("gradient", Launch(128, 128, 64, num_warps=4, num_stages=3)),
 }
-"""Launch parameters beside the table's, timed on a GPU at B = 32768 to choose the table's entries by."""
+"""Other launch parameters, timed on a GPU at B = 32768 to choose the table's entries."""
 
 
 def inputs(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +56,7 @@ def inputs(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def triton_loss(source: str, launches: dict[tuple[str, str], Launch] | None = None) -> Loss:
-    """The Triton backend with dot products from a given source and, for some kernels, given launch parameters."""
+    """The Triton backend with dot products from a given source and, optionally, given launch parameters per kernel."""
     from mc2_hpc.kernels.contrastive.triton_impl import TritonTiles
 
     def make_tiles(image: Tensor, num_columns: int) -> TritonTiles:
@@ -71,7 +71,7 @@ def triton_loss(source: str, launches: dict[tuple[str, str], Launch] | None = No
 
 
 def contenders(device: str) -> tuple[dict[str, Loss], dict[str, str]]:
-    """Losses by name, ours and open_clip's first, and why a peer is missing."""
+    """Losses by name, ours and open_clip's first, and why any peer is missing."""
     clip_loss = import_open_clip().ClipLoss()
     losses: dict[str, Loss] = {
         "ours": contrastive_loss,
@@ -99,13 +99,13 @@ def contenders(device: str) -> tuple[dict[str, Loss], dict[str, str]]:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows and ratios of all sizes."""
+    """Rows and ratios for all sizes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceiling = matmul_rate(device, quick)
     losses, missing = contenders(device)
     rows = []
     for batch in sizes(device, quick):
-        # At a million pairs one call takes seconds: no variants there, and no repetitions.
+        # At a million pairs one call takes seconds, so variants and repetitions are skipped.
         several = losses if batch <= 65_536 else {n: f for n, f in losses.items() if n not in VARIANTS}
         rounds = 1 if quick or batch >= 262_144 else 3
         rows += measure(batch, device, several, missing, rounds=rounds, ceiling=ceiling)
@@ -140,13 +140,13 @@ def matmul_rate(device: str, quick: bool) -> float:
 def measure(
     batch: int, device: str, losses: dict[str, Loss], missing: dict[str, str], *, rounds: int, ceiling: float
 ) -> list[dict[str, Any]]:
-    """A row for each contender that runs at this batch; ``missing`` gets why another does not."""
+    """A row for each contender that runs at this batch size; the reasons for others are added to ``missing``."""
     image, text, scale = inputs(batch, device)
     memory = {}
     for name in losses:
         try:
             memory[name] = peak_memory(name, batch, device, losses, (image, text, scale))
-        except RuntimeError as error:  # out of memory, or a peer's limits; our own loss has no excuse
+        except RuntimeError as error:  # out of memory, or a peer's limits; our own loss must run
             if name == "ours":
                 raise
             missing[f"{name}_b{batch}"] = str(error).splitlines()[0]
@@ -158,7 +158,7 @@ def measure(
     def both(loss: Loss) -> Callable[[], object]:
         return lambda: torch.autograd.grad(loss(image, text, scale), (image, text, scale))
 
-    # The first call of a size was the memory's, on a GPU; a CPU needs none.
+    # On a GPU the memory measurement was the first call at this size; a CPU needs no warm-up for large batches.
     warmup = 1 if batch <= 4_096 else 0
     forward_seconds = alternate({n: forward(loss) for n, loss in fitting.items()}, rounds=rounds, warmup=warmup)
     both_seconds = alternate({n: both(loss) for n, loss in fitting.items()}, rounds=rounds, warmup=warmup)
@@ -183,7 +183,7 @@ def measure(
 
 
 def measure_launches(batch: int, missing: dict[str, str], *, rounds: int, ceiling: float) -> list[dict[str, Any]]:
-    """Rows of the fused variant with one kernel's launch parameters changed at a time."""
+    """Rows for the fused variant, changing the launch parameters of one kernel at a time."""
     losses = {"ours_fused": triton_loss("descriptor")}
     for name, (kernel, launch) in OTHER_LAUNCHES.items():
         losses[name] = triton_loss("descriptor", {(kernel, "descriptor"): launch})
@@ -193,9 +193,9 @@ def measure_launches(batch: int, missing: dict[str, str], *, rounds: int, ceilin
 def peak_memory(
     name: str, batch: int, device: str, losses: dict[str, Loss], tensors: tuple[Tensor, Tensor, Tensor]
 ) -> int:
-    """Bytes that forward and backward need beside the features, at their peak.
+    """Peak memory of forward and backward in bytes, without the features.
 
-    Raises ``RuntimeError`` (``OutOfMemoryError`` is one) if the loss does not run.
+    Raises ``RuntimeError`` (for example ``OutOfMemoryError``) if the loss does not run.
     """
     if device == "cpu":
         command = [*own_command(__file__), "--peak-memory", name, str(batch), str(torch.get_num_threads())]
@@ -211,7 +211,7 @@ def peak_memory(
 
 
 def print_peak_memory(name: str, batch: int, threads: int) -> None:
-    """In a process of its own: what the resident set grew by at its peak."""
+    """Print the peak growth of the resident set; must run in a separate process."""
     torch.set_num_threads(threads)
     loss = contenders("cpu")[0][name]
 
@@ -220,12 +220,12 @@ def print_peak_memory(name: str, batch: int, threads: int) -> None:
         grown = resident_growth(lambda: torch.autograd.grad(loss(*tensors), tensors))
         print(grown, file=sys.stderr if size < batch else sys.stdout)
 
-    step(64)  # libraries load what they need
+    step(64)  # lets libraries initialise
     step(batch)
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Ours against open_clip's, by batch; speed larger is better, memory smaller."""
+    """Ours relative to open_clip's, by batch size; larger is better for speed, smaller for memory."""
     by = {(row["loss"], row["batch"]): row for row in rows}
     result = {}
     for batch in sorted({row["batch"] for row in rows}):

@@ -1,11 +1,11 @@
-"""Matching and balanced sampling against the release's own path, on one core.
+"""Matching and balanced sampling compared with the released code, on one core.
 
     mc2 bench curation [--quick] [--json FILE]
 
-The peer is :mod:`peer_release_curation`: JSON in, pyahocorasick, JSON out, as the release does it. 500,000 entries and
-200,000 captions, two to an image. Rates are captions (in sampling images) a second of CPU time on one core, contenders
-in turn. Matches and counts of both are compared before anything is timed. ``stage 1`` includes all files; ``matcher``
-is matching alone, captions in memory; ``mc2 curate match`` is the wall time of the whole command.
+The peer is :mod:`peer_release_curation`: JSON in, pyahocorasick, JSON out, like the release. There are 500,000 entries
+and 200,000 captions, two per image. Rates are captions (images, for sampling) per second of CPU time on one core, with
+contenders alternating. Matches and counts of both are compared before anything is timed. ``stage 1`` includes all
+files; ``matcher`` is matching alone, captions in memory; ``mc2 curate match`` is the wall time of the whole command.
 """
 
 import hashlib
@@ -40,19 +40,19 @@ from mc2_hpc.metadata.files import write_entries
 
 LANG = "en"
 SHARD_IMAGES = 10_000
-"""Images of a shard, as img2dataset writes them."""
-TEXTS_AN_IMAGE = 2
-SHARD_ROWS = SHARD_IMAGES * TEXTS_AN_IMAGE
+"""Images per shard, as in img2dataset."""
+TEXTS_PER_IMAGE = 2
+SHARD_ROWS = SHARD_IMAGES * TEXTS_PER_IMAGE
 T_EN = 5
-"""Threshold of sampling: thins the common entries of so small a pool."""
+"""Sampling threshold, low enough to thin common entries in such a small pool."""
 REPEATS = 5
-"""Times that the captions are in the pool that whole commands are timed on."""
+"""How often the captions are repeated in the pool for timing whole commands."""
 
 Call = Callable[[], object]
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows of every contender and the two ratios."""
+    """Rows of all contenders, and the ratios."""
     num_entries, num_captions, rounds = (50_000, 20_000, 2) if quick else (500_000, 200_000, 5)
     corpus = english(num_entries, num_captions)
     pa.set_cpu_count(1)
@@ -71,7 +71,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Ours against the release's, larger is better."""
+    """Ours relative to the release's; larger is better."""
     rate = {(row["what"], row["who"]): row["median"] for row in rows if "median" in row}
     return {
         "match_vs_release": rate["stage 1", "ours"] / rate["stage 1", "release"],
@@ -82,7 +82,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def measure_tables(corpus: Corpus, folder: Path) -> list[dict[str, Any]]:
-    """Size of the tables of both modes, and seconds to build and to map them; leaves the compat ones in ``matched``."""
+    """Size of both modes' tables, and seconds to build and map them; leaves the compat tables in ``matched``."""
     rows = []
     for mode, out in (("fixed", folder / "fixed"), ("compat", folder / "matched")):
         Matcher.build(corpus.entries[:100], mode)  # compiles
@@ -98,7 +98,7 @@ def measure_tables(corpus: Corpus, folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_stage(corpus: Corpus, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Stage 1, files and all: the release's and ours in both modes; leaves matched shards of both in ``folder``."""
+    """Stage 1 including files: the release's, and ours in both modes; leaves matched shards of both in ``folder``."""
     write_pool(corpus.captions, folder / "pool")
     write_release_pool(corpus.captions, folder / "json")
     shards = list_pool(folder / "pool")
@@ -128,21 +128,21 @@ def measure_stage(corpus: Corpus, folder: Path, rounds: int) -> list[dict[str, A
 
 
 def check_equal(folder: Path, names: list[str], votes: list[dict[str, Any]]) -> None:
-    """Raise unless both paths found the same entries in the same captions, and counted the same."""
+    """Raise unless both found the same entries in the same captions, with the same counts."""
     theirs = read_release(folder / "json_out")
     seen = 0
     for name, counted in zip(names, votes, strict=True):
         for row in read_matched(folder / "matched" / f"{name}.parquet").to_pylist():
             ids = [ids for text, _, ids in theirs[row["key"]] if text == row["text"]]
             if sorted(ids[0]) != row["entries"]:
-                raise AssertionError(f"{name}: other matches in {row['text']!r}")
+                raise AssertionError(f"{name}: different matches in {row['text']!r}")
             seen += len(ids)
         with VotesFile(counts_path(folder / "matched", name)) as file:
             entries, counts = file[LANG]
         if dict(zip(entries.tolist(), counts.tolist(), strict=True)) != dict(counted[LANG]):
-            raise AssertionError(f"{name}: other counts")
+            raise AssertionError(f"{name}: different counts")
     if seen != sum(map(len, theirs.values())):
-        raise AssertionError(f"{seen} captions matched, the release's path has {sum(map(len, theirs.values()))}")
+        raise AssertionError(f"{seen} captions matched, but {sum(map(len, theirs.values()))} in the release")
 
 
 def measure_matcher(corpus: Corpus, folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ def measure_spaceless(num_entries: int, num_captions: int, rounds: int) -> list[
     offsets, ids = matcher.match(column)
     theirs = release.match_captions(corpus.captions, automaton)
     if ids.tolist() != [number for found in theirs for number in sorted(found)]:
-        raise AssertionError("other matches in a text without spaces")
+        raise AssertionError("different matches in text without spaces")
     calls: dict[str, Call] = {
         "ours": lambda: matcher.match(column),
         "pyahocorasick": lambda: release.match_captions(corpus.captions, automaton),
@@ -177,7 +177,7 @@ def measure_spaceless(num_entries: int, num_captions: int, rounds: int) -> list[
 
 
 def measure_sampling(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """An epoch's choice from matched images in memory: a text of each, kept or not by its entries."""
+    """An epoch's sample from matched images in memory: one text per image, kept or dropped by its entries."""
     tables = [read_matched(path) for path in sorted((folder / "matched").glob("*.parquet"))]
     table = pa.concat_tables(tables).combine_chunks()
     np.save(folder / "probs.npy", entry_probabilities(np.bincount(entries_of(table)[1]).astype(np.uint64), T_EN))
@@ -193,13 +193,13 @@ def measure_sampling(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
     seconds = alternate({"ours": ours, "release": theirs}, rounds)
     if abs(kept["ours"] - kept["release"]) > 5 * np.sqrt(len(images)):
-        raise AssertionError(f"kept {kept} of {len(images)} images: more than chance apart")
+        raise AssertionError(f"kept {kept} of {len(images)} images: the difference is larger than chance")
     rows = rate_rows("sampling", seconds, len(images))
     return [{**row, "kept": kept[row["who"]] / len(images)} for row in rows]
 
 
 def measure_workers(corpus: Corpus, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Wall time of the whole command on a million captions (less if quick), by workers, tables built beforehand."""
+    """Wall time of the whole command on a million captions (fewer if quick), by workers, with prebuilt tables."""
     write_pool(corpus.captions, folder / "once")
     (folder / "pool").mkdir()
     for repeat in range(REPEATS):
@@ -223,7 +223,7 @@ def measure_workers(corpus: Corpus, folder: Path, rounds: int) -> list[dict[str,
 
 
 def alternate(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender's calls in turn (A B A B ...), after one call of each that does not count."""
+    """CPU seconds of each contender's calls, alternating (A B A B ...), after one warm-up call each."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -237,7 +237,7 @@ def alternate(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
 def rate_rows(
     what: str, seconds: Mapping[str, list[float]], items: int, extra: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """A row a contender: items a second, median and extremes."""
+    """One row per contender: items per second, median and extremes."""
     rows = []
     for who, values in seconds.items():
         rates = [items / value for value in values]
@@ -256,7 +256,7 @@ def write_pool(captions: list[str], folder: Path) -> None:
 
 
 def write_release_pool(captions: list[str], folder: Path) -> None:
-    """The same shards as the release's JSON, and each one's list of valid images."""
+    """The same shards in the release's JSON format, each with its list of valid images."""
     folder.mkdir()
     for shard, first in enumerate(range(0, len(captions), SHARD_ROWS)):
         images: dict[str, list[list[str]]] = {}
@@ -268,12 +268,12 @@ def write_release_pool(captions: list[str], folder: Path) -> None:
 
 
 def image_key(row: int) -> str:
-    """24 hexadecimal digits, as the release's hash of a URL."""
-    return hashlib.sha224(str(row // TEXTS_AN_IMAGE).encode()).hexdigest()[:24]
+    """24 hexadecimal digits, like the release's hash of a URL."""
+    return hashlib.sha224(str(row // TEXTS_PER_IMAGE).encode()).hexdigest()[:24]
 
 
 def read_release(folder: Path) -> dict[str, list[list[Any]]]:
-    """Matched images of the release's path."""
+    """Images matched by the release."""
     images: dict[str, list[list[Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         images |= json.loads(path.read_text(encoding="utf-8"))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_decode [--quick] [--json FILE]
 
-The question of a GPU machine: how many pictures a second can come to one GPU, and how much of the CPU do they cost?
-``turbo`` is what data workers run, in a process a core; ``dali`` the ``mixed`` pipeline that ``data.decode=dali``
-feeds, by share for the JPEG engine; ``torchvision`` decodes a batch with nvJPEG, then crops and resizes each picture.
-Without a GPU the first two are timed, DALI with its CPU operators.
+It answers, for a GPU machine, how many images per second can be fed to one GPU, and how much CPU time they cost.
+``turbo`` is what data workers run, with one process per core. ``dali`` is the ``mixed`` pipeline of
+``data.decode=dali``, by share for the JPEG engine. ``torchvision`` decodes a batch with nvJPEG, then crops and resizes
+each image. Without a GPU only the first two are timed, DALI with its CPU operators.
 """
 
 import multiprocessing
@@ -38,12 +38,12 @@ Decode = Callable[[Sequence[bytes], Sequence[Box]], int]
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows of every contender by picture size."""
+    """Rows of every contender by image size."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     cores = len(os.sched_getaffinity(0))
     number, rounds = (32, 1) if quick else (4 * BATCH, 5)
     rows = []
-    # Spawned: forks of a process with CUDA in it cannot be trusted. Timing begins when all have imported.
+    # Spawned, because forking a process that uses CUDA is unsafe. Timing starts once all have finished importing.
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(cores + 1)
     with context.Pool(cores, _prepare, (ready,)) as pool:
@@ -52,7 +52,7 @@ def run(quick: bool) -> dict[str, Any]:
             jpegs = draw_jpegs(*size, number=number)
             boxes = [_box(size, key) for key in range(number)]
             found = _rates(_contenders(device, cores, pool, number), jpegs, boxes, rounds)
-            rows += [{"who": who, "pictures": label, **figures} for who, figures in found.items()]
+            rows += [{"who": who, "images": label, **figures} for who, figures in found.items()]
     return {
         "config": {
             "jpegs": "1/f clouds, quality 90",
@@ -67,7 +67,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def draw_jpegs(width: int, height: int, *, number: int) -> list[bytes]:
-    """JPEGs of clouds with the spectrum of photographs, amplitude 1/f; nothing but NumPy is needed to make them."""
+    """JPEGs of clouds with the spectrum of photographs, amplitude 1/f; generated with NumPy alone."""
     rng = np.random.default_rng(width)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
@@ -75,7 +75,7 @@ def draw_jpegs(width: int, height: int, *, number: int) -> list[bytes]:
     for _ in range(number):
         phases = rng.uniform(0, 2 * np.pi, (3, *frequency.shape))
         colours = np.fft.irfft2(np.exp(1j * phases) / frequency, s=(height, width))
-        # Colours of a photograph mostly go together.
+        # The colour channels of photographs are strongly correlated.
         pixels = 0.8 * colours[:1] + 0.2 * colours
         pixels = 128 + 50 * pixels / pixels.std()
         array = np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
@@ -112,7 +112,7 @@ def _contenders(device: torch.device, cores: int, pool: Pool, number: int) -> di
 def _rates(
     contenders: dict[str, Decode], jpegs: Sequence[bytes], boxes: Sequence[Box], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Pictures a second, and CPU seconds of all processes for a thousand; in turn, the first round unheard."""
+    """Images per second, and CPU seconds of all processes per thousand images; alternating, after a warm-up round."""
     rates: dict[str, list[float]] = {who: [] for who in contenders}
     costs: dict[str, list[float]] = {who: [] for who in contenders}
     for number in range(rounds + 1):
@@ -126,17 +126,17 @@ def _rates(
                 costs[who].append(1000 * (_cpu_seconds() - cpu) / made)
     return {
         who: {
-            "unit": "pictures / s",
+            "unit": "images / s",
             **spread(rates[who]),
             "samples": rates[who],
-            "cpu_seconds_a_thousand": statistics.median(costs[who]),
+            "cpu_seconds_per_thousand": statistics.median(costs[who]),
         }
         for who in contenders
     }
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its living children."""
+    """CPU seconds of this process and its running children."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     ticks = 0
     for child in multiprocessing.active_children():
@@ -155,7 +155,7 @@ def _batches(jpegs: Sequence[bytes], boxes: Sequence[Box]) -> Iterator[dict[int,
 def _dali(decoder: DaliDecoder, jpegs: Sequence[bytes], boxes: Sequence[Box]) -> int:
     batches = list(_batches(jpegs, boxes))
     nothing = torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    # The last ones are submitted twice: a batch is received while another is under way.
+    # Extra batches at the end keep the pipeline full: a batch is received while another is in flight.
     for number, batch in enumerate((*batches, *batches[:1] * (IN_FLIGHT - 1))):
         decoder.submit(len(batch), nothing, [(0, Jpegs.pack(batch))])
         if number >= IN_FLIGHT - 1:
@@ -170,19 +170,19 @@ def _torchvision(device: torch.device, jpegs: Sequence[bytes], boxes: Sequence[B
 
     for batch in _batches(jpegs, boxes):
         data = [torch.frombuffer(bytearray(crop.data), dtype=torch.uint8) for crop in batch.values()]
-        pictures = decode_jpeg(data, device=device)
+        images = decode_jpeg(data, device=device)
         size = [IMAGE_SIZE, IMAGE_SIZE]
         torch.stack(
             [
-                resized_crop(picture, *crop.box, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-                for picture, crop in zip(pictures, batch.values(), strict=True)
+                resized_crop(image, *crop.box, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+                for image, crop in zip(images, batch.values(), strict=True)
             ]
         )
     return len(jpegs)
 
 
 def _turbo(pool: Pool, cores: int, jpegs: Sequence[bytes], boxes: Sequence[Box]) -> int:
-    # A box is drawn in the worker, from the key, as data workers do; shares are sent as they would read them.
+    # Workers draw the box from the key, like data workers; they are sent the bytes that those would read.
     return sum(pool.map(_turbo_share, [jpegs[part::cores] for part in range(cores)], chunksize=1))
 
 

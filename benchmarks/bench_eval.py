@@ -1,14 +1,15 @@
-"""Evaluation against CLIP_benchmark's way: features of pictures a second, and the seconds of a large retrieval.
+"""Evaluation compared with CLIP_benchmark: image features per second, and seconds for a large retrieval.
 
     mc2 bench eval [--quick] [--json FILE]
 
-Features: the same weights in both, a ViT-B/32 of which the text tower is small; 640x480 JPEGs in files. Theirs is
-open_clip's model and transform in a torch DataLoader, ours is ``Encoder.pictures``, both in fp32 on all cores: theirs
-with a worker a core beside torch's threads, or with none, whichever is faster.
+Features: both have the same weights, a ViT-B/32 with a small text tower, and read 640x480 JPEG files. Theirs is
+open_clip's model and transform in a torch DataLoader, ours is ``Encoder.images``, both in fp32 on all cores. Theirs
+runs with one worker per core besides torch's threads, or with none, whichever is faster.
 
-Retrieval: Crossmodal-3600's size, 3,600 pictures and two captions each in 36 locales, from features that are there
-already. Ours is timed on all 36; theirs, CLIP_benchmark's ``recall_at_k`` over the full matrix, on one a round, whose
-median counts 36 times: a row says how many locales were timed. Memory is the growth in one locale, a process each.
+Retrieval: Crossmodal-3600's size, 3,600 images and two captions each in 36 locales, from precomputed features. Ours is
+timed on all 36. Theirs, CLIP_benchmark's ``recall_at_k`` over the full matrix, is timed on one locale per round, and
+the median counts 36 times; a row says how many locales were timed. Memory is the growth for one locale, in a process
+each.
 """
 
 import os
@@ -39,7 +40,7 @@ from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArc
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card, write_tensors
 from mc2_hpc.peers import import_open_clip
 
-NUM_PICTURES, NUM_LOCALES, WIDTH = 3_600, 36, 1_024
+NUM_IMAGES, NUM_LOCALES, WIDTH = 3_600, 36, 1_024
 KS = (1, 5, 10)
 BATCH = 64
 
@@ -47,8 +48,8 @@ BATCH = 64
 def run(quick: bool) -> dict[str, Any]:
     """Rows and ratios of both comparisons."""
     with tempfile.TemporaryDirectory() as name:
-        features = measure_features(Path(name), pictures=16 if quick else 128, rounds=1 if quick else 3)
-    retrieval = measure_retrieval(pictures=400 if quick else NUM_PICTURES, rounds=1 if quick else 2)
+        features = measure_features(Path(name), images=16 if quick else 128, rounds=1 if quick else 3)
+    retrieval = measure_retrieval(images=400 if quick else NUM_IMAGES, rounds=1 if quick else 2)
     rate = {row["who"]: row["median"] for row in features}
     ours, theirs = (row["seconds_for_36_locales"] for row in retrieval)
     return {
@@ -68,7 +69,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """A ViT-B/32 with random weights, in our format and, beside it, in open_clip's."""
+    """A ViT-B/32 with random weights, in our format and, beside it, in open_clip format."""
     ours = folder / "ours"
     ours.mkdir()
     tokenizer = train_tokenizer(
@@ -88,7 +89,7 @@ def make_checkpoint(folder: Path) -> Path:
     return ours
 
 
-def make_pictures(folder: Path, count: int) -> list[str]:
+def make_images(folder: Path, count: int) -> list[str]:
     """640x480 JPEGs cut out of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
@@ -104,7 +105,7 @@ def make_pictures(folder: Path, count: int) -> list[str]:
 
 
 class Files(torch.utils.data.Dataset):
-    """What CLIP_benchmark's loaders are to a model: files, Pillow, the model's transform."""
+    """A data set like CLIP_benchmark's: files, Pillow, the model's transform."""
 
     def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> None:
         self.paths = paths
@@ -117,15 +118,15 @@ class Files(torch.utils.data.Dataset):
         return self.transform(Image.open(self.paths[index]).convert("RGB"))
 
 
-def measure_features(folder: Path, *, pictures: int, rounds: int) -> list[dict[str, Any]]:
-    """Pictures a second; both give the same features, which is checked."""
+def measure_features(folder: Path, *, images: int, rounds: int) -> list[dict[str, Any]]:
+    """Images per second; checks that both give the same features."""
     checkpoint = make_checkpoint(folder)
-    names = make_pictures(folder / "pictures", pictures)
-    source = ImageFiles(folder / "pictures", names)
+    names = make_images(folder / "images", images)
+    source = ImageFiles(folder / "images", names)
     open_clip = import_open_clip()
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder / 'open_clip'}")
     model.eval()
-    files = Files([folder / "pictures" / name for name in names], transform)
+    files = Files([folder / "images" / name for name in names], transform)
 
     def theirs(workers: int) -> Tensor:
         loader = torch.utils.data.DataLoader(files, batch_size=BATCH, num_workers=workers)
@@ -142,21 +143,21 @@ def measure_features(folder: Path, *, pictures: int, rounds: int) -> list[dict[s
         }
         seconds = alternate(contenders, rounds=rounds)
     closest = float((found["ours"] * found["theirs"]).sum(1).min())
-    assert closest > 0.99, f"the two see other pictures: cosine {closest}"
+    assert closest > 0.99, f"the two see different images: cosine {closest}"
     rows = []
     for who, samples in seconds.items():
-        rates = [pictures / sample for sample in samples]
-        rows.append({"what": "features", "who": who, "unit": "pictures/s", **spread(rates), "samples": rates})
+        rates = [images / sample for sample in samples]
+        rows.append({"what": "features", "who": who, "unit": "images/s", **spread(rates), "samples": rates})
     rows[0]["smallest_cosine_to_open_clip"] = closest
     return rows
 
 
-def measure_retrieval(*, pictures: int, rounds: int) -> list[dict[str, Any]]:
-    """Seconds of R@1, 5, 10 both ways, ours and theirs in turn, and growth of memory; both find the same recalls."""
+def measure_retrieval(*, images: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds for R@1, 5, 10 in both directions, alternating, and memory growth; checks that the recalls are equal."""
     seconds: dict[str, list[float]] = {"ours": [], "clip_benchmark": []}
 
     def timed(who: str, locale: int) -> dict[str, float]:
-        features = pairs(pictures, seed=locale)
+        features = pairs(images, seed=locale)
         start = time.perf_counter()
         found = RECALL[who](*features)
         seconds[who].append(time.perf_counter() - start)
@@ -171,23 +172,23 @@ def measure_retrieval(*, pictures: int, rounds: int) -> list[dict[str, Any]]:
         {
             "what": "retrieval",
             "who": who,
-            "unit": "s a locale",
+            "unit": "s per locale",
             **spread(samples),
             "seconds_for_36_locales": sum(samples) if who == "ours" else NUM_LOCALES * median(samples),
             "locales_timed": len(samples),
-            "memory_mb": peak_memory(who, pictures) / 2**20,
+            "memory_mb": peak_memory(who, images) / 2**20,
             "samples": samples,
         }
         for who, samples in seconds.items()
     ]
 
 
-def pairs(pictures: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Loosely matching features of pictures and of two captions each, and the captions' pictures."""
+def pairs(images: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Loosely matching features of images and of two captions each, and each caption's image."""
     generator = torch.Generator().manual_seed(seed)
-    image = F.normalize(torch.randn(pictures, WIDTH, generator=generator), dim=1)
-    owners = torch.arange(2 * pictures) // 2
-    texts = F.normalize(image[owners] + 0.25 * torch.randn(2 * pictures, WIDTH, generator=generator), dim=1)
+    image = F.normalize(torch.randn(images, WIDTH, generator=generator), dim=1)
+    owners = torch.arange(2 * images) // 2
+    texts = F.normalize(image[owners] + 0.25 * torch.randn(2 * images, WIDTH, generator=generator), dim=1)
     return image, texts, owners
 
 
@@ -200,7 +201,7 @@ def our_recall(image: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]
 
 
 def their_recall(image: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
-    """The part of CLIP_benchmark's ``evaluate`` that follows the features, from its own functions."""
+    """What CLIP_benchmark's ``evaluate`` computes from the features, with its own functions."""
     from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
     scores = texts @ image.t()
@@ -218,16 +219,16 @@ def their_recall(image: Tensor, texts: Tensor, owners: Tensor) -> dict[str, floa
 RECALL = {"ours": our_recall, "clip_benchmark": their_recall}
 
 
-def peak_memory(who: str, pictures: int) -> int:
-    """Bytes that the resident set grows by in one locale, in a process of its own."""
-    command = [*own_command(__file__), "--peak-memory", who, str(pictures)]
+def peak_memory(who: str, images: int) -> int:
+    """Growth of the resident set for one locale in bytes, measured in a separate process."""
+    command = [*own_command(__file__), "--peak-memory", who, str(images)]
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600).stdout)
 
 
-def print_peak_memory(who: str, pictures: int) -> None:
+def print_peak_memory(who: str, images: int) -> None:
     call = RECALL[who]
-    call(*pairs(40))  # libraries load what they need
-    features = pairs(pictures)
+    call(*pairs(40))  # lets libraries initialise
+    features = pairs(images)
     print(resident_growth(lambda: call(*features)))
 
 

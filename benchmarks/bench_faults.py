@@ -1,7 +1,7 @@
-"""The fault matrix in fresh processes: what each fault costs in steps and in time until training is back where it was.
+"""The fault matrix in fresh processes: steps lost to each fault, and the time until training is back where it was.
 
-There is no peer: each run is compared with one that nothing happened to (``tests/faults/matrix.py``). Rows that need a
-disk of their own need the right to mount a tmpfs; without it those rows are left out, and said to be.
+There is no peer: each run is compared with an undisturbed one (``tests/faults/matrix.py``). Rows that need a separate
+disk require permission to mount a tmpfs; without it those rows are left out and reported.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from tests.faults.tiny_run import BATCH, SAMPLES
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows of the matrix; ``quick``: one of them."""
+    """Rows of the matrix; ``quick`` runs only one."""
     rows: list[dict[str, Any]] = []
     left_out = []
     starter = Starter()

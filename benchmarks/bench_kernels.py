@@ -1,10 +1,10 @@
-"""Compile every Triton kernel of the dispatch tables for GPUs this machine need not have, and check the machine code.
+"""Compile every Triton kernel in the dispatch tables, for GPUs that need not be present, and check the machine code.
 
     mc2 bench kernels [--quick] [--json FILE]
 
-Prints a row for each kernel, variant and architecture: registers a thread, spills (loads from and stores to local
-memory in the machine code), shared memory, and the tensor-core instruction. Exits 1 on a breach: any spill, more shared
-memory than the chip gives a block, or a matrix kernel without tensor-core instructions.
+Prints a row for each kernel, variant and architecture: registers per thread, spills (loads from and stores to local
+memory in the machine code), shared memory, and the tensor-core instruction. Exits with 1 on a breach: any spill, more
+shared memory than a block may use, or a matrix kernel without tensor-core instructions.
 """
 
 import re
@@ -25,7 +25,7 @@ from mc2_hpc.kernels.contrastive import triton_impl
 from mc2_hpc.kernels.contrastive.launch import LAUNCHES, Launch, launch_for
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Shared memory a block may have, by architecture (CUDA C++ Programming Guide, table of compute capabilities)."""
+"""Shared memory limit of a block, by architecture (CUDA C++ Programming Guide, table of compute capabilities)."""
 
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 """The instruction that a half-precision matrix kernel must use, by architecture."""
@@ -56,7 +56,7 @@ class Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Every entry of the tables on every architecture that can take it; ``quick`` keeps those bf16 training takes."""
+    """Every entry of the tables on every architecture that supports it; ``quick`` keeps those used in bf16 training."""
     for kernel, source in LAUNCHES:
         for arch in SHARED_BYTES:
             if source == "descriptor" and arch < 90:
@@ -66,7 +66,7 @@ def cases(quick: bool) -> Iterator[Case]:
             dtypes = ("bf16",) if quick else ("bf16", "fp16", "fp32") if source == "memory" else ("bf16", "fp16")
             for dtype in dtypes:
                 if kernel == "statistics" and source == "memory" and dtype != "fp32" and not quick:
-                    continue  # reads fp32 dot products and writes fp32 whatever the features were
+                    continue  # reads and writes fp32 whatever the type of the features
                 for width in (EVEN_WIDTH, UNEVEN_WIDTH) if source == "pointer" and not quick else (EVEN_WIDTH,):
                     yield Case(kernel, source, arch, dtype, width)
 
@@ -112,7 +112,7 @@ def examine(case: Case) -> dict[str, Any]:
         instructions = _cuobjdump("--dump-sass", cubin.name)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
-        raise RuntimeError(f"cuobjdump tells no register count for {case}: {usage!r}")
+        raise RuntimeError(f"cuobjdump reports no register count for {case}: {usage!r}")
     tensor_core = re.search(rf"\b{TENSOR_CORE[case.arch]}\b", instructions)
     return {
         "kernel": f"contrastive_{case.kernel}",
@@ -132,22 +132,22 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def breaches(row: dict[str, Any], case: Case) -> list[str]:
-    """What is wrong with a row: empty if nothing."""
+    """The problems of a row, if any."""
     where = f"{row['kernel']} {row['variant']} {row['arch']}"
     found = []
     if row["spills"]:
-        found.append(f"{where}: {row['spills']} register spills: take smaller blocks or more warps")
+        found.append(f"{where}: {row['spills']} register spills: use smaller blocks or more warps")
     if row["shared_bytes"] > SHARED_BYTES[case.arch]:
-        found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, the chip gives {SHARED_BYTES[case.arch]}")
+        found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, the limit is {SHARED_BYTES[case.arch]}")
     if case.source != "memory" and row["tensor_core"] is None:
-        found.append(f"{where}: no {TENSOR_CORE[case.arch]} instruction: the matrix product is not on tensor cores")
+        found.append(f"{where}: no {TENSOR_CORE[case.arch]} instruction: the matrix product does not use tensor cores")
     return found
 
 
 def run(quick: bool) -> dict[str, Any]:
     """Rows and breaches of every case."""
     if triton.knobs.runtime.interpret:
-        raise SystemExit("bench kernels compiles kernels, which TRITON_INTERPRET=1 turns off: unset it")
+        raise SystemExit("bench kernels compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
     rows, found = [], []
     for case in cases(quick):
         row = examine(case)

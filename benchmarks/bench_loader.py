@@ -1,8 +1,8 @@
-"""The data path part by part and as a whole, against webdataset and open_clip's own loader.
+"""The data pipeline in parts and as a whole, compared with webdataset and open_clip's own loader.
 
 Tar reading and decoding are timed in CPU seconds of one thread, the loaders in wall seconds with two worker processes.
-The pictures are crops of scikit-learn's two photographs with noise as fine texture, the same in every run. Tars are
-read from the page cache with the index kept, as in every epoch but a run's first; a row has the first sight too.
+The images are crops of scikit-learn's two photographs with noise as fine texture, the same in every run. Tars are read
+from the page cache with their stored index, as in every epoch except a run's first, which has a row of its own.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from mc2_hpc.quickstart.captions import LANGUAGES, draw_caption, number_names
 
 SIZES = {"640x480": (640, 480), "1024x768": (1024, 768)}
 TAR_SIZES = {"256 px": (341, 256), "640x480": (640, 480)}
-"""What img2dataset makes by default, and a common original."""
+"""img2dataset's default size, and a common original size."""
 CROP_SCALE = (0.9, 1.0)
 IMAGE_SIZE = 224
 BATCH = 64
@@ -47,7 +47,7 @@ CONTEXT = 77
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """All parts, one after another; the loaders last, because they need both cores."""
+    """All parts in sequence; the loaders come last, because they need both cores."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="webdataset")
     with tempfile.TemporaryDirectory() as name:
@@ -75,7 +75,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def _ratio(rows: list[dict[str, Any]], ours: str, peer: str, size: str) -> float:
-    """Median over the rounds of ours over the peer's."""
+    """Median over the rounds of the ratio of ours to the peer's."""
     found = {row["who"]: row["samples"] for row in rows if row["pictures"] == size}
     return statistics.median(a / b for a, b in zip(found[ours], found[peer], strict=True))
 
@@ -83,7 +83,7 @@ def _ratio(rows: list[dict[str, Any]], ours: str, peer: str, size: str) -> float
 def _rates(
     contenders: Mapping[str, Callable[[], int]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Samples a second of each contender, which returns how many it made; in turn, the first round unheard."""
+    """Samples per second of each contender, which returns its number of samples; alternating, after a warm-up round."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, call in contenders.items():
@@ -99,16 +99,16 @@ def _rates(
 
 
 def _bench_tar(folder: Path, *, samples: int, shards: int, rounds: int) -> list[dict[str, Any]]:
-    """Key, picture and caption of every sample of some shards with ``jpg``, ``json`` and ``txt``."""
+    """Key, image and caption of every sample in shards with ``jpg``, ``json`` and ``txt``."""
     import webdataset
 
     rows = []
     for label, size in TAR_SIZES.items():
-        pictures = _pictures(*size, number=60)
+        images = _images(*size, number=60)
         paths = [folder / f"tar {label}" / f"{number:05d}.tar" for number in range(shards)]
         for number, path in enumerate(paths):
-            write_shard(path, (_img2dataset_sample(number * samples + i, pictures[i % 60]) for i in range(samples)))
-            os.utime(path, (0, 0))  # a shard of long ago: its index is kept
+            write_shard(path, (_img2dataset_sample(number * samples + i, images[i % 60]) for i in range(samples)))
+            os.utime(path, (0, 0))  # an old shard, so that its index is stored
 
         def read_ours(paths: list[Path] = paths) -> int:
             opened = (open_shard(path) for path in paths)
@@ -126,14 +126,14 @@ def _bench_tar(folder: Path, *, samples: int, shards: int, rounds: int) -> list[
 
         _check_same_samples(paths)
         contenders = {"ours": read_ours, "webdataset": read_webdataset, "ours, first sight": first_sight}
-        mean_kb = statistics.mean(map(len, pictures)) / 1e3
+        mean_kb = statistics.mean(map(len, images)) / 1e3
         for who, found in _rates(contenders, rounds, time.process_time).items():
             rows.append(_row("tar", who, label, "samples / CPU-s", found, jpeg_kb=mean_kb))
     return rows
 
 
 def _check_same_samples(paths: list[Path]) -> None:
-    """Both readers deliver the same keys, pictures and captions; this also makes our indexes."""
+    """Check that both readers return the same keys, images and captions; this also builds our indexes."""
     import webdataset
 
     theirs = iter(webdataset.WebDataset([str(path) for path in paths], shardshuffle=False))
@@ -145,7 +145,7 @@ def _check_same_samples(paths: list[Path]) -> None:
     assert next(theirs, None) is None
 
 
-def _img2dataset_sample(number: int, picture: bytes) -> tuple[str, dict[str, bytes]]:
+def _img2dataset_sample(number: int, image: bytes) -> tuple[str, dict[str, bytes]]:
     key = f"{number:09d}"
     described = {
         "url": f"https://example.org/{key}.jpg",
@@ -160,48 +160,48 @@ def _img2dataset_sample(number: int, picture: bytes) -> tuple[str, dict[str, byt
         "sha256": "0" * 64,
     }
     caption = f"a photograph of something, number {number} of many"
-    return key, {"jpg": picture, "json": json.dumps(described).encode(), "txt": caption.encode()}
+    return key, {"jpg": image, "json": json.dumps(described).encode(), "txt": caption.encode()}
 
 
 # Decoding
 
 
 def _bench_decode(*, number: int, rounds: int) -> list[dict[str, Any]]:
-    """JPEG to a RandomResizedCrop: open_clip's transform to normalised floats, ours to bytes (the GPU normalises)."""
+    """JPEG to RandomResizedCrop: open_clip's transform returns normalised floats, ours bytes (the GPU normalises)."""
     open_clip = import_open_clip()
     theirs = open_clip.image_transform(IMAGE_SIZE, is_train=True, aug_cfg=open_clip.AugmentationCfg(scale=CROP_SCALE))
     rows = []
     for label, size in SIZES.items():
-        pictures = _pictures(*size, number=number)
+        images = _images(*size, number=number)
         keys = hash_keys([str(i) for i in range(number)])
 
-        def decode(backend: str, pictures: list[bytes] = pictures, keys: Any = keys) -> int:
+        def decode(backend: str, images: list[bytes] = images, keys: Any = keys) -> int:
             transform = TrainTransform(IMAGE_SIZE, CROP_SCALE, 0, backend)
-            for data, key in zip(pictures, keys, strict=True):
+            for data, key in zip(images, keys, strict=True):
                 transform(data, key, 0)
-            return len(pictures)
+            return len(images)
 
-        def decode_theirs(pictures: list[bytes] = pictures) -> int:
-            for data in pictures:
+        def decode_theirs(images: list[bytes] = images) -> int:
+            for data in images:
                 theirs(Image.open(io.BytesIO(data)))
-            return len(pictures)
+            return len(images)
 
         contenders = {
             "open_clip": decode_theirs,
             "turbo": lambda decode=decode: decode("turbo"),
             "turbo_exact": lambda decode=decode: decode("turbo_exact"),
         }
-        mean_kb = statistics.mean(map(len, pictures)) / 1e3
+        mean_kb = statistics.mean(map(len, images)) / 1e3
         for who, found in _rates(contenders, rounds, time.process_time).items():
-            quality = {} if who == "open_clip" else {"psnr_db": _likeness(pictures, keys, who)}
-            rows.append(_row("decode", who, label, "pictures / CPU-s", found, jpeg_kb=mean_kb, **quality))
+            quality = {} if who == "open_clip" else {"psnr_db": _likeness(images, keys, who)}
+            rows.append(_row("decode", who, label, "images / CPU-s", found, jpeg_kb=mean_kb, **quality))
     return rows
 
 
-def _likeness(pictures: list[bytes], keys: Any, backend: str) -> dict[str, float]:
-    """PSNR to Pillow's picture of the box shown, which is open_clip's bit for bit (tests/data/test_decode.py)."""
+def _likeness(images: list[bytes], keys: Any, backend: str) -> dict[str, float]:
+    """PSNR to Pillow's image of the same box, which equals open_clip's bit for bit (tests/data/test_decode.py)."""
     found = []
-    for data, key in zip(pictures, keys, strict=True):
+    for data, key in zip(images, keys, strict=True):
 
         def choose(height: int, width: int, key: np.uint64 = key) -> Box:
             box = random_crop(height, width, key_hash=key, seed=0, epoch=0, scale=CROP_SCALE)
@@ -217,14 +217,14 @@ def _likeness(pictures: list[bytes], keys: Any, backend: str) -> dict[str, float
 
 
 def _bench_loader(folder: Path, *, batches: int, rounds: int) -> list[dict[str, Any]]:
-    """Tars to batches of pictures and token ids, with worker processes; each turn starts a loader anew."""
+    """Tars to batches of images and token ids, with worker processes; each round starts a new loader."""
     rng = np.random.default_rng(1)
     names = number_names()
     texts = [draw_caption(lang, name, rng) for lang in LANGUAGES for name in names[lang]]
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", vocab_size=1000, style="xlmv")
-    pictures = [picture for size in SIZES.values() for picture in _pictures(*size, number=60)]
+    images = [image for size in SIZES.values() for image in _images(*size, number=60)]
     for number in range(8):
-        samples = (_img2dataset_sample(number * 256 + i, pictures[(i * 7 + number) % 120]) for i in range(256))
+        samples = (_img2dataset_sample(number * 256 + i, images[(i * 7 + number) % 120]) for i in range(256))
         write_shard(folder / "loader" / f"{number:05d}.tar", samples)
         os.utime(folder / "loader" / f"{number:05d}.tar", (0, 0))
     (folder / "hf").mkdir()
@@ -241,7 +241,7 @@ def _bench_loader(folder: Path, *, batches: int, rounds: int) -> list[dict[str, 
 
 
 def _loader_rate(loader: Iterator[int], batches: int) -> float:
-    """Samples a second, after as many batches as may have been ready beforehand."""
+    """Samples per second, after skipping the batches that may have been prefetched."""
     for _ in range(3 * WORKERS):
         next(loader)
     start = time.perf_counter()
@@ -288,10 +288,10 @@ def _open_clip(folder: Path) -> Iterator[int]:
 
 
 def _bench_memory(folder: Path, *, samples: int) -> dict[str, Any]:
-    """Proportional memory of the loader's processes over many samples of small pictures."""
-    pictures = _pictures(96, 72, number=60)
+    """Proportional memory of the loader's processes over many samples of small images."""
+    images = _images(96, 72, number=60)
     for number in range(10):
-        files = (_img2dataset_sample(number * 500 + i, pictures[i % 60]) for i in range(500))
+        files = (_img2dataset_sample(number * 500 + i, images[i % 60]) for i in range(500))
         write_shard(folder / "memory" / f"{number:05d}.tar", files)
     config = DataConfig(train=str(folder / "memory"), lanes=BATCH, workers=WORKERS)
     tokenizer = Tokenizer(folder / "tokenizer.model", "xlmv", context_length=CONTEXT)
@@ -319,7 +319,7 @@ def _bench_memory(folder: Path, *, samples: int) -> dict[str, Any]:
 
 
 def _memory_mb() -> float:
-    """Resident bytes of this process and its children, shared pages divided among those that share them."""
+    """Resident megabytes of this process and its children; shared pages are divided among those processes."""
     total = 0
     for pid in ["self", *(str(child.pid) for child in multiprocessing.active_children())]:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -328,11 +328,11 @@ def _memory_mb() -> float:
     return total / 1e3
 
 
-# Pictures
+# Images
 
 
-def _pictures(width: int, height: int, number: int) -> list[bytes]:
-    """JPEGs of random parts of the two photographs, with some noise."""
+def _images(width: int, height: int, number: int) -> list[bytes]:
+    """JPEGs of random crops of the two photographs, with some noise."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(width)
@@ -352,8 +352,8 @@ def _pictures(width: int, height: int, number: int) -> list[bytes]:
     return made
 
 
-def _row(part: str, who: str, pictures: str, unit: str, found: list[float], **more: Any) -> dict[str, Any]:
-    return {"part": part, "who": who, "pictures": pictures, "unit": unit, **spread(found), "samples": found, **more}
+def _row(part: str, who: str, images: str, unit: str, found: list[float], **more: Any) -> dict[str, Any]:
+    return {"part": part, "who": who, "pictures": images, "unit": unit, **spread(found), "samples": found, **more}
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     mc2 bench step [--quick] [--json FILE]
 
-On a GPU: ViT-H/14 worldwide in bf16 autocast, 196 pairs (the recipe's share of a GPU), by attention backend,
-torch.compile and activation checkpointing; open_clip's side is its model, ClipLoss and fused AdamW under the same
-autocast, in the same settings. On a CPU: a small model in fp32, which shows that the script works and little
-else. Every contender runs in a process of its own: DeepSpeed keeps global state, and memory is then its own too.
+On a GPU: ViT-H/14 worldwide in bf16 autocast, 196 pairs (the recipe's share per GPU), by attention backend,
+torch.compile and activation checkpointing. open_clip runs its model, ClipLoss and fused AdamW under the same autocast,
+with the same settings. On a CPU: a small model in fp32, which only shows that the script works. Every contender runs in
+a separate process, because DeepSpeed keeps global state and memory is measured per process.
 
-A row has the median seconds a step, samples a second, MFU over the model's own flops (recomputation does not count),
-and peak memory. ``config.profile`` lists the ten largest costs of our fastest setting.
+A row has the median seconds per step, samples per second, MFU over the model's own flops (without recomputation), and
+peak memory. ``config.profile`` lists the ten largest costs of our fastest setting.
 """
 
 import json
@@ -37,9 +37,9 @@ from mc2_hpc.training.throughput import peak_flops
 
 PEER = "open_clip"
 WARMUP_STEPS = 3
-"""Compilation, and the choice of algorithms, come with the first ones."""
+"""The first steps include compilation and the selection of algorithms."""
 SECONDS_IN_ALL = 240
-"""No contender starts later than this, and none may run longer: a visit to a GPU is short."""
+"""No contender starts later than this, and none may run longer, because time on a GPU machine is limited."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours_sdpa": {"attention": "sdpa", "activation_checkpointing": True},
@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours_keeping_activations": {"attention": "sdpa", "activation_checkpointing": False},
     f"{PEER}_keeping_activations": {"activation_checkpointing": False},
 }
-"""Values of the ``model`` part of a run's config, by contender, the most telling first."""
+"""Values of the ``model`` section of a run's config, by contender, the most informative first."""
 
 ON_CPU = ("ours_sdpa", PEER, "ours_keeping_activations", f"{PEER}_keeping_activations")
 
@@ -58,7 +58,7 @@ Step = Callable[[Tensor, Tensor], object]
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows of all contenders that run here (``quick``: the first two), and our best rate over open_clip's best."""
+    """Rows of all contenders that run here (``quick``: the first two), and our best rate relative to open_clip's."""
     cuda = torch.cuda.is_available()
     start = time.monotonic()
     rows, missing = [], {}
@@ -91,7 +91,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 @contextmanager
 def _waiting(what: str) -> Iterator[None]:
-    """Say on standard error what is measured, how long it has taken so far (on a terminal) and in the end."""
+    """Report on standard error what is measured, the time elapsed (on a terminal) and the total time."""
     console, start = Console(stderr=True), time.monotonic()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -120,7 +120,7 @@ def _sizes(quick: bool) -> dict[str, Any]:
 
 def _run_config(name: str, quick: bool) -> RunConfig:
     sizes = _sizes(quick)
-    # The small model's text tower is a toy's: a table of 900k rows would be all of its step.
+    # A small vocabulary for the small model: a table of 900k rows would dominate its step.
     text = {} if torch.cuda.is_available() else {"text": {"vocab_size": 8_000}}
     values = {
         "global_batch": sizes["batch"],
@@ -133,7 +133,7 @@ def _run_config(name: str, quick: bool) -> RunConfig:
 
 
 def _in_its_own_process(name: str, quick: bool, *options: str) -> Any:
-    """What ``measure`` or ``profile`` prints for a contender; its last line of error as a RuntimeError."""
+    """The output of ``measure`` or ``profile`` for a contender; raises RuntimeError with the last line of its error."""
     command = [*own_command(__file__), "--contender", name, *(["--quick"] if quick else []), *options]
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS_IN_ALL)
@@ -145,7 +145,7 @@ def _in_its_own_process(name: str, quick: bool, *options: str) -> Any:
 
 
 def measure(name: str, quick: bool) -> dict[str, Any]:
-    """The row of one contender, in this process."""
+    """The row of one contender, measured in this process."""
     config = _run_config(name, quick)
     arch = resolve(config.model)
     seconds = []
@@ -175,7 +175,7 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
 
 
 def profile(name: str, quick: bool) -> list[dict[str, Any]]:
-    """The ten operators that take most of a step's time, with their share of it."""
+    """The ten operators that take the most time in a step, with their shares."""
     config = _run_config(name, quick)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -203,7 +203,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _prepare(name: str, config: RunConfig, arch: ClipArchitecture, ranks: Ranks) -> tuple[Step, Tensor, Tensor]:
-    """A contender's step, and the uint8 images (b, 3, S, S) and token ids (b, L) it takes, on the device."""
+    """A contender's step, and its inputs on the device: uint8 images (b, 3, S, S) and token ids (b, L)."""
     device = ranks.device
     generator = torch.Generator().manual_seed(0)
     size, length = arch.vision.image_size, arch.text.context_length

@@ -1,8 +1,8 @@
-"""Training a small model end to end, ours against open_clip's own program: same shards, batch, sizes, two processes.
+"""Training a small model end to end, compared with open_clip's own program: same shards, batch, sizes, two processes.
 
-Both read JPEG-and-caption tars, decode, crop, tokenise and train in fp32; each as it comes: open_clip through
-webdataset, Pillow, Hugging Face tokenizers and DDP with ``--local-loss --gather-with-grad``, ours through
-``mc2 train`` at ZeRO stage 1. The two run in turn, and each run's first steps are left out.
+Both read tars of JPEGs and captions, decode, crop, tokenise and train in fp32, each in its default way. open_clip uses
+webdataset, Pillow, Hugging Face tokenizers and DDP with ``--local-loss --gather-with-grad``; ours is ``mc2 train`` at
+ZeRO stage 1. The two runs alternate, and each run's first steps are excluded.
 """
 
 import io
@@ -35,7 +35,7 @@ LOG_EVERY, WARMUP_ROWS = 4, 2
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Samples a second of both programs, run in turn."""
+    """Samples per second of both programs, run alternately."""
     rounds, steps, batch = (1, 16, 8) if quick else (3, 20, 64)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -63,7 +63,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def _make_data(folder: Path, num_images: int) -> int:
-    """Shards of 640x480 crops of scikit-learn's two photographs with quickstart captions; returns the vocabulary."""
+    """Write 640x480 crops of scikit-learn's two photographs with quickstart captions; returns the vocabulary size."""
     from sklearn.datasets import load_sample_images
 
     from mc2_hpc.quickstart.captions import LANGUAGES, draw_caption, number_names
@@ -78,9 +78,9 @@ def _make_data(folder: Path, num_images: int) -> int:
             width = int(rng.integers(320, 560))
             height = width * 3 // 4
             x, y = int(rng.integers(0, photo.width - width)), int(rng.integers(0, photo.height - height))
-            picture = photo.crop((x, y, x + width, y + height)).resize((640, 480), Image.Resampling.BICUBIC)
+            image = photo.crop((x, y, x + width, y + height)).resize((640, 480), Image.Resampling.BICUBIC)
             data = io.BytesIO()
-            picture.save(data, "JPEG", quality=90)
+            image.save(data, "JPEG", quality=90)
             lang = LANGUAGES[number % len(LANGUAGES)]
             text = draw_caption(lang, names[lang][number % 100], rng)
             yield Pair(key=f"{number:06d}", image=data.getvalue(), text=text, lang=lang)
@@ -94,7 +94,7 @@ def _make_data(folder: Path, num_images: int) -> int:
 
 
 def _launch(*arguments: str | Path) -> str:
-    """Run a program on both processes, one torch thread each; returns its output."""
+    """Run a program in both processes, with one torch thread each; returns its output."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     result = subprocess.run(
         [sys.executable, "-m", *launcher, *map(str, arguments)],
@@ -164,7 +164,7 @@ def _open_clip(output: Path, folder: Path, vocab_size: int, steps: int, batch: i
         *("--logs", str(output), "--name", "bench", "--save-frequency", "0"),
     ]
     text = _launch(Path(__file__).parent / "peer_open_clip_train.py", configs, json.dumps(arguments))
-    # The mean seconds a step of each log window; the rate it prints beside it is of the window's last step alone.
+    # The mean seconds per step of each log window; the rate printed beside it covers only the window's last step.
     found = [batch * PROCESSES / float(seconds) for seconds in re.findall(r"Batch \(t\): ([\d.]+)", text)]
     if len(found) <= WARMUP_ROWS + 1:
         raise RuntimeError(f"open_clip printed {len(found)} rates:\n{text[-3000:]}")

@@ -1,8 +1,8 @@
-"""Metadata and captions that the curation benchmarks run on, the same at every call.
+"""Metadata and captions for the curation benchmarks, the same in every call.
 
-Real text is taken from the folder of test data beside the checkout where it is there; what it does not fill, and all of
-it elsewhere, is generated: words of random letters with Zipf frequencies. Sizes of the parts follow English MetaCLIP
-(half unigrams, a fifth bigrams, the rest longer phrases).
+Real text is read from the test data folder beside the checkout if there is one. The rest, or everything if there is
+none, is generated: words of random letters with Zipf frequencies. The proportions follow English MetaCLIP (half
+unigrams, a fifth bigrams, the rest longer phrases).
 """
 
 import bz2
@@ -31,11 +31,11 @@ class Corpus:
     entries: list[str]
     captions: list[str]
     source: str
-    """Where the text is from: ``real`` (all the machine has, the rest generated) or ``generated``."""
+    """Where the text is from: ``real`` (as far as available, the rest generated) or ``generated``."""
 
 
 def english(num_entries: int, num_captions: int, data: Path = SHARED_DATA) -> Corpus:
-    """English-like corpus: real sentences and their words and phrases first, generated ones after them."""
+    """English-like corpus: real sentences with their words and phrases first, followed by generated ones."""
     rng = np.random.default_rng(0)
     sentences = _real_sentences(data) if data.is_dir() else []
     words, bigrams, trigrams = _grams(sentences)
@@ -63,7 +63,7 @@ def spaceless(num_entries: int, num_captions: int) -> Corpus:
 
 
 def generated_words(rng: np.random.Generator, count: int, letters: str, shortest: int, longest: int) -> list[str]:
-    """``count`` distinct words, short ones and frequent letters first chosen most."""
+    """``count`` distinct words; letters are drawn with Zipf frequencies in the given order."""
     words: dict[str, None] = {}
     alphabet = np.array(list(letters))
     while len(words) < count:
@@ -103,7 +103,7 @@ def _real_sentences(data: Path) -> list[str]:
 
 
 def dump_sentences(data: Path) -> Iterable[str]:
-    """Pieces of caption size (20 to 120 characters) of the shortened English Wikipedia dump, markup mostly removed."""
+    """Pieces of caption length (20 to 120 characters) of the shortened English Wikipedia dump, without most markup."""
     with bz2.open(_dump(data), "rt", encoding="utf-8") as stream:
         for line in stream:
             line = re.sub(r"&lt;.*?&gt;|<.*?>|\{\{.*?\}\}|\[https?:\S*|&\w+;|'{2,}|[\[\]{}|=*#]", " ", line)
@@ -126,7 +126,7 @@ def _grams(sentences: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _titles(data: Path) -> list[str]:
-    """English class names of Babel-ImageNet and page titles of the dump, some ending in a bracket."""
+    """English class names from Babel-ImageNet and page titles from the dump, some ending in a bracket."""
     if not data.is_dir():
         return []
     with bz2.open(_dump(data), "rt", encoding="utf-8") as stream:

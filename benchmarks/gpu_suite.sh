@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What to run on a machine with a GPU, unattended: benchmarks/gpu_suite.sh [part ...]   (default: all, in this order)
+# Unattended tests and benchmarks for a GPU machine: benchmarks/gpu_suite.sh [part ...]   (default: all, in this order)
 #
-#   setup    install this checkout and the wheels in .whl/ into the machine's own Python, without its dependencies
+#   setup    install this checkout and the wheels in .whl/ into the machine's own Python, without dependencies
 #   correct  GPU tests; every Triton kernel against float64 on the hardware; compute-sanitizer on one case
-#   loss     the contrastive loss by batch size, beside open_clip's and a matrix product of the same run
-#   step     the ViT-H/14 train step on one GPU by setting, beside open_clip's; needs deepspeed and open_clip in .whl/
-#   decode   JPEGs to crops on the GPU by DALI and nvJPEG, and on the CPU's cores; needs simplejpeg and DALI in .whl/
+#   loss     the contrastive loss by batch size, compared with open_clip's and a matrix product in the same run
+#   step     the ViT-H/14 train step on one GPU by setting, compared with open_clip's; needs deepspeed and open_clip in .whl/
+#   decode   JPEGs to crops on the GPU with DALI and nvJPEG, and on the CPU cores; needs simplejpeg and DALI in .whl/
 #   kernels  the ahead-of-time table, and Nsight Compute on the loss kernels
 #
-# A part that has finished leaves a marker in $OUT and is not run again; a failed part does not stop the next.
+# A finished part leaves a marker in $OUT and is not run again; a failed part does not stop the next.
 # Results: $OUT/<date>_<gpu>_<part>.json, to be committed under benchmarks/results/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +21,7 @@ GPU=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 
 STEM="$OUT/$(date +%F)_${GPU:-cpu}"
 
 setup() {
-    # Wheels too large for one transfer come in parts: NAME.whl.aa NAME.whl.ab ... (split -b 55m).
+    # Wheels too large for one transfer arrive in parts: NAME.whl.aa NAME.whl.ab ... (split -b 55m).
     for first in .whl/*.whl.aa; do
         [ -e "$first" ] && cat "${first%.aa}".?? >"${first%.aa}" && rm "${first%.aa}".??
     done
@@ -67,7 +67,7 @@ for part in "${@:-setup correct loss step decode kernels}"; do
     for name in $part; do
         marker="$OUT/.done_$name"
         if [ -e "$marker" ]; then
-            echo "== $name: done before"
+            echo "== $name: already done"
         elif ! declare -F "$name" >/dev/null; then
             echo "== $name: no such part" >&2
             failed=1

@@ -1,7 +1,7 @@
-"""What every benchmark shares: the machine's description, timing in turns, the command line and the JSON of results.
+"""Shared by all benchmarks: the machine's description, alternating timing, the command line and the result JSON.
 
-A benchmark module has ``run(quick) -> dict`` with ``name``, ``config``, ``rows`` and ``ratios``; ratios are ours over
-the peer's in the same run, larger is better unless the name ends in ``_memory``.
+A benchmark module has ``run(quick) -> dict`` with ``name``, ``config``, ``rows`` and ``ratios``. Ratios compare ours
+with the peer in the same run; larger is better unless the name ends in ``_memory``.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import torch
 from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 
 ROOT = Path(__file__).parents[1]
-"""Where ``python -m benchmarks.<module>`` works."""
+"""The folder in which ``python -m benchmarks.<module>`` works."""
 RESULTS = ROOT / "benchmarks" / "results"
 _NOT_ROWS = ":(exclude)benchmarks/results"
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit: without them a figure means nothing."""
+    """Machine, versions and commit: without them a figure is meaningless."""
     cuda = torch.cuda.is_available()
     return {
         "machine": _cpu_name(),
@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, ``-dirty`` if tracked files differ from it; rows measured since do not count."""
+    """The checked-out commit, with ``-dirty`` if tracked files other than result rows differ from it."""
     name = _output(["git", "-C", str(ROOT), "describe", "--always"])
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", _NOT_ROWS])
     return f"{name}-dirty" if name and changed else name
@@ -72,7 +72,7 @@ def _output(command: list[str]) -> str | None:
 def alternate(
     contenders: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each contender's calls, taken in turn (A B A B ...) so that a slow spell of the machine hits all."""
+    """Seconds of each contender's calls, alternating (A B A B ...) so that a slow phase of the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, call in contenders.items():
@@ -91,14 +91,14 @@ def _synchronize() -> None:
 
 
 def own_command(file: str) -> list[str]:
-    """What starts a benchmark's ``__file__`` again in :data:`ROOT`, for measurements in a process of their own."""
+    """The command that runs a benchmark's ``__file__`` in :data:`ROOT`, for measurements in a separate process."""
     return [sys.executable, "-m", f"benchmarks.{Path(file).stem}"]
 
 
 def resident_growth(call: Callable[[], object]) -> int:
-    """Bytes that this process's resident set grows by at its peak during the call; of use in a process of its own."""
+    """Peak growth of this process's resident set during the call, in bytes; only meaningful in a separate process."""
     before = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     call()
     return _status_bytes("VmHWM") - before
 
@@ -107,7 +107,7 @@ def _status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux alone")
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory can only be measured on Linux")
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -118,12 +118,12 @@ def spread(samples: list[float]) -> dict[str, float]:
 def main(name: str, run: Callable[[bool], dict[str, Any]]) -> None:
     """Command line of a benchmark: ``[--quick] [--json FILE]``; prints rows and ratios."""
     parser = argparse.ArgumentParser(prog=f"mc2 bench {name}")
-    parser.add_argument("--quick", action="store_true", help="under a minute; a smoke test, not for quoting")
+    parser.add_argument("--quick", action="store_true", help="smoke test in under a minute; do not quote its numbers")
     add_json_flag(parser)
     arguments = parser.parse_args()
     env = environment()
     if arguments.json and str(env["commit"]).endswith("-dirty") and not arguments.quick:
-        print(f"mc2 bench: this row will say {env['commit']}: commit first to keep it", file=sys.stderr)
+        print(f"mc2 bench: the commit of this row is {env['commit']}: commit first to keep the row", file=sys.stderr)
     result = {"name": name, "env": env, "quick": arguments.quick, **run(arguments.quick)}
     for row in result["rows"] if arguments.json != STDOUT else ():
         print("  ".join(f"{k}={_short(v)}" for k, v in row.items() if not isinstance(v, list)))

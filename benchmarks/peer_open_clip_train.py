@@ -1,8 +1,8 @@
-"""open_clip's own training program on a model config of ours: ``open_clip_train.main`` with one more model known.
+"""open_clip's own training program with one of our model configs: ``open_clip_train.main`` after registering it.
 
     torchrun ... peer_open_clip_train.py MODEL_CONFIG_FOLDER '["--model", "..."]'
 
-The arguments of ``open_clip_train.main`` come as one JSON list: torchrun would take some of them for its own.
+The arguments of ``open_clip_train.main`` are passed as one JSON list, because torchrun would parse some of them itself.
 """
 
 import functools
@@ -17,7 +17,7 @@ open_clip = import_open_clip()
 open_clip.add_model_config(sys.argv[1])
 
 if not torch.cuda.is_available():
-    # It names the CPU as a device to DDP, which DDP refuses: on CPUs no device may be named.
+    # open_clip passes the CPU to DDP as a device, which DDP refuses: on CPUs device_ids must be None.
     ddp = torch.nn.parallel.DistributedDataParallel
     torch.nn.parallel.DistributedDataParallel = functools.wraps(ddp, updated=())(
         lambda *args, device_ids=None, **kwargs: ddp(*args, **kwargs)

@@ -1,6 +1,6 @@
-"""The release's stage 1 and sampling loop, from the description of what they do: JSON in, pyahocorasick, JSON out.
+"""The release's stage 1 and sampling loop, reimplemented from their description: JSON in, pyahocorasick, JSON out.
 
-Defects that keep the release from running are mended here; its language map is left out, as is ours.
+Defects that keep the release from running are fixed here; its language map is left out, as is ours.
 """
 
 import json
@@ -19,7 +19,7 @@ _WRAPPED = (",", ".", ";", ":", "?", "!", "`")
 
 
 def spaced(text: str) -> str:
-    """The text as the release searches it."""
+    """The text in the form that the release searches."""
     text = f" {text} "
     for mark in _WRAPPED:
         if mark in text:
@@ -28,7 +28,7 @@ def spaced(text: str) -> str:
 
 
 def build_automaton(entries: list[str]) -> Any:
-    """Automaton of the entries with the release's spaces at their ends."""
+    """Automaton of the entries, with the release's spaces at their ends."""
     automaton = ahocorasick.Automaton()
     for number, entry in enumerate(entries):
         left = "" if _joins(entry[0]) else " "
@@ -50,10 +50,10 @@ def match_captions(captions: list[str], automaton: Any) -> list[list[int]]:
 def match_shard(shard: Path, valid_keys: Path, out: Path, automata: dict[str, Any]) -> dict[str, Counter[int]]:
     """Stage 1 of one shard: ``{key: [[text, lang], ...]}`` to ``{key: [[text, lang, ids], ...]}``.
 
-    ``valid_keys`` is a JSON list; the release asks it for membership as it is, here it is made a set.
+    ``valid_keys`` is a JSON list; the release searches the list itself, here it is converted to a set.
 
     Returns:
-        votes of each language's entries
+        counts of each language's entries
     """
     images = json.loads(shard.read_text(encoding="utf-8"))
     valid = set(json.loads(valid_keys.read_text(encoding="utf-8")))
@@ -75,7 +75,7 @@ def match_shard(shard: Path, valid_keys: Path, out: Path, automata: dict[str, An
 
 
 def sample(images: dict[str, list[list[Any]]], probs: dict[str, npt.NDArray[np.float32]], seed: int) -> list[str]:
-    """The sampling loop over matched images in memory: a random text of each, kept or not by its entries."""
+    """The sampling loop over matched images in memory: a random text per image, kept or dropped by its entries."""
     rng = random.Random(seed)
     kept = []
     for key, rows in images.items():

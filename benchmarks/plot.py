@@ -1,4 +1,4 @@
-"""Draws the committed rows of ``benchmarks/results/*.json`` as PNGs beside them; nothing else goes into a plot."""
+"""Plots the committed rows of ``benchmarks/results/*.json`` as PNGs beside them, from these files alone."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ def _caption(result: dict[str, Any]) -> str:
 
 
 def _bars(axis: Any, labels: Sequence[str], heights: Sequence[float], rounds: Sequence[Sequence[float]] = ()) -> None:
-    """A bar per label, and over it a mark for every round."""
+    """A bar per label, with a mark for every round."""
     axis.bar(range(len(labels)), heights, width=0.55, color=LIGHT["accent"], alpha=0.55)
     for place, values in enumerate(rounds):
         axis.plot([place] * len(values), values, "_", color=LIGHT["ink"])
@@ -85,7 +85,7 @@ def plot_loader(result: dict[str, Any], path: Path) -> None:
 
 @plot_style()
 def plot_curation(result: dict[str, Any], path: Path) -> None:
-    """Captions, or images, per second by contender, a panel for each thing done, every round a mark."""
+    """Captions or images per second by contender, a panel per task, every round a mark."""
     rows = [row for row in result["rows"] if "median" in row]
     parts = list(dict.fromkeys(row["what"] for row in rows))
     figure, axes = new_figure(3 * len(parts), 4, 1, len(parts))
@@ -100,7 +100,7 @@ def plot_curation(result: dict[str, Any], path: Path) -> None:
 
 @plot_style()
 def plot_eval(result: dict[str, Any], path: Path) -> None:
-    """Images per second, every round a mark; seconds for retrieval in all locales; memory of one."""
+    """Images per second, every round a mark; seconds for retrieval in all locales; memory for one locale."""
     figure, axes = new_figure(12, 4, 1, 3)
     features, retrieval = ([row for row in result["rows"] if row["what"] == what] for what in ("features", "retrieval"))
     who = [row["who"] for row in features]
@@ -116,7 +116,7 @@ def plot_eval(result: dict[str, Any], path: Path) -> None:
 
 @plot_style()
 def plot_checkpoint(result: dict[str, Any], path: Path) -> None:
-    """Seconds that training waits for a save, and seconds per step beside one; every round a mark."""
+    """Seconds that training waits for a save, and seconds per step with and without a save; every round a mark."""
     parts = {"stall a save": "stall per save", "step": "step"}
     figure, axes = new_figure(9, 4, 1, len(parts))
     for axis, (part, title) in zip(axes, parts.items(), strict=True):
@@ -130,7 +130,7 @@ def plot_checkpoint(result: dict[str, Any], path: Path) -> None:
 
 @plot_style()
 def plot_scale(result: dict[str, Any], path: Path) -> None:
-    """Time and memory of each stage by captions done."""
+    """Time and memory of each stage by number of captions processed."""
     figure, (left, right) = new_figure(10, 4, 1, 2)
     for stage in ("match", "sample"):
         rows = [row for row in result["rows"] if row.get("stage") == stage]
@@ -139,7 +139,7 @@ def plot_scale(result: dict[str, Any], path: Path) -> None:
         right.plot(captions, [row["resident_mb"] for row in rows], marker="o", label=f"{stage}, resident")
         right.plot(captions, [row["private_mb"] for row in rows], marker=".", label=f"{stage}, private")
     for axis, what in ((left, "seconds since the stage began"), (right, "largest worker so far, MB")):
-        axis.set(xlabel="million captions done", ylabel=what)
+        axis.set(xlabel="million captions processed", ylabel=what)
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         axis.legend()
@@ -180,7 +180,7 @@ PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
 
 
 def main() -> None:
-    """One PNG for every result whose benchmark has a plot."""
+    """Write one PNG per result whose benchmark has a plot."""
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         draw = PLOTS.get(result["name"])

@@ -1,11 +1,11 @@
-"""Ten million captions in 200 languages through the real pipeline: memory must stay flat, and time grow with captions.
+"""Ten million captions in 200 languages through the real pipeline: memory must stay flat, and time must be linear.
 
     python -m benchmarks.scale_curation [--quick] [--json FILE]
 
-Generates metadata and a pool, then runs ``mc2 curate match``, ``balance`` and ``sample`` as a user would, in processes
-of their own that are watched from here. A row is taken whenever another twentieth of the shards is finished: seconds
-since the stage began, and the largest memory of a worker so far (resident, and without the pages of mapped tables that
-workers share). Afterwards everything is deleted; the full run needs about 5 GB below ``$TMPDIR``.
+Generates metadata and a pool, then runs ``mc2 curate match``, ``balance`` and ``sample`` as a user would, in separate
+processes that are monitored from here. A row is recorded whenever another twentieth of the shards is finished: seconds
+since the stage began, and the largest worker memory so far (resident, and without the pages of mapped tables that
+workers share). Everything is deleted afterwards; the full run needs about 5 GB below ``$TMPDIR``.
 """
 
 import os
@@ -30,10 +30,10 @@ from mc2_hpc.metadata.files import write_entries
 
 NUM_LANGUAGES = 200
 ENTRIES = 20_000
-"""Entries of a language; English has ten times as many."""
+"""Entries per language; English has ten times as many."""
 SHARD_ROWS = 100_000
 WORDS = 8
-"""Words of a caption, one in four of which is no entry."""
+"""Words per caption; one in four is not an entry."""
 ALPHABETS = (
     LETTERS,
     "аеиостнрвлкмдпуяыбзгчйхжшюцщэфё",
@@ -48,7 +48,7 @@ TIMEOUT_S = 4 * 3600
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows of every stage, and how flat and linear they are."""
+    """Rows of every stage, and ratios for linear time and flat memory."""
     num_captions, entries = (200_000, 2_000) if quick else (10_000_000, ENTRIES)
     shard_rows = SHARD_ROWS // 10 if quick else SHARD_ROWS
     workers = len(os.sched_getaffinity(0))
@@ -74,7 +74,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def write_metadata(folder: Path, entries: int) -> dict[str, pa.Array]:
-    """Metadata of every language; returns their words, most frequent first, a quarter of which are no entries."""
+    """Write every language's metadata; returns its words, most frequent first, a quarter of which are not entries."""
     vocabularies = {}
     for number in range(NUM_LANGUAGES):
         rng = np.random.default_rng(number)
@@ -88,7 +88,7 @@ def write_metadata(folder: Path, entries: int) -> dict[str, pa.Array]:
 
 
 def write_pool(folder: Path, vocabularies: dict[str, pa.Array], num_captions: int, shard_rows: int) -> None:
-    """Captions in shards, each in Zipf proportions of the languages, texts two to an image."""
+    """Write captions in shards, each with Zipf proportions of the languages and two texts per image."""
     folder.mkdir()
     langs = list(vocabularies)
     shares = 1 / np.arange(1, len(langs) + 1)
@@ -107,8 +107,8 @@ def write_pool(folder: Path, vocabularies: dict[str, pa.Array], num_captions: in
 
 
 def draw_captions(rng: np.random.Generator, words: pa.Array, count: int) -> pa.Array:
-    """Captions of words with Zipf frequencies; between ideographs there are no spaces."""
-    # Inverse of the continuous Zipf law: quick, and close enough to the discrete one.
+    """Captions of words with Zipf frequencies, without spaces between ideographs."""
+    # Inverse of the continuous Zipf distribution: fast, and close enough to the discrete one.
     ranks = np.minimum(len(words) ** rng.random(count * WORDS), len(words) - 1).astype(np.int64)
     offsets: npt.NDArray[np.int64] = np.arange(0, count * WORDS + 1, WORDS)
     rows = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), words.take(pa.array(ranks)))
@@ -116,7 +116,7 @@ def draw_captions(rng: np.random.Generator, words: pa.Array, count: int) -> pa.A
 
 
 def watch(stage: str, command: list[str], out: Path, num_shards: int, shard_rows: int) -> list[dict[str, Any]]:
-    """Run ``mc2 curate`` with this command; a row each time another twentieth of its shards is finished."""
+    """Run ``mc2 curate`` with this command; returns a row for each further twentieth of its shards that is finished."""
     rows: list[dict[str, Any]] = []
     largest = {"resident_mb": 0.0, "private_mb": 0.0}
     reached = 0
@@ -131,10 +131,10 @@ def watch(stage: str, command: list[str], out: Path, num_shards: int, shard_rows
                 ended = process.poll() is not None
                 seconds = time.perf_counter() - start
                 if seconds > TIMEOUT_S:
-                    raise RuntimeError(f"mc2 curate {stage} has not ended after {TIMEOUT_S} s")
+                    raise RuntimeError(f"mc2 curate {stage} did not finish within {TIMEOUT_S} s")
                 for name, megabytes in memory(process.pid).items():
                     largest[name] = max(largest[name], megabytes)
-                # Balancing has no output a shard: it is over when it ends.
+                # Balancing has no output per shard, so it only counts once it ends.
                 done = len(list((out / "stats").glob("*.json"))) if stage != "balance" else num_shards * ended
                 if done > reached and (done >= reached + num_shards / 20 or done == num_shards):
                     reached = done
@@ -150,7 +150,7 @@ def watch(stage: str, command: list[str], out: Path, num_shards: int, shard_rows
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Megabytes of the largest process below ``pid``: resident, and without what it shares with others."""
+    """Megabytes of the largest process below ``pid``: resident, and without memory shared with others."""
     largest = {"resident_mb": 0.0, "private_mb": 0.0}
     try:
         root = psutil.Process(pid)
@@ -161,14 +161,14 @@ def memory(pid: int) -> dict[str, float]:
         try:
             used = process.memory_full_info()
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue  # ended since it was listed
+            continue  # exited since it was listed
         largest["resident_mb"] = max(largest["resident_mb"], used.rss / 1e6)
         largest["private_mb"] = max(largest["private_mb"], used.uss / 1e6)
     return largest
 
 
 def language_id_row(pool: Path) -> dict[str, Any]:
-    """Captions a second a core that the default language identification does, for pools without a language."""
+    """Time of the default language identification on one core, for pools without a language column."""
     texts = pq.read_table(next(pool.iterdir()), columns=["text"])["text"].to_pylist()[::10]
     identifier = FastLangdetect()
     identifier.identify(texts[:10])
@@ -178,9 +178,9 @@ def language_id_row(pool: Path) -> dict[str, Any]:
 
 
 def extrapolate(rows: list[dict[str, Any]], workers: int) -> list[dict[str, Any]]:
-    """What ten billion captions would take if every core went on as fast as here.
+    """The time for ten billion captions if every core were as fast as here.
 
-    Of a stage with several rows the first is taken as its start: before it, workers import and tables are built.
+    For a stage with several rows, the first counts as its start: before it, workers import and tables are built.
     """
     result = []
     for stage in dict.fromkeys(row["stage"] for row in rows):
@@ -194,7 +194,7 @@ def extrapolate(rows: list[dict[str, Any]], workers: int) -> list[dict[str, Any]
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Near 1 where time is linear and memory flat: the last half of matching against the first, in time and memory."""
+    """The second half of matching relative to the first: near 1 if time is linear and memory flat."""
     match = [row for row in rows if row["stage"] == "match"]
     middle, last = match[len(match) // 2], match[-1]
     second = (last["captions"] - middle["captions"]) / (last["seconds"] - middle["seconds"])

@@ -1,12 +1,11 @@
-"""Training under fire: a random fault every minute, then proof that none of them changed anything.
+"""Soak test: training with a random fault every minute, then a check that none of them changed the result.
 
     python -m benchmarks.soak --minutes 30
 
-Ranks are killed, hung, asked to stop, the launcher is killed, the newest checkpoint is damaged, and the number of ranks
-changes, in an order drawn from ``--seed``. When the time is up the run is stopped and saved. Then it is trained once
-more with no fault, each step on as many ranks as the first time: samples, losses, weights and moments must be the same
-to the last bit, and each epoch must have had every sample once. Exit code 1 if not; everything that was written is
-then left for a look.
+Ranks are killed, hung or asked to stop, the launcher is killed, the newest checkpoint is damaged, and the number of
+ranks changes, in an order drawn from ``--seed``. When the time is up, the run is stopped and saved. It is then repeated
+without faults, each step on the same number of ranks: samples, losses, weights and moments must be bitwise equal, and
+each epoch must contain every sample once. Otherwise the exit code is 1, and all files are kept for inspection.
 """
 
 import argparse
@@ -32,18 +31,18 @@ from tests.faults.diary import EPOCH, account, every_key, history, losses, read_
 from tests.faults.rows import flip_byte
 
 STEP_SECONDS = 0.2
-"""Least time of a step, so that the second run takes less than the first."""
+"""Minimum time of a step in the first run, so that the second takes less time."""
 CHECKPOINT_EVERY = 20
 WAIT_S = 10
-"""After this long without an answer a rank is taken for lost."""
+"""A rank that has not responded for this long is considered lost."""
 OVERRIDES = ["steps=100000", f"checkpoint.every={CHECKPOINT_EVERY}"]
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP, "term": signal.SIGTERM}
-"""Faults of one rank."""
+"""Faults that hit a single rank."""
 FAULTS = [*SIGNALS, "usr1", "launcher", "damage", "ranks"]
 
 
 class Soak:
-    """The run under fire."""
+    """The run with faults."""
 
     def __init__(self, config: Path, folder: Path, seed: int) -> None:
         self._config = config
@@ -54,7 +53,7 @@ class Soak:
         self.struck: Counter[str] = Counter()
 
     def run(self, seconds: float, every: float) -> None:
-        """Train for ``seconds`` with a fault about every ``every`` of them, then save."""
+        """Train for ``seconds`` with a fault about every ``every`` seconds, then save."""
         began = time.monotonic()
         next_fault = began + every
         name = self._draw()
@@ -72,7 +71,7 @@ class Soak:
         self._stop()
 
     def close(self) -> None:
-        """End whatever still runs."""
+        """Kill any process that is still running."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -80,7 +79,7 @@ class Soak:
             _kill(pid, signal.SIGKILL)
 
     def _draw(self) -> str:
-        """The next fault; a rank that hangs alone is missed by nobody."""
+        """The next fault; a single rank must not hang, because no other rank would notice."""
         return self._random.choice([name for name in FAULTS if name != "hang" or self._ranks > 1])
 
     def _start(self) -> None:
@@ -98,14 +97,14 @@ class Soak:
         self._process = subprocess.Popen([*matrix.COMMAND, str(path)], cwd=matrix.ROOT)
 
     def _ended(self) -> None:
-        """Wait until nobody works in the run's folder any more."""
+        """Wait until no process uses the run's folder any more."""
         code = self._process.wait(180)
-        # A launcher that was asked before it listened dies of it; ranks whose launcher was killed save on their own.
+        # A launcher signalled before its handlers are set dies of the signal; ranks whose launcher was killed save.
         if code not in (SAVED, LOST_RANK, -signal.SIGKILL, -signal.SIGTERM):
             log = (self._folder / "log").read_text(encoding="utf-8")[-4000:]
             raise AssertionError(f"exit code {code}\n{log}")
         for pid in self._rank_pids():
-            if _is_stopped(pid):  # deaf to what the kernel sends when a launcher dies; a scheduler would kill it
+            if _is_stopped(pid):  # cannot receive the kernel's signal when its launcher dies; a scheduler would kill it
                 _kill(pid, signal.SIGKILL)
         with exclusive_folder(self._folder / "run", wait_s=180):
             pass
@@ -115,7 +114,7 @@ class Soak:
         self._ended()
 
     def _strike(self, name: str) -> bool:
-        """Whether there was something to break."""
+        """Inject a fault; returns whether there was anything to break."""
         pids = self._rank_pids()
         if len(pids) < self._ranks:
             return False  # between two starts
@@ -144,14 +143,14 @@ class Soak:
             try:
                 command = (process / "cmdline").read_bytes()
             except OSError:
-                continue  # ended meanwhile
+                continue  # exited meanwhile
             if b"--rank" in command and str(self._folder).encode() in command:
                 pids.append(int(process.name))
         return sorted(pids)
 
 
 def _kill(pid: int, number: int) -> bool:
-    """Whether it was still there."""
+    """Send a signal; returns whether the process still existed."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -163,21 +162,21 @@ def _is_stopped(pid: int) -> bool:
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
-        return False  # ended meanwhile
+        return False  # exited meanwhile
 
 
 def _whole_checkpoints(job: Path) -> list[Path]:
-    """Oldest first; a start that was stopped early may not have made up for a damaged one that is newer."""
+    """Undamaged checkpoints, oldest first; a start that was stopped early may not have replaced a newer damaged one."""
     return [folder for folder in complete_folders(job / "run" / "checkpoints") if find_damage(folder) is None]
 
 
 def last_step(job: Path) -> int:
-    """Step of the newest whole checkpoint."""
+    """Step of the newest undamaged checkpoint."""
     return max((int(folder.name[-8:]) for folder in _whole_checkpoints(job)), default=0)
 
 
 def repeat(config: Path, folder: Path, soaked: Path) -> None:
-    """Train the steps of ``soaked`` with no fault, each on as many ranks as it had there."""
+    """Repeat the steps of ``soaked`` without faults, each on the same number of ranks."""
     kept, last = history(read_diary(soaked)), last_step(soaked)
     starter = matrix.Starter()
     for step in range(1, last + 1):
@@ -191,20 +190,20 @@ def repeat(config: Path, folder: Path, soaked: Path) -> None:
 
 
 def check(soaked: Path, undisturbed: Path) -> dict[str, Any]:
-    """Compare; returns the figures of the soak.
+    """Compare the two runs; returns the figures of the soak.
 
     Raises:
         AssertionError: a sample, loss, weight or moment differs.
     """
     found, expected = (history(read_diary(folder)) for folder in (soaked, undisturbed))
     steps = range(1, last_step(soaked) + 1)
-    assert len(steps) >= EPOCH, f"{len(steps)} steps are no epoch: the faults left too little time between them"
+    assert len(steps) >= EPOCH, f"{len(steps)} steps are less than an epoch: too little time between the faults"
     assert all(step in found and step in expected for step in steps), "steps are missing"
-    assert all(found[step].keys[step] == expected[step].keys[step] for step in steps), "other samples"
+    assert all(found[step].keys[step] == expected[step].keys[step] for step in steps), "samples differ"
     ours, theirs = losses(soaked), losses(undisturbed)
     differing = [step for step in steps if ours.get(step) is None or ours[step] != theirs[step]]
-    assert not differing, f"other losses from step {differing[0]} on, or no row of it"
-    assert state_hashes(soaked, steps[-1]) == state_hashes(undisturbed, steps[-1]), "other state"
+    assert not differing, f"losses differ from step {differing[0]} on, or its row is missing"
+    assert state_hashes(soaked, steps[-1]) == state_hashes(undisturbed, steps[-1]), "states differ"
     seen = Counter(key for step in steps[: len(steps) // EPOCH * EPOCH] for key in found[step].keys[step])
     epochs = len(steps) // EPOCH
     lost = sum(max(0, epochs - seen[key]) for key in every_key())
@@ -225,8 +224,8 @@ def check(soaked: Path, undisturbed: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between two faults [60]")
-    parser.add_argument("--seed", type=int, default=0, help="draws the faults [0]")
+    parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="time between faults [60]")
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the faults [0]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
@@ -235,7 +234,7 @@ def main() -> int:
     soak = Soak(config, folder / "soaked", arguments.seed)
     try:
         soak.run(arguments.minutes * 60, arguments.every)
-        print("the same again, undisturbed", flush=True)
+        print("repeating the run undisturbed", flush=True)
         repeat(config, folder / "undisturbed", folder / "soaked")
         row = {**check(folder / "soaked", folder / "undisturbed"), "faults": dict(soak.struck)}
     except BaseException as error:

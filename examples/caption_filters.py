@@ -1,4 +1,4 @@
-"""A filter of one's own: drop captions of advertisements, each under a reason that is counted.
+"""A custom caption filter: drop advertisements and count each drop under a reason.
 
     PYTHONPATH=examples mc2 curate match POOL --metadata METADATA --out OUT \\
         --filter caption_filters.NoAdvertisements most_prices=1
@@ -15,7 +15,7 @@ _CALL = re.compile(r"\b(buy now|free shipping|click here|jetzt kaufen)\b", re.IG
 
 @dataclass(frozen=True)
 class NoAdvertisements:
-    """Drops captions with more prices than ``most_prices``, and those that ask the reader to buy."""
+    """Drops captions with more than ``most_prices`` prices, and captions that ask the reader to buy."""
 
     most_prices: int = 0
 

@@ -1,8 +1,8 @@
-"""Embed every image of a folder: unit-length features and file names in one .npz.
+"""Embed every image in a folder: unit-length features and file names in one .npz.
 
     python examples/embed_folder.py MODEL PHOTOS features.npz
 
-MODEL is a run or checkpoint folder of mc2, or a folder of open_clip or transformers.
+MODEL is an mc2 run or checkpoint folder, an open_clip folder or a transformers folder.
 """
 
 import sys
@@ -20,7 +20,7 @@ def main(model: str, folder: str, out: str) -> None:
     paths = [path for path in walk_files(Path(folder)) if is_image_name(path.name)]
     features = clip.encode_image(paths, batch=64).numpy()
     np.savez(out, names=np.array([str(path.relative_to(folder)) for path in paths]), features=features)
-    print(f"{len(paths)} images, {features.shape[1]} numbers each: {out}")
+    print(f"{len(paths)} images, {features.shape[1]}-dimensional features: {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A reader of one's own evaluation set: a folder of images and a table ``labels.csv`` of ``file,class``.
+"""A reader for a custom evaluation set: a folder of images and a table ``labels.csv`` of ``file,class``.
 
-A suite names it by its dotted name:
+A suite refers to it by its dotted name:
 
     sets:
       birds: {reader: evaluation_set.read, path: /data/birds, options: {template: "a photo of a {}, a bird"}}
@@ -16,7 +16,7 @@ from mc2_hpc.evaluation.tasks import Classification, ClassTexts
 
 
 def read(path: Path, template: str = "a photo of a {}") -> Classification:
-    """The images that the table names, whose classes are the distinct values of its second column."""
+    """The images listed in the table; the classes are the distinct values of its second column."""
     rows = read_csv(path / "labels.csv", ["file", "class"], "the table of files and classes")
     names = sorted({row["class"] for row in rows})
     number = {name: place for place, name in enumerate(names)}

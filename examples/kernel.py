@@ -1,9 +1,9 @@
-"""A kernel of one's own: QuickGELU (``x * sigmoid(1.702 * x)``, as OpenAI's CLIP has it) in one pass over memory.
+"""A custom kernel: QuickGELU (``x * sigmoid(1.702 * x)``, as in OpenAI's CLIP) in one pass over memory.
 
     python examples/kernel.py        # on a GPU; elsewhere in Triton's interpreter
 
-The same four parts as a folder of ``kernels/ops``: a float64 reference, the Triton kernels, the autograd function, and
-a check of the value and the gradient over odd sizes.
+It has the same four parts as a folder in ``kernels/ops``: a float64 reference, the Triton kernels, the autograd
+function, and a check of the value and the gradient for odd sizes.
 """
 
 import os
@@ -42,7 +42,7 @@ def _backward(x_ptr, dy_ptr, dx_ptr, n, BLOCK: tl.constexpr):
 
 
 class QuickGELU(torch.autograd.Function):
-    """Keeps its input alone for backward, where eager PyTorch keeps three tensors."""
+    """Saves only its input for backward, where eager PyTorch saves three tensors."""
 
     @staticmethod
     def forward(ctx, x):
@@ -60,7 +60,7 @@ class QuickGELU(torch.autograd.Function):
 
 
 def largest_error(shape: tuple[int, ...]) -> float:
-    """The largest difference of value or gradient from the reference."""
+    """The largest difference between value or gradient and the reference."""
     x = torch.randn(shape, device=DEVICE, requires_grad=True)
     exact = x.detach().double().requires_grad_()
     y, expected = QuickGELU.apply(x), reference(exact)

@@ -1,8 +1,8 @@
-"""Train from Python: a config file with some values changed, then the loss of the run's rows.
+"""Train from Python with a config file and overrides, then print the loss of each logged row.
 
     python examples/train.py CONFIG.yaml RUN_FOLDER [key.sub=value ...]
 
-``mc2 train`` does the same and starts ranks, nodes and restarts beside.
+``mc2 train`` does the same, and also launches ranks and nodes and handles restarts.
 """
 
 import json

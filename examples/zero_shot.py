@@ -1,4 +1,4 @@
-"""Name what an image shows, in five languages, without training on any label.
+"""Classify an image in five languages, without training on any labels.
 
 python examples/zero_shot.py MODEL photo.jpg
 """
@@ -23,7 +23,7 @@ def main(model: str, image: str) -> None:
     shown = clip.encode_image(image)
     for language, (names, template) in CLASSES.items():
         texts = clip.encode_text([template.format(name) for name in names])
-        # Cosines of a trained CLIP differ by a few hundredths: 100, its usual logit scale, turns them into odds.
+        # Cosines of a trained CLIP differ by a few hundredths; 100 is its usual logit scale.
         odds = torch.softmax(100 * texts @ shown, dim=0)
         best = int(odds.argmax())
         print(f"{language:9} {names[best]} ({odds[best]:.0%})")

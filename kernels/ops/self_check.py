@@ -1,4 +1,4 @@
-"""Whether this Triton can compile: a small kernel, translated for a GPU that need not be here."""
+"""Checks that this Triton can compile: a small kernel is compiled for a GPU, which need not be present."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def _double_kernel(x, y):
 
 
 def compile_for(compute_capability: int) -> int:
-    """Compile a kernel for an NVIDIA chip such as 90 (H100, H200); returns the bytes of machine code."""
+    """Compile a kernel for an NVIDIA compute capability, for example 90 (H100, H200); returns the machine code size."""
     source = ASTSource(fn=_double_kernel, signature={"x": "*fp32", "y": "*fp32"}, constexprs={})
     compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32))
     return len(compiled.asm["cubin"])

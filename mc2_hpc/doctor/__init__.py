@@ -1,8 +1,7 @@
-"""``mc2 doctor``: which optional parts are here, whether they work, and what to install where they are not.
+"""``mc2 doctor``: which optional parts are installed, whether they work, and what to install if they are missing.
 
-Self-checks run side by side in child processes, so that a library which crashes or hangs is reported like any other
-failure. Those that take seconds run on request; in their place the package's own metadata are believed, and the finding
-says that it is shallow.
+Self-checks run concurrently in child processes, so a library that crashes or hangs is reported like any other failure.
+Slow self-checks only run on request; otherwise the package metadata is trusted, and the finding is marked as shallow.
 """
 
 import json
@@ -20,7 +19,7 @@ from mc2_hpc.doctor.probes import PROBES, Missing
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 
 PROCESS_S = 120
-"""What a child gets for its self-checks. Imports from a cold network file system take their time."""
+"""Time limit of a child for its self-checks. Imports from a cold network file system are slow."""
 _COMMAND = (sys.executable, "-m", "mc2_hpc.doctor")
 
 
@@ -30,16 +29,16 @@ class Finding:
 
     component: str
     status: str
-    """``ok``, ``missing``, or ``broken`` (there, but its self-check failed)."""
+    """``ok``, ``missing``, or ``broken`` (installed, but its self-check failed)."""
     version: str
     detail: str
     """What the self-check did, or what to install."""
     shallow: bool = False
-    """Whether it was not used, only found."""
+    """Whether the component was only found, not used."""
 
 
 def examine(*, full: bool = False) -> list[Finding]:
-    """Look at every component; a probe that fails is reported as ``broken`` with its error, not raised.
+    """Examine every component; a probe that fails is reported as ``broken`` with its error, not raised.
 
     Args:
         full: also run the self-checks that take seconds.
@@ -57,7 +56,7 @@ def examine(*, full: bool = False) -> list[Finding]:
 
 
 def examine_here(components: Iterable[str], *, full: bool) -> list[Finding]:
-    """Look at some components, in this process."""
+    """Examine some components in this process."""
     return [_run(component, full=full) for component in components]
 
 
@@ -67,25 +66,25 @@ def _run(component: str, *, full: bool) -> Finding:
     found = ""
     try:
         found = probe.version()
-        detail = "installed; `mc2 doctor --full` tries it" if shallow else probe.check()
+        detail = "installed; `mc2 doctor --full` tests it" if shallow else probe.check()
     except Missing as missing:
         return Finding(component=component, status=MISSING, version="", detail=str(missing))
-    except (Exception, SystemExit) as error:  # a probe may meet any failure of a foreign library: that is its report
+    except (Exception, SystemExit) as error:  # a third-party library may fail in any way, and that is the finding
         message = (str(error).strip().splitlines() or [""])[0]
         return Finding(component=component, status=BROKEN, version=found, detail=f"{type(error).__name__}: {message}")
     return Finding(component=component, status=OK, version=found, detail=detail, shallow=shallow)
 
 
 def _in_child(components: Sequence[str]) -> list[Finding]:
-    """Look at some components in a process of their own, in full."""
+    """Examine some components in a separate process, in full."""
     try:
         done = subprocess.run([*_COMMAND, *components], capture_output=True, text=True, timeout=PROCESS_S)
         return [Finding(**row) for row in json.loads(done.stdout.splitlines()[-1])]
     except subprocess.TimeoutExpired:
-        told = f"no answer within {PROCESS_S} s"
+        detail = f"no answer within {PROCESS_S} s"
     except (IndexError, ValueError, TypeError):
-        told = f"ended with {_how(done.returncode)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-    return [Finding(component=name, status=BROKEN, version="", detail=told) for name in components]
+        detail = f"ended with {_how(done.returncode)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return [Finding(component=name, status=BROKEN, version="", detail=detail) for name in components]
 
 
 def _how(code: int) -> str:

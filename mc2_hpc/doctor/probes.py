@@ -1,4 +1,4 @@
-"""What ``mc2 doctor`` knows about each optional part: where its version stands, and a self-check that uses it."""
+"""What ``mc2 doctor`` knows about each optional part: how to find its version, and a self-check that uses it."""
 
 import importlib
 import importlib.util
@@ -12,25 +12,25 @@ from pathlib import Path
 
 
 class Missing(Exception):
-    """The component is not there; the message says how to get it."""
+    """The component is not installed; the message says how to get it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """How to look at one component."""
+    """How to examine one component."""
 
     version: Callable[[], str]
     """Its version. Raises Missing."""
     check: Callable[[], str]
-    """Uses it, and says what was done. Raises whatever goes wrong; Missing where it turns out not to be usable."""
+    """Uses it, and says what was done. Raises whatever goes wrong; Missing if it turns out not to be usable."""
     process: str = ""
-    """Probes that name the same share a process, because of what they import; empty: in the doctor's own."""
+    """Probes with the same name share a process, because of what they import; empty: the doctor's own process."""
     slow: bool = False
-    """The self-check is left to ``--full``: it takes seconds, mostly of imports."""
+    """The self-check only runs with ``--full``: it takes seconds, mostly for imports."""
 
 
 def _package(*names: str, cure: str) -> Callable[[], str]:
-    """The version that the metadata of the first package tells that is installed; nothing is imported."""
+    """The version of the first installed package, from its metadata; nothing is imported."""
 
     def find() -> str:
         for name in names:
@@ -55,7 +55,7 @@ def _cuda_version() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        raise Missing("no usable NVIDIA GPU (torch.cuda.is_available() is False): everything runs on the CPU")
+        raise Missing("no usable NVIDIA GPU (torch.cuda.is_available() is False); everything runs on the CPU")
     return str(torch.version.cuda)
 
 
@@ -74,7 +74,7 @@ def _backends() -> str:
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
     backends = [name for name, there in available.items() if there]
     if not backends:
-        raise Missing("this torch has neither gloo nor NCCL: install another build of torch")
+        raise Missing("this build of torch has neither gloo nor NCCL: install another one")
     return "+".join(backends)
 
 
@@ -99,7 +99,7 @@ def _deepspeed() -> str:
     import deepspeed
 
     name = deepspeed.accelerator.get_accelerator().device_name()
-    return f"imported; accelerator {name}; compiled ops are not used (AdamW is torch's fused one)"
+    return f"imported; accelerator {name}; compiled ops are not used (AdamW is torch's fused version)"
 
 
 def _triton() -> str:
@@ -122,10 +122,10 @@ def _apex_version() -> str:
     spec = importlib.util.find_spec("apex")
     if spec is None:
         raise Missing(
-            "optional and not used by default: build NVIDIA's from source; PyPI's package `apex` is another project"
+            "optional and not used by default: build NVIDIA's from source; PyPI's package `apex` is a different project"
         )
     if not any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
-        raise RuntimeError("the package called apex here is not NVIDIA's: pip uninstall apex")
+        raise RuntimeError("the installed package apex is not NVIDIA's: pip uninstall apex")
     return "source build"
 
 
@@ -182,7 +182,7 @@ def _language_id() -> str:
     from mc2_hpc.curation.pool.language_id import FastLangdetect
 
     assert FastLangdetect().identify(["Guten Morgen, wie geht es Ihnen heute?", "おはようございます"]) == ["de", "ja"]
-    return "told German from Japanese"
+    return "distinguished German and Japanese"
 
 
 def _fastwarc() -> str:
@@ -213,7 +213,7 @@ def _slurm() -> str:
 
 def _slurm_answer(*command: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    if result.returncode:  # most often there is no slurm.conf: the programs are here, the cluster is not
+    if result.returncode:  # most often there is no slurm.conf: the programs are installed, but there is no cluster
         raise RuntimeError(f"{command[0]}: {(result.stderr.strip().splitlines() or ['no message'])[0]}")
     return result.stdout
 
@@ -264,7 +264,7 @@ PROBES: dict[str, Probe] = {
         slow=True,
     ),
     "transformers": Probe(
-        version=_package("transformers", cure="optional: pip install 'mc2_hpc[eval]' (to convert for transformers)"),
+        version=_package("transformers", cure="optional: pip install 'mc2_hpc[eval]' (to convert to transformers)"),
         check=_transformers,
         process="transformers",
         slow=True,
@@ -276,12 +276,12 @@ PROBES: dict[str, Probe] = {
         slow=True,
     ),
     "FastWARC": Probe(
-        version=_package("fastwarc", cure=f"{_CURATION} (to read Common Crawl's archives)"),
+        version=_package("fastwarc", cure=f"{_CURATION} (to read Common Crawl archives)"),
         check=_fastwarc,
         process=_LIGHT,
     ),
     "imagehash": Probe(
-        version=_package("imagehash", cure=f"{_CURATION} (to remove benchmarks' images)"),
+        version=_package("imagehash", cure=f"{_CURATION} (to remove benchmark images)"),
         check=_imagehash,
         process=_LIGHT,
     ),

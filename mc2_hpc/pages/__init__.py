@@ -1,10 +1,10 @@
-"""Pages of the reports: one shell and one style, rendered by Jinja2 from templates that lie beside the code they serve.
+"""Report pages with one layout and one style, rendered by Jinja2 from templates that are stored beside their code.
 
     text = render("mc2_hpc.quickstart", "report.html", {"report": report})
 
-A page's template extends ``pages/base.html``, which carries the style sheet (light, dark, print), and may import the
-macros of ``pages/macros.html``. Every value that a template shows is escaped; only markup made here
-(:mod:`mc2_hpc.pages.plots`, :func:`~mc2_hpc.pages.numbers.scientific`) goes in as it is.
+A page's template extends ``pages/base.html``, which contains the style sheet (light, dark, print), and may import the
+macros in ``pages/macros.html``. Every value in a template is escaped; only markup generated here
+(:mod:`mc2_hpc.pages.plots`, :func:`~mc2_hpc.pages.numbers.scientific`) is inserted unchanged.
 """
 
 import base64
@@ -28,7 +28,7 @@ def render(package: str, template: str, values: Mapping[str, object]) -> str:
         values: what the template refers to, by name.
 
     Raises:
-        jinja2.UndefinedError: the template refers to a value that is not there.
+        jinja2.UndefinedError: the template refers to a missing value.
     """
     return _environment(package).get_template(template).render(values)
 
@@ -42,12 +42,12 @@ def write_page(path: Path, package: str, template: str, values: Mapping[str, obj
 
 
 def data_uri(content: bytes, media_type: str) -> str:
-    """The content as an address, so that the page needs no file beside it."""
+    """The content as a data URI, so that the page needs no other file."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def language_tag(code: str) -> str:
-    """A language code as the ``lang`` attribute has it."""
+    """A language code in the form of the ``lang`` attribute."""
     return code.replace("_", "-")
 
 

@@ -1,4 +1,4 @@
-"""Numbers as pages and axes show them."""
+"""Number formats for pages and plot axes."""
 
 import math
 
@@ -16,7 +16,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def short_share(share: float) -> str:
-    """A percentage with no more digits than it needs: ``100%``, ``45.7%``, ``0.12%``, ``0.0034%``, ``<0.0001%``."""
+    """A percentage with only as many digits as needed: ``100%``, ``45.7%``, ``0.12%``, ``0.0034%``, ``<0.0001%``."""
     if 0 < share < 5e-7:
         return "<0.0001%"
     digits = 0 if share >= 0.9995 or share == 0 else 1 if share >= 0.01 else 2 if share >= 0.001 else 4
@@ -32,7 +32,7 @@ def short_number(value: float) -> str:
 
 
 def scientific(value: float) -> Markup:
-    """``2.4 x 10^-6`` as HTML; 0 as it is."""
+    """``2.4 x 10^-6`` as HTML; 0 stays ``0``."""
     if value == 0:
         return Markup("0")
     exponent = math.floor(math.log10(abs(value)))

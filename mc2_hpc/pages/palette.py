@@ -1,7 +1,7 @@
-"""Colours of pages and plots: plots are drawn in the light ones, and inside a page they follow the reader's setting.
+"""Colours of pages and plots. Plots are drawn in the light colours; inside a page they follow the reader's setting.
 
-Text colours have a contrast of at least 4.5 with both backgrounds, ``before`` of at least 3 (WCAG 2.2, 1.4.3 and
-1.4.11); a test computes it.
+Text colours have a contrast of at least 4.5 with both backgrounds, and ``before`` of at least 3 (WCAG 2.2, 1.4.3 and
+1.4.11); a test computes the contrast.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ DARK: Mapping[str, str] = {
     "accent": "#ef8062",
     "good": "#6cc79c",
 }
-"""The same names in the dark."""
+"""The same names in dark mode."""
 
 SERIES = (LIGHT["accent"], "#1f6f9c", "#b07c12", "#6f4e8c", "#3d8f8a", LIGHT["soft"])
-"""Lines and bars that stand side by side, distinct without red and green too."""
+"""Colours of adjacent lines and bars, also distinguishable for readers who cannot tell red from green."""

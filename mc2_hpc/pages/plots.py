@@ -1,8 +1,8 @@
 """One style for every plot, and figures as PNG bytes or as SVG inside a page. The same figure gives the same bytes.
 
-matplotlib belongs to extras, so it is imported inside functions; ask :func:`require_plotting` before long work.
-Our own text in a plot is numbers and Latin words. Captions, entries and names in other scripts stay in HTML, where the
-browser has fonts for all of them; names that users give are set in the fonts that this machine has.
+matplotlib is only in the extras, so it is imported inside functions; call :func:`require_plotting` before long work.
+Our own text in plots consists of numbers and Latin words. Captions, entries and names in other scripts stay in HTML,
+where the browser has fonts for all of them; user-supplied names use the fonts installed on this machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OTHER_FONTS = (
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Thai"),
     *("Hiragino Sans", "Arial Unicode MS", "Yu Gothic", "Unifont"),
 )
-"""Asked in this order for letters that DejaVu Sans does not have."""
+"""Tried in this order for characters missing from DejaVu Sans."""
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": LIGHT["ink"],
@@ -50,9 +50,9 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.5,
     "lines.markersize": 4,
-    "svg.fonttype": "none",  # text stays text, which the browser sets
+    "svg.fonttype": "none",  # keep text as text, rendered by the browser
     "svg.hashsalt": "mc2_hpc",
-    "text.parse_math": False,  # a name may hold a dollar sign
+    "text.parse_math": False,  # a name may contain a dollar sign
     "xtick.color": LIGHT["soft"],
     "ytick.color": LIGHT["soft"],
     "xtick.major.size": 0,
@@ -66,8 +66,8 @@ def require_plotting(what: str, extra: str) -> None:
     """Check that plots can be drawn.
 
     Args:
-        what: begins the message, such as ``the report needs``.
-        extra: of this package, that has matplotlib.
+        what: the start of the message, for example ``the report needs``.
+        extra: the extra of this package that includes matplotlib.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -78,9 +78,9 @@ def require_plotting(what: str, extra: str) -> None:
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Figures made and saved inside have the project's style, whatever the reader's own settings are."""
+    """Figures created and saved inside have the project's style, whatever the user's own settings."""
     import matplotlib
-    from cycler import cycler  # matplotlib's own
+    from cycler import cycler  # a dependency of matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
@@ -90,7 +90,7 @@ def plot_style() -> Iterator[None]:
 
 
 def _fonts() -> list[str]:
-    """matplotlib's own font, and those installed that have the letters it lacks."""
+    """matplotlib's own font, and the installed fonts that cover its missing characters."""
     from matplotlib.font_manager import fontManager
 
     installed = {font.name for font in fontManager.ttflist}
@@ -98,7 +98,7 @@ def _fonts() -> list[str]:
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
-    """A figure of ``width x height`` inches that no window holds, and its axes row by row."""
+    """A figure of ``width x height`` inches without a window, and its axes row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -106,7 +106,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def short_ticks(axis: Any) -> None:
-    """Label the major ticks of an axis with :func:`short_number`, and have no minor ones."""
+    """Label the major ticks of an axis with :func:`short_number`, and remove minor ticks."""
     from matplotlib.ticker import NullLocator
 
     axis.set_major_formatter(lambda value, _: short_number(value))
@@ -114,18 +114,18 @@ def short_ticks(axis: Any) -> None:
 
 
 def png(figure: Figure, dpi: int = 180) -> bytes:
-    """The figure on white."""
+    """The figure as PNG on white."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
     return stream.getvalue()
 
 
 def svg(figure: Figure, name: str, title: str) -> Markup:
-    """The figure as an element of a page: in the page's colours and font, of the width it is given.
+    """The figure as a page element, with the page's colours and font and the width of its container.
 
     Args:
-        name: unique on the page; begins the ids of the drawing's parts.
-        title: what the plot shows, for those who cannot see it.
+        name: unique on the page; the prefix of the ids in the drawing.
+        title: what the plot shows, for readers who cannot see it.
     """
     stream = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -140,12 +140,12 @@ def svg(figure: Figure, name: str, title: str) -> Markup:
 
 
 def _adapt(root: ElementTree.Element, name: str) -> None:
-    """Make a drawing fit to stand among others: ids its own, no style rule, no namespaces, the page's colours, font."""
+    """Adapt a drawing to a page with other drawings: unique ids, no style rule or namespaces, page colours and font."""
     for parent in reversed(list(root.iter())):  # children first: a group of empty groups is empty too
         parent.text = (parent.text or "").strip()
         for child in list(parent):
             child.tail = ""
-            # matplotlib's one rule would hold for the whole page; the style sheet has it, for plots alone.
+            # matplotlib's style rule would apply to the whole page; the style sheet has it for plots only.
             if _local(child.tag) == "style" or (_local(child.tag) == "g" and not len(child)):
                 parent.remove(child)
     values = [value for element in root.iter() for value in element.attrib.values()]
@@ -165,11 +165,11 @@ def _adapt(root: ElementTree.Element, name: str) -> None:
 
 
 _REFERENCE = re.compile(r"(^|url\()#([\w.-]+)")
-"""What an attribute refers to: ``#part`` as a whole (``href``), or in ``url(#part)``."""
+"""A reference in an attribute: either ``#part`` (``href``) or ``url(#part)``."""
 
 
 def _page_style(style: str) -> str:
-    """Declarations with the page's colours, and no font family, which the style sheet sets."""
+    """Declarations with the page's colours and without a font family, which the style sheet sets."""
     kept = []
     for declaration in style.split(";"):
         key, _, value = (part.strip() for part in declaration.partition(":"))
@@ -184,5 +184,5 @@ _VARIABLES = {value: f"var(--{colour})" for colour, value in LIGHT.items()}
 
 
 def _local(name: str) -> str:
-    """A tag or attribute without its namespace."""
+    """A tag or attribute name without its namespace."""
     return name.rpartition("}")[2]

@@ -18,7 +18,7 @@ from mc2_hpc.quickstart.captions import NOISE
 
 @pytest.fixture
 def pool(shared_data, tmp_path):
-    captions = ablation_pool.make(shared_data, tmp_path / "data", pictures=600, test=100, shards=2)
+    captions = ablation_pool.make(shared_data, tmp_path / "data", images=600, test=100, shards=2)
     shards = sorted((tmp_path / "data" / "pool").glob("*.parquet"))
     rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
     assert len(rows) == captions
@@ -71,7 +71,7 @@ def test_the_suite_shows_all_classes_in_every_language(pool):
 
 
 def test_the_same_seed_makes_the_same_pool(pool, shared_data, tmp_path):
-    ablation_pool.make(shared_data, tmp_path / "again", pictures=600, test=100, shards=2)
+    ablation_pool.make(shared_data, tmp_path / "again", images=600, test=100, shards=2)
     for name in ("pool", "metadata", "test.parquet"):
         assert content(tmp_path / "again" / name) == content(pool[0] / name)
 

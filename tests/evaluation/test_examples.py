@@ -29,7 +29,9 @@ def run(name, *arguments):
 
 
 def test_embed_folder(tiny_checkpoint, image_folder, tmp_path):
-    assert "10 images, 16 numbers each" in run("embed_folder.py", tiny_checkpoint, image_folder, tmp_path / "out.npz")
+    assert "10 images, 16-dimensional features" in run(
+        "embed_folder.py", tiny_checkpoint, image_folder, tmp_path / "out.npz"
+    )
     found = np.load(tmp_path / "out.npz")
     assert found["names"].tolist() == [f"{number:02d}.jpg" for number in range(10)]
     expected = mc2_hpc.load(tiny_checkpoint, device="cpu").encode_image(sorted(image_folder.iterdir()))

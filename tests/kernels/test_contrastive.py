@@ -210,11 +210,11 @@ def test_mean_loss_of_unrelated_pairs_is_the_logarithm_of_their_number():
         ({"text_features": torch.ones(4, 3)}, r"\(pairs, width\).*\(5, 3\) and \(4, 3\)"),
         ({"text_features": torch.ones(5, 3, dtype=torch.float16)}, "bf16, fp16 or fp32"),
         ({"image_features": torch.ones(5, 3).int(), "text_features": torch.ones(5, 3).int()}, "bf16, fp16 or fp32"),
-        ({"logit_scale": torch.ones(2)}, "logit_scale must be one"),
+        ({"logit_scale": torch.ones(2)}, "logit_scale must be a single"),
         ({"backend": "cuda"}, "choose one of auto, triton, tiled, reference"),
         ({"exchange": "mesh"}, "choose one of all_gather, ring"),
-        ({"workspace_bytes": 1}, "give at least"),
-        ({"image_features": torch.ones(0, 3), "text_features": torch.ones(0, 3)}, "give at least one"),
+        ({"workspace_bytes": 1}, "use at least"),
+        ({"image_features": torch.ones(0, 3), "text_features": torch.ones(0, 3)}, "pass at least one"),
     ],
 )
 def test_inputs_that_do_not_fit_get_one_line(change, message):
@@ -239,6 +239,6 @@ def test_auto_says_once_what_it_picked(monkeypatch, caplog):
         for _ in range(2):
             assert dispatch.choose_backend("auto", torch.device("cpu")) == "tiled"
     assert [record.message for record in caplog.records] == [
-        "contrastive loss: auto picked the tiled backend (features are on cpu)"
+        "contrastive loss: auto selected the tiled backend (features are on cpu)"
     ]
     assert set(dispatch.AUTO_BACKEND.values()) <= set(BACKENDS)

@@ -53,7 +53,7 @@ def bench_kernels(monkeypatch):
         ({}, None),
         ({"spills": 3}, "3 register spills"),
         ({"shared_bytes": 240_000}, "240000 bytes of shared memory"),
-        ({"tensor_core": None}, "not on tensor cores"),
+        ({"tensor_core": None}, "does not use tensor cores"),
     ],
 )
 def test_a_breach_is_told(bench_kernels, change, complaint):

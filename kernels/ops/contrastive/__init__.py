@@ -1,4 +1,4 @@
-"""The contrastive softmax loss over a batch that is spread across ranks, without its matrix of logits in memory."""
+"""The contrastive softmax loss over a batch sharded across ranks, without storing the logit matrix."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from .shared_batch import discover_batch
 __all__ = ["BACKENDS", "EXCHANGES", "contrastive_loss", "reference_loss"]
 
 EXCHANGES = {"all_gather": all_gather, "ring": ring}
-"""How ranks see each other's texts. ``all_gather`` overlaps the first tiles with communication; ``ring`` needs memory
-independent of the number of ranks."""
+"""How ranks exchange texts. ``all_gather`` overlaps the first tiles with communication; the memory of ``ring`` does not
+depend on the world size."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,29 +33,29 @@ def contrastive_loss(
 
     Args:
         image_features, text_features: (b, D) of this rank's pairs, normalised or not, in bf16, fp16 or fp32 (fp64 with
-            the ``tiled`` and ``reference`` backends). Ranks may hold different b, also none.
-        logit_scale: scalar, the logarithm of the multiplier of the dot products, in [0, ln 100].
+            the ``tiled`` and ``reference`` backends). b may differ between ranks and may be 0.
+        logit_scale: scalar, the logarithm of the factor applied to the dot products, in [0, ln 100].
         group: ranks that share the batch; ``None`` is the default group, or one process if there is none.
         backend: ``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (the table in ``dispatch``).
         exchange: one of ``EXCHANGES``.
-        workspace_bytes: memory for tiles of logits beside what grows with b or D; ``None`` is the device's default.
+        workspace_bytes: memory for logit tiles, besides what grows with b or D; ``None`` is the device's default.
 
-    Returns the global loss, a scalar in fp32 (fp64 for fp64), the same bits on every rank; NaN if any feature of any
-    rank is not finite. Each rank's gradients are the number of ranks times its part of the global gradient, so that
+    Returns the global loss, a scalar in fp32 (fp64 for fp64), bitwise identical on every rank; NaN if any feature of
+    any rank is not finite. Each rank's gradient is its part of the global gradient times the world size, so that
     *averaging* parameter gradients over ranks, as data parallelism does, gives the exact gradient. All ranks must call
-    it, and its backward, together; a rank that is gone makes the others fail when the group's timeout has passed.
-    Two runs on the same inputs give the same bits.
+    it, and its backward, together; if a rank is lost, the others fail after the group's timeout. Two runs on the same
+    inputs give the same bits.
 
-    Raises ``ValueError`` for inputs that do not fit, ``RuntimeError`` for a backend that cannot run here.
+    Raises ``ValueError`` for invalid inputs, ``RuntimeError`` for a backend that cannot run here.
     """
     _check(image_features, text_features, logit_scale, exchange)
     backend = choose_backend(backend, image_features.device)
     shared = discover_batch(image_features, group)
     if shared.global_batch == 0:
-        raise ValueError("contrastive_loss was given no pairs on any rank: give at least one")
+        raise ValueError("contrastive_loss received no pairs on any rank: pass at least one")
     if backend == "triton" and image_features.dtype == torch.float64:
-        raise ValueError("the triton backend takes bf16, fp16 and fp32 features, not fp64: use backend='tiled'")
-    # Autocast would round logits to half.
+        raise ValueError("the triton backend supports bf16, fp16 and fp32 features, not fp64: use backend='tiled'")
+    # Autocast would round logits to half precision.
     with torch.autocast(image_features.device.type, enabled=False):
         if backend == "reference":
             return distributed_reference_loss(image_features, text_features, logit_scale, shared)
@@ -72,10 +72,10 @@ def _check(image: Tensor, text: Tensor, logit_scale: Tensor, exchange: str) -> N
         raise ValueError(f"image and text features must both be bf16, fp16 or fp32, got {image.dtype} and {text.dtype}")
     if image.device != text.device or image.device != logit_scale.device:
         raise ValueError(
-            "features and logit_scale must be on one device, got "
+            "features and logit_scale must be on the same device, got "
             f"{image.device}, {text.device} and {logit_scale.device}"
         )
     if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
-        raise ValueError(f"logit_scale must be one floating-point number, got shape {tuple(logit_scale.shape)}")
+        raise ValueError(f"logit_scale must be a single floating-point number, got shape {tuple(logit_scale.shape)}")
     if exchange not in EXCHANGES:
         raise ValueError(f"unknown exchange {exchange!r}: choose one of {', '.join(EXCHANGES)}")

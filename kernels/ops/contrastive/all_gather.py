@@ -1,7 +1,7 @@
-"""The all-gather exchange: every rank collects all texts, and computes its images against them.
+"""The all-gather exchange: every rank gathers all texts and computes its images against them.
 
-The first tiles, of a rank's own texts, are computed while the others are still on their way. Memory: the texts of all
-ranks, and in backward their fp32 gradients before these go to their owners.
+The first tiles, for a rank's own texts, are computed while the others are still in transit. Memory: the texts of all
+ranks, and in backward their fp32 gradients until they are sent to their owners.
 """
 
 import torch
@@ -55,7 +55,7 @@ def backward(
     needs_image: bool,
     needs_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, float]:
-    """(G T (b, D), G^T I of the own texts (b, D), the scale G was held at)."""
+    """(G T (b, D), G^T I of the own texts (b, D), the factor G was scaled by)."""
     tiles = make_tiles(image_bD, shared.global_batch)
     width = image_bD.shape[1]
     image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None

@@ -1,4 +1,4 @@
-"""Which backend computes the loss: one table, no luck."""
+"""Which backend computes the loss, by an explicit table."""
 
 import logging
 import os
@@ -13,11 +13,11 @@ from .torch_tiles import TorchTiles
 BACKENDS = ("auto", "triton", "tiled", "reference")
 
 AUTO_BACKEND = {"cuda": "tiled", "cpu": "tiled"}
-"""What ``auto`` picks on each device. On CUDA ``triton`` has to be asked for by name until a run on a GPU has shown
-that it is right and faster there."""
+"""What ``auto`` selects on each device. On CUDA ``triton`` must be requested by name until a run on a GPU has shown
+that it is correct and faster."""
 
 WORKSPACE_BYTES = {"cuda": 512 << 20, "cpu": 16 << 20}
-"""Default workspace on each device: on a GPU large launches, on a CPU tiles that stay in the cache."""
+"""Default workspace on each device: large launches on a GPU, tiles that fit in the cache on a CPU."""
 
 SMALLEST_WORKSPACE_BYTES = 64 << 10
 
@@ -26,7 +26,7 @@ _logged: set[str] = set()
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend to use, by name or, for ``auto``, by the table; logs once what ``auto`` picked and why.
+    """The backend to use, by name or, for ``auto``, by the table; logs once what ``auto`` selected and why.
 
     Raises ``ValueError`` for an unknown name, ``RuntimeError`` for one that cannot run here.
     """
@@ -34,7 +34,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"unknown contrastive loss backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
         picked = AUTO_BACKEND.get(device.type, "tiled")
-        _log_once(f"contrastive loss: auto picked the {picked} backend (features are on {device.type})")
+        _log_once(f"contrastive loss: auto selected the {picked} backend (features are on {device.type})")
         return picked
     if backend == "triton" and (obstacle := triton_obstacle(device)):
         raise RuntimeError(f"contrastive loss backend 'triton' cannot run: {obstacle}")
@@ -47,14 +47,14 @@ def triton_obstacle(device: torch.device) -> str | None:
         return "the package triton is not installed (pip install triton)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
-        return f"features are on {device.type}, which triton does not compile for (TRITON_INTERPRET=1 interprets it)"
+        return f"features are on {device.type}, which triton does not compile for (set TRITON_INTERPRET=1 to interpret)"
     return None
 
 
 def tile_factory(backend: str, workspace_bytes: int | None) -> TileFactory:
-    """Makes a backend's tiles within the workspace, in bytes; ``None`` takes the device's default."""
+    """A factory for a backend's tiles within a workspace of this many bytes; ``None`` is the device's default."""
     if workspace_bytes is not None and workspace_bytes < SMALLEST_WORKSPACE_BYTES:
-        raise ValueError(f"workspace_bytes={workspace_bytes} is too small: give at least {SMALLEST_WORKSPACE_BYTES}")
+        raise ValueError(f"workspace_bytes={workspace_bytes} is too small: use at least {SMALLEST_WORKSPACE_BYTES}")
 
     def make(image: Tensor, num_columns: int) -> TileOperations:
         size = workspace_bytes or WORKSPACE_BYTES.get(image.device.type, WORKSPACE_BYTES["cuda"])

@@ -13,7 +13,7 @@ from .tiles import TileFactory, paired_dots
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call computes: on which tiles, between which ranks, by which exchange."""
+    """How one call is computed: with which tiles, exchange and ranks."""
 
     make_tiles: TileFactory
     exchange: ModuleType
@@ -21,7 +21,7 @@ class Plan:
 
 
 class ContrastiveLoss(torch.autograd.Function):
-    """Global mean loss; each rank's gradients are ``shared.size`` times its part, so that their average is exact."""
+    """Global mean loss; each rank's gradient is ``shared.size`` times its part, so that the average is exact."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> Tensor:
@@ -33,7 +33,7 @@ class ContrastiveLoss(torch.autograd.Function):
         ctx.plan = plan
         ctx.logit_scale_like = (logit_scale.shape, logit_scale.dtype)
 
-        # Both differences are small where both terms may be large: subtract before summing.
+        # The terms may be large while their differences are small: subtract before summing.
         pairs = paired_dots(image, text, dtype) * scale
         local = ((row_lse - pairs) + (own_col_lse - pairs)).double().sum() / (2 * plan.shared.global_batch)
         loss = plan.shared.sum(local).to(dtype)
@@ -45,7 +45,7 @@ class ContrastiveLoss(torch.autograd.Function):
         image, texts, scale, row_lse, col_lse = ctx.saved_tensors
         plan, (needs_image, needs_text, needs_scale, _) = ctx.plan, ctx.needs_input_grad
         with torch.autocast(image.device.type, enabled=False):
-            # The scale's gradient is made of the images': sum_ij G_ij S_ij = s sum_i <(G T)_i, I_i>.
+            # The scale's gradient follows from the images': sum_ij G_ij S_ij = s sum_i <(G T)_i, I_i>.
             image_grad, text_grad, held_at = plan.exchange.backward(
                 plan.make_tiles,
                 image,

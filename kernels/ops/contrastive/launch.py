@@ -1,6 +1,6 @@
-"""Explicit tables of the Triton backend: which variant computes a tile, and with which launch parameters.
+"""Explicit tables for the Triton backend: which variant computes a tile, and with which launch parameters.
 
-No Triton import here, so the tables can be read, and every entry compiled ahead of time, on any machine.
+Triton is not imported here, so the tables can be read, and every entry compiled ahead of time, on any machine.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ class Launch:
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
-    """Features multiplied a step; without meaning where dot products come from memory."""
+    """Features multiplied per step; unused where dot products come from memory."""
     num_warps: int
     num_stages: int
 
     def grid(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """Blocks of rows and of columns that cover a tile."""
+        """Numbers of row and column blocks that cover a tile."""
         return -(-num_rows // self.BLOCK_M), -(-num_columns // self.BLOCK_N)
 
     def constants(self, width: int, source: str) -> dict[str, int | bool | str]:
-        """What the kernel is compiled for, for features of this width."""
+        """The constants the kernel is compiled with, for features of this width."""
         return {
             "BLOCK_M": self.BLOCK_M,
             "BLOCK_N": self.BLOCK_N,
@@ -43,13 +43,13 @@ VARIANTS = {
     torch.float16: "fused",
     torch.float32: "chunked",
 }
-"""Variant by type of the features. ``fused`` computes dot products and epilogue in one kernel, so logits never leave
-the chip; ``chunked`` takes dot products from cuBLAS and runs the epilogue over them. fp32 products come from cuBLAS
-because it follows PyTorch's own setting of TF32 (off unless the user turned it on)."""
+"""Variant by feature type. ``fused`` computes dot products and epilogue in one kernel, so logits never leave the chip;
+``chunked`` runs the epilogue over dot products from cuBLAS. fp32 products come from cuBLAS because it follows PyTorch's
+own TF32 setting (off unless the user turned it on)."""
 
 SOURCES = ("descriptor", "pointer", "memory")
-"""Where a kernel has dot products from: it multiplies features that the bulk copy engine brings (compute capability
-9.0 and rows of a multiple of 16 bytes), or that it loads itself (any), or it reads products from memory (chunked)."""
+"""Where a kernel gets dot products from: it multiplies features loaded by the bulk copy engine (compute capability 9.0
+and a row size that is a multiple of 16 bytes) or by itself (any), or it reads products from memory (chunked)."""
 
 LAUNCHES = {
     ("statistics", "descriptor"): {
@@ -65,18 +65,18 @@ LAUNCHES = {
     ("statistics", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
     ("gradient", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
 }
-"""Launch parameters by kernel and source, then by the lowest compute capability (major * 10 + minor) they are for: the
-largest blocks that compile without a register spill for every capability and Triton version they are used with."""
+"""Launch parameters by kernel and source, then by the lowest compute capability (major * 10 + minor) they apply to: the
+largest blocks that compile without register spills for every capability and Triton version they are used with."""
 
 
 def source_for(chunked: bool, capability: int, row_bytes: int, address: int) -> str:
-    """The source on this chip for features whose rows have this size and start at this address."""
+    """The source on this chip for features with this row size and start address."""
     if chunked:
         return "memory"
     return "descriptor" if capability >= 90 and row_bytes % 16 == 0 and address % 16 == 0 else "pointer"
 
 
 def launch_for(kernel: str, source: str, capability: int) -> Launch:
-    """The entry for the newest capability in the table that this chip has; below the oldest, the oldest."""
+    """The entry for the newest capability that this chip supports; for older chips, the oldest entry."""
     table = LAUNCHES[kernel, source]
     return table[max((level for level in table if level <= capability), default=min(table))]

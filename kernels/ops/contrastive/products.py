@@ -1,7 +1,7 @@
-"""Matrix products that accumulate in fp32 whatever their operands are.
+"""Matrix products that accumulate in fp32 for operands of any type.
 
-On a GPU, half operands multiply exactly into fp32 sums. PyTorch's CPU products of half types round their result to
-half, far too coarse for logits, so there the operands are widened first.
+On a GPU, products of half-precision operands are exact in fp32 sums. PyTorch's CPU products round the result to half
+precision, far too coarse for logits, so on a CPU the operands are converted to fp32 first.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type sums are held in: fp64 for fp64 operands, else fp32."""
+    """The accumulator type: fp64 for fp64 operands, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""The contrastive loss written out densely: what tests and benchmarks compare with."""
+"""The dense contrastive loss: the reference for tests and benchmarks."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .shared_batch import SharedBatch
 def reference_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor) -> Tensor:
     """Mean of the image-to-text and text-to-image cross entropy over all N pairs (Radford et al. 2021, figure 3).
 
-    Holds several N x N matrices. Computes in the features' own type, fp64 included; half types in fp32.
+    Holds several N x N matrices. Computes in the features' own type, including fp64; half types in fp32.
     """
     if image_ND.dtype in (torch.bfloat16, torch.float16):
         image_ND, text_ND = image_ND.float(), text_ND.float()
@@ -25,7 +25,7 @@ def distributed_reference_loss(image_bD: Tensor, text_bD: Tensor, logit_scale: T
     """``reference_loss`` of all ranks' pairs, on every rank; its gradients follow ``contrastive_loss``'s convention."""
     if shared.size > 1:
         image_bD, text_bD = (_gather_with_own_gradient(features, shared) for features in (image_bD, text_bD))
-    # logit_scale's gradient is whole on every rank, and so is its average over ranks.
+    # Every rank has the full gradient of logit_scale, so its average over ranks is the full gradient too.
     loss = reference_loss(image_bD, text_bD, logit_scale)
     return torch.where(torch.isfinite(loss), loss, torch.nan)
 

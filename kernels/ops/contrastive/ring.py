@@ -1,7 +1,7 @@
-"""The ring exchange: texts travel from rank to rank, so no rank ever holds more than two ranks' texts.
+"""The ring exchange: texts pass from rank to rank, so no rank ever holds more than two ranks' texts.
 
-What a rank adds to another's texts (column statistics forward, gradients backward) travels along, one step behind the
-texts themselves, and comes home after a full turn. Both hops of a step overlap with the next tiles.
+Each rank's contribution to another rank's texts (column statistics forward, gradients backward) follows one step behind
+the texts, and returns to their owner after a full turn. Both hops of a step overlap with the next tiles.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _BLOCK, _TOTAL = 1, 2  # tags: what a message carries
 def forward(
     make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (b, D), their log-sum-exp again)."""
+    """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (b, D), the same column log-sum-exp)."""
     tiles = make_tiles(image_bD, max(shared.batches))
     rows = Statistics.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
 
@@ -47,7 +47,7 @@ def backward(
     needs_image: bool,
     needs_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, float]:
-    """(G T (b, D), G^T I of the own texts (b, D), the scale G was held at)."""
+    """(G T (b, D), G^T I of the own texts (b, D), the factor G was scaled by)."""
     tiles = make_tiles(image_bD, max(shared.batches))
     width = image_bD.shape[1]
     image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
@@ -72,11 +72,11 @@ def circulate(
     visit: Callable[[int, Sequence[Tensor]], Tensor],
     merge: Callable[[Tensor, Tensor], object],
 ) -> Tensor:
-    """Pass every rank's block round the ring; returns what all visits to the own block made, merged.
+    """Pass every rank's block round the ring; returns the merged results of all visits to this rank's block.
 
     ``visit(owner, block)`` computes a partial result for the block of rank ``owner``; ``merge(total, partial)`` adds it
-    into ``total`` in place, in the order owner, owner + 1, ... of the visiting ranks. Every tensor, of a block or of a
-    partial result, has the owner's pairs as its first dimension.
+    to ``total`` in place, with visiting ranks in the order owner, owner + 1, ... The first dimension of every tensor,
+    in a block or in a partial result, is the owner's pairs.
     """
     size, rank = shared.size, shared.rank
     arriving: Hop | None = None
@@ -97,11 +97,11 @@ def circulate(
 
 
 class Hop:
-    """Tensors on their way to the next rank of the ring, while their like, owned by ``following``, arrive from the
-    rank before."""
+    """Tensors in transit to the next rank in the ring, while the matching tensors owned by ``following`` arrive from
+    the previous rank."""
 
     def __init__(self, shared: SharedBatch, outgoing: Sequence[Tensor], following: int, tag: int) -> None:
-        self._outgoing = outgoing  # kept until they have left
+        self._outgoing = outgoing  # kept alive until they are sent
         self._incoming = [t.new_empty((shared.batches[following], *t.shape[1:])) for t in outgoing]
         after, before = (shared.rank + 1) % shared.size, (shared.rank - 1) % shared.size
         operations = [_operation(dist.isend, t, after, shared, tag) for t in self._outgoing if t.numel()]

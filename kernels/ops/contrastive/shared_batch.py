@@ -1,7 +1,7 @@
-"""The ranks that share a batch, and the few collectives the loss needs among them.
+"""The ranks that share a batch, and the few collectives that the loss needs.
 
-Every sum over ranks is taken in rank order by the rank that owns the result, so its bits depend neither on the
-collective library's algorithm nor on timing. Every wait is bounded by the process group's own timeout.
+The rank that owns a result computes its sum over ranks in rank order, so its bits depend neither on the collective
+library's algorithm nor on timing. Every wait is bounded by the process group's own timeout.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """Who holds which pairs: rank k of the group has pairs ``offsets[k]`` to ``offsets[k] + batches[k]``."""
+    """Which rank holds which pairs: rank k of the group has pairs ``offsets[k]`` to ``offsets[k] + batches[k]``."""
 
     group: dist.ProcessGroup | None
     rank: int
     batches: tuple[int, ...]
-    """Pairs each rank holds."""
+    """Number of pairs on each rank."""
 
     @property
     def size(self) -> int:
@@ -45,11 +45,11 @@ class SharedBatch:
         return slice(self.offsets[rank], self.offsets[rank] + self.batches[rank])
 
     def gather(self, local: Tensor) -> "Gather":
-        """Start to collect every rank's (b_k, ...) rows, in rank order."""
+        """Start gathering every rank's (b_k, ...) rows, in rank order."""
         return Gather(self, local)
 
     def sum(self, local: Tensor) -> Tensor:
-        """The sum of one scalar of each rank, in rank order: the same bits on every rank."""
+        """The sum of one scalar per rank, in rank order: the same bits on every rank."""
         if self.size == 1:
             return local
         every = local.new_empty(self.size)
@@ -69,7 +69,7 @@ class SharedBatch:
 
 
 class Gather:
-    """An all-gather under way; ranks may hold different numbers of rows."""
+    """An all-gather in progress; ranks may hold different numbers of rows."""
 
     def __init__(self, shared: SharedBatch, local: Tensor) -> None:
         self._shared = shared
@@ -93,15 +93,15 @@ class Gather:
 
 
 def discover_batch(features: Tensor, group: dist.ProcessGroup | None) -> SharedBatch:
-    """Learn every rank's batch, and that all hold features of one width and type.
+    """Exchange the ranks' batch sizes, and check that all features have the same width and type.
 
-    Raises ``ValueError`` on every rank where they do not.
+    Raises ``ValueError`` on every rank if they do not.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return SharedBatch(None, 0, (len(features),))
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     if rank < 0:
-        raise ValueError("this process is not a member of the group given to contrastive_loss: pass one it belongs to")
+        raise ValueError("this process is not in the group passed to contrastive_loss: pass one that it belongs to")
     if size == 1:
         return SharedBatch(group, 0, (len(features),))
     mine = torch.tensor([*features.shape, _DTYPES.index(features.dtype)], device=features.device)
@@ -115,4 +115,4 @@ def discover_batch(features: Tensor, group: dist.ProcessGroup | None) -> SharedB
 
 def _require_same(what: str, values: Sequence[object]) -> None:
     if len(set(values)) > 1:
-        raise ValueError(f"ranks hold different {what}: {list(values)}; give every rank features of the same kind")
+        raise ValueError(f"ranks hold different {what}: {list(values)}; pass features of the same kind on every rank")

@@ -8,9 +8,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistics:
-    """The log-sum-exp of n series seen so far, kept as ``log(total) + maximum``.
+    """The running log-sum-exp of n series, kept as ``log(total) + maximum``.
 
-    The maximum moves with the data, so no logit is too large or too small to be represented; a NaN seen once stays.
+    The maximum follows the data, so no logit is too large or too small to be represented; NaN propagates.
     """
 
     maximum: Tensor
@@ -30,9 +30,9 @@ class Statistics:
         return Statistics(self.maximum[part], self.total[part])
 
     def merge_(self, maximum: Tensor, total: Tensor) -> None:
-        """Take in further logits of the same series, given by their own maximum and sum, both (n,)."""
+        """Merge further logits of the same series, given by their own maximum and sum, both (n,)."""
         merged = torch.maximum(self.maximum, maximum)
-        # A series that has seen nothing holds maximum=-inf, total=0 and adds exp(-inf) * 0 = 0.
+        # An empty series has maximum=-inf, total=0 and adds exp(-inf) * 0 = 0.
         self.total.mul_(torch.exp(self.maximum - merged)).add_(total * torch.exp(maximum - merged))
         self.maximum.copy_(merged)
 

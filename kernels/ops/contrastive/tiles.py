@@ -6,12 +6,12 @@ and column log-sum-exp of S and a pair's column p(i), the loss 1/(2B) sum_i [(r_
     dL/dS_ij = 1/(2B) G_ij,   G_ij = exp(S_ij - r_i) + exp(S_ij - c_j) - 2 [j = p(i)],
 
 so dI = s/(2B) G T, dT = s/(2B) G^T I and dL/dlogit_scale = 1/(2B) sum_ij G_ij S_ij = sum_i <dI_i, I_i>. Forward takes
-2BND flops (S), backward 6BND (S again, G T, G^T I): together the 8BND below which no method goes that does not keep S.
+2BND flops (S), backward 6BND (S again, G T, G^T I). The total of 8BND is the minimum for methods that do not store S.
 
-The pairs' own terms of G, far larger than all others and close to cancelling, never enter the products, whose operands
-may be half: ``add_pairs`` adds what they contribute in the accumulator's type.
+The terms of G for positive pairs are far larger than all others and nearly cancel. They never enter the products, whose
+operands may be half precision: ``add_pairs`` adds their contribution in the accumulator's type.
 
-Nothing here knows of processes or of autograd.
+This module is independent of processes and autograd.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,14 +28,14 @@ class TileOperations(Protocol):
     """What a backend implements: the arithmetic on one tile of logits."""
 
     rows: int
-    """Most images in a tile."""
+    """Maximum number of images in a tile."""
     columns: int
-    """Most texts in a tile."""
+    """Maximum number of texts in a tile."""
     gradient_scale: float
-    """What ``gradient`` multiplies G by, to keep it within its type's range; a power of two."""
+    """The factor that ``gradient`` applies to G to keep it within its type's range; a power of two."""
 
     def operand(self, features: Tensor) -> Tensor:
-        """The features in the type that the tiles and the products with G take."""
+        """The features in the type that the tiles and the products with G require."""
 
     def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
         """Merge the tile's row and column sums of exponentials into ``rows`` (R) and ``cols`` (C)."""
@@ -43,12 +43,12 @@ class TileOperations(Protocol):
     def gradient(
         self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
     ) -> Tensor:
-        """G times ``gradient_scale``, (R, C) in the operands' type, with zeros for the pairs: row i's is column
-        i + diagonal. It lies in the workspace: the next call overwrites it."""
+        """G times ``gradient_scale``, (R, C) in the operands' type, with zeros for the positive pairs: that of row i is
+        in column i + diagonal. The result is in the workspace: the next call overwrites it."""
 
 
 TileFactory = Callable[[Tensor, int], TileOperations]
-"""Makes the tile arithmetic for images (b, D) against at most so many texts at a time; its workspace lives as long."""
+"""Creates the tile arithmetic for images (b, D) and a maximum number of texts; the result owns its workspace."""
 
 
 def blocks(size: int, step: int) -> Iterator[slice]:
@@ -78,10 +78,10 @@ def backward_tiles(
     image_grad: Tensor | None,
     text_grad: Tensor | None,
 ) -> None:
-    """Add G T to ``image_grad`` (B, D) and G^T I to ``text_grad`` (N, D), without the pairs' terms.
+    """Add G T to ``image_grad`` (B, D) and G^T I to ``text_grad`` (N, D), without the positive pairs' terms.
 
-    Both are in the accumulator's type and times ``tiles.gradient_scale``; ``None`` skips one. Image i's pair is text
-    i + diagonal.
+    Both are in the accumulator's type and multiplied by ``tiles.gradient_scale``; ``None`` skips one. Image i is paired
+    with text i + diagonal.
     """
     image_BD, text_ND = tiles.operand(image_BD), tiles.operand(text_ND)
     for r in blocks(len(image_BD), tiles.rows):
@@ -94,12 +94,12 @@ def backward_tiles(
                 accumulate(G.t(), image_BD[r], text_grad[c])
 
 
-# Elements of a temporary: few launches on a GPU, within the cache on a CPU.
+# Elements in a temporary: few launches on a GPU, small enough for the cache on a CPU.
 _TEMPORARY = {"cuda": 1 << 24, "cpu": 1 << 18}
 
 
 def paired_dots(left_BD: Tensor, right_BD: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B,) dot products of paired rows, multiplied and added in ``dtype``, in temporaries of a fixed size."""
+    """(B,) dot products of paired rows, computed in ``dtype`` with temporaries of a fixed size."""
     dots = left_BD.new_empty(len(left_BD), dtype=dtype)
     step = max(_TEMPORARY.get(left_BD.device.type, 1 << 24) // left_BD.shape[1], 1)
     for part in blocks(len(left_BD), step):
@@ -117,9 +117,9 @@ def add_pairs(
     text_grad: Tensor | None,
     gradient_scale: float,
 ) -> None:
-    """Add the pairs' terms, left out by ``backward_tiles``, to the gradients of paired images and texts."""
+    """Add the positive pairs' terms, omitted by ``backward_tiles``, to the gradients of paired images and texts."""
     logits = paired_dots(image_BD, text_BD, scale.dtype) * scale
-    # p - 1 and q - 1, which are never positive, rather than p + q - 2: exact also when both are nearly 1.
+    # p - 1 and q - 1, which are never positive, instead of p + q - 2: exact even when both are nearly 1.
     G = torch.expm1(logits - row_lse).clamp_(max=0) + torch.expm1(logits - col_lse).clamp_(max=0)
     G = G.mul_(gradient_scale)[:, None]
     if image_grad is not None:

@@ -9,18 +9,18 @@ from .products import accumulator_dtype, multiply
 from .statistics import Statistics
 
 FP16_GRADIENT_SCALE = 2.0**14
-"""|G| <= 2 off the pairs, and a term of it may be as small as 1/B: this keeps 1/B a normal fp16 number up to a quarter
-of a billion pairs."""
+"""|G| <= 2 outside the positive pairs, and its terms may be as small as 1/B: this keeps 1/B a normal fp16 number up to
+a quarter of a billion pairs."""
 
 
 def gradient_scale(operand_dtype: torch.dtype) -> float:
-    """What G is multiplied by when it is held in this type."""
+    """The factor for G when it is stored in this type."""
     return FP16_GRADIENT_SCALE if operand_dtype == torch.float16 else 1.0
 
 
 def tile_shape(num_rows: int, num_columns: int, elements: int, multiple: int = 64) -> tuple[int, int]:
-    """(rows, columns) of a tile of at most ``elements`` logits: as square as the problem allows, because a square tile
-    reads its operands least often; sides are multiples of ``multiple`` where they are not the problem's own."""
+    """(rows, columns) of a tile of at most ``elements`` logits: as square as possible, because a square tile reads its
+    operands least often. A side is a multiple of ``multiple`` unless it covers the whole problem."""
 
     def fit(limit: int, size: int) -> int:
         if limit >= size:
@@ -36,8 +36,8 @@ def tile_shape(num_rows: int, num_columns: int, elements: int, multiple: int = 6
 
 
 class TorchTiles:
-    """Tile arithmetic in PyTorch: the workspace holds two tiles of the accumulator's type and, where operands are
-    half, a third of theirs. Operands stay half on a GPU only (see ``products``)."""
+    """Tile arithmetic in PyTorch. The workspace holds two tiles in the accumulator's type and, for half-precision
+    operands, a third tile in theirs. Operands stay in half precision only on a GPU (see ``products``)."""
 
     def __init__(self, image: Tensor, num_columns: int, workspace_bytes: int) -> None:
         dtype = accumulator_dtype(image.dtype)
@@ -51,7 +51,7 @@ class TorchTiles:
         self._half_tile = torch.empty(size, device=image.device, dtype=self._operand_dtype) if half else None
 
     def operand(self, features: Tensor) -> Tensor:
-        """The features in the type the products take."""
+        """The features in the type that the products require."""
         return features.to(self._operand_dtype)
 
     def _views(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class TorchTiles:
 
     @staticmethod
     def _logits(image: Tensor, text: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        if out.device.type == "cpu":  # reading the scale costs nothing there and saves a pass over the tile
+        if out.device.type == "cpu":  # reading the scale is free on a CPU and saves a pass over the tile
             return torch.addmm(out, image, text.t(), beta=0, alpha=float(scale), out=out)
         return multiply(image, text.t(), out).mul_(scale)
 

@@ -1,9 +1,9 @@
 """The ``triton`` backend: tiles of logits in Triton kernels, matrix products with G in cuBLAS.
 
-Per tile, forward leaves the row maxima and sums of exponentials of each BLOCK_M x BLOCK_N block in memory and adds
-blocks up in a fixed order afterwards: no atomics, so two runs give the same bits. Backward turns logits into
-G = exp(S - r) + exp(S - c), zero for the pairs, and writes it once, in the features' type; G T and G^T I are then plain
-products.
+Per tile, forward stores the row and column maxima and sums of exponentials of each BLOCK_M x BLOCK_N block in memory
+and then sums over blocks in a fixed order: no atomics, so two runs give the same bits. Backward turns logits into G =
+exp(S - r) + exp(S - c), zero for the positive pairs, and writes it once, in the features' type; G T and G^T I are then
+plain products.
 """
 
 import torch
@@ -18,11 +18,11 @@ from .statistics import Statistics
 from .torch_tiles import gradient_scale, tile_shape
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Triton's interpreter multiplies bf16 operands as if they were integers, so there they are widened first, which is
-# exact; and it rounds to bf16 towards zero, where a GPU rounds to nearest.
+# Triton's interpreter multiplies bf16 operands as if they were integers, so they are first converted to fp32, which is
+# exact. It also rounds to bf16 towards zero, while a GPU rounds to nearest.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _ALIGNED = 64
-# Kernels count a tile's elements in 32 bits; padding adds less than a row of 64 for each.
+# Kernels index a tile's elements with 32 bits; padding adds fewer than 64 columns.
 _MOST_ELEMENTS = 2**30
 
 
@@ -42,7 +42,7 @@ def _dot_products_by_pointer(
     image_ptr, text_ptr, rows, cols, num_rows, num_cols, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) fp32 dot products; those of rows and columns past the end repeat row or column 0."""
+    """(BLOCK_M, BLOCK_N) fp32 dot products; rows and columns past the end repeat row or column 0."""
     features = tl.arange(0, BLOCK_K)
     image_row = tl.where(rows < num_rows, rows, 0).to(tl.int64) * width
     text_row = tl.where(cols < num_cols, cols, 0).to(tl.int64) * width
@@ -68,7 +68,7 @@ def _dot_products_by_descriptor(
     images, texts, row_block, col_block, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) fp32 dot products by the bulk copy engine, which reads zeros past every end."""
+    """(BLOCK_M, BLOCK_N) fp32 dot products of features loaded by the bulk copy engine, which pads with zeros."""
     dots = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
         image, text = images.load([row_block * BLOCK_M, start]), texts.load([col_block * BLOCK_N, start])
@@ -97,7 +97,7 @@ def _dots_of_block(
 
 @triton.jit
 def _halves(dots, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and right half of a block: epilogues work on one at a time, which halves the registers they need."""
+    """The left and right half of a block: epilogues process one at a time, which halves the registers they need."""
     return tl.split(dots.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
 
 
@@ -105,7 +105,7 @@ def _halves(dots, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def _half_statistics(
     dots, scale, cols, valid_rows, row_block, num_cols, col_max_ptr, col_sum_ptr,
 ):  # fmt: skip
-    """Store the column maxima and sums of a half block; returns the row ones, the maxima not yet scaled."""
+    """Store the column maxima and sums of a half block; returns those of the rows, with unscaled maxima."""
     valid_cols, to_power_of_2 = cols < num_cols, scale * LOG2E
     of_cols = tl.where(valid_rows[:, None], dots, float("-inf"))
     col_max = tl.max(of_cols, 0)
@@ -115,7 +115,7 @@ def _half_statistics(
 
     of_rows = tl.where(valid_cols[None, :], dots, float("-inf"))
     row_max = tl.max(of_rows, 1)
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # the right half may lie past the last column
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # the right half may be past the last column
     return row_max, tl.sum(tl.exp2((of_rows - shift[:, None]) * to_power_of_2), 1)
 
 
@@ -125,9 +125,9 @@ def statistics_kernel(
     stride, num_rows, num_cols, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
-    """Row and column maxima and sums of exponentials of each block of a tile of logits; one program a block.
+    """Row and column maxima and sums of exponentials of each block of a tile of logits; one program per block.
 
-    Writes row ones as (column blocks, rows) and column ones as (row blocks, columns).
+    Writes those of rows as (column blocks, rows) and those of columns as (row blocks, columns).
     """
     row_block, col_block = _block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
     rows, cols = row_block * BLOCK_M + tl.arange(0, BLOCK_M), col_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -155,7 +155,7 @@ def _store_half_gradient(
 ):  # fmt: skip
     logits, valid_cols = dots * scale, cols < num_cols
     col_lse = tl.load(col_lse_ptr + cols, mask=valid_cols, other=float("inf"))
-    # Subtract before the change of base: the difference is small where both terms are large.
+    # Subtract before the change of base: the terms may be large while their difference is small.
     grad = tl.exp2((logits - row_lse[:, None]) * LOG2E) + tl.exp2((logits - col_lse[None, :]) * LOG2E)
     grad = tl.where((rows + diagonal)[:, None] == cols[None, :], 0.0, grad)
     grad *= GRADIENT_SCALE
@@ -173,7 +173,7 @@ def gradient_kernel(
     GRADIENT_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
-    """G times GRADIENT_SCALE of a tile of logits, in the type of ``grad_ptr``; one program a block."""
+    """G times GRADIENT_SCALE for a tile of logits, in the type of ``grad_ptr``; one program per block."""
     row_block, col_block = _block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
     rows, cols = row_block * BLOCK_M + tl.arange(0, BLOCK_M), col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     dots = _dots_of_block(
@@ -199,7 +199,7 @@ class TritonTiles:
     """Tile arithmetic in Triton kernels.
 
     The workspace holds one tile of G and, for ``chunked``, one of fp32 dot products, with rows padded to a multiple of
-    64 columns so that each starts aligned; in forward, the blocks' statistics.
+    64 columns so that each row is aligned; in forward it holds the blocks' statistics.
     """
 
     def __init__(
@@ -210,15 +210,15 @@ class TritonTiles:
         source: str | None = None,
         launches: dict[tuple[str, str], Launch] | None = None,
     ) -> None:
-        """``source`` and ``launches``, by kernel and source, override the tables of ``launch``, for measurements."""
+        """``source`` and ``launches`` (by kernel and source) override the tables in ``launch``, for benchmarks."""
         self._chunked = source == "memory" if source else VARIANTS[image.dtype] == "chunked"
         if not self._chunked and image.dtype == torch.float32:
-            raise ValueError("the fused kernels take bf16 and fp16 features: fp32 ones need their products from memory")
+            raise ValueError("the fused kernels support bf16 and fp16 features: fp32 needs source='memory'")
         major, minor = torch.cuda.get_device_capability(image.device) if image.device.type == "cuda" else (8, 0)
         self._capability = major * 10 + minor
         self._source, self._launches = source, launches or {}
         self.gradient_scale = gradient_scale(image.dtype)
-        # A maximum and a sum, of rows and of columns, for every block of at least 64 x 64.
+        # A maximum and a sum for rows and for columns, for every block of at least 64 x 64.
         per_logit = (4 if self._chunked else 0) + max(image.dtype.itemsize, 16 / 64)
         elements = min(max(int(workspace_bytes / per_logit), _ALIGNED), _MOST_ELEMENTS)
         self.rows, self.columns = tile_shape(len(image), _padded(num_columns), elements, multiple=_ALIGNED)
@@ -227,7 +227,7 @@ class TritonTiles:
         self._grad: Tensor | None = None
 
     def operand(self, features: Tensor) -> Tensor:
-        """The features as the kernels take them: in their own type."""
+        """The features in their own type, as the kernels expect them."""
         return features.contiguous()
 
     def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
@@ -260,7 +260,7 @@ class TritonTiles:
         return grad
 
     def _prepare(self, kernel: str, image: Tensor, text: Tensor) -> tuple[Launch, tuple, dict]:
-        """(launch parameters, the kernel's images, texts and dot products, its options), the products computed."""
+        """(launch parameters; the kernel's images, texts and dot products; its options). Computes the products."""
         width, address = image.shape[1], image.data_ptr() | text.data_ptr()
         source = self._source or source_for(self._chunked, self._capability, width * image.itemsize, address)
         launch = self._launches.get((kernel, source)) or launch_for(kernel, source, self._capability)
@@ -276,7 +276,7 @@ class TritonTiles:
 
 
 def _add_up(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """(n) maximum and sum of exponentials of (blocks, n) partial ones; torch adds up in a fixed order."""
+    """(n) maximum and sum of exponentials from (blocks, n) partial ones; torch sums in a fixed order."""
     whole = maximum.amax(0)
     return whole, (total * torch.exp(maximum - whole)).sum(0)
 
