@@ -27,7 +27,7 @@ def test_the_cache_is_a_temporary_folder_of_ones_own(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "5 9\n", result.stderr
     (folder,) = (tmp_path / "temporary").glob("mc2_hpc-numba-*")
-    assert result.stderr.count(f"compiled code is kept in {folder}") == 1
+    assert result.stderr.count(f"caching compiled code in {folder}") == 1
     assert list(folder.rglob("*.nbi")) and folder.stat().st_mode & 0o077 == 0
     # Whoever could write there could have code run: such a folder is not used.
     shutil.rmtree(folder)

@@ -100,8 +100,8 @@ def test_what_cannot_be_read_is_listed_to_be_counted(folder):
     [
         ("nowhere", "nowhere: no such folder, file or pattern"),
         ("en/{0..1}.zip", "no such folder, file or pattern"),
-        ("empty", "folder has no .*nor has a folder below it"),
-        ("en::", "names no folder"),
+        ("empty", "folder has no .*nor do the folders below it"),
+        ("en::", "has an empty name"),
     ],
 )
 def test_what_is_not_there(name, message, folder):

@@ -196,7 +196,7 @@ def test_job_that_always_dies_is_given_up(make_job, tmp_path):
     job.submit(slurm=(f"env={environment}",))
     ended = job.finish()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "1"), job.log()
-    assert "1 starts of job" in job.log() and "no checkpoint after the beginning: given up" in job.log()
+    assert "giving up after 1 starts of job" in job.log() and "without a new checkpoint (newest: none)" in job.log()
 
 
 def test_script_by_hand_says_bad_input_once(slurm_cluster, module_config, tmp_path):

@@ -111,10 +111,10 @@ def test_words_commas_and_flags(config, capsys):
         (["--slurm", "time="], "--slurm time=: the value is empty"),
         (["--slurm", "comment=a\n#SBATCH --nodes=9"], "SBATCH --nodes=9' has a line break"),
         (["--slurm", "gpus=0"], "--slurm gpus=0: how many ranks per node? add ranks=N"),
-        (["--slurm", "gpus=four"], "--slurm gpus=four: must be a whole number per node, with a type or without"),
+        (["--slurm", "gpus=four"], "--slurm gpus=four: must be a whole number per node, with or without a type"),
         (["--slurm", "gpus=a100:"], "--slurm gpus=a100:: must be a whole number per node"),
-        (["--slurm", "gpus=2", "gres=gpu:a100:2"], "--slurm gpus=2 gres=gpu:a100:2: ask for GPUs once"),
-        (["--slurm", "gpus-per-task=1"], "--slurm gpus-per-task=1: ask for GPUs once, by gpus=N (per node) or by gres"),
+        (["--slurm", "gpus=2", "gres=gpu:a100:2"], "--slurm gpus=2 gres=gpu:a100:2: request GPUs once"),
+        (["--slurm", "gpus-per-task=1"], "--slurm gpus-per-task=1: request GPUs once, with gpus=N (per node) or gres"),
         (["--slurm", "nodes=" + "9" * 5000], "must be a whole number of at least 1"),
         (["--slurm", "gpus=" + "9" * 5000], "must be a whole number per node"),
         (["--slurm", "gpus=a100:0"], "--slurm gpus=0: how many ranks per node? add ranks=N"),
@@ -151,7 +151,7 @@ def test_starts_without_a_new_checkpoint_are_bounded(tmp_path):
     latest = tmp_path / "checkpoints" / "latest"
     latest.parent.mkdir()
     assert [slurm.count_start(tmp_path, "7", max_starts=2) for _ in range(2)] == [1, 2]
-    with pytest.raises(UserError, match="2 starts of job 7 and no checkpoint after the beginning: given up"):
+    with pytest.raises(UserError, match=r"giving up after 2 starts of job 7 without a new checkpoint \(newest: none\)"):
         slurm.count_start(tmp_path, "7", max_starts=2)
     with pytest.raises(UserError):
         slurm.count_start(tmp_path, "7", max_starts=2)

@@ -124,7 +124,7 @@ def test_damaged_checkpoint_falls_back_loudly(run_training, tmp_path):
     shutil.rmtree(run / "checkpoints/step-00000002")
     (run / "checkpoints/step-00000001/trainer.json").write_text("{}")
     code, text = run_training()
-    assert code == 2 and "none of the 1 checkpoints is whole" in text
+    assert code == 2 and "no intact checkpoint among 1;" in text
 
 
 def test_half_written_checkpoint_is_ignored_and_removed(run_training, tmp_path):

@@ -108,7 +108,7 @@ def test_the_jump_of_the_learning_rate_is_said(resume, caplog):
 )
 def test_what_must_not_change_is_refused(resume, change, words):
     """Heads and activation are in no weight's shape: the run would go on with another function."""
-    with pytest.raises(UserError, match="keep .*, or start anew with another output") as error:
+    with pytest.raises(UserError, match="keep .*, or start from scratch with another output") as error:
         resume(*change.pop("overrides", []), **change)
     assert words in str(error.value) and "\n" not in str(error.value)
 

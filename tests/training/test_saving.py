@@ -93,7 +93,7 @@ def test_damage_is_found_and_the_one_before_taken(saved, tmp_path, caplog, damag
     assert "step-00000030 is damaged" in caplog.text and words in caplog.text
     for step in (10, 20):
         damage(folder / f"step-{step:08d}")
-    with process_group() as ranks, pytest.raises(UserError, match="none of the 3 checkpoints is whole"):
+    with process_group() as ranks, pytest.raises(UserError, match="no intact checkpoint among 3;"):
         newest_checkpoint(folder, ranks)
 
 

@@ -175,10 +175,10 @@ def test_the_first_ctrl_c_asks_for_a_save_and_the_second_leaves():
 """
     process = listen(code)
     assert process.stdout.readline() == "SIGINT\n" and process.poll() is None
-    assert process.stderr.readline() == "mc2: saving because of SIGINT; another one leaves at once\n"
+    assert process.stderr.readline() == "mc2: saving because of SIGINT; press Ctrl-C again to exit at once\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == INTERRUPTED
-    assert process.stderr.read() == "mc2: interrupted again: leaving without another save\n"
+    assert process.stderr.read() == "mc2: interrupted again: exiting without another save\n"
 
 
 def test_nobody_asks_by_default():
