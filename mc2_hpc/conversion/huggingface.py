@@ -83,7 +83,7 @@ def import_model(source: Path, out: Path) -> None:
 
 
 def _preprocessor(folder: Path) -> "Preprocessor":
-    """A folder's image processor settings, from transformers 5's file or else transformers 4's; empty if it has neither.
+    """A folder's image processor settings, from transformers 5's file or else transformers 4's; empty without either.
 
     Raises:
         UserError: a file is not in the form that transformers writes.

@@ -144,7 +144,7 @@ def test_the_way_back_finds_file_and_style(style: str, tokenizers: dict[str, Tok
 
 
 def test_the_way_back_says_what_is_wrong(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no sentencepiece model there .* copy the one the model was trained with"):
+    with pytest.raises(UserError, match="no sentencepiece model there .* copy the one that the model was trained with"):
         find_tokenizer(tmp_path, 2, 1000)
     write_tokenizer(tokenizers["xlmv"].model_file, "xlmv", 24, tmp_path)
     size = tokenizers["xlmv"].vocab_size

@@ -88,7 +88,7 @@ def test_forward_gives_unit_vectors_and_the_scale_in_fp32(model: CLIP) -> None:
 def test_wrong_shapes_are_named(model: CLIP) -> None:
     with pytest.raises(ValueError, match=r"images of shape \(2, 3, 24, 32\): this model takes \(batch, 3, 24, 24\)"):
         model.encode_image(torch.zeros(2, 3, 24, 32))
-    with pytest.raises(ValueError, match="17 tokens a row: this model takes 16"):
+    with pytest.raises(ValueError, match="17 tokens per row: this model takes 16"):
         model.encode_text(torch.zeros(1, 17, dtype=torch.long))
 
 

@@ -121,11 +121,11 @@ def test_wrong_cards(folder: Path) -> None:
 
 def test_weights_of_another_model(folder: Path, model: CLIP) -> None:
     wider = dataclasses.replace(ARCH, embed_dim=7)
-    fails(r"step-3: checkpoint of another model: \S+ is \((8|10), 6\), the config wants \((8|10), 7\)", folder, wider)
+    fails(r"step-3: checkpoint of another model: \S+ is \((8|10), 6\), the config needs \((8|10), 7\)", folder, wider)
     deeper = dataclasses.replace(ARCH, text=dataclasses.replace(ARCH.text, layers=2))
-    fails(r"it lacks 'text.transformer.blocks.1.attention.out.bias' \(12 missing, 0 extra\)", folder, deeper)
+    fails(r"it lacks 'text.transformer.blocks.1.attention.out.bias' \(12 missing, 0 unexpected\)", folder, deeper)
     write_tensors(folder / "model.2.safetensors", {"optimizer": torch.zeros(1)})
-    fails(r"it has 'optimizer' \(0 missing, 1 extra\)", folder)
+    fails(r"it has 'optimizer' \(0 missing, 1 unexpected\)", folder)
 
 
 def test_damaged_and_missing_files(folder: Path) -> None:
@@ -209,7 +209,7 @@ def test_sizes_are_bounded_before_anything_is_built(
 
 def test_two_files_with_one_tensor(folder: Path) -> None:
     (folder / "model.2.safetensors").write_bytes((folder / "model.1.safetensors").read_bytes())
-    fails(r"model.2.safetensors: holds '[a-z_.0-9]+', which model.1.safetensors holds too; remove one", folder)
+    fails(r"model.2.safetensors: has '[a-z_.0-9]+', which is also in model.1.safetensors; remove one", folder)
 
 
 @pytest.mark.parametrize("content", ["", " \n", "x" * 5000, "a\0b"])

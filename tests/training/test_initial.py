@@ -140,5 +140,5 @@ def test_weights_of_wrapped_models(trained, tmp_path, prefix):
 
 def test_one_weight_twice_is_refused(tmp_path):
     save_file({"a.b": torch.zeros(1), "module.a.b": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="'a.b' and 'module.a.b' are one weight"):
+    with pytest.raises(UserError, match="'a.b' and 'module.a.b' are the same weight"):
         UnwrappedTensorFiles(tmp_path, "model")
