@@ -56,9 +56,7 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        logger.info(
-            "torchvision's compiled operators do not load with this torch (%s): declaring their schemas", error
-        )
+        logger.info("torchvision's compiled operators do not load with this torch (%s): declaring their schemas", error)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     library = torch.library.Library("torchvision", "DEF")

@@ -48,7 +48,7 @@ def ablate(
     names = [ablation.name for ablation in ablations]
     for path, name in zip(files, names, strict=True):
         if names.count(name) > 1:
-            raise UserError(f"{path}: another file is also called {name!r}; rename one, since plots are named after the files")
+            raise UserError(f"{path}: another file is also called {name!r}; rename one, plots are named after files")
     with exclusive_folder(out):
         planned = _plan(ablations, out, report)
         runs = {run.results: run for rows in planned for _, _, of_row in rows for run in of_row}

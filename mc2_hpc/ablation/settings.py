@@ -167,7 +167,8 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
     sets = load_suite(found.suite).sets
     for name, column in found.columns.items():
         if column.set not in sets:
-            raise UserError(f"{path}: columns.{name}: {found.suite} has no set {column.set!r}; it has {', '.join(sets)}")
+            there = ", ".join(sets)
+            raise UserError(f"{path}: columns.{name}: {found.suite} has no set {column.set!r}; it has {there}")
     return Ablation(
         name=path.stem,
         title=found.title or path.stem,

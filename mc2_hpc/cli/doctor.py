@@ -3,7 +3,7 @@
 import argparse
 import json
 
-SUMMARY = "what is installed here, and does it work"
+SUMMARY = "show what is installed here and whether it works"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,8 +41,8 @@ class Towers(nn.Module):
 class CLIP(Towers):
     """Both towers and the learnt temperature ``logit_scale`` (its logarithm, as in OpenAI's CLIP).
 
-    Built under ``torch.device("meta")`` it uses no memory: load weights with ``load_state_dict(assign=True)``. It has no
-    buffers that would remain on meta.
+    Built under ``torch.device("meta")`` it uses no memory: load weights with ``load_state_dict(assign=True)``. It has
+    no buffers that would remain on meta.
     """
 
     def __init__(self, arch: ClipArchitecture) -> None:

@@ -55,7 +55,7 @@ def test_a_failure_names_its_log_and_begins_nothing_more(run, tmp_path):
         run("good", "import time; time.sleep(0.5)"),
         run("late", "pass"),
     ]
-    with pytest.raises(UserError, match=r"bad: exit code 3; see .*bad0\.log; the same command goes on"):
+    with pytest.raises(UserError, match=r"bad: exit code 3; see .*bad0\.log; run the same command to resume"):
         run_all(runs, 2, lambda done_, total, title: done.append(title))
     assert done == ["good"]  # it was under way, so it was finished
 

@@ -88,7 +88,7 @@ def test_columns_choose_languages_and_how_to_join_them(run):
         (Column(set="bad"), "was not scored: test.parquet: no such file; fix it and delete"),
         (Column(set="good", languages=["xx"]), "no language 'xx'; it has en, de, fr"),
         (Column(set="good", without=["xx"]), "no language 'xx'"),
-        (Column(set="good", languages=["en"], without=["en"]), "leaves no language"),
+        (Column(set="good", languages=["en"], without=["en"]), "leaves out every language"),
         (Column(set="good", metric="R@1"), "no metric 'R@1' in 'en'; it has top1"),
     ],
 )

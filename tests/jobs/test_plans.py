@@ -45,7 +45,7 @@ def test_killed_worker_is_reported(tmp_path):
 
 
 def test_error_of_the_program_shows_its_traceback(tmp_path):
-    with pytest.raises(RuntimeError, match="s: an error of the program at '1 / 0'(.|\n)*ZeroDivisionError"):
+    with pytest.raises(RuntimeError, match="s: a bug in the program at '1 / 0'(.|\n)*ZeroDivisionError"):
         run(Stage("s", tmp_path, {"1 / 0": {}, "pass": {}}, exec, NEVER), Local(2))
     with pytest.raises(ZeroDivisionError):
         run(Stage("s", tmp_path, {"1 / 0": {}}, exec, NEVER))
@@ -208,7 +208,7 @@ def test_slurm_that_cannot_be_used(monkeypatch):
     with pytest.raises(UserError, match="cpus-per-task=x: must be a whole number of at least 1"):
         Slurm({**options, "cpus_per_task": "x"})
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    with pytest.raises(UserError, match="task of a Slurm array already"):
+    with pytest.raises(UserError, match="already is a task of a Slurm array"):
         Slurm(options)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     monkeypatch.setenv("PATH", "")

@@ -34,7 +34,7 @@ def test_what_comes_after_a_change_looks_again(engine, slurm_cluster, tmp_path, 
     write = Stage("write", tmp_path, {code: {"folder": str(tmp_path)}}, exec, ("never",))
     copy = Stage("copy", tmp_path, {"copied": source}, work.Copy(tmp_path), ("{shard}",))
     assert copy.undone() == []
-    with pytest.raises(UserError, match="write: its Slurm job has ended and 1 of 1 shards are not done"):
+    with pytest.raises(UserError, match="write: its Slurm job has ended but 1 of 1 shards are not done"):
         run(engine, write, copy)  # by its outputs the first is never done
     slurm_cluster.wait_until(
         "the end of the chain", lambda: not slurm_cluster.command("squeue", "--noheader", "--format", "%j")

@@ -68,7 +68,7 @@ def test_an_earlier_run_is_moved_aside_and_nothing_else_is_touched(tmp_path):
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="holds other files; name a new or empty folder"):
+    with pytest.raises(UserError, match="contains other files; name a new or empty folder"):
         run_quickstart(tmp_path, processes=1, recipe=_TINY)
     with pytest.raises(UserError, match="is a file"):
         run_quickstart(tmp_path / "thesis.tex", processes=1, recipe=_TINY)

@@ -32,9 +32,9 @@ HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"
 WRONG = [
     (b"", "not readable as an array"),
     (b"text", "not readable as an array"),
-    (saved(np.arange(3.0)), "holds float64 of shape (3,), where float32 of one dimension is expected"),
-    (saved(np.zeros((3, 2), np.float32)), "holds float32 of shape (3, 2), where float32 of one dimension"),
-    (saved(np.zeros(4, np.float32)), "holds 4 numbers, where 3 are expected"),
+    (saved(np.arange(3.0)), "has float64 of shape (3,), expected float32 of one dimension"),
+    (saved(np.zeros((3, 2), np.float32)), "has float32 of shape (3, 2), expected float32 of one dimension"),
+    (saved(np.zeros(4, np.float32)), "has 4 numbers, expected 3"),
     (saved(np.zeros(3, np.float32))[:-1], "not readable as an array"),
     (saved(np.array([{}], object)), "not readable as an array"),
     (npy(HUGE), "not readable as an array"),

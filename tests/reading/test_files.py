@@ -31,7 +31,7 @@ def test_a_link_to_a_file_is_one(tmp_path):
         ("socket", "socket: cannot be opened: "),
         ("/dev/zero", "/dev/zero: is a device; name a file"),
         ("none", "none: no such file"),
-        ("dangling", "dangling: links to nowhere, which is not there"),
+        ("dangling", "dangling: links to nowhere, which does not exist"),
         ("circle", "circle: cannot be opened: "),
         ("folder/none/x", "x: no such file"),
         ("a\0b", "cannot be opened: embedded null byte"),

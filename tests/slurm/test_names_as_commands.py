@@ -91,5 +91,5 @@ def test_an_output_whose_name_no_script_can_hold_is_refused(stand_in, tmp_path, 
 
 def assert_refused(capsys, script: Path) -> None:
     error = capsys.readouterr().err
-    assert re.search("no Slurm script can hold|may not stand in it", error) and error.count("\n") == 1, error
+    assert re.search("a Slurm script cannot contain|is not allowed", error) and error.count("\n") == 1, error
     assert not script.exists()

@@ -199,7 +199,7 @@ BAD = {
     "no process": (["--processes", "0"], "--processes 0: must be at least 1"),
     "negative restarts": (["--processes", "2", "--restarts", "-1"], "--restarts -1: must be at least 0"),
     "restarts without processes": (["--restarts", "2"], "--restarts needs --processes"),
-    "restarts that begin anew": (["--processes", "2", "--restarts", "2", "checkpoint.resume=false"], "begin anew"),
+    "restarts from scratch": (["--processes", "2", "--restarts", "2", "checkpoint.resume=false"], "from scratch"),
 }
 
 
