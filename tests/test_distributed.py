@@ -1,4 +1,4 @@
-"""Who is a rank: what torchrun or srun started, and not what merely runs inside an allocation of Slurm."""
+"""Which processes are ranks: those started by torchrun or srun, not any process inside a Slurm allocation."""
 
 import subprocess
 import sys

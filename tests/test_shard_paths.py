@@ -31,7 +31,7 @@ def test_braces_that_stand_for_nothing_or_too_much(pattern):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two languages of shards, with the litter that other programs leave."""
+    """Shards in two languages, with leftovers of other programs."""
     for lang in ("en", "de"):
         for name in ("0.tar", "1.TAR", "0.parquet", ".2.tar", "notes.txt"):
             (tmp_path / lang / name).parent.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def test_home(folder, monkeypatch):
     assert names(list_shards("~/en", ".tar"), folder) == ["en/0.tar", "en/1.TAR"]
 
 
-def test_letters_of_patterns_in_names(folder):
+def test_pattern_characters_in_names(folder):
     for name in ("{odd}", "od*d", "[1]"):
         (folder / name).mkdir()
         (folder / name / "0.tar").touch()

@@ -1,4 +1,4 @@
-"""Ablation files: what a row is made of, and one line for whatever is wrong in them."""
+"""Ablation files: how a row gets its settings, and one-line errors."""
 
 import dataclasses
 import re
@@ -65,14 +65,14 @@ ROW = {"name": "a"}
         ([ROW], {"title": None}, "title"),
     ],
 )
-def test_what_is_wrong_is_named_in_one_line(rows, changes, message, ablation_file):
+def test_errors_are_one_line(rows, changes, message, ablation_file):
     path = ablation_file("bad", rows, **changes)
     with pytest.raises(UserError, match=re.escape(message)) as error:
         load_ablation(path)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_key_file_or_no_yaml(tmp_path, ablation_file):
+def test_a_missing_file_or_key_and_invalid_yaml(tmp_path, ablation_file):
     with pytest.raises(UserError, match="no such ablation file"):
         load_ablation(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")

@@ -1,4 +1,4 @@
-"""Means, sample standard deviations, and the table in which they stand beside the paper's."""
+"""Means, sample standard deviations, and the table that shows them beside the paper's numbers."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_the_papers_row_stands_beside_ours():
     "about, line",
     [({"mirrors": ""}, "F."), ({"finding": ""}, "Mirrors table 2."), ({"mirrors": "", "finding": ""}, None)],
 )
-def test_nothing_is_printed_of_what_the_file_does_not_say(about, line):
+def test_missing_texts_are_not_printed(about, line):
     lines = markdown([{**table(table_row("r", [0], [{"English": 0.5}], {})), **about}]).splitlines()
     assert lines[0] == "## T" and lines[1] == ""
     assert lines[2].startswith("| row |") if line is None else lines[2:4] == [line, ""]

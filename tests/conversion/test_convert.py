@@ -1,4 +1,4 @@
-"""Whole folders: what the peers load gives our logits, the way back the same bytes, and bad input one clear line."""
+"""Converting folders: the peers give our logits, the way back gives the same bytes, bad input gives one clear line."""
 
 import json
 import logging
@@ -114,7 +114,7 @@ def test_images_are_prepared_alike(
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     found = processor(image, return_tensors="pt")["pixel_values"][0]
     assert found.shape == expected.shape
-    # Another implementation of bicubic resizing, which rounds some bytes the other way.
+    # This implementation of bicubic resizing rounds some bytes differently.
     assert (found - expected).abs().max() < 3.5 / 255 / 0.26
     assert read_card(convert(folder, "mc2", tmp_path / "back")).arch.eval_resize == resize
 
@@ -304,7 +304,7 @@ def test_configs_of_other_models(
     fails(message, folder, "mc2", tmp_path / "sub" / "out")
 
 
-def test_configs_that_are_no_configs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_invalid_configs(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, _ = checkpoint()
     folder = convert(source, "open_clip", tmp_path / "a")
     out = tmp_path / "sub" / "out"
@@ -319,7 +319,7 @@ def test_configs_that_are_no_configs(checkpoint: Checkpoint, tmp_path: Path) -> 
 
 
 def test_what_transformers_5_says_of_images_is_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """It saves the image processor within ``processor_config.json`` alone."""
+    """It saves the image processor only in ``processor_config.json``."""
     source, _ = checkpoint(eval_resize="squash")
     folder = convert(source, "hf", tmp_path / "a")
     images = json.loads((folder / "preprocessor_config.json").read_text())
@@ -377,7 +377,7 @@ def test_defaults_are_transformers_own(transformers: ModuleType) -> None:
 def test_a_config_that_transformers_wrote(
     tiny_arch: ClipArchitecture, transformers: ModuleType, tmp_path: Path, checkpoint: Checkpoint
 ) -> None:
-    """It omits what equals the defaults."""
+    """It omits values that equal the defaults."""
     source, _ = checkpoint()
     out = convert(source, "hf", tmp_path / "out")
     transformers.MetaClip2Model.from_pretrained(out).save_pretrained(out)

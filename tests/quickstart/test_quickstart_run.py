@@ -1,4 +1,4 @@
-"""The quickstart end to end, in small; and where it stops."""
+"""The quickstart end to end, at a small size, and its errors."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_every_stage_is_joined_to_the_next(tmp_path, capsys):
     assert set(report["zero_shot"]) == set(report["languages"]) == set(LANGUAGES)
     assert all(0 <= accuracy <= 1 for accuracy in report["zero_shot"].values())
     assert report["open_clip_max_abs_diff"] < 1e-4
-    # Segmentations of equal score may be chosen differently, very seldom.
+    # Very rarely, ties between segmentations are resolved differently.
     assert report["open_clip_captions_tokenized_differently"] < 0.01 * 100 * len(LANGUAGES)
     assert 0 < report["english_share_after"] < report["english_share_before"] < 1
     assert len(report["stages"]) == 7 and sum(s["seconds"] for s in report["stages"]) < report["seconds"]

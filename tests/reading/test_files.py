@@ -1,4 +1,4 @@
-"""Regular files alone are opened, none is waited for, and each is bounded."""
+"""Only regular files are opened, without blocking and up to a size limit."""
 
 import os
 import socket
@@ -39,14 +39,14 @@ def test_a_link_to_a_file_is_one(tmp_path):
         ("two\nlines", r"two\\nlines: no such file"),
     ],
 )
-def test_what_is_no_file_is_named_at_once(tmp_path, name, message):
+def test_what_is_not_a_file_is_named_at_once(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "circle").symlink_to("circle")
     with socket.socket(socket.AF_UNIX) as server:
         here = os.getcwd()
-        os.chdir(tmp_path)  # an address has room for 107 bytes
+        os.chdir(tmp_path)  # a socket's address has at most 107 bytes
         server.bind("socket")
         os.chdir(here)
         for opening in (open_regular, check_regular):

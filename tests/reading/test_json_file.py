@@ -1,4 +1,4 @@
-"""JSON as typed values, and one line with the place for whatever it is not."""
+"""JSON as typed values, and one-line errors with the place."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Settings mean what is written: texts, numbers, overrides, references, and one line for all else."""
+"""Settings mean what is written: texts, numbers, overrides, references, and one-line errors."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +70,7 @@ def test_a_text_is_the_text_that_was_written(read, word):
 @pytest.mark.parametrize(
     "word", [*WORDS, "run #3", "'q'", '"q"', "a: b", "[x", "~", " x", "null", "#", "&a", "!x", "*x"]
 )
-def test_so_is_the_text_of_an_override(read, word):
+def test_the_text_of_an_override_is_literal(read, word):
     assert read("steps: 2", f"title={word}") == Whole(title=word, steps=2)
 
 
@@ -243,7 +243,7 @@ def test_one_line_says_what_and_where(read, text, message):
         ("title=${oc.env:HOME}", "is not ${key.sub} of another setting"),
     ],
 )
-def test_so_it_does_for_an_override(read, word, message):
+def test_one_line_for_an_override(read, word, message):
     with pytest.raises(UserError) as error:
         read("{}", word)
     assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500

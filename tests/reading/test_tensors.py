@@ -1,4 +1,4 @@
-"""Headers of safetensors files: checked against the file, and quick to refuse."""
+"""Headers of safetensors files: checked against the file, and rejected quickly."""
 
 import json
 import os
@@ -59,7 +59,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("content, message", WRONG.values(), ids=WRONG)
-def test_what_is_no_such_file(tmp_path, content, message):
+def test_damaged_files(tmp_path, content, message):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""What `mc2 train --slurm` writes and refuses, and what rank.sh and the count of starts decide, without a cluster."""
+"""What `mc2 train --slurm` writes and rejects, and the decisions of rank.sh and the start limit, without a cluster."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def script_of(capsys, *words: object) -> str:
 
 
 def header(script: str) -> dict[str, str]:
-    """Options of the script's #SBATCH lines, read as sbatch reads them."""
+    """The script's #SBATCH options, parsed as sbatch does."""
     lines = re.findall(r"^#SBATCH (.*)$", script, flags=re.MULTILINE)
     return dict(shlex.split(line)[0].removeprefix("--").partition("=")[::2] for line in lines)
 
@@ -55,7 +55,7 @@ def test_dry_run_prints_the_filled_script(config, tmp_path, capsys):
     assert f"\nset -- {config} optim.lr=1e-4 'output=a b' --timeout=600\n" in script
     assert script.index("#SBATCH --mem=0") < script.index("\nset -- ") < script.index("\nsrun ")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert not list(tmp_path.glob("100*")), "a dry run makes no folder"
+    assert not list(tmp_path.glob("100*")), "a dry run must not create a folder"
 
 
 def test_what_is_not_given_is_as_shipped(config, capsys):
@@ -159,7 +159,7 @@ def test_starts_without_a_new_checkpoint_are_bounded(tmp_path):
     assert slurm.count_start(tmp_path, "8", max_starts=2) == 2
     latest.write_text("step-00000020\n")
     assert [slurm.count_start(tmp_path, "8", max_starts=2) for _ in range(2)] == [1, 2]
-    with pytest.raises(UserError, match="no checkpoint after step-00000020"):
+    with pytest.raises(UserError, match="newest: step-00000020"):
         slurm.count_start(tmp_path, "8", max_starts=2)
 
 
@@ -187,7 +187,7 @@ def test_first_start_is_let_through(config, monkeypatch):
         (0, "exit 75", 75),
         (1, "exit 127", 255),
         (1, "kill -9 $$", 137),
-        # The signal reaches the shell as well: it waits for what the trainer answers.
+        # The shell gets the signal too; it must wait for the trainer's exit code.
         (0, "trap 'exit 69' USR1; kill -USR1 $PPID; kill -USR1 $$; sleep 1; exit 3", 69),
     ],
 )

@@ -1,4 +1,4 @@
-"""Signals and exit codes: what ranks do when asked to stop, and what the launcher makes of it."""
+"""Signals and exit codes: what ranks do when asked to stop, and how the launcher reacts."""
 
 import os
 import signal
@@ -39,12 +39,12 @@ def test_verdict(codes, passed_on, expected):
 
 
 def rank(code):
-    """A command for the launcher."""
+    """A rank's command, for the launcher."""
     return [sys.executable, "-c", f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}"]
 
 
 def test_restarts_until_it_works(tmp_path):
-    """Rank 1 is killed in the first start; rank 0 would wait for ever and is ended."""
+    """Rank 1 is killed in the first start; rank 0 would wait forever and is killed by the launcher."""
     code = f"""
 path = {str(tmp_path)!r} + f"/{{rank}}"
 with open(path, "a") as file:
@@ -132,7 +132,7 @@ with stop.listening():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_before_the_first_step_a_signal_ends_a_rank_that_waits_for_others(number):
-    """The rendezvous waits inside a library, where no handler written in Python would run for a minute."""
+    """The rendezvous waits inside a library, where a handler written in Python would not run for a minute."""
     code = """
     from datetime import timedelta
     import torch.distributed as dist
