@@ -82,7 +82,7 @@ def expand_braces(pattern: str) -> list[str]:
 def walk_files(folder: Path) -> Iterator[Path]:
     """All files in and below ``folder`` that are not hidden, in order of their names; links are followed.
 
-    Dangling links and named pipes are included: whoever reads them counts them as unreadable.
+    Dangling links and named pipes are included, so that readers count them as unreadable.
 
     Raises:
         UserError: a folder cannot be read.

@@ -37,14 +37,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add_sources(actions: Any) -> None:
-    extract = _add(actions, "extract", "Common Crawl's WAT or WARC files to a caption pool")
+    extract = _add(actions, "extract", "make a caption pool from Common Crawl's WAT or WARC files")
     extract.add_argument("archives", nargs="+", help="files, or folders searched at any depth")
-    deduplicate = _add(actions, "deduplicate", "every image key in one shard, texts once")
+    deduplicate = _add(actions, "deduplicate", "put each image key in one shard and keep each text once")
     deduplicate.add_argument("pool", help="folder of <shard>.parquet, such as the output of extract")
     deduplicate.add_argument(
         "--shards", type=whole(1, 1 << 20), metavar="N", help="shards to write [one per million rows]"
     )
-    decontaminate = _add(actions, "decontaminate", "training shards without benchmarks")
+    decontaminate = _add(actions, "decontaminate", "write training shards without benchmark images")
     decontaminate.add_argument("shards", help="folder of training shards")
     decontaminate.add_argument("--against", required=True, help="folder of benchmark images or tars of them")
     decontaminate.add_argument(

@@ -6,7 +6,7 @@
     folder/heldout/heldout-00000.parquet  key, text, lang, source, number: one row per language
     folder/heldout.parquet              key, label, jpg: all of these images with their numbers
 
-As on the web, a few numbers and a few languages (above all English) make up most of the pool, an image may have several
+As on the web, a few numbers and a few languages (above all English) make up most of the pool. An image may have several
 candidate captions, and some captions say nothing about it. Every draw depends only on (seed, shard), so the same seed
 gives the same bytes.
 """
