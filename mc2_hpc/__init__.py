@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["__version__", "load"]
 
-# Imported when they are asked for: the command line must answer before torch has loaded.
+# Imported on first access: the command line must answer before torch has loaded.
 _LAZY = {"load": "mc2_hpc.evaluation.loading"}
 
 

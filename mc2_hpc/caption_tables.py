@@ -1,8 +1,8 @@
-"""Parquet files of captions: which are such files, and their columns, read one way by curation and by training.
+"""Parquet files of captions: how to recognise them, and how curation and training read their columns.
 
-A caption table has the columns ``key`` and ``text``, perhaps ``lang``, ``source`` and ``entries``. Other Parquet files
-often lie beside shards: img2dataset's has no ``text``, DataComp's no ``key``. They are not caption tables, and whoever
-lists shards passes them over.
+A caption table has the columns ``key`` and ``text``, and optionally ``lang``, ``source`` and ``entries``. Shards often
+have other Parquet files beside them: img2dataset's have no ``text``, DataComp's no ``key``. They are not caption
+tables, and code that lists shards ignores them.
 """
 
 from pathlib import Path
@@ -17,16 +17,16 @@ KEY, TEXT, LANG, SOURCE, ENTRIES = "key", "text", "lang", "source", "entries"
 
 
 def is_caption_table(path: Path) -> bool:
-    """Whether the Parquet file at ``path`` has a key and a text per row; so has not one that is absent.
+    """Whether the Parquet file at ``path`` has a key and a text per row; False if the file does not exist.
 
     Raises:
-        UserError: cannot be read, or a column stands there twice.
+        UserError: cannot be read, or a column occurs twice.
     """
     return bool(caption_columns(path))
 
 
 def caption_columns(path: Path) -> list[str]:
-    """The columns of a caption table that are there; none where ``path`` is absent or another kind of file.
+    """The columns of a caption table that ``path`` has; none if it is absent or another kind of file.
 
     Raises:
         UserError: see :func:`is_caption_table`.
@@ -42,12 +42,12 @@ def caption_columns(path: Path) -> list[str]:
 
 
 def caption_table(path: Path) -> "pyarrow.Table | None":
-    """Columns ``key``, ``text`` (as bytes), ``lang``, perhaps ``entries``; None where ``path`` is not a caption table.
+    """Columns ``key``, ``text`` (as bytes), ``lang`` and, if present, ``entries``; None if not a caption table.
 
-    Whole numbers as keys are their decimal digits.
+    Integer keys become their decimal digits.
 
     Raises:
-        UserError: cannot be read, or a column is of another type.
+        UserError: cannot be read, or a column has the wrong type.
     """
     names = caption_columns(path)
     if not names:
@@ -67,7 +67,7 @@ def caption_table(path: Path) -> "pyarrow.Table | None":
 
 
 def column_types() -> "dict[str, ColumnType]":
-    """What the columns of a caption table may hold: strings; for keys whole numbers too."""
+    """The types that columns of a caption table may have: strings; for keys, integers too."""
     from mc2_hpc.reading.parquet_file import IDS, TEXT_OR_INTEGER
     from mc2_hpc.reading.parquet_file import TEXT as STRINGS
 

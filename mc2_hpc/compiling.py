@@ -1,7 +1,7 @@
 """numba's compiler with a cache that can always be written.
 
-numba keeps machine code beside the source, or else in the user's cache folder. Where neither can be written, as in a
-container with a read-only image and no home, its cache would be an error; then it is a folder for temporary files.
+numba caches machine code beside the source, or else in the user's cache folder. If neither is writable, as in a
+container with a read-only image and no home, numba raises an error; here the cache then goes to a temporary folder.
 """
 
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``numba.njit`` that releases the GIL and caches what it compiles."""
-    settings: Any = config  # filled in when numba is imported, so its attributes have no types
+    settings: Any = config  # numba fills it in at import, so its attributes have no types
     compiler = numba.njit(nogil=True, cache=True)
     try:
         return compiler(function)
@@ -28,12 +28,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if settings.CACHE_DIR:
             raise
         settings.CACHE_DIR = str(_temporary_folder())
-        logger.info("compiled code is kept in %s: %s", settings.CACHE_DIR, error)
+        logger.info("caching compiled code in %s: %s", settings.CACHE_DIR, error)
         return compiler(function)
 
 
 def _temporary_folder() -> Path:
-    """This user's own: what lies there will be run."""
+    """A folder that only this user can write, because the code in it will be executed."""
     folder = Path(tempfile.gettempdir()) / f"mc2_hpc-numba-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

@@ -2,8 +2,8 @@
 
     config = load_config("configs/train/vit_h14_worldwide.yaml", ["optim.lr=1e-4"])
 
-Every field has a type and a default; an unknown key or a value of the wrong type is a :class:`UserError` that names the
-file and the key. A parsed config is read-only (frozen dataclasses): state that changes lives in the trainer.
+Every field has a type and a default. An unknown key or a value of the wrong type raises a :class:`UserError` that names
+the file and the key. A parsed config is read-only (frozen dataclasses): mutable state lives in the trainer.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ def _at_least(key: str, value: float, low: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionOverrides:
-    """Vision-tower numbers that differ from the preset's; ``None`` keeps the preset's."""
+    """Vision-tower sizes that differ from the preset's; ``None`` keeps the preset's."""
 
     image_size: int | None = None
-    """Side of the square input in pixels."""
+    """Side length of the square input in pixels."""
     patch_size: int | None = None
     width: int | None = None
     layers: int | None = None
@@ -46,7 +46,7 @@ class VisionOverrides:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOverrides:
-    """Text-tower numbers that differ from the preset's; ``None`` keeps the preset's."""
+    """Text-tower sizes that differ from the preset's; ``None`` keeps the preset's."""
 
     vocab_size: int | None = None
     """Rows of the token table; at least the tokenizer's vocabulary."""
@@ -62,13 +62,13 @@ class ModelConfig:
     """Which dual encoder, and how its blocks compute."""
 
     preset: str | None = None
-    """A name from ``mc2_hpc.models.presets.PRESETS``; sizes below refine it. Null is the model of ``init_from``,
-    or ``ViT-B-32-worldwide``."""
+    """A name from ``mc2_hpc.models.presets.PRESETS``; the sizes below override it. Null means the model of
+    ``init_from``, or ``ViT-B-32-worldwide``."""
     init_from: str | None = None
     """Model whose weights a new run starts from: a run or checkpoint, an open_clip folder or a transformers folder;
-    null draws them from ``seed``."""
+    null initialises them randomly from ``seed``."""
     new_tokenizer: bool = False
-    """Start from the weights of ``init_from`` although ``data.tokenizer`` is not the one they were trained with."""
+    """Start from the weights of ``init_from`` even though they were not trained with ``data.tokenizer``."""
     embed_dim: int | None = None
     quick_gelu: bool | None = None
     vision: VisionOverrides = field(default_factory=VisionOverrides)
@@ -92,35 +92,35 @@ class DataConfig:
     """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, pattern or list
     of these, local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
     tokenizer: str = ""
-    """A sentencepiece model file; empty is the one that ``model.init_from`` was trained with, in its style."""
+    """A sentencepiece model file; if empty, the tokenizer and style that ``model.init_from`` was trained with."""
     tokenizer_style: str = "xlmv"
     """How ids are laid out: ``xlmv`` (fairseq offset; XLM-V, XLM-R), ``mt5`` (SigLIP too) or ``gemma``."""
     balance: str | None = None
-    """Folder with ``balance.json`` and ``probs/<lang>.npy``: curated shards are balanced online; null keeps all."""
+    """Folder with ``balance.json`` and ``probs/<lang>.npy`` to balance curated shards online; null keeps all."""
     lanes: int = 256
-    """Fixed number of sample streams the shards are dealt to; must divide the global batch. Ranks own lanes."""
+    """Fixed number of sample streams that the shards are dealt to; must divide the global batch. Ranks own lanes."""
     workers: int = 6
-    """Decoding processes a rank; 0 decodes in the training process."""
+    """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 2
     """Batches each worker holds ready."""
     decode: str = "auto"
     """``turbo`` (DCT-scaled), ``turbo_exact`` (full decode), ``pil``, ``dali`` (on the GPU), or ``auto`` (turbo)."""
     hw_decoder_load: float = 0.65
-    """``dali``: share of the JPEGs for the GPU's own JPEG engine, where it has one; 0 leaves all to its cores."""
+    """``dali``: share of JPEGs decoded by the GPU's hardware JPEG engine, if it has one; 0 uses CUDA cores only."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Area range of RandomResizedCrop."""
     max_image_pixels: int = 1 << 26
-    """Largest image that is decoded in full. Larger JPEGs, up to eight times as many pixels, are decoded at a half or a
-    quarter of their size; anything else that large is skipped."""
+    """Largest image that is decoded at full size. Larger JPEGs, up to eight times as many pixels, are decoded at a half
+    or a quarter of their size; any other image that large is skipped."""
     seed: int = 0
-    """Seeds every random draw of the data path: text choice, balancing, order, crop."""
+    """Seeds every random draw of the data path: caption choice, balancing, order, crop."""
     stall_seconds: float = 600
-    """Longest wait for samples: then the run ends with an error that names the rank, worker and shard."""
+    """Longest wait for samples; after it the run ends with an error that names the rank, worker and shard."""
     cache_dir: str | None = None
-    """Folder, on a local disk, of remote shards and of tar indexes that cannot lie beside their tars; null is the
+    """Folder on a local disk for remote shards and for tar indexes that cannot be stored beside their tars; null is the
     user's cache folder."""
     cache_gb: float = 100
-    """Most that remote shards may take there, in 10^9 bytes, over all processes of the machine."""
+    """Most space that remote shards may take there, in 10^9 bytes, over all processes of the machine."""
 
     def __post_init__(self) -> None:
         _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
@@ -147,7 +147,7 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-6
     weight_decay: float = 0.1
-    """Applied to matrices only: not to gains, biases, logit_scale."""
+    """Applied to matrices only, not to gains, biases or logit_scale."""
     warmup: int = 2000
     """Steps of linear warm-up."""
     grad_clip: float = 0.0
@@ -166,9 +166,9 @@ class ZeroConfig:
     """How DeepSpeed partitions the training state."""
 
     stage: int = 1
-    """0: replicas; 1: optimizer state; 2: and gradients; 3: and parameters."""
+    """0: none (replicas); 1: optimizer state; 2: also gradients; 3: also parameters."""
     bucket_elements: int = 500_000_000
-    """Elements a communication bucket holds."""
+    """Elements per communication bucket."""
     persist_below_elements: int = 100_000
     """Stage 3: parameters smaller than this stay whole on every rank."""
 
@@ -194,16 +194,16 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved, and how many saves are kept."""
+    """When the state is saved, and how many checkpoints are kept."""
 
     every: int = 2000
     """Steps between saves; the last step is always saved."""
     keep: int = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints to keep."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder, if there is one."""
     background: bool = True
-    """Train on while a copy of the state is written; false waits until each checkpoint is on disk."""
+    """Continue training while a copy of the state is written; false waits until each checkpoint is on disk."""
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 1)
@@ -219,11 +219,11 @@ class EvalConfig:
     every: int = 20_000
     """Steps between evaluations; the last step's weights are always evaluated."""
     root: str | None = None
-    """Where the sets lie, in place of the suite's ``root``."""
+    """Where the sets are, in place of the suite's ``root``."""
     batch: int = 64
-    """Images that a rank encodes at a time."""
+    """Images per rank and forward pass."""
     best: str | None = None
-    """``<set>/<metric>`` whose largest value so far decides which checkpoint is kept as the best; null: the leading
+    """``<set>/<metric>`` whose largest value so far decides which checkpoint is kept as the best; null uses the leading
     metric of the first set that could be scored."""
 
     def __post_init__(self) -> None:
@@ -238,19 +238,19 @@ class RunConfig:
     """One training run."""
 
     output: str = "runs/default"
-    """Folder of logs and checkpoints."""
+    """Folder for logs and checkpoints."""
     steps: int = 391_136
     global_batch: int = 75_264
-    """Pairs a step, over all ranks: the contrastive loss sees all of them at once."""
+    """Pairs per step, over all ranks: the contrastive loss sees all of them at once."""
     micro_batch: int = 0
-    """Pairs a rank encodes at a time; 0 encodes its whole share. Smaller values recompute features (GradCache): the
-    same loss and gradients in less memory."""
+    """Pairs that a rank encodes at a time; 0 encodes its whole share. Smaller values recompute features (GradCache):
+    the same loss and gradients in less memory."""
     precision: str = "bf16"
     """``fp32``, or ``bf16`` (autocast over fp32 parameters)."""
     seed: int = 0
     """Seeds the initial weights."""
     log_every: int = 10
-    """Steps between metric rows."""
+    """Steps between rows of metrics."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -261,7 +261,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.output.strip():
-            raise UserError("output: names no folder")
+            raise UserError("output: is empty; name a folder")
         _choose("precision", self.precision, tuple(Precision))
         for name in ("steps", "global_batch", "log_every"):
             _at_least(name, getattr(self, name), 1)
@@ -269,7 +269,7 @@ class RunConfig:
         if self.global_batch % self.data.lanes:
             raise UserError(
                 f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "
-                f"choose lanes that divide it"
+                f"choose a number of lanes that divides it"
             )
 
 
@@ -277,24 +277,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read a run's YAML file and apply ``key.sub=value`` overrides.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key (the nearest known one is named), a value of the wrong type
-            or out of range.
+        UserError: no such file, not YAML, an unknown key (the message suggests the nearest one), or a value of the
+            wrong type or out of range.
     """
     return typed(RunConfig, read_yaml(path, "config file"), overrides or (), source=str(path))
 
 
 def config_from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
-    """Build a config from plain values, such as ``trainer.json`` of a checkpoint holds; errors name ``source``."""
+    """Build a config from plain values, such as those in a checkpoint's ``trainer.json``; errors name ``source``."""
     return typed(RunConfig, values, source=source)
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain values of the whole tree, JSON-ready; :func:`config_from_dict` reads them back to an equal config."""
+    """Plain, JSON-ready values of the whole tree; :func:`config_from_dict` turns them back into an equal config."""
     return dataclasses.asdict(config)
 
 
 def yaml_text(values: dict[str, Any]) -> str:
-    """Plain values as a YAML file that :func:`read_yaml` reads back to the same: ``${`` in texts is written ``$${``."""
+    """Plain values as YAML that :func:`read_yaml` reads back unchanged: ``${`` in strings is written as ``$${``."""
     return yaml.safe_dump(_escaped(values), allow_unicode=True, sort_keys=False)
 
 

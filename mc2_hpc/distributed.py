@@ -1,4 +1,4 @@
-"""Process group and rank facts, the same whether torchrun, srun or nobody launched the process."""
+"""Process group, rank and world size, the same whether the process was launched by torchrun, by srun or alone."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ DEFAULT_TIMEOUT_S = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Where this process stands among the others."""
+    """This process's place in the process group."""
 
     rank: int
     world_size: int
@@ -46,10 +46,10 @@ def _from_environment(name: str, slurm_name: str, default: int, *, low: int, hig
 
 
 def _facts() -> tuple[int, int, int]:
-    """Rank, world size and local rank, as the environment has them.
+    """Rank, world size and local rank from the environment.
 
     Raises:
-        UserError: one is no number, or out of range.
+        UserError: one is not a number, or out of range.
     """
     world_size = _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1, low=1, high=_MOST_RANKS)
     rank = _from_environment("RANK", "SLURM_PROCID", 0, low=0, high=world_size - 1)
@@ -61,12 +61,12 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
     """Join the process group that the environment describes; leave it at the end.
 
     torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) come first, then those that srun sets
-    for the tasks of a step. Without either, so also in the shell of an allocation, the process is alone, and needs no
-    port. NCCL on GPUs, gloo on CPUs.
+    for the tasks of a step. Without either, as in the shell of an allocation, the process is alone and needs no port.
+    Uses NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        UserError: a variable is no number or out of range, several processes are announced but no MASTER_ADDR to meet
-            at, or more local ranks than GPUs.
+        UserError: a variable is not a number or out of range, there are several processes but no MASTER_ADDR, or there
+            are more local ranks than GPUs.
     """
     rank, world_size, local_rank = _facts()
     device = _device(local_rank)
@@ -80,7 +80,7 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
         store, address = None, "env://"
     else:
         store, address = dist.HashStore(), None
-    # Libraries below (DeepSpeed) read the same facts from the environment.
+    # DeepSpeed reads these from the environment.
     facts = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
     before = {name: os.environ.get(name) for name in facts}
     os.environ.update(facts)
@@ -96,7 +96,7 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
         yield Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
     finally:
         dist.destroy_process_group()
-        # What this process starts later is not a rank of this group.
+        # Processes started later are not ranks of this group.
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -109,17 +109,18 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank} but this machine has {torch.cuda.device_count()} GPU(s): start one process a GPU"
+            f"local rank {local_rank} but this machine has {torch.cuda.device_count()} GPU(s): "
+            f"start one process per GPU"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def first_error(error: Exception | None) -> None:
-    """Tell every rank whether any rank failed, so that all stop together instead of waiting for the one that did.
+    """Tell every rank whether any rank failed, so that all stop together instead of waiting for the failed one.
 
-    Collective. Raises this rank's own ``error``; on the others a ``UserError`` (if it is one) or ``RuntimeError``
-    that names the first rank that failed.
+    Collective. Raises this rank's own ``error``; on the other ranks, a ``UserError`` (if the error is one) or
+    ``RuntimeError`` that names the first rank that failed.
     """
     found: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (isinstance(error, UserError), f"{error}" or repr(error)) if error else None)
@@ -132,11 +133,11 @@ def first_error(error: Exception | None) -> None:
 
 
 def on_first_rank(ranks: Ranks, work: Callable[[], None]) -> None:
-    """Do ``work`` on the first rank while the others wait. Collective; raises as :func:`first_error` does."""
+    """Run ``work`` on the first rank while the others wait. Collective; raises like :func:`first_error`."""
     error: Exception | None = None
     if ranks.is_first:
         try:
             work()
-        except Exception as failure:  # whatever it is, the other ranks must hear of it
+        except Exception as failure:  # whatever it is, the other ranks must know
             error = failure
     first_error(error)

@@ -1,6 +1,6 @@
 """The compiled form of :func:`mc2_hpc.draws.hash_keys`, for Arrow columns.
 
-Apart from it because numba takes time and memory to import, which every worker of a loader would pay.
+It is a separate module because importing numba would cost every loader worker time and memory.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def hash_column(column: pa.Array) -> npt.NDArray[np.uint64]:
     offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
     text = np.frombuffer(data_buffer, np.uint8)[offsets[0] : offsets[-1]] if data_buffer else np.zeros(0, np.uint8)
     data = np.concatenate((text, np.zeros(8, np.uint8)))
-    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # one beginning at every byte
+    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # one word starts at every byte
     return _hash_words(words, offsets - offsets[0])
 
 

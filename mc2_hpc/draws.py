@@ -1,7 +1,7 @@
 """Random draws of the data path as pure functions of (seed, epoch, key, purpose).
 
-No draw depends on a process's random stream, so curation and loading make the same choices on any number of shards,
-ranks and workers, and a resumed run repeats none of them differently.
+No draw depends on a process's random state. So curation and loading make the same choices with any number of shards,
+ranks and workers, and a resumed run makes the same choices again.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ LENGTH_STEP = 0xD6E8FEB86659FD93
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
-_BLOCK = 1 << 15  # words; the temporaries of a block stay in a core's cache
+_BLOCK = 1 << 15  # words; a block's temporaries fit in a core's cache
 
 
 def hash_keys(keys: Sequence[str]) -> npt.NDArray[np.uint64]:
@@ -25,8 +25,8 @@ def hash_keys(keys: Sequence[str]) -> npt.NDArray[np.uint64]:
 
         hash = mix(length * LENGTH_STEP + sum_j mix(w_j + (j + 1) * WORD_STEP))    modulo 2**64
 
-    where ``mix`` is the splitmix64 finaliser (Steele, Lea, Flood 2014). Not for secrets: who chooses keys can make two
-    of them collide. :func:`mc2_hpc.draw_kernels.hash_column` gives the same for an Arrow column, faster.
+    where ``mix`` is the splitmix64 finaliser (Steele, Lea, Flood 2014). Not cryptographic: it is easy to construct keys
+    that collide. :func:`mc2_hpc.draw_kernels.hash_column` computes the same for an Arrow column, faster.
     """
     encoded = [key.encode("utf-8", "surrogatepass") for key in keys]
     offsets = np.zeros(len(encoded) + 1, np.int64)
@@ -36,7 +36,7 @@ def hash_keys(keys: Sequence[str]) -> npt.NDArray[np.uint64]:
 
 def _hash_bytes(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """Hashes of ``data[offsets[i]:offsets[i + 1]]``; 8 more bytes follow the last."""
-    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # one beginning at every byte
+    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # one word starts at every byte
     lengths = np.diff(offsets)
     counts = np.maximum((lengths + 7) // 8, 1)
     ends = np.cumsum(counts)
@@ -68,10 +68,10 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def random_uint64(key_hashes: npt.NDArray[np.uint64], *, seed: int, epoch: int, purpose: str) -> npt.NDArray[np.uint64]:
-    """Counter-based random bits, one 64-bit word a key.
+    """Counter-based random bits, one 64-bit word per key.
 
-    The words are the splitmix64 finaliser applied twice to the key's hash, each time offset by half a digest of (seed,
-    epoch, purpose): distinct purposes give independent words for one key.
+    The splitmix64 finaliser is applied twice to the key's hash, each time offset by half of a digest of (seed, epoch,
+    purpose): different purposes give independent words for the same key.
     """
     stream = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16).digest(), "little")
     z = _mix(key_hashes + np.uint64(stream & _MASK))
@@ -80,6 +80,6 @@ def random_uint64(key_hashes: npt.NDArray[np.uint64], *, seed: int, epoch: int, 
 
 
 def uniform(key_hashes: npt.NDArray[np.uint64], *, seed: int, epoch: int, purpose: str) -> npt.NDArray[np.float64]:
-    """Uniform draws in [0, 1) with 53 random bits, one a key; arguments as :func:`random_uint64`."""
+    """Uniform draws in [0, 1) with 53 random bits, one per key; arguments as in :func:`random_uint64`."""
     words = random_uint64(key_hashes, seed=seed, epoch=epoch, purpose=purpose)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,14 +1,14 @@
-"""Why a sample, a caption or a shard is left out: one word each, for curation, loading and evaluation alike.
+"""The reasons why a sample, a caption or a shard is dropped, shared by curation, loading and evaluation.
 
-What is left out is always counted, under one of these words. A filter of the user's adds words of its own
-(``docs/curation.md``); nothing else does.
+Everything that is dropped is counted under one of these reasons. Only a user's own filters add others
+(``docs/curation.md``).
 """
 
 from enum import StrEnum
 
 
 class Drop(StrEnum):
-    """The word that counters, logs, reports and file formats use; :data:`MEANINGS` says when."""
+    """The identifier used in counters, logs, reports and file formats; :data:`MEANINGS` explains each."""
 
     # A whole shard
     SHARD_UNREADABLE = "shard_unreadable"
@@ -52,13 +52,13 @@ class Drop(StrEnum):
 
 MEANINGS = {
     Drop.SHARD_UNREADABLE: "the tar or its Parquet file is missing, empty, truncated or damaged",
-    Drop.SHARD_CHANGED: "the tar was rewritten since it was last listed: it is read, in another order",
+    Drop.SHARD_CHANGED: "the tar was rewritten since it was last listed; it is read in a different order",
     Drop.READ_ERROR: "storage could no longer read the bytes",
-    Drop.NAME_UNSAFE: "the name or key is absolute, or climbs out of its folder",
+    Drop.NAME_UNSAFE: "the name or key is absolute, or leads out of its folder",
     Drop.NAME_TOO_LONG: "the name is too long for a plain tar",
-    Drop.NAME_REPEATED: "a file of the same name again",
+    Drop.NAME_REPEATED: "another file of the same name",
     Drop.KEY_MISSING: "a caption without a key",
-    Drop.RECORD_TOO_LARGE: "a record of an archive that is too large to be a page",
+    Drop.RECORD_TOO_LARGE: "an archive record that is too large to be a page",
     Drop.RECORD_NOT_HTTP: "a record that is not a valid HTTP response",
     Drop.PAGE_TOO_HEAVY: "a page that takes too much time or memory to parse",
     Drop.URL_MISSING: "an image without an address",
@@ -67,25 +67,25 @@ MEANINGS = {
     Drop.CAPTION_MISSING: "an image without a caption",
     Drop.CAPTION_EMPTY: "nothing but white space",
     Drop.CAPTION_NOT_UTF8: "the caption or its key is not valid UTF-8",
-    Drop.CAPTION_NOT_JSON: "the record is not a JSON object, or too large or too deep to be read",
-    Drop.CAPTION_REPEATED: "the same caption of the same key again",
-    Drop.LANGUAGE_UNKNOWN: "no metadata in the language of the caption",
+    Drop.CAPTION_NOT_JSON: "the record is not a JSON object, or is too large or nested too deeply",
+    Drop.CAPTION_REPEATED: "a duplicate of a caption with the same key",
+    Drop.LANGUAGE_UNKNOWN: "no metadata in the caption's language",
     Drop.NO_MATCH: "no metadata entry occurs in the caption",
     Drop.NOT_DRAWN: "another caption of the image was drawn in this epoch",
-    Drop.BALANCED: "drawn, then thinned by balancing",
+    Drop.BALANCED: "drawn, then removed by balancing",
     Drop.IMAGE_MISSING: "a caption without an image",
-    Drop.IMAGE_UNMATCHED: "none of the captions of the image matched",
-    Drop.IMAGE_REPEATED: "a further image of the same sample",
+    Drop.IMAGE_UNMATCHED: "none of the image's captions matched",
+    Drop.IMAGE_REPEATED: "another image of the same sample",
     Drop.IMAGE_UNSUPPORTED: "a format that cannot be decoded here, such as JPEG XL or HEIC",
     Drop.IMAGE_TRUNCATED: "the JPEG ends early",
     Drop.IMAGE_UNDECODABLE: "any other damage, or not an image",
-    Drop.IMAGE_TOO_LARGE: "more pixels than are decoded (a decompression bomb)",
+    Drop.IMAGE_TOO_LARGE: "more pixels than the limit (a decompression bomb)",
 }
-"""What each word means, for reports and documentation."""
+"""What each reason means, for reports and documentation."""
 
 
 class Dropped(ValueError):
-    """Something is left out; ``reason`` says why, ``detail`` says more for the log."""
+    """Something is dropped for ``reason``; ``detail`` adds more for the log."""
 
     def __init__(self, reason: Drop, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else str(reason))

@@ -1,8 +1,8 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The exception for wrong input, as opposed to a bug in the program."""
 
 
 class UserError(ValueError):
-    """Bad input: the message is one line that says what is wrong, where, and how to mend it.
+    """Bad input; the one-line message says what is wrong, where, and how to fix it.
 
     The command line prints the message and exits with code 2; library callers may catch it as ``ValueError``.
     """

@@ -1,13 +1,13 @@
-"""Encoded images to RGB by Pillow: one way for training, evaluation, search and curation.
+"""Decoding images to RGB with Pillow, in the same way for training, evaluation, search and curation.
 
-What Pillow does by itself and this does otherwise:
+Differences from Pillow's defaults:
 
 - 16-bit grey (scans, depth maps) keeps its high byte, where ``convert("RGB")`` turns everything above 255 white;
-- damaged metadata (EXIF, TIFF tags, palettes with transparency) costs no line of warning per image;
+- damaged metadata (EXIF, TIFF tags, palettes with transparency) causes no warnings;
 - the limit on pixels is an argument, and a JPEG above it is decoded at a half or a quarter of its size.
 
-Transparency is dropped. Of animations the first frame counts. Orientation tags are applied where ``upright`` asks:
-training and evaluation leave them, as open_clip does.
+Transparency is dropped. Animations give their first frame. Orientation tags are applied only with ``upright``:
+training and evaluation ignore them, as open_clip does.
 """
 
 import io
@@ -19,40 +19,40 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mc2_hpc.drops import Drop, Dropped
 
 MAX_PIXELS = 1 << 26
-"""Largest image that is decoded unless told otherwise: 67 million pixels, 200 MB of RGB."""
+"""Default limit on decoded images: 67 million pixels, 200 MB of RGB."""
 REDUCED = 8
-"""How many times larger a JPEG may be that is decoded at a smaller scale: a progressive one has all its coefficients in
-memory, whatever the scale."""
+"""How many times larger than the limit a JPEG decoded at a smaller scale may be: a progressive JPEG keeps all its
+coefficients in memory, whatever the scale."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
-"""Raster formats. Pillow's others would run programs (EPS), or are no images of the web."""
+"""Raster formats. Pillow's others run external programs (EPS) or do not occur on the web."""
 _START_OF_JPEG = b"\xff\xd8"
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 Image.MAX_IMAGE_PIXELS = None  # the limit here is exact, known to the caller, and counted
-# Of damaged metadata, which nobody here reads; it would be a line or two per image in every worker.
+# About damaged metadata, which nothing here reads: a line or two per image in every worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image with its header read and its pixels not yet; :func:`load_rgb` reads them.
+    """Read only the image's header; :func:`load_rgb` reads its pixels.
 
     Args:
-        max_pixels: a JPEG with up to :data:`REDUCED` times as many is to be decoded at a smaller scale.
+        max_pixels: a JPEG with up to :data:`REDUCED` times as many is decoded at a smaller scale.
 
     Raises:
-        Dropped: of no known format, damaged, or too large.
+        Dropped: unknown format, damaged, or too large.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if max_pixels < image.width * image.height <= REDUCED * max_pixels:
             scale = 2 if image.width * image.height <= 4 * max_pixels else 4
-            image.draft(None, (image.width // scale, image.height // scale))  # changes JPEG alone
+            image.draft(None, (image.width // scale, image.height // scale))  # affects only JPEG
     except UnidentifiedImageError:
         raise Dropped(Drop.IMAGE_UNDECODABLE, "no known image format") from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+    except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
         raise _damage(bytes(data[:2]), error) from None
     if image.width * image.height > max_pixels:
         raise Dropped(Drop.IMAGE_TOO_LARGE, f"{image.width}x{image.height}")
@@ -63,7 +63,7 @@ def load_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
     """The pixels of an image from :func:`open_image`, mode RGB.
 
     Args:
-        upright: turn it as its orientation tag says.
+        upright: apply the orientation tag.
 
     Raises:
         Dropped: damaged.
@@ -90,7 +90,7 @@ def thumbnail(data: bytes | memoryview, side: int) -> bytes:
         Dropped: see :func:`open_image`.
     """
     image = open_image(data)
-    image.draft("RGB", (2 * side, 2 * side))  # of a JPEG: decode no more than the thumbnail needs
+    image.draft("RGB", (2 * side, 2 * side))  # decode no more of a JPEG than the thumbnail needs
     image = load_rgb(image, upright=True)
     image.thumbnail((side, side))
     file = io.BytesIO()

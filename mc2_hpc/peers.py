@@ -1,8 +1,8 @@
 """Importing the libraries that exported models are made for: open_clip and transformers.
 
-Both import torchvision, whose wheels on PyPI carry operators compiled for CUDA. Beside a CPU build of torch those
-operators do not load, and torchvision stops at the first use of their names. Neither library calls them on our paths
-(they are for object detection), so declaring their schemas is enough for the import to go through.
+Both import torchvision, whose PyPI wheels contain operators compiled for CUDA. With a CPU build of torch those
+operators do not load, and torchvision fails at the first use of their names. Our code never reaches them (they are for
+object detection), so declaring their schemas is enough for the import to succeed.
 """
 
 import importlib
@@ -46,7 +46,7 @@ def import_transformers() -> ModuleType:
 
 
 def import_torchvision() -> ModuleType:
-    """The ``torchvision`` module; where its compiled operators cannot load, their schemas are declared (and logged).
+    """The ``torchvision`` module; if its compiled operators cannot load, their schemas are declared and this is logged.
 
     Raises:
         UserError: torchvision is not installed.
@@ -56,9 +56,7 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        logger.info(
-            "torchvision's compiled operators do not load beside this torch (%s): declaring their schemas", error
-        )
+        logger.info("torchvision's compiled operators do not load with this torch (%s): declaring their schemas", error)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     library = torch.library.Library("torchvision", "DEF")

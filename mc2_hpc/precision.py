@@ -1,4 +1,4 @@
-"""The precision a model computes in, by the name that configs and commands use."""
+"""The precision that a model computes in, by the names that configs and commands use."""
 
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -15,13 +15,13 @@ class Precision(StrEnum):
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Of activations and of the features that enter the loss."""
-        import torch  # here: configs are read without torch
+        """The dtype of activations and of the features that enter the loss."""
+        import torch  # not at the top: configs are read without torch
 
         return {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}[self]
 
     def autocast(self, device: "torch.device") -> "torch.autocast":
-        """The context that towers run in; it does nothing for ``fp32``."""
+        """The context in which the towers run; it does nothing for ``fp32``."""
         import torch
 
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self is Precision.BF16)

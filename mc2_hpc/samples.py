@@ -1,15 +1,15 @@
-"""What the members of a shard are, and which belong to one sample: one description for every command that reads shards.
+"""How the members of a shard form samples, for every command that reads shards.
 
-A member's *role* follows from the ending of its name, in any case: an image, a caption (``.txt``), or a record
-(``.json``) that may hold captions and their language. A sample is what shares a **key**: the name up to its last dot,
-so a key may itself contain dots (``DSC.0001.jpg``, ``DSC.0001.txt``). Keys are compared in Unicode's form NFC: macOS
-writes names decomposed.
+A member's *role* follows from its extension, in any case: an image, a caption (``.txt``), or a record (``.json``) that
+may hold captions and their language. Members of one sample share a **key**: the name up to its last dot, so a key may
+itself contain dots (``DSC.0001.jpg``, ``DSC.0001.txt``). Keys are compared in Unicode NFC, because macOS writes names
+decomposed.
 
-Files that this leaves without a partner are tried once more by WebDataset's rule, up to the *first* dot of the file
-name. So parts with names (``000001.input.jpg``, ``000001.output.txt``) make a sample if there is one image among them,
-and ``000001.mask.png`` beside ``000001.jpg`` is a further image of sample ``000001`` rather than a sample of its own.
+Files left without a partner are matched again by WebDataset's rule, up to the *first* dot of the file name. So named
+parts (``000001.input.jpg``, ``000001.output.txt``) make a sample if there is one image among them, and
+``000001.mask.png`` beside ``000001.jpg`` is another image of sample ``000001`` rather than a sample of its own.
 
-Hidden files (``.DS_Store``, macOS's ``._`` twins) are no members of anything.
+Hidden files (``.DS_Store``, macOS's ``._`` twins) are ignored.
 """
 
 import json
@@ -27,15 +27,15 @@ IMAGE_EXTENSIONS = (
     *(*JPEG_EXTENSIONS, "png", "webp", "avif", "gif", "bmp", "dib", "tif", "tiff"),
     *("jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "ico"),
 )
-"""Endings of images that Pillow decodes; of several images of one sample the earliest ending here counts."""
+"""Images that Pillow decodes; if a sample has several, the one whose extension comes first here is used."""
 UNSUPPORTED_EXTENSIONS = ("jxl", "heic", "heif", "svg", "psd", "raw", "cr2", "nef", "dng")
-"""Endings of images that Pillow does not decode: named, so that they are counted rather than taken for other data."""
+"""Images that Pillow does not decode; listed so that they are counted rather than treated as other data."""
 CAPTION_EXTENSION, RECORD_EXTENSION = "txt", "json"
 
 LARGEST_RECORD = 1 << 20
-"""Bytes of a caption or record that are read: more is not a caption."""
+"""Largest caption or record, in bytes, that is read."""
 MOST_CAPTIONS = 64
-"""Captions of one image that are read from a record."""
+"""Most captions that are read from one record."""
 
 Value = TypeVar("Value")
 
@@ -43,7 +43,7 @@ _RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 
 
 class Caption(NamedTuple):
-    """A caption and its language; ``lang`` is empty where the sample does not name one."""
+    """A caption and its language; ``lang`` is empty if the sample does not name one."""
 
     text: str
     lang: str = ""
@@ -59,7 +59,7 @@ class Sample:
     record: Member | None = None
 
     def is_complete(self) -> bool:
-        """Whether there is an image and something that may hold its caption."""
+        """Whether there is an image and a member that may hold its caption."""
         return self.image is not None and (self.caption is not None or self.record is not None)
 
 
@@ -68,14 +68,14 @@ class Listing:
     """What a tar holds."""
 
     samples: dict[str, Sample] = field(default_factory=dict)
-    """By key in form NFC, in the order in which keys first occur."""
+    """By key in NFC, in order of first occurrence."""
     drops: Counter[str] = field(default_factory=Counter)
-    """Members that are part of no sample although they might be, by reason."""
+    """Members that could be part of a sample but are not, by reason."""
     others: Counter[str] = field(default_factory=Counter)
     """Endings (after the first dot of the file name) of all other members."""
 
     def describe_others(self) -> str:
-        """What else is there, and what would have been read, for a message about a tar without samples."""
+        """What the tar holds instead and what was looked for, for a message about a tar without samples."""
         shown = ", ".join(f"{count} *.{ending}" for ending, count in self.others.most_common(4))
         wanted = f"looked for an image (.{', .'.join(IMAGE_EXTENSIONS[:6])}, ...) with a .{CAPTION_EXTENSION} or "
         return f"holds {shown or 'no files'}; {wanted}.{RECORD_EXTENSION} of the same name"
@@ -91,9 +91,9 @@ def list_samples(source: ByteSource) -> Listing:
 
 
 def group_members(members: Iterable[Member]) -> Listing:
-    """The samples that ``members`` make, by the rules at the head of this file.
+    """Group ``members`` into samples by the rules at the top of this file.
 
-    Of a name that occurs again the first stays.
+    The first of several members with the same name is kept.
     """
     listing = Listing()
     for member in safe_members(members, listing.drops):
@@ -104,7 +104,7 @@ def group_members(members: Iterable[Member]) -> Listing:
 
 
 def safe_members(members: Iterable[Member], drops: Counter[str]) -> Iterator[Member]:
-    """The members, without a leading ``./``; those whose names lead out of their folder are counted in ``drops``."""
+    """The members without a leading ``./``; names that lead out of their folder are counted in ``drops``."""
     for member in members:
         member = member._replace(name=member.name.removeprefix("./"))
         if member.name and not escapes(member.name):
@@ -119,10 +119,10 @@ def pairing_key(key: str) -> str:
 
 
 class ByKey(Generic[Value]):
-    """What belongs to a key, where one side wrote the keys into a table and the other into names of files.
+    """Look-up by key when one side has the keys in a table and the other in file names.
 
-    Keys are compared as :func:`pairing_key` has them; where that finds nothing, keys of digits alone by their value:
-    a table may hold 12 where the file is ``000012.jpg``. A value that two names share finds nothing.
+    Keys are compared by :func:`pairing_key`. If that finds nothing, all-digit keys are compared by value: a table may
+    hold 12 where the file is ``000012.jpg``. A value that two names share finds nothing.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Value]]) -> None:
@@ -130,7 +130,7 @@ class ByKey(Generic[Value]):
         self._numbers: dict[int, Value | None] | None = None
 
     def get(self, key: str) -> Value | None:
-        """What belongs to ``key``, or None."""
+        """The value for ``key``, or None."""
         found = self._exact.get(pairing_key(key))
         if found is None and _is_number(key):
             if self._numbers is None:
@@ -147,7 +147,7 @@ def _is_number(key: str) -> bool:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name has the ending of an image that can be decoded."""
+    """Whether a file name has the extension of an image that can be decoded."""
     return name.rpartition(".")[2].lower() in _RANK and not name.rpartition("/")[2].startswith(".")
 
 
@@ -183,7 +183,7 @@ def _rank(member: Member) -> int:
 
 
 def _join_parts(listing: Listing) -> None:
-    """Give samples that lack a part, and whose file name has a dot in its stem, a second chance up to the first dot."""
+    """Regroup incomplete samples whose stem contains a dot by their name up to the first dot."""
     loose: dict[str, list[str]] = {}
     for key, sample in listing.samples.items():
         if not sample.is_complete() and "." in key.rpartition("/")[2]:
@@ -211,14 +211,14 @@ def _up_to_first_dot(key: str) -> str:
 
 
 def captions_of(caption: bytes | None, record: bytes | None) -> list[Caption]:
-    """The captions of a sample, by its ``.txt`` and its ``.json``; at least one, none of them empty.
+    """The captions of a sample from its ``.txt`` and its ``.json``; at least one, none of them empty.
 
-    A ``.txt`` is one caption and goes before the record, which then tells its language alone. A record has its caption
-    under ``caption``, else ``text``, or several under ``captions`` or ``texts``: a list of strings, or of ``[kind,
-    text]`` as MetaCLIP writes them. ``lang`` is the language of them all.
+    A ``.txt`` is one caption and takes precedence over the record, which then gives only its language. A record has its
+    caption under ``caption``, else ``text``, or several under ``captions`` or ``texts``: a list of strings, or of
+    ``[kind, text]`` as MetaCLIP writes them. ``lang`` is the language of all of them.
 
     Raises:
-        Dropped: nothing there can be used.
+        Dropped: there is no usable caption.
     """
     fields = parse_record(record) if record is not None else {}
     lang = fields.get("lang")
@@ -243,7 +243,7 @@ def _texts(fields: dict[str, Any]) -> Iterator[str]:
         if value is ...:
             continue
         if value is None:
-            yield ""  # a caption that is null is an empty one
+            yield ""  # null counts as an empty caption
         elif isinstance(value, str):
             yield value
         elif isinstance(value, list):
@@ -255,7 +255,7 @@ def _texts(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def usable_text(raw: bytes) -> str:
-    """A caption as text, without white space around it.
+    """A caption as text, stripped of white space.
 
     Raises:
         Dropped: too large, not UTF-8, or nothing but white space.
@@ -275,7 +275,7 @@ def parse_record(raw: bytes) -> dict[str, Any]:
     """The object in a ``.json`` member.
 
     Raises:
-        Dropped: not UTF-8, not a JSON object, or too large or too deep.
+        Dropped: not UTF-8, not a JSON object, too large, or nested too deeply.
     """
     if len(raw) > LARGEST_RECORD:
         raise Dropped(Drop.CAPTION_NOT_JSON, f"{len(raw):,} bytes")

@@ -1,18 +1,18 @@
-"""Which local shards a name means: one reading for training, curation, evaluation and search.
+"""Which local shards a name means, for training, curation, evaluation and search.
 
 ======================================  ==============================================================================
 name                                    means
 ======================================  ==============================================================================
-a folder                                the shards in it; if it has none itself, those in all folders below
+a folder                                the shards in it; if it has none, those in all folders below it
 a file                                  that shard
 ``pool/*/*.tar``, ``pool/2024-*``       the shards that match the pattern, or those in the folders that match it
 ``{en,de}/{000..127}.tar``              every expansion of the braces
 ``one::two``, or a list                 the shards of each, together
-``~/data``                              below the home folder
+``~/data``                              a path below the home folder
 ======================================  ==============================================================================
 
-Links to folders are followed, each folder once. Hidden files and folders never count: they are unfinished writes, and
-what other programs leave.
+Links to folders are followed, each folder once. Hidden files and folders are ignored: they are unfinished writes or
+leftovers of other programs.
 """
 
 import glob
@@ -31,7 +31,7 @@ Names = str | Path | Sequence[str]
 
 
 def split_names(names: Names) -> list[str]:
-    """The single names of a list, or of names joined with ``::``.
+    """Split a list, or names joined with ``::``, into single names.
 
     Raises:
         UserError: there are none, or one is empty.
@@ -39,25 +39,25 @@ def split_names(names: Names) -> list[str]:
     parts = [str(names)] if isinstance(names, (str, Path)) else [str(name) for name in names]
     singles = [single for part in parts for single in part.split("::")]
     if not all(singles) or not singles:
-        raise UserError(f"{names!r}: names no folder, file or pattern of shards")
+        raise UserError(f"{names!r}: has an empty name; name folders, files or patterns of shards")
     return singles
 
 
 def list_shards(names: Names, *suffixes: str) -> list[Path]:
-    """The local shards that ``names`` mean, by the table above, sorted by path and each once.
+    """The local shards that ``names`` mean by the table above, sorted by path, without duplicates.
 
     Args:
         suffixes: such as ``.tar``; files that end in one of them, in any case, are shards.
 
     Raises:
-        UserError: one of the names means no shard, or a folder cannot be read.
+        UserError: one of the names matches no shard, or a folder cannot be read.
     """
     return sorted({path for name in split_names(names) for path in _of_one(name, suffixes)})
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every string that ``pattern`` stands for: ``{a,b}`` gives each alternative, ``{08..10}`` each number, as wide as
-    the first bound.
+    """Every string that ``pattern`` stands for: ``{a,b}`` gives each alternative, ``{08..10}`` each number, padded to
+    the width of the first bound.
 
     Raises:
         UserError: more than ten million, or a range that runs backwards.
@@ -80,9 +80,9 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
-    """What lies in and below ``folder`` beside folders, links followed, in the order of their names; nothing hidden.
+    """All files in and below ``folder`` that are not hidden, in order of their names; links are followed.
 
-    Dangling links and named pipes are among them: whoever reads them counts them as unreadable.
+    Dangling links and named pipes are included, so that readers count them as unreadable.
 
     Raises:
         UserError: a folder cannot be read.
@@ -94,7 +94,7 @@ def walk_files(folder: Path) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+        if (status.st_dev, status.st_ino) in seen:  # a cycle of links
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -104,7 +104,7 @@ def walk_files(folder: Path) -> Iterator[Path]:
 
 def _of_one(name: str, suffixes: Sequence[str]) -> list[Path]:
     path = Path(name).expanduser()
-    if path.exists():  # braces and stars may also be letters of a name
+    if path.exists():  # a name may itself contain braces and stars
         return _of_path(path, suffixes)
     expanded = expand_braces(str(path))
     if len(expanded) > 1:
@@ -123,7 +123,7 @@ def _of_path(path: Path, suffixes: Sequence[str]) -> list[Path]:
         return [path]
     below = [found for found in walk_files(path) if found.suffix.lower() in suffixes]
     if not below:
-        raise UserError(f"{path}: folder has no {_kinds(suffixes)} shards, nor has a folder below it")
+        raise UserError(f"{path}: folder has no {_kinds(suffixes)} shards, nor do the folders below it")
     return [found for found in below if found.parent == path] or below
 
 

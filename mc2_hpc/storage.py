@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, completion markers.
+"""Atomic writes, completion markers and folder locks.
 
 Nothing here imports torch; curation and training share it.
 """
@@ -22,10 +22,10 @@ from mc2_hpc.errors import UserError
 logger = logging.getLogger(__name__)
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What ``flock`` answers in a file system without locks, such as Lustre and NFS as they are often mounted."""
+"""Errors of ``flock`` on a file system without locks, as Lustre and NFS are often mounted."""
 
 _COMPLETE = ".complete"
-# Asking for it sets it for a moment, which threads would notice: so it is asked for once.
+# Reading the umask sets it for a moment, which other threads would see, so it is read only once, here.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
@@ -35,7 +35,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success fsync it and rename it to ``path``.
 
     On an exception the temporary file is removed and ``path`` is left as it was. The temporary name starts with a dot
-    and ends like the target, so writers that look at the suffix (``np.save``) work and shard listing ignores it.
+    and keeps the suffix, so writers that look at the suffix (``np.save``) work and shard listing ignores it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp creates 0600; a result is as readable as any other new file.
+        # mkstemp creates 0600; give the result the permissions of any other new file.
         temporary.chmod(0o666 & ~_UMASK)
         fsync_file(temporary)
         os.replace(temporary, path)
@@ -80,7 +80,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def mark_complete(folder: Path) -> None:
-    """Leave the marker that says every file of ``folder`` has been written."""
+    """Write the marker that says that every file of ``folder`` has been written."""
     with atomic_path(folder / _COMPLETE) as temporary:
         temporary.write_text("")
 
@@ -91,19 +91,19 @@ def is_complete(folder: Path) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove ``folder`` and all in it; absent is fine."""
+    """Remove ``folder`` and everything in it, if it exists."""
     if folder.exists():
         shutil.rmtree(folder)
 
 
 @contextmanager
 def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
-    """Hold ``folder`` against other processes that do the same; the hold ends with the process, however it ends.
+    """Lock ``folder`` against other processes that do the same; the lock ends with the process, however it ends.
 
-    Where the file system has no locks this is said in the log, and nothing is held.
+    On a file system without locks this logs a warning and locks nothing.
 
     Raises:
-        UserError: another process still holds it after ``wait_s`` seconds.
+        UserError: another process still holds the lock after ``wait_s`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
@@ -116,7 +116,7 @@ def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     file.seek(0)
                     raise UserError(
-                        f"{folder}: {file.read().strip() or 'another process'} is still working there after "
+                        f"{folder}: {file.read().strip() or 'another process'} is still using it after "
                         f"{wait_s:.0f} s; stop it, or choose another output"
                     ) from None
                 time.sleep(0.1)
@@ -124,7 +124,7 @@ def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
                 if error.errno not in NO_LOCKS:
                     raise
                 logger.warning(
-                    "%s: its file system has no locks (%s): see to it yourself that no other job works there",
+                    "%s: its file system has no locks (%s): make sure yourself that no other job uses this folder",
                     folder,
                     error.strerror,
                 )

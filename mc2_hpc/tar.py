@@ -1,8 +1,8 @@
-"""Tar files as lists of byte ranges: find the members once, then read any payload by itself; and writing plain ones.
+"""Tar files as lists of byte ranges: list the members once, then read any payload by itself. Also writes plain tars.
 
-Own parsing instead of ``tarfile``, which is slower and ends without a word at a damaged header. Reads are positional
-(``pread``), not through a memory map: a file that shrinks under a running job then gives a short read, which is an
-error, where a map would kill the process (SIGBUS).
+Parses headers itself because ``tarfile`` is slower and stops silently at a damaged header. Reads are positional
+(``pread``), not through a memory map: if a file shrinks under a running job, a short read is an error, whereas a map
+would kill the process (SIGBUS).
 """
 
 import errno
@@ -29,7 +29,7 @@ _ADLER = 65521
 
 
 class TarError(Exception):
-    """A file is not a whole tar; the message says why, but not which file."""
+    """A file is not a complete tar; the message says why, but not which file."""
 
 
 class ByteSource(Protocol):
@@ -38,15 +38,15 @@ class ByteSource(Protocol):
     size: int
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes from ``offset``; OSError where there are fewer."""
+        """Exactly ``size`` bytes from ``offset``; OSError if there are fewer."""
         ...
 
 
 class LocalFile:
-    """A file open for positional reads; closed when the object goes.
+    """A file opened for positional reads; closed when the object is freed.
 
     Args:
-        pin: kept as long as the file is.
+        pin: an object to keep alive as long as the file.
 
     Attributes:
         size, mtime_ns: when it was opened.
@@ -81,15 +81,15 @@ class Member(NamedTuple):
 
 
 def list_members(source: ByteSource) -> list[Member]:
-    """Regular files of a tar in order, under the names that it gives them: whoever joins one to a path looks first
-    whether it :func:`escapes`.
+    """Regular files of a tar in order, with their names unchanged: before joining a name to a path, check that it does
+    not :func:`escapes`.
 
-    Reads the ustar, GNU (long names, base-256 sizes) and pax headers. Sparse files are passed over.
+    Reads ustar, GNU (long names, base-256 sizes) and pax headers. Sparse files are skipped.
 
     Raises:
-        TarError: not a tar, damaged (every header has a checksum), or cut off. A cut between two members shows in the
-            missing end-of-archive mark.
-        OSError: it shrinks meanwhile.
+        TarError: not a tar, damaged (every header has a checksum), or truncated. A cut between two members is detected
+            by the missing end-of-archive mark.
+        OSError: the file shrinks meanwhile.
     """
     members: list[Member] = []
     position = 0
@@ -117,7 +117,7 @@ def list_members(source: ByteSource) -> list[Member]:
             long_name = fields.get("path", long_name)
         else:
             name = long_name if long_name is not None else _header_name(header)
-            is_folder = kind == b"\0" and name.endswith("/")  # as it was written before folders had a type
+            is_folder = kind == b"\0" and name.endswith("/")  # from before folders had a type of their own
             if kind in _REGULAR and not is_folder and not any(key.startswith("GNU.sparse.") for key in fields):
                 members.append(Member(name, data, size))
             long_name, fields = None, {}
@@ -127,12 +127,12 @@ def list_members(source: ByteSource) -> list[Member]:
 
 
 def escapes(name: str) -> bool:
-    """Whether a file of this name could land outside of the folder that it is joined to."""
+    """Whether this name, joined to a folder, could lead out of it."""
     return name.startswith("/") or "\\" in name or "\0" in name or (".." in name and ".." in name.split("/"))
 
 
 def fits_tar_name(name: str) -> bool:
-    """Whether a ustar header, which every reader knows, can hold the name: 100 bytes, or 255 split at a slash."""
+    """Whether the name fits in a ustar header, which every reader supports: 100 bytes, or 255 split at a slash."""
     header = tarfile.TarInfo(name)
     try:
         header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
@@ -142,10 +142,10 @@ def fits_tar_name(name: str) -> bool:
 
 
 def write_tar(path: Path, files: Iterable[tuple[str, bytes | memoryview]]) -> None:
-    """Write a ustar archive of ``(name, content)`` in the given order: no times, owners or modes of this machine.
+    """Write a ustar archive of ``(name, content)`` in the given order, without this machine's times, owners or modes.
 
     Raises:
-        ValueError: a name that does not fit (:func:`fits_tar_name`).
+        ValueError: a name does not fit (:func:`fits_tar_name`).
     """
     with open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in files:
@@ -155,7 +155,7 @@ def write_tar(path: Path, files: Iterable[tuple[str, bytes | memoryview]]) -> No
 
 
 class _HeaderReader:
-    """Headers by position; small members (captions) mostly lie in the window already read for the one before."""
+    """Headers by position; those of small members (captions) are mostly in the window already read."""
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
@@ -180,18 +180,18 @@ class _HeaderReader:
 
 
 def _sum_is_right(header: bytes, position: int) -> bool:
-    field = header[148:156]  # counts as blanks
+    field = header[148:156]  # summed as if it were blanks
     stored = _number(field, position)
     # The lower half of Adler-32 is the sum of the bytes plus one, modulo 65521, without a loop in Python.
     total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * 32
     if (total - stored) % _ADLER == 0:
         return True
     num_high = sum(byte > 127 for byte in header) - sum(byte > 127 for byte in field)
-    return (total - 256 * num_high - stored) % _ADLER == 0  # some old writers took bytes as signed
+    return (total - 256 * num_high - stored) % _ADLER == 0  # some old writers summed signed bytes
 
 
 def _after_sparse_map(source: ByteSource, header: bytes, data: int) -> int:
-    """Where the payload of a sparse file in GNU's old form begins: after the blocks that go on with its map."""
+    """Where the payload of an old GNU sparse file begins: after the blocks that continue its map."""
     more = header[482]
     while more:
         if data + _BLOCK > source.size:
@@ -209,7 +209,7 @@ def _number(field: bytes, position: int) -> int:
         value = int(digits, 8)
     except ValueError:
         value = -1 if digits.strip(b" ") else 0
-    if value < 0:  # int() takes a sign, and a step back would lead us round in circles
+    if value < 0:  # int() accepts a sign, and a negative size would loop forever
         raise TarError(f"damaged header at byte {position}")
     return value
 
@@ -235,7 +235,7 @@ def _pax_size(fields: dict[str, str]) -> int | None:
 
 
 def _pax_fields(payload: bytes) -> dict[str, str]:
-    """Records ``length key=value\\n`` of an extended header."""
+    """Parse the ``length key=value\\n`` records of an extended header."""
     fields = {}
     while payload:
         length, _, _ = payload.partition(b" ")

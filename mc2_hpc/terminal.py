@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with a rate and an ETA on a terminal, plain lines elsewhere."""
+"""Progress of long jobs: a bar with a rate and an ETA on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[str, int, int, str], None]
-"""Called as ``report(stage, done, total, name of what was just done)``; a total of 0 is one that is not known yet."""
+"""Called as ``report(stage, done, total, name of what was just done)``; a total of 0 means not known yet."""
 
 _LINE_EVERY_S = 10.0
 

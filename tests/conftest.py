@@ -1,4 +1,4 @@
-"""Fixtures that every test may use, and how tests are dealt to several workers (``pytest -n``)."""
+"""Fixtures for all tests, and how tests are distributed over workers (``pytest -n``)."""
 
 import html
 import json
@@ -20,14 +20,14 @@ from tests.slurm_cluster import slurm_cluster  # noqa: F401  # a fixture
 if TYPE_CHECKING:
     from tests.faults.tiny_run import TinyPool
 
-# Read when torch is imported, which is later: each process of the tests computes on one thread.
+# torch reads this when it is imported later, so every test process computes on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Ranks = Callable[..., subprocess.CompletedProcess[str]]
 
 
 SLURM_S = 900
-"""A test on the Slurm cluster waits for its scheduler, again and again."""
+"""Tests on the Slurm cluster often wait for its scheduler."""
 LONGEST_FIRST = (
     "slurm",
     "tests/training/test_faults.py",
@@ -36,11 +36,11 @@ LONGEST_FIRST = (
     "tests/kernels/test_triton_interpreter.py",
     "tests/quickstart/test_quickstart_run.py",
 )
-"""Groups that take minutes: dealt first, so that no worker is left with one of them at the end."""
+"""Groups that take minutes are started first, so that no worker is left with one of them at the end."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deal a module's tests to one worker, for its fixtures; and all that use the Slurm cluster, as there is one."""
+    """Keep a module's tests on one worker because of its fixtures, and likewise all tests of the one Slurm cluster."""
     for item in filter(_uses_slurm, items):
         item.add_marker(pytest.mark.timeout(SLURM_S), append=False)
     if not hasattr(config, "workerinput"):
@@ -74,7 +74,7 @@ def transformers() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real data that lies beside a checkout on some machines; tests that need it skip elsewhere."""
+    """Folder of real data that some machines have beside the checkout; elsewhere, tests that need it are skipped."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data beside the checkout ({folder.name} folder of shared is missing)")
@@ -116,7 +116,7 @@ class ParsedPage(HTMLParser):
 
 @pytest.fixture(scope="session")
 def parse_page() -> Callable[[str], ParsedPage]:
-    """``parse_page(html)``: a page taken apart; fails where it is not well formed or an id stands there twice."""
+    """``parse_page(html)``: a parsed page; fails if it is not well formed or an id occurs twice."""
 
     def parse(page: str) -> ParsedPage:
         parsed = ParsedPage(page)
@@ -129,7 +129,7 @@ def parse_page() -> Callable[[str], ParsedPage]:
 
 @pytest.fixture
 def browse(tmp_path) -> Callable[..., str]:
-    """``browse(address, width=1400)``: what a page has become once a real browser has run it, as HTML."""
+    """``browse(address, width=1400)``: the HTML of a page after a real browser has run it."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium on this machine (apt-get install chromium)")
@@ -162,7 +162,7 @@ def measure(browse, tmp_path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """Runs ``[sys.executable, ...]`` in processes that need not import torch and DeepSpeed again."""
+    """Runs ``[sys.executable, ...]`` in processes that do not have to import torch and DeepSpeed again."""
     server = ForkServer()
     yield server
     server.close()
@@ -191,7 +191,7 @@ def tiny_pool(tmp_path_factory) -> "TinyPool":
 
 @pytest.fixture(scope="module")
 def module_config(tiny_pool, tmp_path_factory) -> Path:
-    """A run of fp32 steps on the tiny pool."""
+    """An fp32 run on the tiny pool."""
     from tests.faults.tiny_run import write_config
 
     folder = tmp_path_factory.mktemp("config")

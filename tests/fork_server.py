@@ -2,11 +2,11 @@
 
     python -m tests.fork_server FD
 
-A launch of ``python -m mc2_hpc.cli train`` spends most of its time on importing torch and DeepSpeed; a fork of this
-process has them already. ``tests/forking.py`` is the client at the other end of the socket FD. A child leads a session
-of its own, has the request's environment, folder and files, and runs the arguments as ``python`` would. So exit codes,
-standard error, signals and process ids are those of a fresh process. What differs: ranks share one hash seed,
-``/proc/PID/cmdline`` is this server's, and a child leaves after its exit handlers, without taking every module down,
+A launch of ``python -m mc2_hpc.cli train`` spends most of its time importing torch and DeepSpeed; a fork of this
+process already has them. ``tests/forking.py`` is the client at the other end of the socket FD. A child leads its own
+session, has the request's environment, folder and files, and runs the arguments as ``python`` would. So exit codes,
+standard error, signals and process ids are those of a fresh process. Differences: ranks share one hash seed,
+``/proc/PID/cmdline`` is this server's, and a child exits after its exit handlers without tearing down every module,
 which takes seconds.
 """
 
@@ -24,11 +24,11 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 MAX_REQUEST = 1 << 18
-"""Bytes; the socket keeps messages apart."""
+"""Bytes; the socket preserves message boundaries."""
 
 
 def import_everything() -> None:
-    """Import what ranks do, also what DeepSpeed and PyTorch leave to the first step."""
+    """Import everything that ranks import, including what DeepSpeed and PyTorch import in the first step."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     import torch
@@ -43,7 +43,7 @@ def import_everything() -> None:
 
 
 def serve(control: socket.socket) -> list[str] | None:
-    """Fork for each request until the client has gone: then ``None``. In a child: the arguments for it to run."""
+    """Fork for each request until the client is gone, then return ``None``; in a child, return its arguments."""
     with selectors.DefaultSelector() as ready:
         ready.register(control, selectors.EVENT_READ)
         while True:
@@ -69,7 +69,7 @@ def serve(control: socket.socket) -> list[str] | None:
 
 
 def _forget_others(ready: selectors.BaseSelector) -> None:
-    """In a child: close what the server knows its other children by."""
+    """In a child: close the server's handles of its other children."""
     for key in ready.get_map().values():
         if key.data is not None:
             os.close(key.fd)
@@ -82,11 +82,11 @@ def _report_end(pid: int, report: socket.socket) -> None:
         try:
             report.send(str(code).encode())
         except BrokenPipeError:
-            pass  # nobody waits for it any more
+            pass  # nobody waits for it anymore
 
 
 def _become(request: dict[str, Any], files: list[int]) -> list[str]:
-    """Be the process that was asked for, and return its arguments."""
+    """Become the requested process, and return its arguments."""
     import numpy as np
     import torch
 
@@ -104,7 +104,7 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
 
 
 def run_python(arguments: list[str]) -> None:
-    """What ``python arguments...`` does: ``-m module``, ``-c code`` or a script, and what comes after for it."""
+    """Do what ``python arguments...`` does: ``-m module``, ``-c code`` or a script, followed by its arguments."""
     if arguments[0] == "-m":
         _, module, *rest = arguments
         sys.argv, sys.path[0] = [module, *rest], os.getcwd()
@@ -121,7 +121,7 @@ def run_python(arguments: list[str]) -> None:
 
 
 def leave(error: BaseException | None) -> NoReturn:
-    """End as the interpreter does once the main module has ended in ``error``."""
+    """Exit as the interpreter does after the main module has ended with ``error``."""
     code: object = 0
     if isinstance(error, SystemExit):
         code = error.code or 0

@@ -1,4 +1,4 @@
-"""Commands of Python forked from ``tests/fork_server.py``, with as much of ``subprocess`` as tests need."""
+"""Python commands forked from ``tests/fork_server.py``, with the parts of ``subprocess`` that tests need."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from tests.fork_server import MAX_REQUEST
 
 ROOT = Path(__file__).parents[1]
 IMPORT_S = 240
-"""The longest wait for the server's imports; seconds on a machine with nothing else to do."""
+"""The longest wait for the server's imports, which take seconds on an idle machine."""
 GRACE_S = 10
-"""What the other ranks get to end by themselves once one of them has failed."""
+"""Time for the other ranks to end by themselves after one has failed."""
 
 
 class Forked:
@@ -39,7 +39,7 @@ class Forked:
         """Wait for its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it still runs.
+            subprocess.TimeoutExpired: it is still running.
         """
         code = self._ended(timeout)
         if code is None:
@@ -54,7 +54,7 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait; what it wrote to standard output and standard error."""
+        """Wait for it; returns its standard output and standard error."""
         self.wait(timeout)
         texts = []
         for file in (self._out, self._err):
@@ -64,7 +64,7 @@ class Forked:
         return texts[0], texts[1]
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it still runs."""
+        """Send it a signal if it is still running."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -73,7 +73,7 @@ class Forked:
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -88,7 +88,7 @@ def _read_number(report: socket.socket, timeout: float | None) -> int | None:
 
 
 class ForkServer:
-    """Starts commands of Python in processes forked from one that has imported everything."""
+    """Starts Python commands in processes forked from one that has imported everything."""
 
     def __init__(self) -> None:
         self._log = tempfile.TemporaryFile("w+")
@@ -120,7 +120,7 @@ class ForkServer:
             raise RuntimeError(f"the fork server ended with exit code {self._process.returncode}\n{self._said()}")
         message = json.dumps(request).encode()
         assert len(message) <= MAX_REQUEST, f"{len(message)} bytes of arguments and environment"
-        # Not a pipe: a process that writes much must not have to wait for a test that reads late.
+        # Not pipes: a process that writes a lot must not block until the test reads.
         out, err = (tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") for _ in range(2))
         report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull) as nothing:
@@ -139,7 +139,7 @@ class ForkServer:
         cwd: Path | None = None,
         timeout: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end, as ``subprocess.run(capture_output=True, text=True)`` does; kill it if it is late.
+        """Run a command like ``subprocess.run(capture_output=True, text=True)``; kill it after ``timeout``.
 
         Raises:
             subprocess.TimeoutExpired: it took longer than ``timeout`` seconds.
@@ -157,7 +157,7 @@ class ForkServer:
     def run_ranks(
         self, num_ranks: int, arguments: Sequence[str | Path], *, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``python arguments...`` as ranks that meet on this machine; the exit code of the first that failed."""
+        """Run ``python arguments...`` as ranks on this machine; returns the exit code of the first that failed."""
         world = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_PORT": free_port()}
         ranks = []
         try:
@@ -178,14 +178,14 @@ class ForkServer:
         return self._log.read()[-4000:]
 
     def close(self) -> None:
-        """End the server; what it started runs on."""
+        """End the server; processes that it started keep running."""
         self._control.close()
         self._process.kill()  # it may still be importing
         self._process.wait()
 
 
 def _wait_for_all(ranks: Sequence[Forked], timeout: float) -> int:
-    """The exit code of the first that failed, 0 if none did; once one has, the others have :data:`GRACE_S` left."""
+    """The exit code of the first rank that failed, else 0; after a failure the others have :data:`GRACE_S` left."""
     deadline, failed = time.monotonic() + timeout, 0
     while None in [process.poll() for process in ranks]:
         if failed == 0 and (failed := next((process.returncode for process in ranks if process.returncode), 0)):
@@ -199,7 +199,7 @@ def _wait_for_all(ranks: Sequence[Forked], timeout: float) -> int:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

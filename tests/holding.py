@@ -1,4 +1,4 @@
-"""Files whose opening hangs, as on a file server that has died: regular ones, under a lease that nobody gives back."""
+"""Regular files whose opening hangs, as on a dead file server, because of a lease that is never released."""
 
 import fcntl
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def held(*paths: Path) -> Iterator[None]:
-    """While the context lasts, opening one of the existing files waits: the kernel gives up on the lease's holder after
+    """Inside the context, opening one of the existing files blocks, until the kernel breaks the lease after
     ``/proc/sys/fs/lease-break-time``, 45 s on most machines.
     """
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # which asks for the lease back
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent to ask for the lease back
     descriptors = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in paths]
     try:
         for descriptor in descriptors:

@@ -1,7 +1,7 @@
 """A real Slurm on this machine: munged, slurmctld and two slurmd from Debian's packages, in a temporary folder.
 
-tests/conftest.py loads the fixture ``slurm_cluster``. It touches nothing outside its folder and skips, with the reason,
-where Slurm is not installed or does not start.
+tests/conftest.py loads the fixture ``slurm_cluster``. It touches nothing outside its folder, and skips with a reason if
+Slurm is not installed or does not start.
 """
 
 import getpass
@@ -31,7 +31,7 @@ SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# A job that is queued again waits until its old credentials have expired: 120 seconds unless told.
+# A requeued job waits until its old credentials have expired, 120 seconds by default.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
@@ -42,7 +42,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 SlurmctldDebug=info
 SlurmdDebug=info
-# One machine plays both nodes: no control groups, and the sizes below count, not the machine's.
+# One machine acts as both nodes: no control groups, and the sizes below instead of the machine's.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -73,7 +73,7 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=U
 
 @dataclass(frozen=True)
 class SlurmCluster:
-    """The cluster's commands; ``env`` is what a process needs to reach it."""
+    """The cluster's commands; ``env`` is the environment that a process needs to reach it."""
 
     folder: Path
     env: dict[str, str]
@@ -90,16 +90,16 @@ class SlurmCluster:
         return result.stdout.strip()
 
     def submit(self, *words: str | Path, cwd: Path | None = None) -> str:
-        """``sbatch words...``; the job's id."""
+        """Run ``sbatch words...``; returns the job id."""
         return self.command("sbatch", "--parsable", *words, cwd=cwd).split(";")[0]
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What ``scontrol show job`` says: JobState, ExitCode, Restarts, Reason, ..."""
+        """The fields of ``scontrol show job``: JobState, ExitCode, Restarts, Reason, ..."""
         text = self.command("scontrol", "show", "job", "--oneliner", job_id).splitlines()[0]
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait_until(self, what: str, condition: Callable[[], bool], timeout_s: float = 120) -> None:
-        """Wait until ``condition()``; fails naming ``what`` after ``timeout_s``."""
+        """Wait until ``condition()``; after ``timeout_s``, fail and name ``what``."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
@@ -107,9 +107,9 @@ class SlurmCluster:
             time.sleep(0.1)
 
     def wait(self, *job_ids: str, timeout_s: float = 300) -> list[dict[str, str]]:
-        """Wait until the jobs (an array's id: all its tasks) have ended; what Slurm says of each."""
+        """Wait until the jobs (for an array's id: all its tasks) have ended; returns Slurm's fields of each."""
         jobs = ",".join(job_ids)
-        # A job that is about to be queued again shows as ended for a moment: the queue lists it all the same.
+        # A job about to be requeued looks ended for a moment, but the queue still lists it.
         self.wait_until(
             f"end of job {jobs}",
             lambda: (
@@ -121,10 +121,10 @@ class SlurmCluster:
         return [self.job(job_id) for job_id in job_ids]
 
     def resume_nodes(self) -> None:
-        """Bring every node back to work, whatever a test did to it."""
+        """Make every node available again, whatever a test did to it."""
         for node in self.nodes:
             if not self._at_work(node):
-                # A node that answers comes back by itself, perhaps just before this, which is then refused.
+                # A responding node comes back by itself, perhaps just before this command, which then fails.
                 self.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)
         self.wait_until("nodes at work", lambda: all(map(self._at_work, self.nodes)))
 
@@ -132,12 +132,12 @@ class SlurmCluster:
         return not any(word in self.node_state(node) for word in ("DOWN", "DRAIN", "NOT_RESPONDING"))
 
     def node_state(self, node: str) -> str:
-        """Such as ``IDLE``, ``MIXED``, ``DOWN``, ``IDLE+COMPLETING``; nothing while the controller does not answer."""
+        """Such as ``IDLE``, ``MIXED``, ``DOWN``, ``IDLE+COMPLETING``; empty while the controller does not answer."""
         text = self.command("scontrol", "show", "node", "--oneliner", node, check=False)
         return next((word.removeprefix("State=") for word in text.split() if word.startswith("State=")), "")
 
     def report(self) -> str:
-        """Queue, nodes and the ends of the daemons' logs, for a failing test."""
+        """Queue, nodes and the last lines of the daemons' logs, for a failing test."""
         parts = [self.command(*words, check=False) for words in (("squeue",), ("sinfo", "--Node", "--long"))]
         parts += [f"{path.name}:\n{_tail(path)}" for path in sorted(self.folder.glob("*.log"))]
         return "\n".join(parts)
@@ -145,15 +145,15 @@ class SlurmCluster:
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """Two nodes, ``n1`` and ``n2``, of two CPUs each; what a test left behind is cancelled at the end of the session.
+    """Two nodes, ``n1`` and ``n2``, with two CPUs each; leftover jobs are cancelled at the end of the session.
 
-    Cancel your jobs and call ``resume_nodes()`` where a test may fail half-way: the cluster is shared.
+    The cluster is shared: if a test may fail half-way, cancel its jobs and call ``resume_nodes()``.
     """
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if missing:
         pytest.skip(f"Slurm is not installed (no {', '.join(missing)}): apt-get install slurm-wlm munge")
     with ExitStack() as stack:
-        # Short: a socket's path has at most 107 characters.
+        # A short path, because a socket's path has at most 107 characters.
         folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield _start(folder, stack)
@@ -168,7 +168,7 @@ def _start(folder: Path, stack: ExitStack) -> SlurmCluster:
         f"NodeName={node} NodeHostname={_host()} NodeAddr=127.0.0.1 Port={port} {sizes}"
         for node, port in zip(NODES, ports[1:], strict=True)
     ]
-    # GPUs in Slurm's books alone, so that scripts may ask for them: it wants a device for each.
+    # Fake GPUs, so that scripts can request them; Slurm needs a device file for each.
     for number in range(8):
         (folder / f"gpu{number}").symlink_to("/dev/null")
     (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-7]\n")
@@ -185,7 +185,7 @@ def _start(folder: Path, stack: ExitStack) -> SlurmCluster:
     (folder / "munge.key").chmod(0o400)
     places = [f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key", f"--pid-file={folder}/munged.pid"]
     places += [f"--seed-file={folder}/munged.seed", f"--log-file={folder}/munged.log"]
-    # --force: whatever the folders above are, the key is of this session alone.
+    # --force: whatever the permissions above, the key is only for this session.
     _daemon(cluster, stack, "munged", "--foreground", "--force", *places)
     _wait_for("munged's socket", cluster, lambda: (folder / "munge.socket").exists())
     _daemon(cluster, stack, "slurmctld", "-D")
@@ -200,7 +200,7 @@ def _daemon(cluster: SlurmCluster, stack: ExitStack, *words: str) -> None:
     name = "-".join([words[0], *(word for word in words if word in NODES)])
     log = stack.enter_context(open(cluster.folder / f"{name}.out", "w"))
     process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *words],  # a killed pytest leaves no daemon behind
+        ["setpriv", "--pdeathsig", "KILL", *words],  # so that a killed pytest leaves no daemon behind
         env=cluster.env,
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -211,13 +211,13 @@ def _daemon(cluster: SlurmCluster, stack: ExitStack, *words: str) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """At once: nothing of the cluster is kept, and slurmctld 22.05 may wait long before it heeds SIGTERM."""
+    """Kill at once: the cluster's state is not needed, and slurmctld 22.05 may take long to react to SIGTERM."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _clear(cluster: SlurmCluster) -> None:
-    """Cancel all jobs; a step outlives its slurmd, so whatever still belongs to this cluster then is killed."""
+    """Cancel all jobs, then kill the cluster's remaining processes, because steps outlive their slurmd."""
     cluster.command("scancel", "--user", getpass.getuser(), check=False)
     deadline = time.monotonic() + 20
     while cluster.command("squeue", "--noheader", check=False) and time.monotonic() < deadline:
@@ -229,7 +229,7 @@ def _clear(cluster: SlurmCluster) -> None:
             if mark in path.read_bytes().split(b"\0") and name not in ("munged", "slurmctld", "slurmd"):
                 os.kill(int(path.parent.name), signal.SIGKILL)
         except OSError:
-            continue  # ended meanwhile, or another user's
+            continue  # it has ended, or belongs to another user
 
 
 def _wait_for(what: str, cluster: SlurmCluster, condition: Callable[[], bool]) -> None:
@@ -250,7 +250,7 @@ def _host() -> str:
 
 
 def _path() -> str:
-    """Daemons lie in sbin, which a user's PATH may lack."""
+    """Daemons are in sbin, which may be missing from a user's PATH."""
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 

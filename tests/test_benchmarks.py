@@ -1,4 +1,4 @@
-"""What the benchmarks share: committed rows can be drawn, and the scripts that only a GPU runs in full start."""
+"""All benchmarks: committed rows can be plotted, and scripts that need a GPU at least start."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ _AGAIN = pytest.mark.xfail(strict=True, reason="to be measured again, on a quiet
     "path", [pytest.param(path, id=path.stem, marks=[_AGAIN] if path.stem in DIRTY else []) for path in ROWS]
 )
 def test_committed_rows_are_of_a_commit(path):
-    """What was measured can be checked out: nothing but rows had changed since."""
+    """The measured code can be checked out: only rows had changed since the commit."""
     assert "dirty" not in json.loads(path.read_text(encoding="utf-8"))["env"]["commit"]
 
 

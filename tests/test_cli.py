@@ -1,4 +1,4 @@
-"""``mc2`` outside of training: metadata, curation and conversion as a user types them."""
+"""``mc2`` except training: metadata, curation and conversion as a user runs them."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from mc2_hpc.tar import write_tar
 
 @pytest.fixture
 def pool(tmp_path):
-    """Two shards of 20 grey pictures with English and German captions."""
+    """Two shards of 20 grey images with English and German captions."""
     data = io.BytesIO()
     Image.new("RGB", (32, 32), "grey").save(data, "JPEG")
     for shard in range(2):
@@ -32,7 +32,7 @@ def pool(tmp_path):
 
 @pytest.fixture
 def metadata(tmp_path, capsys):
-    """Built by the command line from one corpus a language."""
+    """Metadata built by the command line from one corpus per language."""
     for lang, text in (("en", "the red house\na house\n"), ("de", "das Haus\nein Haus\n")):
         (tmp_path / "sources" / lang).mkdir(parents=True)
         (tmp_path / "sources" / lang / "corpus.txt").write_text(text * 3, encoding="utf-8")
@@ -102,7 +102,7 @@ def test_version(capsys):
 
 
 def test_a_terminal_of_ascii_shows_what_it_can(tmp_path):
-    """Captions and names of any language are printed, in escapes, and end nothing."""
+    """Captions and names in any language are printed as escapes and do not crash."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     code = "from mc2_hpc.cli import main; print('before'); code = main(['--help'])"
     command = [sys.executable, "-c", f"import sys\ntry:\n {code}\nexcept SystemExit: print('\u732b', flush=True)"]
@@ -127,7 +127,7 @@ def test_a_locale_without_unicode_writes_names_in_it(tmp_path):
 
 
 def test_a_benchmark_runs_in_the_checkout_and_writes_where_it_was_told(tmp_path, monkeypatch):
-    """From any folder: benchmarks are modules of the checkout's root."""
+    """From any folder: benchmarks are modules in the checkout's root."""
     started = []
     monkeypatch.setattr(
         subprocess, "run", lambda *a, **k: started.append((a[0], k)) or subprocess.CompletedProcess(a, 3)

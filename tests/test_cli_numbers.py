@@ -1,4 +1,4 @@
-"""Numbers that are none, or out of range, on the command line and in the environment: one line, exit code 2."""
+"""Bad or out-of-range numbers on the command line and in the environment: one line, exit code 2."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from mc2_hpc.distributed import process_group
 from mc2_hpc.errors import UserError
 
 
-def test_numbers_that_will_do():
+def test_valid_numbers():
     assert whole(0)("0") == 0 and whole(1, 5)("+5") == 5 and whole(-3)("-3") == -3
     assert seconds("0.5") == 0.5 and seconds("1e3") == 1000 and port("65535") == 65_535
 

@@ -1,4 +1,4 @@
-"""numba's cache where nothing of its own can be written."""
+"""numba's cache if none of its own folders is writable."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ logging.basicConfig(level=logging.INFO)
 tempfile.tempdir = sys.argv[1]
 from numba.core import caching
 named = next(getattr(caching, n) for n in dir(caching) if n.endswith("UserProvidedCacheLocator"))
-for kind in vars(caching).values():  # as if no other folder could be written
+for kind in vars(caching).values():  # as if no other folder were writable
     if hasattr(kind, "_locator_classes"):
         kind._locator_classes = [named]
 sys.path.insert(0, sys.argv[2])
@@ -27,9 +27,9 @@ def test_the_cache_is_a_temporary_folder_of_ones_own(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "5 9\n", result.stderr
     (folder,) = (tmp_path / "temporary").glob("mc2_hpc-numba-*")
-    assert result.stderr.count(f"compiled code is kept in {folder}") == 1
+    assert result.stderr.count(f"caching compiled code in {folder}") == 1
     assert list(folder.rglob("*.nbi")) and folder.stat().st_mode & 0o077 == 0
-    # Whoever could write there could have code run: such a folder is not used.
+    # A folder that others can write is not used, since they could make us run their code.
     shutil.rmtree(folder)
     folder.mkdir()
     folder.chmod(0o777)

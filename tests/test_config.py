@@ -57,8 +57,8 @@ def test_errors_name_key_and_cure(file, override, words):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_files_are_whole(path):
-    """Each parses, its model resolves, and its header names source, hardware and command."""
+def test_shipped_files_are_complete(path):
+    """Each file parses, its model resolves, and its header names source, hardware and command."""
     config = load_config(path)
     resolve(config.model)
     header = "".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))

@@ -1,4 +1,4 @@
-"""Who is a rank: what torchrun or srun started, and not what merely runs inside an allocation of Slurm."""
+"""Which processes are ranks: those started by torchrun or srun, not any process inside a Slurm allocation."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ SHELL = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_T
         ({**SHELL, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, 1, "8 processes but MASTER_ADDR"),
     ],
 )
-def test_slurm_makes_ranks_of_the_tasks_of_a_step_alone(environment, code, told):
+def test_only_the_tasks_of_a_slurm_step_are_ranks(environment, code, told):
     environment = {"PATH": "/usr/bin:/bin", **environment}
     run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == code and told in run.stdout + run.stderr, run.stderr

@@ -1,4 +1,4 @@
-"""The pages of the repository hold together: every page is linked, every link resolves, the version is one."""
+"""The repository's pages are consistent: every page is linked, links resolve, and there is one version."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def links(page):
-    """What a page links to within the repository: (file, heading or nothing)."""
+    """A page's links within the repository: (file, heading or nothing)."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in LINK.findall(text):
         if not re.match(r"[a-z]+:", target):
@@ -23,7 +23,7 @@ def links(page):
 
 
 def headings(page):
-    """Names of a page's headings, as links name them."""
+    """A page's headings, in the form used by links."""
     lines = re.findall(r"^#+ +(.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 

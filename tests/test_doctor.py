@@ -1,4 +1,4 @@
-"""``mc2 doctor`` tells the truth about this machine."""
+"""``mc2 doctor`` reports this machine correctly."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def test_what_the_tests_need_is_ok(findings):
 
 
 def test_what_was_not_tried_is_called_shallow(findings, shallow):
-    """What is quick is tried in any case; both looks agree on versions, and on what is missing."""
+    """Quick checks always run; both modes agree on versions and on what is missing."""
     for component, probe in doctor.PROBES.items():
         found = shallow[component]
         assert found.shallow == (probe.slow and found.status == doctor.OK), found

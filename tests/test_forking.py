@@ -1,4 +1,4 @@
-"""A forked command shows what a fresh process would: the tests that fork theirs rest on it."""
+"""A forked command behaves like a fresh process, which other tests rely on."""
 
 import os
 import signal

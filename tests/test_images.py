@@ -1,4 +1,4 @@
-"""Encoded images of many kinds, to RGB."""
+"""Decoding many kinds of images to RGB."""
 
 import io
 import warnings
@@ -53,7 +53,7 @@ def test_the_first_frame_of_an_animation():
 def test_orientation_is_applied_on_request():
     image = Image.fromarray(COLOURS)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter clockwise for display
+    exif[0x0112] = 6  # rotated by 90 degrees clockwise for display
     data = encoded(image, "PNG", exif=exif)
     assert (rgb(data) == COLOURS).all()
     assert (rgb(data, upright=True) == np.rot90(COLOURS, -1)).all()

@@ -1,4 +1,4 @@
-"""Imports run downwards only, the command line is light, and the wheel is whole."""
+"""Imports only go downwards, the command line starts fast, and the wheel is complete."""
 
 import ast
 import pkgutil
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Lowest first; a module may import its own layer's package and every layer below.
+# Lowest first; a module may import from its own package and from every layer below.
 LAYERS = [
     {"mc2_hpc.compiling", "mc2_hpc.drops", "mc2_hpc.errors", "mc2_hpc.precision"},
     {"mc2_hpc.reading"},
@@ -50,7 +50,7 @@ def modules():
 
 
 def imports(path):
-    """Absolute names of all that a file imports, inside functions too."""
+    """Absolute names of everything that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -60,14 +60,14 @@ def imports(path):
 
 
 def package_of(module):
-    """The layered package a module belongs to."""
+    """The layered package that a module belongs to."""
     return next((p for p in RANK if module == p or module.startswith(p + ".")), None)
 
 
 @pytest.mark.parametrize("module, path", [pytest.param(*m, id=m[0]) for m in modules()])
 def test_imports_run_downwards(module, path):
     own = package_of(module)
-    if module == "mc2_hpc":  # the door for Python stands above all, and opens when it is asked to
+    if module == "mc2_hpc":  # the package itself is above all layers and imports lazily
         return
     assert own is not None, f"{module} is in no layer"
     for name in imports(path):
@@ -82,14 +82,14 @@ def test_imports_run_downwards(module, path):
 
 
 def test_no_modules_import_each_other():
-    """No circle among all modules, imports inside functions and for type checkers included."""
+    """No import cycles, including imports inside functions and for type checkers."""
     files = dict(modules())
     found = circles({module: set(used(path, files)) for module, path in files.items()})
     assert not found, "\n".join(" <-> ".join(group) for group in found)
 
 
 def used(path, files):
-    """The product's modules that a file imports: of ``from package import name`` the name, where it is a module."""
+    """The product's modules that a file imports; for ``from package import name``, the name if it is a module."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in files)
@@ -100,7 +100,7 @@ def used(path, files):
 
 
 def circles(graph):
-    """Groups of two or more nodes that reach each other, sorted; and nodes with an edge to themselves."""
+    """Groups of two or more nodes that reach each other, sorted, and nodes with an edge to themselves."""
     reach = {}
     for node in graph:
         seen, todo = set(), list(graph[node])
@@ -119,7 +119,7 @@ def test_circles_are_found():
 
 
 def of_heavy(packages: str, after: str) -> str:
-    """Which of ``packages`` are loaded by the statements ``after``, and what these print, in a process of its own."""
+    """Which of ``packages`` the statements ``after`` load, and what they print, in a separate process."""
     code = f"{after}\nimport sys; print(sorted(set({packages.split()}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -127,7 +127,7 @@ def of_heavy(packages: str, after: str) -> str:
 
 
 def test_help_loads_no_heavy_package():
-    """What makes ``mc2 --help`` answer at once: nothing big is imported for it."""
+    """This keeps ``mc2 --help`` fast."""
     ask_help = "from mc2_hpc.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
     *text, loaded = of_heavy("torch numpy deepspeed pyarrow msgspec yaml numba rich", ask_help).splitlines()
     assert loaded == "[]" and any("quickstart" in line for line in text)
@@ -141,7 +141,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 @pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
 def test_imports_inside_functions_are_there(folder):
-    """Those of what no test calls in every run: slow lanes, benchmarks. (mypy sees to the package itself.)"""
+    """For code that tests do not call in every run: slow lanes, benchmarks. (mypy checks the package itself.)"""
     missing = []
     for path in sorted((ROOT / folder).rglob("*.py")):
         for name in imports(path):
@@ -154,8 +154,8 @@ def test_imports_inside_functions_are_there(folder):
 
 
 def test_wheel_works_from_another_folder(tmp_path):
-    """The wheel holds every package, kernels at their other name, and imports without the source tree."""
-    source = tmp_path / "source"  # a copy: building leaves files behind that the next wheel would pick up
+    """The wheel has every package, kernels under their other name, and imports without the source tree."""
+    source = tmp_path / "source"  # a copy, because building leaves files that the next wheel would include
     for name in ("mc2_hpc", "kernels", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -34,7 +34,7 @@ assert first.ready and sys.modules["torchvision.ops"].ready
 
 
 def import_in_a_new_process(folder: Path, compiled: str) -> str:
-    """Import a stand-in for torchvision, which needs its operator as torchvision does; the log."""
+    """Import a stand-in for torchvision that needs its operator as torchvision does; returns the log."""
     package = folder / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text("from torchvision import ops\nready = True\n")

@@ -1,4 +1,4 @@
-"""Which members of a tar make a sample, and what its captions are."""
+"""Which members of a tar form a sample, and its captions."""
 
 import json
 import unicodedata
@@ -15,7 +15,7 @@ def listing_of(*names):
 
 
 def complete(*names):
-    """Key -> (image, caption or record) of the complete samples among files of these names."""
+    """Key -> (image, caption or record) of the complete samples among files with these names."""
     return {
         sample.key: (sample.image.name, (sample.caption or sample.record).name)
         for sample in listing_of(*names).samples.values()
@@ -52,7 +52,7 @@ def test_parts_with_names_make_a_sample():
 def test_two_images_with_names_are_ambiguous():
     found = listing_of("s1.left.jpg", "s1.right.jpg", "s1.text.txt")
     assert not any(sample.is_complete() for sample in found.samples.values())
-    assert len(found.samples) == 3, "each is left to be counted as incomplete"
+    assert len(found.samples) == 3, "each stays and counts as incomplete"
 
 
 def test_further_images_of_a_sample_are_counted():

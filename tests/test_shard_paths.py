@@ -31,7 +31,7 @@ def test_braces_that_stand_for_nothing_or_too_much(pattern):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two languages of shards, with the litter that other programs leave."""
+    """Shards in two languages, with leftovers of other programs."""
     for lang in ("en", "de"):
         for name in ("0.tar", "1.TAR", "0.parquet", ".2.tar", "notes.txt"):
             (tmp_path / lang / name).parent.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def test_home(folder, monkeypatch):
     assert names(list_shards("~/en", ".tar"), folder) == ["en/0.tar", "en/1.TAR"]
 
 
-def test_letters_of_patterns_in_names(folder):
+def test_pattern_characters_in_names(folder):
     for name in ("{odd}", "od*d", "[1]"):
         (folder / name).mkdir()
         (folder / name / "0.tar").touch()
@@ -100,8 +100,8 @@ def test_what_cannot_be_read_is_listed_to_be_counted(folder):
     [
         ("nowhere", "nowhere: no such folder, file or pattern"),
         ("en/{0..1}.zip", "no such folder, file or pattern"),
-        ("empty", "folder has no .*nor has a folder below it"),
-        ("en::", "names no folder"),
+        ("empty", "folder has no .*nor do the folders below it"),
+        ("en::", "has an empty name"),
     ],
 )
 def test_what_is_not_there(name, message, folder):

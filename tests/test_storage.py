@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and a folder held against others."""
+"""Atomic writes, completion markers and folder locks."""
 
 import errno
 import fcntl
@@ -49,11 +49,11 @@ def test_a_folder_has_one_holder_at_a_time(tmp_path):
     other.start()
     assert ready.wait(60)
     with (
-        pytest.raises(UserError, match=f"process {other.pid} .*still working there"),
+        pytest.raises(UserError, match=f"process {other.pid} .*still using it"),
         exclusive_folder(tmp_path, wait_s=0.3),
     ):
         pass
-    other.kill()  # a killed holder holds nothing
+    other.kill()  # a killed process no longer holds the lock
     other.join(30)
     with exclusive_folder(tmp_path, wait_s=10):
         pass

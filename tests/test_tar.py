@@ -1,4 +1,4 @@
-"""Tars read and written without ``tarfile``'s reader: equal to it, and sure about damage."""
+"""Tars read and written without ``tarfile``'s reader: same results, and damage is detected."""
 
 import io
 import os
@@ -73,13 +73,13 @@ def test_other_kinds_of_members_are_passed_over() -> None:
         info.size = 2
         archive.addfile(info, io.BytesIO(b"hi"))
     data = bytearray(out.getvalue())
-    data[3 * 512 + 156] = 0  # before folders had a type of their own
+    data[3 * 512 + 156] = 0  # from before folders had a type of their own
     sign(data, 3 * 512)
     assert [m.name for m in list_members(Bytes(bytes(data)))] == ["./folder/a.txt"]
 
 
 def sign(data: bytearray, at: int, signed: bool = False) -> None:
-    """Give the header at ``at`` its checksum, of bytes or, as some old writers have it, of signed ones."""
+    """Write the checksum of the header at ``at``, over unsigned or, like some old writers, signed bytes."""
     data[at + 148 : at + 156] = b" " * 8
     header = data[at : at + 512]
     data[at + 148 : at + 156] = b"%06o\0 " % sum(byte - 256 * (signed and byte > 127) for byte in header)
@@ -95,7 +95,7 @@ def test_every_header_has_its_checksum(signed: bool) -> None:
         list_members(Bytes(bytes(data)))
 
 
-def test_a_negative_size_does_not_lead_round_in_circles() -> None:
+def test_a_negative_size_does_not_loop() -> None:
     data = bytearray(tar_bytes([("a.txt", b"x" * 600)]))
     data[124:136] = b"-0000002000\0"
     sign(data, 0)
@@ -104,7 +104,7 @@ def test_a_negative_size_does_not_lead_round_in_circles() -> None:
 
 
 def sparse_gnu() -> bytes:
-    """A sparse file in GNU's old form, whose map goes on in a second block, and a plain one after it."""
+    """A sparse file in GNU's old form, whose map continues in a second block, followed by a plain file."""
     data = bytearray(tar_bytes([("holes.bin", b"x" * 600), ("a.txt", b"hi")], tarfile.GNU_FORMAT))
     data[156:157], data[482] = b"S", 1
     sign(data, 0)
@@ -112,7 +112,7 @@ def sparse_gnu() -> bytes:
 
 
 def sparse_pax() -> bytes:
-    """The same in the newest form."""
+    """The same in the newest sparse form."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         info = tarfile.TarInfo("GNUSparseFile.1/holes.bin")
@@ -182,7 +182,7 @@ def test_a_long_name_without_its_file_is_damage() -> None:
         list_members(Bytes(data[:1024] + bytes(1024)))
 
 
-def test_an_archive_of_nothing_is_one_but_nothing_is_none() -> None:
+def test_an_empty_archive_is_valid_but_an_empty_file_is_not() -> None:
     assert list_members(Bytes(bytes(10240))) == []
     with pytest.raises(TarError, match="holds no files"):
         list_members(Bytes(b""))
@@ -195,7 +195,7 @@ def test_local_file_says_what_is_wrong(tmp_path: Path) -> None:
     path.write_bytes(b"abc")
     source = LocalFile(path)
     assert source.read(1, 2) == b"bc"
-    os.truncate(path, 1)  # under the open file: a short read, not a dead process
+    os.truncate(path, 1)  # while it is open: a short read, not a killed process
     with pytest.raises(OSError, match="1 of 3 bytes at 0"):
         source.read(0, 3)
 

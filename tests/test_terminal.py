@@ -1,4 +1,4 @@
-"""Progress as plain lines, where there is no terminal."""
+"""Progress as plain lines if there is no terminal."""
 
 from mc2_hpc.terminal import progress
 

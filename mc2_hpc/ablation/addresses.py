@@ -1,4 +1,4 @@
-"""Content addresses: work is known by a digest of all that decides its result, so it is done once and found again."""
+"""Content addresses: a digest of everything that determines a result, so that each result is computed only once."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from mc2_hpc.storage import file_sha256
 
 
 def address(**decisive: Any) -> str:
-    """16 hex digits that stand for JSON-ready values, and for the version of this program."""
+    """16 hex digits that identify JSON-ready values and the version of this program."""
     text = json.dumps({"version": __version__, **decisive}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def content(path: str | Path) -> str:
-    """Hex SHA-256 of a file, or of all files below a folder and their names; hidden files do not count.
+    """Hex SHA-256 of a file, or of all files below a folder and their names, without hidden files.
 
     Raises:
         UserError: no such path.

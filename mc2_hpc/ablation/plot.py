@@ -1,4 +1,4 @@
-"""A panel per ablation: every row's mean with its standard deviation, every seed a point."""
+"""One panel per ablation: each row's mean with its standard deviation, and a point for each seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DPI = 120
 
 
 def require_matplotlib() -> None:
-    """Raise a :class:`UserError` where nothing could be drawn; asked before the first run."""
+    """Raise a :class:`UserError` if plots cannot be drawn; called before the first run."""
     require_plotting("the ablations' plots need", "curation")
 
 

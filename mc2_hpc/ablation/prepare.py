@@ -1,6 +1,6 @@
-"""What rows share: curated shards and tokenizers, each made once and kept under its content address.
+"""What rows share: curated shards and tokenizers, each made once and stored under its content address.
 
-out/curated/<address>/shards, balance    what ``mc2 train`` takes
+out/curated/<address>/shards, balance    input of ``mc2 train``
 out/tokenizers/<address>.model
 """
 
@@ -41,7 +41,7 @@ ENGLISH = "en"
 
 @dataclass(frozen=True)
 class Prepared:
-    """Something a run trains with, and the address it is kept under."""
+    """An input of training, and its content address."""
 
     address: str
     path: Path
@@ -49,14 +49,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedTokenizer(Prepared):
-    """A tokenizer, and what a text tower has to know of it."""
+    """A tokenizer, and what a text tower needs to know about it."""
 
     vocab_size: int
     eos_id: int
 
 
 def tokenize(settings: TokenizerSettings, data: DataPaths, pool: str, out: Path) -> PreparedTokenizer:
-    """The tokenizer of these settings, trained on all captions of the pool unless it has been before.
+    """The tokenizer for these settings, trained on all captions of the pool unless it already exists.
 
     Args:
         pool: the pool's content address.
@@ -76,14 +76,14 @@ def _texts(table: pa.Table) -> list[str]:
 
 
 def curate(settings: CurationSettings, data: DataPaths, pool: str, metadata: str, out: Path) -> Prepared:
-    """The training shards and balance of these settings, made unless they have been before.
+    """The training shards and balance for these settings, made unless they already exist.
 
     Args:
         pool, metadata: content addresses of the two folders.
 
     Raises:
         UserError: see ``plan_match``, ``plan_balance`` and ``plan_pack`` of curation; a language that the pool does not
-            have; a pool without a ``lang`` column where the settings need one.
+            have; a pool without a ``lang`` column if the settings need one.
     """
     key = address(pool=pool, metadata=metadata, curation=dataclasses.asdict(settings))
     folder = out / "curated" / key
@@ -110,7 +110,7 @@ def curate(settings: CurationSettings, data: DataPaths, pool: str, metadata: str
 
 
 def _metadata_view(kind: str, metadata: Path, folder: Path) -> Path:
-    """The folder of metadata that captions are matched with."""
+    """The metadata folder to match captions with."""
     files = metadata_files(metadata)
     if kind == "by_language":
         return metadata
@@ -125,13 +125,13 @@ def _metadata_view(kind: str, metadata: Path, folder: Path) -> Path:
 
 
 def _pool_view(pool: Path, folder: Path, languages: list[str], relabel: bool) -> Path:
-    """The pool as it is, or a copy of its rows in these languages, all called English if ``relabel``."""
+    """The pool itself, or a copy of its rows in these languages, all labelled English if ``relabel``."""
     if not languages and not relabel:
         return pool
     found: set[str] = set()
     for shard in list_pool(pool):
         if shard.captions is None or shard.images is None:
-            raise UserError(f"{pool}: {shard.name} is no .parquet beside a .tar: languages cannot be told apart in it")
+            raise UserError(f"{pool}: {shard.name} is not a .parquet beside a .tar, so its languages are unknown")
         with open_parquet(shard.captions, {LANG: column_types()[LANG]}, what="captions with their languages") as file:
             table = file.read()
         found.update(lang or NO_CODE for lang in table[LANG].unique().to_pylist())
@@ -155,7 +155,7 @@ def _link(target: Path, link: Path) -> None:
 
 
 def _balance_alike(balance: Path, matched: Path, out: Path) -> None:
-    """A balance folder in which every language has English's threshold."""
+    """Write a balance folder in which every language has English's threshold."""
     given = BalanceFolder(balance)
     report = given.report()
     t = report["t_en"]
@@ -175,11 +175,11 @@ def _balance_alike(balance: Path, matched: Path, out: Path) -> None:
         report["languages"][lang]["expected_texts"] += expected
     total = sum(row["expected_texts"] for row in report["languages"].values())
     report["english_share_after"] = report["languages"][ENGLISH]["expected_texts"] / total
-    write_json(out / REPORT, report)  # last: with it the folder is whole
+    write_json(out / REPORT, report)  # last: it marks the folder complete
 
 
 def _expected_texts(matched: Path, probs: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(language, texts it is expected to keep) of every piece of the matched pool."""
+    """(language, expected number of texts kept) for every piece of the matched pool."""
     for path in list_shards(matched, ".parquet"):
         for rows in matched_batches(path, ["lang", "entries"]):
             offsets, ids = entries_of(rows)
@@ -188,7 +188,7 @@ def _expected_texts(matched: Path, probs: dict[str, Any]) -> Iterator[tuple[str,
 
 
 def english_share(settings: CurationSettings, curated: Path) -> float | None:
-    """Share of English among the texts that balancing is expected to keep; None where one metadata takes all texts."""
+    """Share of English in the texts that balancing is expected to keep; None if all texts match the same metadata."""
     if settings.metadata != "by_language":
         return None
     languages = read_report(curated / "balance")["languages"]

@@ -1,4 +1,4 @@
-"""Several runs at a time, each a chain of processes of one thread; a run that fails ends the whole in good order."""
+"""Several runs at a time, each a chain of single-threaded processes; after a failure, the others finish first."""
 
 import os
 import subprocess
@@ -13,20 +13,20 @@ from mc2_hpc.training.stop import SAVED
 
 _POLL_S = 0.1
 _STOP_S = 60
-"""What stopped processes get to save; then they are killed."""
+"""Time for stopped processes to save; then they are killed."""
 
 Report = Callable[[int, int, str], None]
-"""Called with (runs done, runs in all, title of the one just done)."""
+"""Called with (runs done, total runs, title of the run just done)."""
 
 
 def run_all(runs: Sequence[TrainingRun], jobs: int, report: Report) -> None:
-    """Do every run, ``jobs`` at a time.
+    """Execute all runs, ``jobs`` at a time.
 
-    After a failure no run is begun, and those under way are finished. An exception (Ctrl-C) stops them; training saves
-    before it ends, so the next call goes on from there.
+    After a failure no new run starts, and the active ones finish. An exception (Ctrl-C) stops them; training saves
+    before it ends, so the next call resumes from there.
 
     Raises:
-        UserError: a run failed: names its log.
+        UserError: a run failed; the message names its log.
     """
     waiting, done = deque(runs), 0
     active: list[_Chain] = []
@@ -53,7 +53,7 @@ def run_all(runs: Sequence[TrainingRun], jobs: int, report: Report) -> None:
             chain.wait(deadline)
     if failed:
         others = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
-        raise UserError(f"{failed[0]}{others}; the same command goes on from here")
+        raise UserError(f"{failed[0]}{others}; run the same command to resume")
 
 
 class _Chain:
@@ -67,7 +67,7 @@ class _Chain:
 
     def _start(self) -> None:
         self._command = self._left.popleft()
-        # One thread each: the runs are the parallelism.
+        # One thread each, because the runs are parallel.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
         with open(self._command.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -76,12 +76,12 @@ class _Chain:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which asks them to save
+                start_new_session=True,  # Ctrl-C reaches only this process, which asks them to save
                 preexec_fn=end_with_parent,
             )
 
     def ended(self) -> bool:
-        """Start the next process where one has ended; whether there is none left, or one failed."""
+        """Start the next process if the current one has ended; returns whether none is left or one failed."""
         code = self.process.poll()
         if code is None:
             return False
@@ -95,7 +95,7 @@ class _Chain:
         return True
 
     def wait(self, deadline: float) -> None:
-        """Until it has ended; what still runs at the deadline is killed."""
+        """Wait until the process has ended; kill it at the deadline."""
         try:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
-"""``mc2 ablate``: the rows of several ablations, each trained once with every seed, as tables and plots.
+"""``mc2 ablate``: train each row of several ablations once per seed, and write tables and plots.
 
-out/curated, tokenizers, runs     work by content address, shared between rows and files (prepare, training_runs)
+out/curated, tokenizers, runs     results by content address, shared between rows and files (prepare, training_runs)
 out/ablations.json, ablations.md  the tables
-out/<ablation>.png                a plot each
+out/<ablation>.png                one plot per ablation
 """
 
 import dataclasses
@@ -22,25 +22,25 @@ from mc2_hpc.evaluation.suite import load_suite
 from mc2_hpc.storage import atomic_path, exclusive_folder, write_json
 
 Report = Callable[[str, int, int, str], None]
-"""Called with (stage, done, in all, what was just done)."""
+"""Called with (stage, done, total, what was just done)."""
 
 Planned = list[tuple[Row, float | None, list[TrainingRun]]]
-"""Rows with their expected English share and one run a seed."""
+"""Rows with their expected English share and one run per seed."""
 
 
 def ablate(
     files: Sequence[str | Path], overrides: Sequence[str], out: str | Path, *, jobs: int, report: Report
 ) -> list[dict[str, Any]]:
-    """Do what the files say and has not been done before; write tables and plots to ``out``.
+    """Execute the runs in the files that are not done yet; write tables and plots to ``out``.
 
     Args:
         jobs: training runs at a time, one thread each.
 
     Returns:
-        the tables, as ``ablations.json`` has them
+        the tables, in the form of ``ablations.json``
 
     Raises:
-        UserError: bad files, data or settings (before any run is begun); a run failed (names its log).
+        UserError: bad files, data or settings (before any run starts), or a run failed (the message names its log).
     """
     require_matplotlib()
     out = Path(out)
@@ -48,7 +48,7 @@ def ablate(
     names = [ablation.name for ablation in ablations]
     for path, name in zip(files, names, strict=True):
         if names.count(name) > 1:
-            raise UserError(f"{path}: another of the files is called {name!r} too; rename one, plots go by it")
+            raise UserError(f"{path}: another file is also called {name!r}; rename one, plots are named after files")
     with exclusive_folder(out):
         planned = _plan(ablations, out, report)
         runs = {run.results: run for rows in planned for _, _, of_row in rows for run in of_row}
@@ -65,7 +65,7 @@ def ablate(
 
 
 def _plan(ablations: Sequence[Ablation], out: Path, report: Report) -> list[Planned]:
-    """Every run of every row, with what it needs curated and tokenized."""
+    """All runs of all rows; their shards and tokenizers are made here."""
     contents = _Contents()
     planned: list[Planned] = []
     total = sum(len(ablation.rows) for ablation in ablations)
@@ -99,7 +99,7 @@ class _Contents:
 
 
 def _suite_address(ablation: Ablation, contents: _Contents) -> str:
-    """Of the suite's settings and of what lies at its sets' paths."""
+    """Address of the suite's settings and of the files at its sets' paths."""
     suite = load_suite(ablation.suite)
     return address(
         sets={

@@ -2,7 +2,7 @@
 
     ablation = load_ablation("configs/ablations/tokenizers.yaml", ["data.pool=/data/pool"])
 
-What a row does not say, the file's own ``curation``, ``tokenizer`` and ``train`` say for all of its rows.
+The file's own ``curation``, ``tokenizer`` and ``train`` are the defaults for its rows.
 """
 
 import dataclasses
@@ -25,27 +25,27 @@ REDUCTIONS: Mapping[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "
 
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
-    """What every row starts from."""
+    """The data that every row starts from."""
 
     root: str = "."
-    """For other paths to name, as ``${data.root}``."""
+    """For use in other paths, as ``${data.root}``."""
     pool: str
-    """Folder of candidate captions and images, as ``mc2 curate`` takes it."""
+    """Folder of candidate captions and images, as for ``mc2 curate``."""
     metadata: str
     """Folder of ``<lang>.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurationSettings:
-    """How a row's training shards come from the pool."""
+    """How a row's training shards are made from the pool."""
 
     languages: list[str] = field(default_factory=list)
-    """Captions to train on; empty takes all. Thresholds are those of the whole pool all the same."""
+    """Languages of the captions to train on; empty means all. Thresholds are always those of the whole pool."""
     metadata: str = "by_language"
-    """What captions are matched with: their own language's metadata, ``english`` alone for all, or all languages'
-    ``merged`` into one set."""
+    """The metadata that captions are matched with: that of their own language, only ``english``, or that of all
+    languages ``merged`` into one set."""
     thresholds: str = "tail_mass"
-    """``tail_mass``: each language's own, of equal tail mass (the recipe); ``same``: ``t_en`` for every language."""
+    """``tail_mass``: one per language, with equal tail mass (the recipe); ``same``: ``t_en`` for every language."""
     t_en: int = 20_000
 
     def __post_init__(self) -> None:
@@ -74,11 +74,11 @@ class Column:
     """A set of the suite."""
     metric: str = "top1"
     languages: list[str] = field(default_factory=list)
-    """Languages (groups of the set's scores) it is computed from; empty takes all."""
+    """Languages (groups of the set's scores) to include; empty means all."""
     without: list[str] = field(default_factory=list)
-    """Languages it leaves out."""
+    """Languages to leave out."""
     reduce: str = "mean"
-    """``mean`` of the languages, or ``min``: the worst one."""
+    """``mean`` over the languages, or ``min``: the worst one."""
 
     def __post_init__(self) -> None:
         _choose("reduce", self.reduce, tuple(REDUCTIONS))
@@ -86,22 +86,22 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class RowConfig:
-    """A row as the file has it: what differs from the file's common settings."""
+    """A row in the file: only what differs from the file's common settings."""
 
     name: str
     curation: Section = Section({}, "")
     tokenizer: Section = Section({}, "")
     seen: float = 1.0
-    """Pairs seen, as a multiple of the base config's: its ``steps`` are multiplied by it."""
+    """Factor for the number of pairs seen: multiplies the base config's ``steps``."""
     train: list[str] = field(default_factory=list)
-    """``key.sub=value`` words of ``mc2 train``."""
+    """``key.sub=value`` overrides for ``mc2 train``."""
     paper: dict[str, float] = field(default_factory=dict)
-    """What the paper reports for this row, by column of its own."""
+    """The paper's numbers for this row, by the paper's column names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblationConfig:
-    """The file."""
+    """An ablation file."""
 
     data: DataPaths
     base: str
@@ -111,13 +111,13 @@ class AblationConfig:
     columns: dict[str, Column]
     rows: list[RowConfig]
     title: Prose = Prose("")
-    """Heads the table and the plot; without it the file's own name does."""
+    """Title of the table and the plot; defaults to the file's name."""
     mirrors: Prose = Prose("")
-    """A paper's table that it has the shape of, where there is one."""
+    """The paper's table that this one mirrors, if any."""
     finding: Prose = Prose("")
     """What that table shows."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Each row is trained once with each: initial weights and every draw of the data path."""
+    """Each row is trained once per seed, which sets the initial weights and every draw of the data path."""
     curation: Section = Section({}, "")
     tokenizer: Section = Section({}, "")
     train: list[str] = field(default_factory=list)
@@ -131,16 +131,16 @@ class Row:
     curation: CurationSettings
     tokenizer: TokenizerSettings
     config: RunConfig
-    """Of the training run, but for data, vocabulary, seeds and output."""
+    """Config of the training run, except for data, vocabulary, seeds and output."""
     paper: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """What a file says, checked."""
+    """The validated contents of an ablation file."""
 
     name: str
-    """The file's own name."""
+    """The file's name without its suffix."""
     title: str
     mirrors: str
     finding: str
@@ -155,19 +155,20 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
     """Read an ablation file and apply ``key.sub=value`` overrides.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key or a wrong value in it, in its base config or its suite.
+        UserError: no such file, not YAML, or an unknown key or wrong value in it, in its base config or its suite.
     """
     path = Path(path)
     found = typed(AblationConfig, read_yaml(path, "ablation file"), overrides, source=str(path))
     for what in ("columns", "rows", "seeds"):
         if not getattr(found, what):
-            raise UserError(f"{path}: no {what} in it")
+            raise UserError(f"{path}: has no {what}")
     _distinct(f"{path}: seeds", found.seeds)
     _distinct(f"{path}: rows", [row.name for row in found.rows])
     sets = load_suite(found.suite).sets
     for name, column in found.columns.items():
         if column.set not in sets:
-            raise UserError(f"{path}: columns.{name}: {found.suite} has no set {column.set!r}, but {', '.join(sets)}")
+            there = ", ".join(sets)
+            raise UserError(f"{path}: columns.{name}: {found.suite} has no set {column.set!r}; it has {there}")
     return Ablation(
         name=path.stem,
         title=found.title or path.stem,
@@ -203,4 +204,4 @@ def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
 def _distinct(where: str, values: Sequence[object]) -> None:
     for value in values:
         if values.count(value) > 1:
-            raise UserError(f"{where}: {value!r} stands there twice")
+            raise UserError(f"{where}: {value!r} occurs twice")

@@ -1,4 +1,4 @@
-"""From every seed's numbers to a table: means, sample standard deviations, and the paper's row beside ours."""
+"""Tables from every seed's numbers: means, sample standard deviations, and the paper's numbers beside ours."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
@@ -14,7 +14,7 @@ def table_row(
         numbers: by column, in [0, 1], one mapping per seed.
 
     Returns:
-        ``columns``: of each its ``values`` (one per seed), ``mean`` and ``stdev``, the sample standard deviation
+        ``columns``: for each, its ``values`` (one per seed), ``mean`` and ``stdev``, the sample standard deviation
         (divided by n - 1), which is null for one seed.
     """
     columns = {}

@@ -1,8 +1,8 @@
 """One training run of an ablation: its config, its two commands (train, evaluate), its numbers.
 
-out/runs/<address>/settings.json, train.yaml    what it is
-out/runs/<address>/train/                       as ``mc2 train`` leaves it
-out/runs/<address>/eval-<address>/results.json  as ``mc2 eval`` leaves it: with it the run is done
+out/runs/<address>/settings.json, train.yaml    its settings and config
+out/runs/<address>/train/                       output of ``mc2 train``
+out/runs/<address>/eval-<address>/results.json  output of ``mc2 eval``; once it exists, the run is done
 out/runs/<address>/train.log, eval.log
 """
 
@@ -25,7 +25,7 @@ _EVAL_BATCH = 256
 
 @dataclass(frozen=True)
 class Command:
-    """A process and where its output goes."""
+    """A command line and the log for its output."""
 
     words: list[str]
     log: Path
@@ -36,7 +36,7 @@ class TrainingRun:
     """A row with one seed."""
 
     title: str
-    """For people: ablation, row, seed; of a run that several rows share, those of the last one."""
+    """For messages: ablation, row, seed; if several rows share the run, those of the last one."""
     folder: Path
     results: Path
     commands: list[Command]
@@ -58,13 +58,13 @@ def plan_run(
         suite: content address of the evaluation.
 
     Raises:
-        UserError: the config does not fit together.
+        UserError: the config is inconsistent.
     """
     values = config_to_dict(row.config)
     values["seed"] = values["data"]["seed"] = seed
     values["data"]["tokenizer_style"] = row.tokenizer.style
     values["model"]["text"] |= {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    # Where things lie decides nothing, so these are left out of the address.
+    # Paths do not affect the result, so the address leaves them out.
     decisive = copy.deepcopy(values)
     del decisive["output"]
     for name in ("train", "balance", "tokenizer"):
@@ -103,7 +103,7 @@ class _Scores(Foreign):
 
 
 class _Results(Foreign):
-    """``results.json``, as far as tables are made of it."""
+    """The fields of ``results.json`` that tables need."""
 
     sets: dict[str, _Scores]
 
@@ -114,14 +114,14 @@ def read_columns(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str, f
     Raises:
         UserError: a set could not be scored, or has no such metric or language.
     """
-    sets = read_json(run.results, _Results, cure="delete it, and the run is scored again").sets
+    sets = read_json(run.results, _Results, cure="delete it to score the run again").sets
     return {name: _number(run, name, column, sets) for name, column in columns.items()}
 
 
 def _number(run: TrainingRun, name: str, column: Column, sets: Mapping[str, _Scores]) -> float:
     where = f"{run.title}: column {name!r}"
     if column.set not in sets:
-        raise UserError(f"{where}: {run.results} has no set {column.set!r}; delete it, and the run is scored again")
+        raise UserError(f"{where}: {run.results} has no set {column.set!r}; delete it to score the run again")
     scores = sets[column.set]
     if scores.error is not None:
         raise UserError(f"{where}: {column.set} was not scored: {scores.error}; fix it and delete {run.results}")
@@ -131,7 +131,7 @@ def _number(run: TrainingRun, name: str, column: Column, sets: Mapping[str, _Sco
         raise UserError(f"{where}: {column.set} has no language {missing[0]!r}; it has {', '.join(groups)}")
     chosen = [lang for lang in column.languages or groups if lang not in column.without]
     if not chosen:
-        raise UserError(f"{where}: leaves no language of {column.set}")
+        raise UserError(f"{where}: leaves out every language of {column.set}")
     unknown = [lang for lang in chosen if column.metric not in groups[lang]]
     if unknown:
         known = ", ".join(groups[unknown[0]])

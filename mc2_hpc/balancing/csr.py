@@ -1,6 +1,6 @@
 """Ragged rows as two arrays: row ``i`` has ``values[offsets[i]:offsets[i + 1]]``.
 
-Offsets may start above 0, as those of a slice do.
+Offsets may start above 0, as in a slice.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The balance folder that stage 2 leaves: its report, and the arrays of each language, mapped into memory on demand."""
+"""The balance folder that stage 2 writes: its report, and each language's arrays, memory-mapped on demand."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,7 +60,7 @@ class _LanguageLength(Foreign):
 
 
 class _Lengths(Foreign):
-    """``balance.json``, as far as arrays are checked by it."""
+    """The fields of ``balance.json`` that arrays are checked against."""
 
     languages: dict[str, _LanguageLength] = {}
 
@@ -69,14 +69,14 @@ class BalanceFolder(Mapping[str, npt.NDArray[np.float32]]):
     """``probs/<lang>.npy`` of a folder with ``balance.json``, by language; workers reopen it after pickling.
 
     Raises:
-        UserError: the folder is none that ``mc2 curate`` finished, or a file of it is damaged.
+        UserError: ``mc2 curate`` has not finished the folder, or a file in it is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / REPORT).is_file():
             raise UserError(f"{folder}: no {REPORT} there; name the folder that `mc2 curate balance` wrote")
-        # Languages come from the data, so they are looked up among the files, never joined to a path.
+        # Language codes come from the data, so they are looked up among the files, never joined to a path.
         self._files = {path.stem: path for path in sorted((self.folder / "probs").glob("*.npy"))}
         if not self._files:
             raise UserError(f"{folder}: no probs/<lang>.npy there; run `mc2 curate balance` again")
@@ -84,7 +84,7 @@ class BalanceFolder(Mapping[str, npt.NDArray[np.float32]]):
         self._lengths: _Lengths | None = None
 
     def report(self) -> dict[str, Any]:
-        """What ``balance.json`` holds."""
+        """Contents of ``balance.json``."""
         return read_report(self.folder)
 
     def counts(self, lang: str) -> npt.NDArray[np.uint64]:
@@ -97,12 +97,12 @@ class BalanceFolder(Mapping[str, npt.NDArray[np.float32]]):
         if lang not in self._open:
             probs = map_array(self._files[lang], np.float32, length=self._num_entries(lang), cure=_CURE)
             if len(probs) and not (probs.min() >= 0 and probs.max() <= 1):  # NaN fails both
-                raise UserError(f"{self._files[lang]}: holds numbers that are no probabilities; {_CURE}")
+                raise UserError(f"{self._files[lang]}: contains numbers that are not probabilities; {_CURE}")
             self._open[lang] = probs
         return self._open[lang]
 
     def _num_entries(self, lang: str) -> int | None:
-        """Entries of a language, where the report says."""
+        """Number of entries of a language, if the report says."""
         if self._lengths is None:
             self._lengths = read_json(self.folder / REPORT, _Lengths, cure=_CURE)
         row = self._lengths.languages.get(lang)
@@ -122,7 +122,7 @@ class BalanceFolder(Mapping[str, npt.NDArray[np.float32]]):
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What ``balance.json`` of ``folder`` holds.
+    """Contents of ``balance.json`` in ``folder``.
 
     Raises:
         UserError: it is missing or damaged.

@@ -1,6 +1,6 @@
-"""Which rows an epoch trains on: one text of each image, kept or thinned by balancing.
+"""Which rows an epoch trains on: one text per image, kept or dropped by balancing.
 
-All rows of an image must stand in one shard, as its picture does: choices among its texts are made within a shard.
+All rows of an image must be in the same shard as the image, because its text is chosen within a shard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def keep_probability(
 ) -> npt.NDArray[np.float64]:
     """Probability that a text is kept if each of its entries passes an independent draw: ``1 - prod(1 - probs[e])``.
 
-    A text without entries has 0. Multiplications only, in the order of the ids: the same bits on every machine.
+    A text without entries has 0. Only multiplications, in the order of the ids: bit-identical on every machine.
 
     Args:
         offsets, ids: entries of each text in CSR form, ``(n + 1,)`` and ``(offsets[-1],)``.
@@ -31,7 +31,7 @@ def keep_probability(
         float64 ``(n,)``
 
     Raises:
-        UserError: an id that ``probs`` does not have.
+        UserError: an id is not in ``probs``.
     """
     first, last = int(offsets[0]), int(offsets[-1])
     used = ids[first:last]
@@ -43,28 +43,28 @@ def keep_probability(
     starts = np.asarray(offsets[:-1], np.int64) - first
     missed = np.ones(len(starts), np.float64)
     filled = np.flatnonzero(np.diff(offsets))
-    if len(filled):  # between two filled rows there are only empty ones, so their starts bound the segments
+    if len(filled):  # only empty rows lie between two filled ones, so the filled rows' starts bound the segments
         missed[filled] = np.multiply.reduceat(1.0 - probs[used].astype(np.float64), starts[filled])
     return 1.0 - missed
 
 
 def choose_texts(keys: StringsOrHashes, texts: StringsOrHashes, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """One row of each image, every one of its texts being as likely; rows sharing a key are one image.
+    """One row per image, each of its texts with equal probability; rows with the same key belong to one image.
 
     Each row draws random bits from (seed, epoch, key, text) and the lowest of its image wins, so the choice depends
-    neither on the order of rows nor on other images. Of identical texts of one image the first row stands for all.
+    neither on the order of rows nor on other images. The first row represents all identical texts of an image.
 
     Args:
-        keys, texts: one a row: strings, or their :func:`hash_keys`.
+        keys, texts: one per row: strings, or their :func:`hash_keys`.
 
     Returns:
-        int64 row numbers, ascending, one a distinct key
+        int64 row numbers, ascending, one per distinct key
     """
     key_hashes, text_hashes = _hashes(keys), _hashes(texts)
     if len(key_hashes) == 0:
         return np.zeros(0, np.int64)
     order, firsts = None, _run_starts(key_hashes)
-    if len(_run_starts(np.sort(key_hashes[firsts]))) < len(firsts):  # an image's rows do not follow each other
+    if len(_run_starts(np.sort(key_hashes[firsts]))) < len(firsts):  # some image's rows are not adjacent
         order = np.argsort(key_hashes, kind="stable")
         key_hashes, text_hashes = key_hashes[order], text_hashes[order]
         firsts = _run_starts(key_hashes)
@@ -94,17 +94,17 @@ def select(
     seed: int,
     epoch: int,
 ) -> npt.NDArray[np.int64]:
-    """Rows that an epoch trains on: one text of each image, kept or not by balancing.
+    """Rows that an epoch trains on: one text per image, kept or dropped by balancing.
 
     Args:
-        keys, texts: image key and caption of each row: strings, or their :func:`hash_keys` (which a caller may keep
-            over epochs).
+        keys, texts: image key and caption of each row: strings, or their :func:`hash_keys` (which a caller may reuse
+            across epochs).
         offsets, ids: matched entries of each row in CSR form.
         langs: language code of each row.
         probs: float32 entry probabilities of each language; ``None`` keeps every chosen row.
 
     Returns:
-        int64 row numbers, ascending, at most one a key
+        int64 row numbers, ascending, at most one per key
 
     Raises:
         UserError: ``probs`` lacks a language or an entry that the rows have.
@@ -129,10 +129,10 @@ def passes(
     seed: int,
     epoch: int,
 ) -> npt.NDArray[np.bool_]:
-    """Whether each of ``rows``, already drawn among its image's, is kept by balancing.
+    """Whether balancing keeps each of ``rows``, which are already chosen for their images.
 
     Args:
-        key_hashes: of the image of each of ``rows``, ``(n,)``.
+        key_hashes: hash of the image key of each of ``rows``, ``(n,)``.
         rows: row numbers, ``(n,)``.
         offsets, ids: matched entries of all rows in CSR form.
         names, codes: the language of ``rows[i]`` is ``names[codes[i]]``.

@@ -1,8 +1,8 @@
 """Thresholds and keep probabilities of head/tail balancing (Meta CLIP 2, algorithm 1). Arrays only.
 
 An entry counted ``c`` times is kept with probability ``t / max(c, t)``: entries below the threshold ``t`` are the tail
-and always kept, those above are the head and thinned to about ``t`` texts. English has its threshold ``t_en`` set by
-hand. Any other language gets the threshold that leaves the same share ``p`` of its match mass in the tail.
+and always kept; those above are the head and are reduced to about ``t`` texts. English's threshold ``t_en`` is set
+manually. Every other language gets the threshold that leaves the same share ``p`` of its match mass in the tail.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ Counts = npt.NDArray[np.uint64]
 
 
 def threshold_to_mass(counts: Counts, t: int) -> float:
-    """Share of all matches that fall on entries counted fewer than ``t`` times: ``sum(c[c < t]) / sum(c)``.
+    """Share of all matches that belong to entries counted fewer than ``t`` times: ``sum(c[c < t]) / sum(c)``.
 
     Args:
         counts: matches of each entry, unsigned integers.
@@ -30,12 +30,12 @@ def threshold_to_mass(counts: Counts, t: int) -> float:
 def mass_to_threshold(counts: Counts, p: float) -> int:
     """The count at which the cumulative share of matches, entries sorted by count, comes closest to ``p``.
 
-    The recipe's rule, over entries that were matched at all, so the result is at least 1. It is inclusive where
-    :func:`threshold_to_mass` is strict, so the two are not exact inverses: counts [1, 2, 7, 10] and t = 5 give p =
-    0.15, and p = 0.15 gives t = 2. Of two positions equally close the lower wins.
+    This is the recipe's rule, over entries with at least one match, so the result is at least 1. It is inclusive
+    whereas :func:`threshold_to_mass` is strict, so the two are not exact inverses: counts [1, 2, 7, 10] and t = 5 give
+    p = 0.15, and p = 0.15 gives t = 2. If two positions are equally close, the lower wins.
 
     Raises:
-        UserError: ``p`` lies outside of [0, 1], or nothing was matched.
+        UserError: ``p`` is outside [0, 1], or nothing was matched.
     """
     if not 0 <= p <= 1:
         raise UserError(f"tail mass p={p}: must lie in [0, 1]")
@@ -57,7 +57,7 @@ def entry_probabilities(counts: Counts, t: int) -> npt.NDArray[np.float32]:
 
 def check_threshold(t: int) -> None:
     if t < 1:
-        raise UserError(f"threshold t={t}: must be at least 1, else every matched entry would have probability 0")
+        raise UserError(f"threshold t={t}: must be at least 1, otherwise every matched entry would have probability 0")
 
 
 def _total(counts: Counts) -> int:

@@ -1,4 +1,4 @@
-"""``mc2``: the only place that wires all layers together. Each command imports what it needs when it runs."""
+"""``mc2``: the only place that connects all layers. Each command imports what it needs when it runs."""
 
 import argparse
 import io
@@ -26,11 +26,11 @@ COMMANDS = {
     "bench": bench,
     "doctor": doctor,
 }
-"""A module a command, with ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
+"""One module per command, with ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
+    """Run one command and return the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
     if argv is None and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         # Captions, languages and file names need more than an ASCII or Latin-1 locale can write. Ranks and data workers
         # inherit the variable.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII shows captions as well as it can
+            stream.reconfigure(errors="backslashreplace")  # captions on an ASCII terminal
     parser = _parser()
     try:
         arguments, rest = parser.parse_known_args(argv)
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _take_late(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
-    """Give a command the words that argparse does not find once an option has come before them: ``key=value``
-    overrides, and a query. Returns the others."""
+    """Give a command the positional words that argparse does not accept after an option: ``key=value`` overrides, and
+    a query. Returns the rest."""
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     if overrides and hasattr(arguments, "overrides"):
         arguments.overrides += overrides
@@ -75,10 +75,10 @@ def _take_late(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the words, as the commands do."""
+    """Reports wrong arguments in one line, as the commands do."""
 
     def error(self, message: str) -> NoReturn:
-        found = re.match(r"argument (\S+): (.*: must be .*)", message, flags=re.DOTALL)  # of mc2_hpc.cli.numbers
+        found = re.match(r"argument (\S+): (.*: must be .*)", message, flags=re.DOTALL)  # from mc2_hpc.cli.numbers
         message = f"{found[1]} {found[2]}" if found else message.removeprefix("argument ")
         raise UserError(f"{shown(message)}; see `{self.prog} --help`")
 
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         sub = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
         module.add_arguments(sub)
-        # Also after the command, where one tends to type it.
+        # Also accepted after the command, where people tend to type it.
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         sub.set_defaults(command=module.run)
     return parser

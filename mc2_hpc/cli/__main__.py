@@ -1,4 +1,4 @@
-"""``python -m mc2_hpc.cli``: what launchers start, so that the same Python runs every rank."""
+"""``python -m mc2_hpc.cli``: used by launchers, so that every rank runs the same Python."""
 
 import sys
 

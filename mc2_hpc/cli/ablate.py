@@ -10,10 +10,10 @@ SUMMARY = "train and score the rows of ablation tables, each with several seeds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="YAML files of ablations (configs/ablations/)")
-    # Words of the form key=value among the files; the list also takes those that come after an option.
+    parser.add_argument("files", nargs="+", metavar="FILE", help="YAML ablation files (configs/ablations/)")
+    # key=value words may be among the files; this list gets those that come after an option.
     parser.set_defaults(overrides=[])
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of all work [runs/ablations]")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder to write [runs/ablations]")
     parser.add_argument("--jobs", type=whole(1), default=1, help="training runs at a time, one thread each [1]")
 
 
@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
     with progress() as report:
         tables = ablate(files, overrides, arguments.out, jobs=arguments.jobs, report=report)
     print(markdown(tables))
-    print(f"{arguments.out / 'ablations.md'}, ablations.json and a .png each")
+    print(f"{arguments.out / 'ablations.md'}, ablations.json and one .png per ablation")
     return 0

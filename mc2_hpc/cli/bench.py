@@ -13,7 +13,7 @@ SUMMARY = "run a benchmark against its named peer"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="benchmark: the <name> of benchmarks/bench_<name>.py")
     add_json_flag(parser)
-    parser.add_argument("--quick", action="store_true", help="under a minute, for a smoke test: not for quoting")
+    parser.add_argument("--quick", action="store_true", help="smoke test in under a minute; do not quote its numbers")
 
 
 def run(arguments: argparse.Namespace) -> int:

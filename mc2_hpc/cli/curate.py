@@ -1,6 +1,6 @@
-"""``mc2 curate``: an action for each module at eye level of ``mc2_hpc.curation``.
+"""``mc2 curate``: one action per top-level module of ``mc2_hpc.curation``.
 
-An action that runs on an engine makes a plan: its flags are named as the parameters of the module's ``plan_*``.
+An action that runs on an engine makes a plan: its flags have the names of the parameters of the module's ``plan_*``.
 """
 
 import argparse
@@ -37,14 +37,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add_sources(actions: Any) -> None:
-    extract = _add(actions, "extract", "Common Crawl's WAT or WARC files to a caption pool")
+    extract = _add(actions, "extract", "make a caption pool from Common Crawl's WAT or WARC files")
     extract.add_argument("archives", nargs="+", help="files, or folders searched at any depth")
-    deduplicate = _add(actions, "deduplicate", "every image key in one shard, texts once")
-    deduplicate.add_argument("pool", help="folder of <shard>.parquet, such as extract wrote")
+    deduplicate = _add(actions, "deduplicate", "put each image key in one shard and keep each text once")
+    deduplicate.add_argument("pool", help="folder of <shard>.parquet, such as the output of extract")
     deduplicate.add_argument(
-        "--shards", type=whole(1, 1 << 20), metavar="N", help="to write [one for each million rows]"
+        "--shards", type=whole(1, 1 << 20), metavar="N", help="shards to write [one per million rows]"
     )
-    decontaminate = _add(actions, "decontaminate", "training shards without benchmarks")
+    decontaminate = _add(actions, "decontaminate", "write training shards without benchmark images")
     decontaminate.add_argument("shards", help="folder of training shards")
     decontaminate.add_argument("--against", required=True, help="folder of benchmark images or tars of them")
     decontaminate.add_argument(
@@ -52,7 +52,7 @@ def _add_sources(actions: Any) -> None:
         type=whole(0, 31),
         default=6,
         metavar="BITS",
-        help="of 64, up to which images count as one [6]",
+        help="images that differ in at most this many of 64 bits count as the same [6]",
     )
 
 
@@ -80,16 +80,16 @@ def _add_stages(actions: Any) -> None:
     threshold.add_argument(
         "--t-en", type=whole(1), required=True, help="English threshold: 20000 (400M) to 170000 (2.5B)"
     )
-    _add(actions, "match", "captions to the entries in them", from_pool, matching)
-    balance = _add(actions, "balance", "counts, thresholds, probabilities", threshold)
-    balance.add_argument("matched", help="what match wrote")
+    _add(actions, "match", "match captions with metadata entries", from_pool, matching)
+    balance = _add(actions, "balance", "compute counts, thresholds and probabilities", threshold)
+    balance.add_argument("matched", help="output of match")
     balance.add_argument("--metadata", required=True, help="folder of <lang>.json")
     sample = _add(actions, "sample", "write the rows that one epoch would train on", curate_explain.draw_flags())
-    sample.add_argument("matched", help="what match wrote")
-    sample.add_argument("--balance", required=True, help="what balance wrote")
-    pack = _add(actions, "pack", "training shards of what matched", from_pool)
-    pack.add_argument("--matched", required=True, help="what match wrote")
-    every = _add(actions, "run", "match, balance and pack in turn, and the report", from_pool, matching, threshold)
+    sample.add_argument("matched", help="output of match")
+    sample.add_argument("--balance", required=True, help="output of balance")
+    pack = _add(actions, "pack", "write training shards of the matched images", from_pool)
+    pack.add_argument("--matched", required=True, help="output of match")
+    every = _add(actions, "run", "match, balance, pack and write the report", from_pool, matching, threshold)
     every.set_defaults(action=_run)
 
 
@@ -104,7 +104,7 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
     if getattr(arguments, "filters", None) or "." in getattr(arguments, "language_id", ""):
         from mc2_hpc.curation.filters import parse_filter
 
-        sys.path.append(os.getcwd())  # which a console script does not search: the user's own modules lie there
+        sys.path.append(os.getcwd())  # for the user's own modules; a console script does not search it
         arguments.filters = [parse_filter(words) for words in arguments.filters]
     module = import_module(f"mc2_hpc.curation.{arguments.plan}")
     plan: Callable[..., Plan] = getattr(module, f"plan_{arguments.plan}")
@@ -122,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.curation.report.page import write_report
     from mc2_hpc.curation.report.plots import require_matplotlib
 
-    require_matplotlib()  # before the work: the report comes last
+    require_matplotlib()  # fail early: the report comes last
     engine = engine_of(arguments)
     if run_plan(_plan(arguments), engine) is not None:
         print(f"report: {write_report(arguments.out, arguments.metadata)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where a plan runs: the flags that every stage of ``mc2 curate`` shares, and running it with them."""
+"""Where a plan runs: the flags that every stage of ``mc2 curate`` shares, and running a plan with them."""
 
 import argparse
 import json
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def engine_flags() -> argparse.ArgumentParser:
-    """The flags, as a parent of a parser; see :func:`engine_of`."""
+    """The flags, as a parent parser; see :func:`engine_of`."""
     flags = argparse.ArgumentParser(add_help=False)
     flags.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     group = flags.add_argument_group("where it runs")
-    group.add_argument("--executor", choices=("local", "slurm", "ray"), help="[local; slurm where --slurm is given]")
+    group.add_argument("--executor", choices=("local", "slurm", "ray"), help="[local; slurm if --slurm is given]")
     group.add_argument("--workers", type=int, metavar="N", help="tasks at a time [local: all cores; else no limit]")
     group.add_argument(
         "--tasks",
         type=int,
         metavar="N",
-        help="tasks that the shards are cut into [slurm, ray: one a shard, <= 1000]",
+        help="tasks that the shards are divided into [slurm, ray: one per shard, <= 1000]",
     )
     group.add_argument(
         "--slurm",
@@ -30,10 +30,10 @@ def engine_flags() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="key=value",
-        help="submit as Slurm jobs: partition=P time=T, cpus_per_task, mem_per_cpu_gb, max_array_size, and options of "
-        "sbatch (docs/slurm.md)",
+        help="submit as Slurm jobs: partition=P time=T, cpus_per_task, mem_per_cpu_gb, max_array_size, and sbatch's "
+        "options (docs/slurm.md)",
     )
-    group.add_argument("--wait", action="store_true", help="slurm: stay until the jobs have ended")
+    group.add_argument("--wait", action="store_true", help="slurm: wait until the jobs have ended")
     return flags
 
 
@@ -41,7 +41,7 @@ def engine_of(arguments: argparse.Namespace) -> "Engine":
     """The engine that the flags of :func:`engine_flags` name.
 
     Raises:
-        UserError: flags that do not go together, or a bad value.
+        UserError: incompatible flags, or a bad value.
     """
     from mc2_hpc.jobs.engines import SLURM_KEYS, Local, Ray, Slurm
     from mc2_hpc.jobs.slurm_options import parse_slurm_options
@@ -59,14 +59,14 @@ def engine_of(arguments: argparse.Namespace) -> "Engine":
 
 
 def run_plan(plan: "Plan", engine: "Engine") -> dict[str, Any] | None:
-    """Run the plan, showing its progress, and print its result or that it was submitted."""
+    """Run the plan, show its progress, and print its result or that it was submitted."""
     from mc2_hpc import jobs
     from mc2_hpc.terminal import progress
 
     with progress() as report:
         result = jobs.run(plan, engine, report)
     if result is None:
-        print("submitted; give the same command again to see how far it is, with --wait to stay until the end")
+        print("submitted; run the same command again to see its progress, or with --wait to wait until it ends")
     else:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     return result

@@ -18,19 +18,19 @@ def add_action(actions: Any) -> None:
     explain.add_argument("caption")
     explain.add_argument("--lang", help="its language code [identified]")
     explain.add_argument("--metadata", type=Path, required=True, help="folder of <lang>.json")
-    explain.add_argument("--matched", type=Path, help="what match wrote: its mode, tables and filters are used")
-    explain.add_argument("--balance", type=Path, help="what balance wrote: adds counts, probabilities, the verdict")
+    explain.add_argument("--matched", type=Path, help="output of match: its mode, tables and filters are used")
+    explain.add_argument("--balance", type=Path, help="output of balance: adds counts, probabilities, the verdict")
     explain.add_argument("--mode", choices=("fixed", "compat"), help="matching rules [the folder's, else fixed]")
-    explain.add_argument("--key", help="image key: tells whether it is kept with this seed and epoch")
+    explain.add_argument("--key", help="image key: shows whether it is kept with this seed and epoch")
     add_json_flag(explain)
     explain.set_defaults(action=_explain)
 
 
 def draw_flags() -> argparse.ArgumentParser:
-    """The flags that say which draw, as a parent of a parser."""
+    """The flags that select a draw, as a parent parser."""
     flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("--seed", type=whole(0), default=0, help="of the draws, as data.seed of training [0]")
-    flags.add_argument("--epoch", type=whole(0), default=0, help="of the draws [0]")
+    flags.add_argument("--seed", type=whole(0), default=0, help="seed of the draws, data.seed in training [0]")
+    flags.add_argument("--epoch", type=whole(0), default=0, help="epoch of the draws [0]")
     return flags
 
 
@@ -38,7 +38,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     from mc2_hpc.curation.explain import explain
 
     if arguments.key is not None and arguments.balance is None:
-        raise UserError("--key tells whether balancing keeps the caption: name the balance folder with --balance")
+        raise UserError("--key shows whether balancing keeps the caption: name the balance folder with --balance")
     explanation = explain(
         arguments.caption,
         arguments.metadata,
@@ -67,7 +67,7 @@ def _show(explanation: "Explanation") -> None:
     console.print(Text(f"language {explanation.lang or 'unknown'}{source}, mode {explanation.mode}"))
     if explanation.lang_from != "given" and explanation.drop_reason == "language_unknown":
         console.print("name the language with --lang if that is wrong")
-    # Visible spaces, for they decide what matches.
+    # Spaces are shown, because they affect what matches.
     console.print(Text("looked for in: ").append(explanation.spaced_text.replace(" ", "\u00b7"), "bold"))
     if explanation.matches:
         console.print(_table(explanation))
@@ -106,7 +106,7 @@ def _verdict(explanation: "Explanation") -> str:
     if explanation.drop_reason is not None:
         return f"dropped: {explanation.drop_reason}"
     if explanation.keep_probability is None:
-        return f"matches {len(explanation.matches)} entries; --balance tells how likely it is kept"
+        return f"matches {len(explanation.matches)} entries; --balance shows how likely it is to be kept"
     odds = f"keep probability {explanation.keep_probability:.4g} (t = {explanation.threshold:,})"
     if explanation.draw is None:
         return odds

@@ -4,7 +4,7 @@ import argparse
 
 from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 
-SUMMARY = "what is installed here, and does it work"
+SUMMARY = "show what is installed here and whether it works"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", type=Path, metavar="FILE", help="YAML file of evaluation sets (configs/eval/)")
-    what.add_argument("--shards", metavar="WHERE", help="image-text shards, as data.train names them: retrieval")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that differ from the suite's")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md, report.html there")
+    what.add_argument("--shards", metavar="WHERE", help="image-text shards for retrieval, named as in data.train")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that override the suite's")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md, report.html here")
     add_json_flag(parser)
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features of images there [OUT/features]")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="cache image features here [OUT/features]")
     parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="images encoded at a time [64]")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoders [fp32]")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="encoders' precision [fp32]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,12 +75,12 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
             with atomic_path(arguments.out / "results.md") as temporary:
                 temporary.write_text(table, encoding="utf-8")
     if not any(result.scores for result in results):
-        raise UserError(f"{arguments.suite or arguments.shards}: not one set could be scored; see the table above")
+        raise UserError(f"{arguments.suite or arguments.shards}: none of the sets could be scored; see the table above")
     return 0
 
 
 def _document(arguments: argparse.Namespace, encoder: Any, sets: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.json holds."""
+    """Contents of results.json."""
     from mc2_hpc import __version__
     from mc2_hpc.evaluation.paper import columns_of
 

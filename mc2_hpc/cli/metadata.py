@@ -15,10 +15,10 @@ SUMMARY = "build the entries that captions are matched against"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    build = actions.add_parser("build", help="write <lang>.json for every language of a folder of sources")
-    build.add_argument("sources", type=Path, help="folder laid out as docs/metadata.md says")
+    build = actions.add_parser("build", help="write <lang>.json for every language in a folder of sources")
+    build.add_argument("sources", type=Path, help="folder with the layout of docs/metadata.md")
     build.add_argument("--out", type=Path, required=True, help="folder to write")
-    build.add_argument("--languages", metavar="A,B", help="build these alone")
+    build.add_argument("--languages", metavar="A,B", help="build only these")
     build.add_argument("--workers", type=whole(1, 4096), default=1, help="processes (default: 1)")
     build.add_argument("--number-names", action="store_true", help="add the names of 0-99 (needs num2words)")
     build.add_argument(
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LANG=NAME",
-        help="split a language's text by this segmenter; `characters` needs no package",
+        help="split a language's text with this segmenter; `characters` needs no package",
     )
-    build.add_argument("--hourly-views", type=whole(1), help="views an hour from which a title counts (default: 50)")
+    build.add_argument("--hourly-views", type=whole(1), help="views per hour for a title to count (default: 50)")
     build.add_argument(
         "--merge-unknown", action="store_true", help="put languages that lid.176 does not know into other.json"
     )
@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bigram_min_pmi, titles, title_share, title_min_views",
     )
     build.set_defaults(action=_build)
-    fetch = actions.add_parser("fetch", help="download dumps and page views, going on where it broke off")
+    fetch = actions.add_parser("fetch", help="download dumps and page views, resuming broken downloads")
     fetch.add_argument(
         "--wiki", action="append", default=[], metavar="CODE", help="a Wikipedia, such as sw; repeatable"
     )
-    fetch.add_argument("--date", metavar="YYYYMMDD", help="of the dumps")
+    fetch.add_argument("--date", metavar="YYYYMMDD", help="date of the dumps")
     fetch.add_argument(
         "--pageviews", action="append", default=[], metavar="YYYYMMDD[-HH]", help="an hour (UTC) or a day; repeatable"
     )
-    fetch.add_argument("--out", type=Path, required=True, help="folder to write, as `build` takes it")
+    fetch.add_argument("--out", type=Path, required=True, help="folder to write, in the layout that `build` reads")
     fetch.add_argument("--mirror", help="another server with the layout of dumps.wikimedia.org")
     fetch.set_defaults(action=_fetch)
 
@@ -110,7 +110,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
     if not arguments.wiki and not arguments.pageviews:
         raise UserError("nothing to fetch: name a --wiki with its --date, or --pageviews")
     if arguments.wiki and not arguments.date:
-        raise UserError("--wiki needs --date YYYYMMDD, the day the dump was begun")
+        raise UserError("--wiki needs --date YYYYMMDD, the day on which the dump was started")
     mirror = arguments.mirror or MIRROR
     names = [name for spec in arguments.pageviews for name in pageview_names(spec)]
     with progress() as report:

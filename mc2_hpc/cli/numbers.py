@@ -1,4 +1,4 @@
-"""Numbers on the command line, as ``type=`` of an argument: what is none, or out of range, is one line."""
+"""Numbers on the command line, as ``type=`` of an argument; a bad number or one out of range gives one line."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 
 _LONGEST_S = 10**8
-"""About three years: what sleeps and sockets still take."""
+"""About three years, which sleeps and sockets still accept."""
 
 
 def whole(low: int, high: int = 10**12) -> Callable[[str], int]:
@@ -31,12 +31,12 @@ def seconds(text: str) -> float:
     except ValueError:
         raise ArgumentTypeError(f"{_brief(text)}: must be a number of seconds") from None
     if not (math.isfinite(found) and 0 < found <= _LONGEST_S):
-        raise ArgumentTypeError(f"{_brief(text)}: must be a number of seconds above 0, of at most {_LONGEST_S:,}")
+        raise ArgumentTypeError(f"{_brief(text)}: must be a number of seconds above 0 and at most {_LONGEST_S:,}")
     return found
 
 
 def port(text: str) -> int:
-    """Reads the number of a TCP port; 0 asks for any that is free."""
+    """Reads a TCP port number; 0 means any free port."""
     return whole(0, 65_535)(text)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from mc2_hpc.cli.numbers import whole
 
-SUMMARY = "the whole job on this machine, in minutes"
+SUMMARY = "run the whole pipeline on this machine, in minutes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of all results")
-    parser.add_argument("--processes", type=whole(1, 4096), help="training processes (default: the GPUs found, or 2)")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all results")
+    parser.add_argument("--processes", type=whole(1, 4096), help="training processes (default: one per GPU, or 2)")
 
 
 def run(arguments: argparse.Namespace) -> int:

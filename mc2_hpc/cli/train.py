@@ -19,14 +19,14 @@ SUMMARY = "train a model from a config file"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that differ from the file's")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that override the file's")
     parser.add_argument(
-        "--processes", type=whole(1, 4096), help="start this many processes on this machine (one a GPU)"
+        "--processes", type=whole(1, 4096), help="start this many processes on this machine (one per GPU)"
     )
     parser.add_argument(
-        "--restarts", type=whole(0), default=0, help="with --processes: start all again this often if one dies [0]"
+        "--restarts", type=whole(0), default=0, help="with --processes: restart all this often if one crashes [0]"
     )
-    parser.add_argument("--timeout", type=seconds, default=600, help="seconds a rank waits for the others [600]")
+    parser.add_argument("--timeout", type=seconds, default=600, help="seconds that a rank waits for others [600]")
     train_slurm.add_arguments(parser)
 
 
@@ -58,7 +58,7 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
     from mc2_hpc.training.stop import LOST_RANK, SAVED, Stopped
     from mc2_hpc.training.trainer import NonFiniteError, SaveError, Trainer
 
-    # DeepSpeed calls collectives by names that torch is about to retire; nothing a user can do about it.
+    # DeepSpeed calls collectives by deprecated names; users can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
@@ -80,10 +80,10 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """End one of several ranks, whose files are closed by now.
+    """Exit one of several ranks, after its files are closed.
 
-    Threads of the communication libraries outlive their groups and have been seen to abort the interpreter's own
-    shutdown, which a launcher takes for a rank that was killed.
+    Threads of the communication libraries outlive their groups and sometimes abort the interpreter's shutdown, which
+    looks to a launcher like a killed rank.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -92,7 +92,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    """Start the wanted number of processes, each of which runs this command without ``--processes``."""
+    """Start the requested number of processes, each running this command without ``--processes``."""
     from mc2_hpc.config import load_config
     from mc2_hpc.training.launch import launch
 
@@ -100,10 +100,12 @@ def _launch(arguments: argparse.Namespace) -> int:
         raise UserError("--restarts needs --processes: elsewhere the launcher restarts (torchrun, Slurm)")
     if "WORLD_SIZE" in os.environ:
         raise UserError("--processes inside a launched job (WORLD_SIZE is set): leave it out")
-    # Bad input shows here, once, before any process is started.
+    # Bad input fails here, once, before any process starts.
     config = load_config(arguments.config, arguments.overrides)
     if arguments.restarts and not config.checkpoint.resume:
-        raise UserError(f"--restarts {arguments.restarts} with checkpoint.resume=false: a restart would begin anew")
+        raise UserError(
+            f"--restarts {arguments.restarts} with checkpoint.resume=false: restarts would begin from scratch"
+        )
     command = [sys.executable, "-m", "mc2_hpc.cli", *(["--debug"] if arguments.debug else []), "train"]
     command += ["--timeout", str(arguments.timeout), str(arguments.config), *arguments.overrides]
     return launch(command, processes=arguments.processes, restarts=arguments.restarts, stop_s=arguments.timeout)

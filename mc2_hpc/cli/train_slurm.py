@@ -13,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="submit as a Slurm job: nodes=N gpus=N (per node) time=T partition=P account=A ... (docs/slurm.md)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="with --slurm: print the batch script, submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="with --slurm: print the batch script, do not submit")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Submit the run, or print its script; prints the job's id."""
+    """Submit the run and print the job id, or print its script."""
     from pathlib import Path
 
     from mc2_hpc.config import load_config
@@ -33,6 +33,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(script, end="")
         return 0
-    Path(config.output).mkdir(parents=True, exist_ok=True)  # Slurm writes no log into a folder that is not there
+    Path(config.output).mkdir(parents=True, exist_ok=True)  # Slurm does not create the log's folder
     print(slurm.submit(script))
     return 0

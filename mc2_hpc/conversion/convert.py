@@ -1,4 +1,4 @@
-"""``mc2 convert``: a model from one of three formats to another, whole or not at all."""
+"""``mc2 convert``: convert a model between three formats, completely or not at all."""
 
 import logging
 import os
@@ -27,9 +27,9 @@ FORMATS = (*EXPORTERS, Format.OURS)
 
 
 def convert(source: str | Path, to: str, out: str | Path) -> Path:
-    """Convert the model at ``source`` to the format ``to`` and write it as the folder ``out``, which it returns.
+    """Convert the model at ``source`` to the format ``to``, write it to the folder ``out`` and return ``out``.
 
-    The folder appears complete: everything is written to a hidden folder beside it and renamed.
+    The conversion is atomic: everything is written to a hidden folder beside ``out``, which is then renamed.
 
     Args:
         source: a checkpoint or run folder of ours, an open_clip folder, or a transformers MetaClip2 folder.
@@ -37,14 +37,14 @@ def convert(source: str | Path, to: str, out: str | Path) -> Path:
         out: a folder that does not exist or is empty.
 
     Raises:
-        UserError: unknown format or source, ``out`` is in use, or a model that does not fit (see the converters).
+        UserError: unknown format or source, ``out`` is not empty, or the model does not fit (see the converters).
     """
     source, out = Path(source), Path(out)
     if to not in FORMATS:
         raise UserError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
     kind = detect_format(source)
     if kind == to:
-        raise UserError(f"{source}: is in the format {to} already; choose another --to")
+        raise UserError(f"{source}: is already in the format {to}; choose another --to")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; choose another --out or remove it")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

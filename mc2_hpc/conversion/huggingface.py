@@ -19,10 +19,10 @@ from mc2_hpc.storage import write_json
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
-"""Where transformers 5 saves the image processor, within the processor of images and texts."""
+"""Where transformers 5 saves the image processor, inside the processor for images and texts."""
 MODEL_TYPE = "metaclip_2"
 
-# config.json leaves out what equals the class's default: these are MetaClip2TextConfig's and MetaClip2VisionConfig's.
+# config.json omits defaults: these are the ones of MetaClip2TextConfig and MetaClip2VisionConfig.
 TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 49_408,
     "hidden_size": 512,
@@ -48,7 +48,7 @@ VISION_DEFAULTS: dict[str, Any] = {
 PROJECTION_DIM_DEFAULT = 512
 
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
-_BICUBIC = 3  # PIL's number for it
+_BICUBIC = 3  # PIL's constant
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -74,7 +74,7 @@ def import_model(source: Path, out: Path) -> None:
     arch = architecture(read_json(path, dict[str, Any]), _preprocessor(source), str(path))
     files = _weights(source)
     entries = huggingface_entries(arch)
-    # Buffers that older versions of transformers stored with the weights.
+    # Older versions of transformers stored these buffers with the weights.
     names = [name for name in files.names() if not name.endswith(".position_ids")]
     check_names(str(source), names, peer_shapes(entries, arch), files)
     tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size)
@@ -83,10 +83,10 @@ def import_model(source: Path, out: Path) -> None:
 
 
 def _preprocessor(folder: Path) -> "Preprocessor":
-    """What a folder says of its image processor, by transformers up to 4 or, first, from 5 on; empty: nothing.
+    """A folder's image processor settings, from transformers 5's file or else transformers 4's; empty without either.
 
     Raises:
-        UserError: such a file is not what transformers writes.
+        UserError: a file is not in the form that transformers writes.
     """
     for name, key in ((PROCESSOR_FILE, "image_processor"), (PREPROCESSOR_FILE, None)):
         path = folder / name
@@ -94,7 +94,7 @@ def _preprocessor(folder: Path) -> "Preprocessor":
             continue
         values = read_json(path, dict[str, Any], what="an image processor's description")
         if key is not None and key not in values:
-            continue  # a processor without an image processor of its own; the other file has it
+            continue  # this processor has no image processor of its own; the other file has it
         found = values[key] if key is not None else values
         return as_type(found, Preprocessor, str(path), what="an image processor's description")
     return Preprocessor()
@@ -166,7 +166,7 @@ def preprocessor_config(arch: ClipArchitecture) -> dict[str, Any]:
 
 
 class Preprocessor(Foreign):
-    """``preprocessor_config.json``, as far as it decides what a model sees."""
+    """The fields of ``preprocessor_config.json`` that determine a model's input."""
 
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
@@ -174,14 +174,14 @@ class Preprocessor(Foreign):
 
 
 class _Config(Foreign):
-    """``config.json``, but for the sizes of its towers."""
+    """``config.json`` without the sizes of its towers."""
 
     text_config: dict[str, Any] | None = None
     vision_config: dict[str, Any] | None = None
 
 
 def architecture(values: Any, preprocessor: Preprocessor, source: str) -> ClipArchitecture:
-    """The architecture of a parsed ``config.json`` and ``preprocessor_config.json`` (may be empty).
+    """The architecture from a parsed ``config.json`` and ``preprocessor_config.json`` (may be empty).
 
     Raises:
         UserError: not a MetaClip2 config, or a model that differs from ours in more than sizes.
@@ -241,9 +241,9 @@ def _check_family(text: dict[str, Any], vision: dict[str, Any], source: str) -> 
 def _eval_resize(preprocessor: Preprocessor, source: str) -> str:
     for key, wanted in (("image_mean", MEAN), ("image_std", STD)):
         found = getattr(preprocessor, key) or wanted
-        # transformers' constants are these to the last digit or, in some versions, one digit shorter.
+        # transformers' constants are the same or, in some versions, one digit shorter.
         if len(found) != 3 or any(abs(a - b) > 1e-6 for a, b in zip(found, wanted, strict=True)):
-            raise UserError(f"{source}: the image processor's {key}={found[:4]}: models here take {wanted}")
+            raise UserError(f"{source}: the image processor's {key}={found[:4]}: models here use {wanted}")
     return "squash" if isinstance(preprocessor.size, dict) and "height" in preprocessor.size else "shortest"
 
 

@@ -1,9 +1,9 @@
-"""Names and layouts of one model's weights in three libraries: this one, open_clip and transformers' MetaClip2.
+"""Names and layouts of a model's weights in three libraries: this one, open_clip and transformers' MetaClip2.
 
 A map is a list of :class:`Entry`: one of our tensors, the peer's tensor or tensors that hold the same numbers, and the
-operation between the two layouts. Operations move numbers and never compute, so both directions are exact to the bit.
+operation between the two layouts. Operations only rearrange numbers, so both directions are bit-exact.
 
-Shape suffixes of comments: W width, P numbers in a patch, E embedding.
+Shape letters in comments: W width, P numbers per patch, E embedding.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Same:
-    """Stored alike."""
+    """Stored identically."""
 
     def forward(self, ours: Tensor) -> tuple[Tensor, ...]:
         return (ours,)
@@ -85,32 +85,32 @@ class Entry:
 
 
 def our_shapes(arch: ClipArchitecture) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a model of ours; nothing is allocated."""
+    """Name and shape of every tensor of our model; nothing is allocated."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in CLIP(arch).state_dict().items()}
 
 
 def peer_shapes(entries: Sequence[Entry], arch: ClipArchitecture) -> dict[str, torch.Size]:
-    """Name and shape of every tensor the peer must have for a model of ``arch``."""
+    """Name and shape of every tensor that the peer must have for a model of ``arch``."""
     shapes = our_shapes(arch)
     meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     return {name: tensor.shape for name, tensor in to_peer(entries, meta.__getitem__)}
 
 
 def to_peer(entries: Sequence[Entry], get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The peer's named tensors, one of ours fetched at a time by ``get(name)``."""
+    """The peer's named tensors; ours are fetched one at a time with ``get(name)``."""
     for entry in entries:
         yield from zip(entry.theirs, entry.layout.forward(get(entry.ours)), strict=True)
 
 
 def from_peer(entries: Sequence[Entry], get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our named tensors, the peer's fetched as they are needed by ``get(name)``."""
+    """Our named tensors; the peer's are fetched as needed with ``get(name)``."""
     for entry in entries:
         yield entry.ours, entry.layout.inverse([get(name) for name in entry.theirs])
 
 
 def open_clip_entries(arch: ClipArchitecture, text_prefix: str = "") -> list[Entry]:
-    """The map to open_clip's ``CLIP``, or with ``text_prefix="text."`` to its ``CustomTextCLIP``."""
+    """The map to open_clip's ``CLIP`` or, with ``text_prefix="text."``, its ``CustomTextCLIP``."""
     entries = [
         Entry("vision.patch_embedding.weight", ("visual.conv1.weight",), PatchKernel(arch.vision.patch_size)),
         Entry("vision.class_embedding", ("visual.class_embedding",)),
@@ -156,7 +156,7 @@ def huggingface_entries(arch: ClipArchitecture) -> list[Entry]:
         Entry("logit_scale", ("logit_scale",)),
     ]
     norms = {
-        "vision.norm_pre": f"{vision}.pre_layrnorm",  # spelt so there
+        "vision.norm_pre": f"{vision}.pre_layrnorm",  # sic
         "vision.norm_post": f"{vision}.post_layernorm",
         "text.norm_final": f"{text}.final_layer_norm",
     }

@@ -1,4 +1,4 @@
-"""Reading and writing a model folder of ours for conversion, one tensor in memory at a time."""
+"""Reading and writing our model folders for conversion, with one tensor in memory at a time."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -40,7 +40,7 @@ def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
 
 
 def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path) -> None:
-    """Write a model folder: weights in files of about a gigabyte, the tokenizer, and ``model.json`` last."""
+    """Write a model folder: weights in files of about 1 GiB, the tokenizer, and ``model.json`` last."""
     pending: dict[str, Tensor] = {}
     pending_bytes = number = 0
     for name, tensor in tensors:
@@ -58,7 +58,7 @@ def check_sizes(source: str, sizes: Mapping[str, Any]) -> None:
     """Check the sizes that a config file states.
 
     Raises:
-        UserError: one is not a whole number of at least 1; it is named.
+        UserError: one is not a whole number of at least 1; the message names it.
     """
     for key, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -73,10 +73,10 @@ def _brief(value: object) -> str:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Say how to fix a folder that has its weights as pickles only.
+    """Explain how to fix a folder that has its weights only as pickles.
 
     Raises:
-        UserError: there is such a file.
+        UserError: there is a pickled file.
     """
     pickles = sorted(path for path in folder.iterdir() if is_pickle(path))
     if pickles:

@@ -18,15 +18,15 @@ from mc2_hpc.storage import write_json
 # In open_clip's own order of preference.
 _WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model")
 
-# Read from the Hub where a config of that name is loaded by name; a local folder always uses its own files.
+# Used only if a config is loaded by name: open_clip then gets them from the Hub. A local folder uses its own files.
 _HUB_TOKENIZERS = {("xlmv", 901_629): "facebook/xlm-v-base", ("mt5", 250_100): "google/mt5-base"}
 
-# Sizes that differ from model to model, with what open_clip assumes where a config says nothing.
+# Sizes that differ between models, with open_clip's defaults.
 _TOP = {"embed_dim": None, "vision_cfg": None, "text_cfg": None, "quick_gelu": False, "custom_text": False}
 _VISION = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0}
 _TEXT = {"context_length": 77, "vocab_size": 49_408, "width": 512, "heads": 8, "layers": 12, "eos_id": 2}
-# What every model of the family has, and keys without effect on a trained model's output. Any other key that is set
-# belongs to a model that this program does not have.
+# Values that every model of the family has, and keys that do not affect a trained model's output. Any other key that is
+# set belongs to a model that this program does not support.
 _FIXED: dict[str, dict[str, Any]] = {
     "": {},
     "vision_cfg": {"pool_type": "tok", "pos_embed_type": "learnable"},
@@ -116,16 +116,16 @@ def config(card: ModelCard) -> dict[str, Any]:
 
 
 def mlp_ratio(width: int, mlp_width: int) -> float:
-    """A ratio with ``int(width * ratio) == mlp_width``, as open_clip computes it: few digits where they do."""
+    """A ratio with ``int(width * ratio) == mlp_width``, as open_clip computes it; rounded to 4 digits if possible."""
     short = round(mlp_width / width, 4)
     return short if int(width * short) == mlp_width else (mlp_width + 0.5) / width
 
 
 def architecture(values: Any, source: str) -> tuple[ClipArchitecture, str]:
-    """The architecture of a parsed ``open_clip_config.json``, and the prefix of its text tower's weights.
+    """The architecture from a parsed ``open_clip_config.json``, and the prefix of its text tower's weights.
 
     Raises:
-        UserError: not such a config, or a model that differs from ours in more than sizes.
+        UserError: not an open_clip config, or a model that differs from ours in more than sizes.
     """
     if not isinstance(values, dict) or not isinstance(values.get("model_cfg"), dict):
         raise UserError(f"{source}: no model_cfg there; not an open_clip config")
@@ -169,10 +169,10 @@ def _eval_resize(preprocess: _Preprocessing, source: str) -> str:
     for key, value in ours.items():
         found = getattr(preprocess, key)
         if found is not None and found != value:
-            raise UserError(f"{source}: preprocess_cfg.{key}={found}: models here take {value}")
+            raise UserError(f"{source}: preprocess_cfg.{key}={found}: models here use {value}")
     if preprocess.resize_mode not in ("shortest", "squash"):
         raise UserError(
-            f"{source}: preprocess_cfg.resize_mode={preprocess.resize_mode!r}: models here take shortest or squash"
+            f"{source}: preprocess_cfg.resize_mode={preprocess.resize_mode!r}: models here use shortest or squash"
         )
     return preprocess.resize_mode
 

@@ -1,8 +1,8 @@
-"""A sentencepiece model as the tokenizer files that transformers (and through it open_clip) loads, and back.
+"""Converting a sentencepiece model to the tokenizer files that transformers (and through it open_clip) loads, and back.
 
-``tokenizer.json`` describes the same segmentation to Hugging Face's tokenizers library, the style's cleaning included,
-so that ``AutoTokenizer`` gives our ids for raw captions; the sentencepiece file itself lies beside it for the way back.
-The two libraries differ where two segmentations tie, and for a few characters in how they normalise.
+``tokenizer.json`` describes the same segmentation to Hugging Face's tokenizers library, including the style's cleaning,
+so that ``AutoTokenizer`` gives our ids for raw captions. The sentencepiece file is stored beside it for the way back.
+The two libraries differ when two segmentations tie, and in how they normalise a few characters.
 """
 
 import base64
@@ -19,21 +19,21 @@ from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import write_json
 
 MODEL_NAMES = {"xlmv": "sentencepiece.bpe.model", "mt5": "spiece.model", "gemma": "tokenizer.model"}
-"""The name transformers gives the sentencepiece file, by style."""
+"""The name that transformers gives the sentencepiece file, by style."""
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # piece types of sentencepiece_model.proto
 _UNIGRAM, _BPE = 1, 2  # model types
-_NEVER = -1000.0  # log-probability of a special piece: any way to spell its characters costs less
-_UNKNOWN_CHARACTER = "\ue000"  # private use: no vocabulary has it
+_NEVER = -1000.0  # log-probability of a special piece: any other segmentation of its characters costs less
+_UNKNOWN_CHARACTER = "\ue000"  # private use: in no vocabulary
 
 
 def write_tokenizer(model_file: Path, style: str, context_length: int, out: Path) -> None:
     """Write ``tokenizer.json``, ``tokenizer_config.json`` and the sentencepiece file into ``out``.
 
     Raises:
-        UserError: the file is not a sentencepiece model of ``style``, or is of a kind that tokenizers cannot express.
+        UserError: the file is not a sentencepiece model of ``style``, or of a kind that tokenizers cannot express.
     """
-    Tokenizer(model_file, style)  # its checks
+    Tokenizer(model_file, style)  # for its checks
     proto = sentencepiece_proto.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(read_bytes(model_file, most=MOST_BYTES))
     shutil.copyfile(model_file, out / MODEL_NAMES[style])
@@ -51,7 +51,7 @@ def find_tokenizer(folder: Path, eos_id: int, vocab_size: int) -> tuple[Path, st
     if not found:
         raise UserError(
             f"{folder}: no sentencepiece model there ({', '.join(MODEL_NAMES.values())}); "
-            f"copy the one the model was trained with into the folder"
+            f"copy the one that the model was trained with into the folder"
         )
     reasons = []
     for style in STYLES:
@@ -80,7 +80,7 @@ def tokenizer_config(proto: Any, style: str, context_length: int) -> dict[str, A
         "padding_side": "right",
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
-        # "</s>" in a caption is text, not the end of it.
+        # "</s>" in a caption is text, not the end of the caption.
         "split_special_tokens": True,
         "eos_token": by_id[layout.eos],
         "pad_token": by_id[layout.pad],
@@ -94,7 +94,7 @@ def tokenizer_config(proto: Any, style: str, context_length: int) -> dict[str, A
 
 
 def tokenizer_json(proto: Any, style: str, source: str) -> dict[str, Any]:
-    """Contents of ``tokenizer.json`` for a parsed sentencepiece model; ``source`` names it in errors.
+    """Contents of ``tokenizer.json`` for a parsed sentencepiece model; errors call it ``source``.
 
     Raises:
         UserError: a kind of sentencepiece model that the tokenizers library cannot express.
@@ -133,7 +133,7 @@ def tokenizer_json(proto: Any, style: str, source: str) -> dict[str, Any]:
 
 
 def _special_pieces(proto: Any, style: str) -> list[tuple[int, str]]:
-    """(id, content) of the tokens that no caption may produce, by id."""
+    """(id, content) of the tokens that no caption may produce, ordered by id."""
     if style == "xlmv":  # fairseq's layout, whatever the file calls its own specials
         return [(0, "<s>"), (1, "<pad>"), (2, "</s>"), (3, "<unk>"), (len(proto.pieces) + 1, "<mask>")]
     unk = STYLES[style].unk
@@ -146,7 +146,7 @@ def _added_token(token_id: int, content: str, *, special: bool) -> dict[str, Any
 
 
 def _pieces(proto: Any, style: str, specials: dict[int, str]) -> list[tuple[str, float]]:
-    """(piece, score) of every id of ours, in order."""
+    """(piece, score) for each of our ids, in order."""
     if style == "xlmv":
         pieces = [(p.piece, p.score) for p in proto.pieces[3:]]
         return [*((specials[i], _NEVER) for i in range(4)), *pieces, ("<mask>", _NEVER)]
@@ -179,7 +179,7 @@ def _bpe(proto: Any, style: str, specials: dict[int, str]) -> dict[str, Any]:
 
 
 def _merges(proto: Any) -> list[list[str]]:
-    """Every way to build a piece of two others, best piece first: the order in which sentencepiece merges."""
+    """Every way to build a piece from two others, best piece first: the order in which sentencepiece merges."""
     ranks = {p.piece: i for i, p in enumerate(proto.pieces) if p.type == _NORMAL}
     merges = []
     for index in sorted(ranks.values(), key=lambda i: (-proto.pieces[i].score, i)):
@@ -203,12 +203,12 @@ def _normalizers(proto: Any, style: str, specials: list[str]) -> list[dict[str, 
 
 
 def _forging_characters(proto: Any, specials: list[str]) -> list[str]:
-    """Characters to make unknown by another name, so that captions cannot spell a special piece.
+    """Characters to replace by another unknown one, so that captions cannot spell a special piece.
 
-    The pieces of a tokenizers unigram model can all be matched in text, the special ones too. Their score
-    (:data:`_NEVER`) keeps them out wherever their characters can be spelt otherwise. A character that no piece has
-    cannot: both libraries would call it unknown, but the special piece that contains it would still win. (A BPE model
-    reaches no piece without merges, and the special ones have none.)
+    A tokenizers unigram model can match any piece in text, special ones included. Their score (:data:`_NEVER`) prevents
+    that wherever their characters have another segmentation. A character that no normal piece contains has none: both
+    libraries call it unknown, but the special piece that contains it would still win. (A BPE model reaches pieces only
+    by merges, and special pieces have none.)
     """
     if proto.trainer_spec.model_type != _UNIGRAM or proto.trainer_spec.byte_fallback:
         return []
@@ -217,7 +217,7 @@ def _forging_characters(proto: Any, specials: list[str]) -> list[str]:
 
 
 def _metaspace(proto: Any) -> dict[str, Any]:
-    # Words can be segmented one by one where no piece crosses from a word to the next.
+    # Words can be segmented one by one if no piece crosses a word boundary.
     crosses = any("▁" in p.piece[1:] for p in proto.pieces if p.type == _NORMAL)
     scheme = "always" if proto.normalizer_spec.add_dummy_prefix else "never"
     return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": not crosses}
@@ -236,8 +236,8 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-# Lower case as Python writes it: a sigma that ends a word has a form of its own, which tokenizers' Lowercase lacks. A
-# word is of cased letters and what Unicode calls case-ignorable (at most one such character is looked back over).
+# Lower case as in Python: a sigma at the end of a word has its own form, which tokenizers' Lowercase lacks. A word
+# consists of cased and (in Unicode's term) case-ignorable characters; the look-behind covers at most one of the latter.
 _CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
 _IGNORABLE = r"[\p{Mn}\p{Me}\p{Cf}\p{Lm}\p{Sk}'’.:·]"
 _FINAL_SIGMA = f"(?<={_CASED}|{_CASED}{_IGNORABLE})Σ(?!{_IGNORABLE}*{_CASED})"

@@ -1,13 +1,13 @@
-"""Work on many shards, on this machine, on Slurm or on Ray: ``run(plan, engine, progress)``. Knows nothing of captions.
+"""Work on many shards, on this machine, on Slurm or on Ray: ``run(plan, engine, progress)``. Independent of captions.
 
 A plan is a tuple of stages, and a stage is a declaration: inputs, outputs, one piece of work. Read ``stages.py`` first,
-then ``driver.py``, which runs a plan, and ``tasks.py``, which is what happens on another machine:
+then ``driver.py``, which runs a plan, and ``tasks.py``, which runs on the workers:
 
-    stages          what is to be done                     folders        settings and counters beside the outputs
+    stages          what to do                             folders        settings and counters beside the outputs
     driver          run a plan                             named          work as a name and JSON, no pickles
     engines         where: Local, Slurm, Ray               slurm_options  the grammar of ``--slurm``
-    tasks, events   a stage cut into tasks; their record   watch          progress, failures, workers that died
-    executors       datatrove's, in a process of its own   slurm, slurm_queue  array jobs; what is in the queue
+    tasks, events   a stage cut into tasks; their record   watch          progress, failures, killed workers
+    executors       datatrove's, in a separate process     slurm, slurm_queue  array jobs; the queue
 """
 
 from mc2_hpc.jobs.driver import run

@@ -1,4 +1,4 @@
-"""``run``: a plan on an engine. What is done already is skipped, and a killed run is continued by the same call."""
+"""``run``: run a plan on an engine. Finished work is skipped, so the same call resumes a killed run."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,20 +14,20 @@ from mc2_hpc.jobs.watch import Progress, Watch
 from mc2_hpc.storage import exclusive_folder
 
 BUSY_S = 10.0
-"""How long to wait for another process that works in the same folder, before that is an error."""
+"""How long to wait for another process in the same folder before raising an error."""
 
 
 def run(plan: Plan, engine: Engine | None = None, progress: Progress | None = None) -> dict[str, Any] | None:
-    """Do every shard that is not done of every stage, each stage after the one before.
+    """Process every unfinished shard of every stage, one stage after the other.
 
     Args:
-        engine: where; one worker of this machine by default.
+        engine: where to run; one worker on this machine by default.
 
     Returns:
-        the plan's result; None where the stages were only submitted to Slurm
+        the plan's result; None if the stages were only submitted to Slurm
 
     Raises:
-        UserError: some shards could not be done (every other one of that stage is), or a worker died.
+        UserError: some shards failed (all others of that stage are done), or a worker was killed.
     """
     engine = engine or Local()
     if isinstance(engine, Slurm):
@@ -40,7 +40,7 @@ def run(plan: Plan, engine: Engine | None = None, progress: Progress | None = No
 
 
 def _run_here(stage: Stage, engine: Local | Ray, progress: Progress | None) -> None:
-    """One stage in this process, in processes of this machine, or on Ray."""
+    """Run one stage in this process, in processes on this machine, or on Ray."""
     with exclusive_folder(stage.folder, wait_s=BUSY_S):
         if is_submitted(stage):
             refuse_live_job(stage)
@@ -49,7 +49,7 @@ def _run_here(stage: Stage, engine: Local | Ray, progress: Progress | None) -> N
         if not undone:
             return
         tasks = plan_tasks(stage, engine, undone)
-        from mc2_hpc.jobs import executors  # loads datatrove: when there is something to do
+        from mc2_hpc.jobs import executors  # loads datatrove, so only when there is work
 
         if isinstance(engine, Local) and (engine.workers == 1 or len(undone) == 1):
             executors.run_in_process(stage.logs, tasks, watch)
@@ -59,10 +59,10 @@ def _run_here(stage: Stage, engine: Local | Ray, progress: Progress | None) -> N
 
 
 def _run_on_slurm(stages: Sequence[Stage], engine: Slurm, progress: Progress | None) -> bool:
-    """Submit what is to be done, unless it is submitted already; wait for it if the engine says so.
+    """Submit unfinished work unless it is already submitted; wait for it if the engine says so.
 
     Returns:
-        whether all is done
+        whether everything is done
     """
     from mc2_hpc.jobs import slurm  # loads datatrove
 

@@ -1,4 +1,4 @@
-"""The record of a task: what it did, a JSON line an event, written by the task and read by the driver."""
+"""The record of a task: one JSON line per event, written by the task and read by the driver."""
 
 import json
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ class Event:
     """Something that a task did."""
 
     event: What
-    """``begin`` and ``end`` are of the task, the others of a shard."""
+    """``begin`` and ``end`` concern the task, the others a shard."""
     shard: str = ""
     message: str | None = None
-    """Why the shard failed; the traceback where the program crashed."""
+    """Why the shard failed; for a bug in the program, the traceback."""
     pid: int = 0
-    """The process that began the task."""
+    """The process that runs the task."""
 
     def line(self) -> str:
         return json.dumps(asdict(self)) + "\n"
 
 
 def read_events(lines: bytes, path: Path) -> Iterator[Event]:
-    """The events in whole ``lines`` of the record ``path``.
+    """The events in complete ``lines`` of the record ``path``.
 
     Raises:
         UserError: a line is not an event.
@@ -37,5 +37,5 @@ def read_events(lines: bytes, path: Path) -> Iterator[Event]:
         try:
             plain = json.loads(line)
         except ValueError:
-            plain = None  # which is no event
+            plain = None  # rejected below
         yield from_plain(plain, Event, str(path))

@@ -17,9 +17,9 @@ def end_with_parent() -> None:
 
 
 def main(words: str) -> None:
-    """Run the executor that ``words``, JSON, describe."""
+    """Run the executor that ``words``, a JSON object, describes."""
     spec: ExecutorSpec = from_plain(json.loads(words), ExecutorSpec, "executor_process")
-    if spec.kind != "slurm":  # whose tasks are Slurm's to end
+    if spec.kind != "slurm":  # Slurm ends its own tasks
         threading.Thread(target=end_with_parent, daemon=True).start()
     if spec.kind == "ray":
         import ray

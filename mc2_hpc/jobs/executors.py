@@ -1,8 +1,8 @@
-"""datatrove's executors run the tasks of a stage: in this process, in processes of this machine, or on Ray.
+"""datatrove's executors run the tasks of a stage: in this process, in processes on this machine, or on Ray.
 
-The executor of several processes runs in a process of its own, in a group of its own, while this one reads the tasks'
-records. So progress is shown, a worker that is killed is noticed (datatrove's pool would wait for it for ever), and
-no process outlives this one, however it ends.
+A multi-process executor runs in its own process and process group, while this process reads the tasks' records. So this
+process can show progress and detect killed workers (datatrove's pool would wait for them forever), and no process
+outlives it, however it ends.
 """
 
 import json
@@ -27,13 +27,13 @@ from mc2_hpc.jobs.tasks import RunTask
 from mc2_hpc.jobs.watch import Watch
 
 STALL_S = 180.0
-"""An executor none of whose tasks is at work for so long is taken for dead."""
+"""An executor without an active task for this long counts as dead."""
 SILENCE_S = 120.0
-"""A task on another machine that leaves no heartbeat for so long is taken for dead."""
+"""A task on another machine without a heartbeat for this long counts as dead."""
 
 
 class InProcessExecutor(PipelineExecutor):
-    """The tasks one after another in this process, with datatrove's markers and logs."""
+    """Runs the tasks one after another in this process, with datatrove's markers and logs."""
 
     def __init__(self, step: RunTask, tasks: int):
         super().__init__([step], str(step.logs))
@@ -59,7 +59,7 @@ class InProcessExecutor(PipelineExecutor):
 
 @contextmanager
 def quiet_datatrove() -> Iterator[None]:
-    """Keep what datatrove logs in this process off the console."""
+    """Keep datatrove's logs in this process off the console."""
     logger.disable("datatrove")
     try:
         yield
@@ -69,17 +69,17 @@ def quiet_datatrove() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ExecutorSpec:
-    """An executor of tasks that another process makes and runs; see ``executor_process``."""
+    """An executor that another process creates and runs; see ``executor_process``."""
 
     kind: Literal["local", "ray", "slurm"]
     logs: str
     tasks: int
     workers: int = -1
     max_array_size: int = 1001
-    """Of a Slurm array, from which a task of it knows which of the stage's tasks it is."""
+    """Maximum size of a Slurm array; an array's task needs it to compute its task number in the stage."""
 
     def command(self) -> list[str]:
-        """What runs the executor."""
+        """The command that runs the executor."""
         return [sys.executable, "-m", "mc2_hpc.jobs.executor_process", json.dumps(asdict(self))]
 
     def make(self) -> PipelineExecutor:
@@ -89,23 +89,23 @@ class ExecutorSpec:
             return RayPipelineExecutor([RunTask(logs, heartbeat=True)], **where)
         if self.kind == "local":
             return LocalPipelineExecutor([RunTask(logs)], **where)
-        # Inside a job: time and partition are what it was submitted with.
+        # Already inside a job, which has its time and partition.
         step = RunTask(logs, fail=True)
         return SlurmPipelineExecutor([step], time="", partition="", max_array_size=self.max_array_size, **where)
 
 
 def run_in_process(logs: Path, tasks: int, watch: Watch) -> None:
-    """Do every incomplete task in this process."""
+    """Run every incomplete task in this process."""
     with quiet_datatrove():
         InProcessExecutor(RunTask(logs, listener=watch.tell), tasks).run()
 
 
 def run_in_processes(logs: Path, tasks: int, engine: Local | Ray, watch: Watch) -> None:
-    """Do every incomplete task in worker processes or on Ray.
+    """Run every incomplete task in worker processes or on Ray.
 
     Raises:
         UserError: a worker was killed.
-        RuntimeError: an error of the program in one of them.
+        RuntimeError: one of them hit a bug in the program.
     """
     kind: Literal["local", "ray"] = "local" if isinstance(engine, Local) else "ray"
     spec = ExecutorSpec(kind, str(logs.absolute()), tasks, engine.workers or -1)
@@ -113,11 +113,11 @@ def run_in_processes(logs: Path, tasks: int, engine: Local | Ray, watch: Watch) 
     with _own_group(spec.command(), log) as process:
         code = None
         while code is None:
-            code = process.poll()  # before the records are read: what was written last is seen
+            code = process.poll()  # before reading the records, so that the last events are seen
             began = time.monotonic()
             watch.read(logs / "events")
             lost = watch.lost_here(logs / "events") if isinstance(engine, Local) else watch.silent(SILENCE_S)
-            watch.raise_crash()  # which ends the workers too
+            watch.raise_crash()  # this ends the workers too
             if lost:
                 raise watch.killed(lost, log)
             if code is None:
@@ -126,7 +126,7 @@ def run_in_processes(logs: Path, tasks: int, engine: Local | Ray, watch: Watch) 
     if code:
         if watch.at_work or code < 0:
             raise watch.killed(watch.at_work, log)
-        raise UserError(f"{watch.stage}: the executor ended with code {code}; {log} tells why: {_last_line(log)}")
+        raise UserError(f"{watch.stage}: the executor ended with code {code}; see {log}: {_last_line(log)}")
 
 
 def _check_stall(watch: Watch, log: Path) -> None:
@@ -141,8 +141,8 @@ def _last_line(log: Path) -> str:
 
 @contextmanager
 def _own_group(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
-    """A process with its own group, all of which is gone when the context is left or this process ends."""
-    # One thread of numerical libraries a worker: the workers are the parallelism.
+    """A process with its own group, which is killed when the context is left or this process ends."""
+    # One thread per worker for numerical libraries, because the workers are parallel.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as stream:
         process = subprocess.Popen(
@@ -154,7 +154,7 @@ def _own_group(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass  # the group is gone already
+            pass  # the group is already gone
         process.wait()
         assert process.stdin is not None
         process.stdin.close()

@@ -1,4 +1,4 @@
-"""What a stage leaves beside its outputs: the settings that it was run with, and counters of each finished shard."""
+"""Files that a stage writes beside its outputs: its settings, and the counters of each finished shard."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,17 +9,17 @@ from mc2_hpc.reading.json_file import Count, as_type, read_fields, read_json
 from mc2_hpc.storage import write_json
 
 STATS = "stats/{shard}.json"
-"""Counters of a shard, below its stage's folder; written after its other outputs."""
+"""Counters of a shard, in the stage's folder; written after its other outputs."""
 
 
-REDO = "delete the file, and its shard is done again"
-"""How to get another file that marks a finished shard."""
+REDO = "delete the file to process its shard again"
+"""The fix for a bad file that marks a finished shard."""
 Counters = dict[str, Count | dict[str, Count | dict[str, Count]]]
-"""The schema of any shard's counters: numbers by name, or by name within a name."""
+"""The schema of any shard's counters: numbers by name, possibly nested."""
 
 
 def stats_path(out: Path, shard: str) -> Path:
-    """The file of a finished shard's counters, in the folder of its stage."""
+    """The file with a finished shard's counters, in its stage's folder."""
     return out / "stats" / f"{shard}.json"
 
 
@@ -27,7 +27,7 @@ def sum_stats(out: Path, shards: Sequence[str], kind: Any = Counters) -> dict[st
     """Add up the counters of finished shards, nested dictionaries key by key, keys sorted; one shard in memory.
 
     Args:
-        kind: their schema; where it names counters, all have them.
+        kind: their schema; every shard must have the counters that it names.
 
     Raises:
         UserError: a shard's counters are missing or damaged.
@@ -37,19 +37,19 @@ def sum_stats(out: Path, shards: Sequence[str], kind: Any = Counters) -> dict[st
         path = stats_path(out, name)
         try:
             _add(total, read_fields(path, kind, cure=REDO))
-        except (TypeError, AttributeError):  # a number here, numbers by name there
-            raise UserError(f"{path}: other counters than the shards before it; {REDO}") from None
+        except (TypeError, AttributeError):  # a number in one shard, a dictionary in another
+            raise UserError(f"{path}: has other counters than the shards before it; {REDO}") from None
     return total
 
 
 def sum_kept(out: Path, shards: Sequence[str], kept: str, kind: Any = Counters) -> dict[str, Any]:
-    """As :func:`sum_stats`, for work that has failed when it kept nothing.
+    """Like :func:`sum_stats`, for work that must keep something.
 
     Args:
-        kept: the counter of what was kept.
+        kept: name of the counter of what was kept.
 
     Raises:
-        UserError: it is 0; the message says under which reasons everything was dropped.
+        UserError: it is 0; the message has the reasons why everything was dropped.
     """
     total = sum_stats(out, shards, kind)
     if not total.get(kept):
@@ -68,9 +68,9 @@ def _add(total: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def open_folder(out: Path, file: str, settings: Mapping[str, Any], shards: Sequence[str]) -> None:
-    """Record ``settings`` and the shards in ``out/file``, or check that they are those recorded before.
+    """Record ``settings`` and the shards in ``out/file``, or check that they match those recorded before.
 
-    Shards may be added; one that was finished may not vanish.
+    Shards may be added, but finished shards may not disappear.
 
     Raises:
         UserError: the folder was made with other settings, or a finished shard is no longer among ``shards``.
@@ -88,7 +88,7 @@ def open_folder(out: Path, file: str, settings: Mapping[str, Any], shards: Seque
         gone = [name for name in finished if name not in listed and stats_path(out, name).is_file()]
         if gone:
             raise UserError(
-                f"{path}: {len(gone)} shards that are finished have gone from the input, the first is {gone[0]!r}; "
-                f"put them back, or delete {stats_path(out, gone[0])} and {out / gone[0]}.* to go on without"
+                f"{path}: {len(gone)} finished shards are missing from the input, the first is {gone[0]!r}; "
+                f"put them back, or delete {stats_path(out, gone[0])} and {out / gone[0]}.* to continue without"
             )
     write_json(path, {**settings, "shards": list(shards)})

@@ -1,7 +1,7 @@
-"""Objects that travel between processes as a name and plain arguments, never as a pickle.
+"""Objects passed between processes as a name and plain arguments, never as a pickle.
 
-A task on another machine reads JSON: which function or class to import, what to make the class with, and a value a
-shard. Types come from the annotations of the code that is imported, so the JSON holds none.
+A task on another machine reads JSON: which function or class to import, the class's arguments, and one value per shard.
+Types come from the annotations of the imported code, so the JSON does not contain any.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Named:
     name: str
     """Dotted: ``package.module.Name``."""
     arguments: dict[str, Any] | None = None
-    """Keyword arguments of the class, as JSON holds them; None for a function."""
+    """Keyword arguments of the class, as plain JSON values; None for a function."""
 
     @classmethod
     def of(cls, value: Callable[..., Any]) -> "Named":
@@ -44,7 +44,7 @@ class Named:
         """The function, or a new instance.
 
         Raises:
-            UserError: there is no such module or name, or the arguments are not the class's.
+            UserError: there is no such module or name, or the arguments do not fit the class.
         """
         target = import_object(self.name)
         if self.arguments is None:
@@ -61,10 +61,10 @@ def _dotted(target: Any) -> str:
 
 
 def import_object(name: str) -> Any:
-    """What a dotted name stands for.
+    """The object that a dotted name refers to.
 
     Raises:
-        UserError: the module is not found or fails to load, or has no such name; in one line.
+        UserError: the module is not found or fails to load, or has no such name.
     """
     module_name, _, attribute = name.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in name.split(".")):
@@ -95,7 +95,7 @@ def describe(error: BaseException) -> str:
 
 
 def constructor_types(kind: type) -> dict[str, Any]:
-    """The declared types of what a class is made of, by name; ``Any`` where it declares none."""
+    """The annotated types of a class's constructor parameters, by name; ``Any`` without an annotation."""
     try:
         parameters = inspect.signature(kind, eval_str=True).parameters
     except NameError:  # annotations that only a type checker can resolve
@@ -105,26 +105,26 @@ def constructor_types(kind: type) -> dict[str, Any]:
 
 
 def type_of_input(work: Callable[..., Any]) -> Any:
-    """The annotated type of what ``work`` takes beside the shard's name; ``Any`` where it has none."""
+    """The annotated type of ``work``'s parameter after the shard's name; ``Any`` without an annotation."""
     function = work if inspect.isroutine(work) else type(work).__call__
     try:
         parameters = list(inspect.signature(work).parameters)
-    except ValueError:  # a builtin that tells no signature
+    except ValueError:  # a builtin without a signature
         return Any
     return get_type_hints(function).get(parameters[1], Any) if len(parameters) > 1 else Any
 
 
 def to_plain(value: Any) -> Any:
-    """``value`` (dataclasses, paths, tuples, numbers, ...) as JSON holds it."""
+    """``value`` (dataclasses, paths, tuples, numbers, ...) as plain JSON values."""
     return msgspec.to_builtins(value, enc_hook=_encode)
 
 
 def from_plain(plain: Any, kind: Any, where: str, *, strict: bool = True) -> Any:
-    """What :func:`to_plain` was given, an instance of ``kind``.
+    """The inverse of :func:`to_plain`: an instance of ``kind``.
 
     Args:
-        where: that ``plain`` comes from, for the error.
-        strict: without it, strings become the numbers and booleans that they spell.
+        where: the origin of ``plain``, for the error.
+        strict: if false, strings such as "3" and "true" become numbers and booleans.
 
     Raises:
         UserError: ``plain`` has another shape or type.
@@ -137,12 +137,12 @@ def from_plain(plain: Any, kind: Any, where: str, *, strict: bool = True) -> Any
 
 def write_plain(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, atomically."""
-    with atomic_path(path) as temporary:  # escapes, unlike msgspec's own JSON: names of files may not be UTF-8
+    with atomic_path(path) as temporary:  # json escapes, unlike msgspec's encoder: file names may not be UTF-8
         temporary.write_text(json.dumps(to_plain(value)), encoding="ascii")
 
 
 def read_plain(path: Path, kind: Any) -> Any:
-    """Read what :func:`write_plain` wrote, an instance of ``kind``.
+    """Read an instance of ``kind`` that :func:`write_plain` wrote.
 
     Raises:
         UserError: the file is missing, or is not JSON of this type.
@@ -157,22 +157,22 @@ def read_plain(path: Path, kind: Any) -> Any:
 
 
 def search_path() -> list[str]:
-    """Where this process looks for modules, for another to look there as well; see :func:`extend_search_path`."""
+    """This process's module search path, for use in another process; see :func:`extend_search_path`."""
     return [os.path.abspath(entry) for entry in sys.path if not entry or os.path.exists(entry)]
 
 
 def extend_search_path(folders: list[str]) -> None:
-    """Look for modules in ``folders`` too, after everywhere else."""
+    """Search ``folders`` for modules too, after everything else."""
     sys.path += [folder for folder in folders if folder not in sys.path]
 
 
 def _encode(value: Any) -> str:
     if isinstance(value, Path):
         return str(value)
-    raise NotImplementedError(f"{type(value).__name__} {value!r} has no form in JSON")
+    raise NotImplementedError(f"{type(value).__name__} {value!r} cannot be written as JSON")
 
 
 def _decode(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Path) and isinstance(value, str):
         return Path(value)
-    raise NotImplementedError(f"no {kind} can be made of JSON")
+    raise NotImplementedError(f"{kind} cannot be read from JSON")

@@ -1,4 +1,4 @@
-"""Stages as Slurm array jobs, each depending on the one before: submit, look, wait."""
+"""Stages as Slurm array jobs, each depending on the one before: submit, look up, wait."""
 
 import logging
 import re
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class _Executor(SlurmPipelineExecutor):
-    """datatrove's, with a script of our own: datatrove's quotes nothing, and its tasks load a pickle."""
+    """datatrove's executor with our own script: datatrove's does not quote, and its tasks load a pickle."""
 
     def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
-        if {"mem", "mem-per-gpu"} & sbatch_args.keys():  # memory is asked for in one way
+        if {"mem", "mem-per-gpu"} & sbatch_args.keys():  # memory is requested in one way only
             del sbatch_args["mem-per-cpu"]
-        # Slurm replaces what follows a single per cent sign.
+        # Slurm expands a single per cent sign.
         sbatch_args["output"] = sbatch_args["error"] = f"{self.slurm_logs_folder.replace('%', '%%')}/%A_%a.out"
         (step,) = self.pipeline
         spec = ExecutorSpec("slurm", str(step.logs), self.tasks, max_array_size=self.max_array_size)
@@ -46,14 +46,14 @@ class _Executor(SlurmPipelineExecutor):
         return "\n".join(lines) + "\n"
 
     def launch_merge_stats(self) -> None:
-        """Without datatrove's last job, which adds up counters that our tasks do not have."""
+        """Skip datatrove's final job, which sums counters that our tasks do not have."""
 
 
 def find_or_submit(stages: Sequence[Stage], engine: Slurm) -> dict[str, str]:
-    """Ids of the jobs that do the stages, by stage: those in the queue, or else new ones for what is to be done.
+    """Ids of the stages' jobs, by stage: those in the queue, or else new ones for unfinished work.
 
     Raises:
-        UserError: Slurm is not there or refuses the jobs.
+        UserError: Slurm is not installed or rejects the jobs.
     """
     for program in ("sbatch", "squeue"):
         if shutil.which(program) is None:
@@ -65,7 +65,7 @@ def find_or_submit(stages: Sequence[Stage], engine: Slurm) -> dict[str, str]:
 
 
 def tell(stages: Sequence[Stage], jobs: dict[str, str]) -> None:
-    """Say how far each stage is."""
+    """Log each stage's progress."""
     for stage in (stage for stage in stages if stage.name in jobs):
         done = len(stage.inputs) - len(stage.undone())
         facts = (stage.name, done, len(stage.inputs), stage.unit, jobs[stage.name])
@@ -73,12 +73,12 @@ def tell(stages: Sequence[Stage], jobs: dict[str, str]) -> None:
 
 
 def _submit(stages: Sequence[Stage], engine: Slurm) -> dict[str, str]:
-    """Submit the stages that have something to do; returns their job ids."""
+    """Submit the stages that have unfinished work; returns their job ids."""
     jobs: dict[str, str] = {}
     before: _Executor | None = None
     try:
         for stage in stages:
-            # What comes after a stage that will change something has to look again, in its tasks, when its turn comes.
+            # After a stage that changes something, later stages get all shards; their tasks skip those that are done.
             todo = list(stage.inputs) if before else stage.undone()
             if not todo:
                 continue
@@ -111,7 +111,7 @@ def _executor(stage: Stage, engine: Slurm, tasks: int, before: _Executor | None)
         qos=options.pop("qos", ""),
         workers=engine.workers or -1,
         job_name=options.pop("job-name", f"mc2-{stage.name.replace(' ', '-')}"),
-        # A job whose dependency failed would wait in the queue for ever.
+        # A job whose dependency failed would wait in the queue forever.
         sbatch_args={"kill-on-invalid-dep": "yes", **options},
         requeue="no-requeue" not in options,
         depends=before,
@@ -129,17 +129,17 @@ def _job_id(output: str) -> str:
 
 
 def wait(stages: Sequence[Stage], jobs: dict[str, str], progress: Progress | None) -> None:
-    """Follow the jobs to their end.
+    """Follow the jobs until they end.
 
     Raises:
-        UserError: a stage is not done; what failed in the first such stage is named.
+        UserError: a stage is not done; the message names what failed in the first such stage.
     """
     for stage in (stage for stage in stages if stage.name in jobs):
         done_before = len(stage.inputs) - read_job(stage).shards
         watch = Watch(stage.name, stage.unit, len(stage.inputs), done_before, progress)
         waiting = True
         while waiting:
-            waiting = jobs[stage.name] in queued_jobs()  # before the records are read: what was written last is seen
+            waiting = jobs[stage.name] in queued_jobs()  # before reading the records, so that the last events are seen
             watch.read(stage.logs / "events")
             if waiting:
                 time.sleep(slurm_queue.POLL_S)
@@ -155,13 +155,13 @@ def _ended_early(stage: Stage, watch: Watch, left: list[str]) -> UserError:
     if watch.at_work:
         return watch.killed(watch.at_work, output)
     return UserError(
-        f"{stage.name}: its Slurm job has ended and {len(left)} of {len(stage.inputs)} {stage.unit} are not done, the "
-        f"first is {left[0]!r}; {output} tells why; run the same command again"
+        f"{stage.name}: its Slurm job has ended but {len(left)} of {len(stage.inputs)} {stage.unit} are not done, the "
+        f"first is {left[0]!r}; see {output}, then run the same command again"
     )
 
 
 def _tell_last_failures(stages: Sequence[Stage]) -> None:
-    """Say what failed in the jobs of the last submission, which nobody may have waited for."""
+    """Log what failed in the last submission's jobs, since nobody may have waited for them."""
     for stage in stages:
         if is_submitted(stage) and (stage.logs / "events").is_dir():
             watch = Watch(stage.name, stage.unit, len(stage.inputs), 0, None)

@@ -14,19 +14,19 @@ from mc2_hpc.jobs.stages import Stage
 
 POLL_S = 5.0
 _NO_ANSWER_S = 600.0
-"""How long squeue may fail before that is an error."""
+"""How long squeue may fail before an error is raised."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """``job.json``, among a stage's logs."""
+    """``job.json``, in a stage's logs."""
 
     job: str
-    """Its id; the last one's, where the tasks are several arrays."""
+    """Its id; if the tasks are several arrays, the last one's."""
     shards: int
-    """Shards that it was to do."""
+    """Number of shards that it has to process."""
 
 
 def _job_path(stage: Stage) -> Path:
@@ -44,12 +44,12 @@ def read_job(stage: Stage) -> Job:
 
 
 def write_job(stage: Stage, job: Job) -> None:
-    """Leave word of the job that the stage is submitted as."""
+    """Record the job that the stage is submitted as."""
     write_plain(_job_path(stage), job)
 
 
 def live_jobs(stages: Sequence[Stage]) -> dict[str, str]:
-    """Ids of the stages' jobs that Slurm still has in its queue, by stage."""
+    """Ids of the stages' jobs that are still in Slurm's queue, by stage."""
     ids = {}
     for stage in stages:
         if is_submitted(stage):
@@ -59,26 +59,26 @@ def live_jobs(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def refuse_live_job(stage: Stage) -> None:
-    """Raise a :class:`UserError` if a Slurm job is still doing this stage."""
+    """Raise a :class:`UserError` if a Slurm job is still running this stage."""
     if shutil.which("squeue") is None:
         log.warning(
             "%s: was submitted to Slurm before; this machine cannot tell whether that job has ended", stage.name
         )
     elif jobs := live_jobs([stage]):
         raise UserError(
-            f"{stage.folder}: Slurm job {jobs[stage.name]} is working there; wait for it (--executor slurm --wait), "
+            f"{stage.folder}: Slurm job {jobs[stage.name]} is using it; wait for the job (--executor slurm --wait), "
             "or cancel it"
         )
 
 
 def queued_jobs() -> set[str]:
-    """Ids of this user's jobs in the queue, those of arrays without the task's number."""
+    """Ids of this user's jobs in the queue; for arrays, without the task number."""
     deadline = time.monotonic() + _NO_ANSWER_S
     while True:
         done = subprocess.run(["squeue", "--me", "-h", "-o", "%F"], capture_output=True, text=True, timeout=300)
         if done.returncode == 0:
             return set(done.stdout.split())
         if time.monotonic() > deadline:
-            raise UserError(f"squeue has not answered for {_NO_ANSWER_S:.0f} s ({done.stderr.strip()}); jobs go on")
-        log.warning("squeue does not answer (%s); asking again", done.stderr.strip())
+            raise UserError(f"squeue has not answered for {_NO_ANSWER_S:.0f} s ({done.stderr.strip()}); jobs continue")
+        log.warning("squeue does not answer (%s); retrying", done.stderr.strip())
         time.sleep(POLL_S)

@@ -1,7 +1,7 @@
-"""What is to be done: stages over shards, and plans of stages.
+"""Declarations of work: stages over shards, and plans of stages.
 
-A shard's outputs are files of their own, each written atomically; that all of them are there says that the shard is
-done. A stage's work is a name and plain arguments (:mod:`mc2_hpc.jobs.named`), so any machine can be told of it.
+A shard has its own output files, each written atomically; once all of them exist, the shard is done. A stage's work is
+a name and plain arguments (:mod:`mc2_hpc.jobs.named`), so it can be sent to any machine.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,25 +19,25 @@ class Work(Protocol):
     """A module-level function, or a frozen dataclass of plain values (strings, numbers, paths, collections of them)."""
 
     def __call__(self, shard: str, value: Any, /) -> object:
-        """Do a shard, of which ``value`` is the input, annotated with its type.
+        """Process a shard with the input ``value``, whose parameter is annotated with its type.
 
         Raises:
-            UserError: the shard cannot be done; the others are.
+            UserError: the shard cannot be processed; the others still are.
         """
         ...
 
 
 @runtime_checkable
 class ChecksOutputs(Protocol):
-    """Work whose outputs tell by their content, too, whether a shard is done."""
+    """Work that also checks the contents of its outputs to decide whether a shard is done."""
 
     def is_current(self, shard: str) -> bool:
-        """Whether the outputs, which are all there, are what the work would write."""
+        """Whether the existing outputs are what the work would write."""
         ...
 
 
 def has_outputs(folder: Path, outputs: Iterable[str], shard: str) -> bool:
-    """Whether all ``outputs`` (see :attr:`Stage.outputs`) of a shard are files below ``folder``."""
+    """Whether all ``outputs`` (see :attr:`Stage.outputs`) of a shard exist below ``folder``."""
     return all((folder / output.replace(SHARD, shard)).is_file() for output in outputs)
 
 
@@ -49,14 +49,14 @@ class Stage:
     folder: Path
     """Where the stage writes; its logs and its executor's markers go to ``logs/<name>/`` below."""
     inputs: Mapping[str, Any]
-    """What the work is given for each shard, by name; plain."""
+    """The work's input for each shard, by name; plain values."""
     work: Work
     outputs: tuple[str, ...]
-    """Files below ``folder`` that are there when a shard is done, ``{shard}`` standing for its name."""
+    """Files below ``folder`` that exist when a shard is done; ``{shard}`` stands for its name."""
     unit: str = "shards"
-    """What the shards of this stage are, in the plural."""
+    """The plural noun for the shards of this stage, for messages."""
     invalidates: tuple[Path, ...] = field(default=(), kw_only=True)
-    """Files and folders made from this stage's outputs: removed before it does anything."""
+    """Files and folders made from this stage's outputs, removed before it runs."""
 
     @property
     def logs(self) -> Path:
@@ -64,7 +64,7 @@ class Stage:
         return self.folder / "logs" / self.name.replace(" ", "-")
 
     def is_done(self, shard: str) -> bool:
-        """Whether all outputs of the shard are there."""
+        """Whether all outputs of the shard exist and are current."""
         if not has_outputs(self.folder, self.outputs, shard):
             return False
         return self.work.is_current(shard) if isinstance(self.work, ChecksOutputs) else True
@@ -74,7 +74,7 @@ class Stage:
         return [name for name in self.inputs if not self.is_done(name)]
 
     def invalidate(self) -> None:
-        """Remove what was made from outputs that are about to change."""
+        """Remove files and folders made from outputs that are about to change."""
         for path in self.invalidates:
             if path.is_dir():
                 remove_folder(path)
@@ -84,8 +84,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A command: its stages, each after the one before, and what it answers when all of them are done."""
+    """A command: its stages in order, and its result once all of them are done."""
 
     stages: tuple[Stage, ...]
     result: Callable[[], dict[str, Any]]
-    """Reads what the finished stages left; called in the process that the command was given to."""
+    """Reads the outputs of the finished stages; called in the process that runs the command."""

@@ -1,9 +1,9 @@
-"""A stage cut into tasks: which shards each has to do, and the record that it leaves while it does them.
+"""A stage divided into tasks: the shards of each task, and the record that it writes while it runs.
 
-Below ``<stage folder>/logs/<stage>/``, beside datatrove's own files: ``plan/stage.json`` (what to call, and which
-outputs say that a shard is done), ``plan/<task>.json`` (the shards of a task) and ``events/<task>.jsonl`` (what the
-task did, a line an event). The task is what an executor marks as completed; a shard's own outputs tell whether the
-shard is done, so that of a task that was killed only the unfinished shards are done again.
+Below ``<stage folder>/logs/<stage>/``, beside datatrove's own files: ``plan/stage.json`` (the work, and the outputs
+that mark a shard as done), ``plan/<task>.json`` (the shards of a task) and ``events/<task>.jsonl`` (the task's record,
+one line per event). Executors mark whole tasks as completed, but a shard's own outputs decide whether it is done. So
+after a task was killed, only its unfinished shards are processed again.
 """
 
 import os
@@ -32,12 +32,12 @@ from mc2_hpc.storage import remove_folder
 
 HEARTBEAT_S = 10.0
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")
-"""Names that :func:`~mc2_hpc.storage.atomic_path` gives to files that are being written."""
+"""Names that :func:`~mc2_hpc.storage.atomic_path` gives to unfinished files."""
 
 
 def plan_tasks(stage: Stage, engine: Engine, undone: Sequence[str]) -> int:
-    """Make ready for a stage's work: clear away what it makes stale, and lay down the plan of its tasks, each a fixed
-    slice of the sorted shards; returns their number."""
+    """Prepare a stage's run: remove what it makes stale, and write the plan of its tasks, each a fixed slice of the
+    sorted shards; returns the number of tasks."""
     stage.invalidate()
     _remove_unfinished(stage.folder)
     tasks, wanted = num_tasks(engine, len(stage.inputs)), set(undone)
@@ -50,14 +50,14 @@ def plan_tasks(stage: Stage, engine: Engine, undone: Sequence[str]) -> int:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files that a killed run left in ``folder`` and below."""
+    """Remove temporary files that a killed run left in or below ``folder``."""
     for path in folder.rglob(".*"):
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 
 def cut(names: Sequence[str], tasks: int) -> Iterator[Sequence[str]]:
-    """The names as ``tasks`` runs of consecutive ones, as even as can be."""
+    """Split the names into ``tasks`` consecutive slices, as even as possible."""
     for task in range(tasks):
         yield names[len(names) * task // tasks : len(names) * (task + 1) // tasks]
 
@@ -71,12 +71,12 @@ class _StageFile:
     work: Named
     outputs: tuple[str, ...]
     search_path: list[str]
-    """Where the driver finds modules, so that a task finds the user's."""
+    """The driver's module search path, so that a task finds the user's modules."""
 
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """The files of a stage's tasks, below its folder of logs."""
+    """The files of a stage's tasks, in its log folder."""
 
     logs: Path
 
@@ -95,9 +95,9 @@ class TaskFiles:
         return self.logs / "plan" / "stage.json"
 
     def write_plan(self, stage: Stage, slices: dict[int, list[str]], num_tasks: int) -> None:
-        """Lay down the tasks that have something to do, and bring datatrove's markers in line with them.
+        """Write the tasks that have work to do, and update datatrove's markers accordingly.
 
-        A marker says that a task went through its shards once; the shards may have become others since.
+        A marker says that a task once went through its shards, but the shards may have changed since.
         """
         remove_folder(self.logs / "plan")
         remove_folder(self.logs / "events")
@@ -117,23 +117,23 @@ class TaskFiles:
             write_plain(self._inputs(task), {name: stage.inputs[name] for name in names})
 
     def read_stage(self, task: int) -> Stage:
-        """The stage with the shards of a task; those alone that the driver saw undone."""
+        """The stage with only those shards of a task that the driver found unfinished."""
         stage = _read_stage(self._stage, self._stage.stat().st_mtime_ns)
         return replace(stage, inputs=read_plain(self._inputs(task), dict[str, type_of_input(stage.work)]))  # type: ignore[misc]
 
 
 @lru_cache(maxsize=1)
 def _read_stage(path: Path, changed_ns: int) -> Stage:
-    """Cached, for tasks that one process does in turn: what the work keeps open (a model) is loaded once."""
+    """Cached, so that a process that runs several tasks loads the work's resources (a model) only once."""
     file: _StageFile = read_plain(path, _StageFile)
     extend_search_path(file.search_path)
     return Stage(file.name, file.folder, {}, file.work.load(), file.outputs)
 
 
 def do_shards(stage: Stage, tell: Callable[[Event], None]) -> int:
-    """Do every shard that is not done, and tell of each; returns how many failed.
+    """Process every unfinished shard and report each; returns the number of failures.
 
-    A shard fails with bad input, on a full disk, or because of a lack of memory. Anything else is an error of the
+    A shard may fail because of bad input, a full disk, or a lack of memory. Any other exception is a bug in the
     program.
     """
     failed = 0
@@ -160,21 +160,21 @@ def do_shards(stage: Stage, tell: Callable[[Event], None]) -> int:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
-        return "out of memory; give the workers more, or use fewer of them"
+        return "out of memory; give the workers more memory, or use fewer workers"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
 class RunTask:
-    """The one step of a datatrove pipeline: does the shards of the task that it is called for."""
+    """The only step of a datatrove pipeline: processes the shards of the task that it is called for."""
 
     logs: Path
     fail: bool = False
-    """Raise when a shard failed, so that what depends on the task does not start."""
+    """Raise if a shard failed, so that jobs that depend on the task do not start."""
     heartbeat: bool = False
-    """Touch the record while working, so that another machine sees the task alive."""
+    """Touch the record while working, so that another machine can see that the task is alive."""
     listener: Callable[[int, Event], None] | None = field(default=None, repr=False)
-    """Told of the task and each event, where driver and task are one process."""
+    """Called with the task and each event, if driver and task share a process."""
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         files = TaskFiles(self.logs)
@@ -188,7 +188,7 @@ class RunTask:
 
             failed = do_shards(stage, tell)
         if failed and self.fail:
-            raise RuntimeError(f"{failed} shards of task {rank} failed; {files.events(rank)} names them")
+            raise RuntimeError(f"{failed} shards of task {rank} failed; see {files.events(rank)}")
 
     @contextmanager
     def _record(self, path: Path) -> Iterator[Callable[[Event], None]]:
@@ -198,7 +198,7 @@ class RunTask:
             while not ended.wait(HEARTBEAT_S):
                 os.utime(path)
 
-        # Appended to: a task that Slurm requeues continues in the record of its first attempt.
+        # Append, because a task that Slurm requeues continues the record of its first attempt.
         with open(path, "a", encoding="utf-8", buffering=1) as stream:
 
             def write(event: Event) -> None:

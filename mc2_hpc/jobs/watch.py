@@ -1,4 +1,4 @@
-"""What the tasks of a stage have done so far, read from their records: progress, failures, and workers that died."""
+"""Following the tasks of a stage through their records: progress, failures, and killed workers."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.events import Event, read_events
 
 Progress = Callable[[str, int, int, str], None]
-"""Called with (stage, shards done, shards in all, name of the shard just done or "" for those done before)."""
+"""Called with (stage, shards done, total shards, name of the shard just done or "" for those done before)."""
 
 _SHOWN = 3
 
@@ -24,9 +24,9 @@ class Watch:
         self.failures: dict[str, str] = {}
         """Why a shard failed, by shard."""
         self.crashes: dict[str, str] = {}
-        """Traceback of an error of the program, by shard."""
+        """Traceback of a bug in the program, by shard."""
         self.at_work: dict[int, str] = {}
-        """The shard that a task began and has not finished."""
+        """The shard that each task has started and not finished."""
         self._pids: dict[int, int] = {}
         self._open_tasks: set[int] = set()
         self._finished: set[str] = set()
@@ -39,7 +39,7 @@ class Watch:
             progress(stage, done, total, "")
 
     def tell(self, task: int, event: Event) -> None:
-        """Take in one event of a task."""
+        """Process one event of a task."""
         self.last_event = time.monotonic()
         what, shard = event.event, event.shard
         if what == "begin":
@@ -52,7 +52,7 @@ class Watch:
             self.at_work[task] = shard
         else:
             self.at_work.pop(task, None)
-            # A task that began again may do what it failed to do before.
+            # A restarted task may succeed where it failed before.
             self.failures.pop(shard, None)
             self.crashes.pop(shard, None)
             if what == "failed":
@@ -65,7 +65,7 @@ class Watch:
                     self._progress(self.stage, self._done_before + len(self._finished), self.total, shard)
 
     def read(self, events: Path) -> None:
-        """Take in what the tasks wrote into the folder ``events`` since the last call."""
+        """Process the events that the tasks wrote to the folder ``events`` since the last call."""
         for entry in os.scandir(events):
             status = entry.stat()
             touched = self._touched.get(entry.name)
@@ -83,20 +83,20 @@ class Watch:
                 self.tell(int(entry.name.partition(".")[0]), event)
 
     def lost_here(self, events: Path) -> set[int]:
-        """Tasks that a process of this machine began and did not end, and that process is gone."""
+        """Unfinished tasks whose process on this machine is gone."""
         gone = {task for task in self._open_tasks if not _is_alive(self._pids[task])}
-        if gone:  # a task may have ended after it was last read
+        if gone:  # a task may have ended after its record was last read
             self.read(events)
         return gone & self._open_tasks
 
     def silent(self, seconds: float) -> set[int]:
-        """Tasks begun and not ended whose record was not touched for so long (see ``RunTask.heartbeat``)."""
+        """Unfinished tasks whose record was not touched for ``seconds`` (see ``RunTask.heartbeat``)."""
         now = time.monotonic()
         quiet = {int(name.partition(".")[0]) for name, (_, seen) in self._touched.items() if now - seen > seconds}
         return quiet & self._open_tasks
 
     def killed(self, tasks: Iterable[int], log: Path) -> UserError:
-        """The error for these tasks having died, naming the shards they were at."""
+        """The error for killed tasks; it names the shards that they were processing."""
         shards = sorted(self.at_work[task] for task in tasks if task in self.at_work)
         more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
         where = f"at {', '.join(map(repr, shards[:_SHOWN]))}{more}" if shards else "between two shards"
@@ -106,13 +106,13 @@ class Watch:
         )
 
     def raise_crash(self) -> None:
-        """Raise the first error of the program that a task met, if any did."""
+        """Raise the first bug that a task ran into, if any."""
         if self.crashes:
             shard, trace = min(self.crashes.items())
-            raise RuntimeError(f"{self.stage}: an error of the program at {shard!r}:\n{trace}")
+            raise RuntimeError(f"{self.stage}: a bug in the program at {shard!r}:\n{trace}")
 
     def raise_failures(self) -> None:
-        """Raise a :class:`UserError` that names the shards that failed, if any did."""
+        """Raise a :class:`UserError` that names the failed shards, if any."""
         if not self.failures:
             return
         messages = [message for _, message in sorted(self.failures.items())]
@@ -122,13 +122,13 @@ class Watch:
         more = f" (and {len(messages) - _SHOWN} more)" if len(messages) > _SHOWN else ""
         raise UserError(
             f"{self.stage}: {len(messages)} of {self.total} {self.unit} failed, the others are done: {shown}{more}; "
-            "fix or remove these and run the same command again"
+            "fix or remove them and run the same command again"
         )
 
 
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError):  # gone, or the number is another user's process by now
+    except (ProcessLookupError, PermissionError):  # gone, or the id now belongs to another user's process
         return False
     return True

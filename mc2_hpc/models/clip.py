@@ -16,7 +16,7 @@ LOGIT_SCALE_MAX = math.log(100)
 
 
 class Towers(nn.Module):
-    """An image tower and a text tower with one space of embeddings."""
+    """An image tower and a text tower with a shared embedding space."""
 
     def __init__(self, vision: VisionTower, text: TextTower) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class Towers(nn.Module):
         self.text = text
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """(B, 3, S, S) normalised images to (B, E) embeddings, of unit length in fp32 if ``normalize``."""
+        """(B, 3, S, S) normalised images to (B, E) embeddings; unit-length and fp32 if ``normalize``."""
         features = self.vision(images)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """(B, L) token ids to (B, E) embeddings, of unit length in fp32 if ``normalize``."""
+        """(B, L) token ids to (B, E) embeddings; unit-length and fp32 if ``normalize``."""
         features = self.text(tokens)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
@@ -41,8 +41,8 @@ class Towers(nn.Module):
 class CLIP(Towers):
     """Both towers and the learnt temperature ``logit_scale`` (its logarithm, as in OpenAI's CLIP).
 
-    Built under ``torch.device("meta")`` it takes no memory: load weights with ``load_state_dict(assign=True)``; it has
-    no buffers that would stay behind on meta.
+    Built under ``torch.device("meta")`` it uses no memory: load weights with ``load_state_dict(assign=True)``. It has
+    no buffers that would remain on meta.
     """
 
     def __init__(self, arch: ClipArchitecture) -> None:
@@ -59,7 +59,7 @@ class CLIP(Towers):
 
     @torch.no_grad()
     def init_parameters(self) -> None:
-        """Draw every parameter from torch's global random stream, as open_clip initialises them."""
+        """Initialise every parameter from torch's global RNG, as open_clip does."""
         self.vision.init_parameters()
         self.text.init_parameters()
         self.logit_scale.fill_(LOGIT_SCALE_INIT)
@@ -69,7 +69,7 @@ class CLIP(Towers):
         return [self.vision.transformer, self.text.transformer]
 
     def set_attention(self, name: str, device_type: str) -> None:
-        """Compute attention by the backend ``name`` (see :func:`mc2_hpc.models.layers.resolve_attention`)."""
+        """Compute attention with the backend ``name`` (see :func:`mc2_hpc.models.layers.resolve_attention`)."""
         attend = resolve_attention(name, device_type)
         for transformer in self.transformers():
             for block in transformer.blocks:
@@ -81,14 +81,14 @@ class CLIP(Towers):
             transformer.activation_checkpointing = enabled
 
     def compile_blocks(self) -> None:
-        """torch.compile every block in place: identical blocks share one compilation, names stay as they are."""
+        """torch.compile every block in place: identical blocks share one compilation, and names do not change."""
         for transformer in self.transformers():
             for block in transformer.blocks:
                 block.compile()
 
 
 def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:
-    """A CLIP on the CPU whose weights depend on ``seed`` alone; torch's global random stream is left as it was."""
+    """A CLIP on the CPU whose weights depend only on ``seed``; torch's global RNG state is left unchanged."""
     with torch.device("meta"):
         model = CLIP(arch)
     model = model.to_empty(device="cpu")
@@ -99,11 +99,11 @@ def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:
 
 
 def flops_per_pair(arch: ClipArchitecture, text_length: int) -> int:
-    """Floating-point operations of one forward + backward pass of one image-text pair (3 x the forward's).
+    """Floating-point operations of a forward and backward pass over one image-text pair (3 x the forward's).
 
-    Counts the matrix products of the blocks (2 flops a multiply-add: 4 W^2 for attention projections, 2 W M for the
+    Counts the matrix products of the blocks (2 flops per multiply-add: 4 W^2 for attention projections, 2 W M for the
     MLP, and 2 L W for scores and values, causal or not), the patch embedding and the projections; the token look-up is
-    free. ``text_length`` is the number of tokens computed a caption.
+    free. ``text_length`` is the number of tokens computed per caption.
     """
     vision, text = arch.vision, arch.text
     num_patches = (vision.image_size // vision.patch_size) ** 2

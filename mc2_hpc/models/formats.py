@@ -1,4 +1,4 @@
-"""Which of three formats a model folder has: ours, open_clip's or transformers'. Decided here and nowhere else."""
+"""Detecting the format of a model folder: ours, open_clip's or transformers'."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Format(StrEnum):
-    """A format by the word that ``mc2 convert --to`` has for it."""
+    """A model format, by its name in ``mc2 convert --to``."""
 
     OURS = "mc2"
     OPEN_CLIP = "open_clip"
@@ -25,10 +25,10 @@ def detect_format(source: Path) -> Format:
     """The format of ``source``: a checkpoint or run folder of ours, or a folder of one of the two libraries.
 
     Raises:
-        UserError: nothing is there, or none of these.
+        UserError: there is nothing, or none of these.
     """
     if is_checkpoint(source):
-        # Before the others: a run's folder may hold more than the run.
+        # Checked first, because a run folder may contain other files too.
         return Format.OURS
     if not source.exists():
         raise UserError(f"{source}: no such folder")
@@ -48,13 +48,13 @@ def detect_format(source: Path) -> Format:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether ``path`` is named as the files torch.save writes."""
+    """Whether ``path`` has the suffix of a file written by torch.save."""
     return path.suffix in _PICKLES
 
 
 def refused_pickle(path: Path) -> UserError:
     """The error for a pickled file, which could run code when read."""
     return UserError(
-        f"{path}: pickled weights are not read, they can run code; if you trust the file, write it as safetensors: "
+        f"{path}: pickled weights are not read, they can run code; if you trust the file, save it as safetensors: "
         f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')"
     )

@@ -1,6 +1,6 @@
 """Transformer blocks that both towers share.
 
-Shape suffixes: B batch, L sequence, W width, H heads, D channels of a head, M width of the MLP.
+Shape suffixes: B batch, L sequence, W width, H heads, D channels per head, M width of the MLP.
 """
 
 import logging
@@ -51,15 +51,15 @@ def _load_xformers() -> AttentionFunction:
 
 ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {"sdpa": _load_sdpa, "xformers": _load_xformers}
 
-# torch's own kernels (flash, cuDNN, memory-efficient) are the default everywhere: xformers is chosen by name only.
+# torch's own kernels (flash, cuDNN, memory-efficient) are the default everywhere; xformers must be chosen by name.
 _AUTO_ATTENTION = {"cpu": "sdpa", "cuda": "sdpa"}
 
 
 def resolve_attention(name: str, device_type: str) -> AttentionFunction:
-    """The attention function that ``model.attention`` names; ``auto`` picks by device and logs what it picked.
+    """The attention function that ``model.attention`` names; ``auto`` chooses by device and logs its choice.
 
     Raises:
-        UserError: the backend's package is not there, or the name is unknown.
+        UserError: the backend's package is not installed, or the name is unknown.
     """
     if name == "auto":
         name = _AUTO_ATTENTION.get(device_type, "sdpa")
@@ -70,7 +70,7 @@ def resolve_attention(name: str, device_type: str) -> AttentionFunction:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in the precision autocast picks, returned in the input's: the residual stream keeps its own."""
+    """Layer norm in autocast's precision, returned in the input's, so that the residual stream keeps its dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).to(input.dtype)
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, causal: bool, quick_gelu: bool) -> None:
         super().__init__()
         blocks = (Block(width, heads, mlp_width, causal=causal, quick_gelu=quick_gelu) for _ in range(layers))
-        # A ModuleList does not tell what it holds.
+        # The type of a ModuleList's items is not known to type checkers.
         self.blocks = cast(Sequence[Block], nn.ModuleList(blocks))
         self.activation_checkpointing = False
 

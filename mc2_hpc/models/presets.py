@@ -1,8 +1,8 @@
-"""The model family of the recipe as a table, and how a run's config refines an entry of it.
+"""The recipe's model family as a table, and how a run's config overrides an entry.
 
-Numbers: Meta CLIP 2 (arXiv 2507.22062) and its released model configurations. Names end in ``-worldwide``;
-``-quickgelu`` marks the one activation the released H/14 differs in; ``-mt5`` the 250,100-row mT5 vocabulary (open_clip
-calls the L/14 one of these plain ``ViT-L-14-worldwide``).
+Sizes are from Meta CLIP 2 (arXiv 2507.22062) and its released model configurations. Names end in ``-worldwide``;
+``-quickgelu`` marks the different activation of the released H/14; ``-mt5`` marks the 250,100-row mT5 vocabulary
+(open_clip calls the L/14 with that vocabulary plain ``ViT-L-14-worldwide``).
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ class VisionArchitecture:
     """Sizes of the image tower."""
 
     image_size: int
-    """Side of the square input in pixels; a multiple of ``patch_size``."""
+    """Side length of the square input in pixels; a multiple of ``patch_size``."""
     patch_size: int
     width: int
     layers: int
     head_width: int
-    """Channels an attention head sees; divides ``width``."""
+    """Channels per attention head; divides ``width``."""
     mlp_width: int
 
 
@@ -38,7 +38,7 @@ class TextArchitecture:
     vocab_size: int
     context_length: int
     eos_id: int
-    """The id whose first occurrence in a row is pooled."""
+    """The id whose first position in a row is pooled."""
     width: int
     layers: int
     heads: int
@@ -46,14 +46,14 @@ class TextArchitecture:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipArchitecture:
-    """Everything that decides the shapes and the arithmetic of a dual encoder."""
+    """Everything that determines the shapes and the arithmetic of a dual encoder."""
 
     embed_dim: int
     quick_gelu: bool
     vision: VisionArchitecture
     text: TextArchitecture
     eval_resize: str = "shortest"
-    """How evaluation reaches the input size: ``shortest`` side then centre crop, or ``squash`` (the 378 px models)."""
+    """How evaluation resizes: ``shortest`` side, then centre crop; or ``squash`` (the 378 px models)."""
 
     def __post_init__(self) -> None:
         vision, text = self.vision, self.text
@@ -79,16 +79,16 @@ class ClipArchitecture:
         if self.eval_resize not in ("shortest", "squash"):
             raise UserError(f"eval_resize={self.eval_resize!r}: must be shortest or squash")
         if num_parameters(self) > _MOST_PARAMETERS:
-            raise UserError(f"a model of {num_parameters(self):,} parameters: at most {_MOST_PARAMETERS:,} will do")
+            raise UserError(f"a model of {num_parameters(self):,} parameters: at most {_MOST_PARAMETERS:,} are allowed")
 
 
 def num_parameters(arch: ClipArchitecture) -> int:
-    """Parameters of a model, from its sizes alone."""
+    """Number of parameters of a model, from its sizes alone."""
     vision, text = arch.vision, arch.text
     num_patches = (vision.image_size // vision.patch_size) ** 2
 
     def blocks(layers: int, width: int, mlp_width: int) -> int:
-        """Of each: two norms, attention's 4 matrices and the MLP's 2, all with biases."""
+        """Per block: two norms, attention's 4 matrices and the MLP's 2, all with biases."""
         return layers * (4 * width + 4 * width * (width + 1) + width * mlp_width * 2 + mlp_width + width)
 
     image_tower = (3 * vision.patch_size**2 + 1 + num_patches + 1 + 4 + arch.embed_dim) * vision.width
@@ -167,15 +167,15 @@ DEFAULT_PRESET = "ViT-B-32-worldwide"
 
 
 def resolve(config: ModelConfig, initial: ClipArchitecture | None = None) -> ClipArchitecture:
-    """The preset that ``config`` names, with the numbers that ``config`` sets put in its place.
+    """The preset that ``config`` names, with the sizes that ``config`` overrides.
 
     A new vision width without a new MLP width keeps the preset's ratio of the two.
 
     Args:
-        initial: of the model that the run starts from: what a config without a preset means.
+        initial: architecture of the model that the run starts from, used if the config names no preset.
 
     Raises:
-        UserError: unknown preset (the nearest name is given), or sizes that do not fit together.
+        UserError: unknown preset (the message suggests the nearest name), or sizes that do not fit together.
     """
     if config.preset is not None and config.preset not in PRESETS:
         near = difflib.get_close_matches(config.preset, PRESETS, n=1, cutoff=0.0)[0]

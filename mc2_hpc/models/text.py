@@ -1,4 +1,4 @@
-"""The text tower: a causal transformer whose embedding is read at the first EOS token.
+"""The text tower: a causal transformer whose embedding is taken at the first EOS token.
 
 Shape suffixes: B batch, L sequence, W width, E embedding.
 """
@@ -15,7 +15,7 @@ from mc2_hpc.models.presets import TextArchitecture
 class TextTower(nn.Module):
     """Token rows to embeddings, not normalised.
 
-    Under the causal mask what follows the EOS cannot reach it, so rows may be cut anywhere after their EOS: a batch
+    Under the causal mask, tokens after the EOS do not affect it, so rows may be cut anywhere after their EOS: a batch
     padded to its longest caption gives the same embeddings as one padded to ``context_length``.
     """
 
@@ -33,16 +33,16 @@ class TextTower(nn.Module):
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """(B, L) token ids, L <= ``context_length``, an EOS in every row, to (B, E)."""
         if tokens_BL.shape[1] > self.arch.context_length:
-            raise ValueError(f"{tokens_BL.shape[1]} tokens a row: this model takes {self.arch.context_length}")
+            raise ValueError(f"{tokens_BL.shape[1]} tokens per row: this model takes {self.arch.context_length}")
         x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[: tokens_BL.shape[1]]
         if torch.is_autocast_enabled(x_BLW.device.type):
-            # As in the image tower, the residual stream runs in the autocast type.
+            # As in the image tower, the residual stream has the autocast dtype.
             x_BLW = x_BLW.to(torch.get_autocast_dtype(x_BLW.device.type))
         x_BLW = self.transformer(x_BLW)
         # argmax of a boolean row is its first True.
         eos_B = (tokens_BL == self.arch.eos_id).int().argmax(dim=1)
         pooled_BW = x_BLW[torch.arange(x_BLW.shape[0], device=x_BLW.device), eos_B]
-        # The norm acts on each position alone, so only the pooled one needs it.
+        # The norm acts on each position separately, so only the pooled one needs it.
         return self.norm_final(pooled_BW) @ self.projection
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class TextTower(nn.Module):
             nn.init.zeros_(block.attention.out.bias)
             nn.init.normal_(block.fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            # nn.Linear's default bias, which open_clip leaves in place.
+            # open_clip keeps nn.Linear's default bias.
             for linear in (block.fc, block.proj):
                 bound = 1 / math.sqrt(linear.in_features)
                 nn.init.uniform_(linear.bias, -bound, bound)

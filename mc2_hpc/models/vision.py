@@ -1,6 +1,6 @@
 """The image tower: a pre-norm vision transformer with a class token.
 
-Shape suffixes: B batch, C colour channels, S image side, N patches, P numbers in a patch, W width, E embedding.
+Shape suffixes: B batch, C colour channels, S image side, N patches, P numbers per patch, W width, E embedding.
 """
 
 import math
@@ -19,7 +19,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.arch = arch
         num_patches = (arch.image_size // arch.patch_size) ** 2
-        # A convolution whose stride is its kernel is this matrix product over patches.
+        # A convolution whose stride equals its kernel size is a matrix product over patches.
         self.patch_embedding = nn.Linear(3 * arch.patch_size**2, arch.width, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(arch.width))
         self.positional_embedding = nn.Parameter(torch.empty(num_patches + 1, arch.width))

@@ -1,8 +1,8 @@
-"""A model on disk: ``model.json`` says what it is, ``model.*.safetensors`` hold its weights, beside a tokenizer file.
+"""A model on disk: ``model.json`` describes it, ``model.*.safetensors`` hold its weights, beside a tokenizer file.
 
-Training checkpoints, imported models and everything that evaluates or converts share this part of the format. Weights
-are fp32, named as in ``CLIP.state_dict()``, each whole in one of the files, whatever the number of ranks that wrote
-them. Nothing is unpickled.
+Training, import, evaluation and conversion share this part of the checkpoint format. Weights are fp32 and named as in
+``CLIP.state_dict()``; each is stored complete in one of the files, whatever the number of ranks that wrote them.
+Nothing is unpickled.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE, TOKENIZER_FILE = "model.json", "tokenizer.model"
 BEST = "best.json"
-"""In a run's checkpoints folder: which of them an evaluation found to be the best."""
+"""In a run's checkpoints folder: names the best checkpoint according to evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What ``model.json`` says."""
+    """Contents of ``model.json``."""
 
     arch: ClipArchitecture
     tokenizer_style: str
@@ -92,7 +92,7 @@ def read_card(folder: Path) -> ModelCard:
     """Read ``model.json`` of ``folder``.
 
     Raises:
-        UserError: the file is missing or describes no model of this program.
+        UserError: the file is missing or does not describe a model of this program.
     """
     path = folder / CARD_FILE
     if not path.is_file():
@@ -113,8 +113,8 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder that holds ``model.json``: ``path`` itself, or what the ``latest`` file in it (or below it in
-    ``checkpoints``) names, so a run folder will do; or what ``path`` names, if it is a run's ``best.json``.
+    """The folder that holds ``model.json``: ``path`` itself; the folder named by ``latest`` in ``path`` or its
+    ``checkpoints`` (so a run folder works); or, if ``path`` is a run's ``best.json``, the folder named there.
 
     Raises:
         UserError: there is no checkpoint.
@@ -131,7 +131,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def _find_checkpoint(path: Path) -> Path | None:
-    # Names, not paths: what a file says must not lead out of the folder.
+    # Only names, not paths: the contents of a file must not lead out of the folder.
     if path.name == BEST and path.is_file():
         return path.parent / Path(read_best(path)[0]).name
     for folder in (path, path / "checkpoints"):
@@ -143,32 +143,32 @@ def _find_checkpoint(path: Path) -> Path | None:
 
 
 def read_latest(folder: Path) -> str:
-    """The checkpoint that ``latest`` of ``folder`` names: the last part of it, should it be a path.
+    """The checkpoint that ``latest`` of ``folder`` names; of a path, only the last part.
 
     Raises:
-        UserError: the file is missing or names nothing.
+        UserError: the file is missing or does not contain a name.
     """
     name = Path(read_text(folder / "latest", most=4096).strip()).name
     if not name.isprintable() or not 0 < len(name.encode()) < 256:
         raise UserError(
-            f"{folder / 'latest'}: names no checkpoint, so there is no model.json there; "
+            f"{folder / 'latest'}: does not name a checkpoint, so there is no model.json there; "
             f"name the checkpoint folder itself"
         )
     return name
 
 
 def read_best(path: Path) -> tuple[str, str, float]:
-    """What a ``best.json`` says: a checkpoint's name, a metric, and its value.
+    """Contents of a ``best.json``: a checkpoint's name, a metric, and its value.
 
     Raises:
-        UserError: the file is missing or says something else.
+        UserError: the file is missing or has other contents.
     """
     best = read_json(path, _Best, cure="name the checkpoint folder itself")
     return best.checkpoint, best.metric, best.value
 
 
 class TensorFiles:
-    """Named tensors spread over the safetensors files of a folder, read one at a time by memory map."""
+    """Named tensors spread over the safetensors files of a folder, read one at a time through a memory map."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
         """Index ``<prefix>.*.safetensors`` of ``folder``.
@@ -182,7 +182,7 @@ class TensorFiles:
         for path in sorted(folder.glob(f"{prefix}.*safetensors")):
             header = read_header(path)
             for name in header.keys() & self._info.keys():
-                raise UserError(f"{path}: holds {name!r}, which {self._info[name].path.name} holds too; remove one")
+                raise UserError(f"{path}: has {name!r}, which is also in {self._info[name].path.name}; remove one")
             self._info |= header
         if not self._info:
             raise UserError(f"{folder}: no {prefix}.*.safetensors there")
@@ -195,7 +195,7 @@ class TensorFiles:
         return name in self._info
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, as the header of its file has it."""
+        """A tensor's shape, from the header of its file."""
         return self._info[name].shape
 
     def stored_type(self, name: str) -> str:
@@ -206,7 +206,7 @@ class TensorFiles:
         """One tensor, backed by the file's memory map.
 
         Raises:
-            UserError: its file has been damaged since.
+            UserError: its file was damaged after the header was read.
         """
         path = self._info[name].path
         try:
@@ -216,10 +216,10 @@ class TensorFiles:
             raise UserError(f"{path}: damaged safetensors file ({str(error).splitlines()[0]})") from None
 
     def get_fp32(self, name: str) -> Tensor:
-        """One tensor as fp32: half-precision weights widen exactly, and fp64 is rounded; the log says so once a type.
+        """One tensor as fp32: half precision is widened exactly, and fp64 is rounded; logged once per type.
 
         Raises:
-            UserError: it holds anything but floating-point numbers.
+            UserError: it does not hold floating-point numbers.
         """
         tensor = self.get(name)
         if tensor.dtype not in _FLOATS:
@@ -235,38 +235,38 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file atomically; an empty mapping writes an empty file of the format."""
+    """Write one safetensors file atomically; an empty mapping gives a valid file without tensors."""
     with atomic_path(path) as temporary:
-        # transformers refuses a file that does not name the library it was written from.
+        # transformers refuses a file whose metadata does not name the framework.
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.Size], files: TensorFiles) -> None:
-    """Compare names and shapes with what the model needs.
+    """Compare names and shapes with those that the model needs.
 
     Raises:
-        UserError: a tensor is missing, superfluous, or of another shape; the first is named.
+        UserError: a tensor is missing, unexpected, or has another shape; the message names the first one.
     """
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}"
         raise UserError(
-            f"{source}: checkpoint of another model: it {what} ({len(missing)} missing, {len(extra)} extra)"
+            f"{source}: checkpoint of another model: it {what} ({len(missing)} missing, {len(extra)} unexpected)"
         )
     for name, shape in expected.items():
         actual = files.shape(name)
         if actual != tuple(shape):
             raise UserError(
-                f"{source}: checkpoint of another model: {name} is {actual}, the config wants {tuple(shape)}"
+                f"{source}: checkpoint of another model: {name} is {actual}, the config needs {tuple(shape)}"
             )
 
 
 def load_clip(folder: str | Path, arch: ClipArchitecture | None = None) -> tuple[CLIP, ModelCard]:
-    """Load a model by memory map, on the CPU, in eval mode.
+    """Load a model through a memory map, on the CPU, in eval mode.
 
     Args:
         folder: a checkpoint, or a run folder (its latest checkpoint).
-        arch: what the caller expects; ``None`` takes what ``model.json`` says.
+        arch: the expected architecture; ``None`` uses that of ``model.json``.
 
     Raises:
         UserError: no checkpoint, a damaged file, or weights that do not fit ``arch`` or are not floating-point numbers.

@@ -1,4 +1,4 @@
-"""Weights saved out of a wrapper: the names that torch's wrappers put around a model's own, and a scale in a list."""
+"""Weights saved from a wrapped model: removing the prefixes of torch's wrappers, and reading ``logit_scale`` as 0-d."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.models.weights import TensorFiles
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts of a name that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add, at the front or
+"""Name parts that DistributedDataParallel, torch.compile, FSDP and activation checkpointing insert, at the front or
 around a block."""
 
 
@@ -19,14 +19,14 @@ class UnwrappedTensorFiles(TensorFiles):
     def __init__(self, folder: Path, prefix: str) -> None:
         """
         Raises:
-            UserError: as for ``TensorFiles``; or two tensors have the same name without their wrappers.
+            UserError: as for ``TensorFiles``, or two tensors have the same name without their wrappers.
         """
         super().__init__(folder, prefix)
         self._stored: dict[str, str] = {}
         for name in super().names():
             own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
             if own in self._stored:
-                raise UserError(f"{folder}: {self._stored[own]!r} and {name!r} are one weight; which is it?")
+                raise UserError(f"{folder}: {self._stored[own]!r} and {name!r} are the same weight; keep one")
             self._stored[own] = name
 
     def names(self) -> list[str]:

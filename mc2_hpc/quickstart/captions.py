@@ -1,6 +1,6 @@
-"""What is written beside the images: number names in sixteen languages, sentence forms, and noise.
+"""Captions for the images: number names in sixteen languages, sentence templates, and noise.
 
-The names come from num2words. The sentence forms hold no number name of their own (a test checks it), so a caption
+The names come from num2words. The templates contain no number names themselves (a test checks this), so a caption
 matches exactly the metadata entries of the number it names.
 """
 
@@ -77,7 +77,7 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "te": ("చేతితో రాసిన సంఖ్య {} ఫోటో", "సంఖ్య {}", "చేతితో రాసిన {}", "కాగితం మీద {}", "ఇంటి నంబర్ {}", "పేజీ {}"),
     "am": ("በእጅ የተጻፈ ቁጥር {} ፎቶ", "ቁጥር {}", "በእጅ የተጻፈ {}", "ወረቀት ላይ የተጻፈ {}", "የቤት ቁጥር {}", "ገጽ {}"),
 }
-"""Sentence forms per language (Wikipedia's codes), most frequent language first; ``{}`` takes the number's name."""
+"""Sentence templates by language (Wikipedia's codes), most frequent first; ``{}`` is the number's name."""
 
 LANGUAGES = tuple(TEMPLATES)
 
@@ -121,21 +121,21 @@ NOISE: tuple[tuple[str, str], ...] = (
     ("vi", "xem ảnh lớn"),
     ("th", "ดูภาพขนาดใหญ่"),
 )
-"""Captions as the web has them, (language, form): they name no number, curation drops them; ``{}`` takes 4 digits."""
+"""Typical web captions, (language, template), without a number's name, so curation drops them; ``{}`` is 4 digits."""
 
 
 def number_names() -> dict[str, list[str]]:
-    """Language -> the names of 0-99, by num2words; position = the number."""
+    """Language -> the names of 0-99 from num2words; the index is the number."""
     from num2words import num2words
 
     return {lang: [num2words(number, lang=lang) for number in NUMBERS] for lang in LANGUAGES}
 
 
 def tokenizer_texts(captions: Iterable[str]) -> list[str]:
-    """What the tokenizer is trained on: the captions, and every word of the names and sentence forms with a full stop.
+    """Training texts for the tokenizer: the captions, and every word of the names and templates with a full stop.
 
-    sentencepiece takes as pieces only what occurs in two *different* words, however often one occurs. In a corpus of
-    so few words most would be spelt letter by letter, twice as long; the full stop makes each of them two.
+    sentencepiece makes pieces only from what occurs in two *different* words, however often one occurs. With so few
+    words, most would be spelt letter by letter and become twice as long; the full stop makes two words of each.
     """
     phrases = [template.replace("{}", " ") for templates in TEMPLATES.values() for template in templates]
     phrases += [name for names in number_names().values() for name in names]
@@ -144,7 +144,7 @@ def tokenizer_texts(captions: Iterable[str]) -> list[str]:
 
 
 def draw_caption(lang: str, name: str, rng: np.random.Generator) -> str:
-    """``name`` in one of the language's sentence forms."""
+    """``name`` in a random template of the language."""
     forms = TEMPLATES[lang]
     return forms[rng.integers(len(forms))].format(name)
 

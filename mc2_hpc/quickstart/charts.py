@@ -1,4 +1,4 @@
-"""The quickstart report's plots, as SVG inside the page."""
+"""The quickstart report's plots, as inline SVG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Point = tuple[float, float]
 
 
 def line_chart(name: str, points: Sequence[Point], smooth: Sequence[Point], *, x_label: str, y_label: str) -> Markup:
-    """``points`` as a faint line and ``smooth`` over them, from zero up, the last value marked.
+    """``points`` as a faint line with ``smooth`` on top, y starting at 0, the last value marked.
 
     Args:
         name: of the drawing, unique on the page.
@@ -37,7 +37,7 @@ def line_chart(name: str, points: Sequence[Point], smooth: Sequence[Point], *, x
 
 
 def head_tail(name: str, before: Sequence[float], after: Sequence[float], *, threshold: float) -> Markup:
-    """How often each entry occurs, most frequent first, before (filled) and after balancing (line), on a log scale.
+    """Entry counts, most frequent first, before (filled) and after balancing (line), on a log scale.
 
     Args:
         name: of the drawing, unique on the page.

@@ -1,8 +1,8 @@
 """Images of the numbers 0-99, composed from photographs of handwritten digits.
 
-scikit-learn carries 1,797 handwritten digits of 13 writers (the test part of UCI's *optdigits*: 8x8 pixels, 17 grey
-levels), in the order in which they were collected. Cutting that order in two keeps nearly every writer on one side:
-what is held out was written by other hands than what is trained on.
+scikit-learn includes 1,797 handwritten digits by 13 writers (the test part of UCI's *optdigits*: 8x8 pixels, 17 grey
+levels), in the order in which they were collected. Splitting that order in two keeps nearly every writer on one side,
+so the held-out digits come from other writers than the training digits.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ import simplejpeg
 from PIL import Image
 
 TRAIN_DIGITS = 1300
-"""The first 1,300 digits are for training, the remaining 497 are held out."""
+"""The first 1,300 digits are for training; the remaining 497 are held out."""
 
 SIDES = (48, 56, 64)
-"""Sides of the square images in pixels."""
+"""Side lengths of the square images in pixels."""
 
 _JPEG_QUALITY = 90
 
@@ -42,7 +42,7 @@ def load_handwriting() -> tuple[HandwrittenDigits, HandwrittenDigits]:
 
 
 def draw_number(number: int, digits: HandwrittenDigits, rng: np.random.Generator) -> bytes:
-    """A JPEG of ``number`` (0-99) in one of :data:`SIDES`, in random hand, place, size, colours and paper."""
+    """A JPEG of ``number`` (0-99) in one of :data:`SIDES`, with random handwriting, position, size and colours."""
     side = int(rng.choice(SIDES))
     return simplejpeg.encode_jpeg(
         _colour(_ink(number, digits, side, rng), rng), quality=_JPEG_QUALITY, colorspace="RGB", colorsubsampling="420"
@@ -75,7 +75,7 @@ def _glyph(
 
 
 def _stamp(canvas: npt.NDArray[np.float32], glyph: npt.NDArray[np.float32], top: float, left: float) -> None:
-    """Lay ``glyph`` on the canvas, cutting off what would lie outside."""
+    """Draw ``glyph`` on the canvas, clipped at its edges."""
     side = canvas.shape[0]
     y, x = round(top), round(left)
     y0, x0 = max(y, 0), max(x, 0)
@@ -87,8 +87,8 @@ def _stamp(canvas: npt.NDArray[np.float32], glyph: npt.NDArray[np.float32], top:
 def _colour(ink: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Chalk on coloured card, with uneven light and a little grain: uint8 ``(side, side, 3)``.
 
-    Card of middling brightness is close to 0 once pixels are normalised; on white paper the patch embedding would be
-    mostly paper, and a small transformer spend its first hundreds of steps on seeing past it.
+    Card of medium brightness is close to 0 after normalisation. White paper would dominate the patch embedding, and a
+    small transformer would spend its first few hundred steps learning to ignore it.
     """
     side = ink.shape[0]
     card = rng.uniform(105, 135) + rng.uniform(-25, 25, 3)

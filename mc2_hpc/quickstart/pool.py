@@ -2,13 +2,13 @@
 
     folder/pool/pool-00007.tar          <key>.jpg
     folder/pool/pool-00007.parquet      key, text, lang, source: one row per candidate caption
-    folder/heldout/heldout-00000.tar    <key>.jpg, other writers' digits: one image of every number, a shard per fold
+    folder/heldout/heldout-00000.tar    <key>.jpg, other writers' digits: one shard per fold, one image per number
     folder/heldout/heldout-00000.parquet  key, text, lang, source, number: one row per language
     folder/heldout.parquet              key, label, jpg: all of these images with their numbers
 
-As on the web, a few numbers and a few languages make up most of the pool, English most of all, an image may have
-several candidate captions, and some captions say nothing. Every draw comes from (seed, shard): the same seed writes the
-same bytes.
+As on the web, a few numbers and a few languages (above all English) make up most of the pool. An image may have several
+candidate captions, and some captions say nothing about it. Every draw depends only on (seed, shard), so the same seed
+gives the same bytes.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,15 +26,15 @@ from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import write_tar
 
 _CAPTION_COUNTS = (0.35, 0.35, 0.2, 0.1)
-"""Chance that an image has 1, 2, 3 or 4 candidate captions."""
+"""Probability that an image has 1, 2, 3 or 4 candidate captions."""
 _NOISE_SHARE = 0.12
-"""Chance that a candidate caption is noise."""
+"""Probability that a candidate caption is noise."""
 _ENGLISH_SHARE = 0.3
 _LANGUAGE_EXPONENT = 0.4
 """Zipf exponent of the other languages' frequencies."""
 _ENGLISH_NUMBER_EXPONENT = 1.15
 _NUMBER_EXPONENT = 0.6
-"""Zipf exponents of the numbers' frequencies. English repeats its head more than others do: balancing thins it more."""
+"""Zipf exponents of the numbers' frequencies. English has a heavier head, so balancing removes more of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ def make_pool(
     """Write the pool and the held-out set under ``folder``.
 
     Args:
-        images: of the pool.
-        heldout_per_number: held-out images of each number.
-        progress: called with (images made, images in all).
+        images: number of images in the pool.
+        heldout_per_number: held-out images per number.
+        progress: called with (images made, total images).
     """
     folder = Path(folder)
     names = number_names()
@@ -98,7 +98,7 @@ def _write_pool_shard(
     language_weights = np.concatenate([[_ENGLISH_SHARE], (1 - _ENGLISH_SHARE) * others])
     num_captions = 1 + rng.choice(len(_CAPTION_COUNTS), size=count, p=_CAPTION_COUNTS)
     languages = rng.choice(LANGUAGES, size=(count, len(_CAPTION_COUNTS)), p=language_weights)
-    # The number is drawn as the image's first language draws numbers.
+    # The number is drawn from the distribution of the image's first language.
     numbers = np.empty(count, np.int64)
     for lang in LANGUAGES:
         own = languages[:, 0] == lang

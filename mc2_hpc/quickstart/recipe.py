@@ -1,4 +1,4 @@
-"""The numbers of the quickstart: sizes of pool and model, and how long it trains."""
+"""The quickstart's settings: sizes of pool and model, and length of training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +10,17 @@ from mc2_hpc.storage import atomic_path
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a run of the quickstart may be made smaller by (the tests do)."""
+    """Settings that can make a quickstart run smaller (tests do this)."""
 
     images: int = 20_000
-    """Images of the pool."""
+    """Images in the pool."""
     shards: int = 20
     heldout_per_number: int = 10
-    """Held-out images of each number."""
+    """Held-out images per number."""
     t_en: int = 40
     """English's balancing threshold."""
     vocab_size: int = 1_600
-    """Of the tokenizer trained on the pool's captions."""
+    """Vocabulary size of the tokenizer trained on the pool's captions."""
     steps: int = 1_300
     global_batch: int = 128
     warmup: int = 200
@@ -28,10 +28,10 @@ class Recipe:
 
 
 def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: int) -> None:
-    """Write the YAML file that ``mc2 train`` takes.
+    """Write the YAML config for ``mc2 train``.
 
     Args:
-        folder: the quickstart's output; data, tokenizer and the run's own folder lie in it.
+        folder: the quickstart's output, which contains the data, the tokenizer and the run folder.
         vocab_size: the trained tokenizer's.
     """
     values: dict[str, Any] = {
@@ -60,6 +60,6 @@ def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: 
         "zero": {"stage": 1},
         "checkpoint": {"every": max(1, recipe.steps // 2), "keep": 1},
     }
-    config_from_dict(values, str(path))  # refuses what `mc2 train` would refuse
+    config_from_dict(values, str(path))  # fails here if `mc2 train` would reject it
     with atomic_path(path) as temporary:
         temporary.write_text(yaml_text(values), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""``report.html``: what the quickstart did, in one self-contained page (no scripts, no network).
+"""``report.html``: the quickstart's results in one self-contained page (no scripts, no network).
 
-The page is drawn from ``report.json``'s values alone; images are files beside it, named there, and are inlined.
+The page is made only from the values in ``report.json`` and the image files that it names, which are inlined.
 """
 
 import math
@@ -22,7 +22,7 @@ def write_report(report: Report, folder: str | Path) -> Path:
     """Write ``folder/report.html`` and return its path.
 
     Args:
-        report: the values of ``report.json``, as :mod:`mc2_hpc.quickstart.run` lists them; image names are relative to
+        report: the values of ``report.json`` (see :mod:`mc2_hpc.quickstart.run`); image names are relative to
             ``folder``.
 
     Raises:

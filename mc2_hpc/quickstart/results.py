@@ -1,4 +1,4 @@
-"""What the trained model can do, measured on the held-out images, and how balancing changed the data."""
+"""The trained model's scores on the held-out images, and how balancing changed the data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +32,10 @@ _HITS = 5
 
 
 def write_suite(path: Path, folder: Path) -> None:
-    """Write the suite that the trained model is scored on, as ``mc2 eval --suite`` takes it.
+    """Write the suite that the trained model is scored on, for ``mc2 eval --suite``.
 
-    ``numbers``: which of the 100 numbers each held-out image shows, in every language. ``fold_00000``...: its captions'
-    retrieval among the images of a fold, which has one of every number, so that each caption has one right image.
+    ``numbers``: which of the 100 numbers each held-out image shows, in every language. ``fold_00000``...: retrieval
+    within a fold, which has one image per number, so that each caption has one correct image.
 
     Args:
         folder: the quickstart's output.
@@ -61,11 +61,11 @@ def write_suite(path: Path, folder: Path) -> None:
 
 
 def evaluate(suite: Path, encoder: Encoder, update: Callable[[int, int], None]) -> dict[str, Any]:
-    """Zero-shot accuracy and retrieval of every language, and search examples: the report's keys of these names.
+    """Zero-shot accuracy and retrieval for every language, and search examples, under the report's keys.
 
     Args:
         suite: from :func:`write_suite`.
-        update: called with (images of a set done, its images in all).
+        update: called with (images done, total images) of a set.
 
     Raises:
         RuntimeError: a set could not be scored.
@@ -106,7 +106,7 @@ def _mean_of_folds(folds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, 
 
 
 def _search(lang: str, numbers: SetResult, fold: SetResult, encoder: Encoder) -> dict[str, Any]:
-    """The images nearest to one caption of the language; another number in each language."""
+    """The images nearest to one caption in the language; each language gets a different number."""
     assert isinstance(numbers.task, Classification) and isinstance(fold.task, Retrieval)
     assert numbers.images is not None
     place = (37 * _EXAMPLE_LANGUAGES.index(lang) + 42) % len(NUMBERS)
@@ -122,7 +122,7 @@ def _search(lang: str, numbers: SetResult, fold: SetResult, encoder: Encoder) ->
 
 
 def head_tail_curves(curated: Path, languages: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-    """How often each entry occurs, in descending order, ``before`` balancing and expected ``after`` it."""
+    """Entry counts in descending order, ``before`` balancing and expected ``after`` it."""
     probs: Mapping[str, Any] = BalanceFolder(curated / "balance")
     before = {lang: np.zeros(len(probs[lang])) for lang in languages}
     after = {lang: np.zeros(len(probs[lang])) for lang in languages}
@@ -152,15 +152,15 @@ def open_clip_difference(ours: DualEncoder, export: Path, heldout: Path, *, pair
         heldout: folder of the held-out shards.
 
     Returns:
-        the largest absolute difference of a logit (``exp(logit_scale)`` x cosine) over ``pairs`` images x as many
-        captions, and of how many of all held-out captions the token ids differ.
+        the largest absolute difference of a logit (``exp(logit_scale)`` x cosine) over ``pairs`` images x ``pairs``
+        captions, and the number of held-out captions whose token ids differ.
     """
     theirs = open_dual_encoder(export, torch.device("cpu"))
     task = shards(heldout)
     captions = [text for lang in LANGUAGES for text in task.languages[lang].texts]
     ids = ours.tokenizer.encode(captions, pad_to_context=True)
     differing = int((ids != theirs.tokenize(captions)).any(dim=1).sum())
-    # Of both the same inputs: what their own transforms and tokenizers differ in is not the conversion's.
+    # Both get the same inputs, because differences in transforms and tokenizers are not due to the conversion.
     pixels = [ours.preprocess(task.images.read(index)) for index in range(min(pairs, len(task.images)))]
     images = normalise(torch.stack(pixels))
     tokens = ids[:: max(1, len(captions) // pairs)][:pairs]

@@ -1,4 +1,4 @@
-"""``mc2 quickstart``: every stage of the system on this machine, joined end to end.
+"""``mc2 quickstart``: every stage of the system on this machine, end to end.
 
 output/pool, heldout     images and candidate captions (mc2_hpc.quickstart.pool)
 output/metadata          the numbers' names in every language
@@ -6,7 +6,7 @@ output/curated           matched captions, balance, training shards
 output/tokenizer.model   sentencepiece, trained on the captions that matched
 output/train.yaml        config of the training run; output/train: its checkpoints and metrics
 output/eval.yaml         suite that the model is scored on, for `mc2 eval output/train --suite output/eval.yaml`
-output/open_clip         the model as open_clip loads it
+output/open_clip         the model in open_clip's format
 output/report.json, report.html, images
 """
 
@@ -37,23 +37,23 @@ from mc2_hpc.storage import write_json
 
 _MARKER = ".quickstart"
 _LOGIT_TOLERANCE = 1e-4
-"""A conversion whose logits (up to 100) differ by more is broken, not rounded."""
+"""Logits (up to 100) that differ by more than this mean a broken conversion, not rounding."""
 _MODULES = ("sklearn", "num2words", "matplotlib", "open_clip", "torchvision")
 _PACKAGES = ("mc2_hpc", "torch", "deepspeed", "open_clip_torch")
 
 
 def run_quickstart(output: str | Path, *, processes: int | None = None, recipe: Recipe | None = None) -> int:
-    """Do the whole job into ``output``; an earlier quickstart there is moved aside.
+    """Run all stages into ``output``; an earlier quickstart there is moved aside.
 
     Args:
-        processes: of training; by default one per GPU, or 2 without any.
+        processes: training processes; by default one per GPU, or 2 without GPUs.
 
     Returns:
         the exit code, 0.
 
     Raises:
-        UserError: ``output`` holds something else, a package is missing, or training failed.
-        RuntimeError: the converted model's logits are not the trained one's.
+        UserError: ``output`` contains something else, a package is missing, or training failed.
+        RuntimeError: the converted model's logits differ from the trained model's.
     """
     start = time.perf_counter()
     output, recipe = Path(output), recipe or Recipe()
@@ -88,7 +88,7 @@ def run_quickstart(output: str | Path, *, processes: int | None = None, recipe: 
     page = write_report(report, output)
     console.print(
         f"zero-shot {report['zero_shot_mean']:.1%} over {len(LANGUAGES)} languages (chance {report['chance']:.0%}), "
-        f"{report['seconds']:.0f} s in all",
+        f"{report['seconds']:.0f} s in total",
         highlight=False,
     )
     print(page)
@@ -108,12 +108,12 @@ def _default_processes() -> int:
 
 
 def _claim(output: Path, console: Console) -> None:
-    """Make ``output`` an empty folder of ours; what an earlier quickstart left there is renamed."""
+    """Make ``output`` an empty folder marked as ours; an earlier quickstart's folder is renamed."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; name a folder with --output")
     if output.is_dir() and any(output.iterdir()):
         if not (output / _MARKER).is_file():
-            raise UserError(f"{output}: holds other files; name a new or empty folder with --output")
+            raise UserError(f"{output}: contains other files; name a new or empty folder with --output")
         number = 1
         while (aside := output.with_name(f"{output.name}.{number}")).exists():
             number += 1
@@ -124,7 +124,7 @@ def _claim(output: Path, console: Console) -> None:
 
 
 def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any]:
-    """Pool to training config; the report's keys about data."""
+    """All stages from pool to training config; returns the report's keys about data."""
     from mc2_hpc import jobs
     from mc2_hpc.curation.run import plan_run
     from mc2_hpc.data.tokenizer import train_tokenizer
@@ -149,7 +149,7 @@ def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any
             jobs.Local(workers=_cores()),
             lambda stage, done, total, name: update(done, total),
         )
-    assert curation is not None  # only where it is submitted and not waited for
+    assert curation is not None  # None only for submitted jobs that are not waited for
     with stages.stage("train a tokenizer"):
         texts = tokenizer_texts(_matched_captions(output / "curated" / "matched"))
         tokenizer = train_tokenizer(texts, output / "tokenizer.model", vocab_size=recipe.vocab_size, style="xlmv")
@@ -179,7 +179,7 @@ def _train(config: Path, processes: int) -> None:
     """Run ``mc2 train`` on ``processes`` processes that share the cores.
 
     Raises:
-        UserError: it failed; its own message stands above.
+        UserError: it failed, after printing its own message.
     """
     command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(config), "--processes", str(processes)]
     threads = {"OMP_NUM_THREADS": str(max(1, _cores() // processes))}
@@ -189,7 +189,7 @@ def _train(config: Path, processes: int) -> None:
 
 
 def _examine(output: Path, stages: Stages) -> dict[str, Any]:
-    """Evaluate, convert and compare; the report's keys about the model."""
+    """Evaluate, convert and compare; returns the report's keys about the model."""
     import torch
 
     from mc2_hpc.conversion.convert import convert
@@ -231,7 +231,7 @@ def _metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def _skipped(curation: Mapping[str, Any], training: list[dict[str, Any]]) -> dict[str, int]:
-    """What curation and training left out, by reason."""
+    """Counts of what curation and training dropped, by reason."""
     total: Counter[str] = Counter()
     for drops in (curation["match"]["drops"], curation["pack"]["drops"], training[-1]["skipped"]):
         total.update(drops)
@@ -239,5 +239,5 @@ def _skipped(curation: Mapping[str, Any], training: list[dict[str, Any]]) -> dic
 
 
 def _cores() -> int:
-    """CPU cores this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))

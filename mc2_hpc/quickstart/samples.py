@@ -1,4 +1,4 @@
-"""Images for the report: copied out of the shards into ``output/images``."""
+"""Images for the report, copied from the shards to ``output/images``."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,9 +14,9 @@ _SAMPLES = 16
 
 
 def draw_samples(output: Path) -> list[dict[str, Any]]:
-    """Images of the pool with all of their captions, for the report; those that curation dropped are ``noise``.
+    """Images of the pool with all of their captions, for the report; captions that curation dropped are ``noise``.
 
-    Taken from the first shard: among images with several captions, those whose languages have been shown least.
+    They come from the first shard: images with several captions, chosen to show as many languages as possible.
     """
     captions = list_shards(output / "pool", ".parquet")[0]
     matched = read_matched(output / "curated" / "matched" / captions.name, ["key", "text"])
@@ -33,7 +33,7 @@ def draw_samples(output: Path) -> list[dict[str, Any]]:
 
 
 def save_images(output: Path, shards: Path, entries: list[dict[str, Any]]) -> None:
-    """Copy the image of every entry's ``key`` to ``output/images`` and name it under ``image``."""
+    """Copy the image of every entry's ``key`` to ``output/images`` and store its path under ``image``."""
     wanted = {f"{entry['key']}.jpg" for entry in entries}
     for path in list_shards(shards, ".tar"):
         with TarIndex(path) as tar:
@@ -48,7 +48,7 @@ def save_images(output: Path, shards: Path, entries: list[dict[str, Any]]) -> No
 
 
 def _varied(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Keys of images with three captions or more, each chosen for the languages that were shown least so far."""
+    """Keys of images with at least three captions, each chosen for the languages shown least so far."""
     shown: Counter[str] = Counter()
     left = [key for key, captions in rows.items() if len(captions) >= 3]
     keys: list[str] = []

@@ -1,4 +1,4 @@
-"""Named stages with a bar or a plain line each, and what each of them took."""
+"""Named stages with a bar or a plain line each, and their durations."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 Update = Callable[[int, int], None]
-"""Called with (done, in all)."""
+"""Called with (done, total)."""
 
 
 class Stages:
-    """Runs ``total`` stages one after the other and keeps their seconds in ``times``."""
+    """Runs ``total`` stages one after the other and stores their seconds in ``times``."""
 
     def __init__(self, total: int, console: Console | None = None) -> None:
         self.times: dict[str, float] = {}
@@ -21,7 +21,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, *, bar: bool = True) -> Iterator[Update]:
-        """Time one stage. On a terminal it shows a bar, unless what runs inside draws its own (``bar=False``)."""
+        """Time one stage. On a terminal it shows a bar, unless the stage itself draws one (``bar=False``)."""
         label = f"[{len(self.times) + 1}/{self._total}] {name}"
         start = time.perf_counter()
         if bar and self._console.is_terminal:
@@ -37,5 +37,5 @@ class Stages:
 
 
 def _plain(label: str) -> str:
-    """``label`` for rich's markup, where square brackets mean something."""
+    """Escape ``label`` for rich's markup, which uses square brackets."""
     return label.replace("[", r"\[")

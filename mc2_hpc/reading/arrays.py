@@ -1,6 +1,6 @@
-"""NumPy's NPY and NPZ files: element type, dimensions and length are checked against what the caller knows.
+"""NumPy's NPY and NPZ files: element type, dimensions and length are checked against the caller's expectations.
 
-Nothing is unpickled, and no header makes us reserve more memory than the file has bytes.
+Nothing is unpickled, and a header cannot cause more memory to be allocated than the file has bytes.
 """
 
 import tokenize
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import check_regular, open_regular, shown
 
-# What NumPy raises over headers that are not its own: they are parsed as Python.
+# NumPy parses headers as Python, so a bad header can raise any of these.
 _UNREADABLE = (
     *(OSError, ValueError, EOFError, KeyError, TypeError),
     *(SyntaxError, tokenize.TokenError, RecursionError, OverflowError, MemoryError),
@@ -27,14 +27,14 @@ _UNREADABLE = (
 def map_array(
     path: str | Path, dtype: npt.DTypeLike, *, ndim: int = 1, length: int | None = None, cure: str = ""
 ) -> npt.NDArray[Any]:
-    """An NPY file mapped into memory, read-only.
+    """An NPY file, memory-mapped read-only.
 
     Args:
-        length: of the first dimension, where it is known.
+        length: of the first dimension, if known.
         cure: how to get a good file, for the end of the message.
 
     Raises:
-        UserError: no such file, damaged, or another type, number of dimensions or length.
+        UserError: no such file, damaged, or wrong type, number of dimensions or length.
     """
     size = check_regular(path)
     tail = f"; {cure}" if cure else ""
@@ -43,7 +43,7 @@ def map_array(
     except _UNREADABLE as error:
         raise UserError(f"{shown(path)}: not readable as an array ({_first_line(error)}){tail}") from None
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{shown(path)}: holds several arrays, not one{tail}")
+        raise UserError(f"{shown(path)}: contains several arrays, not one{tail}")
     if array.nbytes > size:
         raise UserError(f"{shown(path)}: cut off{tail}")
     _check(shown(path), array, dtype, ndim, length, tail)
@@ -52,10 +52,10 @@ def map_array(
 
 @contextmanager
 def open_npz(path: str | Path, *, cure: str = "") -> Iterator["Arrays"]:
-    """The arrays of an NPZ file, read when asked for.
+    """The arrays of an NPZ file, read on demand.
 
     Raises:
-        UserError: no such file or damaged, also when an array is read.
+        UserError: no such file, or damaged; also raised when an array is read.
     """
     tail = f"; {cure}" if cure else ""
     with open_regular(path) as stream:
@@ -73,21 +73,21 @@ class Arrays:
         self._path, self._archive, self._tail = path, archive, tail
         names = [info.filename for info in archive.infolist()]
         if len(set(names)) < len(names):
-            raise UserError(f"{shown(path)}: holds two arrays of one name{tail}")
+            raise UserError(f"{shown(path)}: contains two arrays of the same name{tail}")
         self.names = [name.removesuffix(".npy") for name in names]
 
     def read(self, name: str, dtype: npt.DTypeLike, *, ndim: int = 1, length: int | None = None) -> npt.NDArray[Any]:
         """One array.
 
         Raises:
-            UserError: it is not there, damaged, or of another type, number of dimensions or length.
+            UserError: it is missing or damaged, or has the wrong type, number of dimensions or length.
         """
         where = f"{shown(self._path)}: {shown(name)}"
         if name not in self.names:
             raise UserError(f"{where}: is missing{self._tail}")
         info = self._archive.getinfo(f"{name}.npy")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > Path(self._path).stat().st_size:
-            raise UserError(f"{where}: is compressed, which no file of ours is{self._tail}")
+            raise UserError(f"{where}: is compressed, unlike the files that mc2 writes{self._tail}")
         try:
             with self._archive.open(info) as stream:
                 version = np.lib.format.read_magic(stream)
@@ -102,7 +102,7 @@ class Arrays:
         return array
 
     def read_texts(self, name: str) -> list[str]:
-        """An array of texts as a list. Raises as :meth:`read` does."""
+        """An array of strings as a list. Raises like :meth:`read`."""
         return self.read(name, np.str_).tolist()
 
 
@@ -117,11 +117,9 @@ def _check(where: str, array: npt.NDArray[Any], dtype: npt.DTypeLike, ndim: int,
     fits = array.dtype.kind == "U" if wanted.kind == "U" else array.dtype == wanted
     if not fits or array.ndim != ndim:
         dimensions = "one dimension" if ndim == 1 else f"{ndim} dimensions"
-        raise UserError(
-            f"{where}: holds {array.dtype} of shape {array.shape}, where {wanted} of {dimensions} is expected{tail}"
-        )
+        raise UserError(f"{where}: has {array.dtype} of shape {array.shape}, expected {wanted} of {dimensions}{tail}")
     if length is not None and len(array) != length:
-        raise UserError(f"{where}: holds {len(array)} numbers, where {length} are expected{tail}")
+        raise UserError(f"{where}: has {len(array)} numbers, expected {length}{tail}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Regular files, opened without waiting for anybody and read no further than a bound."""
+"""Regular files, opened without blocking and read up to a size limit."""
 
 import os
 import stat
@@ -19,10 +19,10 @@ _UNSIZED = 1 << 20
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
-    """Open a regular file for reading. A pipe without a writer does not hold it up.
+    """Open a regular file for reading; a pipe without a writer does not block.
 
     Raises:
-        UserError: there is no such file, it may not be read, or it is a folder, pipe, socket or device.
+        UserError: there is no such file, it is not readable, or it is a folder, pipe, socket or device.
     """
     try:
         descriptor = _open(path)
@@ -36,7 +36,7 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 
 def _open(path: str | Path) -> int:
-    # Opening a pipe waits for a writer, unless told not to.
+    # O_NONBLOCK, because opening a pipe waits for a writer.
     flags = os.O_RDONLY | os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_NONBLOCK)
@@ -48,7 +48,7 @@ def _open(path: str | Path) -> int:
 
 
 def check_regular(path: str | Path) -> int:
-    """Size in bytes of a regular file that can be read: for libraries that open files by name themselves.
+    """Size in bytes of a readable regular file, for libraries that open files by name themselves.
 
     Raises:
         UserError: see :func:`open_regular`.
@@ -61,17 +61,17 @@ def read_bytes(path: str | Path, *, most: int) -> bytes:
     """The content of a regular file of at most ``most`` bytes.
 
     Raises:
-        UserError: see :func:`open_regular`; or it is larger.
+        UserError: see :func:`open_regular`, or it is larger.
     """
     with open_regular(path) as stream:
         try:
             size = os.fstat(stream.fileno()).st_size
-            # What is asked for is what gets reserved. Files of /proc say 0.
+            # read() allocates the requested size, so request no more than the file has. Files in /proc report 0.
             data = b"" if size > most else stream.read(min(most, size or _UNSIZED) + 1)
         except OSError as error:
             raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from None
     if size > most or len(data) > most:
-        raise UserError(f"{shown(path)}: larger than {most:,} bytes, the most that such a file may have")
+        raise UserError(f"{shown(path)}: larger than {most:,} bytes, the limit for this kind of file")
     return data
 
 
@@ -79,7 +79,7 @@ def read_text(path: str | Path, *, most: int) -> str:
     """The text of a UTF-8 file of at most ``most`` bytes, without a byte order mark.
 
     Raises:
-        UserError: see :func:`read_bytes`; or it is not UTF-8, with the line of the first bad byte.
+        UserError: see :func:`read_bytes`, or it is not UTF-8 (the message has the line of the first bad byte).
     """
     return decode(read_bytes(path, most=most), path)
 
@@ -88,7 +88,7 @@ def decode(data: bytes, path: str | Path) -> str:
     """UTF-8 ``data`` of ``path`` as text, without a byte order mark.
 
     Raises:
-        UserError: not UTF-8, with the line of the first bad byte.
+        UserError: not UTF-8; the message has the line of the first bad byte.
     """
     try:
         return data.decode("utf-8-sig")
@@ -100,14 +100,14 @@ def decode(data: bytes, path: str | Path) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """A path for a message: one line, whatever bytes its name has."""
+    """A path for a message: always one line, whatever bytes it contains."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
 def _why_not(path: str | Path, error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         if os.path.islink(path):
-            return f"{shown(path)}: links to {shown(os.readlink(path))}, which is not there"
+            return f"{shown(path)}: links to {shown(os.readlink(path))}, which does not exist"
         return f"{shown(path)}: no such file"
-    reason = error.strerror if isinstance(error, OSError) else error  # ValueError: a zero byte in the name
+    reason = error.strerror if isinstance(error, OSError) else error  # ValueError: a null byte in the name
     return f"{shown(path)}: cannot be opened: {reason}"

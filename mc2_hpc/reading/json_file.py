@@ -1,8 +1,8 @@
-"""JSON as a typed value: the schema (a ``msgspec.Struct``) of each kind of file stands beside the code that owns it.
+"""JSON as a typed value: the schema (a ``msgspec.Struct``) of each kind of file is defined by the code that owns it.
 
-Types are exact: a boolean is no number, a text is no list, a number with a fraction is no whole number. Refused with
-one line, in bounded time and memory: keys that stand twice, NaN and infinities, numbers out of range, nesting beyond
-the interpreter's own, bytes that are not UTF-8.
+Types are exact: a boolean is not a number, text is not a list, a number with a fraction is not a whole number. Rejected
+with one line, in bounded time and memory: duplicate keys, NaN and infinities, numbers out of range, nesting beyond the
+interpreter's limit, bytes that are not UTF-8.
 """
 
 import json
@@ -24,10 +24,10 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]
 """A whole number of at least 1."""
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, msgspec.Meta(pattern=r"^\w[\w.-]*$", max_length=200)]
-"""A file's or folder's name: it leads to no other folder."""
+"""The name of a file or folder; it cannot lead to another folder."""
 
 ANYTHING: Any = Any
-"""The schema of what may be any JSON; its reader looks closer."""
+"""The schema of arbitrary JSON; the caller checks it further."""
 
 _MOST_BYTES = 64 << 20
 _WORDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list"}
@@ -35,28 +35,28 @@ _WORDS |= {"object": "an object", "null": "null"}
 
 
 class File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What the schemas of our own files derive from: every key is known."""
+    """Base of the schemas of our own files: unknown keys are errors."""
 
 
 class Foreign(msgspec.Struct, kw_only=True):
-    """What the schemas of other programs' files derive from: keys that we do not use may be anything."""
+    """Base of the schemas of other programs' files: unknown keys are ignored."""
 
 
 def read_json(path: str | Path, kind: type[T], *, most: int = _MOST_BYTES, what: str = "", cure: str = "") -> T:
     """A JSON file of at most ``most`` bytes as a value of ``kind``.
 
     Args:
-        what: the file should be, for the message about one of another form.
+        what: what the file should be, for the message if it has another form.
         cure: how to get a good file, for the end of every message.
 
     Raises:
-        UserError: no regular file, not JSON, or not of that form; with the place and what was expected there.
+        UserError: not a regular file, not JSON, or another form; the message has the place and what was expected there.
     """
     return parse_json(read_bytes(path, most=most), kind, path, what=what, cure=cure)
 
 
 def parse_json(data: bytes, kind: type[T], path: str | Path, *, what: str = "", cure: str = "") -> T:
-    """:func:`read_json` of bytes that are there already; ``path`` names them in messages."""
+    """:func:`read_json` for bytes already in memory; messages name them ``path``."""
     tail = f"; {cure}" if cure else ""
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -73,18 +73,18 @@ def parse_json(data: bytes, kind: type[T], path: str | Path, *, what: str = "", 
         decode(data, path)  # raises, with the line
         raise UserError(f"{shown(path)}: not UTF-8{tail}") from None
     except RecursionError:
-        raise UserError(f"{shown(path)}: not valid JSON for us: nested too deeply{tail}") from None
+        raise UserError(f"{shown(path)}: nested too deeply{tail}") from None
     except _Repeated as error:
-        raise UserError(f"{shown(path)}: the key {str(error)[:100]!r} stands twice in one object{tail}") from None
-    except ValueError as error:  # msgspec.DecodeError, and json's about what the schema passes over
+        raise UserError(f"{shown(path)}: the key {str(error)[:100]!r} occurs twice in one object{tail}") from None
+    except ValueError as error:  # msgspec.DecodeError, and json's for parts that the schema skips
         raise UserError(f"{shown(path)}: not valid JSON: {_malformed(str(error), data)}{tail}") from None
 
 
 def as_type(value: object, kind: type[T], source: str, *, what: str = "") -> T:
-    """A part of parsed JSON as a value of ``kind``; ``source`` names it.
+    """A part of parsed JSON as a value of ``kind``; messages name it ``source``.
 
     Raises:
-        UserError: it is of another form; with the place and what was expected there.
+        UserError: it has another form; the message has the place and what was expected there.
     """
     try:
         return msgspec.convert(value, kind)
@@ -93,7 +93,7 @@ def as_type(value: object, kind: type[T], source: str, *, what: str = "") -> T:
 
 
 def read_fields(path: str | Path, kind: type[Any], *, what: str = "", cure: str = "") -> Any:
-    """:func:`read_json` as plain dictionaries and lists, with the defaults of what the file leaves out."""
+    """:func:`read_json` as plain dictionaries and lists, with defaults for keys that the file leaves out."""
     return msgspec.to_builtins(read_json(path, kind, what=what, cure=cure))
 
 
@@ -102,7 +102,7 @@ class _Repeated(ValueError):
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> None:
-    """Nothing, since only the check is wanted: what an object holds is known already."""
+    """Check for repeated keys; returns nothing, because the contents are already known."""
     if len(pairs) > 1:
         seen = set()
         for key, _ in pairs:
@@ -116,7 +116,7 @@ def _not_that(what: str) -> str:
 
 
 def _expected(message: str) -> str:
-    """msgspec's words with the place first."""
+    """msgspec's message, reworded with the place first."""
     what, _, place = message.partition(" - at ")
     place = place.strip("`") or "$"
     if place.startswith("key in "):
@@ -139,13 +139,13 @@ def _malformed(message: str, data: bytes) -> str:
         return "it ends too early" if data.strip() else "it is empty"
     at = re.search(r"\(byte (\d+)\)$", message)
     if at is None:
-        return "a number of too many digits" if "integer string conversion" in message else message.splitlines()[0]
+        return "a number with too many digits" if "integer string conversion" in message else message.splitlines()[0]
     line = data.count(b"\n", 0, int(at[1])) + 1
     return f"line {line}: {message[: at.start()].strip()}"
 
 
 def _lone_surrogate(data: bytes) -> str:
-    """The place of a text with half of a pair of ``\\u`` escapes, which UTF-8 cannot hold; empty if there is none."""
+    """The place of a string with half of a ``\\u`` surrogate pair, which UTF-8 cannot encode; empty if none."""
     if b"\\u" not in data:
         return ""
     try:
@@ -164,7 +164,7 @@ def _lone_surrogate(data: bytes) -> str:
 
 
 def _first_misfit(data: bytes, kind: Any) -> str:
-    """The first value of an object of like values that is not of the right kind: msgspec leaves its key open."""
+    """The path of the first value of the wrong type in a dictionary: msgspec's message does not give its key."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):

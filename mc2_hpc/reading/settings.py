@@ -1,13 +1,13 @@
-"""A tree of settings, from YAML or a program, and ``key.sub=value`` words, to a dataclass: the field's type decides.
+"""Settings from YAML, a program or ``key.sub=value`` overrides to a dataclass; each field's type decides the meaning.
 
     typed(RunConfig, read_yaml("run.yaml", "config file"), ["output=2024_11"], source="run.yaml")
 
-A text setting is the text as it was written: ``2024_11``, ``on``, ``1:30``, ``1e3``, ``007`` and ``run #3`` name
-exactly that (``#`` after a blank begins a comment in a file, so a file quotes the last). Numbers are decimal and
-finite; ``true``, ``yes`` and ``on``, or ``false``, ``no`` and ``off``, are booleans for a boolean setting alone.
-``null`` is no value where a setting may have none.
+A text setting is taken literally: ``2024_11``, ``on``, ``1:30``, ``1e3``, ``007`` and ``run #3`` are not converted (in
+a file, ``#`` after a blank starts a comment, so quote the last one). Numbers are decimal and finite. ``true``, ``yes``
+and ``on``, or ``false``, ``no`` and ``off``, are booleans only for a boolean setting. ``null`` means no value for a
+setting that allows it.
 
-``${key.sub}`` in a value stands for another setting of the same tree, and nothing else: no environment, no functions.
+``${key.sub}`` in a value refers to another setting of the same tree, and nothing else: no environment, no functions.
 ``$${`` is a literal ``${``.
 """
 
@@ -28,7 +28,7 @@ from mc2_hpc.reading.yaml_file import Argument, Items, Node, Scalar, Section, Va
 Settings = TypeVar("Settings")
 
 Prose = Annotated[str, "several lines"]
-"""A text setting that may have line breaks."""
+"""A text setting that may contain line breaks."""
 
 _MAPPINGS = (dict, abc.Mapping)
 _CONTAINERS = (list, tuple, abc.Sequence, *_MAPPINGS)
@@ -54,11 +54,11 @@ def typed(
     """An object of the dataclass ``kind`` from a mapping and ``key.sub=value`` overrides.
 
     Args:
-        values: a tree of :func:`~mc2_hpc.reading.yaml_file.read_yaml`, or plain values, whose types are then exact.
-        within: what messages put before a key: the part of a larger file that ``values`` is.
+        values: a tree from :func:`~mc2_hpc.reading.yaml_file.read_yaml`, or plain values, whose types must be exact.
+        within: prefix for keys in messages, if ``values`` is a part of a larger file.
 
     Raises:
-        UserError: names ``source``, or the override, and the key that is unknown or whose value does not do.
+        UserError: names ``source``, or the override, and the key that is unknown or has an invalid value.
     """
     tree = values if isinstance(values, Section) else as_node(values, source)
     assert isinstance(tree, Section)
@@ -74,7 +74,7 @@ def typed_arguments(function: Any, values: Mapping[str, Node], *, within: str) -
     """Keyword arguments of ``function`` from a tree, by its parameters' annotations.
 
     Raises:
-        UserError: names the place and the argument, after ``within``, whose value does not do.
+        UserError: names the place and, after ``within``, the argument that has an invalid value.
     """
     hints = typing.get_type_hints(function, include_extras=True)
     reader = _Reader(None, Section(dict(values), ""))
@@ -85,7 +85,7 @@ def typed_arguments(function: Any, values: Mapping[str, Node], *, within: str) -
 
 
 def as_node(value: object, place: str) -> Node:
-    """Plain values as a tree, every part of it at ``place``."""
+    """Plain values as a tree in which every node is at ``place``."""
     if isinstance(value, Mapping):
         return Section({str(key): as_node(part, place) for key, part in value.items()}, place)
     if isinstance(value, list | tuple):
@@ -94,7 +94,7 @@ def as_node(value: object, place: str) -> Node:
 
 
 class _Misfit(Exception):
-    """What is wrong, and at which place; None where a dataclass found it wrong with its values together."""
+    """What is wrong and where; the place is None if a dataclass rejected its values as a whole."""
 
     def __init__(self, place: str | None, message: str) -> None:
         super().__init__(message)
@@ -111,13 +111,13 @@ def _with_override(kind: type, tree: Section, word: str) -> Section:
     if not equals or not all(part.strip() for part in parts):
         raise UserError(f"{place}: write it as key.sub=value")
     if re.search(r"\[[^\]]*\]$", key):
-        raise UserError(f"{place}: a list is set as a whole: {key.partition('[')[0]}=[first, second]")
+        raise UserError(f"{place}: set the list as a whole: {key.partition('[')[0]}=[first, second]")
     target = _type_at(kind, parts, place)
     node: Node = Argument(text, place)
     if dataclasses.is_dataclass(target) or typing.get_origin(target) in _MAPPINGS:
         node = _flow(Argument(text, place), key)
         if not isinstance(node, Section):
-            raise UserError(f"{place}: {key}: has keys of its own: write {key}.sub=value or {key}={{sub: value}}")
+            raise UserError(f"{place}: {key}: is a section of keys: write {key}.sub=value or {key}={{sub: value}}")
     for part in reversed(parts):
         node = Section({part: node}, place)
     assert isinstance(node, Section)
@@ -126,7 +126,7 @@ def _with_override(kind: type, tree: Section, word: str) -> Section:
 
 
 def _check_sections(tree: Section, new: Section, prefix: str) -> None:
-    """That ``new`` goes down only where ``tree`` has sections, or nothing yet."""
+    """Check that ``new`` has sections only where ``tree`` has sections or nothing."""
     for key, node in new.entries.items():
         own = tree.entries.get(key)
         if isinstance(node, Section) and own is not None:
@@ -136,7 +136,7 @@ def _check_sections(tree: Section, new: Section, prefix: str) -> None:
 
 
 def _type_at(kind: Any, parts: Sequence[str], place: str) -> Any:
-    """The type of the setting at a path of keys; Any below what is untyped."""
+    """The type of the setting at a path of keys; Any below an untyped setting."""
     for number, part in enumerate(parts):
         kind = _without_none(kind)
         if kind is Section or kind is Any:
@@ -156,13 +156,13 @@ def _type_at(kind: Any, parts: Sequence[str], place: str) -> Any:
 
 
 class _Reader:
-    """Nodes of one tree as values; references are looked up in all of it, and then among the defaults of ``kind``."""
+    """Turns nodes of a tree into values; references are looked up in the tree, then in the defaults of ``kind``."""
 
     def __init__(self, kind: Any, tree: Section) -> None:
         self._kind, self._tree = kind, tree
 
     def value(self, kind: Any, node: Node, key: str) -> Any:
-        """``node`` as a value of ``kind``; ``key`` names it."""
+        """``node`` as a value of ``kind``; messages name it ``key``."""
         if isinstance(node, Scalar | Argument) and not node.literal and "${" in node.text:
             node = dataclasses.replace(node, text=self._resolved(node, key, 0), literal=True)
         if kind is Any:
@@ -230,7 +230,7 @@ class _Reader:
         return self.value((fitting or kinds)[0], node, key)
 
     def _plain(self, node: Node, key: str) -> Any:
-        """As what it looks like: for values whose type nothing says."""
+        """Infer the type of an untyped value from its text."""
         if isinstance(node, Argument) and node.text.startswith(("[", "{")):
             node = _flow(node, key)
         if isinstance(node, Section):
@@ -252,7 +252,7 @@ class _Reader:
         return _text(node, key, several_lines=True)
 
     def _section(self, node: Node, key: str) -> Section:
-        """A section to be typed later, with its references replaced now."""
+        """A section to be typed later, with its references already resolved."""
         node = _flow(node, key)
         if not isinstance(node, Section):
             raise _wrong(node, key, f"must be a section of keys, not {_form(node)}")
@@ -286,7 +286,7 @@ class _Reader:
 
     def _looked_up(self, name: str, node: Scalar | Argument, key: str, depth: int) -> str:
         if depth == _MOST_REFERENCES:
-            raise _wrong(node, key, f"${{{name}}} leads back to itself, or through more than {depth} others")
+            raise _wrong(node, key, f"${{{name}}} refers to itself, or goes through more than {depth} other references")
         found: Node | None = self._tree
         for part in name.split("."):
             found = found.entries.get(part) if isinstance(found, Section) else None
@@ -321,10 +321,10 @@ def _text(node: Scalar | Value | Argument, key: str, several_lines: bool) -> str
             raise _wrong(node, key, f"must be text, not {node.value!r}")
         return node.value
     if isinstance(node, Scalar) and _is_null(node):
-        raise _wrong(node, key, f"must be text; quote it if {node.text or 'an empty text'!r} is meant")
+        raise _wrong(node, key, f"must be text; quote it if you mean {repr(node.text) if node.text else 'empty text'}")
     bad = _UNUSABLE.search(node.text.translate({9: " ", 10: " "}) if several_lines else node.text)
     if bad:
-        raise _wrong(node, key, f"the character {bad[0]!r} may not stand in it")
+        raise _wrong(node, key, f"the character {bad[0]!r} is not allowed")
     return node.text
 
 
@@ -378,7 +378,7 @@ def _is_null(node: Node) -> bool:
 
 
 def _flow(node: Node, key: str) -> Node:
-    """What an argument holds in YAML's flow form; other nodes as they are."""
+    """An argument parsed as YAML's flow form; other nodes unchanged."""
     if not isinstance(node, Argument):
         return node
     place = node.place
@@ -403,12 +403,13 @@ def _wrong(node: Node, key: str, reason: str) -> _Misfit:
 
 
 def _unknown_key(key: str, names: Mapping[str, Any]) -> str:
-    """What was written, and what is nearest to it among the keys there are."""
-    key = re.sub(r"^.*\]\.", "", key)  # the line says which item of a list it is
+    """The message for an unknown key, with the nearest known key or all of them."""
+    key = re.sub(r"^.*\]\.", "", key)  # the line number identifies the list item
     section = key.rpartition(".")[0]
     known = [f"{section}.{name}" if section else name for name in names]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    return f"unknown key {_brief(key)}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+    cure = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {_brief(key)}; {cure}"
 
 
 @functools.cache

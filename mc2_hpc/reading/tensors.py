@@ -1,7 +1,7 @@
-"""Headers of safetensors files: what tensors a file holds, read and checked without torch and before any is loaded.
+"""Headers of safetensors files, read and checked without torch before any tensor is loaded.
 
-Format: a little-endian uint64, the length of a JSON object ``{name: {dtype, shape, data_offsets}}`` that follows, then
-the tensors' bytes without gaps.
+Format: a little-endian uint64 with the length of a JSON object, the object ``{name: {dtype, shape, data_offsets}}``,
+then the tensors' bytes without gaps.
 """
 
 import math
@@ -29,11 +29,11 @@ class _Entry(File):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file."""
+    """A tensor in a file."""
 
     path: Path
     dtype: str
-    """As safetensors writes it: ``F32``, ``BF16``, ``I64`` ..."""
+    """In safetensors' notation: ``F32``, ``BF16``, ``I64`` ..."""
     shape: tuple[int, ...]
 
     @property
@@ -45,7 +45,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file by name, in the order of the file's header.
 
     Raises:
-        UserError: no regular file, or one whose header and size do not agree.
+        UserError: not a regular file, or its header and size do not agree.
     """
     path = Path(path)
     with open_regular(path) as stream:
@@ -53,7 +53,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
-            raise _damaged(path, "cut off, or not of this format")
+            raise _damaged(path, "cut off, or not in this format")
         header = stream.read(length)
     try:
         raw = parse_json(header.rstrip(b" "), dict[str, msgspec.Raw], path)

@@ -1,8 +1,8 @@
-"""YAML as a tree that keeps what was written, and where: what a value means is for its setting's type to say.
+"""YAML as a tree that keeps the original text and line numbers; the meaning of a value depends on its setting's type.
 
-YAML's own guesses (``on``, ``1:30``, ``2024_11``, ``1e3``, ``007``) are never made. Anchors, aliases and merge keys
-work; tags do not. A key that stands twice, a tab where blanks are expected, endless or exploding aliases and absurd
-nesting are errors that name the line.
+YAML's implicit types (``on``, ``1:30``, ``2024_11``, ``1e3``, ``007``) are not applied. Anchors, aliases and merge keys
+work; tags do not. Duplicate keys, tabs where blanks are expected, endless or exploding aliases and excessive nesting
+are errors that name the line.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,14 +22,14 @@ _MOST_NODES = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A value in the characters it was written with."""
+    """A value as its original text."""
 
     text: str
     place: str
     plain: bool = True
     """Without quotes."""
     literal: bool = False
-    """References in it (``${key}``) are already replaced."""
+    """Its references (``${key}``) are already resolved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A mapping of keys, in the order of the file. ``place`` is that of its key, as it is for every value of one."""
+    """A mapping of keys, in file order. Like that of every value in a section, ``place`` is that of its key."""
 
     entries: dict[str, "Node"]
     place: str
 
     def merged(self, other: "Section") -> "Section":
-        """With the keys of ``other`` in place of, or beside, its own; sections on both sides are merged in turn."""
+        """With the keys of ``other`` replacing or added to its own; sections on both sides are merged recursively."""
         entries = dict(self.entries)
         for key, node in other.entries.items():
             own = entries.get(key)
@@ -58,7 +58,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value that has its Python type already: from JSON, or from a program."""
+    """A value that already has a Python type, from JSON or from a program."""
 
     value: object
     place: str
@@ -66,7 +66,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """The value of a ``key=value`` word: text, or a list in YAML's flow form, as the setting's type has it."""
+    """The value of a ``key=value`` override: text, or a list in YAML's flow form if the setting's type requires it."""
 
     text: str
     place: str
@@ -80,7 +80,7 @@ def read_yaml(path: str | Path, what: str) -> Section:
     """The mapping in a YAML file of at most 1 MiB.
 
     Raises:
-        UserError: no such file (``what`` says what it should be), empty, not a mapping in UTF-8 YAML, or a key twice.
+        UserError: no such file (``what`` says what it should be), empty, not a UTF-8 YAML mapping, or a duplicate key.
     """
     path = Path(path)
     if not path.exists() and not path.is_symlink():
@@ -94,14 +94,14 @@ def read_yaml(path: str | Path, what: str) -> Section:
 
 
 def parse_yaml(text: str, source: str, place: Callable[[int], str]) -> Node | None:
-    """The tree of one YAML document, None where there is none.
+    """The tree of one YAML document; None if it is empty.
 
     Args:
-        source: names the text in messages about its form.
-        place: names a line, counted from 1.
+        source: names the text in messages about its syntax.
+        place: describes a line, counted from 1.
 
     Raises:
-        UserError: not YAML, or more of it than anybody means.
+        UserError: not YAML, or unreasonably large or deep.
     """
     builder = _Builder(source, place)
     try:
@@ -113,17 +113,17 @@ def parse_yaml(text: str, source: str, place: Callable[[int], str]) -> Node | No
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(
-            f"{source}: not valid YAML: line {line}: the character {chr(error.character)!r} may not stand there"
+            f"{source}: not valid YAML: line {line}: the character {chr(error.character)!r} is not allowed"
         ) from None
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
     problem = str(error.problem or error.context or "cannot be read").replace("\n", " ")
-    return "a tab stands where blanks are expected" if r"'\t'" in problem else problem
+    return "a tab where blanks are expected" if r"'\t'" in problem else problem
 
 
 class _Builder:
-    """Nodes out of the events of PyYAML's parser, which come one by one: what is too deep is never read to its end."""
+    """Builds nodes from the events of PyYAML's parser one by one, so nesting that is too deep is never read fully."""
 
     def __init__(self, source: str, place: Callable[[int], str]) -> None:
         self._source, self._place = source, place
@@ -139,7 +139,7 @@ class _Builder:
         next(events)  # the document's end
         extra = next(events)
         if not isinstance(extra, yaml.StreamEndEvent):
-            raise self._wrong(extra, "a second document; a file holds one")
+            raise self._wrong(extra, "a second document; only one is allowed")
         if isinstance(node, Scalar) and node.plain and not node.text:
             return None
         return node
@@ -147,7 +147,7 @@ class _Builder:
     def _node(self, event: yaml.Event, depth: int, place: str | None) -> Node:
         place = place or self._place(event.start_mark.line + 1)
         if depth > _MOST_DEPTH:
-            raise self._wrong(event, f"nested more than {_MOST_DEPTH} deep")
+            raise self._wrong(event, f"nested more than {_MOST_DEPTH} levels deep")
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
                 raise self._wrong(event, f"*{event.anchor}: no such anchor before this line")
@@ -155,7 +155,7 @@ class _Builder:
             self._count(event, size)
             return node
         if event.tag is not None:
-            raise self._wrong(event, f"the tag {event.tag}: tags are not read, write the value alone")
+            raise self._wrong(event, f"the tag {event.tag}: tags are not supported, write only the value")
         before = self._num_nodes
         self._count(event, 1)
         node = self._fresh(event, depth, place)
@@ -185,7 +185,7 @@ class _Builder:
             if key.text == "<<" and key.plain:
                 inherited += self._merged(event, value)
             elif key.text in entries:
-                raise UserError(f"{where}: the key {key.text!r} stands twice; first in {entries[key.text].place}")
+                raise UserError(f"{where}: the key {key.text!r} occurs twice; first in {entries[key.text].place}")
             else:
                 entries[key.text] = value
         for section in inherited:
@@ -195,13 +195,13 @@ class _Builder:
     def _merged(self, event: yaml.Event, value: Node) -> list[Section]:
         sections = list(value.items) if isinstance(value, Items) else [value]
         if not all(isinstance(section, Section) for section in sections):
-            raise self._wrong(event, "<<: takes a mapping, or a list of them")
+            raise self._wrong(event, "<<: needs a mapping, or a list of mappings")
         return sections  # type: ignore[return-value]
 
     def _count(self, event: yaml.Event, size: int) -> None:
         self._num_nodes += size
         if self._num_nodes > _MOST_NODES:
-            raise self._wrong(event, f"more than {_MOST_NODES:,} values, aliases written out")
+            raise self._wrong(event, f"more than {_MOST_NODES:,} values after expanding aliases")
 
     def _wrong(self, event: yaml.Event, problem: str) -> UserError:
         return UserError(f"{self._source}: not valid YAML: line {event.start_mark.line + 1}: {problem}")

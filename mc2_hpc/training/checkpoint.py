@@ -1,16 +1,16 @@
-"""Checkpoints of a run: whole tensors by parameter name in safetensors, written by all ranks, readable by any number.
+"""Checkpoints of a run: full tensors by parameter name in safetensors, written by all ranks, readable by any number.
 
     <run>/checkpoints/latest                     the newest complete checkpoint's name
-    <run>/checkpoints/best.json                  the name of the best by an evaluation, which stays; metric and value
+    <run>/checkpoints/best.json                  name of the best checkpoint (which is kept), its metric and value
     <run>/checkpoints/step-00002000/
-        model.json, tokenizer.model              what the weights are (mc2_hpc.models.weights)
+        model.json, tokenizer.model              architecture and tokenizer (mc2_hpc.models.weights)
         model.00000-of-00004.safetensors ...     fp32 weights
         optimizer.00000-of-00004.safetensors ... AdamW moments, named <parameter>.<moment>
         trainer.json                             step, samples seen, data position, config, versions
         manifest.json                            size and SHA-256 of every file above
 
-DeepSpeed's own checkpoints are pickles tied to a number of ranks and a ZeRO stage; these are neither, so one format
-serves resuming on other ranks, evaluation and conversion. ``mc2_hpc.training.saving`` writes them.
+DeepSpeed's own checkpoints are pickles tied to a world size and a ZeRO stage. These are neither, so one format serves
+resuming with another world size, evaluation and conversion. ``mc2_hpc.training.saving`` writes them.
 """
 
 import logging
@@ -34,7 +34,7 @@ TRAINER, MANIFEST, LATEST = "trainer.json", "manifest.json", "latest"
 
 
 class _Saved(File):
-    """A file of ``manifest.json``."""
+    """One file's entry in ``manifest.json``."""
 
     bytes: Count
     sha256: Sha256
@@ -46,7 +46,7 @@ class _SavedShards(File):
 
 
 class _TrainerFile(Foreign):
-    """``trainer.json``, as far as a run resumes from it."""
+    """The fields of ``trainer.json`` that resuming needs."""
 
     step: Count
     samples_seen: Count
@@ -54,7 +54,7 @@ class _TrainerFile(Foreign):
     position: list[tuple[Count, Count, Count]]
     """Epoch, shard and offset of each lane."""
     config: dict[str, Any]
-    """Of the run that wrote it; whoever compares a setting looks whether it is there."""
+    """Config of the run that wrote it; it may lack settings added since."""
     shards: _SavedShards | None = None
 
 
@@ -64,27 +64,27 @@ class Checkpoint:
 
     folder: Path
     trainer: dict[str, Any]
-    """What ``trainer.json`` says."""
+    """Contents of ``trainer.json``."""
 
     @property
     def step(self) -> int:
-        """Steps trained."""
+        """Number of steps trained."""
         return int(self.trainer["step"])
 
 
 def complete_folders(folder: Path) -> list[Path]:
-    """The published checkpoints in ``folder``, oldest first; their files may be damaged since."""
+    """The published checkpoints in ``folder``, oldest first; their files may have been damaged since."""
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
 def newest_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` whose every file is whole, or ``None`` if there is none at all. Collective.
+    """The newest checkpoint in ``folder`` whose files are all intact, or ``None`` if there are none. Collective.
 
-    A damaged checkpoint is reported in the log and the one before it is taken. ``latest`` is not asked: it is for
-    readers of one model, and a run may have died between a rename and its update.
+    A damaged checkpoint is logged and the one before it is tried. ``latest`` is not used: it is for tools that read one
+    model, and a run may have been killed between renaming a checkpoint and updating it.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, but all are damaged.
     """
     found: list[str | None] = [None]
 
@@ -106,12 +106,12 @@ def _newest_whole(folder: Path) -> str | None:
             return candidate.name
         logger.error("checkpoint %s is damaged (%s); trying the one before it", candidate, damage)
     if folders:
-        raise UserError(f"{folder}: none of the {len(folders)} checkpoints is whole; move them away to start anew")
+        raise UserError(f"{folder}: no intact checkpoint among {len(folders)}; move them away to start from scratch")
     return None
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in words, or ``None`` if all match their manifest."""
+    """What is wrong with the files of a checkpoint, as text, or ``None`` if all match the manifest."""
     try:
         entries = read_json(folder / MANIFEST, dict[str, _Saved])
     except UserError as error:
@@ -133,7 +133,7 @@ def load_weights(clip: CLIP, folder: Path) -> None:
     """Copy a checkpoint's weights into ``clip``.
 
     Raises:
-        UserError: they are another model's.
+        UserError: they belong to another model.
     """
     files = UnwrappedTensorFiles(folder, "model")
     state = clip.state_dict()

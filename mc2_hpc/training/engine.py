@@ -1,7 +1,7 @@
-"""DeepSpeed around the two towers: ZeRO stages 0-3 behind one interface, and their state by parameter name.
+"""DeepSpeed for the two towers: ZeRO stages 0-3 behind one interface, and the state by parameter name.
 
-The towers are partitioned by DeepSpeed. ``logit_scale`` is not: one scalar gains nothing from it, has to stay fp32
-and is clamped after every step, so each rank keeps its own equal copy, stepped by the same AdamW on the same gradient.
+DeepSpeed partitions the towers but not ``logit_scale``: a scalar gains nothing from it, has to stay in fp32 and is
+clamped after every step. So each rank keeps an identical copy, updated by the same AdamW with the same gradient.
 """
 
 import logging
@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainedTowers(Towers):
-    """Both towers on uint8 images and token ids, in the run's precision: what DeepSpeed partitions."""
+    """Both towers on uint8 images and token ids, in the run's precision: the module that DeepSpeed partitions."""
 
     def __init__(self, clip: CLIP, precision: Precision) -> None:
         super().__init__(clip.vision, clip.text)
@@ -35,13 +35,13 @@ class TrainedTowers(Towers):
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32."""
-        # Inside the module: the engine turns off any autocast around it that it did not set up itself.
+        # Inside the module, because the engine turns off any surrounding autocast that it did not set up itself.
         with self.precision.autocast(images.device):
             return self.encode_pairs(normalise(images, self.precision.dtype), tokens)
 
 
 def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, on_gpu: bool) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run, generated so that the YAML stays the one place of truth."""
+    """The DeepSpeed JSON of a run, generated so that the YAML remains the single source of truth."""
     bucket = min(config.zero.bucket_elements, num_parameters)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.stage in (1, 2):
@@ -70,21 +70,21 @@ def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, 
 
 
 class Engine:
-    """The model under training: forward, backward, step, and its whole state by parameter name."""
+    """The model being trained: forward, backward, step, and its full state by parameter name."""
 
     def __init__(self, clip: CLIP, config: RunConfig, ranks: Ranks, *, num_micro: int) -> None:
-        """Take over ``clip`` (whose weights are equal on all ranks) and partition it.
+        """Take ownership of ``clip`` (whose weights are equal on all ranks) and partition it.
 
         Args:
-            num_micro: backward passes a step.
+            num_micro: backward passes per step.
         """
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         import deepspeed
 
         deepspeed.logger.setLevel(logging.WARNING)
         if ranks.device.type == "cpu":
-            # DeepSpeed would compile an operator for inference, which nothing here calls, under a lock file that
-            # outlives a process killed meanwhile: from then on every start would wait for it for ever.
+            # DeepSpeed would compile an inference operator that nothing here calls. If a process is killed during
+            # that, its lock file stays, and every later start waits for it forever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
         self.stage = config.zero.stage
@@ -110,7 +110,7 @@ class Engine:
             clip.compile_blocks()
 
     def features(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of a micro-batch with gradients (see :class:`TrainedTowers`); one :meth:`backward` must follow."""
+        """Features of a micro-batch with a graph (see :class:`TrainedTowers`); one :meth:`backward` must follow."""
         return self._engine(images, tokens)
 
     @torch.no_grad()
@@ -119,29 +119,29 @@ class Engine:
         return self._engine.module(images, tokens)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of ``loss``; the last of the step's micro-batches averages them over the ranks."""
+        """Accumulate the gradients of ``loss``; the step's last micro-batch averages them over the ranks."""
         self._engine.backward(loss, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
-            # DeepSpeed counts micro-batches by its step(), which updates nothing before the last.
+            # DeepSpeed counts micro-batches in its step(), which updates nothing before the last.
             self._engine.step()
 
     def step(self, lr: float, votes: Votes = Votes()) -> tuple[Tensor, Tensor]:  # noqa: B008  # it is a tuple
         """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to [0, ln 100].
 
         Args:
-            votes: this rank's answers to questions that all ranks ask; they ride in the all-reduce of the scale's
-                gradient, so asking costs no message and no wait of its own.
+            votes: this rank's answers to questions that all ranks ask. They share the all-reduce of the scale's
+                gradient, so they need no extra communication.
 
         Returns:
-            The global norm of the towers' averaged gradients before clipping, a 0-d tensor, and for every vote how
-            many ranks said yes, (len(votes),).
+            The global norm of the towers' averaged gradients before clipping, a 0-d tensor, and the number of ranks
+            that said yes to each vote, (len(votes),).
         """
         assert self.logit_scale.grad is not None
         shared = torch.zeros(1 + len(votes), device=self.device)
         shared[0] = self.logit_scale.grad
         for number, vote in enumerate(votes, start=1):
             if vote:
-                shared[number].fill_(1)  # a kernel on the device: a copy from the host would wait
+                shared[number].fill_(1)  # a kernel on the device: a copy from the host would synchronise
         dist.all_reduce(shared)
         self.logit_scale.grad.copy_(shared[0] / dist.get_world_size())
         for group in (*self._optimizer.param_groups, *self._scale_optimizer.param_groups):
@@ -161,7 +161,7 @@ class Engine:
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
 
     def state_names(self) -> list[tuple[str, str]]:
-        """(kind, parameter name) of every tensor of the state; kind is ``weight`` or one of :data:`MOMENTS`."""
+        """(kind, parameter name) of every state tensor; kind is ``weight`` or one of :data:`MOMENTS`."""
         names = [*self._parameters, "logit_scale"]
         return [(kind, name) for name in names for kind in ("weight", *MOMENTS)]
 
@@ -173,7 +173,7 @@ class Engine:
         return getattr(parameter, "ds_shape", parameter.shape)
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Whole state tensors in fp32 on the device, one at a time, in the order of :meth:`state_names`.
+        """Full state tensors in fp32 on the device, one at a time, in the order of :meth:`state_names`.
 
         Collective: every rank iterates to the end.
         """
@@ -191,14 +191,14 @@ class Engine:
             return parameter if kind == "weight" else self._optimizer.state[parameter][kind]
         if kind != "weight":
             return safe_get_full_optimizer_state(parameter, kind)
-        # Below stage 3 every rank holds the whole parameter, and in fp32 it is the master copy's equal.
+        # Below stage 3 every rank holds the full fp32 parameter, which equals the master copy.
         return safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter
 
     @contextmanager
     def whole_model(self) -> Iterator[CLIP]:
-        """The model with its present weights whole on every rank, to be read and not changed. Collective.
+        """The model with its full current weights on every rank, for reading only. Collective.
 
-        At stage 3 a copy that lives as long as the block does, in fp32; below it the model under training itself.
+        At stage 3 this is an fp32 copy that lives as long as the block; at lower stages, the trained model itself.
         """
         model = self._clip if self.stage < 3 else self._gathered_copy()
         with torch.no_grad():
@@ -217,9 +217,9 @@ class Engine:
         return model
 
     def load_moments(self, files: TensorFiles, step: int) -> None:
-        """Put AdamW's state after ``step`` steps in place, from tensors named ``<parameter>.<moment>``.
+        """Restore AdamW's state after ``step`` steps from tensors named ``<parameter>.<moment>``.
 
-        Any number of ranks and any stage may have written them. Not collective.
+        They may have been written by any number of ranks and at any stage. Not collective.
         """
         for optimizer in self._moment_owners:
             for state in optimizer.state.values():
@@ -235,7 +235,7 @@ class Engine:
         if self.stage == 0:
             self._optimizer.state[parameter][kind].copy_(value)
         elif self.stage == 3:
-            # Every rank holds an equal piece, the last ones padded; the whole-tensor setter does not know of padding.
+            # Every rank holds a piece of equal size, the last ones padded; the full-tensor setter ignores the padding.
             piece = torch.zeros(getattr(parameter, "ds_tensor").numel(), device=self.device)  # noqa: B009  # DeepSpeed's
             start = dist.get_rank() * piece.numel()
             mine = value.flatten()[start : start + piece.numel()]
@@ -245,12 +245,12 @@ class Engine:
             safe_set_full_optimizer_state(parameter, value.to(self.device), kind)
 
     def _create_moments(self) -> list[torch.optim.Optimizer]:
-        """Allocate what AdamW would allocate in its first step, at zero.
+        """Allocate what AdamW would allocate in its first step, filled with zeros.
 
-        Before it, so that memory runs out at the start or not at all, that a checkpoint has something to fill, and
-        that DeepSpeed links every parameter to its state: left to itself it links all parameter groups after it
-        has stepped the first, when the others have no state yet. DeepSpeed steps flat partitions in place of the
-        parameters and has no public way to do this, hence the attribute names of its optimizers here (0.19).
+        This makes memory run out at the start or not at all, gives a checkpoint something to fill, and lets DeepSpeed
+        link every parameter to its state. On its own, DeepSpeed links all parameter groups after it has stepped the
+        first, when the others have no state yet. It steps flat partitions in place of the parameters and has no public
+        way to do this, hence the attribute names of its optimizers here (0.19).
 
         Returns the optimizers that own the state.
         """

@@ -1,4 +1,4 @@
-"""Evaluation between two steps: a suite on the present weights, by all ranks, and whether they are the best so far."""
+"""Evaluation between two steps: all ranks run a suite on the current weights and see whether they are the best."""
 
 import logging
 import time
@@ -26,31 +26,31 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """Some rank was asked to stop during an evaluation; its numbers are dropped on all ranks."""
+    """Some rank was asked to stop during an evaluation; all ranks discard its results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one evaluation found."""
+    """The results of one evaluation."""
 
     sets: Mapping[str, Mapping[str, Any]]
-    """As ``mc2_hpc.evaluation.suite.to_json`` has it."""
+    """In the form of ``mc2_hpc.evaluation.suite.to_json``."""
     seconds: float
     metric: str
     """``<set>/<metric>`` that checkpoints are compared by."""
     value: float | None
-    """None where that set could not be scored."""
+    """None if that set could not be scored."""
 
 
 class PeriodicEvaluation:
-    """A run's suite, and the best value so far of the metric that its checkpoints are compared by."""
+    """A run's suite, and the best value so far of the metric that compares its checkpoints."""
 
     def __init__(
         self, config: RunConfig, card: ModelCard, tokenizer: Tokenizer, ranks: Ranks, stop: StopRequest
     ) -> None:
         """
         Raises:
-            UserError: the suite's file is wrong, or ``eval.best`` names a set that is not in it.
+            UserError: the suite file is invalid, or ``eval.best`` names a set that is not in it.
         """
         assert config.eval.suite is not None
         root = [f"root={config.eval.root}"] if config.eval.root is not None else []
@@ -63,14 +63,14 @@ class PeriodicEvaluation:
             )
         self._config, self._card, self._tokenizer, self._ranks, self._stop = config, card, tokenizer, ranks, stop
         self.best: tuple[str, float] | None = None
-        """Metric and value of the checkpoint that is kept as the best."""
+        """Metric and value of the checkpoint kept as the best."""
 
     def due(self, step: int) -> bool:
-        """Whether the weights after ``step`` steps are to be evaluated."""
+        """Whether to evaluate the weights after ``step`` steps."""
         return step > 0 and (step % self._config.eval.every == 0 or step == self._config.steps)
 
     def restore_best(self, folder: Path) -> None:
-        """Go on from the best that an earlier start of the run has marked in its checkpoints folder."""
+        """Restore the best value that an earlier start of the run recorded in its checkpoints folder."""
         if not (folder / BEST).is_file():
             return
         try:
@@ -89,7 +89,7 @@ class PeriodicEvaluation:
         """
         begin = time.perf_counter()
         with engine.whole_model() as model:
-            # Without an identity, since nothing is cached: the next evaluation's weights are others.
+            # No identity, so nothing is cached: the next evaluation has other weights.
             dual = OurEncoder(model, self._card, self._tokenizer, eval_resize=self._suite.eval_resize)
             encoder = Encoder(
                 dual,
@@ -103,11 +103,11 @@ class PeriodicEvaluation:
         name, _, number = metric.partition("/")
         value = sets.get(name, {}).get("mean", {}).get(number)
         if value is None:
-            logger.warning("no number %s in this evaluation: it does not show which checkpoint is best", metric)
+            logger.warning("no %s in this evaluation: it cannot decide which checkpoint is best", metric)
         return Evaluation(sets=sets, seconds=time.perf_counter() - begin, metric=metric, value=value)
 
     def is_best(self, found: Evaluation) -> bool:
-        """Whether it beats the best so far, or has nothing to beat."""
+        """Whether it beats the best so far, or is the first."""
         if found.value is None:
             return False
         return self.best is None or self.best[0] != found.metric or self.best[1] < found.value

@@ -1,7 +1,7 @@
-"""The model that a run trains: its architecture, its tokenizer, and the weights that it starts from.
+"""The model that a run trains: its architecture, its tokenizer, and its initial weights.
 
-``model.init_from`` may name a checkpoint or run of ours, an open_clip folder or a transformers folder. What the config
-does not say, architecture and tokenizer, is then the source's.
+``model.init_from`` may name a checkpoint or run of ours, an open_clip folder or a transformers folder. Where the config
+does not set the architecture and tokenizer, the source's are used.
 """
 
 import logging
@@ -26,7 +26,7 @@ from mc2_hpc.training.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 _CONVERTED = ".init_from"
-"""In the run's folder: a foreign source in our format, for as long as the ranks load it."""
+"""In the run folder: a foreign source converted to our format, kept only while the ranks load it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +38,20 @@ class Source:
     name: str
     """For messages."""
     resumed: bool = False
-    """Whether it is the checkpoint that the run resumes from."""
+    """Whether the run resumes from it."""
 
     @property
     def tokenizer_file(self) -> Path:
-        """The sentencepiece model its weights were trained with."""
+        """The sentencepiece model that its weights were trained with."""
         return self.folder / TOKENIZER_FILE
 
 
 @contextmanager
 def initial_source(config: RunConfig, checkpoint: Checkpoint | None, ranks: Ranks) -> Iterator[Source | None]:
-    """What ``model.init_from`` names, in our format while the context lasts; of a resumed run its checkpoint.
+    """The model that ``model.init_from`` names, in our format while the context lasts; for a resumed run, its
+    checkpoint.
 
-    None where the config says it all. Collective, at the end too.
+    None if ``model.init_from`` is not set. Collective, on exit too.
 
     Raises:
         UserError: no model there, or one that cannot be trained here.
@@ -72,28 +73,28 @@ def initial_source(config: RunConfig, checkpoint: Checkpoint | None, ranks: Rank
             folder = resolve_checkpoint(source) if is_ours else converted
             yield Source(folder=folder, card=read_card(folder), name=name)
             if not is_ours:
-                dist.barrier()  # all have read it
+                dist.barrier()  # until all have read it
         finally:
             if not is_ours and ranks.is_first:
                 remove_folder(converted)
 
 
 def _convert(source: Path, out: Path) -> None:
-    remove_folder(out)  # of a start that was killed
+    remove_folder(out)  # left by a start that was killed
     convert(source, Format.OURS, out)
 
 
 def architecture(config: RunConfig, source: Source | None) -> ClipArchitecture:
-    """The preset's or the source's, with the numbers that the config sets in their place."""
+    """The architecture of the preset or source, with the sizes that the config overrides."""
     return resolve(config.model, source.card.arch if source is not None else None)
 
 
 def tokenizer(config: RunConfig, source: Source | None, arch: ClipArchitecture, ranks: Ranks) -> Tokenizer:
-    """The config's tokenizer, or a copy of the source's in the run's folder. Collective.
+    """The config's tokenizer, or a copy of the source's in the run folder. Collective.
 
     Raises:
-        UserError: neither is there, it does not fit the architecture, or it is not the one that the source's weights
-            were trained with.
+        UserError: there is neither, it does not fit the architecture, or the source's weights were trained with
+            another one.
     """
     length = arch.text.context_length
     if config.data.tokenizer:
@@ -126,7 +127,7 @@ def _check_same(found: Tokenizer, source: Source, *, allowed: bool) -> None:
         return
     raise UserError(
         f"{found.model_file}: not the tokenizer that the weights of {source.name} were trained with, so captions would "
-        f"mean other rows of the token table: leave data.tokenizer out to take theirs, or set model.new_tokenizer=true"
+        f"map to other rows of the token table: leave out data.tokenizer to use theirs, or set model.new_tokenizer=true"
     )
 
 

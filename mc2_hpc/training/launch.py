@@ -1,8 +1,8 @@
-"""The ranks of one machine as child processes, started again when one dies: ``mc2 train --processes N --restarts K``.
+"""The ranks of one machine as child processes, restarted if one crashes: ``mc2 train --processes N --restarts K``.
 
-torchrun turns every failure into exit code 1, restarts whatever the reason, and kills after 30 seconds what is still
-saving. Here the exit codes of ``mc2_hpc.training.stop`` decide: a death is worth a restart, bad input or a loss that is
-no number is not, and a signal is passed on, waited for, and answered with the ranks' own code.
+torchrun turns every failure into exit code 1, restarts whatever the reason, and after 30 seconds kills ranks that are
+still saving. Here the exit codes of ``mc2_hpc.training.stop`` decide: a crash is worth a restart, bad input or a
+non-finite loss is not. A signal is forwarded to the ranks; the launcher waits for them and exits with their code.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from mc2_hpc.training.stop import INTERRUPTED, LOST_RANK, SAVED, SIGNALS
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 10
-"""What the other ranks get to notice that one failed and to say so; then they are killed."""
+"""Time for the other ranks to notice and report that one failed; then they are killed."""
 _INTERRUPTED_AGAIN_S = 2
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -31,7 +31,7 @@ def launch(command: Sequence[str], *, processes: int, restarts: int, stop_s: flo
     """Run ``command`` as ``processes`` ranks; returns the exit code of the job.
 
     Args:
-        restarts: how often all ranks are started anew after some died.
+        restarts: how often to restart all ranks after some crashed.
         stop_s: longest wait for the ranks to save after SIGTERM or SIGUSR1; then they are killed.
     """
     job = _Job(command, processes, stop_s)
@@ -50,7 +50,7 @@ def verdict(codes: Sequence[int], *, passed_on: int | None) -> int | None:
     """The job's exit code from its ranks' (negative: killed by that signal); ``None`` if a restart may help.
 
     Args:
-        passed_on: the signal they were sent, which ends a rank that has not yet begun to listen.
+        passed_on: the signal that they were sent, which kills a rank that does not handle signals yet.
     """
     gone = INTERRUPTED if passed_on == signal.SIGINT else SAVED
     codes = [gone if passed_on is not None and code == -passed_on else code for code in codes]
@@ -65,12 +65,12 @@ def verdict(codes: Sequence[int], *, passed_on: int | None) -> int | None:
 
 
 def start_rank(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start one rank, in a session of its own so that it does not get the terminal's signals a second time."""
+    """Start one rank, in its own session so that it does not also get the terminal's signals directly."""
     return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
 
 
 def end_with_parent() -> None:
-    """Have the kernel ask this process to save and leave should its parent be killed."""
+    """Have the kernel send this process SIGTERM, to save and exit, if its parent is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -98,18 +98,18 @@ class _Job:
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         self.interrupts += number == signal.SIGINT
-        # Ranks leave at once when they are interrupted again; one that cannot hear is not waited for.
+        # Ranks exit at once when interrupted again; one that does not respond is not waited for.
         self._limit(self._stop_s if self.interrupts < 2 else _INTERRUPTED_AGAIN_S)
         for rank in self._ranks:
             rank.send_signal(number)
 
     def _limit(self, seconds: float) -> None:
-        """Whoever still runs in ``seconds`` is killed."""
+        """Kill ranks that are still running after ``seconds``."""
         end = time.monotonic() + seconds
         self._deadline = end if self._deadline is None else min(self._deadline, end)
 
     def run(self) -> list[int]:
-        """Start all ranks and wait until they have ended; their exit codes."""
+        """Start all ranks, wait until they have ended, and return their exit codes."""
         if self.signal is not None:
             return [SAVED]  # it came between two starts
         self._ranks, self._deadline = [], None
@@ -141,7 +141,7 @@ class _Job:
                     del running[number]
                     self._ended(number, rank.returncode)
             if running and self._deadline is not None and time.monotonic() > self._deadline:
-                logger.error("killing ranks %s, which still run", ", ".join(map(str, running)))
+                logger.error("killing ranks %s, which are still running", ", ".join(map(str, running)))
                 for rank in running.values():
                     rank.kill()
                 self._deadline = None

@@ -1,4 +1,4 @@
-"""Telling that another rank went away from every other failure, and saying what was waited for."""
+"""Telling a lost rank from every other failure, and reporting what this rank was waiting for."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,24 +6,24 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-# gloo raises plain RuntimeErrors, so its words are all there is to know them by; NCCL raises a DistError, or its
-# watchdog ends the process and logs the collective.
+# gloo raises plain RuntimeErrors, which only their text identifies; NCCL raises a DistError, or its watchdog ends the
+# process and logs the collective.
 _GLOO_WORDS = ("/gloo/", "Application timeout caused pair closure", "Connection closed by peer", "Connection reset")
 
 
 class LostRankError(RuntimeError):
-    """Another rank or this rank's device is gone; a new start may help."""
+    """Another rank or this rank's device is gone; a restart may help."""
 
 
 @contextmanager
 def naming_the_wait(rank: int | str, doing: Callable[[], str]) -> Iterator[None]:
-    """Turn what the communication libraries raise inside into a :class:`LostRankError`.
+    """Turn exceptions of the communication libraries into a :class:`LostRankError`.
 
     Args:
         doing: what it was waiting for, such as "in step 12".
 
     Raises:
-        LostRankError: names this rank, what it was waiting for, and the library's reason in one line.
+        LostRankError: gives this rank, what it was waiting for, and the library's reason in one line.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: the terminal, ``metrics.jsonl`` and TensorBoard, all from the first rank."""
+"""Outputs for a run's metrics: the terminal, ``metrics.jsonl`` and TensorBoard, all from the first rank."""
 
 import json
 import logging
@@ -25,14 +25,14 @@ _MOST_BYTES = 4 << 30
 
 
 class Means:
-    """Means of numbers that every step has, over the steps since they were last taken."""
+    """Means of per-step numbers over the steps since they were last taken."""
 
     def __init__(self) -> None:
         self._last_step = 0
         self._seen: dict[str, list[float]] = {}
 
     def add(self, step: int, **numbers: float) -> None:
-        """Count the numbers of a step; a step that was counted already changes nothing."""
+        """Add the numbers of a step; a step that was already added is ignored."""
         if step <= self._last_step:
             return
         self._last_step = step
@@ -40,16 +40,16 @@ class Means:
             self._seen.setdefault(name, []).append(number)
 
     def take(self) -> dict[str, float]:
-        """The means by name; the next ones begin here."""
+        """The means by name; resets them."""
         means = {name: math.fsum(numbers) / len(numbers) for name, numbers in self._seen.items()}
         self._seen = {}
         return means
 
 
 class MetricsLog:
-    """Rows of one run. A resumed run appends; rows of steps that will be trained again are dropped first.
+    """Rows of one run. A resumed run appends, after dropping rows of steps that will be trained again.
 
-    A full disk ends no run: rows wait in memory until there is room again, TensorBoard's copy of them ends.
+    A full disk does not end the run: rows wait in memory until there is room again, but TensorBoard's log ends.
     """
 
     def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
@@ -76,13 +76,13 @@ class MetricsLog:
         self._total_steps = total_steps
 
     def was_evaluated(self, step: int) -> bool:
-        """Whether there is an evaluation's row of that step."""
+        """Whether there is an evaluation row for that step."""
         return step in self._evaluations.steps
 
     def write_evaluation(self, row: dict[str, Any]) -> None:
-        """Append an evaluation: its ``step``, and ``sets`` as ``mc2_hpc.evaluation.suite.to_json`` has them.
+        """Append an evaluation: its ``step``, and ``sets`` in the form of ``mc2_hpc.evaluation.suite.to_json``.
 
-        TensorBoard gets ``eval/<set>/<metric>``, and by language the metric that the set is ordered by.
+        TensorBoard gets ``eval/<set>/<metric>`` and, for each language, the set's leading metric.
         """
         self._evaluations.append(row)
         scalars: dict[str, float] = {}
@@ -114,7 +114,7 @@ class MetricsLog:
                         self._board.add_scalar(f"{key}/{name}", number, row["step"])
                 elif isinstance(value, int | float) and key != "step":
                     self._board.add_scalar(key, value, row["step"])
-        except OSError as error:  # of its writing thread, which is over with it
+        except OSError as error:  # from its writer thread, which has ended
             logger.error("TensorBoard's log ends at step %d: %s", row["step"], error)
             self._board = None
 
@@ -128,11 +128,11 @@ class MetricsLog:
             try:
                 self._board.close()
             except OSError as error:
-                logger.error("TensorBoard's log is not whole: %s", error)
+                logger.error("TensorBoard's log is incomplete: %s", error)
 
 
 def progress_line(row: dict[str, Any], *, total_steps: int) -> str:
-    """A row in at most 80 columns: step and time to go first, then as much of the rest as there is room for."""
+    """A row in at most 80 columns: step and remaining time first, then as much of the rest as fits."""
     line = f"step {row['step']}/{total_steps}  ETA {_remaining(row, total_steps)}"
     for note in _notes(row):
         if len(line) + 2 + len(note) > _COLUMNS:
@@ -142,7 +142,7 @@ def progress_line(row: dict[str, Any], *, total_steps: int) -> str:
 
 
 def _notes(row: dict[str, Any]) -> list[str]:
-    """What a line says of a row, the more important first."""
+    """The parts of a row's line, most important first."""
     skipped = sum(row.get("skipped", {}).values())
     return [
         f"loss {row['loss']:.4f}",
@@ -165,7 +165,7 @@ def _remaining(row: dict[str, Any], total_steps: int) -> str:
 
 
 def _open_board(folder: Path, first_step: int) -> "SummaryWriter | None":
-    """TensorBoard's writer, or ``None``, with a word in the log, where it cannot be had: a run does not need it."""
+    """TensorBoard's writer, or ``None`` with a warning if it is not available: a run does not need it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -178,9 +178,9 @@ def _open_board(folder: Path, first_step: int) -> "SummaryWriter | None":
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a row; None where the line is no row."""
+    """The step of a row; None if the line is not a row."""
     try:
-        row = json.loads(line)  # which reads NaN, as some rows have
+        row = json.loads(line)  # accepts NaN, which some rows have
     except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
@@ -188,13 +188,13 @@ def _step_of(line: str) -> int | None:
 
 
 class _Rows:
-    """A file of JSON rows, one a line, each of a ``step``."""
+    """A file of JSON rows, one per line, each with a ``step``."""
 
     def __init__(self, path: Path, *, last_step: int) -> None:
-        """Open the file to append to, without its rows of steps beyond ``last_step``."""
+        """Open the file for appending, without its rows of steps beyond ``last_step``."""
         self._path = path
         self.steps: set[int] = set()
-        """Those it has rows of."""
+        """Steps that it has rows for."""
         if path.exists():
             self._drop_beyond(last_step)
         self._file = open(path, "ab", buffering=0)
@@ -210,7 +210,7 @@ class _Rows:
                 kept.append(line)
                 self.steps.add(found)
         if num_unreadable > 1:  # one is the torn last line of a killed run
-            logger.warning("%s: %d lines are no rows of a step; they are left out", self._path, num_unreadable)
+            logger.warning("%s: dropping %d lines that are not rows of a step", self._path, num_unreadable)
         with atomic_path(self._path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
@@ -224,7 +224,7 @@ class _Rows:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            logger.error("%s: %d bytes wait to be written: %s", self._path, len(self._unwritten), error)
+            logger.error("%s: %d bytes are waiting to be written: %s", self._path, len(self._unwritten), error)
 
     def close(self) -> None:
         self._write()

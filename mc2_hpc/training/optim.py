@@ -13,8 +13,8 @@ _NO_DECAY_MARKS = ("norm", "bias", "logit_scale")
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: to matrices (tables and positional embeddings too), never to gains, biases,
-    the class embedding or ``logit_scale`` (open_clip's grouping, which the recipe keeps)."""
+    """Whether weight decay applies: to matrices (embedding tables and positional embeddings too), never to gains,
+    biases, the class embedding or ``logit_scale`` (open_clip's grouping, which the recipe keeps)."""
     return parameter.ndim >= 2 and not any(mark in name for mark in _NO_DECAY_MARKS)
 
 
@@ -32,15 +32,15 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """PyTorch's fused AdamW with the config's moments; the learning rate is set anew before every step."""
+    """PyTorch's fused AdamW with the config's betas; the learning rate is set before every step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, *, total: int, config: OptimConfig) -> float:
-    """Learning rate of ``step`` (counted from 0): linear warm-up to ``config.lr``, then half a cosine down to 0.
+    """Learning rate of ``step`` (counted from 0): linear warm-up to ``config.lr``, then cosine decay to 0.
 
-    The formula is open_clip's ``cosine_lr``: ``lr (step + 1) / warmup`` below ``warmup``, and
-    ``lr (1 + cos(pi (step - warmup) / (total - warmup))) / 2`` from there on.
+    The formula is open_clip's ``cosine_lr``: ``lr (step + 1) / warmup`` below ``warmup``, then
+    ``lr (1 + cos(pi (step - warmup) / (total - warmup))) / 2``.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup

@@ -1,7 +1,7 @@
-"""What a resumed run may change: one table of settings, compared with those of the checkpoint it resumes from.
+"""What a resumed run may change: tables of settings to compare with those of the checkpoint.
 
-Settings that are in neither part (folders, logging, saving, ZeRO, backends, micro-batches, workers, ...) change nothing
-but speed and rounding, and may change without a word.
+Settings in neither table (folders, logging, saving, ZeRO, backends, micro-batches, workers, ...) affect only speed and
+rounding, and may change silently.
 """
 
 import logging
@@ -19,7 +19,7 @@ from mc2_hpc.training.optim import learning_rate
 logger = logging.getLogger(__name__)
 
 _ORDER = "the data order would not continue"
-_MEANING = "the weights would mean another model"
+_MEANING = "the weights would be interpreted as another model's"
 FIXED = {
     "data.lanes": _ORDER,
     "data.seed": _ORDER,
@@ -29,8 +29,8 @@ FIXED = {
     "model.text.eos_id": _MEANING,
     "data.tokenizer_style": _MEANING,
 }
-"""Settings that must not change, with the reason. Of sizes only those that no weight's shape shows; the others are
-found when the weights are loaded. The content of ``data.tokenizer`` must not change either."""
+"""Settings that must not change, with the reason. Sizes are listed only if no weight's shape depends on them; the
+others are checked when the weights are loaded. The content of ``data.tokenizer`` must not change either."""
 
 SAID = (
     "steps",
@@ -47,14 +47,14 @@ SAID = (
     "data.balance",
     "data.crop_scale",
 )
-"""Settings that may change, which is said in a line each: training continues, but is another from here on."""
+"""Settings that may change with a warning each: training continues, but differently from here on."""
 
 SCHEDULE = ("steps", "optim.lr", "optim.warmup")
-"""Those of them that decide the learning rate; its jump is said too."""
+"""Those of them that set the learning rate; a warning also shows its jump."""
 
 
 def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tokenizer: Tokenizer) -> list[str]:
-    """What differs from the run that wrote the checkpoint and may, a line each.
+    """Allowed differences from the run that wrote the checkpoint, one line each.
 
     Args:
         card, tokenizer: of this start.
@@ -74,13 +74,13 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
         if values[0] != values[1]:
             raise UserError(
                 f"{checkpoint.folder}: trained with {key}={values[0]}, now it is {values[1]}: {why}; "
-                f"keep {values[0]}, or start anew with another output"
+                f"keep {values[0]}, or start from scratch with another output"
             )
     own = checkpoint.folder / TOKENIZER_FILE
     if own.is_file() and file_sha256(own) != file_sha256(tokenizer.model_file):
         raise UserError(
-            f"{tokenizer.model_file}: not the tokenizer that {checkpoint.folder} was trained with: captions would mean "
-            f"other rows of the token table; set data.tokenizer={own}, or start anew with another output"
+            f"{tokenizer.model_file}: not the tokenizer that {checkpoint.folder} was trained with: captions would map "
+            f"to other rows of the token table; set data.tokenizer={own}, or start from scratch with another output"
         )
     changed = [key for key in SAID if _lookup(before, key) != _lookup(now, key)]
     lines = [f"{key} {_lookup(before, key)} -> {_lookup(now, key)}" for key in changed]
@@ -90,7 +90,7 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
 
 
 def warn_of_changes(checkpoint: Checkpoint, lines: list[str]) -> None:
-    """Log what :func:`check_resume` found."""
+    """Log the differences that :func:`check_resume` found."""
     for line in lines:
         logger.warning("not as in %s: %s", checkpoint.folder.name, line)
 
@@ -112,7 +112,7 @@ def _nested(card: ModelCard) -> dict[str, Any]:
 
 
 def _lookup(values: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; ``None`` where there is none. Sequences compare as lists, as JSON makes them."""
+    """The value of a dotted key, or ``None``; tuples become lists, as in JSON."""
     found: Any = values
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None

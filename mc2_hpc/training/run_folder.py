@@ -1,4 +1,4 @@
-"""The folder of one run, which one job at a time may train into."""
+"""The run folder, into which only one job at a time may train."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,12 +11,12 @@ from mc2_hpc.storage import exclusive_folder
 
 @contextmanager
 def exclusive_run(output: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the run's folder against another job that would train into it (such as ranks whose launcher was killed).
+    """Lock the run folder against other jobs that would train into it (such as ranks whose launcher was killed).
 
     Collective.
 
     Raises:
-        UserError: another job holds it, or it cannot be written.
+        UserError: another job holds the lock, or the folder cannot be written.
     """
     with ExitStack() as stack:
 

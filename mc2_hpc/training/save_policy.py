@@ -1,4 +1,4 @@
-"""When a run saves, waits for its files and leaves: pure decisions, the same on all ranks because their inputs are."""
+"""When a run saves, waits for its files and stops: pure decisions, equal on all ranks because their inputs are."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ from mc2_hpc.training.votes import VoteCounts
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """What the votes of a step come to."""
+    """The outcome of a step's votes."""
 
     stop: bool
     """Some rank was asked to stop, so all do."""
     written: bool
-    """All ranks have written their parts of the save under way."""
+    """All ranks have written their parts of the save in progress."""
 
 
 def agreed(counts: VoteCounts, *, world_size: int, voted_in: int, saved_after: int) -> Agreed:
     """
     Args:
-        voted_in: step whose votes these are.
-        saved_after: step of the newest save; votes up to that step were on the save before it.
+        voted_in: the step that these votes are from.
+        saved_after: step of the newest save; votes up to that step are about the save before it.
     """
     return Agreed(stop=counts.stop > 0, written=counts.written == world_size and voted_in > saved_after)
 
@@ -29,13 +29,13 @@ class SaveActions:
     """What to do after a step, in this order."""
 
     advance: bool = False
-    """Take the save under way to its next part."""
+    """Advance the save in progress to its next part."""
     begin: bool = False
     """Save the state after this step."""
     finish: bool = False
     """Wait until it is on disk."""
     must_succeed: bool = False
-    """A save that failed ends the run: there is no next one to try."""
+    """A failed save ends the run: there is no later one to try."""
     leave: bool = False
     """The run stops before its last step."""
 
@@ -47,12 +47,12 @@ class SavePolicy:
     every: int
     """Steps between saves."""
     last_step: int
-    """Of the run; it is always saved."""
+    """The run's last step, which is always saved."""
     background: bool
-    """Whether training goes on while files are written."""
+    """Whether training continues while files are written."""
 
     def after(self, step: int, votes: Agreed, *, busy: bool) -> SaveActions:
-        """What to do after ``step``; ``busy``: a save is under way."""
+        """What to do after ``step``; ``busy``: a save is in progress."""
         last = step == self.last_step
         ends = votes.stop or last
         return SaveActions(

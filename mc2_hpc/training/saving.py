@@ -1,11 +1,12 @@
-"""Writing checkpoints (``mc2_hpc.training.checkpoint``) while training goes on.
+"""Writing checkpoints (``mc2_hpc.training.checkpoint``) while training continues.
 
 A save has three parts. *Copy*: every rank copies its share of the state to host memory; training waits for that.
 *Write*: a thread of every rank writes, fsyncs and hashes the copies in a hidden folder. *Publish*: once all ranks have
-written, a thread of the first rank adds the manifest, renames the folder and only then points ``latest`` at it. Threads
-never communicate: that all have written shows in a vote that the training step carries anyway, and the ranks exchange
-hashes in their main threads between two steps. What is killed before the rename leaves the older checkpoints as they
-were.
+written, a thread of the first rank adds the manifest, renames the folder and only then points ``latest`` at it.
+
+Threads never communicate. Ranks learn that all have written from a vote in the training step's own all-reduce, and
+exchange hashes in their main threads between two steps. A run killed before the rename leaves the older checkpoints
+untouched.
 """
 
 import logging
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_WRITERS = 32
 _WAIT_S = 600
-"""Longest wait for the files of one part of a save; then the storage counts as dead and the run ends."""
+"""Longest wait for the files of one part of a save; after it, the storage counts as dead and the run ends."""
 
 _Entries = dict[str, dict[str, Any]]
 
@@ -39,19 +40,19 @@ _Entries = dict[str, dict[str, Any]]
 class CheckpointWriter:
     """Saves into the checkpoints folder of one run, one save at a time.
 
-    Every method is collective, and all ranks see :attr:`busy`, :attr:`step` and :attr:`failure` alike.
+    Every method is collective; :attr:`busy`, :attr:`step` and :attr:`failure` are the same on all ranks.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int, newest: int = -1) -> None:
         """
         Args:
-            newest: step of the complete checkpoint that the run goes on from; -1: it starts anew.
+            newest: step of the complete checkpoint that the run resumes from; -1: it starts from scratch.
         """
         self.folder = folder
         self.step = newest
         """Step of the newest save."""
         self.failure: str | None = None
-        """Why the newest save came to nothing."""
+        """Why the newest save failed."""
         self._ranks = ranks
         self._num_writers = min(ranks.world_size, _MAX_WRITERS)
         self._keep = keep
@@ -60,22 +61,22 @@ class CheckpointWriter:
         self._task: _Task | None = None
         self._waited = 0.0
         if ranks.is_first:
-            self._remove_partial("*")  # what a killed run left half-written or half-removed
+            self._remove_partial("*")  # left half-written or half-removed by a killed run
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is in progress."""
         return self._phase is not None
 
     @property
     def own_part_done(self) -> bool:
-        """This rank's vote on :meth:`advance`: with all ranks in favour it waits for nobody's files."""
+        """This rank's vote on :meth:`advance`: once all ranks vote yes, it does not have to wait for any files."""
         return self.busy and (self._task is None or not self._task.runs())
 
     def begin(
         self, engine: Engine, *, step: int, card: ModelCard, tokenizer_file: Path, trainer: dict[str, Any]
     ) -> None:
-        """Copy the engine's state after ``step`` steps and start writing it; a save under way is finished first."""
+        """Copy the engine's state after ``step`` steps and start writing it; finishes a save in progress first."""
         self.finish()
         begin = time.perf_counter()
         self.step, self.failure, self._phase = step, None, "write"
@@ -86,10 +87,10 @@ class CheckpointWriter:
         self._waited = time.perf_counter() - begin
 
     def advance(self) -> None:
-        """Go on to the save's next part; waits for the present one on all ranks.
+        """Move to the save's next part, after waiting for the current one on all ranks.
 
         Raises:
-            RuntimeError: this rank's files were not written in ten minutes.
+            RuntimeError: this rank's files were not written within ten minutes.
         """
         begin = time.perf_counter()
         entries, error = self._join()
@@ -109,14 +110,14 @@ class CheckpointWriter:
             logger.info("saved %s; training waited %.2f s for it", self._name(), self._waited)
 
     def finish(self) -> None:
-        """Wait until no save is under way; see :attr:`failure` for how it went."""
+        """Wait until no save is in progress; :attr:`failure` says how it went."""
         while self.busy:
             self.advance()
 
     def mark_best(self, metric: str, value: float) -> None:
-        """Keep the newest save, which is complete, as the best so far; it stays until another is.
+        """Mark the newest save, which must be complete, as the best so far; it is kept until another one is marked.
 
-        A disk without room for that is said in the log and ends nothing.
+        A full disk is logged and does not end the run.
         """
         if self.busy or self.failure is not None:
             raise ValueError("the newest save is not complete")
@@ -128,12 +129,12 @@ class CheckpointWriter:
                 logger.error("%s is not marked as the best: %s", self._name(), error)
 
     def last_good(self) -> str:
-        """The newest complete checkpoint, in words."""
+        """The newest complete checkpoint, as text."""
         folders = complete_folders(self.folder)
         return str(folders[-1]) if folders else "none yet"
 
     def close(self) -> None:
-        """Let this rank's thread end, so that a process that gives up does not pull the files from under it."""
+        """Wait for this rank's thread, so that an exiting process does not cut off its writes."""
         if self._task is not None:
             self._task.wait(_WAIT_S)
 
@@ -154,7 +155,7 @@ class CheckpointWriter:
         if not task.wait(_WAIT_S):
             raise RuntimeError(
                 f"rank {self._ranks.rank}: the files of {self.folder / self._name()} are not written after {_WAIT_S} s;"
-                f" does its disk answer?"
+                f" does its disk respond?"
             )
         return task.entries, task.error
 
@@ -163,13 +164,13 @@ class CheckpointWriter:
         if self._ranks.is_first:
             logger.error("checkpoint %s was not saved: %s; the older ones are untouched", self._name(), failure)
             self._remove_partial(f"{self.step:08d}")
-        dist.barrier()  # nobody writes into that folder again before it is gone
+        dist.barrier()  # no rank may write into that folder again before it is gone
 
     def _copy_share(self, engine: Engine) -> dict[str, dict[str, Tensor]]:
-        """Go through the whole state and copy what this rank writes: {file prefix: {name: tensor}}.
+        """Iterate over the full state and copy what this rank writes: {file prefix: {name: tensor}}.
 
-        The copies' memory (12 bytes a parameter over all writers) is kept from save to save: it is pinned on GPU
-        machines, and fresh pages cost more than the copy.
+        The memory for the copies (12 bytes per parameter over all writers) is reused for every save: it is pinned on
+        GPU machines, and fresh pages cost more than the copy.
         """
         owner = _owners(engine, self._num_writers)
         share: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
@@ -220,11 +221,11 @@ class CheckpointWriter:
         return {}
 
     def _prune(self) -> None:
-        """Remove all checkpoints but the newest ones and the best."""
+        """Remove all checkpoints except the newest ones and the best."""
         best = self._best()
         for old in complete_folders(self.folder)[: -self._keep]:
             if old.name != best:
-                # Under a name that the next start removes: a folder that lost some files would stay for good.
+                # Under a name that the next start removes: a half-removed folder would otherwise stay forever.
                 remove_folder(old.rename(self.folder / f".{old.name}.partial"))
 
     def _best(self) -> str | None:
@@ -238,32 +239,32 @@ class CheckpointWriter:
 
 
 class _Task:
-    """One part of a save in a thread: its manifest entries, or in words why it failed."""
+    """One part of a save in a thread: its manifest entries, or why it failed."""
 
     def __init__(self, work: Callable[[], _Entries]) -> None:
         self.entries: _Entries = {}
         self.error: str | None = None
-        # A daemon: where the disk no longer answers, the process can still end.
+        # A daemon, so that the process can exit even if the disk no longer responds.
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self, work: Callable[[], _Entries]) -> None:
         try:
             self.entries = work()
-        except Exception as failure:  # whatever it is, all ranks must hear of it
+        except Exception as failure:  # whatever it is, all ranks must know
             self.error = (str(failure) or repr(failure)).splitlines()[0]
 
     def runs(self) -> bool:
         return self._thread.is_alive()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended within ``seconds``."""
+        """Whether it ends within ``seconds``."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
 
 def _owners(engine: Engine, num_writers: int) -> dict[tuple[str, str], int]:
-    """Which writer gets which tensor: largest first, each to the writer with the least so far."""
+    """Which writer gets which tensor: largest first, each to the writer with the smallest load so far."""
     load = [0] * num_writers
     owners = {}
     entries = [(engine.state_shape(name).numel(), kind, name) for kind, name in engine.state_names()]

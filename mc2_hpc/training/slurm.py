@@ -1,4 +1,4 @@
-"""Training jobs on Slurm: ``slurm/train.sbatch`` filled for one run and submitted, and a bound on its starts.
+"""Training jobs on Slurm: fill ``slurm/train.sbatch`` for one run, submit it, and limit how often it restarts.
 
 The batch script runs this module before the ranks (``python -m mc2_hpc.training.slurm CONFIG key.sub=value ...``), so
 nothing here imports torch.
@@ -22,19 +22,19 @@ from mc2_hpc.reading.json_file import Count, File, read_json
 from mc2_hpc.storage import write_json
 
 KEYS = {"nodes": "nodes", "gpus": "gpus-per-node", "ranks": "ntasks-per-node", "cpus": "cpus-per-task"}
-"""Short names of sbatch's options: nodes; GPUs and ranks per node; cores per rank."""
+"""Short names for sbatch's options: nodes, GPUs and ranks per node, cores per rank."""
 _OWN = {"nodes": 1, "ranks": 1, "cpus": 1, "ntasks-per-node": 1, "cpus-per-task": 1}
 _OWN_TEXTS = ("gpus", "gpus-per-node", "env")
-"""Keys beside sbatch's others: counts, and the least of each; and those that are not counts."""
+"""Keys in addition to sbatch's: counts with the minimum of each, and those that are not counts."""
 
 MAX_STARTS = 5
-"""Starts of one job without a new checkpoint between them, unless the variable MC2_MAX_STARTS says otherwise."""
+"""Starts of one job without a new checkpoint in between; the environment variable MC2_MAX_STARTS overrides it."""
 
 _SUBMIT_S = 120
 
 
 def scripts_folder() -> Path:
-    """Folder of ``train.sbatch`` and its companions: inside an installed package, beside it in a source checkout."""
+    """Folder of ``train.sbatch`` and its companions: inside an installed package, next to it in a source checkout."""
     package = Path(__file__).resolve().parents[1]
     installed, checkout = package / "slurm_scripts", package.parent / "slurm"
     return installed if installed.is_dir() else checkout
@@ -44,20 +44,20 @@ def parse_options(words: Sequence[str]) -> dict[str, str]:
     """The words of ``--slurm`` as a dictionary; see :mod:`mc2_hpc.jobs.slurm_options` for their grammar.
 
     Raises:
-        UserError: a word that does not follow it, an unknown key, a value that cannot be, or GPUs asked for twice.
+        UserError: a malformed word, an unknown key, an invalid value, or GPUs requested twice.
     """
     short = {option: key for key, option in KEYS.items()}
     parsed = parse_slurm_options(words, {**_OWN, **dict.fromkeys(_OWN_TEXTS)})
     options = {short.get(key, key): value for key, value in parsed.items()}
     if "gpus" in options and not re.fullmatch(r"([\w.-]+:)?[0-9]{1,6}", options["gpus"], flags=re.ASCII):
         raise UserError(
-            f"--slurm gpus={options['gpus']}: must be a whole number per node, with a type or without: gpus=4, "
+            f"--slurm gpus={options['gpus']}: must be a whole number per node, with or without a type: gpus=4, "
             "gpus=a100:4"
         )
     asked = [f"{key}={options[key]}" for key in ("gpus", "gres") if key in options and _num_gpus(key, options[key])]
     asked += [f"{key}={options[key]}" for key in ("gpus-per-task", "gpus-per-socket") if key in options]
     if len(asked) > 1 or any(word.startswith("gpus-per") for word in asked):
-        raise UserError(f"--slurm {' '.join(asked)}: ask for GPUs once, by gpus=N (per node) or by gres=gpu:N")
+        raise UserError(f"--slurm {' '.join(asked)}: request GPUs once, with gpus=N (per node) or gres=gpu:N")
     return options
 
 
@@ -78,17 +78,17 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
     """The text of ``train.sbatch`` for one run.
 
     Args:
-        arguments: what ``mc2 train`` gets in every rank: config file, overrides, flags.
-        options: of :func:`parse_options`; what is not given stays as the shipped script has it, but there are as many
-            ranks as GPUs, and a core for each decoding process.
+        arguments: the arguments of ``mc2 train`` on every rank: config file, overrides, flags.
+        options: from :func:`parse_options`; anything not given stays as in the shipped script, except that there are
+            as many ranks as GPUs, and a core for each decoding process.
 
     Raises:
-        UserError: a run that does not resume, no GPUs and no number of ranks, more ranks than lanes, or no such ``env``
-            file.
+        UserError: ``checkpoint.resume`` is false, neither GPUs nor a number of ranks are given, there are more ranks
+            than lanes, or the ``env`` file does not exist.
     """
     check_text("output", config.output)
     if not config.checkpoint.resume:
-        raise UserError("--slurm with checkpoint.resume=false: each start of the job would begin the run anew")
+        raise UserError("--slurm with checkpoint.resume=false: each start of the job would start the run from scratch")
     script = (scripts_folder() / "train.sbatch").read_text(encoding="utf-8")
     header: dict[str, str] = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, flags=re.MULTILINE))
     of_gres = _num_gpus("gres", options.get("gres", ""))
@@ -103,7 +103,7 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
         **{KEYS.get(key, key): value for key, value in options.items() if key != "env"},
     }
     if of_gres:
-        values["gpus-per-node"] = "0"  # they are asked for once
+        values["gpus-per-node"] = "0"  # gres requests them already
     ranks = int(values.get("nodes", header["nodes"])) * int(values["ntasks-per-node"])
     check_ranks(ranks, config.data.lanes, where="--slurm: ")
     environment = Path(options.get("env", scripts_folder() / "env.sh")).resolve()
@@ -118,7 +118,7 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
 
 
 def _with_header(script: str, values: Mapping[str, str], after: Sequence[str]) -> str:
-    """``script`` with its ``#SBATCH --name=value`` lines replaced and added to, and lines ``after`` them."""
+    """``script`` with its ``#SBATCH --name=value`` lines replaced and extended, followed by the lines ``after``."""
     lines, new = script.splitlines(), dict(values)
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
     header = []
@@ -126,16 +126,16 @@ def _with_header(script: str, values: Mapping[str, str], after: Sequence[str]) -
         found = re.match(r"#SBATCH --([\w-]+)=", line)
         header.append(directive(found[1], new.pop(found[1])) if found and found[1] in new else line)
     header += [directive(name, value) for name, value in new.items()]
-    # A cluster without GPUs does not know the option.
+    # A cluster without GPUs rejects the option.
     header = [line for line in header if not re.fullmatch(r"#SBATCH --gpus-per-node=(\S+:)?0+", line)]
     return "\n".join([*header, *after, *lines[last + 1 :]]) + "\n"
 
 
 def submit(script: str) -> str:
-    """Give the script to sbatch; returns the job's id.
+    """Submit the script with sbatch and return the job id.
 
     Raises:
-        UserError: there is no sbatch here, it does not answer, or it refuses; with its reason.
+        UserError: there is no sbatch here, it does not answer, or it refuses (the message has its reason).
     """
     try:
         result = subprocess.run(
@@ -143,10 +143,10 @@ def submit(script: str) -> str:
         )
     except FileNotFoundError:
         raise UserError(
-            "--slurm: no sbatch on PATH; submit from a login node, or see the script by --dry-run"
+            "--slurm: no sbatch on PATH; submit from a login node, or print the script with --dry-run"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"--slurm: sbatch did not answer within {_SUBMIT_S} s; see `scontrol ping`") from None
+        raise UserError(f"--slurm: sbatch did not answer within {_SUBMIT_S} s; try `scontrol ping`") from None
     if result.returncode:
         raise UserError(f"--slurm: {'; '.join(result.stderr.strip().splitlines()) or 'sbatch failed'}")
     return result.stdout.strip().split(";")[0]
@@ -161,10 +161,10 @@ class _Starts(File):
 
 
 def count_start(output: Path, job_id: str, *, max_starts: int) -> int:
-    """Note one more start of a job in the run's folder; how many there were since its newest checkpoint, with this one.
+    """Record another start of a job in the run folder; returns the number since its newest checkpoint, including this.
 
     Raises:
-        UserError: they are more than ``max_starts``: whatever ends the job would end it again.
+        UserError: there are more than ``max_starts``: whatever ends the job would end it again.
     """
     record, latest = output / "slurm-starts.json", output / "checkpoints" / "latest"
     newest = read_latest(latest.parent) if latest.is_file() else None
@@ -173,15 +173,15 @@ def count_start(output: Path, job_id: str, *, max_starts: int) -> int:
     starts = before.starts + 1 if before is not None and again else 1
     if starts > max_starts:
         raise UserError(
-            f"{output}: {max_starts} starts of job {job_id} and no checkpoint after {newest or 'the beginning'}: given "
-            f"up; mend what its log shows and submit anew"
+            f"{output}: giving up after {max_starts} starts of job {job_id} without a new checkpoint "
+            f"(newest: {newest or 'none'}); fix the error in its log and submit it again"
         )
     write_json(record, {"job": job_id, "newest": newest, "starts": starts})
     return starts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """What the batch script asks before it starts the ranks: 0 to go on, 2 (and one line) not to."""
+    """Called by the batch script before it starts the ranks; returns 0 to proceed, or prints one line and returns 2."""
     parser = argparse.ArgumentParser(prog="mc2_hpc.training.slurm", add_help=False)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")

@@ -1,4 +1,4 @@
-"""One training step: the exact contrastive loss of the global batch, in as many micro-batches as memory asks for."""
+"""One training step: the exact contrastive loss of the global batch, in as many micro-batches as memory requires."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from mc2_hpc.training.votes import Votes
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step computed; tensors stay on the device so that reading them can wait."""
+    """The results of one step; tensors stay on the device so that they can be read later."""
 
     loss: Tensor
     """Global mean loss before the update, 0-d fp32, equal on all ranks."""
     grad_norm: Tensor
     """Norm of the averaged gradients, 0-d."""
     logit_scale: Tensor
-    """The multiplier after the update, 0-d; the norm is without its gradient."""
+    """The multiplier after the update, 0-d; ``grad_norm`` does not include its gradient."""
     votes: Tensor
-    """How many ranks said yes to each of :class:`Votes`; read by :class:`VoteCounts`."""
+    """Number of ranks that said yes to each of :class:`Votes`; read by :class:`VoteCounts`."""
 
 
 def check_loss(config: LossConfig, device: torch.device) -> None:
-    """Find out before any work whether the configured loss can run on ``device``.
+    """Check early whether the configured loss can run on ``device``.
 
     Raises:
         UserError: its backend cannot.
@@ -42,10 +42,10 @@ def check_loss(config: LossConfig, device: torch.device) -> None:
 
 
 def num_micro_batches(config: RunConfig, world_size: int) -> int:
-    """Backward passes per step: the largest rank share over ``micro_batch``, rounded up; equal on all ranks.
+    """Backward passes per step: the largest share of a rank over ``micro_batch``, rounded up; equal on all ranks.
 
     Raises:
-        UserError: more ranks than lanes, or some rank would have fewer pairs than passes.
+        UserError: more ranks than lanes, or a rank would have fewer pairs than passes.
     """
     lanes, per_lane = config.data.lanes, config.global_batch // config.data.lanes
     check_ranks(world_size, lanes)
@@ -61,11 +61,11 @@ def num_micro_batches(config: RunConfig, world_size: int) -> int:
 class ContrastiveStep:
     """Binds the engine and the loss.
 
-    With one micro-batch the loss is differentiated directly. With several, all features are computed first without
-    graphs, the loss of the *whole* batch gives the gradient of every feature, and each micro-batch is then encoded
-    again and differentiated against its share of them. That is GradCache (Gao et al. 2021, arXiv 2101.06983): the same
-    loss and gradients as one large batch, at the price of a second forward pass. The towers have no dropout, so both
-    passes compute the same features.
+    With one micro-batch the loss is differentiated directly. With several, all features are first computed without
+    graphs, and the loss of the *whole* batch gives the gradient of every feature. Each micro-batch is then encoded
+    again and backpropagated with its share of these gradients. This is GradCache (Gao et al. 2021, arXiv 2101.06983):
+    the same loss and gradients as one large batch, at the cost of a second forward pass. The towers have no dropout, so
+    both passes compute the same features.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ContrastiveStep:
     ) -> None:
         """
         Args:
-            votes: called late in every step for what this rank answers (see :meth:`Engine.step`).
+            votes: called late in every step for this rank's answers (see :meth:`Engine.step`).
         """
         self._engine = engine
         self._config = config
@@ -106,7 +106,7 @@ class ContrastiveStep:
         )
 
     def _cached(self, images: Tensor, tokens: Tensor) -> Tensor:
-        # tensor_split: every rank makes the same number of pieces, whatever the size of its share.
+        # tensor_split gives every rank the same number of pieces, whatever the size of its share.
         pieces = list(
             zip(images.tensor_split(self._engine.num_micro), tokens.tensor_split(self._engine.num_micro), strict=True)
         )

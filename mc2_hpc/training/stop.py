@@ -1,6 +1,6 @@
-"""How a run ends before its last step: signals that ask for a save, and the exit codes that launchers act upon.
+"""How a run ends before its last step: signals that ask for a save, and the exit codes that launchers act on.
 
-Nothing here imports torch, so that signals are heard from the first moment of ``mc2 train``.
+Nothing here imports torch, so that ``mc2 train`` handles signals from the very start.
 """
 
 import os
@@ -11,27 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SAVED = 75
-"""Exit code after a signal: all there was to save is saved, start me again (sysexits.h: EX_TEMPFAIL)."""
+"""Exit code after a signal: the state is saved and the run can be restarted (sysexits.h: EX_TEMPFAIL)."""
 LOST_RANK = 69
-"""Exit code where another rank or the device went away: a new start may help (sysexits.h: EX_UNAVAILABLE)."""
+"""Exit code if another rank or the device is lost: a restart may help (sysexits.h: EX_UNAVAILABLE)."""
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C where nothing was saved for it, as shells have it (128 + SIGINT)."""
+"""Exit code after Ctrl-C without a save, by the convention of shells (128 + SIGINT)."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""A shutdown or preemption, Slurm's warning before its time limit (``--signal=USR1@120``), and Ctrl-C."""
+"""Shutdown or preemption, Slurm's warning before its time limit (``--signal=USR1@120``), and Ctrl-C."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and its state is saved; the message says so."""
+    """The run was asked to stop and its state is saved; the message says so."""
 
 
 class StopRequest:
     """Whether this process was asked to stop.
 
     Before :meth:`defer` there is nothing to save, and a signal ends the process at once, with exit code 75 (Ctrl-C:
-    130), even where it waits inside a library. Afterwards it is noted in :attr:`requested`, once, for the training loop
-    to act upon; a second Ctrl-C does not wait for that.
+    130), even while it waits inside a library. Afterwards the first signal is stored in :attr:`requested` for the
+    training loop to act on; a second Ctrl-C does not wait for that.
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear :data:`SIGNALS` while inside; in the main thread only.
+        """Handle :data:`SIGNALS` inside the context; call it in the main thread only.
 
-        A thread reads the numbers that Python's C handler writes into a pipe: a handler in Python would wait until a
-        library call returns, which for a rendezvous with ranks that never come is the whole timeout.
+        A thread reads the numbers that Python's C handler writes to a pipe. A handler in Python would wait until a
+        library call returns, which can be the full timeout if other ranks never join the rendezvous.
         """
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -83,12 +83,12 @@ class StopRequest:
                 os._exit(INTERRUPTED if is_interrupt else SAVED)
             self._interrupts += is_interrupt
             if self._interrupts > 1:
-                _say("interrupted again: leaving without another save")
+                _say("interrupted again: exiting without another save")
                 os._exit(INTERRUPTED)
             if self.requested is None:
                 self.requested = number.name
         if is_interrupt and os.environ.get("RANK", "0") == "0":
-            _say(f"saving because of {number.name}; another one leaves at once")
+            _say(f"saving because of {number.name}; press Ctrl-C again to exit at once")
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,7 @@
-"""How fast a run is and how much of the machine it uses: samples per second, model flops utilisation, data wait.
+"""Speed and utilisation of a run: samples per second, model flops utilisation (MFU), data wait.
 
-Each rank counts its own share of an interval; once per logged row the first rank gathers the counts of all, so that a
-row is the run's. Nothing is exchanged in between.
+Each rank counts its own share of an interval; once per logged row the first rank gathers the counts of all ranks.
+Nothing is exchanged in between.
 """
 
 import logging
@@ -25,7 +25,7 @@ from mc2_hpc.precision import Precision
 logger = logging.getLogger(__name__)
 
 _MOST_LANGUAGES = 20
-"""That a row shows."""
+"""Largest number of languages in a row."""
 
 # Dense bf16 matrix products, flops per second, from the vendor's data sheets (no sparsity).
 _BF16_PEAKS = {
@@ -38,10 +38,10 @@ _BF16_PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Flops per second that MFU divides by.
+    """Peak flops per second, the denominator of MFU.
 
-    bf16 on a GPU of the table: the data sheet's figure. Anything else: the rate of a square matrix product timed here,
-    about 0.1 s, logged as such.
+    For bf16 on a GPU in the table, this is the data sheet's figure. Otherwise it is the measured and logged rate of a
+    square matrix product, which takes about 0.1 s.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -70,36 +70,36 @@ def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """What one rank counted since the row before."""
+    """One rank's counts since the previous row."""
 
     steps: int
     seconds: float
     """Without stalls and pauses."""
     flops: int
     peak: float
-    """Flops per second that this rank's device can do."""
+    """Peak flops per second of this rank's device."""
     wait_seconds: float
-    """Waiting for data."""
+    """Time spent waiting for data."""
     stall_seconds: float
-    """Waiting for checkpoints."""
+    """Time spent waiting for checkpoints."""
     languages: Counter[str]
     """Samples by language."""
     skipped: Counter[str]
-    """Samples left out by reason, since the run began."""
+    """Skipped samples by reason, since the run began."""
 
 
 def gather(own: Interval, ranks: Ranks) -> list[Interval] | None:
-    """The intervals of all ranks, on the first rank alone. Collective."""
+    """The intervals of all ranks, on the first rank only. Collective."""
     every: list[Any] | None = [None] * ranks.world_size if ranks.is_first else None
     dist.gather_object(own, every, dst=0)
     return every
 
 
 def rates(intervals: Sequence[Interval], *, global_batch: int) -> dict[str, Any]:
-    """Columns of a row about the interval, from all ranks' counts.
+    """Columns of a row for the interval, from all ranks' counts.
 
-    Steps are synchronous, so every rank's clock shows the same: rates are by the first one's. MFU and data wait are
-    means over ranks, the stall is the longest, samples are added up.
+    Steps are synchronous, so rates use the first rank's clock. MFU and data wait are means over ranks, the stall is the
+    longest, and samples are summed.
     """
     first = intervals[0]
     languages: Counter[str] = sum((each.languages for each in intervals), Counter())
@@ -145,26 +145,26 @@ class ThroughputMeter:
 
     @contextmanager
     def stalled(self) -> Iterator[None]:
-        """Time spent inside (the part of a save that training waits for) counts in no rate, but as stall."""
+        """Time spent inside (the part of a save that training waits for) counts as stall, not in any rate."""
         begin = time.perf_counter()
         yield
         self._stall += time.perf_counter() - begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside (an evaluation) counts nowhere."""
+        """Time spent inside (an evaluation) is not counted."""
         begin = time.perf_counter()
         yield
         self._paused += time.perf_counter() - begin
 
     def count(self, batch: Batch) -> None:
-        """Account for one step's local batch."""
+        """Count one step's local batch."""
         self._steps += 1
         self._flops += len(batch.keys) * flops_per_pair(self._arch, batch.tokens.shape[1])
         self._languages.update(batch.langs)
 
     def interval(self, skipped: Counter[str]) -> Interval:
-        """The interval that ends here, with this rank's skips so far; begins the next."""
+        """End the interval and return it, with this rank's skips so far; begins the next one."""
         found = Interval(
             steps=self._steps,
             seconds=time.perf_counter() - self._since - self._stall - self._paused,

@@ -1,4 +1,4 @@
-"""The training loop: data in, steps, metrics out, checkpoints, and an orderly stop on signals and wrong numbers."""
+"""The training loop: data, steps, metrics, checkpoints, and a clean stop on signals and non-finite numbers."""
 
 import logging
 import math
@@ -39,7 +39,7 @@ _PACKAGES = ("mc2_hpc", "torch", "deepspeed", "numpy", "sentencepiece", "simplej
 
 
 class NonFiniteError(RuntimeError):
-    """The loss, the gradient norm or ``logit_scale`` stopped being a number; the last checkpoint is untouched."""
+    """The loss, the gradient norm or ``logit_scale`` is NaN or infinite; the last checkpoint is untouched."""
 
 
 class SaveError(RuntimeError):
@@ -57,13 +57,13 @@ class _Pending:
 
 
 class Trainer:
-    """One run on this process's rank."""
+    """One training run, on this process's rank."""
 
     def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> None:
         """Build model, engine and loader, and load the newest checkpoint if the config says to resume. Collective.
 
         Args:
-            stop: asked in every step whether to save and stop; ``None``: nobody will ask.
+            stop: checked in every step for a request to save and stop; ``None``: there will be none.
 
         Raises:
             UserError: config, data, tokenizer and checkpoint do not fit together.
@@ -156,12 +156,12 @@ class Trainer:
             NonFiniteError: the loss, gradient norm or ``logit_scale`` is NaN or infinite; names the step, its keys and
                 the last good checkpoint.
             Stopped: a signal asked for it, and the state is saved.
-            SaveError: it could not be saved at the end. (In between, training goes on and the next save is tried.)
-            LostRankError: another rank went away; names the step that waited for it.
+            SaveError: the last save failed. (After an earlier failure, training continues to the next save.)
+            LostRankError: another rank is lost; names the step that waited for it.
         """
         done = self.progress.step >= self.config.steps
         if done and self.evaluation is None:
-            logger.info("nothing to do: %s has its %d steps", self.output, self.config.steps)
+            logger.info("nothing to do: %s already has %d steps", self.output, self.config.steps)
             return
         log = (
             MetricsLog(self.output, total_steps=self.config.steps, first_step=self.progress.step)
@@ -170,10 +170,10 @@ class Trainer:
         )
         self.stop.defer()
         try:
-            # Due at the last start, which ended before.
+            # May still be due from the last start, if that ended early.
             self._evaluate(log)
             if done:
-                logger.info("nothing to train: %s has its %d steps", self.output, self.config.steps)
+                logger.info("nothing to train: %s already has %d steps", self.output, self.config.steps)
             else:
                 meter = ThroughputMeter(self.config, self.card.arch, self.ranks.device)
                 with naming_the_wait(self.ranks.rank, lambda: f"in step {self.progress.step + 1}"):
@@ -196,7 +196,7 @@ class Trainer:
             images = batch.images.to(self.ranks.device, non_blocking=True)
             tokens = batch.tokens.to(self.ranks.device, non_blocking=True)
             result = self._step(images, tokens, lr)
-            # The step before has surely finished by now: reading its numbers makes no one wait.
+            # The previous step has finished by now, so reading its numbers does not wait.
             votes = agreed(
                 self._read(pending),
                 world_size=self.ranks.world_size,
@@ -219,7 +219,7 @@ class Trainer:
         if actions.advance:
             self.writer.advance()
         if actions.begin:
-            self._read(pending)  # nothing is saved that has not been seen to be finite
+            self._read(pending)  # save only after checking that the numbers are finite
             self._save()
         if actions.finish:
             self.writer.finish()
@@ -237,11 +237,11 @@ class Trainer:
     def _stopped(self) -> Stopped:
         reason = self.stop.requested or "a signal to another rank"
         return Stopped(
-            f"{reason}: saved after step {self.progress.step} of {self.config.steps}; the same command continues"
+            f"{reason}: saved after step {self.progress.step} of {self.config.steps}; run the same command to resume"
         )
 
     def _evaluate(self, log: MetricsLog | None, pending: _Pending | None = None) -> None:
-        """Evaluate the present weights if they are due and have not been, and keep the best. Collective."""
+        """Evaluate the current weights if that is due and not done yet, and keep the best. Collective."""
         step, evaluation = self.progress.step, self.evaluation
         if evaluation is None or not evaluation.due(step):
             return
@@ -249,7 +249,7 @@ class Trainer:
         dist.broadcast_object_list(missing, src=0)
         if not missing[0]:
             return
-        self._read(pending)  # numbers of weights that are not finite would be of no use
+        self._read(pending)  # evaluating non-finite weights would be useless
         with naming_the_wait(self.ranks.rank, lambda: f"in the evaluation after step {step}"):
             try:
                 found = evaluation.run(self.engine)
@@ -276,14 +276,14 @@ class Trainer:
                 evaluation.best = (found.metric, found.value)
 
     def _save_now(self) -> bool:
-        """Whether the present state is on disk, once all has been done for that."""
+        """Save the current state, wait for it, and return whether it is on disk."""
         if self.writer.step != self.progress.step:
             self._save()
         self.writer.finish()
         return self.writer.failure is None
 
     def _log_row(self, pending: _Pending, meter: ThroughputMeter, log: MetricsLog | None) -> None:
-        """Write the row of all ranks and of the steps since the row before. Collective."""
+        """Write a row for all ranks and the steps since the previous row. Collective."""
         self._read(pending)
         intervals = gather(meter.interval(self.progress.skipped), self.ranks)
         means = self._means.take()
@@ -306,7 +306,7 @@ class Trainer:
         self.progress.skipped.update(batch.skipped)
 
     def _read(self, pending: _Pending | None) -> VoteCounts:
-        """See that a step's numbers are finite; returns its votes."""
+        """Check that a step's numbers are finite; returns its votes."""
         if pending is None:
             return VoteCounts()
         result = pending.result

@@ -1,4 +1,4 @@
-"""What all ranks ask one another in every step; the answers ride in an all-reduce that the step does anyway."""
+"""Questions that all ranks ask in every step; the answers share an all-reduce that the step needs anyway."""
 
 from typing import NamedTuple
 
@@ -11,17 +11,17 @@ class Votes(NamedTuple):
     stop: bool = False
     """Whether it was asked to stop."""
     written: bool = False
-    """Whether its part of the save under way is on disk."""
+    """Whether its part of the save in progress is on disk."""
 
 
 class VoteCounts(NamedTuple):
-    """How many ranks said yes to each question of :class:`Votes`."""
+    """The number of ranks that said yes to each question of :class:`Votes`."""
 
     stop: int = 0
     written: int = 0
 
     @classmethod
     def read(cls, counts: Tensor) -> "VoteCounts":
-        """From a step's tensor of them, one number per question; waits for the step."""
+        """From a step's tensor of counts, one per question; waits for the step."""
         stop, written = counts.tolist()
         return cls(int(stop), int(written))

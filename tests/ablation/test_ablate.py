@@ -1,4 +1,4 @@
-"""``mc2 ablate`` for real: two files that share a row, an interruption, and what it leaves."""
+"""``mc2 ablate`` end to end: two files that share a row, an interruption, and resuming after it."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_shared_rows_interruption_and_tables(ablation_file, tmp_path, monkeypatc
     worldwide = {"name": "worldwide", "paper": {"ImageNet": 79.5}}
     english = {"name": "English", "curation": {"languages": ["en"]}, "paper": {"ImageNet": 80.4}}
     first = ablation_file("languages", [english, worldwide])
-    second = ablation_file("thresholds", [{"name": "t_lang"}])  # the same work by another name
+    second = ablation_file("thresholds", [{"name": "t_lang"}])  # the same run under another name
     out = tmp_path / "out"
     command = ["ablate", str(first), str(second), "--out", str(out), "--jobs", "2", f"base={first.parent / 'b.yaml'}"]
     base = yaml.safe_load(open(yaml.safe_load(first.read_text())["base"]))
@@ -60,7 +60,7 @@ def test_shared_rows_interruption_and_tables(ablation_file, tmp_path, monkeypatc
 
 
 def test_a_run_that_fails_names_its_log(ablation_file, tmp_path, capsys):
-    # A vision width that its heads do not divide is seen by the training process alone.
+    # Only the training process notices a vision width that is not a multiple of the head width.
     path = ablation_file("bad", [{"name": "odd", "train": ["model.vision.width=33"]}])
     assert main(["ablate", str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -85,7 +85,7 @@ def test_bad_words(words, message, tmp_path, capsys):
 def test_two_files_of_one_name(ablation_file, tmp_path, capsys):
     path = ablation_file("twice", [{"name": "a"}])
     assert main(["ablate", str(path), str(path), "--out", str(tmp_path / "out")]) == 2
-    assert "another of the files is called 'twice'" in capsys.readouterr().err
+    assert "another file is also called 'twice'" in capsys.readouterr().err
 
 
 def test_overrides_after_options_reach_every_file(ablation_file, tmp_path, capsys):

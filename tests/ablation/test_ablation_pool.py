@@ -1,4 +1,4 @@
-"""The ablations' raw material, made from real pictures and labels, and the form in which results are committed."""
+"""The ablations' pool, made from real images and labels, and the format of committed results."""
 
 import json
 import tarfile
@@ -25,7 +25,7 @@ def pool(shared_data, tmp_path):
     return tmp_path / "data", rows
 
 
-def test_the_pool_is_uneven_as_the_webs(pool):
+def test_the_pool_is_as_uneven_as_the_web(pool):
     folder, rows = pool
     entries = {path.stem: json.loads(path.read_text()) for path in (folder / "metadata").glob("*.json")}
     share = {lang: sum(row["lang"] == lang for row in rows) / len(rows) for lang in entries}
@@ -38,7 +38,7 @@ def test_the_pool_is_uneven_as_the_webs(pool):
     assert len({row["text"] for row in rows}) > len(rows) / 2
 
 
-def test_every_caption_is_of_its_picture(pool, shared_data):
+def test_every_caption_is_of_its_image(pool, shared_data):
     folder, rows = pool
     names, _ = ablation_pool.read_languages(shared_data)
     table = pq.read_table(shared_data / "cifar10-train.parquet")

@@ -1,4 +1,4 @@
-"""Curated shards and tokenizers of a row: what is in them, and that the same settings are worked on once."""
+"""Curated shards and tokenizers of a row: their contents, and that the same settings are processed only once."""
 
 import json
 
@@ -16,7 +16,7 @@ from mc2_hpc.shard_paths import list_shards
 
 @pytest.fixture
 def make(data, tmp_path):
-    """``make(**settings)``: the curated folder of these settings."""
+    """``make(**settings)``: the curated folder for these settings."""
     paths = DataPaths(pool=str(data / "pool"), metadata=str(data / "metadata"))
     pool, metadata = content(data / "pool"), content(data / "metadata")
 
@@ -52,7 +52,7 @@ def test_the_recipe_and_one_threshold_for_all(make):
         assert np.array_equal(counts, np.load(recipe.path / "balance" / "counts" / f"{lang}.npy"))
         probs = np.load(same.path / "balance" / "probs" / f"{lang}.npy")
         assert np.array_equal(probs, entry_probabilities(counts, 5))
-        expected[lang] = float((counts * probs.astype(float)).sum())  # a caption here has one entry
+        expected[lang] = float((counts * probs.astype(float)).sum())  # each caption here has one entry
         row = report(same)["languages"][lang]
         assert row["expected_texts"] == pytest.approx(expected[lang]) and row["entries_head"] == (counts > 5).sum()
     assert same_share == pytest.approx(expected["en"] / sum(expected.values())) and same_share < recipe_share

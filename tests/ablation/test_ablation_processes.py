@@ -1,4 +1,4 @@
-"""Runs as processes: how many at a time, what a failure does, and that nothing outlives an interruption."""
+"""Runs as processes: how many at a time, failures, and that no process outlives an interruption."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from mc2_hpc.errors import UserError
 
 @pytest.fixture
 def run(tmp_path):
-    """``run(name, *scripts)``: a run of one Python process a script."""
+    """``run(name, *scripts)``: a run with one Python process per script."""
 
     def make(name, *scripts):
         commands = [Command([sys.executable, "-c", s], tmp_path / f"{name}{i}.log") for i, s in enumerate(scripts)]
@@ -23,7 +23,7 @@ def run(tmp_path):
 
 
 def meet(folder, own, other):
-    """A script that ends well only if it runs beside the other one."""
+    """A script that succeeds only if it runs at the same time as the other one."""
     return (
         f"import time, pathlib; pathlib.Path({str(folder / own)!r}).touch(); deadline = time.time() + 60\n"
         f"while not pathlib.Path({str(folder / other)!r}).exists():\n"
@@ -55,9 +55,9 @@ def test_a_failure_names_its_log_and_begins_nothing_more(run, tmp_path):
         run("good", "import time; time.sleep(0.5)"),
         run("late", "pass"),
     ]
-    with pytest.raises(UserError, match=r"bad: exit code 3; see .*bad0\.log; the same command goes on"):
+    with pytest.raises(UserError, match=r"bad: exit code 3; see .*bad0\.log; run the same command to resume"):
         run_all(runs, 2, lambda done_, total, title: done.append(title))
-    assert done == ["good"]  # it was under way, so it was finished
+    assert done == ["good"]  # it was already running, so it was finished
 
 
 def test_an_interruption_asks_what_runs_to_save_and_leaves_no_process(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Ablation files: what a row is made of, and one line for whatever is wrong in them."""
+"""Ablation files: how a row gets its settings, and one-line errors."""
 
 import dataclasses
 import re
@@ -54,10 +54,10 @@ ROW = {"name": "a"}
         ([{"name": "a", "train": ["stepps=3"]}], {}, "rows.a: override 'stepps=3': unknown key 'stepps'"),
         ([{"name": "a", "seen": 0}], {}, "rows.a: seen=0.0: must be above 0"),
         ([{"name": "a", "paper": {"ImageNet": "good"}}], {}, "paper"),
-        ([ROW, ROW], {}, "rows: 'a' stands there twice"),
-        ([ROW], {"seeds": [1, 1]}, "seeds: 1 stands there twice"),
-        ([], {}, "no rows in it"),
-        ([ROW], {"columns": {}}, "no columns in it"),
+        ([ROW, ROW], {}, "rows: 'a' occurs twice"),
+        ([ROW], {"seeds": [1, 1]}, "seeds: 1 occurs twice"),
+        ([], {}, "has no rows"),
+        ([ROW], {"columns": {}}, "has no columns"),
         ([ROW], {"columns": {"x": {"set": "imagenet"}}}, "columns.x: "),
         ([ROW], {"columns": {"x": {"set": "colours", "reduce": "max"}}}, "reduce='max': choose one of mean, min"),
         ([ROW], {"base": "nowhere.yaml"}, "rows.a: nowhere.yaml: no such config file"),
@@ -65,14 +65,14 @@ ROW = {"name": "a"}
         ([ROW], {"title": None}, "title"),
     ],
 )
-def test_what_is_wrong_is_named_in_one_line(rows, changes, message, ablation_file):
+def test_errors_are_one_line(rows, changes, message, ablation_file):
     path = ablation_file("bad", rows, **changes)
     with pytest.raises(UserError, match=re.escape(message)) as error:
         load_ablation(path)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_key_file_or_no_yaml(tmp_path, ablation_file):
+def test_a_missing_file_or_key_and_invalid_yaml(tmp_path, ablation_file):
     with pytest.raises(UserError, match="no such ablation file"):
         load_ablation(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")

@@ -1,4 +1,4 @@
-"""Means, sample standard deviations, and the table in which they stand beside the paper's."""
+"""Means, sample standard deviations, and the table that shows them beside the paper's numbers."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_the_papers_row_stands_beside_ours():
     "about, line",
     [({"mirrors": ""}, "F."), ({"finding": ""}, "Mirrors table 2."), ({"mirrors": "", "finding": ""}, None)],
 )
-def test_nothing_is_printed_of_what_the_file_does_not_say(about, line):
+def test_missing_texts_are_not_printed(about, line):
     lines = markdown([{**table(table_row("r", [0], [{"English": 0.5}], {})), **about}]).splitlines()
     assert lines[0] == "## T" and lines[1] == ""
     assert lines[2].startswith("| row |") if line is None else lines[2:4] == [line, ""]
@@ -88,7 +88,7 @@ def test_columns_choose_languages_and_how_to_join_them(run):
         (Column(set="bad"), "was not scored: test.parquet: no such file; fix it and delete"),
         (Column(set="good", languages=["xx"]), "no language 'xx'; it has en, de, fr"),
         (Column(set="good", without=["xx"]), "no language 'xx'"),
-        (Column(set="good", languages=["en"], without=["en"]), "leaves no language"),
+        (Column(set="good", languages=["en"], without=["en"]), "leaves out every language"),
         (Column(set="good", metric="R@1"), "no metric 'R@1' in 'en'; it has top1"),
     ],
 )

@@ -46,7 +46,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is exported must load without the network."""
+    """Exported models must load without network access."""
 
     def refuse(*args: object) -> None:
         raise AssertionError(f"network access: {args[1:]}")
@@ -72,7 +72,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 
 
 def _randomise(model: CLIP) -> CLIP:
-    """Move every gain and bias off its initial one or zero, so that a swapped pair of them shows."""
+    """Move every gain and bias away from its initial one or zero, so that swapping two of them is detected."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -91,7 +91,7 @@ def _cut(arch: ClipArchitecture, layers: int, vocab_size: int, eos_id: int) -> C
 
 @pytest.fixture(scope="session")
 def cut_model() -> Callable[..., CLIP]:
-    """``cut_model(preset, layers)``: the preset at its widths, with few layers and a small vocabulary."""
+    """``cut_model(preset, layers)``: the preset at full width, with few layers and a small vocabulary."""
 
     def build(preset: str, layers: int = 2, vocab_size: int = 700, eos_id: int = 2) -> CLIP:
         return _randomise(build_clip(_cut(PRESETS[preset], layers, vocab_size, eos_id), seed=0)).eval()
@@ -101,7 +101,7 @@ def cut_model() -> Callable[..., CLIP]:
 
 @pytest.fixture(scope="session")
 def tiny_arch() -> ClipArchitecture:
-    """Quick to run; every size differs from every other."""
+    """Fast to run; all sizes are different."""
     return dataclasses.replace(
         PRESETS["ViT-S-16-worldwide"],
         embed_dim=40,
@@ -119,7 +119,7 @@ def tiny_arch() -> ClipArchitecture:
 def checkpoint(
     tmp_path: Path, tiny_arch: ClipArchitecture, tokenizers: dict[str, Tokenizer]
 ) -> Callable[..., tuple[Path, CLIP]]:
-    """``checkpoint(style, **arch)``: a model folder of ours, weights over two files, and its model."""
+    """``checkpoint(style, **arch)``: a model folder in our format, with weights in two files, and its model."""
 
     def write(style: str = "xlmv", **changes: object) -> tuple[Path, CLIP]:
         tokenizer = tokenizers[style]

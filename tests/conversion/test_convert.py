@@ -1,4 +1,4 @@
-"""Whole folders: what the peers load gives our logits, the way back the same bytes, and bad input one clear line."""
+"""Converting folders: the peers give our logits, the way back gives the same bytes, bad input gives one clear line."""
 
 import json
 import logging
@@ -114,7 +114,7 @@ def test_images_are_prepared_alike(
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     found = processor(image, return_tensors="pt")["pixel_values"][0]
     assert found.shape == expected.shape
-    # Another implementation of bicubic resizing, which rounds some bytes the other way.
+    # This implementation of bicubic resizing rounds some bytes differently.
     assert (found - expected).abs().max() < 3.5 / 255 / 0.26
     assert read_card(convert(folder, "mc2", tmp_path / "back")).arch.eval_resize == resize
 
@@ -202,7 +202,7 @@ def test_unknown_formats_and_places(checkpoint: Checkpoint, tmp_path: Path) -> N
     source, _ = checkpoint()
     out = tmp_path / "out" / "x"
     fails(r"^--to 'onnx': choose one of open_clip, hf, mc2$", source, "onnx", out)
-    fails(r"is in the format mc2 already", source, "mc2", out)
+    fails(r"is already in the format mc2", source, "mc2", out)
     fails(r"nowhere: no such folder$", tmp_path / "nowhere", "hf", out)
     (tmp_path / "empty").mkdir()
     fails(r"empty: no model there \(looked for model.json", tmp_path / "empty", "hf", out)
@@ -221,7 +221,7 @@ def test_pickles_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     out = tmp_path / "sub" / "out"
     pickle = tmp_path / "epoch_1.pt"
     pickle.write_bytes(b"\x80\x04.")
-    fails(r"epoch_1.pt: pickled weights are not read, .* write it as safetensors", pickle, "hf", out)
+    fails(r"epoch_1.pt: pickled weights are not read, .* save it as safetensors", pickle, "hf", out)
     for to, weights in (("open_clip", "open_clip_model"), ("hf", "model")):
         folder = convert(source, to, tmp_path / to)
         (folder / f"{weights}.safetensors").rename(folder / "pytorch_model.bin")
@@ -238,11 +238,11 @@ def test_weights_that_do_not_fit(to: str, checkpoint: Checkpoint, tmp_path: Path
     path = next(folder.glob("*model.safetensors"))
     state = load_file(path)
     save_file({name: tensor for name, tensor in state.items() if name != "logit_scale"}, path)
-    fails(r"checkpoint of another model: it lacks 'logit_scale' \(1 missing, 0 extra\)", folder, "mc2", out)
+    fails(r"checkpoint of another model: it lacks 'logit_scale' \(1 missing, 0 unexpected\)", folder, "mc2", out)
     save_file({**state, "logit_bias": torch.zeros(1)}, path)
-    fails(r"checkpoint of another model: it has 'logit_bias' \(0 missing, 1 extra\)", folder, "mc2", out)
+    fails(r"checkpoint of another model: it has 'logit_bias' \(0 missing, 1 unexpected\)", folder, "mc2", out)
     save_file({**state, "logit_scale": torch.zeros(2)}, path)
-    fails(r"logit_scale is \(2,\), the config wants \(\)", folder, "mc2", out)
+    fails(r"logit_scale is \(2,\), the config needs \(\)", folder, "mc2", out)
     save_file({**state, "logit_scale": torch.zeros((), dtype=torch.int64)}, path)
     fails(r"logit_scale is torch.int64; convert weights of fp32, fp16 or bf16", folder, "mc2", out)
     path.write_bytes(path.read_bytes()[:1000])
@@ -276,8 +276,8 @@ CONFIG_FAULTS = [
     ("open_clip", "text_cfg", "pool_type", "argmax", r"text_cfg.pool_type='argmax': not a model of the worldwide"),
     ("open_clip", "text_cfg", "no_causal_mask", True, r"text_cfg.no_causal_mask=True: not a model of the worldwide"),
     ("open_clip", "text_cfg", "width", 32, r"checkpoint of another model: "),
-    ("open_clip", "preprocess_cfg", "mean", [0.5, 0.5, 0.5], r"cfg.mean=\[0.5, 0.5, 0.5\]: models here take"),
-    ("open_clip", "preprocess_cfg", "resize_mode", "longest", r"resize_mode='longest': models here take shortest or"),
+    ("open_clip", "preprocess_cfg", "mean", [0.5, 0.5, 0.5], r"cfg.mean=\[0.5, 0.5, 0.5\]: models here use"),
+    ("open_clip", "preprocess_cfg", "resize_mode", "longest", r"resize_mode='longest': models here use shortest or"),
     ("hf", "", "model_type", "clip", r"model_type is 'clip'; only metaclip_2 models can be imported"),
     ("hf", "", "projection_dim", True, r"projection_dim=True: must be a whole number"),
     ("hf", "vision_config", "image_size", [32, 32], r"vision_config.image_size=\[32, 32\]: must be a whole number"),
@@ -304,7 +304,7 @@ def test_configs_of_other_models(
     fails(message, folder, "mc2", tmp_path / "sub" / "out")
 
 
-def test_configs_that_are_no_configs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_invalid_configs(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, _ = checkpoint()
     folder = convert(source, "open_clip", tmp_path / "a")
     out = tmp_path / "sub" / "out"
@@ -315,11 +315,11 @@ def test_configs_that_are_no_configs(checkpoint: Checkpoint, tmp_path: Path) -> 
     folder = convert(source, "hf", tmp_path / "b")
     preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps({**preprocessor, "image_std": [0.5, 0.5, 0.5]}))
-    fails(r"image_std=\[0.5, 0.5, 0.5\]: models here take", folder, "mc2", out)
+    fails(r"image_std=\[0.5, 0.5, 0.5\]: models here use", folder, "mc2", out)
 
 
 def test_what_transformers_5_says_of_images_is_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """It saves the image processor within ``processor_config.json`` alone."""
+    """It saves the image processor only in ``processor_config.json``."""
     source, _ = checkpoint(eval_resize="squash")
     folder = convert(source, "hf", tmp_path / "a")
     images = json.loads((folder / "preprocessor_config.json").read_text())
@@ -330,13 +330,13 @@ def test_what_transformers_5_says_of_images_is_read(checkpoint: Checkpoint, tmp_
     assert json.loads((back / "model.json").read_text())["arch"]["eval_resize"] == "squash"
     out = tmp_path / "sub" / "out"
     path.write_text(json.dumps({"image_processor": {**images, "image_mean": [0.5, 0.5, 0.5]}}))
-    fails(r"image_mean=\[0.5, 0.5, 0.5\]: models here take", folder, "mc2", out)
+    fails(r"image_mean=\[0.5, 0.5, 0.5\]: models here use", folder, "mc2", out)
     for wrong in ({"image_processor": "CLIPImageProcessor"}, ["image_processor"]):
         path.write_text(json.dumps(wrong))
         fails(r"processor_config.json: not an image processor's description", folder, "mc2", out)
     path.write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # transformers 4 writes both files
     (folder / "preprocessor_config.json").write_text(json.dumps({**images, "image_std": [1, 1, 1]}))
-    fails(r"image_std=\[1.0, 1.0, 1.0\]: models here take", folder, "mc2", out)
+    fails(r"image_std=\[1.0, 1.0, 1.0\]: models here use", folder, "mc2", out)
 
 
 def test_an_interrupted_conversion_leaves_nothing(
@@ -377,7 +377,7 @@ def test_defaults_are_transformers_own(transformers: ModuleType) -> None:
 def test_a_config_that_transformers_wrote(
     tiny_arch: ClipArchitecture, transformers: ModuleType, tmp_path: Path, checkpoint: Checkpoint
 ) -> None:
-    """It omits what equals the defaults."""
+    """It omits values that equal the defaults."""
     source, _ = checkpoint()
     out = convert(source, "hf", tmp_path / "out")
     transformers.MetaClip2Model.from_pretrained(out).save_pretrained(out)

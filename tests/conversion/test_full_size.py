@@ -1,7 +1,7 @@
 """The full H/14 (1.86 billion parameters) through every conversion: bits, logits and memory.
 
-Each step runs in a process of its own, whose anonymous memory is watched: what is mapped from files costs nothing that
-the system could not take back. Needs 25 GB of disk and 12 GB of memory; takes some minutes.
+Each step runs in its own process, whose anonymous memory is measured: the system can always reclaim memory mapped from
+files. Needs 25 GB of disk and 12 GB of memory; takes a few minutes.
 """
 
 import subprocess
@@ -72,7 +72,7 @@ STEPS: dict[str, Callable[..., object]] = {
 
 
 def run(step: str, *arguments: object) -> int:
-    """Run a step in a process of its own; its peak of anonymous memory, in bytes, above what its imports take."""
+    """Run a step in its own process; returns its peak anonymous memory in bytes, without that of its imports."""
     process = subprocess.Popen(
         [sys.executable, __file__, step, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

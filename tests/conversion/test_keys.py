@@ -1,4 +1,4 @@
-"""The key maps: complete, one to one, and exact to the bit both ways."""
+"""The key maps: complete, one to one, and bit-exact both ways."""
 
 import pytest
 import torch

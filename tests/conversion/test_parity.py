@@ -16,7 +16,7 @@ from mc2_hpc.models.weights import ModelCard
 
 TOLERANCE = 1e-5
 
-# Ours and open_clip's names of one architecture.
+# Our and open_clip's names of the same architectures.
 NAMED_IN_OPEN_CLIP = {
     "ViT-H-14-worldwide-quickgelu": "ViT-H-14-worldwide-quickgelu",
     "ViT-H-14-worldwide": "ViT-H-14-worldwide",
@@ -26,7 +26,7 @@ NAMED_IN_OPEN_CLIP = {
     "ViT-L-14-worldwide-mt5": "ViT-L-14-worldwide",
 }
 
-# Layers kept of each tower. One of each size, larger images among them.
+# Layers to keep in each tower; one preset of each size, including larger images.
 CUT = {
     "ViT-S-16-worldwide-384": 2,
     "ViT-M-16-worldwide": 2,
@@ -64,7 +64,7 @@ def transformers_twin(transformers: ModuleType, model: CLIP) -> torch.nn.Module:
 
 
 def batch(model: CLIP) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two images and four captions: padded, full length, two EOS (the first counts), and nothing but EOS."""
+    """Two images and four captions: padded, full length, two EOS (the first counts), and only EOS."""
     generator = torch.Generator().manual_seed(5)
     text = model.arch.text
     tokens = torch.randint(4, text.vocab_size, (4, text.context_length), generator=generator)
@@ -97,7 +97,7 @@ def transformers_logits(twin: torch.nn.Module, images: torch.Tensor, tokens: tor
 def assert_logits_agree(model: CLIP, open_clip: ModuleType, transformers: ModuleType) -> None:
     images, tokens = batch(model)
     ours = our_logits(model, images, tokens)
-    assert ours.std() > 0.05  # a comparison of constants would prove nothing
+    assert ours.std() > 0.05  # comparing constants would prove nothing
     theirs = open_clip_logits(open_clip_twin(open_clip, model), images, tokens)
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
     theirs = transformers_logits(transformers_twin(transformers, model), images, tokens)
@@ -126,7 +126,7 @@ def test_the_preset_is_the_model_of_that_name_in_open_clip(preset: str, open_cli
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in open_clip.CLIP(**theirs).state_dict().items()}
     assert peer_shapes(open_clip_entries(PRESETS[preset]), PRESETS[preset]) == shapes
-    # What shapes do not tell: heads, activation, pooling. The importer reads the rest and refuses what it cannot be.
+    # Heads, activation and pooling do not show in shapes. The importer reads and checks the rest.
     resize = {"resize_mode": PRESETS[preset].eval_resize}
     arch, prefix = to_open_clip.architecture({"model_cfg": theirs, "preprocess_cfg": resize}, preset)
     assert (arch, prefix) == (PRESETS[preset], "")
@@ -161,7 +161,7 @@ def test_logits_agree_with_quick_gelu_and_an_odd_mlp(
 
 
 def test_the_two_activations_differ(cut_model: Callable[..., CLIP]) -> None:
-    """Otherwise the tests above could not tell which one a model has."""
+    """Otherwise the tests above could not distinguish them."""
     model = cut_model("ViT-S-16-worldwide")
     quick = CLIP(dataclasses.replace(model.arch, quick_gelu=True)).eval()
     quick.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""The exported tokenizer gives our ids for raw captions, whatever they hold."""
+"""The exported tokenizer gives our ids for any raw captions."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def test_a_caption_cannot_forge_a_special_token(
 
 @pytest.mark.parametrize("style", STYLES)
 def test_nor_where_the_vocabulary_lacks_its_characters(style: str, tmp_path: Path, transformers: ModuleType) -> None:
-    """Without "<" in the vocabulary the characters of "</s>" have no other spelling than the special piece."""
+    """Without "<" in the vocabulary, the special piece is the only segmentation of "</s>"."""
     texts = ["forty two", "drei Hunde", "sept chats", "pad mask bos unk eos s"] * 20
     tokenizer = train_tokenizer(texts, tmp_path / "m.model", vocab_size=330 if style == "gemma" else 60, style=style)
     out = tmp_path / "out"
@@ -72,7 +72,7 @@ def test_nor_where_the_vocabulary_lacks_its_characters(style: str, tmp_path: Pat
     assert ids(transformers.AutoTokenizer.from_pretrained(out), FORGERIES) == our_ids(tokenizer, FORGERIES)
 
 
-# Captions' characters, those that the tokenizer treats apart, and pieces of special tokens.
+# Ordinary characters, characters that the tokenizer treats specially, and parts of special tokens.
 _TEXT = st.text(st.sampled_from("abcdzA Σςσ ΑΊ</s>__-.,!  \t\nдом日本語でสวัสดีمرحباé①ﬁ　🙂"), max_size=30)
 
 
@@ -82,10 +82,10 @@ _TEXT = st.text(st.sampled_from("abcdzA Σςσ ΑΊ</s>__-.,!  \t\nдом日本�
 def test_ids_are_ours_for_any_caption(
     style: str, texts: str, tokenizers: dict[str, Tokenizer], exported: dict[str, Any]
 ) -> None:
-    # Behind two combining marks the lower case of a sigma is final for Python and not for Rust, which tokenizers is of.
+    # After two combining marks, Python lowers a sigma to its final form, unlike Rust, in which tokenizers is written.
     assume(not re.search("[ัี]{2,}Σ", texts))
     row, theirs = our_ids(tokenizers[style], [texts], 64)[0], ids(exported[style], [texts], 64)[0]
-    if row != theirs:  # two segmentations of one score may be told apart by the order of additions
+    if row != theirs:  # for two segmentations with the same score, rounding may decide
         scores = [_score(tokenizers[style], found) for found in (row, theirs)]
         assert scores[0] == pytest.approx(scores[1], abs=1e-4)
         assert style != "gemma"
@@ -124,7 +124,7 @@ def test_decoding_gives_the_text_back(style: str, exported: dict[str, Any]) -> N
 def test_open_clips_wrapper_gives_our_ids(
     tokenizers: dict[str, Tokenizer], tmp_path: Path, open_clip: ModuleType, captions: list[str]
 ) -> None:
-    """open_clip fixes mojibake, HTML entities and whitespace first: captions without those come out alike."""
+    """open_clip first fixes mojibake, HTML entities and whitespace; captions without those give the same ids."""
     for style, tokenizer in tokenizers.items():
         folder = tmp_path / style
         folder.mkdir()
@@ -144,7 +144,7 @@ def test_the_way_back_finds_file_and_style(style: str, tokenizers: dict[str, Tok
 
 
 def test_the_way_back_says_what_is_wrong(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no sentencepiece model there .* copy the one the model was trained with"):
+    with pytest.raises(UserError, match="no sentencepiece model there .* copy the one that the model was trained with"):
         find_tokenizer(tmp_path, 2, 1000)
     write_tokenizer(tokenizers["xlmv"].model_file, "xlmv", 24, tmp_path)
     size = tokenizers["xlmv"].vocab_size

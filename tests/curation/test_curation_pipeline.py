@@ -306,7 +306,7 @@ def test_a_matched_shard_that_vanishes_is_named(pool, metadata, tmp_path):
     jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     for kind in ("tar", "parquet"):
         (pool / f"shard-1.{kind}").unlink()
-    with pytest.raises(UserError, match="match.json: 1 shards that are finished have gone.*'shard-1'; put them back"):
+    with pytest.raises(UserError, match="match.json: 1 finished shards are missing.*'shard-1'; put them back"):
         jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
 
 

@@ -140,7 +140,7 @@ def test_a_report_names_the_model_and_what_each_number_is_of(tiny_checkpoint, su
 def test_nothing_to_score_is_an_error(tiny_checkpoint, suite_file, tmp_path, capsys):
     words = ["eval", str(tiny_checkpoint), "--suite", str(suite_file), f"root={tmp_path / 'nowhere'}"]
     assert main(words) == 2
-    assert "not one set could be scored" in capsys.readouterr().err
+    assert "none of the sets could be scored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

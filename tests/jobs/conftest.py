@@ -1,4 +1,4 @@
-"""Work of the user's: a module that only the process of the test finds by itself."""
+"""User-defined work, in a module that only the test's own process can find by itself."""
 
 import importlib
 
@@ -34,7 +34,7 @@ class Copy(Touch):
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A module of the user's, in a folder that only this process searches."""
+    """A user's module, in a folder that only this process searches."""
     name = f"work_of_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(WORK)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Plans in this process and in several: failures are collected, dead workers reported, nothing hangs."""
+"""Plans in one process and in several: failures are collected, killed workers are reported, nothing hangs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from mc2_hpc.jobs.tasks import TaskFiles, cut, plan_tasks
 from mc2_hpc.storage import exclusive_folder, write_json
 
 NEVER = ("never",)
-"""Outputs that no shard has."""
+"""An output that no shard has."""
 
 # `exec(name, input)` is work that any process can import: the shard's name is the code it runs.
 FAILS = "from mc2_hpc.errors import UserError; raise UserError('{}.parquet: broken')"
@@ -45,7 +45,7 @@ def test_killed_worker_is_reported(tmp_path):
 
 
 def test_error_of_the_program_shows_its_traceback(tmp_path):
-    with pytest.raises(RuntimeError, match="s: an error of the program at '1 / 0'(.|\n)*ZeroDivisionError"):
+    with pytest.raises(RuntimeError, match="s: a bug in the program at '1 / 0'(.|\n)*ZeroDivisionError"):
         run(Stage("s", tmp_path, {"1 / 0": {}, "pass": {}}, exec, NEVER), Local(2))
     with pytest.raises(ZeroDivisionError):
         run(Stage("s", tmp_path, {"1 / 0": {}}, exec, NEVER))
@@ -81,7 +81,7 @@ def test_done_shards_are_skipped_and_told(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_markers_of_tasks_never_hide_an_unfinished_shard(tmp_path, work, workers):
-    """datatrove skips a task with a marker: here its shards have become others, or have lost their outputs."""
+    """datatrove skips a task with a marker; here its shards have changed or lost their outputs."""
 
     def again(names: str) -> None:
         run(Stage("s", tmp_path, dict.fromkeys(names, 1), work.Touch(tmp_path), ("{shard}",)), Local(workers, tasks=2))
@@ -90,7 +90,7 @@ def test_markers_of_tasks_never_hide_an_unfinished_shard(tmp_path, work, workers
     markers = tmp_path / "logs" / "s" / "completions"
     assert sorted(path.name for path in markers.iterdir()) == ["00000", "00001"]
     again("abcd")
-    assert all((tmp_path / name).read_text() == "x" for name in "abcd")  # and b and d were not done twice
+    assert all((tmp_path / name).read_text() == "x" for name in "abcd")  # so b and d were not processed twice
     (tmp_path / "c").unlink()
     again("abcd")
     assert all((tmp_path / name).read_text() == "x" for name in "abcd")
@@ -107,7 +107,7 @@ def test_outputs_that_tell_by_their_content(tmp_path, work):
 
 
 def test_what_a_task_reads_is_json(tmp_path, work):
-    """A task on another machine is told by names and plain values: nothing that it loads was pickled."""
+    """A task on another machine gets names and plain values: it loads no pickles."""
     strange = "caf\udce9 犬"
     stage = Stage("s", tmp_path, {strange: 2}, work.Touch(tmp_path), ("{shard}",))
     run(stage, Local(2))
@@ -141,9 +141,7 @@ def test_a_finished_shard_may_not_vanish(tmp_path):
     open_folder(tmp_path, "s.json", {"mode": 1}, ["a", "b"])
     write_json(stats_path(tmp_path, "b"), {})
     open_folder(tmp_path, "s.json", {"mode": 1}, ["b", "c"])  # a was never finished
-    with pytest.raises(
-        UserError, match="s.json: 1 shards that are finished have gone from the input, the first is 'b'"
-    ):
+    with pytest.raises(UserError, match="s.json: 1 finished shards are missing from the input, the first is 'b'"):
         open_folder(tmp_path, "s.json", {"mode": 1}, ["c"])
     stats_path(tmp_path, "b").unlink()
     open_folder(tmp_path, "s.json", {"mode": 1}, ["c"])
@@ -151,7 +149,7 @@ def test_a_finished_shard_may_not_vanish(tmp_path):
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("mc2_hpc.jobs.driver.BUSY_S", 0.2)
-    with exclusive_folder(tmp_path), pytest.raises(UserError, match="still working there"):
+    with exclusive_folder(tmp_path), pytest.raises(UserError, match="still using it"):
         run(Stage("s", tmp_path, {"pass": {}}, exec, NEVER))
 
 
@@ -160,7 +158,7 @@ import signal
 import sys
 from pathlib import Path
 from mc2_hpc import jobs
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what they start in the background ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background processes ignore it
 shards = {"import time; time.sleep(600)": {}, "import time; time.sleep(601)": {}}
 jobs.run(jobs.Plan((jobs.Stage("s", Path(sys.argv[1]), shards, exec, ("never",)),), dict), jobs.Local(2))
 """
@@ -174,7 +172,7 @@ def test_no_process_outlives_the_driver(tmp_path, kill):
     group = int(subprocess.check_output(["ps", "-o", "pgid=", "-p", str(pid_of(events / "00000.jsonl"))]))
     assert group != os.getpgid(driver.pid)
     driver.send_signal(kill)
-    driver.communicate(timeout=60)  # the pipe closes: nobody holds it any more
+    driver.communicate(timeout=60)  # the pipe closes once no process holds it
     wait_until(lambda: not subprocess.run(["pgrep", "-g", str(group)], capture_output=True).stdout)
 
 
@@ -208,7 +206,7 @@ def test_slurm_that_cannot_be_used(monkeypatch):
     with pytest.raises(UserError, match="cpus-per-task=x: must be a whole number of at least 1"):
         Slurm({**options, "cpus_per_task": "x"})
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    with pytest.raises(UserError, match="task of a Slurm array already"):
+    with pytest.raises(UserError, match="already is a task of a Slurm array"):
         Slurm(options)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     monkeypatch.setenv("PATH", "")

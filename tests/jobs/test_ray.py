@@ -1,4 +1,4 @@
-"""Plans on Ray, on a cluster of this machine that Ray starts for the run."""
+"""Plans on Ray, on a local cluster that Ray starts for the run."""
 
 import pytest
 

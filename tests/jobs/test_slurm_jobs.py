@@ -1,4 +1,4 @@
-"""Plans on a real Slurm: killed tasks, chains whose later stages look again, names that a shell would run."""
+"""Plans on a real Slurm: killed tasks, chains whose later stages check again, names that a shell would run."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_killed_task_names_its_shard(engine, tmp_path):
 
 
 def test_what_comes_after_a_change_looks_again(engine, slurm_cluster, tmp_path, work):
-    """The second stage is done when it is submitted, and no more so when the first has run."""
+    """The second stage is done when it is submitted, but no longer after the first has run."""
     source, copied = tmp_path / "source", tmp_path / "copied"
     source.write_text("old")
     copied.write_text("old")
@@ -34,8 +34,8 @@ def test_what_comes_after_a_change_looks_again(engine, slurm_cluster, tmp_path, 
     write = Stage("write", tmp_path, {code: {"folder": str(tmp_path)}}, exec, ("never",))
     copy = Stage("copy", tmp_path, {"copied": source}, work.Copy(tmp_path), ("{shard}",))
     assert copy.undone() == []
-    with pytest.raises(UserError, match="write: its Slurm job has ended and 1 of 1 shards are not done"):
-        run(engine, write, copy)  # by its outputs the first is never done
+    with pytest.raises(UserError, match="write: its Slurm job has ended but 1 of 1 shards are not done"):
+        run(engine, write, copy)  # the first stage's outputs never exist, so it is never done
     slurm_cluster.wait_until(
         "the end of the chain", lambda: not slurm_cluster.command("squeue", "--noheader", "--format", "%j")
     )
@@ -43,7 +43,7 @@ def test_what_comes_after_a_change_looks_again(engine, slurm_cluster, tmp_path, 
 
 
 def test_a_folder_whose_name_a_shell_would_run(engine, tmp_path, work):
-    """Real sbatch reads the lines of options: it must find the logs' folder behind these characters."""
+    """Real sbatch parses the option lines and must find the log folder despite these characters."""
     folder = tmp_path / "100% $(touch ran) `touch ran` 'a' \"b\" #c ; d"
     folder.mkdir()
     run(engine, Stage("s", folder, {"one shard": 2}, work.Touch(folder), ("{shard}",)))

@@ -1,4 +1,4 @@
-"""The grammar of ``--slurm``, and lines of scripts whose values no shell runs."""
+"""The grammar of ``--slurm``, and script lines whose values a shell never runs."""
 
 import subprocess
 
@@ -29,7 +29,7 @@ def test_words_and_commas_are_the_same(words):
     "word, options",
     [
         ("nodelist=n[1,3],mem_per_cpu=4G", {"nodelist": "n[1,3]", "mem-per-cpu": "4G"}),
-        ("partition=a,time", {"partition": "a,time"}),  # what follows the comma is no option by itself
+        ("partition=a,time", {"partition": "a,time"}),  # the part after the comma is not an option by itself
         ("partition=a,b,exclusive", {"partition": "a,b", "exclusive": ""}),
         ("mail-type=END,FAIL", {"mail-type": "END,FAIL"}),
         ("gres=gpu:a100:4,nvme:1", {"gres": "gpu:a100:4,nvme:1"}),

@@ -1,4 +1,4 @@
-"""Inputs and float64 references that all kernel tests compare with."""
+"""Inputs and float64 references for all kernel tests."""
 
 import os
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mc2_hpc.kernels.contrastive import reference_loss
 
-# Triton chooses between compiling and interpreting when it is imported: see test_triton_interpreter.py.
+# Triton chooses between compiling and interpreting at import: see test_triton_interpreter.py.
 collect_ignore = (
     [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["test_triton_kernels.py"]
 )
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-"""Largest relative error by type of the features; gradients of half features are themselves rounded to half."""
+"""Largest relative error by dtype of the features; gradients of half-precision features are rounded to half."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Solution:
 
 
 def features(pairs: int, width: int, dtype: torch.dtype, *, seed: int = 0, norm: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Random image and text features, pairs of which resemble each other."""
+    """Random image and text features; matching pairs are similar."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(pairs, width, generator=generator, dtype=torch.float64)
     text = torch.randn(pairs, width, generator=generator, dtype=torch.float64) + image
@@ -39,17 +39,17 @@ def features(pairs: int, width: int, dtype: torch.dtype, *, seed: int = 0, norm:
 
 
 def solve(loss: Callable[..., Tensor], image: Tensor, text: Tensor, logit_scale: Tensor, **options) -> Solution:
-    """Value and gradients of a loss, on copies of the inputs."""
+    """Value and gradients of a loss, computed on copies of the inputs."""
     inputs = [x.detach().clone().requires_grad_() for x in (image, text, logit_scale)]
     value = loss(*inputs, **options)
     return Solution(value.detach(), *torch.autograd.grad(value, inputs))
 
 
 def assert_exact(found: Solution, image: Tensor, text: Tensor, logit_scale: Tensor, *, slack: float = 1.0) -> None:
-    """Value and all gradients equal the dense float64 reference's, to the tolerance of the features' type.
+    """Value and all gradients equal the dense float64 reference's, to the tolerance of the features' dtype.
 
-    An error is measured against the size of one pair's contribution: gradients are differences of such terms, and may
-    cancel to nothing. fp32 logits of size L are off by some 1e-7 L, and so are the exponents made of them.
+    Errors are measured relative to the size of one pair's contribution, because gradients are differences of such terms
+    and may cancel. fp32 logits of size L, and exponents computed from them, are off by about 1e-7 L.
     """
     exact = [x.detach().cpu().double() for x in (image, text, logit_scale)]
     true = solve(reference_loss, *exact)
@@ -69,13 +69,13 @@ def assert_exact(found: Solution, image: Tensor, text: Tensor, logit_scale: Tens
 
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
-    """The helpers above, for test modules, which cannot import one another."""
+    """The helpers above, for test modules, which cannot import each other."""
     return SimpleNamespace(Solution=Solution, features=features, solve=solve, assert_exact=assert_exact)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The cores are shared with other tests: small products are faster on one thread."""
+    """Other tests share the cores, and small products are faster on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,8 +1,8 @@
 """One gloo rank of the contrastive loss tests: ``rank_worker.py RANK SIZE FOLDER TASK``.
 
-Task ``solve`` computes every case of ``FOLDER/cases.pt`` that this rank belongs to and saves what it got. Task
-``vanish-<exchange>`` is killed on the last rank between forward and backward; ``stall-<exchange>`` lets the last rank
-live on without ever calling the loss.
+Task ``solve`` computes every case of ``FOLDER/cases.pt`` that this rank belongs to and saves the results. Task
+``vanish-<exchange>`` kills the last rank between forward and backward; in ``stall-<exchange>`` the last rank stays
+alive without ever calling the loss.
 """
 
 import os
@@ -37,7 +37,7 @@ def solve(rank: int, size: int, folder: Path) -> None:
 
 
 def mismatch(rank: int) -> None:
-    """Ranks whose features differ in width must all say so."""
+    """Ranks whose features differ in width must all report it."""
     features = torch.ones(2, 3 + rank)
     try:
         contrastive_loss(features, features, torch.tensor(0.0))

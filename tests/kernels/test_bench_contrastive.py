@@ -1,4 +1,4 @@
-"""The benchmark of the contrastive loss: what it derives from its rows, and that it runs."""
+"""The benchmark of the contrastive loss: the ratios of its rows, and that it runs."""
 
 import pytest
 

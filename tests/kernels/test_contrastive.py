@@ -1,4 +1,4 @@
-"""The contrastive loss in one process: value and gradients, edge cases, memory, and what it refuses."""
+"""The contrastive loss in one process: value and gradients, edge cases, memory, and errors."""
 
 import math
 import subprocess
@@ -71,7 +71,7 @@ def test_logits_of_a_hundred_thousand_neither_overflow_nor_underflow(kit):
 
 
 def test_a_row_far_below_all_others_keeps_its_precision(kit):
-    """exp of its logits against a maximum shared with other rows would be zero."""
+    """With a maximum shared with other rows, exp of its logits would be zero."""
     image, text = kit.features(64, 8, torch.float32)
     image[0] *= -100
     scale = torch.tensor(math.log(10))

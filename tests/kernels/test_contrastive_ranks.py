@@ -1,4 +1,4 @@
-"""The contrastive loss on several gloo ranks: the same as one process, by both exchanges, and no hang when one dies."""
+"""The contrastive loss on several gloo ranks: equal to one process for both exchanges; no hang if a rank is killed."""
 
 import itertools
 import sys
@@ -26,7 +26,7 @@ def start(fork_server) -> Callable[[int, Path, str], list[Forked]]:
 
 
 def finish(ranks: list[Forked]) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of every rank; none outlives the test."""
+    """(exit code, stdout, stderr) of every rank; no rank outlives the test."""
     try:
         results = []
         for rank in ranks:
@@ -53,7 +53,7 @@ def all_cases(kit) -> dict[str, dict]:
             cases[f"{batches} {exchange} {backend} {dtype}"] = {
                 "batches": batches, "image": image, "text": text, "logit_scale": scale, "options": options,
             }  # fmt: skip
-    # More pairs than one tile of the smallest workspace holds.
+    # More pairs than fit in one tile of the smallest workspace.
     image, text = kit.features(300, 8, torch.float32)
     for exchange in EXCHANGES:
         cases[f"tiles {exchange}"] = {
@@ -65,7 +65,7 @@ def all_cases(kit) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def found(kit, start, tmp_path_factory):
-    """Every case with what each of its ranks got: one start of four processes for all of them."""
+    """Every case with the results of its ranks; one start of four processes serves all cases."""
     folder = tmp_path_factory.mktemp("ranks")
     cases = all_cases(kit)
     torch.save(cases, folder / "cases.pt")
@@ -80,7 +80,7 @@ def test_ranks_together_equal_float64(kit, found):
         size = len(ranks)
         losses, images, texts, scales = zip(*ranks, strict=True)
         assert all(torch.equal(losses[0], loss) for loss in losses), f"{name}: ranks disagree on the loss"
-        # Averaging is what data parallelism does with gradients; a feature's own average has one term of its rank.
+        # Data parallelism averages gradients over ranks; only the feature's own rank contributes to its average.
         together = kit.Solution(
             losses[0], torch.cat(images) / size, torch.cat(texts) / size, torch.stack(scales).mean()
         )
@@ -108,7 +108,7 @@ def test_a_killed_rank_makes_the_others_fail(exchange, start, tmp_path):
     *others, killed = finish(start(3, tmp_path, f"vanish-{exchange}"))
     assert killed[0] == -9
     for code, _, err in others:
-        assert code not in (0, -9), "a rank went on without its peer"
+        assert code not in (0, -9), "a rank continued without its peer"
         assert "Error" in err
 
 

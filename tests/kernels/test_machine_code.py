@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for GPUs this machine need not have: no spills, shared memory, tensor cores."""
+"""Kernels compiled ahead of time, without needing the GPUs: no spills, shared memory, tensor cores."""
 
 import importlib
 import json
@@ -56,7 +56,7 @@ def bench_kernels(monkeypatch):
         ({"tensor_core": None}, "does not use tensor cores"),
     ],
 )
-def test_a_breach_is_told(bench_kernels, change, complaint):
+def test_a_breach_is_reported(bench_kernels, change, complaint):
     case = bench_kernels.Case("gradient", "descriptor", 90, "bf16", 1024)
     row = {
         "kernel": "contrastive_gradient",

@@ -1,4 +1,4 @@
-"""Runs the Triton tests in Triton's interpreter, in a process of its own, where no GPU runs them directly."""
+"""Runs the Triton tests in Triton's interpreter, in a separate process, if there is no GPU to run them directly."""
 
 import os
 import subprocess

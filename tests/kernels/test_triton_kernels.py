@@ -1,7 +1,7 @@
-"""The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton kernels compared with float64: on a GPU if there is one, else in Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, so without a GPU this module is collected only in a process of its
-own, which ``test_triton_interpreter.py`` starts.
+The interpreter is chosen when Triton is imported, so without a GPU this module is collected only in a separate process,
+which ``test_triton_interpreter.py`` starts.
 """
 
 import math
@@ -21,7 +21,7 @@ GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if GPU else []
 DEVICE = "cuda" if GPU else "cpu"
 
-# Small blocks make small problems of many blocks, with edges on all sides; on a GPU the table's own are run too.
+# With small blocks, small problems have many blocks and edges on all sides; on a GPU the table's own run too.
 SMALL = {
     (kernel, source): Launch(32, 64, 32, num_warps=4, num_stages=2)
     for kernel in ("statistics", "gradient")
@@ -37,7 +37,7 @@ ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
 def tiles_of(source, image, num_columns, *, workspace_bytes=SMALLEST_WORKSPACE_BYTES, launches=None):
-    """Triton tiles whose kernels have their dot products from a given source."""
+    """Triton tiles whose kernels use the given source of dot products."""
     from mc2_hpc.kernels.contrastive.triton_impl import TritonTiles
 
     if source == "descriptor" and GPU and torch.cuda.get_device_capability() < (9, 0):
@@ -46,7 +46,7 @@ def tiles_of(source, image, num_columns, *, workspace_bytes=SMALLEST_WORKSPACE_B
 
 
 def check_tiles(tiles, image, text, log_scale, diagonal):
-    """Statistics and both products with G against float64."""
+    """Compare the statistics and both products with G with float64."""
     scale = torch.tensor(math.exp(log_scale), device=DEVICE)
     rows, cols = (Statistics.empty(len(x), device=scale.device, dtype=scale.dtype) for x in (image, text))
     forward_tiles(tiles, image, text, scale, rows, cols)
@@ -81,7 +81,7 @@ def check_tiles(tiles, image, text, log_scale, diagonal):
 )
 def test_tiles_equal_float64(kit, source, dtype, num_rows, num_columns, width, log_scale, diagonal):
     if source == "descriptor":
-        width = -(-width // 8) * 8  # the table gives other widths to the pointer kernels
+        width = -(-width // 8) * 8  # the table uses the pointer kernels for other widths
     image, _ = kit.features(num_rows, width, dtype, seed=1)
     text, _ = kit.features(num_columns, width, dtype, seed=2)
     image, text = image.to(DEVICE), text.to(DEVICE)

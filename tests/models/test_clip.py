@@ -88,7 +88,7 @@ def test_forward_gives_unit_vectors_and_the_scale_in_fp32(model: CLIP) -> None:
 def test_wrong_shapes_are_named(model: CLIP) -> None:
     with pytest.raises(ValueError, match=r"images of shape \(2, 3, 24, 32\): this model takes \(batch, 3, 24, 24\)"):
         model.encode_image(torch.zeros(2, 3, 24, 32))
-    with pytest.raises(ValueError, match="17 tokens a row: this model takes 16"):
+    with pytest.raises(ValueError, match="17 tokens per row: this model takes 16"):
         model.encode_text(torch.zeros(1, 17, dtype=torch.long))
 
 
@@ -99,7 +99,7 @@ def test_meta_construction_leaves_nothing_behind() -> None:
     assert not list(model.buffers())
     numbers = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     assert round(numbers["vision"] / 1e6) == 632
-    assert round(numbers["text"] / 1e6) == 1227  # 923 of them the token table
+    assert round(numbers["text"] / 1e6) == 1227  # 923 million of them in the token table
     assert sum(p.numel() for p in model.parameters()) == 1_858_783_745
 
 
@@ -177,7 +177,7 @@ def test_operation_count_is_what_torch_counts(arch: ClipArchitecture) -> None:
         images = torch.empty(1, 3, arch.vision.image_size, arch.vision.image_size)
     with FlopCounterMode(display=False) as counter:
         model.encode_image(images)
-        # On meta no EOS can be looked for; the blocks are what counts.
+        # The EOS cannot be found on meta; only the blocks matter here.
         model.text.transformer(torch.empty(1, length, arch.text.width, device="meta"))
     counted = counter.get_total_flops() + 2 * arch.text.width * arch.embed_dim
     assert flops_per_pair(arch, length) == 3 * counted

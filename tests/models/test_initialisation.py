@@ -1,4 +1,4 @@
-"""Every parameter is drawn from the distribution that open_clip draws it from."""
+"""Every parameter is drawn from the same distribution as in open_clip."""
 
 import dataclasses
 from types import ModuleType
@@ -16,7 +16,7 @@ from mc2_hpc.models.weights import ModelCard
 _S16 = PRESETS["ViT-S-16-worldwide"]
 ARCH = dataclasses.replace(
     _S16,
-    embed_dim=320,  # unlike the widths, so that a scale taken from the wrong one shows
+    embed_dim=320,  # differs from the widths, so that a scale from the wrong size is detected
     vision=dataclasses.replace(_S16.vision, width=256, mlp_width=1280, layers=3, image_size=64),
     text=dataclasses.replace(_S16.text, width=192, heads=3, layers=2, vocab_size=2000),
 )
@@ -41,7 +41,7 @@ def test_constants_are_the_same(pairs: dict[str, tuple[torch.Tensor, torch.Tenso
 
 
 def test_spread_and_centre_are_the_same(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Within six standard errors: 0.7 % of the standard deviation for the larger matrices."""
+    """Within six standard errors, which is 0.7 % of the standard deviation for the larger matrices."""
     for name, (ours, theirs) in pairs.items():
         if (theirs == theirs[0]).all():
             continue
@@ -51,7 +51,7 @@ def test_spread_and_centre_are_the_same(pairs: dict[str, tuple[torch.Tensor, tor
 
 
 def test_shapes_of_the_distributions_are_the_same(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Two-sample Kolmogorov-Smirnov test, and the tails: a uniform one ends at its bound, a normal one does not."""
+    """Two-sample Kolmogorov-Smirnov test, and tails: a uniform distribution is bounded, a normal one is not."""
     for name, (ours, theirs) in pairs.items():
         if (theirs == theirs[0]).all():
             continue
@@ -63,7 +63,7 @@ def test_shapes_of_the_distributions_are_the_same(pairs: dict[str, tuple[torch.T
 
 
 def test_both_families_of_distributions_occur(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Or the tests above would compare nothing: the image tower's matrices are uniform, the text tower's normal."""
+    """Otherwise the tests above would be void: the image tower's matrices are uniform, the text tower's normal."""
     for tower, uniform in (("vision", True), ("text", False)):
         for matrix in ("attention.qkv", "attention.out", "fc", "proj"):
             x = pairs[f"{tower}.transformer.blocks.1.{matrix}.weight"][0]

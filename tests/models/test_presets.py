@@ -1,4 +1,4 @@
-"""The family's numbers are the recipe's, and a config that does not fit together says so."""
+"""The family has the recipe's sizes, and inconsistent configs raise errors."""
 
 import dataclasses
 
@@ -97,7 +97,7 @@ def test_a_new_width_keeps_the_ratio_of_the_mlp() -> None:
         (ModelConfig(embed_dim=0), "model.embed_dim=0: must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_said_in_one_line(config: ModelConfig, message: str) -> None:
+def test_what_does_not_fit_is_one_line(config: ModelConfig, message: str) -> None:
     with pytest.raises(UserError) as error:
         resolve(config)
     assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""Models on disk: what is written is read back by memory map, and what is wrong is named."""
+"""Models on disk: writing, reading through a memory map, and errors that name what is wrong."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def model() -> CLIP:
 
 @pytest.fixture
 def folder(tmp_path: Path, model: CLIP) -> Path:
-    """A checkpoint as two ranks would have written it."""
+    """A checkpoint as two ranks would write it."""
     path = tmp_path / "step-3"
     state = model.state_dict()
     for rank, names in enumerate((sorted(state)[::2], sorted(state)[1::2])):
@@ -83,7 +83,7 @@ def test_latest_cannot_lead_elsewhere(folder: Path, tmp_path: Path) -> None:
         load_clip(run)
 
 
-def test_files_name_the_library_they_are_for(folder: Path) -> None:
+def test_files_name_their_framework(folder: Path) -> None:
     with safe_open(folder / "model.0.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -121,11 +121,11 @@ def test_wrong_cards(folder: Path) -> None:
 
 def test_weights_of_another_model(folder: Path, model: CLIP) -> None:
     wider = dataclasses.replace(ARCH, embed_dim=7)
-    fails(r"step-3: checkpoint of another model: \S+ is \((8|10), 6\), the config wants \((8|10), 7\)", folder, wider)
+    fails(r"step-3: checkpoint of another model: \S+ is \((8|10), 6\), the config needs \((8|10), 7\)", folder, wider)
     deeper = dataclasses.replace(ARCH, text=dataclasses.replace(ARCH.text, layers=2))
-    fails(r"it lacks 'text.transformer.blocks.1.attention.out.bias' \(12 missing, 0 extra\)", folder, deeper)
+    fails(r"it lacks 'text.transformer.blocks.1.attention.out.bias' \(12 missing, 0 unexpected\)", folder, deeper)
     write_tensors(folder / "model.2.safetensors", {"optimizer": torch.zeros(1)})
-    fails(r"it has 'optimizer' \(0 missing, 1 extra\)", folder)
+    fails(r"it has 'optimizer' \(0 missing, 1 unexpected\)", folder)
 
 
 def test_damaged_and_missing_files(folder: Path) -> None:
@@ -164,7 +164,7 @@ def test_other_floating_point_types_are_used_as_fp32(folder: Path, model: CLIP, 
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.uint8])
-def test_whole_numbers_are_no_weights(folder: Path, dtype: torch.dtype) -> None:
+def test_integers_are_not_weights(folder: Path, dtype: torch.dtype) -> None:
     path = folder / "model.1.safetensors"
     with safe_open(path, framework="pt") as file:
         write_tensors(path, {name: file.get_tensor(name).to(dtype) for name in file.keys()})
@@ -172,7 +172,7 @@ def test_whole_numbers_are_no_weights(folder: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])
-def test_what_is_no_file_in_place_of_weights(folder: Path, kind: str) -> None:
+def test_other_kinds_of_files_in_place_of_weights(folder: Path, kind: str) -> None:
     path = folder / "model.1.safetensors"
     path.unlink()
     if kind == "pipe":
@@ -209,7 +209,7 @@ def test_sizes_are_bounded_before_anything_is_built(
 
 def test_two_files_with_one_tensor(folder: Path) -> None:
     (folder / "model.2.safetensors").write_bytes((folder / "model.1.safetensors").read_bytes())
-    fails(r"model.2.safetensors: holds '[a-z_.0-9]+', which model.1.safetensors holds too; remove one", folder)
+    fails(r"model.2.safetensors: has '[a-z_.0-9]+', which is also in model.1.safetensors; remove one", folder)
 
 
 @pytest.mark.parametrize("content", ["", " \n", "x" * 5000, "a\0b"])

@@ -1,4 +1,4 @@
-"""The quickstart's pool: what it promises about languages, frequencies, noise and repeatability."""
+"""The quickstart's pool: languages, frequencies, noise and reproducibility."""
 
 import io
 import tarfile
@@ -42,12 +42,12 @@ def test_number_names_are_distinct_in_at_least_twelve_languages_of_eight_scripts
     assert len(names) >= 12 and set(AUTONYMS) == set(names)
     for lang, of_lang in names.items():
         assert len(set(of_lang)) == 100, lang
-    # The block of 128 code points a name starts in tells the script; Latin Extended counts as Latin.
+    # The 128-code-point block in which a name starts identifies its script; Latin Extended counts as Latin.
     blocks = {ord(of_lang[7][0]) // 128 for of_lang in names.values()}
     assert len({max(block, 3) for block in blocks}) >= 8
 
 
-def test_no_sentence_form_and_no_noise_names_a_number_itself():
+def test_no_template_and_no_noise_names_a_number_itself():
     names = number_names()
     for lang, templates in TEMPLATES.items():
         for template in templates:

@@ -1,4 +1,4 @@
-"""The quickstart end to end, in small; and where it stops."""
+"""The quickstart end to end, at a small size, and its errors."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_every_stage_is_joined_to_the_next(tmp_path, capsys):
     assert set(report["zero_shot"]) == set(report["languages"]) == set(LANGUAGES)
     assert all(0 <= accuracy <= 1 for accuracy in report["zero_shot"].values())
     assert report["open_clip_max_abs_diff"] < 1e-4
-    # Segmentations of equal score may be chosen differently, very seldom.
+    # Very rarely, ties between segmentations are resolved differently.
     assert report["open_clip_captions_tokenized_differently"] < 0.01 * 100 * len(LANGUAGES)
     assert 0 < report["english_share_after"] < report["english_share_before"] < 1
     assert len(report["stages"]) == 7 and sum(s["seconds"] for s in report["stages"]) < report["seconds"]
@@ -68,7 +68,7 @@ def test_an_earlier_run_is_moved_aside_and_nothing_else_is_touched(tmp_path):
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="holds other files; name a new or empty folder"):
+    with pytest.raises(UserError, match="contains other files; name a new or empty folder"):
         run_quickstart(tmp_path, processes=1, recipe=_TINY)
     with pytest.raises(UserError, match="is a file"):
         run_quickstart(tmp_path / "thesis.tex", processes=1, recipe=_TINY)

@@ -1,4 +1,4 @@
-"""The report page: self-contained, well formed, every caption as it was written; and its charts."""
+"""The report page (self-contained, well formed, captions unchanged) and its charts."""
 
 import html
 import re
@@ -120,7 +120,7 @@ def test_moving_average_is_the_mean_of_the_last_points():
 
 
 def _points(drawing: str) -> list[list[tuple[float, float]]]:
-    """The points of every path of a plot where they are drawn."""
+    """The drawn points of every path in a plot."""
     root = ElementTree.fromstring(drawing)
     defined = {path.attrib["id"]: path for path in root.findall(".//defs/path")}
     drawn = [(path, 0.0, 0.0) for path in root.iter("path") if path not in defined.values()]

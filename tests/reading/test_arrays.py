@@ -1,4 +1,4 @@
-"""NPY and NPZ files: type, dimensions and length, and whatever a damaged one may claim."""
+"""NPY and NPZ files: type, dimensions and length, and damaged headers."""
 
 import io
 import struct
@@ -32,9 +32,9 @@ HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"
 WRONG = [
     (b"", "not readable as an array"),
     (b"text", "not readable as an array"),
-    (saved(np.arange(3.0)), "holds float64 of shape (3,), where float32 of one dimension is expected"),
-    (saved(np.zeros((3, 2), np.float32)), "holds float32 of shape (3, 2), where float32 of one dimension"),
-    (saved(np.zeros(4, np.float32)), "holds 4 numbers, where 3 are expected"),
+    (saved(np.arange(3.0)), "has float64 of shape (3,), expected float32 of one dimension"),
+    (saved(np.zeros((3, 2), np.float32)), "has float32 of shape (3, 2), expected float32 of one dimension"),
+    (saved(np.zeros(4, np.float32)), "has 4 numbers, expected 3"),
     (saved(np.zeros(3, np.float32))[:-1], "not readable as an array"),
     (saved(np.array([{}], object)), "not readable as an array"),
     (npy(HUGE), "not readable as an array"),
@@ -44,7 +44,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("content, message", WRONG, ids=range(len(WRONG)))
-def test_what_is_no_such_array(tmp_path, content, message):
+def test_bad_arrays(tmp_path, content, message):
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(UserError) as error:
         map_array(tmp_path / "a.npy", np.float32, length=3, cure="make it again")
@@ -53,7 +53,7 @@ def test_what_is_no_such_array(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("content, message", WRONG, ids=range(len(WRONG)))
-def test_nor_inside_an_archive(tmp_path, content, message):
+def test_bad_arrays_in_an_archive(tmp_path, content, message):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", content)
     with pytest.raises(UserError) as error, open_npz(tmp_path / "a.npz", cure="make it again") as arrays:

@@ -1,4 +1,4 @@
-"""Regular files alone are opened, none is waited for, and each is bounded."""
+"""Only regular files are opened, without blocking and up to a size limit."""
 
 import fcntl
 import os
@@ -50,7 +50,7 @@ def test_a_lease_on_a_file_is_waited_for(tmp_path):
         ("socket", "socket: cannot be opened: "),
         ("/dev/zero", "/dev/zero: is a device; name a file"),
         ("none", "none: no such file"),
-        ("dangling", "dangling: links to nowhere, which is not there"),
+        ("dangling", "dangling: links to nowhere, which does not exist"),
         ("circle", "circle: cannot be opened: "),
         ("folder/none/x", "x: no such file"),
         ("a\0b", "cannot be opened: embedded null byte"),
@@ -58,14 +58,14 @@ def test_a_lease_on_a_file_is_waited_for(tmp_path):
         ("two\nlines", r"two\\nlines: no such file"),
     ],
 )
-def test_what_is_no_file_is_named_at_once(tmp_path, name, message):
+def test_what_is_not_a_file_is_named_at_once(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "circle").symlink_to("circle")
     with socket.socket(socket.AF_UNIX) as server:
         here = os.getcwd()
-        os.chdir(tmp_path)  # an address has room for 107 bytes
+        os.chdir(tmp_path)  # a socket's address has at most 107 bytes
         server.bind("socket")
         os.chdir(here)
         for opening in (open_regular, check_regular):

@@ -1,4 +1,4 @@
-"""JSON as typed values, and one line with the place for whatever it is not."""
+"""JSON as typed values, and one-line errors with the place."""
 
 import json
 from typing import Any
@@ -67,7 +67,7 @@ def test_a_value_of_its_schema(read, tmp_path):
         ('{"name": null}', "$.name: expected text, found null"),
         ("{}", "$: 'name' is missing"),
         ('{"name": "x", "more": 1}', "$: unknown key 'more'"),
-        ('{"name": "x", "name": "y"}', "the key 'name' stands twice in one object"),
+        ('{"name": "x", "name": "y"}', "the key 'name' occurs twice in one object"),
         ("[]", "$: expected an object, found a list"),
         ("", "not valid JSON: it is empty"),
         ('{"name": "x"', "not valid JSON: it ends too early"),

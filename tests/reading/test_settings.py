@@ -1,4 +1,4 @@
-"""Settings mean what is written: texts, numbers, overrides, references, and one line for all else."""
+"""Settings mean what is written: texts, numbers, overrides, references, and one-line errors."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +70,7 @@ def test_a_text_is_the_text_that_was_written(read, word):
 @pytest.mark.parametrize(
     "word", [*WORDS, "run #3", "'q'", '"q"', "a: b", "[x", "~", " x", "null", "#", "&a", "!x", "*x"]
 )
-def test_so_is_the_text_of_an_override(read, word):
+def test_the_text_of_an_override_is_literal(read, word):
     assert read("steps: 2", f"title={word}") == Whole(title=word, steps=2)
 
 
@@ -171,9 +171,9 @@ def test_plain_values_have_exact_types():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("steps: 1\nsteps: 2\n", "line 2: the key 'steps' stands twice; first in "),
-        ("part: {name: a, name: b}", "line 1: the key 'name' stands twice"),
-        ("steps: 1\n\trate: 1\n", "not valid YAML: line 2: a tab stands where blanks are expected"),
+        ("steps: 1\nsteps: 2\n", "line 2: the key 'steps' occurs twice; first in "),
+        ("part: {name: a, name: b}", "line 1: the key 'name' occurs twice"),
+        ("steps: 1\n\trate: 1\n", "not valid YAML: line 2: a tab where blanks are expected"),
         ("", "line 1: is empty"),
         ("# only words\n", "line 1: is empty"),
         ("---\n...\n", "line 1: is empty"),
@@ -189,29 +189,29 @@ def test_plain_values_have_exact_types():
         ("steps: " + "9" * 5000, "has more than 18 digits"),
         ("rate: true", "rate: must be a number, not 'true'"),
         ("fast: maybe", "fast: must be true or false, not 'maybe'"),
-        ("title:\n", "title: must be text; quote it if 'an empty text' is meant"),
+        ("title:\n", "title: must be text; quote it if you mean empty text"),
         ("title: [a]", "title: must be text, not a list"),
         ("part: 3", "part: must be a section of keys, not '3'"),
         ("languages: en", "languages: must be a list, such as [first, second], not 'en'"),
         ("scale: [1]", "scale: must be a list of 2 values, not 1"),
         ("scale: [0, x]", "scale[1]: must be a number, not 'x'"),
         ("stepps: 1", "unknown key 'stepps'; did you mean 'steps'?"),
-        ("steps: !!int 3", "the tag tag:yaml.org,2002:int: tags are not read"),
-        ("title: !!python/object:os.system x", "tags are not read"),
+        ("steps: !!int 3", "the tag tag:yaml.org,2002:int: tags are not supported"),
+        ("title: !!python/object:os.system x", "tags are not supported"),
         ("[a]: 1", "a key must be one word or text"),
         ("title: *a", "line 1: *a: no such anchor before this line"),
         ("title: &a [*a]", "*a: no such anchor"),
-        ("<<: 3", "<<: takes a mapping"),
-        ('title: "a\\0b"', "title: the character '\\x00' may not stand in it"),
-        ('title: "a\\nb"', "title: the character '\\n' may not stand in it"),
+        ("<<: 3", "<<: needs a mapping"),
+        ('title: "a\\0b"', "title: the character '\\x00' is not allowed"),
+        ('title: "a\\nb"', "title: the character '\\n' is not allowed"),
         (b"title: a\nnote: \xff\n", "line 2: byte 0xff is not UTF-8"),
-        (b"title: \x07", "not valid YAML: line 1: the character '\\x07' may not stand there"),
+        (b"title: \x07", "not valid YAML: line 1: the character '\\x07' is not allowed"),
         ("title: ${oc.env:HOME}", "'${oc.env:HOME}' is not ${key.sub} of another setting; write a literal one as $${"),
         ("title: ${HOME}", "${HOME}: there is no such setting"),
         ("title: ${", "'${' is not ${key.sub}"),
         ("title: ${part}", "${part}: there is no such setting"),
         ("title: ${parts}\nparts: {}", "${parts}: is a section of keys, not a single value"),
-        ("title: ${folder}\nfolder: ${title}", "leads back to itself"),
+        ("title: ${folder}\nfolder: ${title}", "refers to itself"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -228,22 +228,22 @@ def test_one_line_says_what_and_where(read, text, message):
         ("=x", "override '=x': write it as key.sub=value"),
         ("part..name=1", "override 'part..name=1': write it as key.sub=value"),
         ("steps", "override 'steps': write it as key.sub=value"),
-        ("scale[0]=0.5", "a list is set as a whole: scale=[first, second]"),
+        ("scale[0]=0.5", "set the list as a whole: scale=[first, second]"),
         ("scale.0=0.5", "scale is a value, not a section of keys"),
         ("steps.x=1", "steps is a value, not a section of keys"),
         ("part.nam=x", "unknown key 'part.nam'; did you mean 'part.name'?"),
-        ("part=3", "part: has keys of its own: write part.sub=value"),
+        ("part=3", "part: is a section of keys: write part.sub=value"),
         ("scale=[0.5", "scale: not valid YAML: line 1: "),
         ("scale={", "scale: not valid YAML: line 1: "),
         ("steps=", "steps: must be a whole number in decimal digits, not ''"),
         ("rate=inf", "override 'rate=inf': rate: must be a finite number"),
-        ("title=\udcff", "title: the character '\\udcff' may not stand in it"),
-        ("title[0]=" + "[" * 5000, "[[[['...: a list is set as a whole: title=[first, second]"),
+        ("title=\udcff", "title: the character '\\udcff' is not allowed"),
+        ("title[0]=" + "[" * 5000, "[[[['...: set the list as a whole: title=[first, second]"),
         ("x" * 5000 + "=1", "xxx'...: unknown key 'xxx"),
         ("title=${oc.env:HOME}", "is not ${key.sub} of another setting"),
     ],
 )
-def test_so_it_does_for_an_override(read, word, message):
+def test_one_line_for_an_override(read, word, message):
     with pytest.raises(UserError) as error:
         read("{}", word)
     assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -254,9 +254,9 @@ def test_what_is_too_deep_or_too_much_ends_soon(read):
         f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
     )
     for text, message in (
-        ("title: " + "[" * 100_000, "nested more than 50 deep"),
-        ("title: " + "{a: " * 100_000, "nested more than 50 deep"),
-        (bomb, "more than 100,000 values, aliases written out"),
+        ("title: " + "[" * 100_000, "nested more than 50 levels deep"),
+        ("title: " + "{a: " * 100_000, "nested more than 50 levels deep"),
+        (bomb, "more than 100,000 values after expanding aliases"),
         ("#" * (1 << 20) + "\n", "larger than 1,048,576 bytes"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: checked against the file, and quick to refuse."""
+"""Headers of safetensors files: checked against the file, and rejected quickly."""
 
 import json
 import os
@@ -41,7 +41,7 @@ WRONG = {
     "header longer than the file": (b"\xff" * 8 + b"{}", "cut off"),
     "not JSON": (packed(b"{"), "ends too early"),
     "a list": (packed([]), "expected an object, found a list"),
-    "a name twice": (packed(b'{"a": {}, "a": {}}'), "'a' stands twice"),
+    "a name twice": (packed(b'{"a": {}, "a": {}}'), "'a' occurs twice"),
     "no offsets": (packed({"a": {"dtype": "F32", "shape": [2]}}), "a: $: 'data_offsets' is missing"),
     "shape of texts": (packed({"a": {**entry(), "shape": "ab"}}, bytes(8)), "$.shape: expected a list, found text"),
     "shape of booleans": (packed({"a": {**entry(), "shape": [True]}}, bytes(8)), "$.shape[0]: expected a whole number"),
@@ -54,12 +54,12 @@ WRONG = {
     "cut off": (packed({"a": entry()}, bytes(7)), "its tensors have 8 bytes, the file 7"),
     "more at the end": (packed({"a": entry()}, bytes(9)), "its tensors have 8 bytes, the file 9"),
     "deep": (packed(b'{"a": ' + b"[" * 100_000), "nested too deeply"),
-    "digits": (packed(b'{"a": ' + b"1" * 5000 + b"}"), "a number of too many digits"),
+    "digits": (packed(b'{"a": ' + b"1" * 5000 + b"}"), "a number with too many digits"),
 }
 
 
 @pytest.mark.parametrize("content, message", WRONG.values(), ids=WRONG)
-def test_what_is_no_such_file(tmp_path, content, message):
+def test_damaged_files(tmp_path, content, message):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Names that a shell would run, in all that goes into a job's script: a stand-in for sbatch runs what it is given."""
+"""Names that a shell would run, in every part of a job's script; a stand-in for sbatch runs the script."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HOSTILE = "x $(touch $MARK) `touch $MARK` '; touch $MARK; ' \"; touch $MARK; \" 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Stand-ins for Slurm's commands, first on PATH; the script that sbatch was given, and what must never be made."""
+    """Stand-ins for Slurm's commands, first on PATH; yields the path of sbatch's script, then checks for the mark."""
     commands = {"sbatch": STAND_IN, "squeue": "#!/bin/sh\n", "scontrol": "#!/bin/sh\necho n1\n", "srun": "#!/bin/sh\n"}
     for name, text in commands.items():
         path = tmp_path / "bin" / name
@@ -55,7 +55,7 @@ def test_curation_into_a_folder_whose_name_is_a_command(stand_in, pool, tmp_path
     slurm = ["partition=$(touch $MARK)", "time=`touch $MARK`", "comment=a '; touch $MARK #", "exclusive"]
     assert main([*words, "--slurm", *slurm]) == 0
     log = stand_in.with_suffix(".log").read_text()
-    assert (out / "0.parquet").is_file(), log  # the stand-in has run both stages, in the folder of that name
+    assert (out / "0.parquet").is_file(), log  # the stand-in has run both stages in the folder with that name
     assert "submitted" in capsys.readouterr().out
     script = stand_in.read_text()
     assert "\n#SBATCH --exclusive\n" in script and "--partition='$(touch $MARK)'" in script
@@ -91,5 +91,5 @@ def test_an_output_whose_name_no_script_can_hold_is_refused(stand_in, tmp_path, 
 
 def assert_refused(capsys, script: Path) -> None:
     error = capsys.readouterr().err
-    assert re.search("no Slurm script can hold|may not stand in it", error) and error.count("\n") == 1, error
+    assert re.search("a Slurm script cannot contain|is not allowed", error) and error.count("\n") == 1, error
     assert not script.exists()

@@ -21,7 +21,7 @@ PYTHON = f"--export=ALL,MC2_PYTHON={sys.executable}"
 
 @pytest.fixture
 def pool(tmp_path) -> Path:
-    """Three shards of English captions and their images, and metadata for them."""
+    """Three shards of English captions and images, and metadata for them."""
     image = io.BytesIO()
     Image.new("RGB", (16, 16), "grey").save(image, "JPEG")
     for shard in range(3):
@@ -44,7 +44,7 @@ def submit(cluster, folder: Path, script: str, *words: object, options: tuple[st
 
 
 def test_curation_by_arrays_equals_this_machine(slurm_cluster, pool, tmp_path):
-    """Though the job that sees to it is warned of its time limit and goes back to the queue."""
+    """Even if the job that supervises it is warned of its time limit and requeued."""
     rest = [pool, "--metadata", tmp_path / "metadata"]
     tasks = ["--slurm", "mem_per_cpu_gb=1", "--tasks", "2"]
     job_id = submit(slurm_cluster, tmp_path, "curate.sbatch", "match", *rest, "--out", tmp_path / "arrays", *tasks)
@@ -59,7 +59,7 @@ def test_curation_by_arrays_equals_this_machine(slurm_cluster, pool, tmp_path):
     for name in files:
         assert (tmp_path / "arrays" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
     jobs = slurm_cluster.command("scontrol", "show", "job", "--oneliner").splitlines()
-    own = [line for line in jobs if str(tmp_path) in line]  # other tests' jobs are shown for a while
+    own = [line for line in jobs if str(tmp_path) in line]  # other tests' jobs stay listed for a while
     assert sum("JobName=mc2-match " in line and "ArrayTaskId=" in line for line in own) == 2
 
 
@@ -72,7 +72,7 @@ def test_curation_that_cannot_be_done_is_tried_three_times(slurm_cluster, tmp_pa
 
 
 def test_bench_runs_on_every_node(slurm_cluster, tmp_path):
-    """With a benchmark that says where it ran, in place of one that takes minutes."""
+    """With a benchmark that only prints where it ran, instead of one that takes minutes."""
     python = tmp_path / "python"
     python.write_text('#!/bin/bash\nprintf "%s\\n" "$SLURMD_NODENAME" "${SLURM_PROCID-no rank}" "$@" >"$6"\n')
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""`mc2 train --slurm` on a real Slurm: disturbed in every way, a job ends as it would have undisturbed."""
+"""`mc2 train --slurm` on a real Slurm: after any disturbance, a job ends like an undisturbed one."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class Job:
         slurm = ("nodes=2", "gpus=0", "ranks=1", "cpus=1", "time=20", *slurm)
         result = subprocess.run(
             [sys.executable, "-m", "mc2_hpc.cli", *words, "--slurm", *slurm],
-            env={**self.cluster.env, "CUDA_VISIBLE_DEVICES": ""},  # gloo, whatever machine this is
+            env={**self.cluster.env, "CUDA_VISIBLE_DEVICES": ""},  # use gloo on every machine
             capture_output=True,
             text=True,
             timeout=120,
@@ -57,7 +57,7 @@ class Job:
         self.cluster.wait_until(f"step {step} of {self.output.name}", reached)
 
     def wait_for_more_steps(self) -> None:
-        """More than any start before this one came to."""
+        """Wait until there are more steps than any earlier start reached."""
         self.wait_for_step(max(self.rows()) + 3)
 
     def wait_for_restart(self, number: int, timeout_s: float = 120) -> None:
@@ -77,7 +77,7 @@ class Job:
                 if python and wanted <= set((path / "environ").read_bytes().split(b"\0")):
                     found.append(int(path.name))
             except OSError:
-                continue  # has ended meanwhile
+                continue  # it has ended
         return sorted(found)
 
     def finish(self) -> dict[str, str]:
@@ -130,17 +130,17 @@ def test_job_survives_signal_requeue_kill_and_node_failure(make_job, undisturbed
     assert "SIGUSR1: saved after step" in job.log()
     saved = int(job.newest().removeprefix("step-"))
     assert 8 <= saved < STEPS
-    # Preemption: SIGTERM, then Slurm queues the job again itself, once.
+    # Preemption: SIGTERM, then Slurm itself requeues the job, once.
     job.wait_for_more_steps()
     slurm_cluster.command("scontrol", "requeue", job.id)
     job.wait_for_restart(2)
     assert "SIGTERM: saved after step" in job.log()
-    # A rank dies: the others end with it, and the job starts again at the newest checkpoint.
+    # A rank is killed: the others end too, and the job restarts from the newest checkpoint.
     job.wait_for_more_steps()
     trainer, *_ = job.rank(1)
     os.kill(trainer, signal.SIGKILL)
     job.wait_for_restart(3)
-    # A node fails: Slurm ends the job's rest and queues the job again itself.
+    # A node fails: Slurm ends the rest of the job and requeues it itself.
     job.wait_for_more_steps()
     slurm_cluster.command("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     job.wait_for_restart(4)
@@ -167,7 +167,7 @@ def test_cancelled_job_saves_stays_cancelled_and_is_continued_by_another(make_jo
 
 
 @pytest.mark.slow  # Slurm counts time limits in minutes
-def test_time_limit_is_no_end(make_job, slurm_cluster):
+def test_time_limit_does_not_end_the_run(make_job, slurm_cluster):
     job = make_job()
     job.submit("steps=100000", "checkpoint.every=100000", "log_every=10", slurm=("time=2", "signal=USR1@30"))
     job.wait_for_restart(1, timeout_s=200)
@@ -177,7 +177,7 @@ def test_time_limit_is_no_end(make_job, slurm_cluster):
     slurm_cluster.command("scancel", job.id)
 
 
-def test_loss_that_is_no_number_is_not_requeued(make_job):
+def test_non_finite_loss_is_not_requeued(make_job):
     job = make_job()
     job.submit("optim.lr=1e30", "optim.warmup=0")
     ended = job.finish()
@@ -196,7 +196,7 @@ def test_job_that_always_dies_is_given_up(make_job, tmp_path):
     job.submit(slurm=(f"env={environment}",))
     ended = job.finish()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "1"), job.log()
-    assert "1 starts of job" in job.log() and "no checkpoint after the beginning: given up" in job.log()
+    assert "giving up after 1 starts of job" in job.log() and "without a new checkpoint (newest: none)" in job.log()
 
 
 def test_script_by_hand_says_bad_input_once(slurm_cluster, module_config, tmp_path):

@@ -1,4 +1,4 @@
-"""What `mc2 train --slurm` writes and refuses, and what rank.sh and the count of starts decide, without a cluster."""
+"""What `mc2 train --slurm` writes and rejects, and the decisions of rank.sh and the start limit, without a cluster."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def script_of(capsys, *words: object) -> str:
 
 
 def header(script: str) -> dict[str, str]:
-    """Options of the script's #SBATCH lines, read as sbatch reads them."""
+    """The script's #SBATCH options, parsed as sbatch does."""
     lines = re.findall(r"^#SBATCH (.*)$", script, flags=re.MULTILINE)
     return dict(shlex.split(line)[0].removeprefix("--").partition("=")[::2] for line in lines)
 
@@ -55,7 +55,7 @@ def test_dry_run_prints_the_filled_script(config, tmp_path, capsys):
     assert f"\nset -- {config} optim.lr=1e-4 'output=a b' --timeout=600\n" in script
     assert script.index("#SBATCH --mem=0") < script.index("\nset -- ") < script.index("\nsrun ")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert not list(tmp_path.glob("100*")), "a dry run makes no folder"
+    assert not list(tmp_path.glob("100*")), "a dry run must not create a folder"
 
 
 def test_what_is_not_given_is_as_shipped(config, capsys):
@@ -111,10 +111,10 @@ def test_words_commas_and_flags(config, capsys):
         (["--slurm", "time="], "--slurm time=: the value is empty"),
         (["--slurm", "comment=a\n#SBATCH --nodes=9"], "SBATCH --nodes=9' has a line break"),
         (["--slurm", "gpus=0"], "--slurm gpus=0: how many ranks per node? add ranks=N"),
-        (["--slurm", "gpus=four"], "--slurm gpus=four: must be a whole number per node, with a type or without"),
+        (["--slurm", "gpus=four"], "--slurm gpus=four: must be a whole number per node, with or without a type"),
         (["--slurm", "gpus=a100:"], "--slurm gpus=a100:: must be a whole number per node"),
-        (["--slurm", "gpus=2", "gres=gpu:a100:2"], "--slurm gpus=2 gres=gpu:a100:2: ask for GPUs once"),
-        (["--slurm", "gpus-per-task=1"], "--slurm gpus-per-task=1: ask for GPUs once, by gpus=N (per node) or by gres"),
+        (["--slurm", "gpus=2", "gres=gpu:a100:2"], "--slurm gpus=2 gres=gpu:a100:2: request GPUs once"),
+        (["--slurm", "gpus-per-task=1"], "--slurm gpus-per-task=1: request GPUs once, with gpus=N (per node) or gres"),
         (["--slurm", "nodes=" + "9" * 5000], "must be a whole number of at least 1"),
         (["--slurm", "gpus=" + "9" * 5000], "must be a whole number per node"),
         (["--slurm", "gpus=a100:0"], "--slurm gpus=0: how many ranks per node? add ranks=N"),
@@ -151,7 +151,7 @@ def test_starts_without_a_new_checkpoint_are_bounded(tmp_path):
     latest = tmp_path / "checkpoints" / "latest"
     latest.parent.mkdir()
     assert [slurm.count_start(tmp_path, "7", max_starts=2) for _ in range(2)] == [1, 2]
-    with pytest.raises(UserError, match="2 starts of job 7 and no checkpoint after the beginning: given up"):
+    with pytest.raises(UserError, match=r"giving up after 2 starts of job 7 without a new checkpoint \(newest: none\)"):
         slurm.count_start(tmp_path, "7", max_starts=2)
     with pytest.raises(UserError):
         slurm.count_start(tmp_path, "7", max_starts=2)
@@ -159,7 +159,7 @@ def test_starts_without_a_new_checkpoint_are_bounded(tmp_path):
     assert slurm.count_start(tmp_path, "8", max_starts=2) == 2
     latest.write_text("step-00000020\n")
     assert [slurm.count_start(tmp_path, "8", max_starts=2) for _ in range(2)] == [1, 2]
-    with pytest.raises(UserError, match="no checkpoint after step-00000020"):
+    with pytest.raises(UserError, match="newest: step-00000020"):
         slurm.count_start(tmp_path, "8", max_starts=2)
 
 
@@ -187,7 +187,7 @@ def test_first_start_is_let_through(config, monkeypatch):
         (0, "exit 75", 75),
         (1, "exit 127", 255),
         (1, "kill -9 $$", 137),
-        # The signal reaches the shell as well: it waits for what the trainer answers.
+        # The shell gets the signal too; it must wait for the trainer's exit code.
         (0, "trap 'exit 69' USR1; kill -USR1 $PPID; kill -USR1 $$; sleep 1; exit 3", 69),
     ],
 )

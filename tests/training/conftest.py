@@ -1,4 +1,4 @@
-"""torchrun, for the tests that start ranks with it."""
+"""torchrun, for tests that start ranks with it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""One rank whose first checkpoint is written only when the second one is due: prints what happened in which order.
+"""One rank whose first checkpoint is written only when the second one is due; prints the order of events.
 
 python saving_worker.py CONFIG overrides...
 """
@@ -26,7 +26,7 @@ def write_late(path, tensors):
         if "checkpoint.background=false" not in sys.argv:
             if not next_save.wait(60):
                 events.append("training waited for the files")
-            time.sleep(0.5)  # a save that did not wait for this one would be ahead of it by now
+            time.sleep(0.5)  # a save that does not wait for this one would overtake it
         events.append(f"wrote {path.parent.name}")
     write(path, tensors)
 

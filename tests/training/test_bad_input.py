@@ -1,4 +1,4 @@
-"""Bad input to ``mc2 train``: one line that says what, where and how to mend it; exit code 2; nothing lost."""
+"""Bad input to ``mc2 train``: one line that says what, where and how to fix it; exit code 2; nothing lost."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def train(module_config, tmp_path, capfd):
 
 @pytest.fixture
 def run_training(module_config, fork_server, tmp_path):
-    """The same in a process of its own, with all that it logs: DeepSpeed starts once a process."""
+    """The same in a separate process, with all its logs: DeepSpeed can start only once per process."""
 
     def run(*overrides):
         command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(module_config), f"output={tmp_path / 'run'}"]
@@ -124,7 +124,7 @@ def test_damaged_checkpoint_falls_back_loudly(run_training, tmp_path):
     shutil.rmtree(run / "checkpoints/step-00000002")
     (run / "checkpoints/step-00000001/trainer.json").write_text("{}")
     code, text = run_training()
-    assert code == 2 and "none of the 1 checkpoints is whole" in text
+    assert code == 2 and "no intact checkpoint among 1;" in text
 
 
 def test_half_written_checkpoint_is_ignored_and_removed(run_training, tmp_path):
@@ -139,7 +139,7 @@ def test_half_written_checkpoint_is_ignored_and_removed(run_training, tmp_path):
 
 
 def test_corrupt_samples_are_counted(run_training, tiny_pool, tmp_path):
-    """Truncated images and captions that are not UTF-8 are skipped and counted, in the log and the checkpoint."""
+    """Truncated images and non-UTF-8 captions are skipped and counted, in the log and the checkpoint."""
     shards = tmp_path / "shards"
     shutil.copytree(tiny_pool.shards, shards)
     good = (shards / "00000.tar").read_bytes()

@@ -16,7 +16,7 @@ from mc2_hpc.conversion.convert import convert
 from mc2_hpc.models.weights import TensorFiles, load_clip
 from mc2_hpc.training.checkpoint import find_damage
 
-STEPS = 60  # long enough that a kill after the checkpoint of step 10 comes before the end
+STEPS = 60  # long enough to kill the run between the checkpoint of step 10 and the end
 
 
 def rows(run):
@@ -29,7 +29,7 @@ def tensors(checkpoint, prefix):
 
 
 def train(ranks_of, config, run, processes=2, *overrides, **options):
-    """``ranks_of``, or ``torchrun`` in its place."""
+    """Train with ``ranks_of``, or with ``torchrun`` in its place."""
     arguments = [f"output={run}", f"steps={STEPS}", "checkpoint.every=10", *overrides]
     return ranks_of(processes, "-m", "mc2_hpc.cli", "train", config, *arguments, **options)
 
@@ -43,7 +43,7 @@ def undisturbed(ranks_of, module_config, tmp_path_factory):
 
 
 def start(config, run, *options):
-    """The same run, started as a user would on one machine."""
+    """The same run, started as a user would on a single machine."""
     command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(config), "--processes", "2", *options]
     return subprocess.Popen(
         [*command, f"output={run}", f"steps={STEPS}", "checkpoint.every=10"],
@@ -63,13 +63,13 @@ def wait_for_checkpoint(process, run):
 
 
 def processes_of(run):
-    """Ids of all processes that have the run on their command line, by rank; the launcher's is under ``None``."""
+    """Ids of all processes with the run in their command line, by rank; the launcher's is under ``None``."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes().split(b"\0")
         except OSError:
-            continue  # ended meanwhile
+            continue  # it has ended
         if str(run).encode() in command:
             rank = next((int(line[5:]) for line in environment if line.startswith(b"RANK=")), None)
             found[rank] = int(folder.name)
@@ -78,7 +78,7 @@ def processes_of(run):
 
 @pytest.fixture(scope="module")
 def killed(module_config, tmp_path_factory):
-    """The same run, all its processes killed with -9 soon after the checkpoint of step 10; tests resume copies."""
+    """The same run, all its processes killed with -9 soon after the checkpoint of step 10; tests resume from copies."""
     run = tmp_path_factory.mktemp("killed")
     process = start(module_config, run)
     wait_for_checkpoint(process, run)
@@ -127,7 +127,7 @@ def same_bits(found_run, expected_run):
 
 
 def test_resumes_bitwise_after_kill(torchrun, undisturbed, killed, module_config, tmp_path):
-    """Under torchrun, with processes that are ranks as any user's are."""
+    """Under torchrun, with real processes as ranks, like a user's."""
     resumed(torchrun, module_config, killed, tmp_path)
     same_bits(tmp_path, undisturbed)
 
@@ -147,7 +147,7 @@ def test_restarts_by_itself_when_a_rank_is_killed(undisturbed, module_config, tm
 def test_resumes_on_other_ranks_and_stages(
     ranks_of, undisturbed, killed, module_config, tmp_path, open_clip, processes, stage
 ):
-    """10 steps on 2 ranks at stage 1, the rest elsewhere: the same samples, so the same losses up to rounding."""
+    """10 steps on 2 ranks at stage 1, the rest with other settings: same samples, so same losses up to rounding."""
     resumed(ranks_of, module_config, killed, tmp_path, processes, f"zero.stage={stage}")
     before, after = rows(undisturbed), rows(tmp_path)
     assert before.keys() == after.keys()
@@ -158,12 +158,12 @@ def test_resumes_on_other_ranks_and_stages(
     ]
     assert trainer[0]["position"] == trainer[1]["position"]
     assert trainer[1]["world_size"] == processes
-    # Whatever wrote it, the checkpoint converts, and open_clip computes what our model does.
+    # The checkpoint converts, whatever settings wrote it, and open_clip gives our model's outputs.
     out = convert(tmp_path, "open_clip", tmp_path / "open_clip")
     theirs = open_clip.create_model_and_transforms(f"local-dir:{out}")[0].eval()
     ours, _ = load_clip(tmp_path)
     images, tokens = torch.randn(2, 3, 32, 32), torch.tensor([[0, 7, 9, 2], [0, 8, 2, 1]])
-    padded = torch.nn.functional.pad(tokens, (0, 20), value=1)  # open_clip wants whole rows
+    padded = torch.nn.functional.pad(tokens, (0, 20), value=1)  # open_clip needs full-length rows
     with torch.no_grad():
         image_features, text_features, scale = ours(images, tokens)
         expected = scale.exp() * image_features @ text_features.T

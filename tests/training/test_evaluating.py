@@ -1,4 +1,4 @@
-"""Evaluation during training: `mc2 eval`'s numbers, the best checkpoint kept, and training untouched by it."""
+"""Evaluation during training: same numbers as `mc2 eval`, best checkpoint kept, training unaffected."""
 
 import json
 
@@ -19,7 +19,7 @@ STEPS, EVERY = 12, 4
 
 @pytest.fixture(scope="module")
 def extensions(tmp_path_factory):
-    """Where PyTorch would put what it compiles."""
+    """The folder in which PyTorch would build extensions."""
     return tmp_path_factory.mktemp("extensions")
 
 
@@ -32,7 +32,7 @@ def starter(extensions, fork_server):
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    """Sixteen images with captions in two languages, and a set that is not there."""
+    """Sixteen images with captions in two languages, and a set that does not exist."""
     folder = tmp_path_factory.mktemp("sets")
     pairs = list(draw_pairs(16))
     (folder / "squares" / "images").mkdir(parents=True)
@@ -60,14 +60,14 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(config, starter, tmp_path_factory):
-    """A run that evaluates nothing."""
+    """A run without evaluation."""
     folder = tmp_path_factory.mktemp("plain")
     assert starter.run(matrix.job(config, folder)) == 0
     return folder
 
 
 def train(config, folder, starter, suite, *overrides, **options):
-    """The exit code of two ranks that evaluate the suite every 4 steps."""
+    """Train on two ranks that evaluate the suite every 4 steps; returns the exit code."""
     changes = [f"eval.suite={suite}", f"eval.every={EVERY}", "eval.batch=3", *overrides]
     code = starter.run(matrix.job(config, folder, overrides=changes, **options))
     assert code in (0, SAVED), (folder / "log").read_text()
@@ -80,7 +80,7 @@ def evaluations(folder):
 
 
 def same_numbers(found, expected):
-    """Two sets of results, but for the time they took."""
+    """Whether two sets of results are equal, ignoring their times."""
     found, expected = ({key: value for key, value in entry.items() if key != "seconds"} for entry in (found, expected))
     for part in ("mean", "embedding_mean"):
         assert found.pop(part) == pytest.approx(expected.pop(part), abs=1e-5)
@@ -107,7 +107,7 @@ def test_changes_no_bit_of_the_training_and_equals_mc2_eval(config, starter, sui
 
 
 def test_the_best_checkpoint_stays(config, starter, suite, tmp_path):
-    """With nothing learnt the first evaluation stays the best, long after two newer checkpoints."""
+    """If nothing is learnt, the first evaluation stays the best, even after several newer checkpoints."""
     assert train(config, tmp_path, starter, suite, "optim.lr=0") == 0
     rows = evaluations(tmp_path)
     assert [rows[step]["best"] for step in (4, 8, 12)] == [True, False, False]
@@ -120,7 +120,7 @@ def test_the_best_checkpoint_stays(config, starter, suite, tmp_path):
 
 
 def test_partitioned_weights_are_evaluated_whole(config, starter, suite, tmp_path):
-    """Stage 3 on three ranks: the numbers of the checkpoint that it saved."""
+    """Stage 3 on three ranks gives the same numbers as the checkpoint that it saved."""
     options = ["zero.stage=3", "zero.persist_below_elements=0", "steps=4"]
     assert train(config, tmp_path, starter, suite, *options, processes=3) == 0
     assert main(["eval", str(tmp_path / "run"), "--suite", str(suite), "--out", str(tmp_path / "eval")]) == 0
@@ -129,7 +129,7 @@ def test_partitioned_weights_are_evaluated_whole(config, starter, suite, tmp_pat
 
 
 def test_a_signal_ends_an_evaluation_and_the_next_start_does_it(config, starter, suite, plain, tmp_path):
-    """Between two saves, so that the state is saved because of the signal."""
+    """Between two saves, so that the signal causes the save."""
     changes = ["checkpoint.every=100", "eval.every=6"]
     fault = {"at": "evaluation", "step": 6, "rank": 1, "do": ["TERM"]}
     assert train(config, tmp_path, starter, suite, *changes, faults=[fault]) == SAVED
@@ -141,7 +141,7 @@ def test_a_signal_ends_an_evaluation_and_the_next_start_does_it(config, starter,
 
 
 def test_nothing_is_compiled_to_train_on_a_cpu(plain, extensions):
-    """A process killed while it compiles leaves a lock that the next ones would wait for."""
+    """A process killed while compiling leaves a lock that later ones would wait for."""
     assert list(extensions.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The example that trains from Python prints the losses that the run wrote down."""
+"""The example that trains from Python prints the losses that the run logged."""
 
 import json
 import subprocess

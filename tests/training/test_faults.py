@@ -1,4 +1,4 @@
-"""Every row of the fault matrix: what breaks, the run that goes on equals the one that nothing happened to."""
+"""Every row of the fault matrix: after any fault, the resumed run equals the undisturbed one."""
 
 import json
 
@@ -25,7 +25,7 @@ def undisturbed(config, starter, tmp_path_factory):
 
 
 def test_undisturbed(undisturbed):
-    """What the rows are compared with: each epoch has every sample once."""
+    """The reference for the rows: each epoch has every sample once."""
     assert account(undisturbed) == {"steps_lost": 0, "recovery_seconds": None}
     assert count_samples(undisturbed) == {"samples_lost": 0, "samples_repeated": 0}
     assert sorted(losses(undisturbed)) == list(range(1, STEPS + 1))

@@ -1,4 +1,4 @@
-"""What a run refuses to save, or to go on from in silence."""
+"""What a run refuses to save, and what it does not accept silently."""
 
 import shutil
 
@@ -23,8 +23,8 @@ def config(tmp_path):
     return write_config(tmp_path / "run.yaml", write_pool(tmp_path), **values)
 
 
-def test_a_scale_that_is_no_number_is_not_saved(config, starter, tmp_path):
-    """Its gradient is in no norm: only the scale itself shows it, in the step of a save too."""
+def test_a_non_finite_scale_is_not_saved(config, starter, tmp_path):
+    """The norm does not include its gradient, so only the scale itself shows it, even in the step of a save."""
     fault = {"at": "mid-step", "step": 4, "rank": 1, "do": ["poison scale"]}
     job = matrix.job(config, tmp_path / "job", faults=[fault])
     assert starter.run(job) == 1
@@ -36,7 +36,7 @@ def test_a_scale_that_is_no_number_is_not_saved(config, starter, tmp_path):
 
 @pytest.mark.parametrize("whom", ["", "launcher:"])
 def test_ctrl_c_saves_and_the_same_command_continues(config, starter, tmp_path, whom):
-    """Between two saves, in one rank of two or in the launcher of both."""
+    """Between two saves, sent to one of two ranks or to their launcher."""
     fault = {"at": "mid-step", "step": 3, "rank": 1, "do": [f"{whom}INT"]}
     job = matrix.job(config, tmp_path / "job", faults=[fault], step_seconds=0.1)
     assert starter.run(job) == SAVED
@@ -48,7 +48,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, starter, tmp_path, 
     assert f"resuming {saved}" in (tmp_path / "job" / "log").read_text()
 
 
-def test_shards_that_went_are_said_on_resume(config, starter, tmp_path):
+def test_missing_shards_are_reported_on_resume(config, starter, tmp_path):
     job = matrix.job(config, tmp_path / "job")
     assert starter.run({**job, "stop_after": 4}) == SAVED
     assert starter.run({**job, "stop_after": 6}) == SAVED

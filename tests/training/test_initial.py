@@ -1,4 +1,4 @@
-"""Where a run's model comes from: every format, its architecture and tokenizer, weights out of wrappers."""
+"""A run's initial model: every format, its architecture and tokenizer, weights of wrapped models."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from tests.faults.tiny_run import write_config
 
 @pytest.fixture
 def config(tiny_pool, tmp_path):
-    """``config(*overrides, **model)``: a run into ``tmp_path / "run"`` whose model section is ``model`` alone."""
+    """``config(*overrides, **model)``: a run into ``tmp_path / "run"`` whose model section is just ``model``."""
 
     def load(*overrides, **model):
         path = write_config(tmp_path / "new.yaml", tiny_pool, output=str(tmp_path / "run"), model=model)
@@ -33,7 +33,7 @@ def config(tiny_pool, tmp_path):
 
 @pytest.fixture
 def trained(tiny_pool, tmp_path):
-    """A model folder of ours with quick GELU, which no preset of its size has, and its model."""
+    """A model folder in our format with quick GELU, which no preset of its size has, and its model."""
     arch = resolve(load_config(write_config(tmp_path / "old.yaml", tiny_pool)).model)
     arch = dataclasses.replace(arch, quick_gelu=True)
     clip = build_clip(arch, seed=5)
@@ -82,7 +82,7 @@ def test_the_config_refines_the_source_and_a_preset_takes_its_place(config, trai
 
 
 def test_a_resumed_run_has_its_checkpoints_model(config, trained):
-    """The source may have gone by then."""
+    """The source may no longer exist then."""
     folder, clip = trained
     run = config(init_from="/nowhere/model")
     with process_group() as ranks:
@@ -93,7 +93,7 @@ def test_a_resumed_run_has_its_checkpoints_model(config, trained):
                 pass
 
 
-def test_another_tokenizer_needs_a_word(config, trained, tmp_path):
+def test_another_tokenizer_must_be_allowed(config, trained, tmp_path):
     folder, _ = trained
     other = train_tokenizer(["a lime dune"] * 9, tmp_path / "other.model", vocab_size=20, style="xlmv").model_file
     with process_group() as ranks:
@@ -110,7 +110,7 @@ def test_another_tokenizer_needs_a_word(config, trained, tmp_path):
 
 
 def wrap(path, prefix):
-    """Save the weights as a wrapped model's, with the scale in a list."""
+    """Save the weights as those of a wrapped model, with a one-element scale."""
     weights = load_file(path)
     weights["logit_scale"] = weights["logit_scale"].reshape(1)
     save_file({prefix(name): tensor for name, tensor in weights.items()}, path)
@@ -140,5 +140,5 @@ def test_weights_of_wrapped_models(trained, tmp_path, prefix):
 
 def test_one_weight_twice_is_refused(tmp_path):
     save_file({"a.b": torch.zeros(1), "module.a.b": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="'a.b' and 'module.a.b' are one weight"):
+    with pytest.raises(UserError, match="'a.b' and 'module.a.b' are the same weight"):
         UnwrappedTensorFiles(tmp_path, "model")

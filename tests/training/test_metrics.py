@@ -1,4 +1,4 @@
-"""What a row shows is the run's: all ranks, and all steps since the row before."""
+"""A row of metrics covers all ranks, and all steps since the previous row."""
 
 import json
 import sys
@@ -20,13 +20,13 @@ STEPS, EVERY = 12, 4
 
 
 def lang_of(key):
-    """Uneven over the keys, so over ranks and rows too."""
+    """Unevenly distributed over keys, and so over ranks and rows."""
     return "de" if int(key) % 5 == 0 or int(key) > 150 else "en"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A pool in two languages with a damaged image in six."""
+    """A pool in two languages in which every sixth image is damaged."""
     folder = tmp_path_factory.mktemp("pool")
     pool = write_pool(folder)
     pairs = [pair._replace(lang=lang_of(pair.key)) for pair in draw_pairs(240)]
@@ -38,7 +38,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(config, fork_server, tmp_path_factory):
-    """Folders of the same two ranks' run with a row per step and with a row per four steps."""
+    """Folders of the same two-rank run, with a row per step and with a row per four steps."""
     starter = matrix.Starter(fork_server)
     folders = {}
     for every in (1, EVERY):
@@ -73,7 +73,7 @@ def test_languages_are_those_of_all_ranks(runs):
 
 
 def test_skips_are_those_of_all_ranks(config, runs):
-    """Counted again by loaders of both ranks, which in this pool skip differing numbers."""
+    """Compared with the loaders of both ranks, which skip different numbers of samples in this pool."""
     run = load_config(config)
     loaders = [
         TrainLoader(

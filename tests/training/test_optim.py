@@ -1,4 +1,4 @@
-"""Learning-rate schedule and AdamW groups against open_clip's."""
+"""Learning-rate schedule and AdamW groups, compared with open_clip's."""
 
 import pytest
 import torch

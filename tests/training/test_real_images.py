@@ -1,4 +1,4 @@
-"""The whole path on real photographs: CIFAR-10 captioned in five languages; 32 web pairs as img2dataset writes them."""
+"""The full pipeline on real images: CIFAR-10 captioned in five languages, and 32 web pairs from img2dataset."""
 
 import json
 
@@ -16,7 +16,7 @@ from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.evaluation.zero_shot import build_classifier, top_k_accuracy
 from mc2_hpc.tar import write_tar
 
-# Class names and sentence forms by language.
+# Class names and caption templates by language.
 NAMES = {
     "en": "airplane automobile bird cat deer dog frog horse ship truck".split(),
     "de": "Flugzeug Auto Vogel Katze Hirsch Hund Frosch Pferd Schiff Lastwagen".split(),
@@ -37,7 +37,7 @@ STEPS = 300
 
 @pytest.fixture(scope="module")
 def curated(shared_data, tmp_path_factory):
-    """10,000 training photographs with one caption each, curated; and a tokenizer trained on their captions."""
+    """10,000 curated training images with one caption each, and a tokenizer trained on the captions."""
     folder = tmp_path_factory.mktemp("cifar")
     rng = np.random.default_rng(0)
     table = pq.read_table(shared_data / "cifar10-train.parquet").slice(0, 10_000).to_pylist()
@@ -118,7 +118,7 @@ def test_learns_cifar_in_five_languages(curated, shared_data, ranks_of, tmp_path
 
 
 def test_reads_a_web_shard(shared_data, tmp_path):
-    """A tar of jpg, txt and json per pair, as img2dataset writes it, needs no curation to be trained on."""
+    """A tar from img2dataset, with jpg, txt and json per pair, can be trained on without curation."""
     tokenizer = train_tokenizer(
         [f"word{i} and some others {i % 7}" for i in range(500)], tmp_path / "sp.model", vocab_size=120, style="xlmv"
     )

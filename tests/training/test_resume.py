@@ -1,4 +1,4 @@
-"""A resumed run: what must not change, what may with a word, what may without."""
+"""A resumed run: what must not change, what may change with a warning, and what may change silently."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from tests.faults.tiny_run import write_config
 
 @pytest.fixture
 def resume(tiny_pool, tmp_path):
-    """``resume(*overrides, tokenizer=..., style=...)``: what changed since a checkpoint after 8 steps of 8."""
+    """``resume(*overrides, tokenizer=..., style=...)``: the changes since a checkpoint after 8 of 8 steps."""
     values = {"steps": 8, "optim": {"lr": 1e-3, "warmup": 2}}
     path = write_config(tmp_path / "run.yaml", tiny_pool, **values)
     before = load_config(path)
@@ -27,7 +27,7 @@ def resume(tiny_pool, tmp_path):
     folder.mkdir()
     write_card(folder, ModelCard(arch=resolve(before.model), tokenizer_style="xlmv"))
     (folder / TOKENIZER_FILE).write_bytes(tiny_pool.tokenizer.read_bytes())
-    saved = json.loads(json.dumps(config_to_dict(before)))  # as trainer.json has it
+    saved = json.loads(json.dumps(config_to_dict(before)))  # as in trainer.json
     checkpoint = Checkpoint(folder=folder, trainer={"step": 8, "config": saved})
 
     def compare(*overrides, tokenizer=tiny_pool.tokenizer, style="xlmv", config=None, **arch):
@@ -40,7 +40,7 @@ def resume(tiny_pool, tmp_path):
 
 
 def test_every_key_of_the_table_is_a_setting(tiny_pool, tmp_path):
-    """No key is in two parts, so a renamed setting shows here."""
+    """No key is in both tables, and a renamed setting fails here."""
     config = config_to_dict(load_config(write_config(tmp_path / "run.yaml", tiny_pool)))
     for key in (*FIXED, *SAID):
         found = config
@@ -50,7 +50,7 @@ def test_every_key_of_the_table_is_a_setting(tiny_pool, tmp_path):
     assert not set(FIXED) & set(SAID) and set(SCHEDULE) <= set(SAID)
 
 
-def test_the_same_settings_are_no_news(resume):
+def test_the_same_settings_warn_of_nothing(resume):
     assert resume() == []
 
 
@@ -66,7 +66,7 @@ def test_the_same_settings_are_no_news(resume):
         "seed=9",
     ],
 )
-def test_what_changes_speed_alone_is_silent(resume, override):
+def test_what_changes_only_speed_is_silent(resume, override):
     assert resume(override) == []
 
 
@@ -79,11 +79,11 @@ def test_what_changes_speed_alone_is_silent(resume, override):
         ("data.crop_scale=[0.5,1.0]", "data.crop_scale [0.9, 1.0] -> [0.5, 1.0]"),
     ],
 )
-def test_what_may_change_is_said(resume, override, line):
+def test_what_may_change_is_reported(resume, override, line):
     assert resume(override) == [line]
 
 
-def test_the_jump_of_the_learning_rate_is_said(resume, caplog):
+def test_the_jump_of_the_learning_rate_is_reported(resume, caplog):
     lines = resume("steps=16")
     now = config_from_dict({"optim": {"lr": 1e-3, "warmup": 2}}).optim
     last, following = learning_rate(7, total=8, config=now), learning_rate(8, total=16, config=now)
@@ -107,8 +107,8 @@ def test_the_jump_of_the_learning_rate_is_said(resume, caplog):
     ids=lambda value: str(value)[:30],
 )
 def test_what_must_not_change_is_refused(resume, change, words):
-    """Heads and activation are in no weight's shape: the run would go on with another function."""
-    with pytest.raises(UserError, match="keep .*, or start anew with another output") as error:
+    """Heads and activation do not show in any weight's shape: the run would continue as another function."""
+    with pytest.raises(UserError, match="keep .*, or start from scratch with another output") as error:
         resume(*change.pop("overrides", []), **change)
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -126,6 +126,6 @@ def test_the_same_tokenizer_may_lie_elsewhere(resume, tiny_pool, tmp_path):
     assert resume(f"data.tokenizer={copy}", tokenizer=copy) == []
 
 
-def test_a_setting_that_an_older_version_did_not_have_is_said(resume):
+def test_a_setting_that_an_older_version_did_not_have_is_reported(resume):
     del resume.checkpoint.trainer["config"]["optim"]["grad_clip"]
     assert resume() == ["optim.grad_clip None -> 0.0"]

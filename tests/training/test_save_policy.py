@@ -1,4 +1,4 @@
-"""When a run saves, waits and leaves: decisions alone, without a trainer."""
+"""When a run saves, waits and stops: only the decisions, without a trainer."""
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ LAST = SaveActions(begin=True, finish=True, must_succeed=True)
 CASES = {
     "an ordinary step": (7, NOTHING, False, SaveActions()),
     "a save is due": (10, NOTHING, False, SaveActions(begin=True)),
-    "a save is due while one is under way": (10, NOTHING, True, SaveActions(begin=True)),
+    "a save is due while one is in progress": (10, NOTHING, True, SaveActions(begin=True)),
     "all have written": (7, WRITTEN, True, SaveActions(advance=True)),
     "all have written, and the next is due": (10, WRITTEN, True, SaveActions(advance=True, begin=True)),
-    "nothing is under way to have been written": (7, WRITTEN, False, SaveActions()),
+    "all have written, but no save is in progress": (7, WRITTEN, False, SaveActions()),
     "asked to stop": (7, STOP, False, SaveActions(begin=True, finish=True, must_succeed=True, leave=True)),
     "the last step": (25, NOTHING, False, LAST),
     "asked to stop in the last step": (25, STOP, False, LAST),
@@ -40,7 +40,7 @@ def test_in_the_foreground_every_save_is_waited_for():
     "counts, voted_in, expected",
     [
         (VoteCounts(stop=0, written=3), 11, WRITTEN),
-        (VoteCounts(stop=0, written=3), 10, NOTHING),  # on the save before that of step 10
+        (VoteCounts(stop=0, written=3), 10, NOTHING),  # about the save before that of step 10
         (VoteCounts(stop=0, written=2), 11, NOTHING),
         (VoteCounts(stop=1, written=0), 11, STOP),
     ],

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on; damaged ones are found, whatever the damage; nothing is unpickled."""
+"""Checkpoints are written while training continues; any damage is detected; nothing is unpickled."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ PRODUCT = [*Path(__file__).parents[2].glob("mc2_hpc/**/*.py"), *Path(__file__).p
 
 @pytest.fixture(scope="module")
 def train(module_config, fork_server, tmp_path_factory):
-    """``train(*overrides)``: run folder and events of 30 steps that save every 10."""
+    """``train(*overrides)``: run folder and events of a 30-step run that saves every 10 steps."""
 
     def run(*overrides):
         folder = tmp_path_factory.mktemp("run")
@@ -38,7 +38,7 @@ def saved(train):
     return train()
 
 
-def test_training_goes_on_while_files_are_written(saved):
+def test_training_continues_while_files_are_written(saved):
     _, events = saved
     assert "training waited for the files" not in events
     order = ["copied 10", "trained 20", "wrote .step-00000010.partial", "published 10", "copied 20", "published 20"]
@@ -50,7 +50,7 @@ def test_training_goes_on_while_files_are_written(saved):
 def test_stall_is_a_metric(saved):
     rows = [json.loads(line) for line in (saved[0] / "metrics.jsonl").read_text().splitlines()]
     stalls = {row["step"]: row["checkpoint_stall_seconds"] for row in rows}
-    # A row is written before the save of its step, which the next one therefore shows.
+    # A row is written before its step's save, so the next row shows that save.
     assert stalls[12] > 10 * stalls[10] > 0 and stalls[22] > 0.5  # the second save waited for the first
 
 
@@ -93,7 +93,7 @@ def test_damage_is_found_and_the_one_before_taken(saved, tmp_path, caplog, damag
     assert "step-00000030 is damaged" in caplog.text and words in caplog.text
     for step in (10, 20):
         damage(folder / f"step-{step:08d}")
-    with process_group() as ranks, pytest.raises(UserError, match="none of the 3 checkpoints is whole"):
+    with process_group() as ranks, pytest.raises(UserError, match="no intact checkpoint among 3;"):
         newest_checkpoint(folder, ranks)
 
 
@@ -124,8 +124,8 @@ HANDED_OVER = {
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: "/".join(path.parts[-2:]))
 def test_nothing_is_unpickled(path):
-    """No pickle, marshal, shelve, joblib, ``torch.load`` or ``numpy.load(allow_pickle=True)`` in the product; but for
-    what the driver of jobs hands to its own tasks, as datatrove's executors do."""
+    """No pickle, marshal, shelve, joblib, ``torch.load`` or ``numpy.load(allow_pickle=True)`` in the product, except
+    for what the job driver passes to its own tasks, as datatrove's executors do."""
     if path in HANDED_OVER:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Signals and exit codes: what ranks do when asked to stop, and what the launcher makes of it."""
+"""Signals and exit codes: what ranks do when asked to stop, and how the launcher reacts."""
 
 import os
 import signal
@@ -39,12 +39,12 @@ def test_verdict(codes, passed_on, expected):
 
 
 def rank(code):
-    """A command for the launcher."""
+    """A rank's command, for the launcher."""
     return [sys.executable, "-c", f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}"]
 
 
 def test_restarts_until_it_works(tmp_path):
-    """Rank 1 is killed in the first start; rank 0 would wait for ever and is ended."""
+    """Rank 1 is killed in the first start; rank 0 would wait forever and is killed by the launcher."""
     code = f"""
 path = {str(tmp_path)!r} + f"/{{rank}}"
 with open(path, "a") as file:
@@ -132,7 +132,7 @@ with stop.listening():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_before_the_first_step_a_signal_ends_a_rank_that_waits_for_others(number):
-    """The rendezvous waits inside a library, where no handler written in Python would run for a minute."""
+    """The rendezvous waits inside a library, where a handler written in Python would not run for a minute."""
     code = """
     from datetime import timedelta
     import torch.distributed as dist
@@ -175,10 +175,10 @@ def test_the_first_ctrl_c_asks_for_a_save_and_the_second_leaves():
 """
     process = listen(code)
     assert process.stdout.readline() == "SIGINT\n" and process.poll() is None
-    assert process.stderr.readline() == "mc2: saving because of SIGINT; another one leaves at once\n"
+    assert process.stderr.readline() == "mc2: saving because of SIGINT; press Ctrl-C again to exit at once\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == INTERRUPTED
-    assert process.stderr.read() == "mc2: interrupted again: leaving without another save\n"
+    assert process.stderr.read() == "mc2: interrupted again: exiting without another save\n"
 
 
 def test_nobody_asks_by_default():
@@ -199,7 +199,7 @@ BAD = {
     "no process": (["--processes", "0"], "--processes 0: must be at least 1"),
     "negative restarts": (["--processes", "2", "--restarts", "-1"], "--restarts -1: must be at least 0"),
     "restarts without processes": (["--restarts", "2"], "--restarts needs --processes"),
-    "restarts that begin anew": (["--processes", "2", "--restarts", "2", "checkpoint.resume=false"], "begin anew"),
+    "restarts from scratch": (["--processes", "2", "--restarts", "2", "checkpoint.resume=false"], "from scratch"),
 }
 
 

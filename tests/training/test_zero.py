@@ -1,4 +1,4 @@
-"""Every ZeRO stage, micro-batching and number of ranks trains as plain PyTorch with open_clip's loss does."""
+"""Every ZeRO stage, micro-batching and number of ranks trains like plain PyTorch with open_clip's loss."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def plain():
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for n, p in model.named_parameters() if n != "logit_scale"])
-        # Warm-up over 5 steps, then half a cosine over the other 15, written out.
+        # Warm-up over 5 steps, then cosine decay over the other 15, written out.
         lr = 1e-3 * (number + 1) / 5 if number < 5 else 0.5e-3 * (1 + math.cos(math.pi * (number - 5) / 15))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -49,7 +49,7 @@ def plain():
     return torch.tensor(rows, dtype=torch.float64), model.state_dict()
 
 
-# One rank is the plain case; 3 do not divide the batch of 16.
+# One rank is the plain case; 16 is not a multiple of 3.
 CASES_BY_RANKS = {
     1: ["zero1", "zero3_gradcache"],
     2: [name for name, *_ in worker.CASES],
@@ -59,7 +59,7 @@ CASES_BY_RANKS = {
 
 @pytest.fixture(scope="module")
 def trained(ranks_of, tmp_path_factory):
-    """Folder of what the worker wrote, by number of ranks."""
+    """The worker's output folder, by number of ranks."""
     folders = {}
     for ranks, names in CASES_BY_RANKS.items():
         folders[ranks] = tmp_path_factory.mktemp(f"zero{ranks}")
@@ -91,7 +91,7 @@ def test_weights_equal_plain_pytorch(trained, plain, ranks, name):
     for key, expected in reference.items():
         found = weights[key]
         if key.endswith("qkv.bias"):
-            # Softmax ignores a bias on the keys: its gradient is rounding noise, which Adam scales to full steps.
+            # Softmax is invariant to a bias on the keys: its gradient is rounding noise that Adam scales to full steps.
             width = expected.shape[0] // 3
             keep = [*range(width), *range(2 * width, 3 * width)]
             found, expected = found[keep], expected[keep]

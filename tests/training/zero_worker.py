@@ -1,4 +1,4 @@
-"""Trains 20 steps at every ZeRO stage on the ranks of a torchrun job; writes each step's numbers and the final weights.
+"""Trains 20 steps at every ZeRO stage on a torchrun job's ranks; writes each step's numbers and the final weights.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 zero_worker.py OUT [CASE ...]
 """
@@ -21,7 +21,7 @@ from mc2_hpc.training.step import ContrastiveStep
 
 STEPS, BATCH, CONTEXT = 20, 16, 12
 
-# (name, ZeRO stage, backward passes a step, precision, activation checkpointing)
+# (name, ZeRO stage, backward passes per step, precision, activation checkpointing)
 CASES = [
     *((f"zero{stage}", stage, 1, "fp32", False) for stage in range(4)),
     *((f"zero{stage}_gradcache", stage, 2, "fp32", False) for stage in range(4)),
@@ -32,7 +32,7 @@ CASES = [
 
 
 def run_config(stage: int, precision: str = "fp32", **top: object) -> RunConfig:
-    """A tiny run whose larger parameters ZeRO-3 really partitions."""
+    """A tiny run whose larger parameters ZeRO-3 does partition."""
     return config_from_dict(
         {
             "precision": precision,
@@ -65,7 +65,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def share(ranks: Ranks) -> slice:
-    """This rank's rows: unequal shares where the ranks do not divide the batch."""
+    """This rank's rows; shares are unequal if the batch is not a multiple of the ranks."""
     return slice(BATCH * ranks.rank // ranks.world_size, BATCH * (ranks.rank + 1) // ranks.world_size)
 
 
