@@ -357,7 +357,7 @@ def test_languages_without_matches_have_a_reason(tmp_path, metadata):
     write_shard(tmp_path / "pool", "s", [("a", "a dog", "en"), ("b", "nichts", "de"), ("c", "gar nichts", "de")])
     report = jobs.run(plan_run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1))["balance"]
     assert report["languages_without_matches"] == {
-        "de": "none of its 2 captions has an entry in it",
+        "de": "none of its 2 captions contains an entry",
         "ja": "no caption of the pool is in this language",
     }
 

@@ -266,7 +266,7 @@ def test_mass_curve(counts):
 def test_other_metadata_is_refused(two, tmp_path):
     for lang in ("en", "de"):
         write_json(tmp_path / "metadata" / f"{lang}.json", ["something", "else"])
-    with pytest.raises(UserError, match="is not the metadata that"):
+    with pytest.raises(UserError, match="was curated with another"):
         write_report(two, tmp_path / "metadata")
 
 

@@ -80,7 +80,7 @@ def test_benchmark_images_are_removed_from_tar_and_rows(tmp_path):
     rows = pq.read_table(tmp_path / "out" / "a.parquet")
     assert rows["key"].to_pylist() == [f"k{seed}" for seed in (0, 1, 3, 4, 6, 7) for _ in range(2)]
     assert members(tmp_path / "out" / "b.tar") == ["k9.jpg"]
-    assert result == {"pictures": 10, "images": 7, "removed": 3, "drops": {}}
+    assert result == {"images_read": 10, "images": 7, "removed": 3, "drops": {}}
     removed = [(row["key"], row["benchmark"], row["shard"]) for row in report(tmp_path / "out")]
     names = {seed: str(against / "class" / f"{seed}.png") for seed in (2, 5)}
     assert removed == [("k2", names[2], "a"), ("k5", names[5], "a"), ("k2", names[2], "b")]
@@ -116,7 +116,7 @@ def test_images_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
     result = jobs.run(plan_decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out"))
     assert members(tmp_path / "out" / "a.tar") == ["good.jpg"]
     assert set(pq.read_table(tmp_path / "out" / "a.parquet")["key"].to_pylist()) == {"good"}
-    assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"image_undecodable": 3}}
+    assert result == {"images_read": 4, "images": 1, "removed": 0, "drops": {"image_undecodable": 3}}
 
 
 def test_huge_images_are_not_decoded_in_full():
@@ -188,12 +188,12 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(UserError, match="no-images.tar: holds no benchmark images"):
         jobs.run(plan_decontaminate(shards, tmp_path / "no-images.tar", tmp_path / "out5"))
     (shards / "c.tar").write_bytes(b"broken")
-    with pytest.raises(UserError, match="1 of 2 .* failed.*c.tar: not a whole tar"):
+    with pytest.raises(UserError, match="1 of 2 .* failed.*c.tar: not a complete tar"):
         jobs.run(plan_decontaminate(shards, against, tmp_path / "out3"))
     assert members(tmp_path / "out3" / "a.tar") == ["k1.jpg"]
     (shards / "c.tar").unlink()
     (shards / "d.parquet").touch()
-    with pytest.raises(UserError, match="d.parquet: no d.tar with its images"):
+    with pytest.raises(UserError, match="d.parquet: there is no d.tar with its images"):
         jobs.run(plan_decontaminate(shards, against, tmp_path / "out4"))
 
 

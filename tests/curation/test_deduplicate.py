@@ -183,7 +183,7 @@ def test_bad_pools_are_named(tmp_path):
     with pytest.raises(UserError, match="deduplicate.json: this folder was made with another num_shards"):
         jobs.run(plan_deduplicate(pool, tmp_path / "out", shards=3))
     (pool / "shard0.tar").touch()
-    with pytest.raises(UserError, match="shard0.tar: a pool with images cannot be spread anew"):
+    with pytest.raises(UserError, match="shard0.tar: a pool with images cannot be redistributed"):
         jobs.run(plan_deduplicate(pool, tmp_path / "out2"))
     (pool / "shard0.tar").unlink()
     (pool / "shard1.parquet").write_bytes(b"PAR1 broken")

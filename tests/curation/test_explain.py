@@ -106,9 +106,9 @@ def test_language_is_identified_where_not_given(folder):
     ("caption", "lang", "mode", "reason", "near"),
     [
         ("the U.S. flag", "en", "compat", "no_match", [("U.S.", "matches by the rules of mode fixed")]),
-        ("DOG", "en", "fixed", "no_match", [("dog", "matches if upper and lower case were one")]),
-        ("a zebra", "en", "fixed", "no_match", [("Zebra", "matches if upper and lower case were one")]),
-        ("hotdogs", "en", "fixed", "no_match", [("dog", "stands inside a longer word")]),
+        ("DOG", "en", "fixed", "no_match", [("dog", "would match if case were ignored")]),
+        ("a zebra", "en", "fixed", "no_match", [("Zebra", "would match if case were ignored")]),
+        ("hotdogs", "en", "fixed", "no_match", [("dog", "is inside a longer word")]),
         ("nothing", "en", "fixed", "no_match", []),
         ("a dog", "xx", "fixed", "language_unknown", []),
         (" \t", "en", "fixed", "caption_empty", []),
@@ -171,7 +171,7 @@ def test_command(folder, capsys):
     assert "·big·dog·" in shown and "75" in shown and "0.267" in shown and "(t = 20), draw 0." in shown
     assert main(["curate", "explain", "hotdogs", "--lang", "en", *flags]) == 0
     shown = capsys.readouterr().out
-    assert "near: 'dog' (entry 0) stands inside a longer word" in shown and "dropped: no_match" in shown
+    assert "near: 'dog' (entry 0) is inside a longer word" in shown and "dropped: no_match" in shown
     assert main(["curate", "explain", "a dog", "--lang", "en", *flags, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["matches"][0]["count"] == 300 and told["kept"] is None

@@ -112,9 +112,9 @@ def test_unknown_identifier():
     "name, message",
     [
         ("nowhere.Class", "--language-id nowhere.Class: no module 'nowhere' can be imported"),
-        ("pathlib.Path", "--language-id pathlib.Path: must have a `name`, a string, and a method identify"),
+        ("pathlib.Path", "--language-id pathlib.Path: must have a string `name` and a method identify"),
         ("enum.nothing", "--language-id enum.nothing: module enum has no 'nothing'"),
-        ("uuid.UUID", "--language-id uuid.UUID: making it failed: TypeError"),
+        ("uuid.UUID", "--language-id uuid.UUID: constructing it failed: TypeError"),
     ],
 )
 def test_class_that_identifies_nothing(name, message):

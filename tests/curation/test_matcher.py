@@ -141,7 +141,7 @@ def test_blocks_of_many_and_of_long_texts():
 
 
 def test_lone_surrogates_are_refused():
-    with pytest.raises(UserError, match="drop what is not UTF-8"):
+    with pytest.raises(UserError, match="drop texts that are not UTF-8"):
         Matcher.build(["dog"]).match(["dog", "a \ud800 dog"])
     with pytest.raises(UserError, match="lone surrogate"):
         Matcher.build(["dog", "\udfff"])
@@ -173,7 +173,7 @@ def test_arrow_input_slices_chunks_and_nulls():
 
 def test_invalid_utf8_is_refused_not_read_past():
     broken = pa.array([b"dog \xe4\xb8", b"dog"]).view(pa.string())
-    with pytest.raises(UserError, match="drop what is not UTF-8"):
+    with pytest.raises(UserError, match="drop texts that are not UTF-8"):
         Matcher.build(["dog"]).match(broken)
 
 

@@ -164,7 +164,7 @@ def test_a_sample_is_a_matched_pool(curated, tmp_path):
     assert again["totals"]["matched"] == packed["texts"]
     origin = read_json(tmp_path / "out" / "match.json")["sample"]
     assert (origin["seed"], origin["epoch"]) == (0, 0)
-    with pytest.raises(UserError, match="is a sample already"):
+    with pytest.raises(UserError, match="is already a sample"):
         jobs.run(plan_sample(tmp_path / "out", balanced, tmp_path / "again"))
 
 
@@ -209,7 +209,7 @@ def test_a_foreign_balance_is_refused(curated, tmp_path):
     report = read_json(balanced / "balance.json")
     write_json(tmp_path / "balance" / "balance.json", {**report, "mode": "compat"})
     (tmp_path / "balance" / "probs").symlink_to(balanced / "probs")
-    with pytest.raises(UserError, match="balanced with other metadata or another mode"):
+    with pytest.raises(UserError, match="the metadata or mode it was balanced with differs"):
         jobs.run(plan_sample(matched, tmp_path / "balance", tmp_path / "out"))
 
 
