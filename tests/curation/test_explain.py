@@ -146,7 +146,7 @@ def test_mode_of_the_folders_counts(folder, tmp_path):
 def test_foreign_metadata_is_refused(folder, tmp_path):
     write_json(tmp_path / "metadata" / "en.json", ["cat", "dog"])
     for name in ("matched", "balance"):
-        with pytest.raises(UserError, match=f"en.json: not the metadata that .*{name} was made with"):
+        with pytest.raises(UserError, match=f"en.json: not the metadata .*{name} was made with"):
             explain("a dog", tmp_path / "metadata", **{name: folder / name}, lang="en")
     with pytest.raises(UserError, match="not a matched pool"):
         explain("a dog", tmp_path / "metadata", matched=tmp_path, lang="en")

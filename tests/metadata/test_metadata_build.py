@@ -113,7 +113,7 @@ def test_what_languages_lacked_is_told(world, tmp_path):
         "no corpus: 2 of 6 (he, zu)",
         "no titles: 2 of 6 (he, zu)",
         "he: markup in the wordnet: 1 lemmas cleaned, 1 refused ('[edytuj]')",
-        "warning: nothing but the digits 0-99 in 1 of 5 languages (zu): too little text, or no file that is named as "
+        "warning: only the digits 0-99 in 1 of 5 languages (zu): too little text, or no file is named as "
         "docs/metadata.md says",
     ]
     assert shortfalls(card, ["en"]) == ["no wordnet: 1 of 2 (simple)"]

@@ -98,7 +98,7 @@ def test_the_recipes_number_of_english_synset_names():
         ("a.xml", "<a>\n<b>", "line 2 is not XML"),
         ("a.xml", "<a><b/></a>", "no Lemma in it"),
         ("a.xml.gz", "no gzip", "cannot be read"),
-        ("wordnet", "entity\n", "line 1 is no synset"),
+        ("wordnet", "entity\n", "line 1 is not a synset"),
     ],
 )
 def test_bad_wordnets_are_named(tmp_path, name, content, message):
