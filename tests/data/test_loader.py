@@ -155,7 +155,7 @@ def test_resume_with_worker_processes(make_loader, folder: Path) -> None:
 
 def test_bad_positions_and_sizes(make_loader, folder: Path, tmp_path: Path) -> None:
     position = next(make_loader(folder)).position
-    with pytest.raises(UserError, match="position to resume from is of 6 lanes, but data.lanes=4"):
+    with pytest.raises(UserError, match="position to resume from has 6 lanes, but data.lanes=4"):
         make_loader(folder, lanes=4, position=position)
     with pytest.raises(UserError, match="is of 6 lanes, but data.lanes=12"):
         make_loader(folder, lanes=12, position=position)
@@ -231,7 +231,7 @@ def test_when_everything_is_bad_the_run_ends_with_one_line(workers: int, make_lo
     with pytest.raises(UserError) as caught:
         next(make_loader(bad_folder, workers=workers))
     message = str(caught.value)
-    assert "not one sample can be used; everything was skipped" in message and "\n" not in message
+    assert "no sample can be used; everything was skipped" in message and "\n" not in message
     assert "image_undecodable 20" in message and "shard_unreadable 4" in message and str(bad_folder) in message
 
 

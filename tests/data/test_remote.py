@@ -132,7 +132,7 @@ def test_a_shard_in_use_stays_and_too_little_room_is_an_error(
     size = memory.info(addresses[0])["size"]
     cache = ShardCache(tmp_path / "cache", 2 * size, 5)
     held = [cache.fetch(address) for address in addresses[:2]]
-    with pytest.raises(UserError, match=r"data\.cache_gb=.* is too little: .* are being read, and memory:///data/002"):
+    with pytest.raises(UserError, match=r"data\.cache_gb=.* is too small: .* are being read, and memory:///data/002"):
         cache.fetch(addresses[2])
     assert all(copy.tar.is_file() for copy in held)
     del held[0]
@@ -147,7 +147,7 @@ def test_reading_ahead_takes_no_room_from_what_is_still_unread(
     cache = ShardCache(tmp_path / "cache", 2 * size + size // 2, 5)
     cache.fetch(addresses[0], ahead=True)
     cache.fetch(addresses[1], ahead=True)
-    with pytest.raises(UserError, match="is too little"):
+    with pytest.raises(UserError, match="is too small"):
         cache.fetch(addresses[2], ahead=True)
     cache.fetch(addresses[0])  # read, and done with
     cache.fetch(addresses[2], ahead=True)
@@ -185,7 +185,7 @@ def test_a_copy_that_somebody_else_makes_is_waited_for_but_not_for_ever(
     part.mkdir()
     descriptor = os.open(part, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(CannotReach, match="held by another process"):
+    with pytest.raises(CannotReach, match="locked by another process"):
         cache.fetch(address)
     os.close(descriptor)
     assert cache.fetch(address).tar.is_file()
@@ -253,7 +253,7 @@ def test_faults_that_stay_end_in_an_error_that_names_the_shard(web: Web, tmp_pat
     web.files["/0.tar"] = tar_of(tmp_path, ["a"])
     web.faults["/0.tar"] = 10**9
     began = time.monotonic()
-    with pytest.raises(CannotReach, match=r"/0\.tar: cannot be read for 1 s: .*503") as caught:
+    with pytest.raises(CannotReach, match=r"/0\.tar: could not be read for 1 s: .*503") as caught:
         ShardCache(tmp_path / "cache", 10**9, 1).fetch(f"{web.address}/0.tar")
     assert time.monotonic() - began < 20 and "\n" not in str(caught.value)
     assert cached(tmp_path / "cache") == [] and not list((tmp_path / "cache").glob("*.part"))
@@ -284,7 +284,7 @@ def test_a_shard_that_changes_while_it_is_copied(
     assert find_shards(address, cache=tmp_path / "cache").open(0).num_keys == 1
     rewrites += [[f"{i}" for i in range(n)] for n in range(5, 20)]
     memory.pipe(address, tar_of(tmp_path, ["x", "y", "z"]))
-    with pytest.raises(ShardError, match="changed 3 times while it was copied"):
+    with pytest.raises(ShardError, match="changed 3 times while being copied"):
         find_shards(address, cache=tmp_path / "cache2").open(0)
 
 
@@ -420,6 +420,6 @@ def test_a_server_that_stops_answering_ends_the_run(
     web.fault, web.faults = "hang", Counter(dict.fromkeys(web.files, 1000))
     spec = f"{web.address}/{{00000..00001}}.tar"
     with pytest.raises(
-        DataStalled, match=r"rank 0: .*data worker 0 \(lanes 0-3\), which has been at http://.*\.tar for"
+        DataStalled, match=r"rank 0: .*data worker 0 \(lanes 0-3\), which has been reading http://.*\.tar for"
     ):
         train(spec, tokenizer_file, tmp_path / "cache", steps=1, workers=1, stall_seconds=4)

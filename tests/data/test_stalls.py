@@ -74,7 +74,7 @@ def test_a_read_that_never_returns_names_rank_worker_and_shard(
     write_shard(tmp_path / "hangs.tar", [("a", {"jpg": b"1", "txt": b"x"})])
     loader = make_loader(tmp_path, workers=workers, rank=1, world_size=2, stall_seconds=3 if workers == 0 else 12)
     expected = (
-        rf"rank 1: no samples from data worker 0 \(lanes 2-{2 if workers else 3}\), which has been at "
+        rf"rank 1: no samples from data worker 0 \(lanes 2-{2 if workers else 3}\), which has been reading "
         rf"{tmp_path}/hangs\.tar for \d+ s: none for \d+ s; fix it and start the run again"
     )
     began = time.monotonic()
@@ -93,7 +93,7 @@ def test_a_shard_that_hangs_in_mid_run(make_loader: Callable[..., TrainLoader], 
         content = path.read_bytes()
         path.unlink()  # what the worker has open stays readable
         path.write_bytes(content)
-    expected = r"worker 0 \(lanes 0-3\), which has been at .*/0000\d\.tar for"
+    expected = r"worker 0 \(lanes 0-3\), which has been reading .*/0000\d\.tar for"
     with held(*paths), pytest.raises(DataStalled, match=expected):
         for _ in range(100):
             next(loader)

@@ -147,7 +147,7 @@ def test_nothing_good_at_all_is_an_error(kind: str, tmp_path: Path) -> None:
             path.unlink()
     expected = {"images": "image_undecodable 10", "shards": "shard_unreadable 2", "gone": "shard_unreadable 2"}[kind]
     for lanes in (1, 2, 5):
-        with pytest.raises(UserError, match=f"test data: not one sample can be used; .*: {expected}"):
+        with pytest.raises(UserError, match=f"test data: no sample can be used; .*: {expected}"):
             next(Lane(pool(paths, lanes), lanes - 1, Position()))
 
 

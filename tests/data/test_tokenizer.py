@@ -177,13 +177,13 @@ def test_bad_model_files(content: bytes | None, tmp_path: Path, tokenizers: dict
 def test_helpful_errors(tmp_path: Path, tokenizers: dict[str, Tokenizer], texts: list[str]) -> None:
     with pytest.raises(UserError, match="no such sentencepiece model file"):
         Tokenizer(tmp_path / "absent.model", "xlmv")
-    with pytest.raises(UserError, match="unlike those of style mt5; it fits style gemma"):
+    with pytest.raises(UserError, match="which does not match style mt5; it fits style gemma"):
         Tokenizer(tokenizers["gemma"].model_file, "mt5")
     with pytest.raises(UserError, match="choose one of xlmv, mt5, gemma"):
         Tokenizer(tokenizers["gemma"].model_file, "bert")
     with pytest.raises(UserError, match="no tokenizer of 20 ids fits these texts: Vocabulary size is smaller"):
         train_tokenizer(texts, tmp_path / "small.model", vocab_size=20, style="xlmv")
-    with pytest.raises(UserError, match="there is nothing in them"):
+    with pytest.raises(UserError, match="they are empty"):
         train_tokenizer([], tmp_path / "none.model", vocab_size=400, style="mt5")
     assert not list(tmp_path.iterdir())
 
@@ -196,5 +196,5 @@ def test_a_file_whose_eos_is_an_ordinary_piece_is_refused(texts: list[str], tmp_
     model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     model.pieces[2].type = model.pieces[2].USER_DEFINED
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="eos -1 .*, unlike those of style xlmv"):
+    with pytest.raises(UserError, match="eos -1 .*, which does not match style xlmv"):
         Tokenizer(path, "xlmv")

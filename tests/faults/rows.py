@@ -262,7 +262,7 @@ ROWS = [
         f"exit {LOST_RANK}, rank, worker and shard named; the next start goes on",
         starts=((2, LOST_RANK), (2, 0)),
         says=(
-            f"rank 1: no samples from data worker 0 (lanes 4-7), which has been at {SHARDS}/",
+            f"rank 1: no samples from data worker 0 (lanes 4-7), which has been reading {SHARDS}/",
             f"none for {STALL_S} s; fix it and start the run again",
             "rank 0 lost another rank in step 2",
         ),

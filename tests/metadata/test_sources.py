@@ -79,7 +79,7 @@ def test_a_folder_without_sources_is_a_language_of_digits(tmp_path):
         ([], "no language folders"),
         (["pageviews/pageviews-1.gz"], "no language folders"),
         (["zh_yue/corpus.txt", "zh-yue/corpus.txt"], "a second folder for 'zh_yue'"),
-        (["en/metadata.json", "en/corpus.txt"], "taken as it is, but other sources lie beside it"),
+        (["en/metadata.json", "en/corpus.txt"], "used unchanged, but there are other sources beside it"),
         (["en/wordnet/data.noun"], "missing files of WNDB: data.verb, data.adj, data.adv"),
         (
             ["sw/a-pages-articles.xml.bz2", "sw/a-pages-articles-multistream.xml.bz2"],
