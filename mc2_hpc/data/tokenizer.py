@@ -193,8 +193,8 @@ def _load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def _check_layout(model: sentencepiece.SentencePieceProcessor, path: Path, style: str) -> None:
-    # These are -1 unless the piece is a *control* piece, which sentencepiece never produces from text. If "</s>" were an
-    # ordinary or user-defined piece, a caption that spells it would end early, so that is refused here.
+    # These are -1 unless the piece is a *control* piece, which sentencepiece never produces from text. If "</s>" were
+    # an ordinary or user-defined piece, a caption that spells it would end early, so that is refused here.
     found = {"unk": model.unk_id(), "bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
     wanted = STYLES[style].model_ids
     if any(found[name] != wanted[name] for name in wanted):

@@ -36,7 +36,7 @@ def test_enough_is_not_mentioned(folder: Path, caplog: pytest.LogCaptureFixture)
 
 def test_a_batch_larger_than_the_data(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (line,) = said(caplog, folder, batch=32, lanes=8)
-    assert line.startswith("data.train=x: global_batch=32 is larger than the data, 30 samples")
+    assert line.startswith("data.train=x: global_batch=32 is larger than the data (30 samples)")
     assert "more than once in a batch" in line and line.endswith("set global_batch to 24 or less")
 
 

@@ -75,7 +75,7 @@ def test_a_read_that_never_returns_names_rank_worker_and_shard(
     loader = make_loader(tmp_path, workers=workers, rank=1, world_size=2, stall_seconds=3 if workers == 0 else 12)
     expected = (
         rf"rank 1: no samples from data worker 0 \(lanes 2-{2 if workers else 3}\), which has been reading "
-        rf"{tmp_path}/hangs\.tar for \d+ s: none for \d+ s; fix it and start the run again"
+        rf"{tmp_path}/hangs\.tar for \d+ s: none for \d+ s; fix it and restart the run"
     )
     began = time.monotonic()
     with held(tmp_path / "hangs.tar"), pytest.raises(DataStalled, match=expected):

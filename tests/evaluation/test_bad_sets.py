@@ -78,7 +78,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     fault("not_utf8", "class_folders", r"bytes\.txt: not UTF-8", path="whole", names=f"{root}/bytes.txt")
     for number in range(1000):
         (tmp_path / "by_name" / f"class{number:03d}").mkdir(parents=True)
-    fault("by_name", "imagenet", r"ImageNet has one for each of its 1,000 WordNet ids")
+    fault("by_name", "imagenet", r"ImageNet has one per WordNet id, 1,000 in total")
 
     image = put("p.jpg").read_bytes()
     pq.write_table(pa.table({"key": ["a"], "label": ["cat"], "jpg": [image]}), tmp_path / "set.parquet")
@@ -95,7 +95,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     webdataset(put, "wds_label", labels=(0, 2))
     fault("wds_label", "clip_benchmark", r"s1\.jpg is of class 2, but there are 2 class names")
     webdataset(put, "wds_kind", kind="npy")
-    fault("wds_kind", "clip_benchmark", r"no sample with an image and a \.cls in its tars \(2 incomplete\)")
+    fault("wds_kind", "clip_benchmark", r"no sample in its tars has an image and a \.cls \(2 incomplete\)")
     webdataset(put, "wds_multi")
     put("wds_multi/dataset_type.txt", "multilabel\n")
     fault("wds_multi", "clip_benchmark", r"'multilabel' sets are not scored")

@@ -104,7 +104,7 @@ def test_a_suite_learns_and_scores(tiny_checkpoint, suite_file, tmp_path):
     "override, message",
     [
         ("sets.tones.linear_probe.path=nowhere", "nowhere: no such file or folder"),
-        ("sets.tones.linear_probe.validation=0.001", "too few to keep some for validation"),
+        ("sets.tones.linear_probe.validation=0.001", "too few to hold some out for validation"),
     ],
 )
 def test_bad_probes_are_named(override, message, tiny_checkpoint, suite_file, tmp_path, capsys):
@@ -118,5 +118,5 @@ def test_a_probe_needs_training_images(suite_file):
 
     with pytest.raises(UserError, match="needs the path of the training images"):
         load_suite(suite_file, ["sets.tones.linear_probe.path=null"])
-    with pytest.raises(UserError, match="validation=1.0: must lie between 0 and 1"):
+    with pytest.raises(UserError, match="validation=1.0: must be between 0 and 1"):
         load_suite(suite_file, ["sets.tones.linear_probe.validation=1.0"])

@@ -62,7 +62,7 @@ def test_imagenet(imagenet_folder):
 
 def test_imagenet_without_some_folders(imagenet_folder):
     (imagenet_folder / "n10000999").rmdir()
-    with pytest.raises(UserError, match=r"999 folders; ImageNet has one for each of its 1,000"):
+    with pytest.raises(UserError, match=r"999 folders; ImageNet has one per WordNet id, 1,000 in"):
         imagenet(imagenet_folder)
 
 
@@ -239,7 +239,7 @@ def test_cvqa(tmp_path, noise):
 
 def test_cvqa_without_answers_or_columns(tmp_path, noise):
     pq.write_table(cvqa_table(noise, Label=[9, 0]), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"question 1_0 has no right option \(label 9\)"):
+    with pytest.raises(UserError, match=r"question 1_0 has no correct option \(label 9\)"):
         cvqa(tmp_path)
     pq.write_table(cvqa_table(noise).drop_columns(["Subset"]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="a.parquet: no column 'Subset'; there are image, ID"):

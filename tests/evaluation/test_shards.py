@@ -173,7 +173,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path, noise, encoder):
 
 def test_nothing_usable_is_an_error(tmp_path, encoder):
     (tmp_path / "0.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="not one image can be used; everything was skipped: shard_unreadable 1"):
+    with pytest.raises(UserError, match="no image can be used; everything was skipped: shard_unreadable 1"):
         shards(tmp_path)
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"bad", "txt": b"x"})])
     with pytest.raises(UserError, match="image_undecodable 1"):

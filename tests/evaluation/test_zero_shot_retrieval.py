@@ -95,7 +95,7 @@ def test_nearest_takes_zeros_of_both_signs_as_equal():
 def test_nearest_refuses_what_has_no_answer():
     with pytest.raises(UserError, match="width 3 against a gallery of width 4"):
         nearest(torch.ones(2, 3), torch.ones(2, 4), 1)
-    with pytest.raises(UserError, match="k=3: must lie between 1 and the size of the gallery, 2"):
+    with pytest.raises(UserError, match="k=3: must be between 1 and the size of the gallery, 2"):
         nearest(torch.ones(2, 3), torch.ones(2, 3), 3)
     with pytest.raises(UserError, match="NaN"):
         nearest(torch.full((1, 3), float("nan")), torch.ones(2, 3), 1)
@@ -130,7 +130,7 @@ def test_recall_refuses_images_and_texts_that_do_not_belong_together():
     features = unit(3, 4)
     with pytest.raises(UserError, match="1 of 3 images have no text"):
         recall(features, features, torch.tensor([0, 1, 1]))
-    with pytest.raises(UserError, match="indices lie in 0..3, but there are 3 images"):
+    with pytest.raises(UserError, match="indices are in 0..3, but there are 3 images"):
         recall(features, features, torch.tensor([0, 1, 3]))
     with pytest.raises(UserError, match="3 texts with 2 image indices"):
         recall(features, features, torch.tensor([0, 1]))
@@ -168,7 +168,7 @@ def test_classifier_and_accuracy_equal_open_clips():
 def test_accuracy_with_fewer_classes_than_k_and_bad_labels():
     weights = torch.eye(3)
     assert top_k_accuracy(weights, weights, torch.tensor([0, 1, 0])) == {1: pytest.approx(2 / 3), 5: 1.0}
-    with pytest.raises(UserError, match="labels lie in 0..3, but there are 3 classes"):
+    with pytest.raises(UserError, match="labels are in 0..3, but there are 3 classes"):
         top_k_accuracy(weights, weights, torch.tensor([0, 1, 3]))
     with pytest.raises(UserError, match="0 images with 0 labels"):
         top_k_accuracy(torch.empty(0, 3), weights, torch.empty(0, dtype=torch.int64))

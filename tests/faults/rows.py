@@ -263,7 +263,7 @@ ROWS = [
         starts=((2, LOST_RANK), (2, 0)),
         says=(
             f"rank 1: no samples from data worker 0 (lanes 4-7), which has been reading {SHARDS}/",
-            f"none for {STALL_S} s; fix it and start the run again",
+            f"none for {STALL_S} s; fix it and restart the run",
             "rank 0 lost another rank in step 2",
         ),
     ),

@@ -1,4 +1,4 @@
-"""Retrieval sets: Crossmodal-3600, caption files by line (XTD-10, XTD-200, Flickr30k-200), COCO's annotations."""
+"""Retrieval sets: Crossmodal-3600, files of one caption per line (XTD-10, XTD-200, Flickr30k-200), COCO annotations."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from mc2_hpc.storage import read_json
 def xm3600(path: Path, images: str = "images") -> Retrieval:
     """Crossmodal-3600: ``captions.jsonl`` and ``images/<image/key>.jpg``.
 
-    A line of the former is an image: ``{"image/key": ..., "<locale>": {"caption": [...]}, ...}``.
+    Each line of the former is an image: ``{"image/key": ..., "<locale>": {"caption": [...]}, ...}``.
     """
     texts: dict[str, list[str]] = {}
     owners: dict[str, list[int]] = {}
@@ -35,7 +35,7 @@ def xm3600(path: Path, images: str = "images") -> Retrieval:
 
 
 def xm3600_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``captions.jsonl``, of which each has a key and lists of captions, if any."""
+    """The lines of ``captions.jsonl``, each with a key and any lists of captions."""
     file = path / "captions.jsonl"
     records = []
     for number, line in enumerate(read_lines(file, "captions.zip unpacks to it"), start=1):
@@ -61,14 +61,14 @@ def caption_lines(
     images: str = "images",
     languages: Sequence[str] = (),
 ) -> Retrieval:
-    """A file of image names, and for each language a file with one caption per line, in the same order.
+    """A file of image names and, for each language, a file with one caption per line in the same order.
 
     XTD-10: ``index=test_image_names.txt captions=test_1kcaptions_{}.txt``; XTD-200: ``index=test_image_names.txt``;
     Flickr30k-200: the defaults.
 
     Args:
         captions: name of a language's file, with ``{}`` for its code.
-        languages: codes; by default, of all files that are there.
+        languages: codes; by default those of all existing files.
     """
     names = read_lines(path / index, "one image's file name per line")
     if captions.count("{}") != 1:
@@ -80,7 +80,7 @@ def caption_lines(
         if file.name != index and file.is_file()
     )
     if not found:
-        raise UserError(f"{path}: no caption files {captions} there")
+        raise UserError(f"{path}: no caption files {captions}")
     read = {}
     for lang in found:
         lines = read_lines(path / captions.replace("{}", lang), "one caption per line")
@@ -90,7 +90,7 @@ def caption_lines(
         if described:
             read[lang] = Captions(texts=[lines[place] for place in described], images=described)
     if not read:
-        raise UserError(f"{path}: not one caption in {len(found)} files {captions}")
+        raise UserError(f"{path}: no caption in {len(found)} files {captions}")
     lacking = _without_captions(set(found) - read.keys())
     return Retrieval(images=ImageFiles(path / images, names), languages=read, lacking=lacking)
 
@@ -110,7 +110,7 @@ def coco(path: Path, images: str, language: str = "en") -> Retrieval:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not COCO's caption annotations ({error!r})") from None
     if len(place) != len(files):
-        raise UserError(f"{path}: two images with one id")
+        raise UserError(f"{path}: two images with the same id")
     rows = [row for row in rows if row[0]]
     captions = Captions(texts=[text for text, _ in rows], images=[owner for _, owner in rows])
     return Retrieval(images=ImageFiles(Path(images), files), languages={language: captions})

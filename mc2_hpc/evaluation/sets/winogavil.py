@@ -14,8 +14,8 @@ _COLUMNS = ("ID", "cue", "candidates", "associations")
 def winogavil(path: Path, images: str = "winogavil_images") -> Association:
     """The release's ``winogavil_dataset.csv`` and, unpacked, ``winogavil_images/<candidate>.jpg``.
 
-    Columns: ``ID``, ``cue``, ``candidates`` and ``associations`` (JSON lists of names). The cue is put as the authors
-    and DataComp put it: in lower case behind "A", or "An" before a vowel's letter.
+    Columns: ``ID``, ``cue``, ``candidates`` and ``associations`` (JSON lists of names). The cue is written as by the
+    authors and DataComp: in lower case after "A", or "An" before a vowel.
     """
     file = path / "winogavil_dataset.csv"
     rows = read_csv(file, _COLUMNS, "the rounds of WinoGAViL")
@@ -44,7 +44,7 @@ def _names(row: dict[str, str], column: str, file: Path) -> list[str]:
         names = json.loads(row[column])
     except ValueError:
         names = None
-    # A name is part of a file's: it must not lead out of the folder.
+    # A name is part of a file name, so it must not lead out of the folder.
     if not isinstance(names, list) or not all(isinstance(name, str) and name and "/" not in name for name in names):
         raise UserError(f"{file}: {column} of round {row['ID']} is not a JSON list of names")
     return list(dict.fromkeys(names))
