@@ -127,7 +127,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     put("geo_none/index.csv", "file_path,object\n")
     fault("geo_none", "geode", r"geo_none/index\.csv: no rows")
     put("geo_gone/index.csv", "file_path,object\na.jpg,stove\n")
-    fault("geo_gone", "geode", r"images/a\.jpg: image is missing \(1 of 1 are\)")
+    fault("geo_gone", "geode", r"images/a\.jpg: image is missing \(1 of 1 are missing\)")
     put("gl/recognition_solution_v2.1.csv", "id,landmarks,Usage\nabc,7,Public\n")
     put("gl/train_label_to_category.csv", "landmark_id,category\n8,Category:X\n")
     fault("gl", "gldv2", r"no test image shows a landmark")

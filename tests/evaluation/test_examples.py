@@ -73,4 +73,4 @@ def test_what_a_reader_of_ones_own_may_do_wrong(own_set, encoder, image_folder, 
     assert result.error.startswith("evaluation_set.read: KeyError: 'labels'")
     monkeypatch.setattr(evaluation_set, "read", lambda path: [1])
     (result,) = run_suite(suite, encoder)
-    assert result.error == "evaluation_set.read: gave list, not a task of mc2_hpc.evaluation.tasks"
+    assert result.error == "evaluation_set.read: returned list, not a task of mc2_hpc.evaluation.tasks"

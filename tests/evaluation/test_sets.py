@@ -182,7 +182,7 @@ def test_xm3600(xm3600_folder):
 
 def test_xm3600_says_which_image_is_missing(xm3600_folder):
     (xm3600_folder / "images" / "03.jpg").unlink()
-    with pytest.raises(UserError, match=r"images/03\.jpg: image is missing \(1 of 10 are\)"):
+    with pytest.raises(UserError, match=r"images/03\.jpg: image is missing \(1 of 10 are missing\)"):
         xm3600(xm3600_folder)
 
 

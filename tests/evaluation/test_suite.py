@@ -134,7 +134,7 @@ def test_a_report_names_the_model_and_what_each_number_is_of(tiny_checkpoint, su
     assert table.startswith("step-1200: step 1,200, ") and "32 px (shortest), 24 tokens" in table
     assert "| folders | top1 |" in table and "| 50.0 |  | 10 |" in table
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "step 1,200" in page and "chance 50.0" in page and "Of 20 in all." in page
+    assert "step 1,200" in page and "chance 50.0" in page and "Of 20 in total." in page
 
 
 def test_nothing_to_score_is_an_error(tiny_checkpoint, suite_file, tmp_path, capsys):

@@ -81,9 +81,7 @@ def _imagenet_images(path: Path) -> tuple[ImageFiles, list[tuple[int, ...]], dic
     """Images, their labels, and the count of empty folders, if there are any."""
     folders = subfolders(path, "ImageNet's validation folders")
     if len(folders) != 1000 or not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-        raise UserError(
-            f"{path}: {len(folders)} folders; ImageNet has one per WordNet id, 1,000 in total (n01440764)"
-        )
+        raise UserError(f"{path}: {len(folders)} folders; ImageNet has one per WordNet id, 1,000 in total (n01440764)")
     files, labels = _labelled(path, folders)
     empty = len(folders) - len(set(labels))
     return ImageFiles(path, files), labels, {"class_without_image": empty} if empty else {}
