@@ -18,7 +18,7 @@ class ShardError(Exception):
 
 
 def log_skip(reason: Drop, where: str, detail: str = "") -> None:
-    """Log the first skips of each reason in this process; the rest are only counted, so bad data cannot flood the log."""
+    """Log the first skips of each reason in this process; only count the rest, so bad data cannot flood the log."""
     _logged[reason] += 1
     if _logged[reason] <= _LOGGED_PER_REASON:
         last = " (further ones are counted but not shown)" if _logged[reason] == _LOGGED_PER_REASON else ""

@@ -1,4 +1,4 @@
-"""Reading Common Crawl: rows, addresses and keys; what is broken is counted or named."""
+"""Reading Common Crawl: rows, addresses and keys; broken input is counted or named."""
 
 import functools
 import gzip
@@ -28,7 +28,7 @@ from mc2_hpc.jobs import Local
 
 pytest.importorskip("fastwarc", reason="FastWARC is not installed")
 
-compress = functools.partial(gzip.compress, mtime=0)  # no clock in the ids of tests
+compress = functools.partial(gzip.compress, mtime=0)  # no timestamps in test ids
 HTTP = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
 
 
@@ -38,7 +38,7 @@ def record(kind, content_type, payload, address="http://site.com/dir/page.html")
 
 
 def wat(links, address="http://site.com/dir/page.html", base=None):
-    """A WAT record as Common Crawl writes it."""
+    """A WAT record as written by Common Crawl."""
     head = {"Title": "t"} | ({"Base": base} if base else {})
     page = {"HTML-Metadata": {"Head": head, "Links": links}}
     envelope = {
@@ -57,7 +57,7 @@ def response(html, http=HTTP):
 
 
 def archive(folder, name, records, compress=gzip.compress):
-    """A file of one gzip member a record, as Common Crawl's are."""
+    """A file with one gzip member per record, like Common Crawl's."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_bytes(b"".join(map(compress, records)))
@@ -121,7 +121,7 @@ def test_output_is_a_caption_pool(tmp_path):
 
 
 def test_nothing_is_lost_over_all_rows(tmp_path):
-    """Images in pages = rows + drops of images, over several pages and row groups."""
+    """Images in pages = rows + dropped images, over several pages and row groups."""
     pages = [wat(IMAGES, f"http://site{number}.com/") for number in range(50)]
     archive(tmp_path / "in", "a.warc.wat.gz", pages)
     result = jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
@@ -239,7 +239,7 @@ def test_archive_with_broken_records_is_named(tmp_path, content):
 
 
 def check_damage(tmp_path, content):
-    """The broken archive is named and leaves nothing behind; the others are done, and go on once it is mended."""
+    """The broken archive is named and leaves nothing behind; the others finish, and a rerun continues once it is fixed."""
     folder = tmp_path / "in"
     for name in ("a.warc.wat.gz", "c.warc.wat.gz"):
         archive(folder, name, RECORDS)
@@ -356,7 +356,7 @@ def test_canonical_url(url, expected):
 
 @given(st.text(max_size=60), st.sampled_from(["http://page.com/dir/", "https://x.y/?z", "", "nonsense"]))
 def test_addresses_stay_as_they_are_made(source, base):
-    """Absolute addresses are ASCII and stay the same when read again; so do canonical ones."""
+    """Absolute addresses are ASCII and do not change when read again; nor do canonical ones."""
     try:
         url = absolute_url(source, base)
     except Dropped:

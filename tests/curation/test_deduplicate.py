@@ -1,4 +1,4 @@
-"""De-duplication by image: exact, the same however rows are spread, and picked up where it was broken off."""
+"""De-duplication by image: exact, independent of how rows are spread over shards, and resumable."""
 
 import random
 
@@ -36,7 +36,7 @@ def contents(out):
 
 
 def naive(rows):
-    """Distinct (key, text), each with the first source of its key, sorted."""
+    """Sorted distinct (key, text), each with the first source of its key."""
     source = {}
     for key, _, url in rows:
         source[key] = min(source.get(key, url), url)
@@ -102,7 +102,7 @@ def test_runs_of_a_shard_change_nothing(tmp_path, monkeypatch, rows_a_run):
 
 
 def test_parts_may_be_done_first(tmp_path):
-    """A pool in parts, and the parts together again, are the pool at once."""
+    """De-duplicating a pool in parts, then the parts together, equals doing it at once."""
     rows = random_rows(500)
     jobs.run(plan_deduplicate(write_pool(tmp_path / "all", [rows]), tmp_path / "at-once", shards=3))
     (tmp_path / "parts").mkdir()

@@ -1,4 +1,4 @@
-"""An explanation agrees with what the stages did to the same caption, and names what kept a caption out."""
+"""An explanation agrees with what the stages did to the same caption, and says why a caption was left out."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from mc2_hpc.storage import read_json, write_json
 ENTRIES = {
     "en": ["dog", "big dog", "cat", "U.S.", "Zebra", "zebra crossing"],
     "ja": ["犬", "カメラ"],
-    "it": ["cane"],  # the pool has no such caption
+    "it": ["cane"],  # the pool has no caption in it
 }
 
 
@@ -54,7 +54,7 @@ def test_agrees_with_the_stages(folder, tmp_path):
         told = explain(row["text"], **curated(folder), lang=row["lang"], key=row["key"], seed=5, epoch=2)
         assert [match.id for match in told.matches] == row["entries"]
         assert all(ENTRIES["en"][match.id] == match.entry for match in told.matches)
-        if int(row["key"][1:]) % 15:  # the others have two texts, one of which is drawn
+        if int(row["key"][1:]) % 15:  # the other images have two texts, one of which is drawn
             assert told.kept == ((row["key"], row["text"]) in kept)
             verdicts.append(told.kept)
     assert 10 < sum(verdicts) < 140
@@ -75,13 +75,16 @@ def test_counts_probabilities_and_places(folder):
     assert dog.part == big_dog.part == "head" and told.threshold == 20
     assert told.keep_probability == pytest.approx(1 - (1 - 20 / 300) * (1 - 20 / 75))
     assert told.draw is None and told.kept is None and told.drop_reason is None
-    assert explain("dog dog", **curated(folder), lang="en").matches[0].at == [0, 4]  # one space ends one and begins one
+    assert explain("dog dog", **curated(folder), lang="en").matches[0].at == [
+        0,
+        4,
+    ]  # matches share a space
 
 
 def test_the_tail_is_kept_whatever_the_draw(folder):
     told = explain("the U.S. dog", **curated(folder), lang="en")
     assert told.keep_probability == 1 and told.kept is True
-    assert told.matches[1].count == told.threshold == 20  # at the threshold is tail still
+    assert told.matches[1].count == told.threshold == 20  # a count at the threshold is still tail
     assert {match.entry: match.part for match in told.matches} == {"dog": "head", "U.S.": "tail"}
 
 
@@ -180,7 +183,7 @@ def test_command(folder, capsys):
 
 
 def test_saved_tables_are_used(folder, monkeypatch):
-    """With a matched pool, nothing is built for one caption."""
+    """With a matched pool, no tables are built for one caption."""
     from mc2_hpc.curation.matching.matcher import Matcher
 
     monkeypatch.setattr(Matcher, "build", lambda *_: pytest.fail("built tables that were saved"))

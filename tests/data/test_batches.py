@@ -1,4 +1,4 @@
-"""Batches and shares are whole or are not made; joining keeps lane order."""
+"""Incomplete batches and shares cannot be created; joining keeps lane order."""
 
 import dataclasses
 from typing import Any

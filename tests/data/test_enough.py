@@ -1,4 +1,4 @@
-"""Little data is said at the start: a batch larger than it, few shards, fewer samples than lanes."""
+"""Too little data is reported at the start: a batch larger than the data, few shards, fewer samples than lanes."""
 
 import logging
 from collections.abc import Callable

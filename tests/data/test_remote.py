@@ -1,4 +1,4 @@
-"""Remote shards: a bounded cache that processes share, faults that pass and faults that stay, S3 and HTTP for real."""
+"""Remote shards: a bounded cache shared by processes, temporary and permanent faults, real S3 and HTTP servers."""
 
 import fcntl
 import importlib.util
@@ -85,7 +85,7 @@ def test_a_shard_is_copied_once(
     assert shards.names == [address]
     shard = shards.open(0)
     assert shard.read(2, seed=0, epoch=0).image[:3] == b"0-2" and shard.name == address
-    monkeypatch.setattr(type(memory), "cat_ranges", None)  # not asked again
+    monkeypatch.setattr(type(memory), "cat_ranges", None)  # not called again
     assert shards.open(0).num_keys == 4
     copy = cached(tmp_path / "cache" / "shards")[0]
     assert sorted(path.name for path in copy.iterdir()) == [".shard.tar.index", "shard.tar"]
@@ -149,7 +149,7 @@ def test_reading_ahead_takes_no_room_from_what_is_still_unread(
     cache.fetch(addresses[1], ahead=True)
     with pytest.raises(UserError, match="is too small"):
         cache.fetch(addresses[2], ahead=True)
-    cache.fetch(addresses[0])  # read, and done with
+    cache.fetch(addresses[0])  # read and released
     cache.fetch(addresses[2], ahead=True)
     assert len(cached(tmp_path / "cache")) == 2
 
@@ -209,7 +209,7 @@ def test_a_copy_that_is_finished_between_two_looks(
 
 
 def _hold(folder: str, address: str, queue: "multiprocessing.Queue[int]") -> None:
-    """In a process of its own: fetch over and over, as workers of several ranks do."""
+    """In a separate process: fetch repeatedly, like workers of several ranks."""
     cache = ShardCache(Path(folder), 10**9, 30)
     queue.put(cache.fetch(address).tar.stat().st_ino)
 
@@ -243,7 +243,7 @@ def test_faults_that_pass_cost_nothing_but_time(
     web.faults["/0.tar"] = 3
     copy = ShardCache(tmp_path / "cache", 10**9, 30).fetch(f"{web.address}/0.tar")
     assert copy.tar.read_bytes() == web.files["/0.tar"]
-    # Blocks that came are not asked for again: 12 of them, and 3 rounds of at most 4 that failed.
+    # Blocks that arrived are not requested again: 12 of them, and 3 rounds of at most 4 that failed.
     assert 15 <= web.gets["/0.tar"] <= 12 + 3 * 4
 
 
@@ -365,7 +365,7 @@ def test_training_and_evaluation_from_s3(
         local = train(str(tmp_path / "shards"), tokenizer_file, tmp_path / "cache", steps=12, workers=0)[0]
         assert train("s3://images/train", tokenizer_file, tmp_path / "cache", steps=12, workers=0) == (local, {})
         assert len({key for batch in local[:6] for key in batch}) == 48
-        # Workers have the environment of the process that started the first of them: so in one of its own.
+        # Workers get the environment of the process that started the first one, so this runs in a separate process.
         arguments = ("s3://images/train", str(tokenizer_file), str(tmp_path / "cache2"))
         command = [sys.executable, "-c", TRAIN_WITH_WORKERS, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -388,7 +388,7 @@ def test_training_over_bad_http(web: Web, tokenizer_file: Path, pairs: list[Pair
     paths = pack_pairs(pairs, tmp_path / "shards", pairs_per_shard=8)
     web.files = {f"/{path.name}": path.read_bytes() for path in paths}
     web.faults = Counter(dict.fromkeys(web.files, 1))
-    spec = f"{web.address}/{{00000..00006}}.tar"  # the last of them is not there
+    spec = f"{web.address}/{{00000..00006}}.tar"  # the last one does not exist
     keys, skipped = train(spec, tokenizer_file, tmp_path / "cache", steps=12, workers=1)
     assert {key for batch in keys for key in batch} == {pair.key for pair in pairs}
     assert set(skipped) == {"shard_unreadable"}
@@ -396,7 +396,7 @@ def test_training_over_bad_http(web: Web, tokenizer_file: Path, pairs: list[Pair
 
 def test_missing_credentials_are_an_error_at_once() -> None:
     class NoCredentialsError(Exception):
-        """As botocore has it."""
+        """Like botocore's."""
 
     NoCredentialsError.__module__ = "botocore.exceptions"
 

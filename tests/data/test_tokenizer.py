@@ -1,4 +1,4 @@
-"""Token ids: equal to transformers' for the same file, one EOS a row, no forged specials, errors that help."""
+"""Token ids: equal to transformers' for the same file, one EOS per row, no forged special tokens, helpful errors."""
 
 import gzip
 import pickle
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mc2_hpc.data.tokenizer import STYLES, Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 
-# Two equally probable segmentations may be resolved differently by the two libraries: measured 1 caption in 6,000.
+# The two libraries may choose differently between equally probable segmentations: measured for 1 caption in 6,000.
 LARGEST_TIE_RATE = 1 / 2000
 ODD = [
     "",
@@ -51,7 +51,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> di
 
 @pytest.fixture
 def hugging_face(transformers: ModuleType, tmp_path: Path) -> Callable[[Tokenizer], Any]:
-    """Makes transformers' tokenizer of the same file, as the model family uses it."""
+    """Creates transformers' tokenizer from the same file, as the model family uses it."""
 
     def load(tokenizer: Tokenizer) -> Any:
         if tokenizer.style == "mt5":

@@ -1,4 +1,4 @@
-"""``mc2 eval --suite`` on sets with a fault: one line that names it, or a count beside the number."""
+"""``mc2 eval --suite`` on faulty sets: a one-line error that names the fault, or a count beside the number."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from mc2_hpc.tar import write_tar
 
 @pytest.fixture
 def put(tmp_path, noise):
-    """``put(path, content)`` writes a file below the suite's root; without content, an image."""
+    """``put(path, content)`` writes a file below the suite's root, by default an image."""
 
     def write(path, content=None):
         file = tmp_path / path
@@ -29,7 +29,7 @@ def put(tmp_path, noise):
 
 @pytest.fixture
 def evaluate(tiny_checkpoint, tmp_path):
-    """``evaluate(sets)`` runs the command on these sets and one that is whole; returns their results and the table."""
+    """``evaluate(sets)`` runs the command on these sets and an intact one; returns their results and the table."""
 
     def run(sets):
         sets = {"whole": {"reader": "class_folders", "path": "whole"}, **sets}

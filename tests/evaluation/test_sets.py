@@ -1,4 +1,4 @@
-"""Every reader on a small sample in exactly the layout that its set is published in, and on what may be missing."""
+"""Every reader on a small sample in the exact layout that its set is published in, and with files missing."""
 
 import csv
 import json
@@ -82,7 +82,7 @@ def test_babel_imagenet(imagenet_folder, tmp_path):
     assert german.templates == ["ein Foto von einem {} ."] and task.languages["xx"].templates == ["{}"]
     assert task.lacking == {"xx": "language_without_prompts"}
     only = _only(task, ["DE"])  # the file's own key
-    assert list(only.languages) == ["de"] and only.lacking == {}  # nobody asked for the other one
+    assert list(only.languages) == ["de"] and only.lacking == {}  # the other one was not requested
     assert _only(task, ["xx"]).lacking == task.lacking
 
 
@@ -128,7 +128,7 @@ def webdataset(folder, samples, **texts):
 
 def test_clip_benchmark_classification(tmp_path, noise):
     samples = [(key, {"webp": noise(key, kind="WEBP"), "cls": str(key % 2).encode()}) for key in range(4)]
-    samples.append((4, {"cls": b"0"}))  # its image is lost
+    samples.append((4, {"cls": b"0"}))  # its image is missing
     folder = webdataset(
         tmp_path, samples, classnames="cat\ndog\n", zeroshot_classification_templates="a photo of a {c}.\n{c}\n"
     )
@@ -194,7 +194,7 @@ def test_xtd_and_flickr30k_200(tmp_path, image_folder):
         (tmp_path / f"{lang}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     task = caption_lines(tmp_path)
     assert list(task.languages) == ["deu_Latn", "swh_Latn"]
-    assert task.languages["deu_Latn"].images == list(range(1, 10))  # an empty line is no caption
+    assert task.languages["deu_Latn"].images == list(range(1, 10))  # an empty line is not a caption
     (tmp_path / "test_1kcaptions_ko.txt").write_text("eins\nzwei\n")
     options = {"index": "filenames.txt", "captions": "test_1kcaptions_{}.txt"}
     with pytest.raises(UserError, match=r"test_1kcaptions_ko\.txt: 2 captions for 10 images"):

@@ -18,7 +18,7 @@ from mc2_hpc.evaluation.zero_shot import build_classifier, predict, top_k_accura
 
 
 class RandomEncoder:
-    """A model whose features are a fixed random function of its input; counts the rows it encodes."""
+    """A model with features that are a fixed random function of its input; counts the rows it encodes."""
 
     def __init__(self, width: int = 16) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def naive_order(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     data=st.data(),
 )
 def test_nearest_is_a_stable_sort_of_the_full_matrix(num_queries, num_gallery, tile, values, seed, data):
-    # Small whole numbers: inner products are exact in any order of summation, and ties are everywhere.
+    # Small integers: inner products are exact in any order of summation, and there are many ties.
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randint(-values, values + 1, (num_queries, 3), generator=generator).float()
     gallery = torch.randint(-values, values + 1, (num_gallery, 3), generator=generator).float()
@@ -159,7 +159,7 @@ def test_classifier_and_accuracy_equal_open_clips():
     labels = torch.randint(23, (301,), generator=torch.Generator().manual_seed(6))
     logits = 100.0 * features @ theirs
     assert torch.equal(predict(features, ours)[:, 0], logits.argmax(dim=1))
-    # open_clip's zero_shot.accuracy, written out: that module imports its training package.
+    # A copy of open_clip's zero_shot.accuracy, because that module imports open_clip's training package.
     best = logits.topk(5, 1, True, True).indices
     expected = {k: float((best[:, :k] == labels[:, None]).any(1).sum()) / 301 for k in (1, 5)}
     assert top_k_accuracy(features, ours, labels) == pytest.approx(expected, abs=1e-12)

@@ -1,4 +1,4 @@
-"""Downloads from a local server that breaks off, knows no ranges, lies, or refuses."""
+"""Downloads from a local server that drops connections, lacks ranges, sends wrong data, or refuses."""
 
 import bz2
 import gzip
@@ -18,7 +18,7 @@ QUICK = Patience(attempts=3, first_wait_s=0.01, timeout_s=20)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``files``; ``drop_after`` bytes it closes the connection, as long as ``drops`` are left."""
+    """Serves ``files``; closes the connection after ``drop_after`` bytes while ``drops`` are left."""
 
     daemon_threads = True
 
