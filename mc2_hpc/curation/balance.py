@@ -1,8 +1,8 @@
 """Stage 2: counts of a matched pool -> thresholds and keep probabilities.
 
-Four steps, so that neither all shards nor all languages pass through one process at once: the counts of the shards are
-merged as a tree; one task sets the thresholds, language by language; every shard adds up the keep probabilities of its
-texts; one task writes the report.
+There are four steps, so that no process handles all shards or all languages at once. The shards' counts are merged as a
+tree; one task sets the thresholds, language by language; every shard sums the keep probabilities of its texts; one task
+writes the report.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ _THRESHOLDS = "thresholds.json"
 
 
 class _Row(File):
-    """A language of ``thresholds.json``."""
+    """One language in ``thresholds.json``."""
 
     t: Size
     counts_sha256: Sha256
@@ -64,14 +64,14 @@ class _Thresholds(File):
 def plan_balance(
     matched: str | Path, metadata: str | Path, out: str | Path, t_en: int, *, after_match: bool = False
 ) -> Plan:
-    """Set every language's threshold so that its tail holds the share of matches that English's holds at ``t_en``.
+    """Set every language's threshold so that its tail holds the same share of matches as the English tail at ``t_en``.
 
-    Writes ``counts/<lang>.npy`` (uint64), ``probs/<lang>.npy`` (float32) and, last, ``balance.json``, which is the
-    plan's result. With the same counts and ``t_en`` nothing is done again.
+    Writes ``counts/<lang>.npy`` (uint64), ``probs/<lang>.npy`` (float32) and finally ``balance.json``, the plan's
+    result. With the same counts and ``t_en``, nothing is redone.
 
     Args:
-        matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, every shard of it finished.
-        t_en: threshold of English; English keeps it as it is.
+        matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, with every shard finished.
+        t_en: threshold of English, used as it is.
         after_match: the same plan matches first, so shards may be unfinished now.
 
     Raises:
@@ -82,10 +82,10 @@ def plan_balance(
     check_threshold(t_en)
     hashes = {lang: file_sha256(path) for lang, path in metadata_files(metadata).items()}
     if hashes != settings["metadata"]:
-        raise UserError(f"{metadata}: not the metadata that {matched} was matched with; name that, or match again")
+        raise UserError(f"{metadata}: not the metadata {matched} was matched with; name that one, or match again")
     shards = settings["shards"]
     digest = hashlib.sha256("\n".join(shards).encode("utf-8", "surrogateescape")).hexdigest()
-    merged = matched / MERGED / digest[:16]  # of these shards: with others it is another folder
+    merged = matched / MERGED / digest[:16]  # one folder per set of shards
     levels = merge_tree([counts_path(matched, name) for name in shards], merged)
     root = merged_path(merged, next(iter(levels[-1])))
     sums = f"{MERGED}/{digest[:16]}/{{shard}}.npz"
@@ -105,7 +105,7 @@ def plan_balance(
 
 @dataclass(frozen=True)
 class Merge:
-    """Adds up the counts of some files."""
+    """Sums the counts of several files."""
 
     folder: Path
 
@@ -115,7 +115,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class SetThresholds:
-    """Thresholds and probabilities of every language, one in memory at a time."""
+    """Thresholds and probabilities of every language, one language in memory at a time."""
 
     matched: Path
     metadata: Path
@@ -124,7 +124,7 @@ class SetThresholds:
     root: Path
 
     def is_current(self, name: str) -> bool:
-        """Whether ``thresholds.json`` is of these counts and this ``t_en``."""
+        """Whether ``thresholds.json`` was made from these counts and this ``t_en``."""
         marker = self._marker()
         if not (marker.is_file() and self.root.is_file()):
             return False
@@ -134,7 +134,7 @@ class SetThresholds:
         return self.out / "logs" / f"made_of_{_THRESHOLDS}"
 
     def _made_of(self) -> dict[str, Any]:
-        # Counts merged anew may be equal and yet of other captions, so their time counts as well as their content.
+        # Counts that are merged again may be equal although the captions changed, so the file's time counts too.
         merged_ns = self.root.stat().st_mtime_ns
         return {"t_en": self.t_en, "merged_ns": merged_ns, "match": file_sha256(self.matched / SETTINGS)}
 
@@ -143,7 +143,7 @@ class SetThresholds:
         with VotesFile(self.root) as votes:
             if ENGLISH not in votes.langs:
                 raise UserError(
-                    f"{self.matched}: no English caption matched, so t_en={self.t_en} has no meaning; add English "
+                    f"{self.matched}: no English caption matched, so t_en={self.t_en} is meaningless; add English "
                     "captions and metadata"
                 )
             p = threshold_to_mass(self._counts(votes, files, ENGLISH), self.t_en)
@@ -158,7 +158,7 @@ class SetThresholds:
         return dense(votes[lang], len(read_entries(files[lang])))
 
     def _set(self, lang: str, counts: npt.NDArray[np.uint64], p: float) -> dict[str, Any]:
-        """Write the arrays of a language and return its row of the report."""
+        """Write a language's arrays and return its row of the report."""
         t = self.t_en if lang == ENGLISH else mass_to_threshold(counts, p)
         path = self.out / "counts" / f"{lang}.npy"
         _write_array(path, counts)
@@ -179,7 +179,7 @@ def _write_array(path: Path, array: npt.NDArray) -> None:
 
 
 def _keep_only(folder: Path, languages: set[str]) -> None:
-    """Remove the ``<lang>.npy`` of an earlier balance that had other languages."""
+    """Remove the ``<lang>.npy`` files of an earlier balance with other languages."""
     for path in folder.glob("*.npy"):
         if path.stem not in languages and not path.name.startswith("."):
             path.unlink()
@@ -209,7 +209,7 @@ class ExpectShard:
 
 @lru_cache(maxsize=512)
 def _probabilities(path: Path, version: int) -> npt.NDArray[np.float32]:
-    """Mapped into memory; ``version`` tells an array from one that was written later under the same name."""
+    """Memory-mapped; ``version`` distinguishes an array from a later one with the same name."""
     return map_array(path, np.float32, cure="run `mc2 curate balance` into another folder")
 
 
@@ -260,10 +260,10 @@ class WriteReport:
 
 
 def _without_matches(languages: Sequence[str], matched: dict[str, Any], captions: dict[str, int]) -> dict[str, str]:
-    """Languages that have metadata and no threshold, each with the reason."""
+    """Languages that have metadata but no threshold, each with the reason."""
     return {
-        lang: f"none of its {captions[lang]:,} captions has an entry in it"
+        lang: f"none of its {captions[lang]:,} captions contains an entry"
         if captions.get(lang)
-        else "no caption of the pool is in this language"
+        else "no caption in the pool is in this language"
         for lang in sorted(set(languages) - set(matched))
     }

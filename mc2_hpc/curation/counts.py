@@ -1,8 +1,8 @@
-"""Exact entry counts: one vote of an entry a text, uint64, added up over shards as a tree.
+"""Exact entry counts: one vote per entry and text, uint64, summed over shards as a tree.
 
-A file holds the counts of every language, sparse. Files are merged language by language, so that merging holds one
-language in memory, and :data:`FAN_IN` at a time, so that no process opens the files of all shards. Addition of whole
-numbers knows no order: the same counts, and equal bytes, whatever the tree.
+A file holds the sparse counts of every language. Files are merged language by language, so that only one language is
+in memory, and :data:`FAN_IN` at a time, so that no process opens the files of all shards. Integer addition does not
+depend on order, so counts and bytes are the same whatever the tree.
 """
 
 import zipfile
@@ -19,17 +19,17 @@ from mc2_hpc.reading.arrays import open_npz
 from mc2_hpc.storage import atomic_path
 
 FAN_IN = 100
-"""Files that are merged to one: three levels for a million shards."""
+"""Files that are merged into one: three levels for a million shards."""
 _CURE = "damaged counts: delete the file and match again"
 _DENSE = 8
-"""Entries a match up to which counting in an array is the faster way."""
+"""Up to this many entries per match, counting in an array is faster."""
 
 Sparse = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]
-"""Ids of the entries that were matched, ascending, and their counts."""
+"""Ids of the matched entries, ascending, and their counts."""
 
 
 def count_votes(ids: npt.NDArray[np.uint32]) -> Sparse:
-    """Counts of the entries in ``ids``, the concatenated matches of many texts (each unique within its text)."""
+    """Counts of the entries in ``ids``, the concatenated matches of many texts (unique within each text)."""
     if len(ids) and int(ids.max()) < _DENSE * len(ids):  # an array of all entries beats sorting the matches
         dense_counts = np.bincount(ids)
         entries = np.flatnonzero(dense_counts)
@@ -40,7 +40,7 @@ def count_votes(ids: npt.NDArray[np.uint32]) -> Sparse:
 
 
 def add_sparse(votes: Sequence[Sparse]) -> Sparse:
-    """The sum of the counts, of one at least."""
+    """The sum of the counts; at least one is needed."""
     if len(votes) == 1:
         return votes[0]
     entries = np.concatenate([ids for ids, _ in votes])
@@ -55,7 +55,7 @@ def dense(votes: Sparse, num_entries: int) -> npt.NDArray[np.uint64]:
     """The counts of all entries of a language, uint64 ``(num_entries,)``.
 
     Raises:
-        UserError: an entry id that the language does not have.
+        UserError: an entry id is beyond the language's entries.
     """
     entries, counts = votes
     if len(entries) and int(entries[-1]) >= num_entries:
@@ -69,7 +69,7 @@ def dense(votes: Sparse, num_entries: int) -> npt.NDArray[np.uint64]:
 
 
 def write_votes(path: Path, votes: Mapping[str, Sparse]) -> None:
-    """Write counts of every language to one ``.npz``, atomically; equal counts give equal bytes."""
+    """Write the counts of every language to one ``.npz``, atomically; equal counts give equal bytes."""
     _write(path, ((lang, votes[lang]) for lang in sorted(votes)))
 
 
@@ -77,7 +77,7 @@ def merge_votes(paths: Sequence[Path], merged: Path) -> None:
     """Write the sum of the counts in ``paths`` to ``merged``, atomically, one language in memory at a time.
 
     Raises:
-        UserError: a file is missing or damaged; it is named.
+        UserError: a file is missing or damaged; the message names it.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(VotesFile(path)) for path in paths]
@@ -86,7 +86,7 @@ def merge_votes(paths: Sequence[Path], merged: Path) -> None:
 
 
 def _write(path: Path, votes: Iterator[tuple[str, Sparse]]) -> None:
-    # As np.savez writes it, whose arrays would all be in memory; members carry no time of their own.
+    # Same format as np.savez, which would hold all arrays in memory; members carry no timestamp.
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for lang, (entries, counts) in votes:
             for name, array in ((f"{lang}.entries", entries), (f"{lang}.counts", counts)):
@@ -98,7 +98,7 @@ class VotesFile:
     """A file of counts, read language by language: ``with VotesFile(path) as file: file["en"]``.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: it is missing or damaged.
     """
 
     def __init__(self, path: Path):
@@ -122,8 +122,8 @@ class VotesFile:
 
 
 def merge_tree(leaves: Sequence[Path], folder: Path) -> list[dict[str, tuple[Path, ...]]]:
-    """The tree that merges ``leaves`` to one file: for each level, the files below ``folder`` to write, by name, and
-    what each is the sum of. The one of the last level is the root.
+    """The tree that merges ``leaves`` into one file: for each level, the files to write below ``folder``, by name, and
+    the files that each one sums. The last level has one file, the root.
     """
     levels: list[dict[str, tuple[Path, ...]]] = []
     files = list(leaves)

@@ -1,8 +1,8 @@
-"""Decontamination: training shards without the images of benchmarks.
+"""Decontamination: remove benchmark images from training shards.
 
 Every training image is compared with every benchmark image by a 64-bit perceptual hash
 (:mod:`mc2_hpc.curation.pool.perceptual_hash`). Benchmark images are hashed whole and with 2.5 % and 5 % of their size
-cut from every edge, so that slightly cropped copies are found as well. Mirrored or heavily cropped ones are not.
+cut from every edge, so that slightly cropped copies are found too. Mirrored or heavily cropped copies are not.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from mc2_hpc.tar import Member, fits_tar_name, write_tar
 SETTINGS = "decontaminate.json"
 REPORT = "removed.csv"
 MAX_DISTANCE = 6
-"""Bits by default: the most at which pairs of CIFAR-10's train and test images, looked at by eye, were still one
-image almost every time. At 8 bits many are not."""
+"""Default, in bits: the largest distance at which pairs of CIFAR-10 train and test images, checked by eye, were almost
+always the same image. At 8 bits many are not."""
 _CUTS = (0.0, 0.025, 0.05)
 _FILES_AT_ONCE = 1000
 _HEADER = ("key", "benchmark", "distance", "shard")
@@ -50,33 +50,33 @@ _HEADER = ("key", "benchmark", "distance", "shard")
 def plan_decontaminate(
     shards: str | Path, against: str | Path, out: str | Path, *, max_distance: int = MAX_DISTANCE
 ) -> Plan:
-    """Copy training shards without the images that lie within ``max_distance`` bits of a benchmark image.
+    """Copy training shards without the images that are within ``max_distance`` bits of a benchmark image.
 
-    Writes ``<shard>.tar`` and, where there is one, ``<shard>.parquet``, as packing does: a packed shard that loses
-    nothing keeps its bytes, one that loses all gets no files. ``removed.csv`` lists each key removed, the nearest
-    benchmark image, their distance and the shard. What is finished is skipped.
+    Writes ``<shard>.tar`` and, if the shard has one, ``<shard>.parquet``, as packing does. A packed shard that loses
+    nothing keeps its bytes; a shard that loses everything gets no files. ``removed.csv`` lists each removed key, the
+    nearest benchmark image, the distance between them and the shard. Finished shards are skipped.
 
     Args:
-        shards: folder of training shards, as packing writes them or plain WebDataset tars.
-        against: benchmark images: a folder, searched for image files and tars of them at any depth, or one tar.
+        shards: folder of training shards, written by packing or plain WebDataset tars.
+        against: benchmark images: a folder, searched at any depth for image files and tars of them, or one tar.
 
     Returns:
-        stages, and as their result counters: ``pictures`` (of training, as read), ``images`` (kept), ``removed``, and
-        ``drops`` by reason: ``image_undecodable`` (it cannot be told from a benchmark's, and training could not use
-        it), ``name_too_long`` (beyond a ustar header), ``name_repeated`` (a second file of a name)
+        stages, whose result is counters: ``images_read`` (of training), ``images`` (kept), ``removed``, and ``drops``
+        by reason: ``image_undecodable`` (it cannot be compared with the benchmark, and training could not use it),
+        ``name_too_long`` (does not fit a ustar header), ``name_repeated`` (a second file of the same name)
 
     Raises:
-        UserError: nothing to read, or a folder made with other settings. A benchmark image that cannot be decoded fails
-            when it is read: nothing could be told from it.
+        UserError: nothing to read, or a folder made with other settings. A benchmark image that cannot be decoded
+            raises when it is read, because nothing could be compared with it.
     """
     out = Path(out).absolute()
     if find_spec("imagehash") is None:
-        raise UserError("perceptual hashes need the package imagehash: pip install imagehash")
+        raise UserError("perceptual hashes need the imagehash package: pip install imagehash")
     if not 0 <= max_distance < 32:
         raise UserError(f"max_distance={max_distance}: must be 0 to 31 bits; unrelated images differ in about 32")
     training = {shard.name: shard for shard in list_pool(Path(shards).absolute())}
     if without := [name for name, shard in training.items() if shard.images is None]:
-        raise UserError(f"{Path(shards) / without[0]}.parquet: no {without[0]}.tar with its images beside it")
+        raise UserError(f"{Path(shards) / without[0]}.parquet: there is no {without[0]}.tar with its images beside it")
     units, listing = _benchmark_units(Path(against).absolute())
     open_folder(out, SETTINGS, {"max_distance": max_distance, "against": listing}, list(training))
     clean = CleanShard(out, list(units), max_distance)
@@ -90,7 +90,7 @@ def plan_decontaminate(
 
 
 def _benchmark_units(against: Path) -> tuple[dict[str, list[Path]], str]:
-    """Benchmark files in parts that are hashed together (a tar, or up to 1,000 images), and a digest of their names
+    """Benchmark files in parts that are hashed together (one tar, or up to 1,000 images), and a digest of their names
     and sizes."""
     if not against.exists():
         raise UserError(f"{against}: no such file or folder of benchmark images")
@@ -125,7 +125,7 @@ class HashUnit:
             except Dropped as error:
                 raise UserError(
                     f"{image}: this benchmark image cannot be decoded ({error}); fix or remove it, "
-                    f"delete {self.out} and run the same command again"
+                    f"then delete {self.out} and rerun the command"
                 ) from None
             names.append(image)
         if not names:
@@ -150,7 +150,7 @@ def _is_image(member: Member) -> bool:
 
 @lru_cache(maxsize=1)
 def _benchmark(out: Path, units: tuple[str, ...]) -> tuple[list[str], Hashes]:
-    """Name of each benchmark hash, and the hashes: one for each image and cut."""
+    """The image name of each benchmark hash, and the hashes: one per image and cut."""
     names: list[str] = []
     hashes: list[npt.NDArray[np.uint64]] = []
     for unit in units:
@@ -168,20 +168,20 @@ class _Images(Foreign):
 
 @dataclass(frozen=True)
 class CleanShard:
-    """Copies one shard without what matches the benchmark."""
+    """Copies one shard without the images that match the benchmark."""
 
     out: Path
     units: list[str]
     max_distance: int
 
     def is_current(self, shard: str) -> bool:
-        """Whether the shard's tar is there, if it has images left."""
+        """Whether the shard's tar exists, or no images are left in it."""
         return (self.out / f"{shard}.tar").is_file() or read_json(stats_path(self.out, shard), _Images).images == 0
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
         with TarIndex(shard.images) as index:
-            members = {member.name: member for member in reversed(index.members)}  # of a name the first stays
+            members = {member.name: member for member in reversed(index.members)}  # first of a name wins
             files = [member for member in index.members if members[member.name] is member]
             drops: Counter[str] = Counter({Drop.NAME_REPEATED: len(index.members) - len(files)})
             hashes = self._hashes(index, files, drops)
@@ -200,11 +200,11 @@ class CleanShard:
         with atomic_path(_removed_path(self.out, name)) as temporary:
             _write_csv(temporary, removed)
         num_read = len(hashes) + drops[Drop.IMAGE_UNDECODABLE]
-        stats = {"pictures": num_read, "images": images, "removed": len(removed), "drops": dict(+drops)}
+        stats = {"images_read": num_read, "images": images, "removed": len(removed), "drops": dict(+drops)}
         write_json(stats_path(self.out, name), stats)
 
     def _hashes(self, index: TarIndex, files: list[Member], drops: Counter[str]) -> dict[Member, np.uint64]:
-        """Hash of each image that can be decoded, by member."""
+        """Hash of each decodable image, by member."""
         found = {}
         for member in filter(_is_image, files):
             try:
@@ -214,7 +214,7 @@ class CleanShard:
         return found
 
     def _matches(self, hashes: Mapping[Member, np.uint64], shard: str) -> list[tuple[str, str, int, str]]:
-        """Rows of the report: images near one of the benchmark."""
+        """Rows of the report: images close to a benchmark image."""
         names, against = _benchmark(self.out, tuple(self.units))
         index, distance = nearest(np.array(list(hashes.values()), np.uint64), against)
         return [
@@ -240,7 +240,7 @@ def _removed_path(out: Path, shard: str) -> Path:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """Puts the removals of all shards into one file."""
+    """Merges the removals of all shards into one file."""
 
     out: Path
     shards: list[str]

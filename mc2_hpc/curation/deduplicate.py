@@ -1,9 +1,9 @@
 """Exact de-duplication of a caption pool by image: every key in one shard, every text of a key once.
 
-Two passes, so that no process ever holds more than one shard. The *scatter* pass deals the rows of each shard to
-partitions by a hash of their key; the *gather* pass collects a partition from all scattered shards, sorts it and drops
-repetitions. The result depends on the set of rows alone: not on how they were spread over shards, nor on the order or
-number of workers. So a pool too large for one run may be de-duplicated in parts, and the parts together again.
+There are two passes, so that no process ever holds more than one shard. The *scatter* pass assigns each shard's rows to
+partitions by a hash of their key. The *gather* pass collects a partition from all scattered shards, sorts it and drops
+duplicates. The result depends only on the set of rows, not on their shards or on the order or number of workers. So a
+pool too large for one run can be de-duplicated in parts, and then the parts together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SETTINGS = "deduplicate.json"
 
 
 class _Settings(Foreign):
-    """``deduplicate.json``, as far as it is asked for before the settings are compared."""
+    """``deduplicate.json``, as far as it is needed before the settings are compared."""
 
     num_shards: Size
 
@@ -43,23 +43,23 @@ _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 def plan_deduplicate(pool: str | Path, out: str | Path, *, shards: int | None = None) -> Plan:
-    """Write ``00000.parquet`` ... of distinct (key, text), sorted, each key in the shard that its hash names.
+    """Write ``00000.parquet`` ... of distinct (key, text), sorted, each key in the shard given by its hash.
 
-    All rows of a key get the alphabetically first ``source`` among them. What is finished is skipped, and the scattered
-    rows (about the size of the pool) are deleted at the end. A partition's rows are held in memory: about three times
-    their bytes.
+    All rows of a key get the alphabetically first ``source`` among them. Finished shards are skipped, and the scattered
+    rows (about the size of the pool) are deleted at the end. A partition's rows are held in memory, at about three
+    times their size.
 
     Args:
-        pool: folder of ``<shard>.parquet`` alone; images are fetched later, one a key.
-        shards: to write; by default one for each million rows of the pool.
+        pool: folder of ``<shard>.parquet`` files without images; images are fetched later, one per key.
+        shards: to write; by default one per million rows of the pool.
 
     Returns:
-        the stages that are not done, and as their result counters: ``rows`` read, ``kept``, ``images`` (distinct keys),
-        and ``drops`` by reason: ``caption_repeated`` and those of
+        the unfinished stages, whose result is counters: ``rows`` (read), ``kept``, ``images`` (distinct keys), and
+        ``drops`` by reason: ``caption_repeated`` and those of
         :func:`~mc2_hpc.curation.pool.captions.iter_captions`
 
     Raises:
-        UserError: no such pool, one with images, or a folder made from another pool.
+        UserError: the pool does not exist or has images, or the folder was made from another pool.
     """
     out = Path(out).absolute()
     inputs = _inputs(Path(pool).absolute())
@@ -79,7 +79,7 @@ def plan_deduplicate(pool: str | Path, out: str | Path, *, shards: int | None = 
         invalidates=(out / "stats",),
     )
     gather = Stage("gather", out, names, GatherShard(out, list(inputs), partitions), ("{shard}.parquet", STATS))
-    # The scattered rows of a finished pool are gone; they are made again where it has grown or a shard was lost.
+    # The scattered rows of a finished pool are gone; they are rebuilt if it has grown or a shard was lost.
     is_known = all(stats_path(scattered, name).is_file() for name in inputs)
     stages = (gather,) if is_known and not gather.undone() else (scatter, gather)
     return Plan(stages, result=lambda: _finish(out, list(inputs), list(names)))
@@ -101,7 +101,7 @@ def _inputs(pool: Path) -> dict[str, PoolShard]:
 def _captions_only(shard: PoolShard) -> PoolShard:
     if shard.captions is None or shard.images is not None:
         raise UserError(
-            f"{shard.images}: a pool with images cannot be spread anew; de-duplicate it before fetching them"
+            f"{shard.images}: a pool with images cannot be redistributed; de-duplicate it before fetching them"
         )
     return shard
 
@@ -111,7 +111,7 @@ def _columns(shard: PoolShard) -> list[str]:
 
 
 def _runs(shard: PoolShard, drops: Counter[str]) -> Iterator[pa.Table]:
-    """Usable rows in tables of a million or so, none empty; drops are added up in ``drops``."""
+    """Usable rows in non-empty tables of about a million; drops are counted in ``drops``."""
     pieces: list[pa.Table] = []
     for rows, dropped in iter_captions(shard, keep_repeated=True):
         drops.update(dropped)
@@ -125,7 +125,7 @@ def _runs(shard: PoolShard, drops: Counter[str]) -> Iterator[pa.Table]:
 
 
 def _number_of_shards(out: Path, inputs: dict[str, PoolShard], shards: int | None) -> int:
-    """What the user asked for, what an earlier run of this folder chose, or what the pool's rows suggest."""
+    """The user's number, the one chosen by an earlier run of this folder, or one that suits the pool's rows."""
     if shards is not None:
         if shards < 1:
             raise UserError(f"shards={shards}: must be at least 1")
@@ -147,15 +147,15 @@ def scattered_folder(out: Path) -> Path:
 
 
 def scattered_path(scattered: Path, shard: str) -> Path:
-    """A pool shard's rows, dealt to partitions."""
+    """A pool shard's rows, assigned to partitions."""
     return scattered / f"{shard}.arrow"
 
 
 @dataclass(frozen=True)
 class ScatterShard:
-    """Deals one shard's rows to the partitions.
+    """Assigns one shard's rows to the partitions.
 
-    The Arrow file is a sequence of runs, each of one record batch for every partition, perhaps without rows: partition
+    The Arrow file is a sequence of runs, each with one record batch per partition, possibly without rows: partition
     ``j`` is the batches ``j``, ``j + partitions``, ``j + 2 * partitions`` ...
     """
 
@@ -167,8 +167,8 @@ class ScatterShard:
         columns = _columns(shard)
         if columns != self.columns:
             raise UserError(
-                f"{shard.captions}: has the columns {', '.join(columns)}, the pool's first shard "
-                f"{', '.join(self.columns)}; a pool's shards need the same"
+                f"{shard.captions}: has columns {', '.join(columns)}, but the pool's first shard has "
+                f"{', '.join(self.columns)}; all shards of a pool need the same columns"
             )
         schema = pa.schema([(column, pa.large_string()) for column in columns])
         drops: Counter[str] = Counter()
@@ -195,7 +195,7 @@ class ScatterShard:
 
 @dataclass(frozen=True)
 class GatherShard:
-    """Collects one partition and writes it without repetitions."""
+    """Collects one partition and writes it without duplicates."""
 
     out: Path
     inputs: list[str]
@@ -224,7 +224,7 @@ class GatherShard:
 
 
 def distinct(rows: pa.Table) -> pa.Table:
-    """Distinct (key, text) of ``rows``, sorted; each has its first ``lang``, and the first ``source`` of its key."""
+    """Distinct (key, text) of ``rows``, sorted, each with its first ``lang`` and the first ``source`` of its key."""
     others = [(name, "min") for name in rows.column_names if name not in ("key", "text")]
     kept = rows.group_by(["key", "text"]).aggregate(others)
     kept = kept.rename_columns([name.removesuffix("_min") for name in kept.column_names])

@@ -1,4 +1,4 @@
-"""What curation does with one caption, and why: its matches, their probabilities, its odds, or what kept it out."""
+"""What curation does with one caption and why: its matches, their probabilities, its odds, or why it is left out."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from mc2_hpc.storage import file_sha256
 
 _NEAR_MISSES = 5
 _SHORTEST_PART = 3
-"""Characters of an entry worth telling of inside a longer word."""
+"""Fewest characters of an entry that is reported inside a longer word."""
 _DEFAULT_MODE = "fixed"
 
 
 @dataclass(frozen=True)
 class MatchedEntry:
-    """An entry that occurs in the caption; what balancing knows of it is None without a balance folder."""
+    """An entry that occurs in the caption; what comes from balancing is None without a balance folder."""
 
     entry: str
     id: int
     pattern: str
     at: list[int]
-    """Where the pattern begins in the spaced text, in characters; overlapping occurrences included."""
+    """Offsets of the pattern in the spaced text, in characters; overlapping occurrences included."""
     count: int | None = None
-    """Texts of the pool that it matched."""
+    """Texts in the pool that it matched."""
     probability: float | None = None
     part: str | None = None
     """``head`` if counted above the threshold, else ``tail``."""
@@ -62,12 +62,12 @@ class Explanation:
     caption: str
     lang: str
     lang_from: str
-    """``given``, or the identifier that told it."""
+    """``given``, or the identifier that found it."""
     mode: str
     spaced_text: str
     matches: list[MatchedEntry]
     near_misses: list[NearMiss]
-    """Looked for only where nothing matched."""
+    """Searched for only if nothing matched."""
     drop_reason: str | None
     """As ``mc2 curate match`` counts it; None for a caption that matches."""
     threshold: int | None
@@ -95,20 +95,19 @@ def explain(
     epoch: int = 0,
     identifier: LanguageIdentifier | None = None,
 ) -> Explanation:
-    """Follow one caption through matching and balancing.
+    """Trace one caption through matching and balancing.
 
     Args:
-        lang: of the caption, by any code that a pool may have; identified where not given.
+        lang: of the caption, by any code that a pool may have; identified if not given.
         mode: matching rules; by default those of ``matched``, else of ``balance``, else ``fixed``.
-        matched: a matched pool of this metadata: its settings and filters count, and its matcher tables need not be
-            built.
-        balance: for counts, probabilities and the verdict; matches only without it.
-        key: of the image: tells whether (seed, epoch) keep the caption, if they draw it among the image's.
+        matched: a matched pool of this metadata: its settings and filters apply, and its matcher tables are reused.
+        balance: for counts, probabilities and the verdict; without it, only matches.
+        key: of the image: decides whether (seed, epoch) keep the caption if it is drawn from the image's captions.
         identifier: :class:`FastLangdetect` by default.
 
     Raises:
-        UserError: bad metadata, folders of another metadata or mode, or no language identifier is installed;
-            or ``balance`` knows nothing of the language, as no caption of the pool matched.
+        UserError: invalid metadata, folders with other metadata or another mode, or no language identifier is
+            installed; or ``balance`` lacks the language, because no caption of the pool matched.
     """
     languages = metadata_files(metadata)
     settings = planned_settings(Path(matched)) if matched is not None else None
@@ -139,7 +138,7 @@ def explain(
     probability, draw, threshold = None, None, None
     if probs is not None and report is not None and matches:
         if lang not in report["t"]:
-            raise UserError(f"{balance}: has no threshold for {lang!r}: no caption of its pool matched; leave it out")
+            raise UserError(f"{balance}: no threshold for {lang!r}: no caption of its pool matched; leave it out")
         threshold = report["t"][lang]
         matches, probability = _weigh(matches, probs, lang, threshold)
         if key is not None:
@@ -169,12 +168,12 @@ def _verdict(drop_reason: str | None, probability: float | None, draw: float | N
 
 
 def _check_source(name: str | Path | None, source: dict[str, Any] | None, path: Path | None, mode: str) -> None:
-    """Raise unless the matched or balance folder ``name`` was made from this metadata file, in this mode."""
+    """Raise unless the matched or balance folder ``name`` was made from this metadata file in this mode."""
     if source is None:
         return
     hashes = source["sources"]["metadata"] if "sources" in source else source["metadata"]
     if path is not None and hashes.get(path.stem) != file_sha256(path):
-        raise UserError(f"{path}: not the metadata that {name} was made with; name that with --metadata")
+        raise UserError(f"{path}: not the metadata {name} was made with; give that one with --metadata")
     if source["mode"] != mode:
         raise UserError(
             f"{name}: was made in mode {source['mode']}, not {mode}; name that mode or leave this folder out"
@@ -214,7 +213,7 @@ def _occurrences(pattern: str, text: str) -> list[int]:
 def _weigh(
     matches: list[MatchedEntry], probs: BalanceFolder, lang: str, threshold: int
 ) -> tuple[list[MatchedEntry], float]:
-    """The matches with what balancing knows of them, and the caption's keep probability."""
+    """The matches with their counts and probabilities, and the caption's keep probability."""
     ids = np.array([match.id for match in matches], np.uint32)
     probability = float(keep_probability(np.array([0, len(ids)]), ids, probs[lang])[0])
     counts = probs.counts(lang)
@@ -227,7 +226,7 @@ def _weigh(
 
 
 def _near_misses(caption: str, text: str, entries: Sequence[str], mode: str) -> list[NearMiss]:
-    """Entries that would match if one rule were another, the longest first, up to a few a reason."""
+    """Entries that would match if one rule were different, longest first, up to a few per reason."""
     folded, folded_text = caption.casefold(), text.casefold()
     fixed = set(Matcher.build(entries, "fixed").match([caption])[1].tolist()) if mode == "compat" else set()
     by_length = sorted(range(len(entries)), key=lambda number: (-len(entries[number]), number))
@@ -238,7 +237,7 @@ def _near_misses(caption: str, text: str, entries: Sequence[str], mode: str) -> 
     def in_other_case(number: int) -> bool:
         alike = entries[number].casefold()
         if alike not in folded and alike not in folded_text:
-            return False  # most entries: their patterns need not be made
+            return False  # most entries: skips making their patterns
         pattern = pattern_or_none(entries[number], mode)
         return pattern is not None and pattern.casefold() in folded_text
 
@@ -247,8 +246,8 @@ def _near_misses(caption: str, text: str, entries: Sequence[str], mode: str) -> 
 
     reasons = (
         ("matches by the rules of mode fixed", in_fixed),
-        ("matches if upper and lower case were one", in_other_case),
-        ("stands inside a longer word", inside_a_word),
+        ("would match if case were ignored", in_other_case),
+        ("is inside a longer word", inside_a_word),
     )
     found: dict[int, NearMiss] = {}
     for reason, holds in reasons:

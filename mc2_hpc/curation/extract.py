@@ -1,4 +1,4 @@
-"""Common Crawl's archives to caption pools: a shard of images and alt texts for each WAT or WARC file."""
+"""Common Crawl archives to caption pools: one shard of images and alt texts per WAT or WARC file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,25 +22,25 @@ _SCHEMA = pa.schema({"key": pa.string(), "text": pa.string(), "source": pa.strin
 def plan_extract(archives: Sequence[str | Path], out: str | Path) -> Plan:
     """Write ``<archive>.parquet`` and ``stats/<archive>.json`` for every WAT or WARC file.
 
-    Archives already finished are skipped. Memory: one record, and 16 bytes for each distinct row of the archive.
+    Finished archives are skipped. Memory: one record, and 16 bytes per distinct row of the archive.
 
     Args:
-        archives: files, or folders that are searched for ``*.wat``, ``*.warc`` and their ``.gz``, at any depth.
+        archives: files, or folders that are searched at any depth for ``*.wat``, ``*.warc`` and their ``.gz``.
 
     Returns:
-        a stage, and as its result counters over all archives: ``records`` (of any type), ``pages`` (with at least one
+        a stage, whose result is counters over all archives: ``records`` (of any type), ``pages`` (with at least one
         image), ``images`` (in them), ``rows``, and ``drops`` by reason (:data:`mc2_hpc.drops.MEANINGS`). Of records:
         ``record_too_large`` (above 64 MiB), ``caption_not_json``, ``caption_not_utf8``, ``record_not_http``. Of images:
         ``caption_empty``, ``url_missing``, ``url_not_http``, ``url_invalid``, ``caption_not_utf8`` and
         ``caption_repeated`` (the same address and text again).
 
     Raises:
-        UserError: nothing to read, or two archives of one name. An archive that is damaged or cut short fails when it
-            is read, but a file cut exactly between two records cannot be told from a whole one.
+        UserError: nothing to read, or two archives with the same name. A damaged or truncated archive raises when it is
+            read, but a file truncated exactly between two records looks complete.
     """
     out = Path(out).absolute()
     if find_spec("fastwarc") is None or find_spec("resiliparse") is None:
-        raise UserError("reading WAT and WARC files needs resiliparse and FastWARC: pip install resiliparse")
+        raise UserError("reading WAT and WARC files requires resiliparse and FastWARC: pip install resiliparse")
     shards = {name: path.absolute() for name, path in list_archives(archives).items()}
     open_folder(out, SETTINGS, _SETTINGS, list(shards))
     stage = Stage("extract", out, shards, ExtractArchive(out), ("{shard}.parquet", STATS), unit="archives")
@@ -69,7 +69,7 @@ class ExtractArchive:
 
 
 def _write(writer: pq.ParquetWriter, rows: list[tuple[str, str, str]]) -> None:
-    """Write the rows as a row group and empty the list."""
+    """Write the rows as a row group and clear the list."""
     columns = zip(*rows, strict=True) if rows else ((), (), ())
     writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], _SCHEMA))
     rows.clear()

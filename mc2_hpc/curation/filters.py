@@ -1,4 +1,4 @@
-"""Filters: classes of one method that drop captions before they are matched, each under a reason that is counted.
+"""Filters: classes with one method that drop captions before matching and count each drop under a reason.
 
     @dataclass(frozen=True)
     class NoPrices:
@@ -7,8 +7,8 @@
         def drop_reasons(self, rows: pa.Table) -> list[str | None]:
             return ["price" if self.currency in text else None for text in rows["text"].to_pylist()]
 
-``--filter mypackage.NoPrices currency=$`` names it; docs/curation.md has the rest. Here are the protocol, what reads
-that flag and applies filters, and two filters: :class:`Length` and :class:`Pattern`.
+``--filter mypackage.NoPrices currency=$`` selects it; see docs/curation.md. This module has the protocol, the code that
+parses that flag and applies filters, and two filters: :class:`Length` and :class:`Pattern`.
 """
 
 import inspect
@@ -28,23 +28,23 @@ _METHOD = "drop_reasons"
 
 
 class Filter(Protocol):
-    """Tells which captions to drop, and why. Made once per process; its results must depend on the rows alone."""
+    """Decides which captions to drop, and why. Created once per process; its results must depend only on the rows."""
 
     def drop_reasons(self, rows: pa.Table) -> Iterable[str | None] | pa.Array | pa.ChunkedArray:
-        """A reason for each row, in their order: a short name such as ``too_short``; None keeps the row.
+        """A reason per row, in row order: a short name such as ``too_short``; None keeps the row.
 
         Args:
-            rows: a batch of ``key``, ``text``, ``lang`` (a language with metadata) and, where the pool has it,
-                ``source``; large strings, no nulls but in ``source``, perhaps no rows.
+            rows: a batch of ``key``, ``text``, ``lang`` (a language with metadata) and, if the pool has it,
+                ``source``; large strings, nulls only in ``source``, possibly no rows.
         """
         ...
 
 
 def parse_filter(words: Sequence[str]) -> Named:
-    """A filter as the words of one ``--filter``, its options of the types that the class's constructor declares.
+    """A filter from the words of one ``--filter``, with options of the types that its constructor declares.
 
     Raises:
-        UserError: malformed words, no such class, or options that it does not have.
+        UserError: malformed words, an unknown class, or options that it does not have.
     """
     name, *options = words
     kind = _filter_class(name)
@@ -66,7 +66,7 @@ def load_filter(named: Named) -> Filter:
     """An instance of the filter.
 
     Raises:
-        UserError: there is no such class, it is no filter, or its constructor refuses the options.
+        UserError: there is no such class, it is not a filter, or its constructor rejects the options.
     """
     kind = _filter_class(named.name)
     try:
@@ -77,7 +77,7 @@ def load_filter(named: Named) -> Filter:
     except TypeError as error:
         raise UserError(f"--filter {named.name}: {error}; its options: {inspect.signature(kind)}") from None
     except Exception as error:  # whatever the constructor does
-        raise UserError(f"--filter {named.name}: making it failed: {describe(error)}") from error
+        raise UserError(f"--filter {named.name}: constructing it failed: {describe(error)}") from error
 
 
 def _filter_class(name: str) -> type:
@@ -89,7 +89,7 @@ def _filter_class(name: str) -> type:
         raise UserError(f"--filter {name}: is not a class; a filter is a class with a method {_METHOD}(rows)")
     method = getattr(kind, _METHOD, None)
     if not callable(method) or len(inspect.signature(method).parameters) != 2:
-        raise UserError(f"--filter {name}: a filter has a method {_METHOD}(self, rows); see docs/curation.md")
+        raise UserError(f"--filter {name}: a filter needs a method {_METHOD}(self, rows); see docs/curation.md")
     return kind
 
 
@@ -100,7 +100,7 @@ def apply_filters(filters: Iterable[tuple[str, Filter]], rows: pa.Table, drops: 
         filters: with their names, for errors.
 
     Raises:
-        UserError: a filter raised something, or answered what is no reason a row.
+        UserError: a filter raised, or did not return one reason per row.
     """
     for name, one in filters:
         try:
@@ -120,7 +120,7 @@ def recorded_filters(settings: Mapping[str, Any], where: object) -> list[tuple[s
     """The filters that a matched pool was made with, and their names.
 
     Args:
-        settings: of its ``match.json``.
+        settings: from its ``match.json``.
         where: the pool, for errors.
     """
     named = from_plain(settings.get("filters", []), list[Named], f"{where}: filters")
@@ -128,10 +128,10 @@ def recorded_filters(settings: Mapping[str, Any], where: object) -> list[tuple[s
 
 
 def filtered_as(filters: Iterable[tuple[str, Filter]], text: str, lang: str, key: str | None) -> str | None:
-    """The reason that one caption is dropped for; None if it is kept.
+    """The reason one caption is dropped; None if it is kept.
 
     Args:
-        key: of its image; empty where it is not known.
+        key: of its image; empty if unknown.
     """
     columns = {"key": key or "", "text": text, "lang": lang}
     rows = pa.table({name: pa.array([value], pa.large_string()) for name, value in columns.items()})
@@ -142,7 +142,7 @@ def filtered_as(filters: Iterable[tuple[str, Filter]], text: str, lang: str, key
 
 def _as_column(answer: Any, num_rows: int) -> pa.Array:
     """The reasons as an Arrow column of strings."""
-    wanted = f"{_METHOD} must answer None (keep) or a string (why not) for each of {num_rows} rows"
+    wanted = f"{_METHOD} must return None (keep) or a string (the reason) for each of {num_rows} rows"
     if isinstance(answer, str | bytes) or not isinstance(answer, Iterable):
         raise UserError(f"{wanted}, not {type(answer).__name__}")
     if isinstance(answer, pa.ChunkedArray):
@@ -150,13 +150,13 @@ def _as_column(answer: Any, num_rows: int) -> pa.Array:
     if not isinstance(answer, pa.Array):
         answer = list(answer)
         if others := [value for value in answer if not (value is None or isinstance(value, str))]:
-            raise UserError(f"{wanted}; one answer is {others[0]!r}")
+            raise UserError(f"{wanted}; one of them is {others[0]!r}")
         answer = pa.array(answer, pa.string())
     kind = answer.type.value_type if pa.types.is_dictionary(answer.type) else answer.type
     if kind not in (pa.string(), pa.large_string(), pa.null()):
-        raise UserError(f"{wanted}; it answered a column of {kind}")
+        raise UserError(f"{wanted}; it returned a column of {kind}")
     if len(answer) != num_rows:
-        raise UserError(f"{wanted}, but answered {len(answer)}")
+        raise UserError(f"{wanted}, but returned {len(answer)}")
     return answer.cast(pa.string())
 
 
@@ -168,18 +168,18 @@ def _checked(name: str, reason: str) -> str:
 
 @dataclass(frozen=True)
 class Length:
-    """Drops captions as ``too_short`` or ``too_long``, by characters (code points) or words between spaces."""
+    """Drops captions as ``too_short`` or ``too_long``, by characters (code points) or space-separated words."""
 
     min_characters: int = 0
     max_characters: int | None = None
     min_words: int = 0
     max_words: int | None = None
-    """Words mean little in languages that are written without spaces."""
+    """Not meaningful in languages written without spaces."""
 
     def __post_init__(self) -> None:
         for least, most in ((self.min_characters, self.max_characters), (self.min_words, self.max_words)):
             if least < 0 or (most is not None and most < least):
-                raise UserError(f"a length from {least} to {most} is none")
+                raise UserError(f"no length is from {least} to {most}")
 
     def drop_reasons(self, rows: pa.Table) -> pa.Array:
         """See :class:`Filter`."""
@@ -203,7 +203,7 @@ class Pattern:
     drop: str | None = None
     keep: str | None = None
     reason: str = "pattern"
-    """What the dropped captions are counted under."""
+    """The reason that dropped captions are counted under."""
 
     def __post_init__(self) -> None:
         if self.drop is None and self.keep is None:
@@ -212,7 +212,7 @@ class Pattern:
             try:
                 pc.match_substring_regex(pa.array([""]), expression)
             except pa.ArrowInvalid as error:
-                raise UserError(f"{expression!r} is no regular expression ({error})") from None
+                raise UserError(f"{expression!r} is not a valid regular expression ({error})") from None
 
     def drop_reasons(self, rows: pa.Table) -> pa.Array:
         """See :class:`Filter`."""

@@ -51,25 +51,24 @@ def plan_match(
     language_id: str | Path = DEFAULT_IDENTIFIER,
     filters: Sequence[Named] = (),
 ) -> Plan:
-    """Match every caption of a pool with the metadata of its language.
+    """Match every caption of a pool against the metadata of its language.
 
     Writes ``<shard>.parquet`` (rows that matched, with ``lang`` and ``entries``), ``counts/<shard>.npz``,
-    ``stats/<shard>.json``, the matcher tables under ``matchers/`` and ``match.json``. Shards already finished are
-    skipped.
+    ``stats/<shard>.json``, the matcher tables under ``matchers/`` and ``match.json``. Finished shards are skipped.
 
     Args:
         mode: matching rules, see :mod:`mc2_hpc.curation.matching.rules`.
-        language_id: tells the language of shards without a ``lang`` column; see
+        language_id: identifies the language in shards without a ``lang`` column; see
             :func:`~mc2_hpc.curation.pool.language_id.make_identifier`.
-        filters: drop captions before they are matched, in this order; see :mod:`mc2_hpc.curation.filters`.
+        filters: drop captions before matching, in this order; see :mod:`mc2_hpc.curation.filters`.
 
     Returns:
-        stages, and as their result counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason,
-        ``unknown_languages`` (captions by the code they have, a few dozen codes per shard), ``captions`` (usable ones,
-        by language) and ``languages``
+        stages, whose result is counters over all shards: ``rows``, ``matched``, ``images``, ``drops`` by reason,
+        ``unknown_languages`` (captions by their language code, a few dozen codes per shard), ``captions`` (usable
+        captions, by language) and ``languages``
 
     Raises:
-        UserError: bad pool, metadata, settings or filters.
+        UserError: invalid pool, metadata, settings or filters.
     """
     out = Path(out).absolute()
     check_mode(mode)
@@ -106,7 +105,7 @@ class BuildTables:
     mode: str
 
     def is_current(self, lang: str) -> bool:
-        """Whether the tables are of this version."""
+        """Whether the tables are in this version's format."""
         return is_saved(tables_folder(self.out, lang))
 
     def __call__(self, lang: str, path: Path) -> None:
@@ -125,7 +124,7 @@ def _matcher(folder: Path) -> Matcher:
 
 @dataclass
 class _Tally:
-    """Counters of a shard, over its pieces."""
+    """Counters of a shard, summed over its pieces."""
 
     rows: int = 0
     matched: int = 0
@@ -138,7 +137,7 @@ class _Tally:
     images_of: dict[str, Distinct] = field(default_factory=dict)
 
     def add_matched(self, rows: pa.Table, offsets: npt.NDArray[np.int64], ids: npt.NDArray[np.uint32]) -> None:
-        """Take in rows that matched, with their entries in CSR form."""
+        """Add rows that matched, with their entries in CSR form."""
         self.matched += len(rows)
         keys = rows["key"].combine_chunks()
         self.images.add(keys)
@@ -185,7 +184,7 @@ class MatchShard:
         write_json(stats_path(self.out, name), tally.stats())
 
     def _matched(self, shard: PoolShard, tally: _Tally) -> Iterator[pa.Table]:
-        """Rows of the shard that match, piece by piece; everything is counted in ``tally``."""
+        """The matching rows of the shard, piece by piece; everything is counted in ``tally``."""
         for rows, drops in iter_captions(shard):
             tally.rows += len(rows) + drops.total()
             rows, unknown = in_known_languages(self._with_language(rows), self.languages)
@@ -214,7 +213,7 @@ class MatchShard:
         return rows.append_column("lang", pa.array(langs, pa.large_string()))
 
     def _match(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-        """Entries of every row in CSR form, each language's rows matched together."""
+        """The entries of every row in CSR form; each language's rows are matched together."""
         texts = rows["text"].combine_chunks()
         by_language = rows_by_language(rows)
         if len(by_language) == 1:

@@ -1,6 +1,6 @@
-"""The matched pool on disk (stage 1): caption rows with their language and entries, one Parquet a shard.
+"""The matched pool on disk (stage 1): caption rows with their language and entries, one Parquet file per shard.
 
-Beside them lie the counts of each shard, the matcher tables of each language, and ``match.json``: how it was made.
+The folder also has each shard's counts, each language's matcher tables, and ``match.json``, which says how it was made.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,13 +21,13 @@ from mc2_hpc.storage import atomic_path
 
 SETTINGS = "match.json"
 MERGED = "merged"
-"""Folder of counts added up over shards, made by balancing from the counts of the shards."""
+"""Folder of counts summed over shards, written by balancing."""
 OUTPUTS = ("{shard}.parquet", "counts/{shard}.npz", STATS)
 """Files of a matched shard."""
 
 
 class _Sampled(File):
-    """What ``sample`` of a matched pool was drawn with."""
+    """What a sample of a matched pool was drawn with."""
 
     seed: Count
     epoch: Count
@@ -81,17 +81,17 @@ def tables_folder(out: Path, lang: str) -> Path:
 
 
 def counts_path(out: Path, shard: str) -> Path:
-    """Counts of one shard."""
+    """The counts of one shard."""
     return out / "counts" / f"{shard}.npz"
 
 
 def is_matched(out: Path, shard: str) -> bool:
-    """Whether all outputs of the shard are there."""
+    """Whether all outputs of the shard exist."""
     return has_outputs(out, OUTPUTS, shard)
 
 
 def read_settings(matched: Path) -> dict[str, Any]:
-    """Settings and shards of a matched pool, all of whose shards are finished.
+    """Settings and shards of a matched pool with every shard finished.
 
     Raises:
         UserError: not a matched pool, or matching is not finished.
@@ -107,14 +107,14 @@ def read_settings(matched: Path) -> dict[str, Any]:
 
 
 def planned_settings(matched: Path) -> dict[str, Any]:
-    """As :func:`read_settings`, of a pool whose shards may still have to be matched."""
+    """Like :func:`read_settings`, but some shards may not be matched yet."""
     if not (matched / SETTINGS).is_file():
         raise UserError(f"{matched}: not a matched pool (no {SETTINGS}); run `mc2 curate match` first")
     return read_fields(matched / SETTINGS, MatchSettings, cure="run `mc2 curate match` into another folder")
 
 
 def matched_table(rows: pa.Table, offsets: npt.NDArray[np.int64], ids: npt.NDArray[np.uint32]) -> pa.Table:
-    """``rows`` (``key``, ``text``, ``lang``, optional ``source``) with the entries of each as ``list<uint32>``."""
+    """``rows`` (``key``, ``text``, ``lang``, optional ``source``) with each row's entries as ``list<uint32>``."""
     entries = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
     names = [name for name in ("key", "text", "lang", "source") if name in rows.column_names]
     columns = {name: rows[name].cast(pa.string()) for name in names}
@@ -127,15 +127,15 @@ def write_matched(path: Path, table: pa.Table) -> None:
 
 
 def write_matched_batches(path: Path, tables: Iterable[pa.Table]) -> None:
-    """As :func:`write_matched`, the rows given piece by piece, of which one at a time is in memory.
+    """Like :func:`write_matched`, for rows given piece by piece, with one piece in memory at a time.
 
     Args:
-        tables: one at least, all of one schema; each becomes a row group, so other pieces give other bytes.
+        tables: at least one, all with one schema; each becomes a row group, so the bytes depend on the pieces.
     """
     tables = iter(tables)
     with atomic_path(path) as temporary:
         first = next(tables)
-        # Other columns hardly repeat: their dictionaries would only be built to be given up.
+        # Other columns hardly repeat, so their dictionaries would be built only to be abandoned.
         with pq.ParquetWriter(temporary, first.schema, compression="zstd", use_dictionary=_REPEATING) as writer:
             writer.write_table(first)
             for table in tables:
@@ -143,20 +143,20 @@ def write_matched_batches(path: Path, tables: Iterable[pa.Table]) -> None:
 
 
 def read_matched(path: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """Rows of a matched pool's or a training shard's Parquet file, one chunk a column.
+    """Rows of a matched pool's or a training shard's Parquet file, one chunk per column.
 
     Args:
-        columns: those to read; None reads all.
+        columns: to read; None reads all.
 
     Raises:
-        UserError: cannot be read, or a column is missing or of another type.
+        UserError: the file cannot be read, or a column is missing or has another type.
     """
     with _open_matched(path) as file:
         return file.read(columns).combine_chunks()
 
 
 def matched_batches(path: str | Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """As :func:`read_matched`, a row group at a time."""
+    """Like :func:`read_matched`, one row group at a time."""
     with _open_matched(path) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns).combine_chunks()

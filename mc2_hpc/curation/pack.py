@@ -1,4 +1,4 @@
-"""Stage 3: the images of a matched pool, and its rows, as training shards."""
+"""Stage 3: the images and rows of a matched pool as training shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = "pack.json"
 
 
 class PackSettings(Foreign):
-    """``pack.json``, as far as reports ask for it."""
+    """``pack.json``, as far as reports need it."""
 
     shards: list[str]
 
@@ -40,24 +40,24 @@ class PackStats(File):
 
 
 def plan_pack(pool: Names, matched: str | Path, out: str | Path, *, after_match: bool = False) -> Plan:
-    """Write training shards: ``<shard>.tar`` of images in key order, the matched rows in ``<shard>.parquet``.
+    """Write training shards: images in key order in ``<shard>.tar``, the matched rows in ``<shard>.parquet``.
 
-    Images keep their bytes, and their format: ``<key>.jpg``, ``<key>.png``, ... Only those with a matched row are
-    written; a shard without any gets no files. Shards already finished are skipped.
-    The rows of a shard and the names in its tar are held in memory, its images one at a time.
+    Images keep their bytes and format: ``<key>.jpg``, ``<key>.png``, ... Only images with a matched row are written; a
+    shard without any gets no files. Finished shards are skipped.
+    A shard's rows and the names in its tar are held in memory; its images are read one at a time.
 
     Args:
-        pool: the folder that was matched; its ``<shard>.tar`` hold the images.
-        matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, every shard of it finished.
+        pool: the folder that was matched; its ``<shard>.tar`` files hold the images.
+        matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, with every shard finished.
         after_match: the same plan matches first, so shards may be unfinished now.
 
     Returns:
-        stages, and as their result counters over all shards: ``images``, ``texts`` and ``drops`` by reason
+        stages, whose result is counters over all shards: ``images``, ``texts`` and ``drops`` by reason
         (:data:`mc2_hpc.drops.MEANINGS`): ``image_missing``, ``image_unmatched``, ``image_repeated``,
         ``image_unsupported``, ``name_unsafe``, ``name_too_long``
 
     Raises:
-        UserError: unfinished input; and as the result, not one image was written.
+        UserError: unfinished input; when the result is computed, if no image was written.
     """
     matched, out = Path(matched).absolute(), Path(out).absolute()
     settings = planned_settings(matched) if after_match else read_settings(matched)
@@ -77,7 +77,7 @@ class PackShard:
     out: Path
 
     def is_current(self, shard: str) -> bool:
-        """Whether the shard's files are there, if it has images."""
+        """Whether the shard's files exist, or it has no images."""
         if read_json(stats_path(self.out, shard), PackStats, cure=REDO).images == 0:
             return True
         return all((self.out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
@@ -100,7 +100,7 @@ class PackShard:
 
 
 def _images(listing: Listing, keys: Iterable[str], drops: Counter[str]) -> dict[str, Member]:
-    """The image of each of ``keys`` that can be written; the other keys and images are counted in ``drops``."""
+    """The image of each key that can be written; the other keys and images are counted in ``drops``."""
     in_tar = [(sample.key, sample.image) for sample in listing.samples.values() if sample.image is not None]
     by_key = ByKey(in_tar)
     found: dict[str, Member] = {}

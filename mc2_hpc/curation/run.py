@@ -24,10 +24,10 @@ def plan_run(
 ) -> Plan:
     """All three in turn, into ``out/matched``, ``out/balance`` and ``out/shards``.
 
-    On Slurm all stages are submitted at once, each depending on the one before.
+    On Slurm, all stages are submitted at once, each depending on the previous one.
 
     Returns:
-        stages, and as their result those of each plan, under ``match``, ``balance`` and ``pack``
+        stages, whose result is that of each plan, under ``match``, ``balance`` and ``pack``
 
     Raises:
         UserError: see :func:`plan_match`, :func:`plan_balance` and :func:`plan_pack`.

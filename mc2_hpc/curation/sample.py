@@ -1,7 +1,7 @@
 """Sampling offline: the rows that one epoch of online balancing would train on, written out.
 
-A sample is itself a matched pool - the same files, ``match.json`` telling what it is a sample of - so it can be packed,
-counted and explained like any other. Balance it no further: leave ``data.balance`` unset when training on it.
+A sample is itself a matched pool with the same files, and its ``match.json`` says what it is a sample of. It can be
+packed, counted and explained like any other. Do not balance it again: leave ``data.balance`` unset when training on it.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _logger = logging.getLogger(__name__)
 def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, seed: int = 0, epoch: int = 0) -> Plan:
     """Write the rows of a matched pool that the loader would keep in ``epoch`` with this seed.
 
-    A pure function of the rows: the same subset on any number of shards, workers and machines, given that all rows of
-    an image stand in one shard. Shards already finished are skipped.
+    A pure function of the rows: the same subset on any number of shards, workers and machines, provided that all rows
+    of an image are in one shard. Finished shards are skipped.
 
     Args:
         matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, every shard of it finished.
         balance: folder that :func:`~mc2_hpc.curation.balance.plan_balance` writes, from this metadata.
 
     Returns:
-        stages, and as their result counters over all shards: ``rows`` looked at, ``captions`` (the same by language),
-        ``matched`` (rows kept), ``images`` and ``languages`` of these, ``drops`` by reason (``not_drawn``: another
+        stages, whose result is counters over all shards: ``rows`` (read), ``captions`` (the same by language),
+        ``matched`` (rows kept), their ``images`` and ``languages``, ``drops`` by reason (``not_drawn``: another
         text of its image was drawn; ``balanced``: drawn, but thinned), and ``keys_in_several_shards``: how many of the
         ``checked`` keys break the rule above
 
@@ -80,9 +80,9 @@ def plan_sample(matched: str | Path, balance: str | Path, out: str | Path, *, se
 def select_rows(
     rows: pa.Table, probs: BalanceFolder, *, seed: int, epoch: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows of a matched table that are drawn for their image, and those of them that balancing keeps.
+    """The rows of a matched table drawn for their image, and the subset that balancing keeps.
 
-    The second equals :func:`~mc2_hpc.balancing.selection.select`, computed from Arrow columns.
+    The subset equals :func:`~mc2_hpc.balancing.selection.select`, computed from Arrow columns.
     """
     from mc2_hpc.draw_kernels import hash_column
 
@@ -99,11 +99,11 @@ def select_rows(
 
 def _check_same_pool(matched: Path, settings: dict[str, Any], probs: BalanceFolder) -> None:
     if "sample" in settings:
-        raise UserError(f"{matched}: is a sample already; name the matched pool that it was drawn from")
+        raise UserError(f"{matched}: is already a sample; name the matched pool it was drawn from")
     report = probs.report()
     if report["sources"]["metadata"] != settings["metadata"] or report["mode"] != settings["mode"]:
         raise UserError(
-            f"{probs.folder}: was balanced with other metadata or another mode than {matched} was matched with; "
+            f"{probs.folder}: the metadata or mode it was balanced with differs from that of {matched}; "
             "run `mc2 curate balance` on this matched pool"
         )
 
@@ -152,7 +152,7 @@ class SampleShard:
         write_json(stats_path(self.out, name), stats)
 
     def _write_checked_keys(self, name: str, keys: pa.ChunkedArray) -> None:
-        """Leave the hashes of a share of the keys: the same key is in it, or not, wherever it stands."""
+        """Write the hashes of a share of the keys; a given key is in it, or not, whatever its shard."""
         from mc2_hpc.draw_kernels import hash_column
 
         hashes = np.sort(hash_column(keys.combine_chunks()))
@@ -167,14 +167,14 @@ def _keys_path(out: Path, shard: str) -> Path:
 
 
 def _check_keys(out: Path, shards: list[str]) -> dict[str, int]:
-    """Count keys that stand in more than one shard among those left for this check, and warn of them."""
+    """Count the checked keys that are in more than one shard, and warn about them."""
     hashes = np.concatenate([map_array(_keys_path(out, name), np.uint64, cure=REDO) for name in shards])
     distinct, times = np.unique(hashes, return_counts=True)
     found = int((times > 1).sum())
     if found:
         _logger.warning(
-            "%s: %d of %d image keys that were checked stand in several shards; each shard drew a text for its own "
-            "copy: put all rows of an image in one shard, beside the image",
+            "%s: %d of %d checked image keys are in several shards, and each shard drew a text for its own copy; "
+            "put all rows of an image in one shard, beside the image",
             *(out, found, len(distinct)),
         )
     return {"checked": len(distinct), "found": found}

@@ -1,7 +1,7 @@
-"""What data loading hands on: the batch of a rank, and the shares of it that worker processes send.
+"""The output of data loading: a rank's batch, and the shares of it that worker processes send.
 
-A :class:`Share` may hold images that are still JPEGs; a :class:`Batch` never does. Both are checked when they are made,
-and neither changes afterwards.
+A :class:`Share` may contain images that are still JPEGs; a :class:`Batch` never does. Both are checked when they are
+created, and neither changes afterwards.
 """
 
 from collections import Counter
@@ -16,20 +16,20 @@ from mc2_hpc.data.stream import Position
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What is known of some samples beside their images, in lane order."""
+    """Samples without their images, in lane order."""
 
     tokens: torch.Tensor
     """int64 ``(b, width)``, see :meth:`mc2_hpc.data.tokenizer.Tokenizer.encode`."""
     keys: Sequence[str]
     langs: Sequence[str]
-    """Empty where the data do not say."""
+    """Empty if the data does not say."""
     position: dict[int, Position]
-    """Of every lane they come from, after them: what a checkpoint keeps."""
+    """Of every lane they come from, after these samples; saved in checkpoints."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Samples and shards skipped on the way to them, by reason (``mc2_hpc.data.skips``)."""
+    """Samples and shards skipped before them, by reason (``mc2_hpc.data.skips``)."""
 
     def __post_init__(self) -> None:
-        assert len(self.tokens) == len(self.keys) == len(self.langs), "a row of tokens, a key and a language per sample"
+        assert len(self.tokens) == len(self.keys) == len(self.langs), "one row of tokens, key and language per sample"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class Batch(Samples):
     """This rank's part of one step."""
 
     images: torch.Tensor
-    """uint8 ``(b, 3, S, S)``; pinned where there is a GPU."""
+    """uint8 ``(b, 3, S, S)``; pinned if there is a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert len(self.images) == len(self.keys), "an image per sample"
+        assert len(self.images) == len(self.keys), "one image per sample"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +49,18 @@ class Share(Samples):
     """A worker's part of a batch."""
 
     pixels: torch.Tensor
-    """uint8 ``(m, 3, S, S)``: the images that are decoded, in order."""
+    """uint8 ``(m, 3, S, S)``: the decoded images, in order."""
     jpegs: Jpegs | None = None
-    """The other images, which know their places."""
+    """The other images, with their places in the batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         encoded = 0 if self.jpegs is None else len(self.jpegs.rows)
-        assert len(self.pixels) + encoded == len(self.keys), "an image per sample, decoded or not"
+        assert len(self.pixels) + encoded == len(self.keys), "one image per sample, decoded or not"
 
 
 def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Samples:
-    """The samples of all parts, in order; rows of tokens are padded to the widest, in pinned memory if asked."""
+    """The samples of all parts, in order, with token rows padded to the widest; in pinned memory if requested."""
     num = sum(len(part.keys) for part in parts)
     width = max(part.tokens.shape[1] for part in parts)
     tokens = torch.full((num, width), pad_id, dtype=torch.int64, pin_memory=pin)
@@ -89,7 +89,7 @@ def joined_pixels(shares: Sequence[Share], *, pin: bool) -> torch.Tensor:
 
 
 def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] | None = None) -> Batch:
-    """The batch of samples and their images; ``skipped`` in place of the samples' own."""
+    """The batch of samples and their images; ``skipped`` replaces the samples' own."""
     return Batch(
         images=images,
         tokens=samples.tokens,
@@ -101,7 +101,7 @@ def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] 
 
 
 def join(shares: Sequence[Share], *, pad_id: int, pin: bool) -> Batch:
-    """The batch of shares whose images are all decoded; pinned if asked, so that copies to the GPU overlap."""
+    """The batch of shares with only decoded images; pinned if requested, so that copies to the GPU overlap."""
     if len(shares) == 1 and not pin:
         return batch_of(shares[0], shares[0].pixels)  # no copy
     return batch_of(joined_samples(shares, pad_id=pad_id, pin=pin), joined_pixels(shares, pin=pin))

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a model's weights, as its ``model.json`` describes it."""
+"""The tokenizer beside a model's weights, as described in ``model.json``."""
 
 from pathlib import Path
 
@@ -23,6 +23,6 @@ def load_tokenizer(folder: Path, card: ModelCard) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: there is none, or it is not of the style that the card says.
+        UserError: there is none, or its style differs from the card's.
     """
     return Tokenizer(tokenizer_file(folder), card.tokenizer_style, card.arch.text.context_length)

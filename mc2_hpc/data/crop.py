@@ -1,4 +1,4 @@
-"""Which part of an image a training sample shows: RandomResizedCrop's rule, with hash draws for a random stream."""
+"""The crop of an image that a training sample shows: RandomResizedCrop's rule, with hashes for random numbers."""
 
 import math
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from mc2_hpc.draws import uniform
 _TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
 _SPREAD = np.arange(4 * _TRIES, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-# Reading at 3, 5, 6 or 7 eighths has no SIMD code in libjpeg-turbo and is slower than reading in full.
+# Decoding at 3, 5, 6 or 7 eighths has no SIMD code in libjpeg-turbo and is slower than decoding at full size.
 _DCT_EIGHTHS = (1, 2, 4)
 
 
 Encoded = bytes | memoryview
-"""An image as its file has it; a view where it was read along with its neighbours."""
+"""The bytes of an image file; a view if it was read together with adjacent files."""
 
 
 class Box(NamedTuple):
@@ -28,7 +28,7 @@ class Box(NamedTuple):
 
 
 class EncodedCrop(NamedTuple):
-    """A JPEG yet to be decoded, and the part of it that is wanted."""
+    """A JPEG that is not decoded yet, and its crop."""
 
     data: Encoded
     box: Box
@@ -37,10 +37,10 @@ class EncodedCrop(NamedTuple):
 def random_crop(
     height: int, width: int, *, key_hash: np.uint64, seed: int, epoch: int, scale: tuple[float, float]
 ) -> Box:
-    """The box torchvision's RandomResizedCrop would choose, given these draws instead of a generator's.
+    """The box torchvision's RandomResizedCrop would choose, with these draws in place of a generator.
 
-    Area uniform in ``scale`` of the image's, aspect ratio log-uniform in [3/4, 4/3], up to ten tries for a box that
-    fits, then the largest centred box of a permitted ratio. A pure function of its arguments.
+    The area is uniform in ``scale`` of the image's area and the aspect ratio is log-uniform in [3/4, 4/3]. After ten
+    tries without a box that fits, the largest centred box with a permitted ratio is used. A pure function.
     """
     with np.errstate(over="ignore"):
         words = key_hash + _SPREAD
@@ -58,11 +58,11 @@ def random_crop(
 
 
 def dct_scaled(box: Box, size: int) -> tuple[int, Box]:
-    """How far a JPEG may be shrunk while it is decoded: eighths, and ``box`` moved onto the pixels of that scale.
+    """How far a JPEG can be shrunk while decoding: eighths, and ``box`` in the pixels of that scale.
 
-    The smallest of 1/8, 1/4, 1/2 at which the box still has ``size`` pixels on each side, else 8 eighths. The box is
-    snapped (by at most 7 pixels) to multiples of what one shrunken pixel covers; unsnapped, the image would shift by
-    a fraction of a pixel against the reference, which costs 10 dB.
+    The smallest of 1/8, 1/4, 1/2 at which the box still has ``size`` pixels on each side, otherwise 8 eighths. The box
+    is snapped (by at most 7 pixels) to multiples of the pixels that one shrunken pixel covers. Without snapping, the
+    image would shift by a fraction of a pixel from the reference, which costs 10 dB.
     """
     for eighths in _DCT_EIGHTHS:
         grid = 8 // eighths

@@ -1,9 +1,9 @@
-"""Decoding on the GPU: a DALI pipeline that is fed with JPEGs and crop boxes, and gives pixels.
+"""Decoding on the GPU: a DALI pipeline that takes JPEGs and crop boxes and returns pixels.
 
-Which samples a batch has, where each is cropped and which are bad is settled before a JPEG comes here, so balancing,
-resume and skips are those of every other backend. One broken JPEG stops a whole pipeline of DALI; the batch is then
-decoded on the CPU as by ``turbo_exact``, a JPEG that cannot be decoded there either becomes a grey image and is
-counted, and a new pipeline takes over.
+A batch's samples, their crops and which of them are bad are all decided before a JPEG gets here, so balancing, resume
+and skips work as in every other backend. One broken JPEG stops a whole DALI pipeline. The batch is then decoded on the
+CPU as by ``turbo_exact``; a JPEG that cannot be decoded there either becomes a grey image and is counted; and a new
+pipeline takes over.
 """
 
 import logging
@@ -25,21 +25,21 @@ from mc2_hpc.data.skips import log_skip
 from mc2_hpc.drops import Dropped
 
 IN_FLIGHT = 2
-"""Batches to submit before the first is received: the pipeline works on them meanwhile."""
+"""Batches to submit before receiving the first, so that the pipeline is never idle."""
 
 _GREY = 128
-_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # those of operators have no class of their own
+_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # operator errors have no class of their own
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Jpegs:
-    """Encoded images of a batch, as they cross from a worker: tensors, so through shared memory.
+    """Encoded images of a batch, as sent by a worker: tensors, so that they use shared memory.
 
     Attributes:
-        data: uint8 ``(n,)``, one after another.
+        data: uint8 ``(n,)``, concatenated.
         ends: int64 ``(k,)``, where each ends.
-        boxes: int32 ``(k, 4)``: top, left, height, width of each one's crop.
+        boxes: int32 ``(k, 4)``: top, left, height, width of each crop.
         rows: int64 ``(k,)``, their places in the batch.
     """
 
@@ -50,7 +50,7 @@ class Jpegs:
 
     @classmethod
     def pack(cls, crops: dict[int, EncodedCrop]) -> "Jpegs":
-        """From crops by place in the batch."""
+        """Create from crops by place in the batch."""
         data = torch.from_numpy(np.frombuffer(b"".join(crop.data for crop in crops.values()) or b"\0", np.uint8).copy())
         return cls(
             data,
@@ -80,10 +80,10 @@ class DaliDecoder:
 
     Args:
         image_size: S.
-        max_batch: most JPEGs a batch.
-        device: where the images are wanted; ``cuda`` decodes there (DALI's ``mixed``), ``cpu`` on the CPU.
-        num_threads: of the CPU's part.
-        hw_decoder_load: share of the images that a GPU's JPEG engine decodes, where it has one.
+        max_batch: most JPEGs in a batch.
+        device: of the images; ``cuda`` decodes on the GPU (DALI's ``mixed``), ``cpu`` on the CPU.
+        num_threads: for the CPU's part.
+        hw_decoder_load: share of the images that a GPU's JPEG engine decodes, if it has one.
     """
 
     def __init__(
@@ -92,17 +92,17 @@ class DaliDecoder:
         self._size = image_size
         self._device = device
         self._new_pipeline = partial(_pipeline, image_size, max_batch, device, num_threads, hw_decoder_load)
-        # Training's kernels queue on the current stream; waiting for an image must not be waiting for them.
+        # Training's kernels queue on the current stream; waiting for an image must not wait for them.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._jobs: deque[_Job] = deque()
         self._restart()
 
     def submit(self, num: int, ready: torch.Tensor, parts: list[tuple[int, Jpegs]]) -> None:
-        """Begin a batch of ``num`` images.
+        """Start a batch of ``num`` images.
 
         Args:
-            ready: uint8 ``(m, 3, S, S)``, those that need no decoding, in order.
-            parts: the others; the rows of each part count from its number.
+            ready: uint8 ``(m, 3, S, S)``, images that need no decoding, in order.
+            parts: the others; each part's rows are relative to its number.
         """
         is_jpeg = torch.zeros(num, dtype=torch.bool)
         for first, part in parts:
@@ -113,7 +113,7 @@ class DaliDecoder:
         self._feed(self._jobs[-1])
 
     def receive(self) -> tuple[torch.Tensor, Counter[str]]:
-        """The oldest batch, and what of it could not be decoded, by reason; :data:`IN_FLIGHT` are submitted."""
+        """The oldest batch, and counts of images that failed to decode, by reason; needs :data:`IN_FLIGHT` batches."""
         assert len(self._jobs) >= IN_FLIGHT, "submit before you receive"
         job = self._jobs.popleft()
         try:
@@ -121,7 +121,7 @@ class DaliDecoder:
                 raise self._broken
             (output,) = self._pipeline.share_outputs()
         except _DALI_ERRORS as error:
-            logger.warning("DALI gave up a batch, which the CPU decodes: %s", _cause(error))
+            logger.warning("DALI failed on a batch, which is decoded on the CPU instead: %s", _cause(error))
             pixels = self._on_cpu(job)
             self._restart()
         else:
@@ -140,7 +140,7 @@ class DaliDecoder:
             self._feed(job)
 
     def _feed(self, job: _Job) -> None:
-        # A batch without JPEGs must pass through too, so that the pipeline's batches are ours.
+        # A batch without JPEGs must pass through too, so that the pipeline's batches match ours.
         boxes = job.boxes if job.jpegs else np.array([[0, 0, 8, 8]], np.int32)
         try:
             self._pipeline.feed_input("jpegs", job.jpegs or [_tiny_jpeg()])
@@ -148,8 +148,8 @@ class DaliDecoder:
             self._pipeline.feed_input("shape", list(boxes[:, 2:]))
             self._num_fed += 1
             if self._num_fed >= IN_FLIGHT:
-                self._pipeline.schedule_run()  # the first of them runs all that were fed
-        except _DALI_ERRORS as error:  # of a batch before: a pipeline works ahead
+                self._pipeline.schedule_run()  # the first call runs all batches fed so far
+        except _DALI_ERRORS as error:  # from an earlier batch: the pipeline works ahead
             self._broken = error
 
     def _copy(self, output: Any) -> torch.Tensor:
@@ -168,7 +168,7 @@ class DaliDecoder:
                 try:
                     pixels[row] = crop_and_resize(jpeg.tobytes(), _always(Box(*box)), self._size, "turbo_exact")
                 except Dropped as skip:
-                    log_skip(skip.reason, "a JPEG that DALI refused; it is grey in its batch", skip.detail)
+                    log_skip(skip.reason, "a JPEG that DALI refused; its image is grey", skip.detail)
                     job.skipped[skip.reason] += 1
         return pixels.to(self._device)
 
@@ -214,7 +214,7 @@ def _always(box: Box) -> Callable[[int, int], Box]:
 
 
 def _cause(error: Exception) -> str:
-    """The line of DALI's report that says what was wrong."""
+    """The line of DALI's report that states the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = [lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("encountered")]
     return (after or lines or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from mc2_hpc.data.dali import IN_FLIGHT, DaliDecoder, Jpegs
 
 
 def decoded_by_dali(steps: Iterator[Sequence[Share]], decoder: DaliDecoder, *, pad_id: int) -> Iterator[Batch]:
-    """The batches of ``steps``, whose JPEGs the decoder's pipeline decodes while the next shares are awaited.
+    """The batches of ``steps``, with JPEGs decoded by the decoder's pipeline while waiting for the next shares.
 
     Their images are on the decoder's device.
     """

@@ -1,4 +1,4 @@
-"""Encoded images to uint8 RGB tensors, by one of several backends.
+"""Encoded images to uint8 RGB tensors, with one of several backends.
 
 ===============  ======================================================  =================================  ==========
 backend          JPEG                                                    resize                             used for
@@ -6,12 +6,12 @@ backend          JPEG                                                    resize 
 ``turbo``        simplejpeg, shrunk in the DCT to just above the target  torch, antialiased bicubic, uint8  training
 ``turbo_exact``  simplejpeg, in full                                     the same                           both
 ``pil``          Pillow                                                  Pillow: open_clip's, bit for bit   both
-``dali``         NVIDIA's decoders, the crop alone (``data/dali.py``)    DALI, antialiased bicubic, uint8   training
+``dali``         NVIDIA's decoders, only the crop (``data/dali.py``)     DALI, antialiased bicubic, uint8   training
 ===============  ======================================================  =================================  ==========
 
-Images of other formats, told by their first bytes, and CMYK ones are decoded by Pillow in every backend. So is a JPEG
-that simplejpeg refuses: Pillow is the judge of what is damaged, and the backends therefore skip the same samples.
-Orientation tags are not applied, as in open_clip. Transparency is dropped.
+Images in other formats, recognised by their first bytes, and CMYK images are decoded by Pillow in every backend. So are
+JPEGs that simplejpeg refuses: Pillow decides what is damaged, so all backends skip the same samples. Orientation tags
+are not applied, as in open_clip. Transparency is dropped.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ _RGB = npt.NDArray[np.uint8]
 
 
 def resolve_backend(name: str, use: str) -> str:
-    """The backend that ``name`` (perhaps ``auto``) means for ``use``: ``train`` or ``eval``.
+    """The backend that ``name`` (which may be ``auto``) means for ``use``: ``train`` or ``eval``.
 
     Raises:
         UserError: no such backend for that use, or its package is not installed.
@@ -61,8 +61,8 @@ def resolve_backend(name: str, use: str) -> str:
 class TrainTransform:
     """RandomResizedCrop to a square. Calls raise Dropped for an image that cannot be used.
 
-    With ``dali`` a JPEG whose header and end are in order is left encoded, for the rank's pipeline; anything else is
-    decoded at once as by ``turbo_exact``, so that what can be told without decoding costs its sample here.
+    With ``dali``, a JPEG with an intact header and end stays encoded for the rank's pipeline. Anything else is decoded
+    immediately as by ``turbo_exact``, so that samples that are visibly bad without decoding are skipped here.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TrainTransform:
         self._max_pixels = max_pixels
 
     def __call__(self, data: Encoded, key_hash: np.uint64, epoch: int) -> torch.Tensor | EncodedCrop:
-        """uint8 ``(3, size, size)``: the crop that (seed, epoch, key) choose; or what it is to be made from."""
+        """uint8 ``(3, size, size)``: the crop chosen by (seed, epoch, key); or a JPEG with its crop."""
 
         def choose(height: int, width: int) -> Box:
             return random_crop(height, width, key_hash=key_hash, seed=self._seed, epoch=epoch, scale=self._scale)
@@ -89,7 +89,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The image as evaluation sees it: ``shortest`` side resized then centre crop, or all of it ``squash``ed."""
+    """The image as evaluation sees it: ``shortest`` side resized, then centre crop; or the whole image ``squash``ed."""
 
     def __init__(
         self, image_size: int, mode: str = "shortest", backend: str = "auto", max_pixels: int = MAX_PIXELS
@@ -102,7 +102,7 @@ class EvalTransform:
         self._max_pixels = max_pixels
 
     def __call__(self, data: Encoded | Image.Image) -> torch.Tensor:
-        """uint8 ``(3, size, size)`` of an encoded image, or of one that is open. Raises Dropped."""
+        """uint8 ``(3, size, size)`` of an encoded image, or of an open one. Raises Dropped."""
         size = self._size
         if self._backend == "pil":
             image = data if isinstance(data, Image.Image) else open_image(data, max_pixels=self._max_pixels)
@@ -112,7 +112,7 @@ class EvalTransform:
             rgb = np.array(load_rgb(data)) if isinstance(data, Image.Image) else _read(data, self._max_pixels)
             height, width = self._resized(rgb.shape[0], rgb.shape[1])
             tensor = _resize(rgb, Box(0, 0, rgb.shape[0], rgb.shape[1]), height, width)
-        # torchvision's CenterCrop rounds half to even; so must we.
+        # torchvision's CenterCrop rounds half to even, so this must too.
         top, left = round((height - size) / 2), round((width - size) / 2)
         return tensor[:, top : top + size, left : left + size]
 
@@ -130,10 +130,10 @@ class EvalTransform:
 def crop_and_resize(
     data: Encoded, choose: Callable[[int, int], Box], size: int, backend: str, max_pixels: int = MAX_PIXELS
 ) -> torch.Tensor:
-    """Decode, crop to the box that ``choose(height, width)`` gives, resize: uint8 ``(3, size, size)``.
+    """Decode, crop to the box from ``choose(height, width)``, and resize: uint8 ``(3, size, size)``.
 
     Raises:
-        Dropped: the image is damaged, of no known format, or too large.
+        Dropped: the image is damaged, in an unknown format, or too large.
     """
     if backend == "pil":
         image = open_image(data, max_pixels=max_pixels)
@@ -152,13 +152,13 @@ def crop_and_resize(
 
 
 def decode_pil(data: Encoded) -> Image.Image:
-    """The whole image as Pillow decodes it, RGB: what other libraries' transforms take. Raises Dropped."""
+    """The whole image decoded by Pillow, RGB, as other libraries' transforms expect it. Raises Dropped."""
     return load_rgb(open_image(data))
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread meanwhile: an image is too small to share, and waking the others costs more than it."""
+    """Limit torch to one thread: an image is too small to split, and waking other threads costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -168,7 +168,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def _read(data: Encoded, max_pixels: int) -> _RGB:
-    """The whole image, ``(height, width, 3)``; a JPEG of too many pixels at a smaller scale, as ``images`` has it."""
+    """The whole image, ``(height, width, 3)``; a JPEG with too many pixels at a smaller scale, as in ``images``."""
     shape = _jpeg_shape(data)
     if shape is not None and _fits(shape, max_pixels):
         rgb = _decode_jpeg(data, shape, 8)
@@ -182,7 +182,7 @@ def _fits(shape: tuple[int, int], max_pixels: int) -> bool:
 
 
 def _jpeg_shape(data: Encoded) -> tuple[int, int] | None:
-    """Height and width, or None where this is nothing for simplejpeg."""
+    """Height and width, or None if simplejpeg cannot decode it."""
     if data[:2] != _START_OF_JPEG:
         return None
     try:
@@ -193,7 +193,7 @@ def _jpeg_shape(data: Encoded) -> tuple[int, int] | None:
 
 
 def _decode_jpeg(data: Encoded, shape: tuple[int, int], eighths: int) -> _RGB | None:
-    """The JPEG at ``eighths``/8 of its size, or None where simplejpeg finds damage."""
+    """The JPEG at ``eighths``/8 of its size, or None if simplejpeg finds damage."""
     height, width = (-(-side * eighths // 8) for side in shape)
     try:
         return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)

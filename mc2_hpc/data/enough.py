@@ -1,4 +1,4 @@
-"""Whether there is enough data for a run's batch and lanes, found out before it starts."""
+"""Check before a run starts that there is enough data for its batch size and lanes."""
 
 import logging
 from collections.abc import Iterator
@@ -12,27 +12,27 @@ from mc2_hpc.errors import UserError
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 20.0
-"""Longest look at shards: what is slow or hangs is left to the loader, which names it, and little data shows sooner."""
+"""Longest time to look at shards. The loader reports slow or hanging storage, and little data is quick to count."""
 
 
 def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, num_readers: int) -> None:
-    """Say in a line each what a run on little data should know.
+    """Log one line for each problem that little data causes a run.
 
-    Counts samples, good or bad and before balancing, only until there are enough of them. Remote shards are not looked
-    into: that would copy them.
+    Counts samples, good or bad and before balancing, only until there are enough. Remote shards are not opened, because
+    that would copy them.
 
     Args:
         name: of the data, for messages.
         num_readers: processes that read, over all ranks.
 
     Raises:
-        UserError: fewer samples than lanes, so that some lane would never give one.
+        UserError: fewer samples than lanes, so that some lane would never yield one.
     """
     num_shards = len(shards.names)
     if num_shards < num_readers:
         logger.warning(
-            "%s: fewer shards (%d) than reading processes (%d), so several read the same one; more, smaller shards are "
-            "faster, or set data.workers lower",
+            "%s: fewer shards (%d) than reading processes (%d), so several read the same shard; use more, smaller "
+            "shards, or set data.workers lower",
             name,
             num_shards,
             num_readers,
@@ -43,14 +43,14 @@ def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, 
         found = Patient(_count(shards, max(global_batch, lanes))).next(_LOOK_S)
     except TimeoutError:
         return
-    if found is None or found == 0:  # nothing usable: told by the loader, with the reasons
+    if found is None or found == 0:  # nothing usable: the loader reports it with the reasons
         return
     if found < lanes:
         raise UserError(f"{name}: {found} samples are too few for data.lanes={lanes}: set fewer lanes")
     if found < global_batch:
         logger.warning(
-            "%s: global_batch=%d is larger than the data, %d samples: each comes more than once in a batch, and is "
-            "then a wrong negative of itself; set global_batch to %d or less",
+            "%s: global_batch=%d is larger than the data (%d samples): each sample occurs more than once in a batch "
+            "and is then its own false negative; set global_batch to %d or less",
             name,
             global_batch,
             found,
@@ -59,7 +59,7 @@ def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, 
 
 
 def _count(shards: ShardSet, enough: int) -> Iterator[int | None]:
-    """Yields how many samples there are if fewer than ``enough``, else ``None``, also where it cannot be told."""
+    """Yields the number of samples if it is below ``enough``; otherwise, or if it is unknown, ``None``."""
     total = 0 if isinstance(shards, LocalShards) else enough
     for number in range(len(shards.names)):
         if total >= enough:

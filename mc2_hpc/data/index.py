@@ -1,9 +1,9 @@
-"""The table of contents of a shard: which samples its tar holds and where, listed once and kept in a small file.
+"""The table of contents of a shard: which samples its tar contains and where, listed once and kept in a small file.
 
-Listing reads a header for every member, thousands of places all over the tar. The index that is kept afterwards is one
-read, whatever the position that a run resumes from. It lies beside the shard as ``.<shard>.tar.index``, or where that
-folder cannot be written, in a cache folder under a digest of the shard's path. It names the size and the time of the
-tar it belongs to, so that a rewritten tar is listed again.
+Listing reads a header for every member, at thousands of places all over the tar. The index takes one read, whatever
+position a run resumes from. It is stored beside the shard as ``.<shard>.tar.index``; if that folder cannot be written,
+in a cache folder under a digest of the shard's path. It records the tar's size and modification time, so that a
+rewritten tar is listed again.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ FILES = ("image", "caption", "record")
 
 _COLUMNS = 2 + 2 * len(FILES)
 _MOST_BETWEEN = 16384
-"""Bytes between the files of a sample that are read along with them, rather than each file by itself."""
+"""Largest gap, in bytes, between files of a sample that are read together rather than one by one."""
 _MOST_BYTES = 1 << 32
 _MAGIC = b"mc2idx3\n"
 _HEADER = struct.Struct("<8sqqqq")  # magic, size and time of the tar, samples, bytes of drops
 _CHECKSUM = struct.Struct("<L")
-"""CRC-32 of all before it, at the end."""
+"""CRC-32 of everything before it, at the end."""
 _Stamp = tuple[bytes, int, int]
-# A tar written so lately may be written again within the tick of its clock: such an index is used, but not kept.
+# A tar this new may be rewritten within one clock tick, so its index is used but not kept.
 _SETTLED_NS = 2_000_000_000
 _unwritable_logged = False
 logger = logging.getLogger(__name__)
@@ -54,12 +54,11 @@ class ShardIndex:
     Attributes:
         keys: of each sample.
         hashes: ``hash_keys(keys)``, uint64 ``(n,)``.
-        places: int64 ``(n, 8)``: offset and size of the one read that fetches all files of a sample, then begin and end
-            of each of :data:`FILES` in what it gives, begin -1 where there is none. From storage that is cold or far
-            away every read costs a round trip. Where the files lie apart the size is -1, and begins and ends are
-            offsets in the tar.
+        places: int64 ``(n, 8)``: offset and size of the single read that fetches all files of a sample, then the begin
+            and end of each of :data:`FILES` within it, with begin -1 if it is missing. On cold or remote storage every
+            read costs a round trip. If the files are far apart, size is -1, and begins and ends are offsets in the tar.
         drops: members left out, by reason (:class:`mc2_hpc.drops.Drop`).
-        changed: an index was there, but of a tar of another size or time.
+        changed: there was an index, but for a tar of another size or time.
     """
 
     keys: list[str]
@@ -70,23 +69,23 @@ class ShardIndex:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again: ``$XDG_CACHE_HOME/mc2_hpc``, by default ``~/.cache/mc2_hpc``."""
+    """The user's cache folder: ``$XDG_CACHE_HOME/mc2_hpc``, by default ``~/.cache/mc2_hpc``."""
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named) / "mc2_hpc"
     try:
         return Path.home() / ".cache" / "mc2_hpc"
-    except RuntimeError:  # a user whom the system does not know, as in some containers
+    except RuntimeError:  # a user unknown to the system, as in some containers
         return Path(tempfile.gettempdir()) / f"mc2_hpc-{os.getuid()}"
 
 
 def open_index(path: Path, source: LocalFile, *, cache: Path) -> ShardIndex:
-    """The kept index of the tar at ``path``, open as ``source``, or a new one, which is then kept.
+    """The stored index of the tar at ``path``, open as ``source``; or a new index, which is then stored.
 
     Args:
         cache: folder for indexes of tars whose own folder cannot be written.
 
     Raises:
-        ShardError: the tar holds no samples, or is damaged (:func:`mc2_hpc.tar.list_members`).
+        ShardError: the tar contains no samples, or is damaged (:func:`mc2_hpc.tar.list_members`).
         OSError: it cannot be read.
     """
     stamp = (_MAGIC, source.size, source.mtime_ns)
@@ -112,13 +111,13 @@ def open_index(path: Path, source: LocalFile, *, cache: Path) -> ShardIndex:
 
 
 def _places_for(path: Path, cache: Path) -> Iterator[Path]:
-    """Where the index of the tar at ``path`` may be kept; the second place takes time to name, and is seldom needed."""
+    """Where the index of the tar at ``path`` may be stored; the second place takes time to name and is rarely used."""
     yield path.with_name(f".{path.name}.index")
     yield cache / "indexes" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.index"
 
 
 def _drop_idle_records(samples: list[Sample], source: ByteSource) -> None:
-    """Forget every ``.json`` beside a ``.txt`` that names no language: nobody need look into it again."""
+    """Drop every ``.json`` beside a ``.txt`` that does not name a language, so that it is never read again."""
     for sample in samples:
         record = sample.record
         if sample.caption is not None and record is not None:
@@ -144,7 +143,7 @@ def _place(member: Member | None) -> tuple[int, int]:
 
 
 def _read(path: Path, stamp: _Stamp) -> tuple[ShardIndex | None, bool]:
-    """The index at ``path``, or None where it is absent, damaged, or of another tar; and whether it was of another."""
+    """The index at ``path``, or None if it is missing, damaged or for another tar; and whether it was for another."""
     try:
         if not path.exists():
             return None, False
@@ -156,10 +155,10 @@ def _read(path: Path, stamp: _Stamp) -> tuple[ShardIndex | None, bool]:
         return None, False
     content = memoryview(data)[: -_CHECKSUM.size]
     if _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0] != zlib.crc32(content):
-        return None, False  # a disk that lost part of it, or another version's; the tar knows
+        return None, False  # truncated on disk, or from another version; the tar is listed again
     *found, num, drops_size = _HEADER.unpack_from(data)
     if tuple(found) != stamp:
-        return None, found[0] == _MAGIC  # else it was written by another version
+        return None, found[0] == _MAGIC  # otherwise it was written by another version
     body = content[_HEADER.size :]
     hashes = np.frombuffer(body, np.uint64, num)
     places = np.frombuffer(body, np.int64, num * _COLUMNS, offset=hashes.nbytes)
@@ -185,4 +184,4 @@ def _keep(index: ShardIndex, stamp: _Stamp, targets: Iterable[Path]) -> None:
             error = failure
     if not _unwritable_logged:
         _unwritable_logged = True
-        logger.info("indexes of shards cannot be kept, so tars are listed at every start: %s", error)
+        logger.info("shard indexes cannot be stored, so tars are listed at every start: %s", error)

@@ -1,4 +1,4 @@
-"""Who reads which lanes: ranks own lanes, and the workers of a rank share its lanes the same way."""
+"""Who reads which lanes: ranks own lanes, and the workers of a rank divide its lanes in the same way."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ from mc2_hpc.errors import UserError
 
 
 def deal(lanes: Sequence[int], index: int, count: int) -> Sequence[int]:
-    """The consecutive part of ``lanes`` that reader ``index`` of ``count`` owns; parts differ by one at most."""
+    """The consecutive part of ``lanes`` that reader ``index`` of ``count`` owns; sizes differ by at most one."""
     return lanes[index * len(lanes) // count : (index + 1) * len(lanes) // count]
 
 
 def check_ranks(num_ranks: int, lanes: int, *, where: str = "") -> None:
     """
     Raises:
-        UserError: more ranks than lanes, so some rank would have nothing to read; the line begins with ``where``.
+        UserError: more ranks than lanes, so some rank would have nothing to read; the line starts with ``where``.
     """
     if num_ranks > lanes:
         raise UserError(

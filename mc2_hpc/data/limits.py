@@ -1,4 +1,4 @@
-"""What this machine must grant before workers start: open files and shared memory. Found out at once, in one line."""
+"""Limits to check before workers start: open files and shared memory. A problem is reported at once, in one line."""
 
 import os
 import resource
@@ -9,25 +9,25 @@ from mc2_hpc.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 LARGER_SHARED_MEMORY = (
-    "make it larger (docker run --shm-size), or set data.prefetch or data.workers lower; data.workers=0 needs none"
+    "make it larger (docker run --shm-size), or lower data.prefetch or data.workers; data.workers=0 needs none"
 )
 
 _OWN_FILES = 32
-"""Of the interpreter, torch, logs and a checkpoint."""
+"""For the interpreter, torch, logs and a checkpoint."""
 _FILES_PER_WORKER = 8
 """Pipes and sentinels, in the rank."""
 _TENSORS_PER_SHARE = 6
-"""At most: each keeps a file open while it is shared."""
+"""Upper bound; each keeps a file open while it is shared."""
 
 
 def raise_open_files() -> int:
-    """Let this process and those it starts open as many files as the machine's administrator allows; returns it."""
+    """Raise the open file limit of this process and its children to the hard limit; returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= hard > 0:
         return soft if soft != resource.RLIM_INFINITY else 1 << 62
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ValueError, OSError):  # a hard limit that the system itself does not honour
+    except (ValueError, OSError):  # a hard limit that the system does not accept
         return soft
     return hard if hard != resource.RLIM_INFINITY else 1 << 62
 
@@ -38,7 +38,7 @@ def check_open_files(*, lanes: int, workers: int, prefetch: int, world_size: int
         lanes: of this rank; each has a shard open.
 
     Raises:
-        UserError: fewer files may be open than the rank or one of its workers will need.
+        UserError: the limit on open files is below what the rank or one of its workers will need.
     """
     limit = raise_open_files()
     rank = _OWN_FILES + world_size + workers * (_FILES_PER_WORKER + _TENSORS_PER_SHARE * (prefetch + 1))
@@ -46,7 +46,7 @@ def check_open_files(*, lanes: int, workers: int, prefetch: int, world_size: int
     needed = max(rank, worker) if workers else rank + lanes
     if limit < needed:
         raise UserError(
-            f"at most {limit} files may be open in a process, and this run needs up to {needed}: raise the limit "
+            f"at most {limit} files may be open in a process, but this run needs up to {needed}: raise the limit "
             f"(`ulimit -n {max(1024, needed)}`), or set data.workers or data.lanes lower"
         )
 
@@ -54,10 +54,10 @@ def check_open_files(*, lanes: int, workers: int, prefetch: int, world_size: int
 def check_shared_memory(share_bytes: int, *, workers: int, prefetch: int) -> None:
     """
     Args:
-        share_bytes: of the images of a worker's share, 0 where that cannot be told.
+        share_bytes: of the images in a worker's share; 0 if unknown.
 
     Raises:
-        UserError: the shares that workers hold ready do not fit, for all ranks of this machine.
+        UserError: the prefetched shares of all ranks on this machine do not fit.
     """
     if workers == 0 or not SHARED_MEMORY.is_dir():
         return
@@ -66,6 +66,6 @@ def check_shared_memory(share_bytes: int, *, workers: int, prefetch: int) -> Non
     total = shutil.disk_usage(SHARED_MEMORY).total
     if total < needed:
         raise UserError(
-            f"{SHARED_MEMORY} has {total / 1e6:,.1f} MB, but the shares of data workers take up to "
-            f"{needed / 1e6:,.1f}: {LARGER_SHARED_MEMORY}"
+            f"{SHARED_MEMORY} has {total / 1e6:,.1f} MB, but the data workers' shares take up to "
+            f"{needed / 1e6:,.1f} MB: {LARGER_SHARED_MEMORY}"
         )

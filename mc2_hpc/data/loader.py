@@ -1,15 +1,15 @@
-"""Batches for training: lanes dealt to ranks and worker processes, images and captions as tensors, exact positions.
+"""Batches for training: lanes assigned to ranks and workers, images and captions as tensors, exact positions.
 
     loader = TrainLoader(config, global_batch=1024, image_size=224, tokenizer=tokenizer, rank=0, world_size=1)
     for batch in loader:  # endless
         ...
 
-A step takes ``global_batch / lanes`` samples of every lane. Rank ``r`` of ``W`` owns lanes ``r*L//W`` up to
-``(r+1)*L//W``, its workers share them likewise, and a batch has them in lane order: what it holds depends neither on
-the number of ranks nor on that of workers.
+A step takes ``global_batch / lanes`` samples from every lane. Rank ``r`` of ``W`` owns lanes ``r*L//W`` up to
+``(r+1)*L//W``, its workers divide them in the same way, and a batch has its samples in lane order. So its content
+depends neither on the number of ranks nor on the number of workers.
 
 Worker processes make shares of batches (``source``), this process waits for them (``workers``), and they are joined
-here, or by way of DALI's pipeline (``dali_batches``).
+here or through DALI's pipeline (``dali_batches``).
 """
 
 import logging
@@ -44,12 +44,12 @@ class TrainLoader:
         global_batch: pairs per step over all ranks; a multiple of ``config.lanes``.
         image_size: side of the square images.
         tokenizer: encodes the captions.
-        rank, world_size: of this process among those that train.
-        position: of every lane, as batches and checkpoints have it (keys may be strings, values lists, as JSON makes
-            them), or None to start. Lanes of other ranks are ignored, so one dict serves any number of ranks.
+        rank, world_size: of this process among the training ranks.
+        position: of every lane, as in batches and checkpoints (keys may be strings and values lists, as in JSON), or
+            None to start. Lanes of other ranks are ignored, so one dict serves any number of ranks.
 
     Raises:
-        UserError: bad sizes, no shards, no balance folder, a position of other lanes; and while iterating: data
+        UserError: bad sizes, no shards, no balance folder, or a position with other lanes; while iterating: data
             without a single usable sample, or with fewer samples than lanes.
         DataStalled: while iterating.
     """
@@ -75,7 +75,7 @@ class TrainLoader:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
         backend = resolve_backend(config.decode, "train")
         check_open_files(lanes=len(own), workers=num_workers, prefetch=config.prefetch, world_size=world_size)
-        if backend != "dali":  # the size of a JPEG is not known beforehand
+        if backend != "dali":  # the size of a JPEG is not known in advance
             share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
             check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)
         source = ShareSource(
@@ -89,7 +89,7 @@ class TrainLoader:
         )
         self.shards = source.shards
         self.shard_names = [name.rpartition("/")[2] for name in source.shards.names]
-        """The shards in the order that epochs permute, without their folder, which may move."""
+        """The shard names in the order that epochs permute, without their folder, which may move."""
         self._shares = WorkerShares(
             source,
             num_workers=num_workers,
@@ -130,7 +130,7 @@ def _own_positions(
     known = {int(lane): Position(*map(int, place)) for lane, place in position.items()}
     if max(known, default=0) >= lanes or not set(own) <= set(known):
         raise UserError(
-            f"the position to resume from is of {max(known, default=-1) + 1} lanes, but data.lanes={lanes}: "
+            f"the position to resume from has {max(known, default=-1) + 1} lanes, but data.lanes={lanes}: "
             f"lanes cannot change during a run"
         )
     return {lane: known[lane] for lane in own}

@@ -1,19 +1,19 @@
-"""Where shards lie: what ``data.train`` may say, and the list of shards it means, local or remote.
+"""Where shards are: the forms of ``data.train``, and the list of local or remote shards that it means.
 
 ============================================  =======================================================================
 ``data.train``                                means
 ============================================  =======================================================================
 a folder, a file or a pattern                 local shards, see :mod:`mc2_hpc.shard_paths`
 ``…/{000..127}.tar``, ``…/{en,de}/*.tar``     every expansion of the braces; local or remote
-``one::two``, or a list                       the shards of each, together, all local or all remote
+``one::two``, or a list                       the shards of all of them, either all local or all remote
 ``s3://…``, ``gs://…``, ``hf://datasets/…``   a folder (its ``.tar`` files), a file or a glob pattern there
 ``http(s)://…``                               a file, a page that links to shards, or braces
-an address that ends in ``.txt``              a list there, one shard a line: addresses, or names beside the list
+an address that ends in ``.txt``              a list, one shard per line: addresses, or names beside the list
 ``file://…``                                  the local path
 ============================================  =======================================================================
 
-Other protocols of fsspec work likewise; their packages come with ``pip install 'mc2_hpc[remote]'``. Credentials and
-end points come from where those packages look for them (``AWS_ENDPOINT_URL``, ``FSSPEC_S3_…``, ``~/.aws``).
+Other fsspec protocols work in the same way; their packages come with ``pip install 'mc2_hpc[remote]'``. Credentials and
+endpoints are read from where those packages look for them (``AWS_ENDPOINT_URL``, ``FSSPEC_S3_…``, ``~/.aws``).
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from mc2_hpc.data.shards import Shard, open_shard
 from mc2_hpc.errors import UserError
 from mc2_hpc.shard_paths import Names, expand_braces, list_shards, split_names
 
-# At the start somebody may be looking on, and nothing is lost yet.
+# Short, because at the start somebody may be watching and nothing is lost yet.
 _LISTING_PATIENCE_S = 60
 
 
@@ -36,11 +36,11 @@ class ShardSet(Protocol):
     """Paths or addresses, for messages; the last part also seeds the order of shards."""
 
     def open(self, number: int) -> Shard:
-        """Raises ShardError if the shard cannot be used, CannotReach if nobody can tell."""
+        """Raises ShardError if the shard cannot be used, CannotReach if that is unknown."""
         ...
 
     def expect(self, number: int) -> None:
-        """Shard ``number`` will be wanted before long."""
+        """Shard ``number`` will be needed soon."""
         ...
 
 
@@ -50,9 +50,9 @@ def find_shards(
     """The shards that ``spec`` means, by the module's table.
 
     Args:
-        cache: folder of remote shards and of indexes that cannot lie beside theirs; None is the user's cache folder.
-        cache_gb: most that remote shards may take there, in 10^9 bytes.
-        patience_s: how long storage that gives errors is asked again.
+        cache: folder for remote shards and for indexes that cannot be beside their shard; None: the user's folder.
+        cache_gb: the most that remote shards may take there, in 10^9 bytes.
+        patience_s: how long to retry when storage returns errors.
 
     Raises:
         UserError: nothing is there, the storage does not answer, or its package is not installed.
@@ -63,7 +63,7 @@ def find_shards(
     if num_remote == 0:
         return LocalShards(list_shards(parts, ".tar"), folder)
     if num_remote < len(parts):
-        raise UserError(f"{spec}: names both local and remote shards; copy one of them to where the others are")
+        raise UserError(f"{spec}: names both local and remote shards; copy one kind to where the other is")
     try:
         names = sorted({name for part in parts for name in _list_remote(part, min(patience_s, _LISTING_PATIENCE_S))})
     except CannotReach as error:

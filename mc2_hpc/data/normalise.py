@@ -1,4 +1,4 @@
-"""The one step of preprocessing that runs on the device: bytes to normalised floats."""
+"""The only preprocessing step that runs on the device: bytes to normalised floats."""
 
 from functools import lru_cache
 
@@ -6,7 +6,7 @@ import torch
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Per channel of RGB in [0, 1]; OpenAI CLIP's, as the recipe has them."""
+"""Per RGB channel in [0, 1]; OpenAI CLIP's values, as in the recipe."""
 
 
 def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -17,6 +17,6 @@ def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
 
 @lru_cache(maxsize=16)
 def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    # Kept, because making them anew would copy from host to device, and wait for it, every step.
+    # Cached, because creating them would copy from host to device, and wait for it, in every step.
     shape = (1, 3, 1, 1)
     return torch.tensor(MEAN, device=device).view(shape), torch.tensor(STD, device=device).view(shape)

@@ -14,10 +14,10 @@ from mc2_hpc.tar import escapes, write_tar
 def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, Encoded]]]) -> None:
     """Write samples, each ``(key, {extension: payload})``, as a WebDataset tar, atomically.
 
-    The same samples give the same bytes: no times, no owners.
+    The same samples give the same bytes: there are no times or owners.
 
     Raises:
-        ValueError: a key that would lead out of a folder, or that is too long for a tar header.
+        ValueError: a key would lead out of its folder, or is too long for a tar header.
     """
 
     def members() -> Iterator[tuple[str, Encoded]]:
@@ -25,7 +25,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, Enco
             for extension, payload in files.items():
                 name = f"{key}.{extension}"
                 if escapes(name):
-                    raise ValueError(f"{name!r} is no safe member name: it must not lead out of its folder")
+                    raise ValueError(f"{name!r} is not a safe member name: it must not lead out of its folder")
                 yield name, payload
 
     with atomic_path(path) as temporary:
@@ -38,7 +38,7 @@ def pack_pairs(pairs: Iterable[Pair], folder: str | Path, *, pairs_per_shard: in
     The same pairs give the same bytes. Images are stored as they are, under the extension of their format.
 
     Raises:
-        ValueError: a key that cannot name a member, or that has a dot in its last part, where readers would end it.
+        ValueError: a key cannot name a member, or has a dot in its last part, where readers would end it.
     """
     paths: list[Path] = []
     remaining = iter(pairs)

@@ -1,13 +1,13 @@
-"""Shards of remote storage as files of a local folder that never outgrows its bounds.
+"""Remote shards as files in a local folder of bounded size.
 
-A shard, its tar and perhaps its Parquet file, is copied whole into a folder of its own, named by a digest of its
-address, sizes and version; so a shard that is rewritten remotely is copied again. All processes of a machine share the
-cache, without a process that runs it: locks on the folders (``flock``, which ends with its holder however that ends)
-say which copy is being written and which are being read. The copies read longest ago make room for new ones.
+A shard (its tar and, if there is one, its Parquet file) is copied whole into its own folder, named by a digest of its
+address, sizes and version, so a shard that is rewritten remotely is copied again. All processes of a machine share the
+cache without a server: locks on the folders (``flock``, which is released however its holder ends) show which copy is
+being written and which are being read. The least recently read copies make room for new ones.
 
-Errors of storage are of two kinds. Those that will not go away (no such object, no permission) cost the one shard. All
-others (dropped connections, 5xx, time-outs) are asked again, with growing pauses, until patience ends; that ends the
-run, because nobody can tell whether the data are bad, and the run resumes where it was.
+There are two kinds of storage errors. Permanent ones (no such object, no permission) cost only the shard. All others
+(dropped connections, 5xx, time-outs) are retried with growing pauses until patience runs out. That ends the run,
+because it is unknown whether the data is bad; the run can be resumed.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ _MOST_REWRITES = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
 _LOCK_POLL_S = 0.05
 _REFUSALS = set(range(400, 500)) - {408, 425, 429}
-# Errors of connections are OSErrors, or have one of these among their bases; others, such as missing credentials, stay.
+# Connection errors are OSErrors or have one of these bases; others, such as missing credentials, are permanent.
 _PASSING = {"ClientError", "HTTPClientError", "HttpError"}
 _CLIENTS = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google.auth", "huggingface_hub")
 _UNREAD = ".unread"
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class CannotReach(RuntimeError):
-    """Storage kept giving errors for as long as patience lasted, or has no room; the message is one line."""
+    """Storage kept returning errors until patience ran out, or has no room; the message is one line."""
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -78,16 +78,16 @@ def file_system(address: str) -> tuple[Any, str]:
 
 @lru_cache(maxsize=16)
 def _file_system(protocol: str) -> Any:
-    # Listings are asked for once; a cached one would hide that a shard has changed.
+    # Listings are requested once; a cached one would hide that a shard has changed.
     return fsspec.filesystem(protocol, use_listings_cache=False)
 
 
 def patiently(call: Callable[[], _T], address: str, patience_s: float) -> _T:
-    """``call()``, again while it fails for reasons that may pass.
+    """``call()``, retried while it fails for reasons that may be temporary.
 
     Raises:
-        FileNotFoundError, PermissionError: what will not pass.
-        CannotReach: ``patience_s`` seconds are over, or there is no use in waiting (credentials are missing).
+        FileNotFoundError, PermissionError: the error is permanent.
+        CannotReach: ``patience_s`` seconds have passed, or waiting is useless (credentials are missing).
     """
     deadline = time.monotonic() + patience_s
     pause = _FIRST_PAUSE_S
@@ -96,17 +96,17 @@ def patiently(call: Callable[[], _T], address: str, patience_s: float) -> _T:
             return call()
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
-        except Exception as error:  # every package behind fsspec has errors of its own
+        except Exception as error:  # every package behind fsspec has its own errors
             reason = (str(error) or type(error).__name__).splitlines()[0]
             if (status := getattr(error, "status", None)) in _REFUSALS:
                 raise PermissionError(f"{address}: HTTP status {status}") from None
             if not _may_pass(error):
                 if type(error).__module__.startswith(_CLIENTS):
                     raise CannotReach(f"{address}: {reason}") from error
-                raise  # a fault of the program
+                raise  # a bug in the program
             if time.monotonic() + pause > deadline:
-                raise CannotReach(f"{address}: cannot be read for {patience_s:.0f} s: {reason}") from error
-            logger.warning("%s: asked again in %.2g s: %s", address, pause, reason)
+                raise CannotReach(f"{address}: could not be read for {patience_s:.0f} s: {reason}") from error
+            logger.warning("%s: retrying in %.2g s: %s", address, pause, reason)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -125,15 +125,15 @@ class _Remote:
 
 
 class Copy:
-    """A shard in the cache; stays there as long as this object lives."""
+    """A shard in the cache, which stays there as long as this object lives."""
 
     def __init__(self, folder: Path, descriptor: int) -> None:
-        weakref.finalize(self, os.close, descriptor)  # and with it the lock
+        weakref.finalize(self, os.close, descriptor)  # which releases the lock
         self.tar = folder / "shard.tar"
 
 
 class ShardCache:
-    """Copies of remote shards in ``folder``, at most ``limit`` bytes of them; picklable, and shared by processes."""
+    """Copies of remote shards in ``folder``, at most ``limit`` bytes; picklable and shared by processes."""
 
     def __init__(self, folder: Path, limit: int, patience_s: float) -> None:
         self._folder = folder
@@ -142,13 +142,13 @@ class ShardCache:
         self._ahead: _Ahead | None = None
 
     def fetch(self, address: str, *, ahead: bool = False) -> Copy:
-        """The shard at ``address``, copied unless it is there.
+        """The shard at ``address``, copied unless it is already in the cache.
 
         Args:
-            ahead: it is not needed yet, so copies that nobody has read must not make room for it.
+            ahead: it is not needed yet, so unread copies must not make room for it.
 
         Raises:
-            ShardError: there is no such shard, or it may not be read.
+            ShardError: there is no such shard, or reading it is not permitted.
             CannotReach: the storage does not answer.
             UserError: copies that are being read leave no room.
         """
@@ -158,10 +158,10 @@ class ShardCache:
             copy = self._open(folder, ahead) or self._make(folder, files, ahead)
             if copy is not None:
                 return copy
-        raise ShardError(f"changed {_MOST_REWRITES} times while it was copied")
+        raise ShardError(f"changed {_MOST_REWRITES} times while being copied")
 
     def fetch_ahead(self, address: str) -> None:
-        """Copy the shard in the background if there is room; errors are left for :meth:`fetch` to find again."""
+        """Copy the shard in the background if there is room; errors are left for :meth:`fetch` to report."""
         if self._ahead is None:
             self._ahead = _Ahead(self)
         self._ahead.wanted.put(address)
@@ -186,11 +186,11 @@ class ShardCache:
         except PermissionError as error:
             raise ShardError(str(error)) from None
         if info.get("type") == "directory" or not isinstance(info.get("size"), int):
-            raise ShardError(f"{address}: no file whose size is known")
+            raise ShardError(f"{address}: not a file of known size")
         return _Remote(address, info["size"], "/".join(str(info[name]) for name in _VERSION_FIELDS if name in info))
 
     def _open(self, folder: Path, ahead: bool) -> Copy | None:
-        """The copy in ``folder``, or None where there is none."""
+        """The copy in ``folder``, or None if there is none."""
         descriptor = _lock(folder, fcntl.LOCK_SH, self._patience_s)
         if descriptor is None:
             return None
@@ -200,10 +200,10 @@ class ShardCache:
         return Copy(folder, descriptor)
 
     def _make(self, folder: Path, files: list[_Remote], ahead: bool) -> Copy | None:
-        """Copy ``files`` to ``folder``; None if they changed meanwhile, or somebody else was faster."""
+        """Copy ``files`` to ``folder``; None if they changed meanwhile, or another process was faster."""
         part = folder.with_suffix(".part")
         self._folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):  # pathlib's exist_ok would look again, when its writer may have renamed it
+        with suppress(FileExistsError):  # exist_ok would check again, after its writer may have renamed it
             part.mkdir()
         descriptor = _lock(part, fcntl.LOCK_EX, self._patience_s)
         if descriptor is None or folder.exists():
@@ -227,7 +227,7 @@ class ShardCache:
         return Copy(folder, descriptor)
 
     def _reserve(self, part: Path, files: list[_Remote], ahead: bool) -> None:
-        """Make room, and take it by files of the final size: whoever counts sees them."""
+        """Make room, and reserve it with files of the final size, which other processes count."""
         needed = sum(file.size for file in files)
         holder = _lock(self._folder, fcntl.LOCK_EX, self._patience_s)
         assert holder is not None
@@ -242,11 +242,11 @@ class ShardCache:
                         used -= size
                 if used + needed <= self._limit:
                     break
-                gc.collect()  # shards that an old traceback still holds
+                gc.collect()  # shards that an old traceback keeps alive
             if used + needed > self._limit:
                 raise UserError(
-                    f"data.cache_gb={self._limit / 1e9:g} is too little: {used / 1e9:.3g} GB in {self._folder} are "
-                    f"being read, and {files[0].address} takes {needed / 1e9:.3g} GB: raise it"
+                    f"data.cache_gb={self._limit / 1e9:g} is too small: {used / 1e9:.3g} GB in {self._folder} are "
+                    f"being read, and {files[0].address} needs {needed / 1e9:.3g} GB: raise it"
                 )
             for file in files:
                 with open(part / f"shard{file.address[file.address.rindex('.') :]}", "wb") as target:
@@ -257,11 +257,11 @@ class ShardCache:
             os.close(holder)
 
     def _download(self, file: _Remote, target: Path) -> None:
-        """Copy a file in blocks; a dropped connection costs a round of them.
+        """Copy a file in blocks; a dropped connection costs one round of blocks.
 
         Raises:
-            _Changed: it is not what it was, or is gone.
-            ShardError: it may not be read.
+            _Changed: it has changed or is gone.
+            ShardError: reading it is not permitted.
         """
         system, path = file_system(file.address)
 
@@ -272,7 +272,7 @@ class ShardCache:
                 if isinstance(block, BaseException):
                     raise block
                 if len(block) != end - start:
-                    if len(block) == file.size:  # a server that knows no ranges
+                    if len(block) == file.size:  # a server without range requests
                         return [block]
                     if self._info(file.address) != file:
                         raise _Changed
@@ -280,7 +280,7 @@ class ShardCache:
             return blocks
 
         with open(target, "r+b") as out:
-            num = 1  # until it is clear that the server knows ranges
+            num = 1  # until the server is known to support ranges
             while (done := out.tell()) < file.size:
                 starts = range(done, min(done + num * _BLOCK, file.size), _BLOCK)
                 try:
@@ -290,16 +290,16 @@ class ShardCache:
                 except PermissionError as error:
                     raise ShardError(str(error)) from None
                 num = _BLOCKS_AT_ONCE
-        # The folder's name says which version this is. A time long past lets the index of the copy be kept at once.
+        # The folder's name has the version. An old modification time lets the copy's index be stored immediately.
         os.utime(target, (0, 0))
 
 
 class _Changed(Exception):
-    """A remote file is not what it was when its copy began."""
+    """A remote file has changed since copying it began."""
 
 
 class _Ahead:
-    """A thread that fetches what will be wanted."""
+    """A thread that fetches shards in advance."""
 
     def __init__(self, cache: ShardCache) -> None:
         self.wanted: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -312,14 +312,14 @@ class _Ahead:
             try:
                 self._cache.fetch(address, ahead=True)
             except (ShardError, CannotReach, UserError, OSError) as error:
-                logger.info("%s: not fetched ahead: %s", address, error)
+                logger.info("%s: not prefetched: %s", address, error)
 
 
 def _lock(folder: Path, kind: int, patience_s: float) -> int | None:
-    """A descriptor of ``folder`` that holds the lock; None if the folder is not there, or goes meanwhile.
+    """A descriptor of ``folder`` that holds the lock; None if the folder does not exist or is removed meanwhile.
 
     Raises:
-        CannotReach: somebody else holds it for longer than ``patience_s``.
+        CannotReach: another process holds it for longer than ``patience_s``.
     """
     deadline = time.monotonic() + patience_s
     while True:
@@ -333,24 +333,24 @@ def _lock(folder: Path, kind: int, patience_s: float) -> int | None:
                 return descriptor
         except BlockingIOError:
             pass
-        except FileNotFoundError:  # between the two looks
+        except FileNotFoundError:  # removed in between
             pass
         except OSError as error:
             os.close(descriptor)
             if error.errno in NO_LOCKS:
                 raise UserError(
-                    f"{folder}: its file system has no locks ({error.strerror}), which processes that share a cache "
-                    f"need: set data.cache_dir to a folder on a local disk"
+                    f"{folder}: its file system does not support locks ({error.strerror}), which a shared cache needs: "
+                    f"set data.cache_dir to a folder on a local disk"
                 ) from None
             raise
         os.close(descriptor)
         if time.monotonic() > deadline:
-            raise CannotReach(f"{folder}: held by another process for {patience_s:.0f} s")
+            raise CannotReach(f"{folder}: locked by another process for {patience_s:.0f} s")
         time.sleep(_LOCK_POLL_S)
 
 
 def _remove(folder: Path) -> bool:
-    """Remove a copy unless somebody reads or writes it; returns whether it is gone."""
+    """Remove a copy unless it is being read or written; returns whether it is gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -366,7 +366,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _age_and_size(folder: Path) -> tuple[int, int]:
-    """When a copy was last opened, and its bytes; what is left of one that its writer renames or removes meanwhile."""
+    """When a copy was last opened, and its size; tolerates a writer that renames or removes it meanwhile."""
     since, total = 0, 0
     with suppress(FileNotFoundError, NotADirectoryError):
         since = folder.stat().st_mtime_ns

@@ -1,9 +1,9 @@
-"""Training shards as tables of image-text pairs: curated ones and plain WebDataset ones behind one class each.
+"""Training shards as tables of image-text pairs, with one class for curated and one for plain WebDataset shards.
 
-A **curated** shard is ``<shard>.tar`` of images with ``<shard>.parquet`` beside it: columns ``key`` and ``text``,
-perhaps ``lang`` and ``entries``; several rows may share a key. A **plain** shard is any other WebDataset tar, whose
-members :mod:`mc2_hpc.samples` describes. The Parquet files that img2dataset and DataComp leave beside their tars lack
-``text`` or ``key``, so those shards are plain.
+A **curated** shard is ``<shard>.tar`` with images and ``<shard>.parquet`` beside it, with columns ``key`` and ``text``
+and optionally ``lang`` and ``entries``; several rows may share a key. A **plain** shard is any other WebDataset tar,
+whose members :mod:`mc2_hpc.samples` describes. The Parquet files that img2dataset and DataComp put beside their tars
+lack ``text`` or ``key``, so those shards are plain.
 """
 
 import errno
@@ -38,7 +38,7 @@ Probabilities = Mapping[str, npt.NDArray[np.float32]]
 
 
 class Pair(NamedTuple):
-    """One image, still encoded, and one of its captions; ``lang`` is empty where nobody knows it."""
+    """One image, still encoded, and one of its captions; ``lang`` is empty if unknown."""
 
     key: str
     image: Encoded
@@ -47,29 +47,29 @@ class Pair(NamedTuple):
 
 
 class Shard(Protocol):
-    """What the stream and the evaluation need of a shard of either kind. A *row* is one caption of one image."""
+    """What the stream and evaluation need from either kind of shard. A *row* is one caption of one image."""
 
     name: str
     """For messages: its path or address."""
     drops: dict[str, int]
-    """Members of the tar that are left out, by reason."""
+    """Members of the tar that were left out, by reason."""
     changed: bool
     """Whether it was rewritten since it was last listed."""
     num_keys: int
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
-        """Hash of each row's key, for the draws of the data path."""
+        """Hash of each row's key, for random draws in the data path."""
         ...
 
     def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The rows an epoch trains on: one per image, or none where balancing drops it.
+        """The rows that an epoch trains on: one per image, or none if balancing drops it.
 
-        Raises UserError where ``probs`` do not fit the shard.
+        Raises UserError if ``probs`` do not fit the shard.
         """
         ...
 
     def read(self, row: int, *, seed: int, epoch: int) -> Pair:
-        """Row ``row`` as ``epoch`` sees it. Raises Dropped."""
+        """Row ``row`` in ``epoch``. Raises Dropped."""
         ...
 
     def read_captions(self, index: int) -> list[Caption]:
@@ -82,15 +82,15 @@ class Shard(Protocol):
 
 
 def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None, pin: object = None) -> Shard:
-    """Open a shard of either kind and list what it holds, or read its kept index.
+    """Open either kind of shard and list its content, or read its stored index.
 
     Args:
         name: for messages; None is the path.
         cache: folder for indexes of shards whose own folder cannot be written; None is the user's cache folder.
-        pin: kept as long as the shard is.
+        pin: kept alive as long as the shard.
 
     Raises:
-        ShardError: missing, empty, damaged or cut off.
+        ShardError: missing, empty, damaged or truncated.
     """
     try:
         source = LocalFile(path, pin)
@@ -99,7 +99,7 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
     except UserError as error:
         raise ShardError(str(error)) from None
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard's
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
             raise UserError(
                 f"{path}: {error.strerror}: raise the limit (`ulimit -n`), or set data.lanes lower"
             ) from None
@@ -110,7 +110,7 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
 
 
 class PlainShard:
-    """A WebDataset tar: a row per sample. Of several captions in a record one is drawn, as among a curated image's."""
+    """A WebDataset tar with one row per sample. One of several captions in a record is drawn, as in curated shards."""
 
     def __init__(self, name: str, source: ByteSource, index: ShardIndex) -> None:
         self.name = name
@@ -120,7 +120,7 @@ class PlainShard:
         self._source = source
         self._keys = index.keys
         self._hashes = index.hashes
-        # Numbers out of packed bytes: quicker than out of an array, and smaller than lists.
+        # Unpacking numbers from bytes is faster than from an array, and bytes are smaller than lists.
         self._places = index.places.tobytes()
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
@@ -156,14 +156,14 @@ class PlainShard:
             raise Dropped(Drop.READ_ERROR, str(error)) from None
         caption = data[text:text_end] if text >= 0 else None
         record = data[more:more_end] if more >= 0 else None
-        # A view: the image need not be copied out of the read.
+        # A view, so that the image is not copied.
         return memoryview(data)[image:image_end], captions_of(caption, record)
 
     def read_captions(self, index: int) -> list[Caption]:
         begin, size, image, _, *texts = _PLACES.unpack_from(self._places, index * _PLACES.size)
         if image < 0:
             raise Dropped(Drop.IMAGE_MISSING)
-        start = begin if size >= 0 else 0  # of the one read that all of its places are in
+        start = begin if size >= 0 else 0  # of the single read that covers all files
         caption, record = (
             _read_payload(self._source, start + first, end - first) if first >= 0 else None
             for first, end in zip(texts[::2], texts[1::2], strict=True)
@@ -177,7 +177,7 @@ class PlainShard:
         return _read_payload(self._source, (begin if size >= 0 else 0) + image, end - image)
 
     def _read_apart(self, places: tuple[int, ...]) -> tuple[bytes, list[int]]:
-        """The files of a sample joined, and begin and end of each in that."""
+        """The concatenated files of a sample, and the begin and end of each."""
         data = b""
         found: list[int] = []
         for begin, end in zip(places[2::2], places[3::2], strict=True):
@@ -188,7 +188,7 @@ class PlainShard:
 
 
 class CuratedShard:
-    """A tar with the table of its pairs beside it."""
+    """A tar with a table of its pairs beside it."""
 
     def __init__(self, name: str, source: ByteSource, index: ShardIndex, table: "pyarrow.Table") -> None:
         self.name = name
@@ -204,7 +204,7 @@ class CuratedShard:
             raise ShardError("its .parquet has a row without a key")
         if not keys:
             raise ShardError("its .parquet has no rows")
-        # Captions stay in Arrow's buffers, as bytes, until their turn: a bad one then costs itself alone.
+        # Captions stay in Arrow's buffers as bytes until they are read, so that a bad caption costs only itself.
         self._texts = table["text"].combine_chunks()
         self._entries = table["entries"].combine_chunks() if "entries" in table.column_names else None
         self._keys = keys

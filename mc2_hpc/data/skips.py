@@ -1,4 +1,4 @@
-"""What becomes of a bad sample or shard: it is skipped, counted under a reason, and the first few are logged.
+"""Bad samples and shards are skipped and counted by reason, and the first few are logged.
 
 The reasons are those of :class:`mc2_hpc.drops.Drop`.
 """
@@ -18,8 +18,8 @@ class ShardError(Exception):
 
 
 def log_skip(reason: Drop, where: str, detail: str = "") -> None:
-    """Log the first skips of each reason in this process; the rest are only counted, so that bad data cannot flood."""
+    """Log the first skips of each reason in this process; only count the rest, so bad data cannot flood the log."""
     _logged[reason] += 1
     if _logged[reason] <= _LOGGED_PER_REASON:
-        last = " (more of these are counted, not shown)" if _logged[reason] == _LOGGED_PER_REASON else ""
+        last = " (further ones are counted but not shown)" if _logged[reason] == _LOGGED_PER_REASON else ""
         logger.warning("skipped, %s: %s%s%s", reason, where, f": {detail}" if detail else "", last)

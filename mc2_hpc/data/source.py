@@ -1,4 +1,4 @@
-"""What a worker process does: take samples from its lanes, and send its share of every batch."""
+"""The work of a worker process: take samples from its lanes and send its share of every batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,23 +21,23 @@ from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.errors import UserError
 
-# Storage that fails is to be named by its error before the watchdog sees nothing but silence.
+# Failing storage should be reported by its error before the watchdog reports only silence.
 _PATIENCE_SHARE = 0.8
 
 
 class NoSharedMemory(Exception):
-    """A share does not fit into shared memory; the message says where that is and what to do."""
+    """A share does not fit into shared memory; the message says where it is and what to do."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error of one line on its way from a worker; raised there, torch would wrap its message in a traceback."""
+    """A one-line error sent by a worker; if raised there, torch would wrap its message in a traceback."""
 
     error: UserError | CannotReach | NoSharedMemory
 
 
 class ShareSource(IterableDataset[Share | Failure]):
-    """Shares of batches, endlessly: of all the lanes given, or in a worker process of that worker's part of them."""
+    """An endless stream of shares: from all the given lanes or, in a worker process, from that worker's lanes."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         """
         Args:
             samples_per_lane: that a batch takes.
-            positions: where each of the lanes begins.
+            positions: where each lane begins.
             board: told which shard is being read.
         """
         self.positions = positions
@@ -95,7 +95,7 @@ class ShareSource(IterableDataset[Share | Failure]):
                 reading(None)
                 yield share
         except (UserError, CannotReach, NoSharedMemory) as error:
-            while True:  # a worker that ended would look like one that died
+            while True:  # a worker that returned would look like a dead one
                 yield Failure(error)
 
     def _share(self, pool: ShardPool, lanes: dict[int, Lane]) -> Share:
@@ -111,7 +111,7 @@ class ShareSource(IterableDataset[Share | Failure]):
                 if isinstance(example.image, EncodedCrop):
                     encoded[len(examples)] = example.image
                 else:
-                    if pixels is None:  # most batches are all pixels or all JPEGs
+                    if pixels is None:  # most batches are entirely pixels or entirely JPEGs
                         pixels = torch.empty((num - len(examples), 3, size, size), dtype=torch.uint8)
                     pixels[num_decoded] = example.image
                     num_decoded += 1
@@ -130,8 +130,8 @@ class ShareSource(IterableDataset[Share | Failure]):
 
 
 def _to_shared_memory(share: Share) -> None:
-    """Move the tensors to where the rank can see them; sending them would do that, but in a thread whose errors nobody
-    hears.
+    """Move the tensors to where the rank can see them. Sending them would do so too, but in a thread whose errors are
+    lost.
 
     Raises:
         NoSharedMemory: there is no room.

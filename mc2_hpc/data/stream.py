@@ -1,12 +1,12 @@
-"""The order of samples: a fixed number of lanes, each an endless stream that any process can take up at any position.
+"""The order of samples: a fixed number of lanes, each an endless stream that any process can resume at any position.
 
-Every epoch the shards are permuted by hash of (seed, epoch, shard name), laid end to end, and cut into as many equal
-lengths as there are lanes; a cut falls inside a shard where it must. Inside a shard the samples are permuted by hash
-of (seed, epoch, key). Lane, epoch, place in the lane's hand of parts and offset therefore name a sample without any
-history, so ranks and workers may be redealt the lanes at every start, and nothing is read to find a position.
+In every epoch, the shards are permuted by a hash of (seed, epoch, shard name), laid end to end, and cut into equal
+lengths, one per lane; a cut may fall inside a shard. Inside a shard, the samples are permuted by a hash of (seed,
+epoch, key). Lane, epoch, place in the lane's hand of parts and offset therefore identify a sample without any history.
+So the lanes can be reassigned to ranks and workers at every start, and nothing is read to find a position.
 
-Bad samples are skipped by moving the offset on: which ones are good is a property of the data, so a lane's good samples
-are the same whoever reads it. Each good sample of an epoch comes exactly once over all lanes.
+Bad samples are skipped by advancing the offset. Which samples are good is a property of the data, so a lane's good
+samples are the same whoever reads it. Each good sample comes exactly once per epoch over all lanes.
 """
 
 import logging
@@ -33,11 +33,11 @@ _PROBE_SHARDS = 64
 logger = logging.getLogger(__name__)
 
 Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop]
-"""(encoded image, key hash, epoch) to what the batch takes; raises Dropped."""
+"""Maps (encoded image, key hash, epoch) to the batch's image; raises Dropped."""
 
 
 class Position(NamedTuple):
-    """Where a lane goes on: the next sample is ``offset`` in shard ``shard`` of the lane's hand of ``epoch``."""
+    """Where a lane continues: the next sample is at ``offset`` in shard ``shard`` of the lane's hand in ``epoch``."""
 
     epoch: int = 0
     shard: int = 0
@@ -46,7 +46,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """The samples of shard number ``shard`` from ``begin / of`` to ``end / of`` of its permuted length."""
+    """The samples of shard number ``shard`` from ``begin / of`` to ``end / of`` of its permuted order."""
 
     shard: int
     begin: int = 0
@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Example:
-    """One good sample: caption and image ready for the batch."""
+    """One good sample, with caption and image ready for the batch."""
 
     pair: Pair
     image: torch.Tensor | EncodedCrop
@@ -74,14 +74,14 @@ class Deck:
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """The permutation of shard numbers in ``epoch``."""
         if epoch not in self._orders:
-            if len(self._orders) > 3:  # lanes of a process are seldom more than an epoch apart
+            if len(self._orders) > 3:  # lanes of a process are rarely more than an epoch apart
                 self._orders.pop(min(self._orders))
             words = random_uint64(self._hashes, seed=self._seed, epoch=epoch, purpose="shard order")
             self._orders[epoch] = np.argsort(words, kind="stable")
         return self._orders[epoch]
 
     def hand(self, epoch: int, lane: int) -> list[Part]:
-        """The parts of ``lane``, in reading order; over all lanes they make up every shard once."""
+        """The parts of ``lane``, in reading order; over all lanes they cover every shard exactly once."""
         order, lanes = self.order(epoch), self._lanes
         first, last = lane * len(order), (lane + 1) * len(order)  # in units of 1/lanes of a shard
         return [
@@ -91,15 +91,15 @@ class Deck:
 
 
 class ShardPool:
-    """The data of a run as one process sees it: shards opened when a lane needs them, shared while lanes read them.
+    """A run's data in one process: shards are opened when a lane needs them and shared while lanes read them.
 
     Args:
         shards: of the run.
-        lanes, seed: as the config has them.
+        lanes, seed: as in the config.
         probs: entry probabilities for online balancing; None keeps one text of every image.
         transform: decodes an image.
         name: of the data, for errors.
-        reading: told the number of a shard before anything of it is read.
+        reading: called with the number of a shard before anything in it is read.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class ShardPool:
     ) -> None:
         self.deck = Deck([name.rpartition("/")[2] for name in shards.names], lanes=lanes, seed=seed)
         self.skipped: Counter[str] = Counter()
-        """Skips since somebody last cleared it. What concerns a whole shard is counted with its beginning alone, so
-        that sums over lanes are true."""
+        """Skips since it was last cleared. Skips of a whole shard are counted only with its beginning, so that sums
+        over lanes are correct."""
         self._shards = shards
         self._num_shards = len(shards.names)
         self._lanes = lanes
@@ -139,7 +139,7 @@ class ShardPool:
         return shard
 
     def expect(self, number: int) -> None:
-        """Shard ``number`` is the next of a lane."""
+        """Shard ``number`` is a lane's next shard."""
         if number not in self._open:
             self._shards.expect(number)
 
@@ -163,7 +163,7 @@ class ShardPool:
         return example
 
     def log_unreadable(self, number: int, error: ShardError) -> None:
-        """Log a shard that is skipped, the first time."""
+        """Log a skipped shard, the first time."""
         if number not in self._logged:
             self._logged.add(number)
             logger.warning("skipped, shard_unreadable: %s: %s", self._shards.names[number], error)
@@ -171,7 +171,7 @@ class ShardPool:
     def check_enough_samples(self) -> None:
         """Raise UserError if there are fewer images than lanes, good or bad."""
         if self._enough or self._num_shards >= self._lanes:
-            return  # no shard that opens is without images
+            return  # every shard that opens has images
         self._enough = True
         total = 0
         for number in range(self._num_shards):
@@ -183,13 +183,13 @@ class ShardPool:
             raise UserError(f"{self._name}: {total} samples are too few for data.lanes={self._lanes}: set fewer lanes")
 
     def check_something_good(self) -> None:
-        """Called by a lane that found nothing good in a whole epoch: raise UserError if that is true of all the data.
+        """Called by a lane that found nothing good in a whole epoch: raise UserError if that holds for all the data.
 
-        Looks at up to 4,096 samples spread over the shards, so that the answer comes in bounded time; only the data
-        decide it, not which lanes this process has.
+        Looks at up to 4,096 samples spread over the shards, so that it takes bounded time; the result depends only on
+        the data, not on the lanes of this process.
         """
         if self._good_lately:
-            self._good_lately = False  # the next barren epoch asks again: the data may have gone since
+            self._good_lately = False  # check again after the next empty epoch: the data may be gone by then
             return
         skipped: Counter[str] = Counter()
         budget = _PROBE_SAMPLES
@@ -214,13 +214,13 @@ class ShardPool:
                     skipped[skip.reason] += 1
             budget -= max(1, min(a_shard, len(rows)))
         counts = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common() if count)
-        raise UserError(f"{self._name}: not one sample can be used; everything was skipped: {counts}")
+        raise UserError(f"{self._name}: no sample can be used; everything was skipped: {counts}")
 
 
 class Lane:
-    """One endless stream of good samples, from ``position`` on.
+    """One endless stream of good samples, starting at ``position``.
 
-    Iteration raises UserError if the data hold nothing good at all, or fewer samples than there are lanes.
+    Iteration raises UserError if the data has no good sample, or fewer samples than there are lanes.
     """
 
     def __init__(self, pool: ShardPool, lane: int, position: Position) -> None:
@@ -259,7 +259,7 @@ class Lane:
             return example
 
     def _open_part(self, part: Part) -> None:
-        # A part that is taken up in its middle was already counted by whoever read its beginning.
+        # A part that is resumed in the middle was already counted when its beginning was read.
         counts = part.begin == 0 and self.position.offset == 0
         try:
             self._shard = self._pool.open(part.shard)

@@ -1,18 +1,18 @@
-"""Captions to token ids with sentencepiece itself: the id layouts of XLM-V / XLM-R, mT5 / SigLIP and Gemma / SigLIP 2.
+"""Captions to token ids with sentencepiece itself, in the id layouts of XLM-V / XLM-R, mT5 / SigLIP, Gemma / SigLIP 2.
 
-A row is ``[prefix] content EOS padding``, with exactly one EOS. Under a causal mask with EOS pooling nothing after the
-EOS reaches the output, so rows are padded to the longest of their batch only and the padding id is of no consequence.
+A row is ``[prefix] content EOS padding``, with exactly one EOS. Under a causal mask with EOS pooling, nothing after the
+EOS reaches the output, so rows are only padded to the longest in their batch, and the padding id does not matter.
 
 ======  ===============  ==========================  =================================================================
 style   row              specials                    cleaning
 ======  ===============  ==========================  =================================================================
 xlmv    ``<s> x </s>``   bos 0, pad 1, eos 2, unk 3  none; ids are the file's + 1 (fairseq), ``<mask>`` comes last
 mt5     ``x </s>``       pad 0, eos 1, unk 2         lower case, ASCII punctuation dropped, white space collapsed
-gemma   ``x <eos>``      pad 0, eos 1, unk 3         lower case (no ``<bos>``: SigLIP 2 encodes text so)
+gemma   ``x <eos>``      pad 0, eos 1, unk 3         lower case (no ``<bos>``, as in SigLIP 2)
 ======  ===============  ==========================  =================================================================
 
 mt5's cleaning is that of transformers' ``SiglipTokenizer`` with its defaults. That class also *pads* with EOS; here the
-padding is ``<pad>`` as in mT5's own tokenizer, so that "exactly one EOS a row" holds in every style.
+padding is ``<pad>`` as in mT5's own tokenizer, so that every style has exactly one EOS per row.
 """
 
 import io
@@ -33,7 +33,7 @@ from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import atomic_path
 
 MOST_BYTES = 256 << 20
-"""Of a sentencepiece model file: some 250 bytes for each of a million pieces."""
+"""Of a sentencepiece model file: about 250 bytes for each of a million pieces."""
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WIDTH_MULTIPLE = 8
@@ -57,7 +57,7 @@ class _Style:
     """Ids beyond the file's pieces."""
     clean: Callable[[str], str] | None
     trainer: dict[str, Any]
-    """What the sentencepiece trainer is told, so that the file gets this layout."""
+    """Options for the sentencepiece trainer that give the file this layout."""
 
 
 _UNIGRAM = {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc", "byte_fallback": False}
@@ -114,20 +114,20 @@ STYLES = {
 
 
 class Tokenizer:
-    """A sentencepiece model file read in one of the id layouts of this module; picklable, workers reload the file.
+    """A sentencepiece model file read in one of this module's id layouts; picklable, workers reload the file.
 
     Args:
         model_file: the sentencepiece model (``sentencepiece.bpe.model``, ``spiece.model``, ``tokenizer.model``).
         style: ``xlmv``, ``mt5`` or ``gemma``.
-        context_length: most tokens a row may have, specials included.
+        context_length: most tokens in a row, special tokens included.
 
     Attributes:
-        vocab_size: number of ids, hence rows the model's token table needs: the file's pieces, and for ``xlmv`` two
-            more (the fairseq shift and ``<mask>``): XLM-V's 901,627 pieces make 901,629.
-        eos_id, pad_id: ids of the end of a caption and of what fills a row after it.
+        vocab_size: number of ids, and so of rows in the model's token table: the file's pieces, and for ``xlmv`` two
+            more (the fairseq shift and ``<mask>``). XLM-V's 901,627 pieces make 901,629.
+        eos_id, pad_id: ids of the end of a caption and of the padding after it.
 
     Raises:
-        UserError: the file is missing, is no sentencepiece model, has another style's layout, or could turn the
+        UserError: the file is missing, is not a sentencepiece model, has another style's layout, or could turn the
             characters of a special token in a caption into that token.
     """
 
@@ -145,17 +145,17 @@ class Tokenizer:
         self.pad_id = self._style.pad
         self._room = context_length - len(self._style.prefix) - 1
         if self._room < 1:
-            raise UserError(f"context_length={context_length}: needs room for a token beside the special ones")
+            raise UserError(f"context_length={context_length}: needs room for a token besides the special ones")
 
     def encode(self, texts: Sequence[str], *, pad_to_context: bool = False) -> torch.Tensor:
-        """Token ids of ``texts``: int64 ``(len(texts), width)``, cut to the context length with the EOS kept.
+        """Token ids of ``texts``: int64 ``(len(texts), width)``, truncated to the context length with the EOS kept.
 
         ``width`` is the longest row rounded up to a multiple of 8, at most ``context_length``; with ``pad_to_context``
         it is ``context_length``.
         """
         style = self._style
         cleaned = list(texts) if style.clean is None else [style.clean(text) for text in texts]
-        # One thread: loader workers are the parallelism, and sentencepiece would take every core in each of them.
+        # One thread: loader workers provide the parallelism, and sentencepiece would use every core in each of them.
         rows = self._model.encode(cleaned, out_type=int, num_threads=1)
         start = len(style.prefix)
         longest = max((min(len(row), self._room) for row in rows), default=0) + start + 1
@@ -193,29 +193,29 @@ def _load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def _check_layout(model: sentencepiece.SentencePieceProcessor, path: Path, style: str) -> None:
-    # These are -1 unless the piece is a *control* piece, which sentencepiece never yields from text. A "</s>" among the
-    # ordinary or user-defined pieces would let a caption that spells it end early, and is refused here.
+    # These are -1 unless the piece is a *control* piece, which sentencepiece never produces from text. If "</s>" were
+    # an ordinary or user-defined piece, a caption that spells it would end early, so that is refused here.
     found = {"unk": model.unk_id(), "bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
     wanted = STYLES[style].model_ids
     if any(found[name] != wanted[name] for name in wanted):
         shown = ", ".join(f"{name} {found[name]}" for name in wanted) + " (-1: no such control piece)"
         fits = [name for name, other in STYLES.items() if all(found[k] == v for k, v in other.model_ids.items())]
         hint = f"; it fits style {' or '.join(fits)}" if fits else ""
-        raise UserError(f"{path}: special ids are {shown}, unlike those of style {style}{hint}")
+        raise UserError(f"{path}: special ids are {shown}, which does not match style {style}{hint}")
 
 
 def train_tokenizer(texts: Iterable[str], out_file: str | Path, *, vocab_size: int, style: str) -> Tokenizer:
     """Train a sentencepiece model on ``texts`` and write it to ``out_file``; the same texts give the same bytes.
 
-    Every character of the texts is covered. ``gemma`` falls back to bytes for others, as Gemma does; ``xlmv`` and
-    ``mt5`` map them to ``<unk>``, since transformers' tokenizers of those families have no byte fallback.
+    Every character in the texts is covered. ``gemma`` falls back to bytes for others, as Gemma does; ``xlmv`` and
+    ``mt5`` map them to ``<unk>``, because transformers' tokenizers of those families have no byte fallback.
 
     Args:
         texts: captions; ``style``'s cleaning is applied.
-        vocab_size: of the resulting tokenizer; texts of little variety give fewer ids.
+        vocab_size: of the resulting tokenizer; texts with little variety give fewer ids.
 
     Raises:
-        UserError: no texts, or too small a vocabulary for their characters.
+        UserError: no texts, or the vocabulary is too small for their characters.
     """
     if style not in STYLES:
         raise UserError(f"tokenizer style {style!r}: choose one of {', '.join(STYLES)}")
@@ -236,7 +236,7 @@ def train_tokenizer(texts: Iterable[str], out_file: str | Path, *, vocab_size: i
     except (RuntimeError, OSError) as error:
         # The trainer's messages read "INTERNAL: file(line) [condition] sentence"; the sentence may be empty.
         sentence = re.search(r"\] (\S.*)$", str(error).strip())
-        reason = sentence[1] if sentence else "there is nothing in them"
+        reason = sentence[1] if sentence else "they are empty"
         raise UserError(f"{out_file}: no tokenizer of {vocab_size} ids fits these texts: {reason}") from None
     with atomic_path(out_file) as temporary:
         temporary.write_bytes(out.getvalue())

@@ -1,4 +1,4 @@
-"""Waiting that ends: what each data worker reads, for every process of a rank to see, and items with a deadline."""
+"""Bounded waiting: what each data worker reads, visible to every process of a rank, and items with a deadline."""
 
 import queue
 import threading
@@ -15,17 +15,17 @@ _T = TypeVar("_T")
 
 
 class Board:
-    """The shard that each worker has in hand, in shared memory: whoever is stuck cannot be asked.
+    """The shard that each worker is reading, in shared memory, because a stuck worker cannot answer.
 
     Args:
-        num_workers: that write, each its own row.
+        num_workers: each writes its own row.
     """
 
     def __init__(self, num_workers: int) -> None:
         self._cells = torch.full((num_workers, 2), _NOTHING, dtype=torch.int64).share_memory_()
 
     def writer(self, worker: int) -> Callable[[int | None], None]:
-        """Called with the number of the shard that is about to be read, and with None when the batch is ready."""
+        """Called with the number of the shard about to be read, and with None when the batch is ready."""
         row: npt.NDArray[np.int64] = self._cells[worker].numpy()
 
         def write(shard: int | None) -> None:
@@ -35,22 +35,22 @@ class Board:
         return write
 
     def reading(self, worker: int) -> tuple[int, float] | None:
-        """The shard that ``worker`` reads and for how many seconds it has done so, or None if it reads nothing."""
+        """The shard that ``worker`` is reading and for how many seconds, or None if it is not reading."""
         shard, since = self._cells[worker].tolist()
         return None if shard == _NOTHING else (shard, (time.monotonic_ns() - since) / 1e9)
 
 
 class Patient(Generic[_T]):
-    """An iterator asked from a thread of its own, so that whoever waits can stop waiting.
+    """An iterator that runs in its own thread, so that callers can stop waiting.
 
-    A read that never returns leaves its thread behind; it ends with the process.
+    A read that never returns leaves its thread behind until the process ends.
     """
 
     def __init__(self, iterator: Iterator[_T]) -> None:
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._asked = False
-        # The thread holds the iterator alone: when it ends, so do the iterator's workers.
+        # Only the thread holds the iterator: when it ends, so do the iterator's workers.
         arguments = (iterator, self._wanted, self._given)
         self._thread = threading.Thread(target=_serve, args=arguments, name="batches", daemon=True)
         self._thread.start()
@@ -59,7 +59,7 @@ class Patient(Generic[_T]):
         """The next item.
 
         Raises:
-            TimeoutError: not there yet; ask again for the same one.
+            TimeoutError: it is not ready yet; call again for the same item.
         """
         if not self._asked:
             self._asked = True
@@ -74,7 +74,7 @@ class Patient(Generic[_T]):
         return item
 
     def close(self, seconds: float) -> None:
-        """Let go of the iterator, waiting for that no longer than ``seconds``."""
+        """Release the iterator, waiting no longer than ``seconds``."""
         self._wanted.put(False)
         self._thread.join(seconds)
 
@@ -87,5 +87,5 @@ def _serve(
     while wanted.get():
         try:
             given.put((next(iterator), None))
-        except BaseException as error:  # raised again where the item was asked for
+        except BaseException as error:  # raised again in the thread that wants the item
             given.put((None, error))

@@ -1,4 +1,4 @@
-"""The processes that data loading forks: where they come from, which signals they hear, when and how they end."""
+"""The processes that data loading forks: how they start, which signals they receive, and how they end."""
 
 import multiprocessing
 import os
@@ -26,22 +26,22 @@ _CAUSES = {int(signal.SIGBUS): "; is /dev/shm full?", int(signal.SIGKILL): "; ou
 
 
 class DataStalled(RuntimeError):
-    """No samples came for ``data.stall_seconds``, a worker died, or the storage cannot be reached; one line says which
-    rank, worker and shard. The run can be resumed."""
+    """No samples arrived for ``data.stall_seconds``, a worker died, or the storage cannot be reached. The message is
+    one line with rank, worker and shard. The run can be resumed."""
 
 
 class WorkerShares:
-    """An endless iterator of a step's shares, one per worker in lane order, that waits for none of them for ever.
+    """An endless iterator over a step's shares, one per worker in lane order, with a limit on waiting.
 
     Args:
         source: of the shares.
-        num_workers: processes; 0 makes the one share in a thread of this process.
-        prefetch: shares that each worker holds ready.
+        num_workers: processes; 0 makes a single share in a thread of this process.
+        prefetch: shares that each worker keeps ready.
         rank: of this process, for messages.
         stall_seconds: longest wait for a share.
 
     Raises:
-        UserError: while iterating, what a worker found wrong with the data.
+        UserError: while iterating, a worker found something wrong with the data.
         DataStalled: while iterating.
     """
 
@@ -49,7 +49,7 @@ class WorkerShares:
         self, source: ShareSource, *, num_workers: int, prefetch: int, rank: int, stall_seconds: float
     ) -> None:
         self.processes: list[BaseProcess] = []
-        """The workers, once they have been started."""
+        """The workers, once they have started."""
         self._source = source
         self._num_workers = num_workers
         self._prefetch = prefetch
@@ -59,7 +59,7 @@ class WorkerShares:
 
     @property
     def board(self) -> Board:
-        """Which shard each worker reads."""
+        """Which shard each worker is reading."""
         return self._source.board
 
     def __iter__(self) -> "WorkerShares":
@@ -102,15 +102,15 @@ class WorkerShares:
             try:
                 share = shares.next(max(0.0, min(_POLL_S, deadline - time.monotonic())))
             except TimeoutError:
-                # Workers are the fork server's children, so their death sends no signal here. One that is killed while
-                # it writes leaves its share half sent and the others waiting for their turn to send.
+                # Workers are children of the fork server, so their death sends no signal here. A worker that is killed
+                # while it writes leaves its share half sent and the others waiting to send.
                 if dead := self._dead():
                     raise self._stalled(worker, obituary(dead)) from None
                 if time.monotonic() >= deadline:
                     raise self._stalled(worker, f"none for {self._stall_seconds:g} s") from None
             except (RuntimeError, OSError, EOFError) as error:
                 if not isinstance(error, RuntimeError):
-                    time.sleep(_POLL_S)  # a connection may break before its end is seen to be dead
+                    time.sleep(_POLL_S)  # a connection may break before its process counts as dead
                 if dead := self._dead():
                     raise self._stalled(worker, obituary(dead)) from error
                 raise  # the loading code's own error, with its traceback
@@ -129,11 +129,11 @@ class WorkerShares:
         reading = self.board.reading(worker)
         if reading is not None:
             shard, seconds = reading
-            where += f", which has been at {self._source.shards.names[shard]} for {seconds:.0f} s"
+            where += f", which has been reading {self._source.shards.names[shard]} for {seconds:.0f} s"
         for process in self.processes:
             process.kill()
-        self._shares = None  # nothing more can come of it, so nobody need wait for its thread
-        return DataStalled(f"{where}: {reason}; fix it and start the run again, it resumes from its last checkpoint")
+        self._shares = None  # nothing more can arrive, so there is no need to wait for its thread
+        return DataStalled(f"{where}: {reason}; fix it and restart the run, which resumes from its last checkpoint")
 
 
 def _as_is(share: Any) -> Any:
@@ -141,9 +141,9 @@ def _as_is(share: Any) -> Any:
 
 
 def worker_context(*, preload: str) -> ForkServerContext:
-    """Where worker processes come from.
+    """The context that worker processes start from.
 
-    A process that has run torch threads, CUDA or DeepSpeed must not be forked. The fork server is a clean one, which
+    A process that has run torch threads, CUDA or DeepSpeed must not be forked. The fork server is a clean process that
     imports the module ``preload`` once; workers are then forked from it.
     """
     context = multiprocessing.get_context("forkserver")
@@ -153,12 +153,12 @@ def worker_context(*, preload: str) -> ForkServerContext:
 
 
 def _start_fork_server() -> None:
-    """Start what the workers descend from, deaf to the signals that are the trainer's to act upon: Slurm sends them to
-    every process of a step, a terminal Ctrl-C to every process of a job."""
+    """Start the workers' parent with the trainer's signals blocked: Slurm sends them to every process of a step, and a
+    terminal sends Ctrl-C to every process of a job."""
     ours = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # what is blocked stays so in processes that start now
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # children inherit the blocked signals
     try:
-        resource_tracker.ensure_running()  # unblocks SIGTERM, and ignores it by itself
+        resource_tracker.ensure_running()  # unblocks SIGTERM, but ignores it
         signal.pthread_sigmask(signal.SIG_BLOCK, ours)
         forkserver.ensure_running()
     finally:
@@ -166,12 +166,12 @@ def _start_fork_server() -> None:
 
 
 def prepare_worker(worker: int) -> None:
-    """What a worker does first: see to it that it ends with its trainer."""
+    """Called first in a worker: make sure that it ends with its trainer."""
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
 
 def _end_with_trainer() -> None:
-    """torch's own watch is on the worker's parent, which is the fork server and lives as long as a worker does."""
+    """torch itself watches the worker's parent, but that is the fork server, which lives as long as any worker."""
     trainer = multiprocessing.parent_process()
     assert trainer is not None
     trainer.join()
@@ -179,7 +179,7 @@ def _end_with_trainer() -> None:
 
 
 def obituary(dead: Sequence[BaseProcess]) -> str:
-    """What became of dead workers, in words."""
+    """A description of how dead workers ended."""
     ends = []
     for process in dead:
         code = process.exitcode or 0

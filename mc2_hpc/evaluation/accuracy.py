@@ -1,4 +1,4 @@
-"""Numbers of a classifier: accuracies, ROC-AUC, F1, the worst group; and what guessing would give.
+"""Metrics of a classifier: accuracies, ROC-AUC, F1, the worst group; and their values for random guessing.
 
 N images, C classes, D embedding width.
 """
@@ -17,12 +17,12 @@ from mc2_hpc.evaluation.nearest import nearest
 def accuracies(
     features: Tensor, weights: Tensor, labels: Tensor, metric: str, groups: Tensor | None = None
 ) -> dict[str, float]:
-    """The numbers of one of ``tasks.METRICS``, the one that it names first.
+    """The values of one of ``tasks.METRICS``, the metric in its name first.
 
     Args:
         features: float32 (N, D).
         weights: float32 (C, D).
-        labels: int64 (N, most classes of an image), filled up with -1; naming any of them is right.
+        labels: int64 (N, most classes of an image), padded with -1; any of an image's classes is correct.
         groups: int64 (N,), for ``worst_group``.
     """
     if metric == "roc_auc":
@@ -61,9 +61,9 @@ def _group_means(hit: Tensor, groups: Tensor) -> Tensor:
 
 
 def macro_f1(predicted: Tensor, labels: Tensor) -> float:
-    """Mean over the classes that have an image of 2 TP / (2 TP + FP + FN); int64 (N,) each.
+    """Mean of 2 TP / (2 TP + FP + FN) over the classes that have an image; int64 (N,) each.
 
-    WILDS's metric for iWildCam: images taken for a class that has none lower the recall of their own alone.
+    WILDS's metric for iWildCam: predicting a class without images lowers only the recall of the image's own class.
     """
     classes = 1 + int(torch.maximum(predicted.max(), labels.max()))
     hits = torch.bincount(labels[predicted == labels], minlength=classes)
@@ -73,16 +73,16 @@ def macro_f1(predicted: Tensor, labels: Tensor) -> float:
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, an equal score counting half.
+    """Area under the ROC curve: the probability that a positive scores above a negative; ties count half.
 
-    By ranks (Mann-Whitney): exact, with ties.
+    Computed from ranks (Mann-Whitney), exact with ties.
 
     Args:
         scores: (N,).
         positive: bool (N,).
 
     Raises:
-        UserError: one of the two has no member.
+        UserError: there are no positives or no negatives.
     """
     positives = int(positive.sum())
     negatives = len(positive) - positives
@@ -90,15 +90,15 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float:
         raise UserError(f"ROC-AUC needs images of both classes: {negatives} and {positives}")
     _, group, sizes = scores.unique(return_inverse=True, return_counts=True)
     last = sizes.cumsum(0).double()
-    ranks = (last - (sizes - 1) / 2)[group]  # from 1; equals share the mean of theirs
+    ranks = (last - (sizes - 1) / 2)[group]  # from 1; ties share their mean rank
     return (ranks[positive].sum().item() - positives * (positives + 1) / 2) / (positives * negatives)
 
 
 def chance_of_classes(labels: Tensor, classes: int) -> dict[str, float]:
-    """What a random order of the classes gives on average, by metric; the worst group and F1 have no such number.
+    """The expected value for a random order of the classes, by metric; not defined for the worst group and F1.
 
     Args:
-        labels: int64 (N, most classes of an image), filled up with -1.
+        labels: int64 (N, most classes of an image), padded with -1.
     """
     right = (labels >= 0).sum(1).tolist()
     top = {k: fmean(hit_chance(classes, count, k) for count in right) for k in (1, 5)}
@@ -107,11 +107,11 @@ def chance_of_classes(labels: Tensor, classes: int) -> dict[str, float]:
 
 
 def chance_of_recall(images: int, captions: Sequence[int]) -> dict[str, float]:
-    """What random orders give on average for R@1, 5, 10 in both directions.
+    """The expected R@1, 5, 10 for random orders, in both directions.
 
     Args:
         images: in the gallery.
-        captions: of each image, how many.
+        captions: number of captions of each image.
     """
     total, numbers = sum(captions), {}
     count_of = {count: captions.count(count) / images for count in set(captions)}
@@ -122,6 +122,6 @@ def chance_of_recall(images: int, captions: Sequence[int]) -> dict[str, float]:
 
 
 def hit_chance(total: int, right: int, k: int) -> float:
-    """The chance that among ``k`` of ``total`` things, drawn without return, is one of the ``right`` ones."""
+    """The probability that ``k`` draws without replacement from ``total`` items hit one of the ``right`` ones."""
     ways = comb(total, min(k, total))
     return (ways - comb(total - right, min(k, total))) / ways

@@ -20,22 +20,22 @@ def uniformity(features: Tensor, *, t: float = 2.0, tile: int = 2048) -> float:
     """
     count = len(features)
     if count < 2:
-        raise UserError(f"uniformity needs two features at least, not {count}")
+        raise UserError(f"uniformity needs at least two features, not {count}")
     total = torch.zeros((), dtype=torch.float64)
     for rows in features.double().split(tile):
         for columns in features.double().split(tile):
             squared = rows.square().sum(1)[:, None] + columns.square().sum(1) - 2 * rows @ columns.T
             total += squared.mul_(-t).exp_().sum()
-    # Every row met itself once, at distance 0.
+    # Every row was compared with itself once, at distance 0.
     return torch.log((total - count) / (count * (count - 1))).item()
 
 
 def modality_gap(image: Tensor, text: Tensor) -> float:
-    """Distance of the two means (Liang et al. 2022, arXiv 2203.02053)."""
+    """Distance between the two means (Liang et al. 2022, arXiv 2203.02053)."""
     _check(image, text)
     return (image.double().mean(0) - text.double().mean(0)).norm().item()
 
 
 def _check(image: Tensor, text: Tensor) -> None:
     if image.shape != text.shape or len(image) == 0:
-        raise UserError(f"features of pairs have one shape, not {tuple(image.shape)} and {tuple(text.shape)}")
+        raise UserError(f"paired features need the same shape, not {tuple(image.shape)} and {tuple(text.shape)}")

@@ -1,4 +1,4 @@
-"""Features of a set's images and texts: computed by all ranks together, once, whichever library's model computes them.
+"""Features of a set's images and texts, computed once by all ranks together, with a model of any library.
 
 D embedding width.
 """
@@ -33,16 +33,16 @@ from mc2_hpc.models.weights import write_tensors
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Called with images encoded by this rank, and its images in all."""
+"""Called with the number of images encoded by this rank, and its total."""
 
 _FORMAT = "2"
-"""Part of every cached feature's name: raise it when images come to be prepared in another way."""
+"""Part of the name of cached features: increase it when image preprocessing changes."""
 
 _MAX_THREADS = 16
 
 
 def _nothing() -> None:
-    """What is done between two batches where nobody asks for anything."""
+    """Default action between two batches."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class ImageFeatures:
     """Features of a set's images; those that could not be decoded have none."""
 
     features: Tensor
-    """Unit-length float32 (n, D), zero where there is none."""
+    """Unit-length float32 (n, D); zero for images without a feature."""
     usable: Tensor
     """bool (n,)."""
     reasons: Counter[str] | None = None
-    """Why the others have none, a word of ``mc2_hpc.data.skips`` each; None where nobody has kept it."""
+    """Why the others have none, as reasons of ``mc2_hpc.data.skips``; None if not recorded."""
 
     def skipped(self) -> dict[str, int]:
         """Images without a feature, by reason."""
@@ -65,7 +65,7 @@ class ImageFeatures:
 
 
 class Encoder:
-    """Images and texts to unit-length features, shared out over the ranks."""
+    """Images and texts to unit-length features, with the work divided among the ranks."""
 
     def __init__(
         self,
@@ -81,12 +81,12 @@ class Encoder:
         """
         Args:
             batch: images, or texts, encoded at a time.
-            cache: folder of features computed before; None keeps none.
+            cache: folder of cached features; None disables caching.
             precision: ``fp32``, or ``bf16`` for autocast.
-            threads: that decode the next batch while the model has this one; 0 decodes in between. None: 0 where the
-                model computes on the CPU, which it keeps busy alone, else a share of the machine's cores.
-            between: called before every batch, equally often on every rank, so it may communicate; what it raises on
-                all ranks ends the work.
+            threads: that decode the next batch while the model runs this one; 0 decodes between batches. None: 0 if
+                the model runs on the CPU, which it keeps busy by itself, otherwise a share of the machine's cores.
+            between: called before every batch, equally often on every rank, so it may communicate; an exception that
+                it raises on all ranks ends the work.
         """
         self.dual = dual
         self.ranks = ranks
@@ -108,24 +108,24 @@ class Encoder:
         cache: Path | None = None,
         precision: str = "fp32",
     ) -> "Encoder":
-        """The encoder of a model folder of any format (see :func:`open_dual_encoder`).
+        """The encoder of a model folder in any format (see :func:`open_dual_encoder`).
 
         Raises:
-            UserError: there is no model that can be loaded.
+            UserError: no model can be loaded.
         """
         dual = open_dual_encoder(source, ranks.device, eval_resize=eval_resize)
         return cls(dual, ranks, batch=batch, cache=cache, precision=precision)
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes what all have found."""
+        """Whether this rank writes the common results."""
         return self.ranks.is_first
 
     def images(self, images: Images, progress: Progress | None = None) -> ImageFeatures:
         """Features of every image, on the CPU, the same on every rank. Collective.
 
         Raises:
-            UserError: not one image can be decoded, or a feature is not finite.
+            UserError: no image can be decoded, or a feature is not finite.
         """
         path = self._cached(images)
         found = _read_features(path, len(images)) if path is not None and path.is_file() else None
@@ -151,7 +151,7 @@ class Encoder:
         """
         if not texts:
             raise UserError("no texts to encode")
-        # Of like length together, since a batch is padded to its longest; every rank gets some of each length.
+        # Sorted by length, because a batch is padded to its longest; every rank gets some of each length.
         ordered = sorted(dict.fromkeys(texts), key=lambda text: (len(text), text))
         own = ordered[self.ranks.rank :: self.ranks.world_size]
         parts: list[Tensor] = []
@@ -172,23 +172,23 @@ class Encoder:
         return features[torch.tensor([row[text] for text in texts])]
 
     def preprocess(self, images: Images, indices: Sequence[int]) -> list[Any]:
-        """Images as the model takes them; those that cannot be decoded are left out."""
+        """Preprocessed images; those that cannot be decoded are left out."""
         with one_torch_thread():
             return [found for index in indices if not isinstance(found := self._load(images, index), Dropped)]
 
     def autocast(self) -> torch.autocast:
-        """The context of the precision that this encoder computes in."""
+        """The autocast context for this encoder's precision."""
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self._half)
 
     @torch.inference_mode()
     def _share_of_images(self, images: Images, progress: Progress | None) -> tuple[Tensor | None, Counter[str]]:
-        """This rank's features (own, D), zero for images without, or None where no image of its own has any; and why
-        images have none, by reason."""
+        """This rank's features (own, D), zero for images without one, or None if none of its images has one; and counts
+        of images without a feature, by reason."""
         own = range(self.ranks.rank, len(images), self.ranks.world_size)
         loaded = self._loaded(images, [own[i : i + self._batch] for i in range(0, len(own), self._batch)])
         reasons: Counter[str] = Counter()
         share: Tensor | None = None
-        with self.autocast():  # once: it keeps the weights that it has cast
+        with self.autocast():  # entered once: it caches the cast weights
             for start in self._starts(len(images), self._batch):
                 self._between()
                 if start >= len(own):
@@ -205,18 +205,18 @@ class Encoder:
         return share, reasons
 
     def _starts(self, total: int, size: int) -> range:
-        """Where batches begin in the largest rank's share of ``total``; a smaller share may end before the last."""
+        """Where batches begin in the largest rank's share of ``total``; a smaller share may have fewer."""
         return range(0, -(-total // self.ranks.world_size), size)
 
     def _loaded(self, images: Images, batches: Sequence[range]) -> Iterator[list[Any]]:
-        """The batches in order: images as the model takes them, or why there is none."""
+        """The batches in order: preprocessed images, or the reason why there is none."""
         if not self._threads:
             for batch in batches:
                 with one_torch_thread():
                     found = [self._load(images, index) for index in batch]
                 yield found
             return
-        # One torch thread per decoding thread: an image is too small to share.
+        # One torch thread per decoding thread: an image is too small to split.
         with one_torch_thread(), ThreadPoolExecutor(self._threads, "decode", torch.set_num_threads, (1,)) as pool:
             ahead: list[Future[Any]] = []
             for batch in (*batches, range(0)):
@@ -241,7 +241,7 @@ class Encoder:
         return self._cache / f"{name[:32]}.safetensors"
 
     def _all_agree(self, value: bool) -> bool:
-        """Whether it holds on every rank: a file may show on one node earlier than on another."""
+        """Whether it holds on every rank: a file may appear on one node before another."""
         if self.ranks.world_size == 1:
             return value
         word = torch.tensor(int(value), device=self.ranks.device)
@@ -257,7 +257,7 @@ class Encoder:
         return sum(parts, Counter())
 
     def _gathered(self, share: Tensor | None, total: int) -> Tensor:
-        """(total, D) on the CPU from every rank's rows ``rank::world_size``; zeros for a rank that has none."""
+        """(total, D) on the CPU from every rank's rows ``rank::world_size``; zeros for a rank with none."""
         world_size, device = self.ranks.world_size, self.ranks.device
         if world_size == 1:
             assert share is not None
@@ -294,21 +294,21 @@ def _read_features(path: Path, count: int) -> ImageFeatures | None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        logger.warning("%s: damaged features (%s): computing them again", path, error)
+        logger.warning("%s: damaged features (%s): recomputing them", path, error)
         return None
     checksum = tensors.pop("checksum", None)
     if set(tensors) != {"features", "usable", "reasons"} or len(tensors["features"]) != count:
-        logger.warning("%s: features of another set: computing them again", path)
+        logger.warning("%s: features of another set: recomputing them", path)
         return None
     if checksum is None or not torch.equal(checksum, _checksum(tensors)):
-        logger.warning("%s: damaged features (checksum): computing them again", path)
+        logger.warning("%s: damaged features (checksum): recomputing them", path)
         return None
     reasons = Counter(json.loads(bytes(tensors["reasons"].numpy())))
     return ImageFeatures(tensors["features"], tensors["usable"], reasons)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
-    """SHA-256 of tensors' numbers, uint8 (32,)."""
+    """SHA-256 of the tensors' values, uint8 (32,)."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Few-shot geo-localisation: which place an image is from, by ridge regression on its features.
+"""Few-shot geo-localisation: predict an image's place by ridge regression on its features.
 
 N images, P places, D embedding width.
 """
@@ -10,9 +10,9 @@ from torch import Tensor
 from mc2_hpc.errors import UserError
 
 RIDGE = 2.0**10
-"""Weight of the squared norm of the coefficients."""
+"""Weight of the coefficients' squared norm."""
 BIAS = 100.0
-"""The constant feature: large, so its coefficient is hardly held back."""
+"""The constant feature: large, so its coefficient is hardly regularised."""
 _SPREAD = 1e-5
 """Added to each feature's standard deviation."""
 
@@ -22,21 +22,21 @@ def ridge_accuracy(
 ) -> float:
     """Share of test images whose place scores highest.
 
-    big_vision's few-shot regression, as the scripts proposed to the paper's repository call it: features are put to
-    mean 0 and deviation 1 by those learnt from, a constant stands beside them, targets are 1 and -1, and the
-    coefficients solve ``(X^T X + ridge I) W = X^T Y``; here in float64. Of equal scores the lower place wins. A place
-    of which nothing is learnt is never found.
+    big_vision's few-shot regression, as called by the scripts proposed to the paper's repository. Features are scaled
+    to mean 0 and deviation 1 over the training images, and a constant is appended. Targets are 1 and -1, and the
+    coefficients solve ``(X^T X + ridge I) W = X^T Y``, here in float64. Ties go to the lower place. A place without
+    training images is never predicted.
 
     Args:
         features: float32 (N, D).
         labels: int64 (N,), each image's place.
-        train, test: int64 indices of images; the first ``shots`` of each place in ``train`` are learnt from.
+        train, test: int64 indices of images; the first ``shots`` of each place in ``train`` are used for training.
 
     Raises:
         UserError: either part is empty.
     """
     if len(train) == 0 or len(test) == 0:
-        raise UserError(f"geo-localisation needs images to learn from and to test: {len(train)} and {len(test)}")
+        raise UserError(f"geo-localisation needs images for training and for testing: {len(train)} and {len(test)}")
     places = labels[train].unique()
     chosen = torch.cat([train[labels[train] == place][:shots] for place in places])
     learnt = features[chosen].double()

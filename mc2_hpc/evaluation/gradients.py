@@ -1,7 +1,7 @@
-"""Whether languages pull a model the same way: the cosine between the gradients of two languages' losses.
+"""Whether languages pull a model in the same direction: the cosine between the gradients of two languages' losses.
 
-Meta CLIP 2 takes it as its measure of the "curse of multilinguality": English against every other language (its
-NeurIPS text; 0.546 for ViT-L/14 and 0.697 for ViT-H/14 at the end of training).
+Meta CLIP 2 uses it to measure the "curse of multilinguality": English against every other language (NeurIPS version;
+0.546 for ViT-L/14 and 0.697 for ViT-H/14 at the end of training).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,27 +21,28 @@ from mc2_hpc.evaluation.tasks import Captions, Retrieval
 from mc2_hpc.models.clip import CLIP
 
 PARTS = ("vision", "text", "both")
-"""Of which tower's parameters the cosines are."""
+"""The towers whose parameters are compared."""
 
 
 def gradient_cosines(
     task: Retrieval, images: ImageFeatures, encoder: Encoder, *, pairs: int, reference: str = "en"
 ) -> dict[str, dict[str, float]]:
-    """Language -> ``gradient_cosine_<part>`` for the parts of :data:`PARTS`, for every language but the reference.
+    """Language -> ``gradient_cosine_<part>`` for each of :data:`PARTS`, for every language but the reference.
 
-    The gradient of a language is that of the symmetric contrastive loss (the training's, temperature included) of its
-    first ``pairs`` images that can be decoded, each with its first caption, in the towers' parameters; the
-    temperature's own gradient is left out. Languages with fewer pairs have no cosine, since the loss depends on their
-    number. Collective: the ranks share the languages, each computes the reference's gradient for itself.
+    A language's gradient is that of the symmetric contrastive loss, as in training with its temperature, with respect
+    to the towers' parameters. The loss is over the language's first ``pairs`` decodable images, each with its first
+    caption; the temperature's own gradient is left out. Languages with fewer pairs have no cosine, because the loss
+    depends on the number of pairs. Collective: the ranks divide the languages, and each computes the reference's
+    gradient itself.
 
     Args:
         pairs: at least 2; one pair has no gradient.
 
     Raises:
-        UserError: the set lacks the reference language, or pairs in it; or the model is another library's.
+        UserError: the set lacks the reference language, or enough pairs in it; or the model is another library's.
     """
     if not isinstance(encoder.dual.model, CLIP):
-        raise UserError("gradient_pairs: needs a checkpoint of ours; mc2 convert --to mc2 makes one")
+        raise UserError("gradient_pairs: needs an mc2 checkpoint; create one with mc2 convert --to mc2")
     if reference not in task.languages:
         raise UserError(f"gradient_pairs: no language {reference!r} in the set to compare the others with")
     found: dict[str, dict[str, float]] = {}
@@ -77,7 +78,7 @@ def _own_share(
 
 
 def first_pairs(captions: Captions, usable: Tensor, pairs: int) -> list[int] | None:
-    """Rows of the first caption of each of the first ``pairs`` usable images, or None where there are fewer."""
+    """Rows of the first caption of each of the first ``pairs`` usable images, or None if there are fewer."""
     first: dict[int, int] = {}
     for row, image in enumerate(captions.images):
         if usable[image]:
@@ -94,9 +95,9 @@ def _gradient(task: Retrieval, captions: Captions, rows: Sequence[int], encoder:
 
 
 def loss_gradient(encoder: Encoder, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Gradient of the contrastive loss of pairs, uint8 images (n, 3, S, S) and token ids (n, L), by parameter name.
+    """Gradient of the contrastive loss of uint8 images (n, 3, S, S) and their token ids (n, L), by parameter name.
 
-    On the CPU, and with activations recomputed: during training there may be little room on the device.
+    It is returned on the CPU, and activations are recomputed, because training may leave little room on the device.
     """
     model, device = encoder.dual.model, encoder.ranks.device
     assert isinstance(model, CLIP)
@@ -108,7 +109,7 @@ def loss_gradient(encoder: Encoder, images: Tensor, tokens: Tensor) -> dict[str,
         logits = model.logit_scale.detach().float().exp() * image @ text.T
         labels = torch.arange(len(logits), device=device)
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        # Not backward(): during training the parameters' own gradients, and what waits for them, are not ours.
+        # Not backward(), which during training would touch the parameters' own gradients and their hooks.
         gradients = torch.autograd.grad(loss, list(parameters.values()))
     return {name: gradient.cpu() for name, gradient in zip(parameters, gradients, strict=True)}
 
@@ -138,6 +139,6 @@ def cosines(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str,
 
 
 def _inner(one: Tensor, other: Tensor) -> float:
-    """Inner product in float64, piece by piece: a whole token table of doubles would take gigabytes."""
+    """Inner product in float64, piece by piece, because a whole token table in float64 would take gigabytes."""
     pieces = zip(one.flatten().split(1 << 24), other.flatten().split(1 << 24), strict=True)
     return sum(float(a.double() @ b.double()) for a, b in pieces)

@@ -1,6 +1,6 @@
-"""Where the images of an evaluation set lie: files, members of tars, rows of a Parquet file, training shards.
+"""The images of an evaluation set: files, members of tars, rows of a Parquet file, training shards.
 
-An image keeps its index whether it can be decoded or not; labels and captions refer to it.
+An image keeps its index whether or not it can be decoded; labels and captions refer to it.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a message or a report calls the image."""
+        """The image's name in messages and reports."""
         ...
 
     def read(self, index: int) -> Encoded:
@@ -52,15 +52,15 @@ class ImageFiles:
             files: paths relative to ``root``.
 
         Raises:
-            UserError: there are none, or one is missing; the first is named.
+            UserError: there are none, or some are missing; the first is named.
         """
         if not files:
-            raise UserError(f"{root}: no images there (.{', .'.join(IMAGE_EXTENSIONS)})")
+            raise UserError(f"{root}: no images (.{', .'.join(IMAGE_EXTENSIONS)})")
         self._root = root
         self._files = [Path(file) for file in files]
         missing = [file for file in self._files if not (root / file).is_file()]
         if missing:
-            raise UserError(f"{root / missing[0]}: image is missing ({len(missing)} of {len(files)} are)")
+            raise UserError(f"{root / missing[0]}: image is missing ({len(missing)} of {len(files)} are missing)")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -105,7 +105,7 @@ class ImageMembers:
 
 
 class ImageColumn:
-    """Encoded images of a binary Arrow column (held in memory)."""
+    """Encoded images in a binary Arrow column (held in memory)."""
 
     def __init__(self, column: pa.ChunkedArray, names: Sequence[str]) -> None:
         self._column = column
@@ -136,13 +136,13 @@ class ShardImages:
     def __init__(self, shards: ShardSet, places: Sequence[tuple[int, int]], fingerprint: str) -> None:
         """
         Args:
-            places: the shard's number, and the image's in it.
-            fingerprint: as :meth:`fingerprint` gives it.
+            places: the shard's number, and the image's number in it.
+            fingerprint: returned by :meth:`fingerprint`.
         """
         self._shards = shards
         self._places = places
         self._fingerprint = fingerprint
-        # Some at a time: every open one holds a file descriptor, and a copy in the cache if it is remote.
+        # A few at a time: every open shard holds a file descriptor and, if remote, a copy in the cache.
         self._open = lru_cache(_OPEN_SHARDS)(shards.open)
 
     def __len__(self) -> int:
@@ -184,5 +184,5 @@ def tar_samples(path: Path) -> dict[str, dict[str, Member]]:
 
 
 def digest(value: object) -> str:
-    """Hex digest of what JSON can hold."""
+    """Hex digest of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogateescape")).hexdigest()

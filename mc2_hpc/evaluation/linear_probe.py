@@ -1,8 +1,8 @@
-"""Linear probe: logistic regression on image features, as CLIP's paper does it (Radford et al. 2021, appendix A.3).
+"""Linear probe: logistic regression on image features, as in the CLIP paper (Radford et al. 2021, appendix A.3).
 
-scikit-learn's L-BFGS with at most 1,000 iterations; the L2 penalty is swept on a validation part of the training
-images, between 1e-6 and 1e6 with 8 steps per decade, by halving the distance around the best; then the classifier is
-learnt from all of the training images.
+It uses scikit-learn's L-BFGS with at most 1,000 iterations. The L2 penalty is tuned on a validation part of the
+training images, between 1e-6 and 1e6 with 8 steps per decade, by halving the distance around the best value. The
+classifier is then trained on all of the training images.
 
 N images, D embedding width.
 """
@@ -29,19 +29,19 @@ _ITERATIONS = 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A classifier learnt from features, and how it was chosen."""
+    """A classifier trained on features, and how it was chosen."""
 
     strength: float
     """``C``."""
     validation_top1: float
-    """Of the classifier with that strength that was learnt without the validation images."""
+    """Of the classifier with that strength, trained without the validation images."""
     scores: Tensor
-    """float32 (N, classes): of the test images."""
+    """float32 (N, classes), of the test images."""
     classes: Tensor
-    """int64 (classes,): the class that each score is of; classes without a training image have none."""
+    """int64 (classes,): the class of each score; classes without a training image have no score."""
 
     def numbers(self, labels: Tensor) -> dict[str, float]:
-        """Accuracies of the test images, of classes int64 (N,)."""
+        """Accuracies on the test images, with classes int64 (N,)."""
         best = self.classes[first_k(self.scores, min(5, len(self.classes)))[1]]
         hit = best == labels[:, None]
         top1, top5 = (hit[:, :k].any(1).double() for k in (1, 5))
@@ -53,21 +53,21 @@ class Probe:
 
 
 def linear_probe(train: Tensor, labels: Tensor, validation: Tensor, test: Tensor) -> Probe:
-    """Learn from ``train`` and score ``test``.
+    """Train on ``train`` and score ``test``.
 
     Args:
         train: float32 (N, D).
         labels: int64 (N,).
-        validation: bool (N,): which of the training images choose the strength.
+        validation: bool (N,): which of the training images are used to choose the strength.
         test: float32 (M, D).
 
     Raises:
-        UserError: too few images or classes to learn from or to choose by, or scikit-learn is not installed.
+        UserError: too few images or classes for training or validation, or scikit-learn is not installed.
     """
     if validation.all() or not validation.any():
-        raise UserError(f"linear_probe: {len(train)} training images are too few to keep some for validation")
+        raise UserError(f"linear_probe: {len(train)} training images are too few to hold some out for validation")
     if len(labels[~validation].unique()) < 2:
-        raise UserError("linear_probe: the training images are of one class")
+        raise UserError("linear_probe: all training images are of one class")
     inputs, targets = train.double().numpy(), labels.numpy()
     part, held = ~validation.numpy(), validation.numpy()
 
@@ -78,7 +78,7 @@ def linear_probe(train: Tensor, labels: Tensor, validation: Tensor, test: Tensor
     strength, best = peak(accuracy)
     model = _fit(inputs, targets, strength)
     scores = torch.from_numpy(model.decision_function(test.double().numpy())).float()
-    if scores.ndim == 1:  # of two classes scikit-learn gives how much more it is the second
+    if scores.ndim == 1:  # for two classes, scikit-learn returns only the second's margin
         scores = torch.stack([-scores, scores], dim=1)
     return Probe(
         strength=strength, validation_top1=best, scores=scores, classes=torch.from_numpy(model.classes_).long()
@@ -86,7 +86,7 @@ def linear_probe(train: Tensor, labels: Tensor, validation: Tensor, test: Tensor
 
 
 def peak(accuracy: Callable[[float], float]) -> tuple[float, float]:
-    """The strength with the largest accuracy, and that; of equals the smaller strength, which is penalised more."""
+    """The strength with the highest accuracy, and that accuracy; ties go to the smaller strength (larger penalty)."""
     found: dict[int, float] = {}
 
     def best_of(places: range | list[int]) -> int:
@@ -110,5 +110,5 @@ def _fit(inputs: npt.NDArray[np.float64], targets: npt.NDArray[np.int64], streng
     except ModuleNotFoundError as error:
         raise UserError(f"linear_probe: {error}: pip install mc2_hpc[eval]") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # CLIP's limit of iterations is part of the protocol
+        warnings.simplefilter("ignore", ConvergenceWarning)  # CLIP's iteration limit is part of the protocol
         return LogisticRegression(C=strength, max_iter=_ITERATIONS).fit(inputs, targets)

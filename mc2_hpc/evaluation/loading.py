@@ -1,4 +1,4 @@
-"""``mc2_hpc.load``: a CLIP of any format for Python programs.
+"""``mc2_hpc.load``: a CLIP model in any format for Python programs.
 
 clip = mc2_hpc.load("runs/my-run")
 clip.encode_image([Image.open("a.jpg"), "b.png"]) @ clip.encode_text(["a cat", "кошка"]).T
@@ -18,15 +18,15 @@ from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, encode_texts, finite
 
 AnyImage = Image.Image | str | Path | bytes
-"""An image that is open, the path of one, or an encoded one."""
+"""An open image, the path of an image, or an encoded image."""
 
 
 class Clip:
-    """A model with its tokenizer and image transform; :func:`load` makes one."""
+    """A model with its tokenizer and image transform; created by :func:`load`."""
 
     def __init__(self, dual: DualEncoder) -> None:
         self.dual = dual
-        """What evaluation and search compute with, too."""
+        """The encoder that evaluation and search also use."""
 
     @property
     def model(self) -> nn.Module:
@@ -35,12 +35,12 @@ class Clip:
 
     @property
     def tokenizer(self) -> Any:
-        """The library's own tokenizer; :meth:`tokenize` calls it as the model needs it."""
+        """The library's own tokenizer; :meth:`tokenize` calls it with the model's options."""
         return self.dual.tokenizer
 
     @property
     def facts(self) -> ModelFacts:
-        """Sizes of the model, and the steps that it was trained for where they are known."""
+        """Sizes of the model, and its training steps if known."""
         return self.dual.facts
 
     def transform(self, image: Image.Image) -> Any:
@@ -53,14 +53,14 @@ class Clip:
 
     @torch.inference_mode()
     def encode_image(self, images: AnyImage | Sequence[AnyImage], *, batch: int = 64) -> Tensor:
-        """Unit-length float32 features on the CPU: (n, D) of n images, (D,) of one by itself.
+        """Unit-length float32 features on the CPU: (n, D) for n images, (D,) for a single image.
 
         Args:
-            images: open, or paths, or encoded. Paths and encoded ones are decoded as evaluation does.
+            images: open images, paths, or encoded images. Paths and encoded images are decoded as in evaluation.
             batch: images encoded at a time.
 
         Raises:
-            UserError: an image cannot be read or decoded, there is none, or a feature is not finite.
+            UserError: an image cannot be read or decoded, there are no images, or a feature is not finite.
         """
         if isinstance(images, Image.Image | str | Path | bytes):
             return self.encode_image([images], batch=batch)[0]
@@ -72,10 +72,10 @@ class Clip:
         return finite(torch.cat(parts), "images")
 
     def encode_text(self, texts: str | Sequence[str], *, batch: int = 256) -> Tensor:
-        """Unit-length float32 features on the CPU: (n, D) of n texts, (D,) of one by itself.
+        """Unit-length float32 features on the CPU: (n, D) for n texts, (D,) for a single text.
 
         Raises:
-            UserError: there is no text, or a feature is not finite.
+            UserError: there are no texts, or a feature is not finite.
         """
         if isinstance(texts, str):
             return self.encode_text([texts], batch=batch)[0]
@@ -96,11 +96,11 @@ def load(source: str | Path, device: str | torch.device | None = None, *, eval_r
     """Load a model: a checkpoint or run folder of ours, or a folder of open_clip or transformers.
 
     Args:
-        device: where it computes; by default a GPU if there is one.
-        eval_resize: ``shortest``, ``squash`` or ``longest`` in place of the model's own way to its square input.
+        device: to run on; by default a GPU if there is one.
+        eval_resize: ``shortest``, ``squash`` or ``longest``, instead of the model's own way to its square input.
 
     Raises:
-        UserError: there is no model that can be loaded, or no such device.
+        UserError: no model can be loaded, or there is no such device.
     """
     try:
         place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
-"""The best matches of each query in a gallery, tile by tile: the similarity matrix is never whole in memory.
+"""The best matches of each query in a gallery, tile by tile, so the full similarity matrix is never in memory.
 
-Ties: of equal float32 scores the lower index comes first (a stable sort of the full matrix gives the same).
+Ties: of equal float32 scores, the lower index comes first, as in a stable sort of the full matrix.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from mc2_hpc.errors import UserError
 
 Nearest = tuple[Tensor, Tensor]
-"""Scores float32 (Q, k) and gallery indices int64 (Q, k) of Q queries, best first."""
+"""Scores float32 (Q, k) and gallery indices int64 (Q, k) for Q queries, best first."""
 
 
 @torch.inference_mode()
@@ -35,9 +35,9 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, *, tile: int = 2048) -> Ne
 
 @torch.inference_mode()
 def nearest_both_ways(left: Tensor, right: Tensor, k: int, *, tile: int = 2048) -> tuple[Nearest, Nearest]:
-    """``nearest(left, right, k)`` and ``nearest(right, left, k)`` from one product of each two tiles.
+    """``nearest(left, right, k)`` and ``nearest(right, left, k)``, computing the product of each pair of tiles once.
 
-    A ``k`` beyond the size of a gallery takes all of it.
+    A ``k`` beyond the size of a gallery returns all of it.
     """
     _check(left, right, min(k, len(right)))
     _check(right, left, min(k, len(left)))
@@ -55,11 +55,11 @@ def _check(queries: Tensor, gallery: Tensor, k: int) -> None:
     if queries.shape[1] != gallery.shape[1]:
         raise UserError(f"queries of width {queries.shape[1]} against a gallery of width {gallery.shape[1]}")
     if not 1 <= k <= len(gallery):
-        raise UserError(f"k={k}: must lie between 1 and the size of the gallery, {len(gallery)}")
+        raise UserError(f"k={k}: must be between 1 and the size of the gallery, {len(gallery)}")
 
 
 class _Best:
-    """The ``k`` best so far of every query, while tiles of the gallery come by in its order."""
+    """The best ``k`` of every query so far, as the gallery's tiles arrive in order."""
 
     def __init__(self, queries: int, k: int, tile: int, device: torch.device) -> None:
         self._k = k
@@ -68,9 +68,9 @@ class _Best:
         self._indices = [torch.empty((size, 0), dtype=torch.int64, device=device) for size in sizes]
 
     def see(self, row: int, scores: Tensor, start: int) -> None:
-        """Take in what the queries' tile number ``row`` scores with the gallery from ``start`` on."""
+        """Merge the scores of the queries' tile number ``row`` with a gallery tile that begins at ``start``."""
         values, indices = first_k(scores.float(), self._k)
-        # Earlier tiles hold the lower indices and stand first: a stable sort keeps them first among equals.
+        # Earlier tiles have lower indices and come first, so a stable sort keeps them first among ties.
         merged, order = torch.cat([self._scores[row], values], dim=1).sort(dim=1, descending=True, stable=True)
         indices = torch.cat([self._indices[row], indices + start], dim=1).gather(1, order)
         self._scores[row], self._indices[row] = merged[:, : self._k], indices[:, : self._k]
@@ -78,17 +78,17 @@ class _Best:
     def found(self) -> Nearest:
         """Raises UserError if a score was NaN."""
         scores, indices = torch.cat(self._scores), torch.cat(self._indices)
-        if bool(scores.isnan().any()):  # NaN sorts first, so none hides below the best
+        if bool(scores.isnan().any()):  # NaN sorts first, so it is always among the best
             raise UserError("a similarity is NaN: the features are not finite")
         return scores, indices
 
 
 def first_k(scores: Tensor, k: int) -> Nearest:
-    """What a stable descending sort of each row begins with: ``min(k, columns)`` of it."""
+    """The first ``min(k, columns)`` of a stable descending sort of each row."""
     columns = scores.shape[1]
     values, indices = scores.topk(min(k + 1, columns), dim=1)
-    # Which of several equals topk picks, and in what order, is the device's choice. Among the k it is put right by
-    # sorting; a row with equals on both sides of the k-th place is sorted whole.
+    # Which of several tied scores topk picks, and in what order, depends on the device. Sorting fixes the order of the
+    # k; a row with ties on both sides of the k-th place is sorted in full.
     torn = (values[:, k - 1] == values[:, k]).nonzero()[:, 0] if columns > k else indices.new_empty(0)
     indices = indices[:, :k].sort(dim=1).values
     values, order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True)

@@ -1,6 +1,6 @@
-"""Numbers that Meta CLIP 2 reports (arXiv 2507.22062, tables 1, 3 and 4), in per cent, to stand beside our own.
+"""Numbers that Meta CLIP 2 reports (arXiv 2507.22062, tables 1, 3 and 4), in per cent, shown beside our own.
 
-"WW" is the worldwide recipe, with billions of pairs seen; B/32 rows are table 3's, whose tokenizer they name.
+"WW" is the worldwide recipe, with billions of pairs seen; B/32 rows are from table 3 and name their tokenizer.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ SLIP_26: Mapping[str, str] = {
     "hateful_memes": "roc_auc",
 }
 """The sets of SLIP's zero-shot evaluation (Mu et al. 2021, arXiv 2112.12750), by their names in
-``configs/eval/slip26.yaml``, and the metric of each; SLIP-26 is the mean of the 26 numbers."""
+``configs/eval/slip26.yaml``, and their metrics; SLIP-26 is the mean of the 26 numbers."""
 
 DATACOMP_38: Mapping[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("cifar10", "cifar100", "clevr_counts", "clevr_distance", "country211", "dtd", "eurosat"), "top1"),
@@ -31,8 +31,8 @@ DATACOMP_38: Mapping[str, str | tuple[str, ...]] = {
     "datacomp_geode": "worst_group_top1",
     "datacomp_dollar_street": "worst_group_top5",
 }
-"""DataComp's 38 sets (Gadre et al. 2023, arXiv 2304.14108), by their names in ``configs/eval/datacomp.yaml``, and the
-main metric of each as its task list has it; of several metrics the mean. DataComp-38 is the mean of the 38 numbers."""
+"""DataComp's 38 sets (Gadre et al. 2023, arXiv 2304.14108), by their names in ``configs/eval/datacomp.yaml``, and their
+main metrics from its task list; several metrics are averaged. DataComp-38 is the mean of the 38 numbers."""
 
 MEANS: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {"SLIP-26": SLIP_26, "DataComp-38": DATACOMP_38}
 """Columns that are the mean of several sets."""
@@ -55,7 +55,7 @@ COLUMNS = {
     "GLDv2": ("gldv2", "top1"),
     "GeoDE": ("geode", "top1"),
 }
-"""Column of the paper -> (name of the set in a suite, metric); :data:`MEANS` beside them are of many sets."""
+"""Column of the paper -> (name of the set in a suite, metric); :data:`MEANS` has the columns of several sets."""
 
 _TABLE_3 = tuple(COLUMNS)[:6]
 _TABLE_1 = ("ImageNet", "SLIP-26", *tuple(COLUMNS)[1:12])
@@ -100,12 +100,12 @@ SIZES = {(1280, 14): "H/14", (1152, 16): "SO400M/16", (1024, 14): "L/14", (768, 
 
 
 def reported(width: int | None, patch_size: int | None) -> Mapping[str, Mapping[str, float]]:
-    """The paper's rows for a vision tower of this width and patch; none where it reports none."""
+    """The paper's rows for a vision tower of this width and patch size; empty if it reports none."""
     return {} if width is None or patch_size is None else REPORTED.get(SIZES.get((width, patch_size), ""), {})
 
 
 def columns_of(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The paper's columns that a suite's results (``suite.to_json``) have a number for, in per cent."""
+    """The paper's columns for which a suite's results (``suite.to_json``) have a number, in per cent."""
     numbers = {name: entry.get("mean", {}) for name, entry in sets.items()}
     found = {
         column: 100 * numbers[where][metric]
@@ -119,7 +119,7 @@ def columns_of(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def why_no_mean(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What keeps a suite that names all sets of one of :data:`MEANS` from having it; nothing for any other suite."""
+    """Why a suite that names all sets of one of :data:`MEANS` does not have that mean; empty for any other suite."""
     lines = []
     for column, parts in MEANS.items():
         missing = _missing(parts, sets)

@@ -1,6 +1,6 @@
-"""Sentence forms that class names are put into for zero-shot classification.
+"""Sentence templates for class names in zero-shot classification.
 
-The protocol is literal: a mapping of language code -> templates, each with exactly one ``{}`` for the class name.
+Prompts map each language code to templates, each with exactly one ``{}`` for the class name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,18 @@ PHOTO: Prompts = {
     "tr": ("{} fotoğrafı.",),
     "vi": ("ảnh chụp {}.",),
 }
-"""One neutral form per language, for sets that bring none of their own."""
+"""One neutral template per language, for sets without their own."""
 
 
 def templates_of(prompts: Prompts, lang: str) -> Sequence[str]:
     """The templates of ``lang``.
 
     Raises:
-        UserError: the language has none, or one of them does not hold exactly one ``{}``.
+        UserError: the language has none, or one does not have exactly one ``{}``.
     """
     if not prompts.get(lang):
         known = ", ".join(sorted(prompts))
-        raise UserError(f"no prompts for language {lang!r} (there are some for {known}): add templates with one {{}}")
+        raise UserError(f"no prompts for language {lang!r} (only for {known}): add templates with one {{}}")
     for template in prompts[lang]:
         if template.count("{}") != 1:
             raise UserError(f"prompt {template!r} of language {lang!r}: write exactly one {{}} for the class name")

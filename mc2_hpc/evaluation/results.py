@@ -1,4 +1,4 @@
-"""What a suite found, written down: ``results.json``, a Markdown table beside the paper's numbers, ``report.html``."""
+"""Output of a suite's results: ``results.json``, a Markdown table with the paper's numbers, ``report.html``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from mc2_hpc.pages import data_uri, write_page
 
 _EXAMPLES_A_SET, _HITS, _THUMBNAIL = 6, 5, 128
 _LEADING = ("top1", "mean_per_class_top1", "text_to_image_R@1", "LOCAL", "5_shot")
-"""The metric that languages are ordered by, the first of these that a set has."""
+"""Languages are ordered by the first of these metrics that a set has."""
 
 
 def markdown(
@@ -29,11 +29,11 @@ def markdown(
     paper: Mapping[str, Mapping[str, float]],
     facts: ModelFacts | None = None,
 ) -> str:
-    """A table of the paper's columns with a row for ``name`` and one for each of the paper's; then every other number.
+    """A table of the paper's columns with a row for ``name`` and the paper's rows; then every other number.
 
     Args:
-        sets: what ``suite.to_json`` made.
-        paper: rows of ``paper.reported``.
+        sets: from ``suite.to_json``.
+        paper: rows from ``paper.reported``.
         facts: of the model.
     """
     found = columns_of(sets)
@@ -59,7 +59,7 @@ def markdown(
 
 
 def describe(facts: ModelFacts) -> str:
-    """What a model is, in a line."""
+    """A model's description in one line."""
     step = "" if facts.step is None else f"step {facts.step:,}, "
     pixels = f"{facts.image_size} px ({facts.resize}), {facts.context_length} tokens"
     return f"{step}{facts.parameters / 1e6:,.1f} M parameters, {pixels}, format {facts.format}"
@@ -77,12 +77,12 @@ def _context(entry: Mapping[str, Any], metric: str) -> list[str]:
 
 
 def number_scored(counts: Mapping[str, int]) -> int:
-    """How many images, texts or questions a set's number is of: all of them, or the sum of its groups'."""
+    """How many images, texts or questions a set's number covers: all of them, or the sum over its groups."""
     return counts[ALL] if ALL in counts else sum(counts.values())
 
 
 def _completeness(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line that says whether any sample of the scored sets was left out; their tables say which and why."""
+    """A line that says whether any sample of the scored sets was left out; the sets' tables say which and why."""
     scored = [entry for entry in sets.values() if "error" not in entry]
     total = sum(number_scored(entry["n"]) for entry in scored if entry.get("n"))
     left_out = sum(sum(entry["skipped"].values()) for entry in scored)
@@ -93,7 +93,7 @@ def _completeness(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _embedding_tables(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Of sets of pairs: alignment, uniformity, modality gap, gradient cosines, as means over languages."""
+    """For sets of pairs: alignment, uniformity, modality gap and gradient cosines, as means over languages."""
     rows = [
         [where, metric, f"{value:.3f}"]
         for where, entry in sets.items()
@@ -114,7 +114,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def write_report(path: Path, name: str, results: Sequence[SetResult], encoder: Encoder) -> None:
     """One self-contained page: each set's numbers, languages from worst to best, and images found for captions.
 
-    Collective: the captions shown are encoded. Only the first rank writes.
+    Collective, because it encodes the captions shown. Only the first rank writes.
     """
     sections = [_section(result, encoder) for result in results]
     if encoder.writes:
@@ -123,7 +123,7 @@ def write_report(path: Path, name: str, results: Sequence[SetResult], encoder: E
 
 
 def _section(result: SetResult, encoder: Encoder) -> dict[str, Any]:
-    """What the page shows of one set."""
+    """What the page shows for one set."""
     scores = result.scores
     if scores is None or result.task is None or result.images is None:
         return {"name": result.name, "error": result.error}
@@ -146,29 +146,29 @@ def _section(result: SetResult, encoder: Encoder) -> dict[str, Any]:
 
 
 def leading_metric(numbers: Mapping[str, float]) -> str:
-    """The metric of these by which groups are ordered."""
+    """The metric by which groups are ordered."""
     return next((metric for metric in _LEADING if metric in numbers), next(iter(numbers)))
 
 
 @dataclass(frozen=True)
 class Example:
-    """A caption of a language, and the images closest to it, best first."""
+    """A caption in a language, and the images closest to it, best first."""
 
     lang: str
     query: str
     hits: list[int]
     owner: int
-    """The image that it describes; where it is not among the hits, the caption was missed."""
+    """The image that it describes; if it is not among the hits, the caption was missed."""
 
 
 def examples(
     task: Retrieval, features: ImageFeatures, groups: Mapping[str, Mapping[str, float]], encoder: Encoder
 ) -> list[Example]:
-    """One caption each of some languages, the worst ones first. Collective."""
+    """One caption each from several languages, the worst first. Collective."""
     metric = leading_metric(next(iter(groups.values())))
     worst = sorted((lang for lang in groups if lang in task.languages), key=lambda lang: groups[lang][metric])
     queries = []
-    for lang in worst[:_EXAMPLES_A_SET] or list(task.languages):  # captions may be of no known language
+    for lang in worst[:_EXAMPLES_A_SET] or list(task.languages):  # captions may have no known language
         captions = task.languages[lang]
         shown = [i for i, owner in enumerate(captions.images) if features.usable[owner]]
         place = shown[len(shown) // 2]
@@ -180,7 +180,7 @@ def examples(
 
 
 def _hits(example: Example, images: Images) -> list[tuple[str, str]]:
-    """(kind, thumbnail) of the images found, and behind them the caption's own where it was missed."""
+    """(kind, thumbnail) of the images found, followed by the caption's own image if it was missed."""
     kinds = [("right" if index == example.owner else "", index) for index in example.hits]
     if example.owner not in example.hits:
         kinds.append(("missed", example.owner))
@@ -192,5 +192,5 @@ def _chance(scores: Scores, metric: str) -> str:
 
 
 def _thumbnail(images: Images, index: int) -> str:
-    """The image as a small JPEG in a data: address. It could be decoded before, so it can now."""
+    """The image as a small JPEG in a data: URL. It was decoded before, so it can be decoded now."""
     return data_uri(thumbnail(images.read(index), _THUMBNAIL), "image/jpeg")

@@ -1,4 +1,4 @@
-"""Text-to-image and image-to-text retrieval, with any number of captions an image."""
+"""Text-to-image and image-to-text retrieval, with any number of captions per image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Recall:
 def recall(image_features: Tensor, text_features: Tensor, text_image: Tensor, ks: Sequence[int] = (1, 5, 10)) -> Recall:
     """R@k over all texts (own image among the k best) and over all images (any own caption among the k best).
 
-    Ties: of equal scores the lower index comes first. A ``k`` beyond the size of the gallery counts all of it.
+    Ties: of equal scores, the lower index comes first. A ``k`` beyond the size of the gallery counts all of it.
 
     Args:
         image_features: float32 (I, D).
@@ -38,7 +38,7 @@ def recall(image_features: Tensor, text_features: Tensor, text_image: Tensor, ks
         )
     low, high = int(text_image.min()), int(text_image.max())
     if low < 0 or high >= num_images:
-        raise UserError(f"image indices lie in {low}..{high}, but there are {num_images} images")
+        raise UserError(f"image indices are in {low}..{high}, but there are {num_images} images")
     without = num_images - len(text_image.unique())
     if without:
         raise UserError(f"{without} of {num_images} images have no text: leave them out")

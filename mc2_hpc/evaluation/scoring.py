@@ -1,4 +1,4 @@
-"""A task and a model's features to numbers.
+"""From a task and a model's features to scores.
 
 N images, C classes, T texts, D embedding width.
 """
@@ -35,11 +35,11 @@ from mc2_hpc.evaluation.zero_shot import build_classifier
 ALL = "all"
 """The group of all captions of a set at once."""
 MANY_CANDIDATES = 10
-"""Images of a round from which on it is one of the hard ones, whose mean DataComp takes for WinoGAViL."""
+"""Rounds with at least this many images are hard; DataComp reports their mean for WinoGAViL."""
 SHOTS = (5, 10, 25)
-"""Images per place that few-shot geo-localisation learns from."""
+"""Training images per place for few-shot geo-localisation."""
 QUALITY_PAIRS = 5_000
-"""Pairs that alignment and uniformity are computed of, as many as the paper takes."""
+"""Pairs used for alignment and uniformity, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +51,20 @@ class Scores:
     groups: Mapping[str, Mapping[str, float]]
     """Language, country or variant -> metric -> number."""
     counts: Mapping[str, int]
-    """Group -> how many images, texts or questions its numbers are of."""
+    """Group -> how many images, texts or questions its numbers cover."""
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """What no number includes, by reason."""
+    """Samples that no number includes, by reason."""
     chance: Mapping[str, float] = field(default_factory=dict)
-    """Metric of ``mean`` -> what guessing gives on average, where that can be said."""
+    """Metric of ``mean`` -> its expected value for random guessing, if defined."""
     embedding: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """For pairs, by language: alignment, uniformity of both sides, modality gap (``embedding_quality``)."""
+    """For pairs, by language: alignment, uniformity of images and of texts, modality gap (``embedding_quality``)."""
 
 
 def score(task: Task, images: ImageFeatures, encoder: Encoder) -> Scores:
     """Encode the task's texts and score it. Collective.
 
     Raises:
-        UserError: nothing of the task is left to score.
+        UserError: nothing in the task is left to score.
     """
     if isinstance(task, Classification):
         found = _classification(task, images, encoder)
@@ -93,7 +93,7 @@ def _classification(task: Classification, images: ImageFeatures, encoder: Encode
     for lang, texts in task.languages.items():
         local = _local_labels(labels, texts.classes)
         shown = (local >= 0).any(1) & images.usable
-        if not shown.any():  # a language whose classes have no image has no number
+        if not shown.any():  # a language whose classes have no image has no score
             lost += 1
             continue
         weights = class_weights(texts, lang, encoder)
@@ -102,7 +102,7 @@ def _classification(task: Classification, images: ImageFeatures, encoder: Encode
         counts[lang] = int(shown.sum())
         chance.append(chance_of_classes(local[shown], len(weights)))
     if not groups:
-        raise UserError("no image is of a class that any language names")
+        raise UserError("no image has a class that any language names")
     skipped = _lacking(task) | _count("language_without_images", lost)
     return Scores(
         mean=_mean(list(groups.values())), groups=groups, counts=counts, skipped=skipped, chance=_mean(chance)
@@ -114,14 +114,13 @@ def _lacking(task: Classification | Retrieval) -> dict[str, int]:
 
 
 def _padded(labels: Sequence[tuple[int, ...]]) -> Tensor:
-    """int64 (N, most labels of an image), filled up with -1."""
+    """int64 (N, most labels of an image), padded with -1."""
     width = max(len(classes) for classes in labels)
     return torch.tensor([(*classes, *[-1] * (width - len(classes))) for classes in labels])
 
 
 def _local_labels(labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """The labels as positions in ``classes``; -1 where a class is not among them."""
-    # One row more than there are classes, for the -1 that fills up.
+    # One row more than there are classes, for the padding of -1.
     positions = torch.full((max(int(labels.max()), *classes) + 2,), -1)
     positions[torch.tensor(classes)] = torch.arange(len(classes))
     return positions[labels]
@@ -149,13 +148,13 @@ def _retrieval(task: Retrieval, images: ImageFeatures, encoder: Encoder) -> Scor
             counts[lang] = len(texts)
     if kept:
         texts, owners = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        order = owners.argsort(stable=True)  # of equal scores the lower index counts: that of the earlier image
+        order = owners.argsort(stable=True)  # ties go to the lower index, the earlier image
         whole, chance[ALL], quality = _of_captions(images, texts[order], owners[order])
         groups, counts = {ALL: whole, **groups}, {ALL: len(texts), **counts}
         embedding = embedding or {ALL: quality}
     if not groups:
         raise UserError("no caption has an image that can be decoded")
-    of = [ALL] if kept else list(groups)  # whose mean is the set's own number
+    of = [ALL] if kept else list(groups)  # their mean is the set's own number
     return Scores(
         mean=_mean([groups[lang] for lang in of]),
         groups=groups,
@@ -169,7 +168,7 @@ def _retrieval(task: Retrieval, images: ImageFeatures, encoder: Encoder) -> Scor
 def _of_captions(
     images: ImageFeatures, texts: Tensor, owners: Tensor
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Recalls, their chance, and the embedding's quality (of two images at least) of captions and their images."""
+    """Recalls, their chance level, and embedding quality (for at least two images) of captions and their images."""
     shown, local, sizes = owners.unique(return_inverse=True, return_counts=True)
     features = images.features[shown]
     quality = _quality(features, texts, local) if len(shown) > 1 else {}

@@ -1,4 +1,4 @@
-"""Search in a folder of images with words of any language; also as a page in the browser.
+"""Search a folder of images with words in any language; also as a page in the browser.
 
 index = ImageIndex(encoder, folder)
 index.search("кошка", 10)
@@ -34,11 +34,11 @@ class Hit:
     """An image found."""
 
     index: int
-    """Among the folder's images in order of their names."""
+    """Position among the folder's images, ordered by name."""
     name: str
     """Path below the folder."""
     score: float
-    """Cosine of image and words."""
+    """Cosine similarity of image and words."""
 
 
 class ImageIndex:
@@ -47,7 +47,7 @@ class ImageIndex:
     def __init__(self, encoder: Encoder, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
         """
         Raises:
-            UserError: no such folder, or not one image in it that can be decoded.
+            UserError: no such folder, or no image in it can be decoded.
         """
         self.images = ImageFiles(folder, images_below(folder))
         self._encoder = encoder
@@ -73,7 +73,7 @@ class ImageIndex:
 
 
 def make_server(index: ImageIndex, port: int) -> ThreadingHTTPServer:
-    """A server of the search page for this machine alone; port 0 takes a free one. ``serve_forever`` runs it.
+    """A server for the search page, reachable only from this machine; port 0 picks a free one. Run ``serve_forever``.
 
     Raises:
         OSError: the port is taken.
@@ -82,7 +82,7 @@ def make_server(index: ImageIndex, port: int) -> ThreadingHTTPServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """``/`` is the page, ``/search?q=`` its JSON, ``/picture/<number>`` a thumbnail: nothing in a request is a path."""
+    """``/`` is the page, ``/search?q=`` its JSON, ``/image/<number>`` a thumbnail. No part of a request is a path."""
 
     index: ImageIndex
     timeout = 30
@@ -97,8 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             hits = self.index.search(query, _SHOWN) if query else []
             found = [{"index": hit.index, "name": hit.name, "score": round(hit.score, 4)} for hit in hits]
             self._send("application/json", json.dumps(found).encode())
-        elif address.path.startswith("/picture/"):
-            self._image(address.path.removeprefix("/picture/"))
+        elif address.path.startswith("/image/"):
+            self._image(address.path.removeprefix("/image/"))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
@@ -122,4 +122,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Requests are not news."""
+        """Do not log requests."""

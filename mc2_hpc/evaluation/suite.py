@@ -1,10 +1,10 @@
-"""Suites: a YAML file names evaluation sets and where they lie; one call scores a checkpoint on all of them.
+"""Suites: a YAML file lists evaluation sets and their paths; one call scores a checkpoint on all of them.
 
     root: /data/eval
     sets:
       xm3600: {reader: xm3600, path: xm3600}
 
-A set that is missing or broken does not stop the others: its error stands in the results in place of numbers.
+A missing or broken set does not stop the others: the results have its error instead of numbers.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from mc2_hpc.reading.yaml_file import Section
 logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int, str], None]
-"""Called with (set, images done, images in all, "")."""
+"""Called with (set, images done, images in total, "")."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class ProbeConfig:
     """The training images of a set's linear probe, read by the set's own reader."""
 
     path: str | None = None
-    """Where they lie; null is the set's own path."""
+    """Their path; null is the set's own path."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What differs from the set's options, such as ``{split: train}``."""
+    """Options that differ from the set's own, such as ``{split: train}``."""
     validation: float = 0.2
-    """Share of them that the strength of the penalty is chosen by."""
+    """Share of them held out to choose the strength of the penalty."""
 
     def __post_init__(self) -> None:
         if self.path is None and not self.options:
             raise UserError("linear_probe: needs the path of the training images, or options such as {split: train}")
         if not 0 < self.validation < 1:
-            raise UserError(f"linear_probe.validation={self.validation}: must lie between 0 and 1")
+            raise UserError(f"linear_probe.validation={self.validation}: must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +63,32 @@ class SetConfig:
     """One evaluation set of a suite."""
 
     reader: str
-    """A name from ``mc2_hpc.evaluation.sets.READERS``, or the dotted name of a function of yours."""
+    """A name from ``mc2_hpc.evaluation.sets.READERS``, or the dotted name of your own function."""
     path: str
-    """Where it lies; relative to the suite's ``root``."""
+    """Its path, relative to the suite's ``root``."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the reader."""
     languages: list[str] = field(default_factory=list)
-    """Those to score; empty scores all that the set has."""
+    """Languages to score; empty scores all languages in the set."""
     gradient_pairs: int = 0
-    """Retrieval sets: pairs per language whose loss's gradient is compared with English's (``gradients``); 0 compares
-    none."""
+    """Retrieval sets: pairs per language for comparing its loss gradient with that of English (``gradients``); 0
+    compares none."""
     linear_probe: ProbeConfig | None = None
-    """Sets of classes: also learn a classifier from these training images (``linear_probe``); null learns none."""
+    """Sets of classes: also train a classifier on these training images (``linear_probe``); null trains none."""
 
     def __post_init__(self) -> None:
         if self.gradient_pairs < 0 or self.gradient_pairs == 1:
-            raise UserError(f"gradient_pairs={self.gradient_pairs}: must be 0, or 2 at least")
+            raise UserError(f"gradient_pairs={self.gradient_pairs}: must be 0, or at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What a suite file says."""
+    """The content of a suite file."""
 
     root: str = "."
     eval_resize: str | None = None
-    """How images reach the model's square input: ``shortest``, ``squash`` or ``longest``; null is the model's own."""
+    """How images are fitted to the model's square input: ``shortest``, ``squash``, ``longest``; null: the model's own.
+    """
     sets: dict[str, SetConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +98,7 @@ class Suite:
 
 @dataclass(frozen=True, kw_only=True)
 class _ProbeInFile:
-    """:class:`ProbeConfig` with the options as they were written."""
+    """:class:`ProbeConfig` with the options as written."""
 
     path: str | None = None
     options: Section = Section({}, "")
@@ -106,7 +107,7 @@ class _ProbeInFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _SetInFile(SetConfig):
-    """With the options as they were written: their types are those of the reader's arguments."""
+    """With the options as written; their types are those of the reader's arguments."""
 
     options: Section = Section({}, "")  # type: ignore[assignment]
     linear_probe: _ProbeInFile | None = None  # type: ignore[assignment]
@@ -121,7 +122,7 @@ class _SuiteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class SetResult:
-    """What became of one set: scores, or why there are none."""
+    """The result of one set: its scores, or why there are none."""
 
     name: str
     config: SetConfig
@@ -138,7 +139,7 @@ def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
     """Read a suite file and apply ``key.sub=value`` overrides.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key, reader or option, or no set at all.
+        UserError: no such file, not YAML, an unknown key, reader or option, or no sets.
     """
     found = typed(_SuiteFile, read_yaml(path, "suite file"), overrides or (), source=str(path))
     if not found.sets:
@@ -147,7 +148,7 @@ def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
 
 
 def shards_suite(path: str, overrides: list[str] | None = None) -> Suite:
-    """The suite of one set, ``shards``, that ``mc2 eval --shards`` is short for.
+    """The suite with the single set ``shards`` that ``mc2 eval --shards`` stands for.
 
     Raises:
         UserError: an unknown key.
@@ -227,7 +228,7 @@ def _with_probe(
     train: tuple[Task, ImageFeatures],
     validation: float,
 ) -> tuple[Scores, dict[str, float]]:
-    """The scores with the probe's; and how that was chosen."""
+    """The scores including the probe's, and how the probe was chosen."""
     task = train[0]
     names = [task.images.name(index) for index in range(len(task.images))]
     held = torch.zeros(len(names), dtype=torch.bool)
@@ -243,15 +244,15 @@ def _with_probe(
 def _one_class(task: Task) -> Tensor:
     """int64 (N,): the class of each image."""
     if not isinstance(task, Classification) or any(len(classes) != 1 for classes in task.labels):
-        raise UserError("linear_probe: only sets with one class per image can be learnt from")
+        raise UserError("linear_probe: needs a set with one class per image")
     return torch.tensor([label for (label,) in task.labels])
 
 
 def _with_gradients(scores: Scores, task: Task, images: ImageFeatures, encoder: Encoder, pairs: int) -> Scores:
     if not isinstance(task, Retrieval):
-        raise UserError("gradient_pairs: only sets of images with captions have pairs")
+        raise UserError("gradient_pairs: needs a set of images with captions")
     found = gradient_cosines(task, images, encoder, pairs=pairs)
-    named = [lang for lang in task.languages if lang]  # shards may have captions of no known language
+    named = [lang for lang in task.languages if lang]  # shards may have captions in no known language
     embedding = {lang: {**scores.embedding.get(lang, {}), **found.get(lang, {})} for lang in named}
     return dataclasses.replace(scores, embedding=embedding)
 
@@ -263,7 +264,7 @@ def _read(config: SetConfig, root: Path) -> Task:
         task = _only(reader_of(config.reader).read(_place(root, config.path), **config.options), config.languages)
     except UserError as failure:
         error = failure
-    except OSError as failure:  # such as a file that may not be read: the other sets need not go without for it
+    except OSError as failure:  # such as an unreadable file: the other sets are still scored
         error = UserError(str(failure))
     first_error(error)
     assert task is not None
@@ -271,17 +272,17 @@ def _read(config: SetConfig, root: Path) -> Task:
 
 
 def _place(root: Path, path: str) -> Path | str:
-    """The set's path below the root; an address stands for itself, as text: a ``Path`` makes one slash of two."""
+    """The set's path below the root. An address stays text, because a ``Path`` would turn ``//`` into ``/``."""
     return path if "://" in path else root / path
 
 
 def _only(task: Task, languages: list[str]) -> Task:
-    """The task in these languages alone."""
+    """The task in only these languages."""
     if not languages:
         return task
     if not isinstance(task, Classification | Retrieval):
         raise UserError("languages: only sets that are scored by language can be limited to some")
-    # By any case: Babel-ImageNet's own file writes EN where its reader, like other sets, has en.
+    # Ignore case: Babel-ImageNet's own file has EN, but its reader, like other sets, has en.
     known = {lang.lower(): lang for lang in (*task.lacking, *task.languages)}
     missing = [lang for lang in languages if lang.lower() not in known]
     if missing:
@@ -295,7 +296,7 @@ def _only(task: Task, languages: list[str]) -> Task:
 
 
 def to_json(results: list[SetResult]) -> dict[str, Mapping[str, Any]]:
-    """Every number with its protocol, the set's hash and what it is of; or the error."""
+    """Every number with its protocol, the set's hash and what it covers; or the error."""
     return {result.name: _set_json(result) for result in results}
 
 
@@ -322,7 +323,7 @@ def _set_json(result: SetResult) -> dict[str, Any]:
 
 
 def spread(scores: Scores) -> dict[str, dict[str, float | str]]:
-    """Metric -> its lowest and highest value over languages or other groups, and whose they are."""
+    """Metric -> its lowest and highest value over languages or other groups, and which groups have them."""
     groups = {group: numbers for group, numbers in scores.groups.items() if group != ALL}
     found: dict[str, dict[str, float | str]] = {}
     for metric in scores.mean:

@@ -1,6 +1,6 @@
-"""The kinds of task that evaluation sets are read into: what to show a model, and how its answers are scored.
+"""The kinds of task that evaluation sets are read into: what to show a model, and how to score its answers.
 
-A reader (``mc2_hpc.evaluation.sets``) knows the files of a set, a task knows nothing of files.
+A reader (``mc2_hpc.evaluation.sets``) handles the files of a set; a task is independent of files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc", "macro_f1"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTexts:
-    """One language's classifier: its own classes, their names, and the sentence forms."""
+    """One language's classifier: its own classes, their names, and the templates."""
 
     classes: Sequence[int]
-    """Which of the set's classes the language names; images of other classes are not shown to it."""
+    """The set's classes that the language names; images of other classes are left out for it."""
     names: Sequence[str]
     """One per class."""
     templates: Sequence[str]
@@ -40,16 +40,16 @@ class Classification:
 
     images: Images
     labels: Sequence[tuple[int, ...]]
-    """Right classes of each image, mostly one; naming any of them is right."""
+    """Correct classes of each image, usually one; any of them counts as correct."""
     languages: Mapping[str, ClassTexts]
     metric: str = "accuracy"
-    """``accuracy`` (share of images), ``mean_per_class`` (mean over classes of each one's share), ``mean_top1_top5``
-    (mean of both accuracies), ``roc_auc`` (of two classes, by how much closer the second one is), ``macro_f1`` (mean of
-    the F1 scores of the classes that have an image), or ``worst_group`` (accuracy in the worst of ``groups``)."""
+    """``accuracy`` (share of images), ``mean_per_class`` (mean of the classes' accuracies), ``mean_top1_top5`` (mean of
+    both accuracies), ``roc_auc`` (of two classes, by how much closer the second one is), ``macro_f1`` (mean F1 score of
+    the classes that have an image), or ``worst_group`` (accuracy in the worst of ``groups``)."""
     groups: Sequence[int] = ()
-    """For ``worst_group``: what each image belongs to, such as its region."""
+    """For ``worst_group``: the group of each image, such as its region."""
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """What the reader left out, by reason."""
+    """Samples that the reader left out, by reason."""
     lacking: Mapping[str, str] = field(default_factory=dict)
     """Languages that are not whole, and why, a word that they are counted under."""
 
@@ -68,7 +68,7 @@ class Classification:
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """Texts of one language, and the image that each describes."""
+    """Texts in one language, and the image that each describes."""
 
     texts: Sequence[str]
     images: Sequence[int]
@@ -76,19 +76,19 @@ class Captions:
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.images) or not self.texts:
             raise UserError(
-                f"{len(self.texts)} captions of {len(self.images)} images: needs one per text, and at least one"
+                f"{len(self.texts)} captions with {len(self.images)} images: needs one per caption, and at least one"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Images and their captions in one or more languages; each language is searched by itself."""
+    """Images and their captions in one or more languages; each language is searched separately."""
 
     images: Images
     languages: Mapping[str, Captions]
     pooled: bool = False
-    """Whether the set's own number is of all captions at once, as the group ``all``, rather than the mean over the
-    languages. Then captions of no known language, under ``""``, are among ``all`` too."""
+    """Whether the set's own number is over all captions at once, as the group ``all``, rather than the mean over
+    languages. ``all`` then includes captions in no known language, under ``""``."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     lacking: Mapping[str, str] = field(default_factory=dict)
     """Languages that are not whole, and why, a word that they are counted under."""
@@ -101,9 +101,9 @@ class Question:
     image: int
     options: Sequence[str]
     answer: int
-    """Index of the right option."""
+    """Index of the correct option."""
     group: str
-    """What the report counts it under, such as ``Spanish, Argentina``."""
+    """Its group in the report, such as ``Spanish, Argentina``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Choice:
 
     images: Images
     variants: Mapping[str, Sequence[Question]]
-    """Wordings of the same questions, such as ``LOCAL`` and ``EN``."""
+    """Versions of the same questions, such as ``LOCAL`` and ``EN``."""
     skipped: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -122,7 +122,7 @@ class Places:
 
     images: Images
     places: Mapping[str, Sequence[str]]
-    """By kind (``country``, ``region``), the place of each image."""
+    """The place of each image, by kind (``country``, ``region``)."""
     train: Sequence[int]
     test: Sequence[int]
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -130,17 +130,17 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """A cue, and images of which some go with it."""
+    """A cue, and images, some of which go with it."""
 
     cue: str
     candidates: Sequence[int]
     associated: Sequence[int]
-    """Those of the candidates that go with the cue."""
+    """The candidates that go with the cue."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Association:
-    """Of each round's candidates, as many as are right are picked: those closest to the cue."""
+    """For each round, the candidates closest to the cue are picked, as many as are correct."""
 
     images: Images
     rounds: Sequence[Round]

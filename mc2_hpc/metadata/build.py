@@ -1,8 +1,8 @@
-"""Build the languages' metadata from their sources, with the recipe's filters, caps and order.
+"""Build each language's metadata from its sources, with the recipe's filters, caps and order.
 
-Order: the numbers 0-99, the wordnet, unigrams, bigrams, titles. The first source that has an entry owns it; a cap
-counts new entries only. Wikipedias of one curation language are built one by one and then joined, the language's own
-first. Same inputs give the same bytes, on any number of processes.
+The order is the numbers 0-99, the wordnet, unigrams, bigrams, titles. The first source with an entry owns it; a cap
+counts only new entries. Wikipedias of one curation language are built one by one and then joined, the language's own
+first. The same inputs give the same bytes on any number of processes.
 """
 
 import hashlib
@@ -36,23 +36,23 @@ _MAX_CHARS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Caps:
-    """How many entries a source may add: the smaller of a number and a share of its candidates (the recipe's)."""
+    """How many entries a source may add: the smaller of a number and a share of its candidates, as in the recipe."""
 
     unigrams: int = 251_465
     unigram_share: float = 0.10
     """Of the distinct words that pass the filters."""
     unigram_min_count: int = 1
-    """MetaCLIP 1's English list asks for 100."""
+    """MetaCLIP 1's English list uses 100."""
     bigrams: int = 100_646
     bigram_share: float = 0.40
     """Of the unigrams that may be added."""
     bigram_min_pmi: float | None = None
-    """In bits, below which a pair is left out; MetaCLIP 1's English list asks for 30. None: as the score has it."""
+    """In bits; pairs below it are left out. MetaCLIP 1's English list uses 30. None: only the score decides."""
     titles: int = 61_235
     title_share: float = 0.76
     """Of the distinct titles that pass the filters."""
     title_min_views: int = 0
-    """Of the titles whose views are known, in all; MetaCLIP 1's English list asks for 70."""
+    """In total, for titles with known views; MetaCLIP 1's English list uses 70."""
 
     def __post_init__(self) -> None:
         for name in ("unigrams", "bigrams", "titles", "unigram_min_count", "title_min_views"):
@@ -60,20 +60,20 @@ class Caps:
                 raise UserError(f"caps.{name}={getattr(self, name)}: must be at least 0")
         for name in ("unigram_share", "bigram_share", "title_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"caps.{name}={getattr(self, name)}: must lie in [0, 1]")
+                raise UserError(f"caps.{name}={getattr(self, name)}: must be in [0, 1]")
         if self.bigram_min_pmi is not None and not math.isfinite(self.bigram_min_pmi):
             raise UserError(f"caps.bigram_min_pmi={self.bigram_min_pmi}: must be a finite number")
 
 
 @dataclass
 class _Entries:
-    """Distinct entries in order of arrival, and how many each source brought."""
+    """Distinct entries in order of arrival, and how many each source added."""
 
     entries: dict[str, None] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, source: str, candidates: Iterable[str], cap: int | None = None) -> None:
-        """Append the candidates not seen before, at most ``cap`` of them."""
+        """Append at most ``cap`` candidates that were not seen before."""
         before = len(self.entries)
         for candidate in candidates:
             if cap is not None and len(self.entries) - before >= cap:
@@ -96,14 +96,14 @@ def build_metadata(
     """Entries of ``lang`` in id order, and how many each source added.
 
     Args:
-        lang: language code; decides how the corpus is split and how bigrams are joined.
+        lang: language code; determines how the corpus is split and how bigrams are joined.
         segmenter: name in :mod:`mc2_hpc.metadata.segmenters`; by default the language's own.
-        views: of its titles, for sources without a file of titles.
+        views: of its titles, for sources without a titles file.
         told: see :func:`mc2_hpc.metadata.counting.count_corpus`.
-        lemmas: counts those of the wordnet that had markup.
+        lemmas: counts the wordnet's lemmas that had markup.
 
     Raises:
-        UserError: a source cannot be read, or nothing at all came of them.
+        UserError: a source cannot be read, or all of them together gave no entry.
     """
     caps, workers = caps or Caps(), workers or Workers()
     if sources.ready is not None:
@@ -144,25 +144,26 @@ def build_folder(
 ) -> dict[str, Any]:
     """Write ``out/<lang>.json`` for every requested language and ``out/card.json``, and return the card.
 
-    Languages that the folder already has and that are not requested stay, in the card too. A language that cannot be
-    built costs the others nothing.
+    Languages that are already in the folder and not requested stay, in the card too. A language that cannot be built
+    does not affect the others.
 
     Args:
-        requests: sources by Wikipedia's code; those of one curation language become one file.
-        segmenters: names of segmenters by language, where they are not to be the languages' own.
+        requests: sources by Wikipedia code; those of one curation language become one file.
+        segmenters: names of segmenters by language, to use instead of the language's own.
         min_hourly_views: see :func:`mc2_hpc.metadata.pageviews.count_views`.
         merge_unknown: put the languages that language id does not know into ``other.json``.
         workers: processes.
-        progress: told of ("metadata", languages done, languages in all, the language just finished), of the hourly
-            files read ("page views") and of the lines and articles handed out so far ("texts").
+        progress: called with ("metadata", languages done, languages in total, the language just finished), and for the
+            hourly files read ("page views") and the lines and articles handed out so far ("texts").
 
     Raises:
-        UserError: some languages could not be built (see :func:`build_metadata`); each is named, the rest are there.
+        UserError: some languages could not be built (see :func:`build_metadata`); each is named, and the rest are
+            written.
     """
     out, caps, segmenters = Path(out), caps or Caps(), segmenters or {}
     for lang in requests:
         if "/" in lang or lang.startswith(".") or f"{lang}.json" == CARD:
-            raise UserError(f"language {lang!r}: not a name for a file; use a code such as 'en'")
+            raise UserError(f"language {lang!r}: cannot be a file name; use a code such as 'en'")
     for lang in segmenters:
         choose_segmenter(lang, segmenters)
     card = _card_of(out)
@@ -196,7 +197,7 @@ def build_folder(
 
 @dataclass
 class _Build:
-    """What the Wikipedias of one call share."""
+    """What the Wikipedias of one call have in common."""
 
     caps: Caps
     segmenters: Mapping[str, str]
@@ -207,7 +208,7 @@ class _Build:
     texts: int = 0
 
     def part(self, code: str, sources: Sources) -> tuple[list[str], dict[str, Any]]:
-        """A Wikipedia's entries, and what the card says of them."""
+        """A Wikipedia's entries, and its part of the card."""
         facts: dict[str, Any] = {}
         segmenter, views = None, self.views.get(code)
         if sources.corpus:
@@ -241,7 +242,7 @@ class _Build:
 def _rank_pages(
     requests: Mapping[str, Sources], min_hourly_views: int, workers: Workers, progress: Report | None
 ) -> tuple[Mapping[str, Mapping[str, int]], dict[str, Any]]:
-    """Views by Wikipedia and title, of those whose titles come from page views, and what the card says of them."""
+    """Views by Wikipedia and title, for those whose titles come from page views, and their part of the card."""
     wanted = {code: s for code, s in requests.items() if s.pageviews and s.titles is None and s.ready is None}
     files = sorted({path for sources in wanted.values() for path in sources.pageviews})
     if not files:
@@ -253,7 +254,7 @@ def _rank_pages(
 
 
 def _card_of(out: Path) -> dict[str, Any]:
-    """The card that is there, without the languages whose files are gone."""
+    """The existing card, without the languages whose files are gone."""
     if not (out / CARD).is_file():
         return {"languages": {}}
     present = {path.stem for path in out.glob("*.json")}
@@ -261,7 +262,7 @@ def _card_of(out: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Of what decides the entries, beside the segmenters: our rules and Python's table of Unicode."""
+    """Of what determines the entries besides the segmenters: our rules and Python's Unicode tables."""
     return {"mc2_hpc": __version__, "unicode": unicodedata.unidata_version}
 
 
@@ -270,18 +271,18 @@ def _hashes(files: Iterable[Path]) -> list[dict[str, str]]:
 
 
 def _share(share: float, count: int) -> int:
-    """Whole part of ``share * count``; the tiny term keeps 0.29 * 100 at 29 in binary floating point."""
+    """The integer part of ``share * count``; the tiny term keeps 0.29 * 100 at 29 in binary floating point."""
     return int(share * count + 1e-9)
 
 
 def _clean(candidates: Iterable[str]) -> Iterator[str]:
-    """The candidates, stripped, without the empty, the over-long and those of nothing but marks."""
+    """The candidates, stripped, without those that are empty, too long or only marks."""
     stripped = (candidate.strip() for candidate in candidates)
     return (c for c in stripped if c and len(c) <= _MAX_CHARS and not is_pure_marks(c))
 
 
 def _join(lang: str, first: str, second: str) -> str:
-    """A bigram as a text has it: without a space in languages without spaces, save between words of other scripts."""
+    """A bigram as texts write it: no space in languages without spaces, except between words of other scripts."""
     glued = not is_spaced(lang) and (is_unspaced(first[-1]) or is_unspaced(second[0]))
     return first + second if glued else f"{first} {second}"
 
@@ -290,14 +291,14 @@ def _number_names(lang: str) -> list[str]:
     try:
         from num2words import CONVERTER_CLASSES, num2words
     except ImportError:
-        raise UserError("number names need the package num2words: pip install num2words, or leave them out") from None
-    if lang not in CONVERTER_CLASSES:  # asked here because num2words itself takes "ceb" for "ce", another language
+        raise UserError("number names need the num2words package: pip install num2words, or leave them out") from None
+    if lang not in CONVERTER_CLASSES:  # checked here because num2words treats "ceb" as "ce", another language
         return []
     return [num2words(number, lang=lang) for number in range(100)]
 
 
 def _titles(path: Path, min_views: int) -> Sequence[str]:
-    """Titles outside of namespaces (no ``:``), most viewed first; those without a number of views keep their order."""
+    """Titles outside namespaces (no ``:``), most viewed first; titles without a view count keep their order."""
     ranked: list[tuple[int, int, str]] = []
     for number, line in enumerate(read_lines(path), start=1):
         title, tab, views = line.partition("\t")

@@ -1,7 +1,7 @@
-"""Counting the words of a language's corpora, spread over processes by batches of articles or lines.
+"""Count the words of a language's corpora, in parallel over batches of articles or lines.
 
-One process reads and hands out text of about a million characters; the workers strip markup, split words and count;
-counts are added up exactly, so the result does not depend on the number of processes.
+One process reads and hands out batches of about a million characters; the workers strip markup, split words and count.
+Counts are summed exactly, so the result does not depend on the number of processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,15 +29,15 @@ class _Batch:
 def count_corpus(
     paths: Iterable[Path], lang: str, segmenter: str, workers: Workers, told: Callable[[int, str], None] | None = None
 ) -> NgramCounts:
-    """Words and pairs of text files and Wikipedia dumps (``.xml.bz2``), split by the segmenter named.
+    """Words and pairs in text files and Wikipedia dumps (``.xml.bz2``), split by the named segmenter.
 
     Args:
-        told: called with the number of lines or articles that were just handed out, and the name of their file.
+        told: called with the number of lines or articles just handed out, and the name of their file.
 
     Raises:
         UserError: a file cannot be read, or the segmenter is not installed.
     """
-    load_segmenter(segmenter, lang)  # its absence is told before anything is read
+    load_segmenter(segmenter, lang)  # fails before anything is read if it is missing
     counts = NgramCounts()
 
     def batches() -> Iterator[_Batch]:

@@ -13,13 +13,13 @@ _MOST_BYTES = 1 << 30
 
 
 class Card(Foreign):
-    """``card.json``, as far as a later build reads it: what each language was built from."""
+    """The part of ``card.json`` that a later build reads: what each language was built from."""
 
     languages: dict[str, dict[str, Any]]
 
 
 def write_entries(path: Path, entries: Sequence[str]) -> None:
-    """Write a language's entries in the release's file format, one a line, atomically."""
+    """Write a language's entries in the release's file format, one per line, atomically."""
     write_json(path, list(entries))
 
 
@@ -27,7 +27,7 @@ def read_entries(path: str | Path) -> list[str]:
     """Read a language's entries.
 
     Raises:
-        UserError: not a JSON list of strings, empty, or an entry is blank, repeated or not encodable as UTF-8.
+        UserError: not a JSON list of strings, or empty; or an entry is blank, repeated or not encodable as UTF-8.
     """
     entries = read_json(path, list[str], most=_MOST_BYTES, what="metadata, a list of texts")
     check_entries(entries, str(path))
@@ -35,10 +35,10 @@ def read_entries(path: str | Path) -> list[str]:
 
 
 def check_entries(entries: Sequence[str], where: str) -> None:
-    """Raise a :class:`UserError` that starts with ``where`` for entries no matcher can take.
+    """Raise a :class:`UserError` that starts with ``where`` for entries that a matcher cannot use.
 
     Raises:
-        UserError: no entries, or a blank, a repeated or a not encodable one; it is named with its position.
+        UserError: there are no entries, or one is blank, repeated or not encodable; it is named with its position.
     """
     if not entries:
         raise UserError(f"{where}: no entries; a language needs at least one")
@@ -53,7 +53,7 @@ def check_entries(entries: Sequence[str], where: str) -> None:
         "".join(entries).encode()
     except UnicodeEncodeError:
         bad = next(position for position, entry in enumerate(entries) if not _encodable(entry))
-        raise UserError(f"{where}: entry {bad} ({entries[bad]!r}) has a lone surrogate; remove it") from None
+        raise UserError(f"{where}: entry {bad} ({entries[bad]!r}) contains a lone surrogate; remove it") from None
 
 
 def _encodable(text: str) -> bool:

@@ -1,16 +1,16 @@
-"""The language table: one row a Wikipedia, joining the code systems of language id, Wikipedia and the wordnets.
+"""The language table: one row per Wikipedia, joining the code systems of language id, Wikipedia and the wordnets.
 
-``languages.tsv`` holds a row for every Wikipedia: those of May 2024 (the recipe's 330, and 13 that are closed), and the
-21 opened since, by August 2026. Its code is Wikipedia's (with ``_`` for ``-``). A row's *curation language* is the name
-by which the rest of the product knows its texts: the ``lang`` column of a pool and the file ``metadata/<code>.json``.
+``languages.tsv`` has a row for every Wikipedia: those of May 2024 (the recipe's 330, and 13 that are closed), and the
+21 opened since then, as of August 2026. A row's code is Wikipedia's (with ``_`` for ``-``). Its *curation language* is
+the name of its texts in the rest of the product: the ``lang`` column of a pool and the file ``metadata/<code>.json``.
 It is the row's own code, except for
 
-- another register or orthography of a language, or a dialect without an ISO 639-3 code of its own: Simple English,
+- another register or orthography of a language, or a dialect without its own ISO 639-3 code: Simple English,
   Taraškievica, Classical Chinese, Dutch Low Saxon, Banyumasan (Javanese), Tarantino (Neapolitan), Western Armenian;
-- a member of the same ISO 639-3 macrolanguage in the same script that language id cannot tell from it: Gan (Chinese),
-  Moroccan Arabic, Võro (Estonian), Latgalian (Latvian), Komi-Permyak (Komi), Banjar (Malay).
+- a member of the same ISO 639-3 macrolanguage, in the same script, that language id cannot distinguish from it: Gan
+  (Chinese), Moroccan Arabic, Võro (Estonian), Latgalian (Latvian), Komi-Permyak (Komi), Banjar (Malay).
 
-Those are merged into the language named in the column ``curation``.
+These are merged into the language named in the ``curation`` column.
 """
 
 import re
@@ -20,30 +20,30 @@ from functools import cache, lru_cache
 from importlib.resources import files
 
 OTHER = "other"
-"""Curation language of the Wikipedias whose language lid.176 does not know, where a build is asked to merge them."""
+"""Curation language of Wikipedias in languages that lid.176 does not know, if a build is told to merge them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """A language and what others call it."""
+    """A language and its codes in other systems."""
 
     code: str
     name: str
     script: str
     """ISO 15924 code of the script its Wikipedia is mainly written in."""
     spaced: bool
-    """Whether words are separated by spaces: decides how a corpus is split and how bigrams are joined."""
+    """Whether words are separated by spaces: determines how a corpus is split and how bigrams are joined."""
     lid: tuple[str, ...]
-    """Labels of fastText's lid.176 and of py3langid; none where the models do not know the language."""
+    """Labels of fastText's lid.176 and of py3langid; none if the models do not know the language."""
     wiki: str
     """Prefix of Wikipedia's database name: the dump is ``<wiki>wiki-<date>-pages-articles.xml.bz2``."""
     wordnet: tuple[str, ...]
     """Codes in the Open Multilingual Wordnet; ``eng`` is Princeton's, ``als`` is Albanian."""
     curation: str
-    """Code of the language that this Wikipedia's entries are merged into; its own code where it stands alone."""
+    """Code of the language that this Wikipedia's entries are merged into; its own code if not merged."""
     iso: tuple[str, ...]
-    """ISO 639-3 codes: the language's, then the members by which models name a macrolanguage (``ara``, ``arb``) and
-    those without a Wikipedia that they tell apart from it (``apc``)."""
+    """ISO 639-3 codes: the language's own; then those of members that models use to name a macrolanguage (``ara``,
+    ``arb``), and of members without a Wikipedia that models distinguish from it (``apc``)."""
 
     @property
     def domain(self) -> str:
@@ -82,16 +82,16 @@ _BY_ISO = {iso: row.curation for row in LANGUAGES.values() for iso in row.iso}
 _ROW_BY_ISO = {iso: row.code for row in LANGUAGES.values() for iso in row.iso}
 _BY_WORDNET = {wordnet: row.code for row in LANGUAGES.values() for wordnet in row.wordnet}
 _BY_SCRIPT = {("az", "Arab"): "azb", ("ku", "Arab"): "ckb", ("pa", "Arab"): "pnb"}
-"""Languages whose Wikipedias differ by script, by the code without one."""
+"""Languages whose Wikipedias differ by script, by their code without a script."""
 _BY_WIKI = {row.wiki: row.code for row in LANGUAGES.values()}
 
 
 @cache
 def code_of_lid(label: str) -> str:
-    """Curation language of a language-id model's label; a label that no row knows is its own code.
+    """Curation language of a language-id model's label; a label without a row is its own code.
 
-    Labels are lid.176's or py3langid's, Wikipedia's codes, or ISO 639-3, with or without a script (``arb_Arab``, as the
-    models of NLLB and GlotLID write them). ``als`` is lid.176's Alemannic; ``als_Latn`` is ISO's Albanian.
+    Labels are those of lid.176 or py3langid, Wikipedia's codes, or ISO 639-3, with or without a script (``arb_Arab``,
+    as in the NLLB and GlotLID models). ``als`` is lid.176's Alemannic; ``als_Latn`` is ISO's Albanian.
     """
     if label in _BY_LID:
         return _BY_LID[label]
@@ -103,17 +103,17 @@ def code_of_lid(label: str) -> str:
 
 @lru_cache(maxsize=1 << 12)
 def code_of_tag(tag: str) -> str | None:
-    """Curation language that a code names in any system in use; None for a code that names no row.
+    """Curation language of a code in any common system; None for a code without a row.
 
-    Read are, in any case, with hyphens or underscores: our own codes and the labels of :func:`code_of_lid`; BCP 47
-    (``zh-Hant-HK``, ``pt-BR``, ``iw``); ISO 639-1, 639-2 (``ger``) and 639-3; FLORES (``eng_Latn``); POSIX locales
-    (``pt_BR.UTF-8``). Region and variant do not matter, and a script only where each has a Wikipedia of its own.
+    Accepted, in upper or lower case, with hyphens or underscores: our own codes and the labels of :func:`code_of_lid`;
+    BCP 47 (``zh-Hant-HK``, ``pt-BR``, ``iw``); ISO 639-1, 639-2 (``ger``) and 639-3; FLORES (``eng_Latn``); POSIX
+    locales (``pt_BR.UTF-8``). Region and variant do not matter; a script does only if each has its own Wikipedia.
     """
     tag = re.split("[.@]", tag.strip(), maxsplit=1)[0]
     plain = code_of_lid(tag.lower().replace("-", "_"))
     if plain in LANGUAGES:
         return plain
-    from langcodes import Language as Tag  # here: most pools are written in our codes
+    from langcodes import Language as Tag  # imported here: most pools use our codes
     from langcodes import LanguageTagError
 
     try:
@@ -129,10 +129,10 @@ def code_of_tag(tag: str) -> str | None:
 
 
 def known_code(tag: str | None, known: Collection[str]) -> str | None:
-    """The language of ``known``, a metadata folder's, that a pool's ``tag`` means; None where it is not among them.
+    """The language in ``known`` (a metadata folder's languages) that a pool's ``tag`` refers to; None if there is none.
 
-    A tag that is in ``known`` as it stands is itself, so that languages without a row need no code of ours. One without
-    a file is :data:`OTHER`'s, if there is that file and lid.176 does not know the language.
+    A tag that is in ``known`` as it is stands for itself, so that languages without a row need no code of ours. A tag
+    without a file maps to :data:`OTHER` if that file exists and lid.176 does not know the language.
     """
     if tag is None or tag in known:
         return tag
@@ -147,7 +147,7 @@ def curation_code(code: str, *, merge_unknown: bool = False) -> str:
     """Curation language of a Wikipedia code; a code without a row is its own.
 
     Args:
-        merge_unknown: name :data:`OTHER` where lid.176 has no label for the curation language.
+        merge_unknown: return :data:`OTHER` if lid.176 has no label for the curation language.
     """
     if code not in LANGUAGES:
         return code
@@ -156,17 +156,17 @@ def curation_code(code: str, *, merge_unknown: bool = False) -> str:
 
 
 def code_of_wordnet(wordnet: str) -> str | None:
-    """Our code for a code of the Open Multilingual Wordnet, its own or ISO 639-3; None without a row."""
+    """Our code for an Open Multilingual Wordnet code, either its own or ISO 639-3; None without a row."""
     return _BY_WORDNET.get(wordnet) or _ROW_BY_ISO.get(wordnet)
 
 
 def code_of_folder(name: str) -> str:
-    """Our code for a folder's name, which may be Wikipedia's subdomain, its database prefix or ISO 639-3 too, in any
-    case; else the name itself."""
+    """Our code for a folder's name, which may also be Wikipedia's subdomain or database prefix, or ISO 639-3, in upper
+    or lower case; otherwise the name itself."""
     code = name.replace("-", "_").lower()
     return code if code in LANGUAGES else _BY_WIKI.get(code) or _ROW_BY_ISO.get(code, name)
 
 
 def is_spaced(code: str) -> bool:
-    """Whether the language separates words by spaces; true for a language without a row."""
+    """Whether the language separates words with spaces; true for a language without a row."""
     return LANGUAGES[code].spaced if code in LANGUAGES else True

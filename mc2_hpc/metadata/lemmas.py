@@ -1,7 +1,7 @@
-"""Lemmas of wordnets without the markup of the wikis and dictionaries that they were made from.
+"""Lemmas of wordnets, without the markup of the wikis and dictionaries they were made from.
 
-Some wordnets hold links (``[[dog|dogs]]``), section headings (``[edytuj]``), table cells (``! dog``), alternatives
-(``cat|kitty``) and glosses (``bank (river)``). No caption has these, so such an entry never matches.
+Some wordnets contain links (``[[dog|dogs]]``), section headings (``[edytuj]``), table cells (``! dog``), alternatives
+(``cat|kitty``) and glosses (``bank (river)``). Captions do not, so an entry with markup never matches.
 """
 
 import html
@@ -23,12 +23,12 @@ _EXAMPLES = 5
 
 @dataclass
 class LemmaTally:
-    """What became of the lemmas that had markup."""
+    """Counts of the lemmas that had markup."""
 
     cleaned: int = 0
     refused: int = 0
     examples: list[str] = field(default_factory=list)
-    """The first that were refused, as they stood."""
+    """The first lemmas that were refused, unchanged."""
 
     def words(self, lemma: str) -> list[str]:
         """:func:`words_of` of the lemma, counted."""
@@ -43,10 +43,10 @@ class LemmaTally:
 
 
 def words_of(lemma: str) -> list[str]:
-    """The words or phrases that a lemma stands for: itself, several alternatives, or none where markup is left.
+    """The words or phrases that a lemma stands for: itself, several alternatives, or none if markup is left.
 
-    Glosses in brackets go where they stand apart, before or after the word. A lemma with brackets in or at a word
-    ("colo(u)r") says nothing certain of what to look for, and is refused.
+    Separate glosses in brackets, before or after the word, are removed. A lemma with brackets in or touching a word
+    ("colo(u)r") is ambiguous, and is refused.
     """
     if not _SUSPECT.search(lemma):
         return [lemma]

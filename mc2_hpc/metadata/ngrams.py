@@ -4,12 +4,13 @@ Bigrams are ranked by the corrected score of the Meta CLIP 2 paper's NeurIPS ver
 
     score = (c12 + 1) ** 0.7 * (PMI - PMI_30)          PMI = log(c12 * N / (c1 * c2))
 
-with c12, c1, c2 the counts of the bigram and its words, N the number of words, and PMI_30 the 30th percentile of PMI
-over the corpus' distinct bigrams. A raw threshold on PMI, as in MetaCLIP 1, admits only words seen a handful of times
-(PMI is at most log(N / c)); the power of c12 mends that. The logarithm's base scales every score alike and so cannot
-change the rank.
+where c12, c1, c2 are the counts of the bigram and its words, N is the number of words, and PMI_30 is the 30th
+percentile of PMI over the corpus's distinct bigrams. A raw threshold on PMI, as in MetaCLIP 1, admits only words seen a
+handful of times (PMI is at most log(N / c)); the power of c12 fixes that. The base of the logarithm scales every score
+equally and so cannot change the rank.
 
-Counts are exact: nothing is pruned. A distinct bigram costs 16 bytes, and some four times that while tables are merged.
+Counts are exact: nothing is pruned. A distinct bigram takes 16 bytes, and about four times that while tables are
+merged.
 """
 
 import gzip
@@ -25,11 +26,11 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.scripts import is_punctuation, is_pure_punctuation, is_release_unspaced
 
 Segmenter = Callable[[str], Sequence[str]]
-"""Splits a line of text into words, none empty or with white space around; punctuation marks are words of their own."""
+"""Splits a line of text into non-empty words without surrounding white space; punctuation marks are separate words."""
 
 
 class Spacing(dict[int, int | str]):
-    """Table for ``str.translate`` that puts a space on both sides of the characters that are words of their own."""
+    """Table for ``str.translate`` that puts a space on both sides of characters that are separate words."""
 
     def __init__(self, is_word: Callable[[str], bool]) -> None:
         super().__init__()
@@ -44,16 +45,16 @@ class Spacing(dict[int, int | str]):
 _WORD_SPACING = Spacing(lambda char: is_punctuation(char) or is_release_unspaced(char))
 _TAG = re.compile(r"&lt;.*?&gt;|<.*?>")
 _BREAK = -1
-"""Stands for what no bigram spans."""
+"""Stands for anything that a bigram must not span."""
 _SHIFT, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 _DECIMALS = 6
-"""Scores are compared rounded: the last bits of a logarithm depend on the processor."""
+"""Scores are rounded before comparison: the last bits of a logarithm depend on the processor."""
 
 
 def split_words(text: str) -> list[str]:
     """Split at white space, and around every punctuation mark and every character of a script without spaces.
 
-    The recipe's tokenizer for languages without a segmenter; kana and hangul are not split.
+    This is the recipe's tokenizer for languages without a segmenter; kana and hangul are not split.
     """
     return text.translate(_WORD_SPACING).split()
 
@@ -73,7 +74,7 @@ class _Ids(dict[str, int]):
 
 
 class NgramCounts:
-    """How often each word and each pair of neighbouring words was seen."""
+    """How often each word and each pair of adjacent words was seen."""
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
@@ -84,9 +85,9 @@ class NgramCounts:
 
     @classmethod
     def of_lines(cls, lines: Iterable[str], segment: Segmenter = split_words) -> "NgramCounts":
-        """Counts of ``lines``, held as one array: at most some million words a call, merged by :meth:`add`.
+        """Counts of ``lines``, held as one array: pass at most a few million words, and merge with :meth:`add`.
 
-        Tags are stripped; no pair spans punctuation or a line's end.
+        Tags are stripped; no pair spans punctuation or a line break.
         """
         ids = _Ids()
         flat: list[int] = []
@@ -131,11 +132,11 @@ class NgramCounts:
         return self._pairs, self._pair_counts
 
     def unigrams(self) -> dict[str, int]:
-        """Count of every word."""
+        """The count of every word."""
         return dict(zip(self._ids, self._unigrams.tolist(), strict=False))
 
     def bigrams(self) -> dict[tuple[str, str], int]:
-        """Count of every pair; for small corpora."""
+        """The count of every pair; for small corpora."""
         words = list(self._ids)
         pairs, counts = self._merged_pairs()
         named = ((words[pair >> 32], words[pair & 0xFFFFFFFF]) for pair in pairs.tolist())
@@ -149,7 +150,7 @@ class NgramCounts:
         """Word pairs with a positive score (module docstring), best first; equal scores in code-point order.
 
         Args:
-            min_pmi: in bits (PMI to base 2), below which a pair is left out.
+            min_pmi: in bits (PMI to base 2); pairs below it are left out.
         """
         pairs, both = self._merged_pairs()
         if not len(pairs):
@@ -170,10 +171,10 @@ class NgramCounts:
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, gzipped if its name ends in ``.gz``, without their ends.
+    """Lines of a UTF-8 file, gzipped if its name ends in ``.gz``, without line breaks.
 
     Raises:
-        UserError: missing, not gzip although named so, or not UTF-8.
+        UserError: the file is missing, not UTF-8, or named ``.gz`` but not gzip.
     """
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open

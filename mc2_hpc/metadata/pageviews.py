@@ -1,7 +1,7 @@
-"""Titles ranked by how often their pages are viewed, from Wikimedia's hourly ``pageviews-<date>-<hour>0000.gz``.
+"""Titles ranked by page views, from Wikimedia's hourly ``pageviews-<date>-<hour>0000.gz``.
 
-A line is ``<domain> <title> <views> <bytes>``. Counted are the domains ``sw`` and ``sw.m`` (mobile) for the Wikipedia
-``sw``; ``sw.b``, ``sw.d`` and the like are other projects, whose titles the release took for Wikipedia's.
+A line is ``<domain> <title> <views> <bytes>``. For the Wikipedia ``sw``, the domains ``sw`` and ``sw.m`` (mobile) are
+counted; ``sw.b``, ``sw.d`` and the like are other projects, whose titles the release mistook for Wikipedia's.
 """
 
 import gzip
@@ -19,7 +19,7 @@ from mc2_hpc.metadata.workers import Workers
 from mc2_hpc.terminal import Report
 
 MIN_HOURLY_VIEWS = 50
-"""The recipe's: a title counts in the hours in which it is viewed at least so often."""
+"""From the recipe: a title counts in the hours in which it is viewed at least this often."""
 
 _BLOCK_BYTES = 1 << 24
 
@@ -53,12 +53,12 @@ def count_views(
 
 
 def rank_titles(views: Mapping[str, int], min_views: int = 0) -> list[str]:
-    """Titles with at least ``min_views`` in all, most viewed first; equal views in code-point order."""
+    """Titles with at least ``min_views`` in total, most viewed first; equal views in code-point order."""
     return [title for _, title in sorted((-count, title) for title, count in views.items() if count >= min_views)]
 
 
 def _count_file(path: Path, domains: Mapping[bytes, str], min_views: int) -> dict[str, dict[str, int]]:
-    digits = len(str(min_views))  # the pattern itself passes over most lines: their views have fewer digits
+    digits = len(str(min_views))  # the pattern itself skips most lines, whose views have fewer digits
     pattern = re.compile(rb"^([a-z-]+)(?:\.m)? (\S+) (\d{%d,}) \d+\r?$" % digits, re.MULTILINE)
     views: dict[str, dict[str, int]] = {}
     for block in _blocks(path):
@@ -71,7 +71,7 @@ def _count_file(path: Path, domains: Mapping[bytes, str], min_views: int) -> dic
 
 
 def _title(raw: bytes) -> str | None:
-    """The title as a reader sees it, or None for what is no article's."""
+    """The title as a reader sees it, or None if it is not an article's."""
     try:
         title = raw.decode()
         title = unquote(title, errors="strict") if "%" in title else title
@@ -82,7 +82,7 @@ def _title(raw: bytes) -> str | None:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The file in blocks of whole lines."""
+    """The file in blocks of complete lines."""
     line = re.compile(rb"^\S+ \S+ \d+ \d+\r?$", re.MULTILINE)
     known, rest = False, b""
     try:
@@ -99,4 +99,4 @@ def _blocks(path: Path) -> Iterator[bytes]:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
     if not known:
-        raise UserError(f"{path}: no line is `<domain> <title> <views> <bytes>`; is it an hourly file?")
+        raise UserError(f"{path}: no line has the form `<domain> <title> <views> <bytes>`; is it an hourly file?")

@@ -1,6 +1,6 @@
-"""Character classes that metadata building and caption matching share.
+"""Character classes shared by metadata building and caption matching.
 
-The code-point ranges of the released rules ("compat") and of ours are both here, side by side.
+The code-point ranges of the released rules ("compat") and of ours are side by side here.
 """
 
 import re
@@ -68,32 +68,32 @@ _OPTIONAL: _Ranges = (
     (0x0591, 0x05BD),  # Hebrew cantillation and points; the maqaf, U+05BE, is a hyphen
     (0x05BF, 0x05BF),  # rafe
     (0x05C1, 0x05C2),  # shin and sin dots
-    (0x05C4, 0x05C5),  # dots of manuscripts
+    (0x05C4, 0x05C5),  # manuscript dots
     (0x05C7, 0x05C7),  # qamats qatan
     (0xFB1E, 0xFB1E),  # varika
     (0x0610, 0x061A),  # Arabic honorifics, small vowels of the Quran
     (0x0640, 0x0640),  # tatweel
-    (0x064B, 0x065F),  # harakat; of hamza and madda what NFC has not joined to a letter (the ezafe of Persian)
+    (0x064B, 0x065F),  # harakat; hamza and madda that NFC has not joined to a letter (Persian ezafe)
     (0x0670, 0x0670),  # superscript alef
     (0x06D6, 0x06DC),  # marks of the Quran, in four ranges
     (0x06DF, 0x06E8),
     (0x06EA, 0x06ED),
     (0x08D3, 0x08E1),
-    (0x0898, 0x089F),  # Arabic vowels and marks of later editions of Unicode
+    (0x0898, 0x089F),  # Arabic vowels and marks from later versions of Unicode
     (0x08CA, 0x08D2),
     (0x08E3, 0x08FF),
     (0x10EFD, 0x10EFF),
     (0x0711, 0x0711),  # Syriac superscript alaph
     (0x0730, 0x074A),  # Syriac points
-    (0x07FA, 0x07FA),  # lajanyalan, the tatweel of N'Ko, whose tones are letters' parts
+    (0x07FA, 0x07FA),  # lajanyalan, the tatweel of N'Ko (its tones are parts of letters)
     (0x135D, 0x135F),  # Ethiopic gemination and length
 )
 _PICTOGRAPHS: _Ranges = (
-    (0x2139, 0x2139),  # the information sign, a letter to Unicode
-    (0x1F000, 0x1FAFF),  # the blocks of emoji, with those to come
+    (0x2139, 0x2139),  # the information sign, a letter according to Unicode
+    (0x1F000, 0x1FAFF),  # the emoji blocks, including code points not assigned yet
 )
 _BLANK_SYMBOLS = frozenset("\u2800\u3164")
-"""Braille and hangul characters that show as a space and are used as one."""
+"""Braille and hangul characters that look like a space and are used as one."""
 _BRAILLE: _Ranges = ((0x2801, 0x28FF),)
 _RELEASE_PUNCTUATION = frozenset(string.punctuation + "，。、；：？！“”‘’（）【】《》〈〉「」『』～—")
 
@@ -103,9 +103,9 @@ def _pattern(ranges: _Ranges) -> str:
 
 
 INVISIBLES = re.compile(_pattern(_INVISIBLE) + "+")
-"""Runs of characters that :func:`is_invisible` is true of."""
+"""Runs of characters for which :func:`is_invisible` is true."""
 VANISHING = _pattern(_INVISIBLE + _OPTIONAL)
-"""Regular expression of a character that :func:`is_invisible` or :func:`is_optional_mark` is true of."""
+"""Regular expression of a character for which :func:`is_invisible` or :func:`is_optional_mark` is true."""
 
 
 def _within(char: str, ranges: _Ranges) -> bool:
@@ -114,21 +114,21 @@ def _within(char: str, ranges: _Ranges) -> bool:
 
 
 def is_release_unspaced(char: str) -> bool:
-    """The released rules' test for a character of a script written without spaces (kana and hangul are not in it)."""
+    """The released rules' test for a character of a script written without spaces (excludes kana and hangul)."""
     return _within(char, _RELEASE_UNSPACED)
 
 
 def is_release_punctuation(char: str) -> bool:
-    """The released rules' punctuation: the 32 ASCII marks and 25 others."""
+    """The released rules' test for punctuation: the 32 ASCII marks and 25 others."""
     return char in _RELEASE_PUNCTUATION
 
 
 @lru_cache(maxsize=1 << 16)
 def is_unspaced(char: str) -> bool:
-    """Whether words of the character's script meet other words without a space: the release's test, kana and hangul
-    too.
+    """Whether words in the character's script join other words without a space: the release's test plus kana and
+    hangul.
 
-    Hangul is written with spaces, but particles are glued to the noun they follow, so a noun's end is not a space.
+    Hangul is written with spaces, but particles attach to the noun they follow, so no space follows the noun.
     """
     return _within(char, _RELEASE_UNSPACED) or _within(char, _ALSO_UNSPACED)
 
@@ -140,22 +140,22 @@ def is_punctuation(char: str) -> bool:
 
 
 def is_pure_punctuation(text: str) -> bool:
-    """Whether nothing but punctuation and symbols is in ``text`` (true for the empty string)."""
+    """Whether ``text`` has only punctuation and symbols (true for the empty string)."""
     return all(is_punctuation(char) for char in text)
 
 
 @lru_cache(maxsize=1 << 16)
 def is_invisible(char: str) -> bool:
-    """Whether the character has neither width nor meaning of its own: direction marks, joiners, variation selectors."""
+    """Whether the character has no width or meaning of its own: direction marks, joiners, variation selectors."""
     return _within(char, _INVISIBLE)
 
 
 @lru_cache(maxsize=1 << 16)
 def is_optional_mark(char: str) -> bool:
-    """Whether writers leave the mark out where it is no dictionary or scripture: points of Hebrew, Arabic and Syriac,
-    tatweel, Ethiopic gemination.
+    """Whether writers usually leave out the mark, except in dictionaries and scripture: Hebrew, Arabic and Syriac
+    points, tatweel, Ethiopic gemination.
 
-    Asked of text in NFC, so that hamza and madda are parts of their letters. The marks of all other scripts are parts
+    Expects text in NFC, so that hamza and madda are parts of their letters. The marks of all other scripts are parts
     of letters: vowels of Indic scripts, Thai and Thaana, tones of Vietnamese and N'Ko, dakuten.
     """
     return _within(char, _OPTIONAL)
@@ -163,15 +163,15 @@ def is_optional_mark(char: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def is_blank(char: str) -> bool:
-    """Whether the character shows as a space, or is a control character, which stands for one."""
+    """Whether the character looks like a space, or is a control character, which counts as one."""
     return char.isspace() or char in _BLANK_SYMBOLS or unicodedata.category(char) == "Cc"
 
 
 @lru_cache(maxsize=1 << 16)
 def is_symbol(char: str) -> bool:
-    """Whether the character is no part of a word: emoji, arrows, ``|``, currency and trade marks.
+    """Whether the character is not part of a word: emoji, arrows, ``|``, currency signs and trade marks.
 
-    Not so are ``+`` ("C++", "A+"), spacing accents, which are typed for an apostrophe, and the letters of Braille.
+    Exceptions are ``+`` ("C++", "A+"), spacing accents, which are typed as apostrophes, and Braille letters.
     """
     if _within(char, _PICTOGRAPHS):
         return True
@@ -180,5 +180,5 @@ def is_symbol(char: str) -> bool:
 
 
 def is_pure_marks(text: str) -> bool:
-    """Whether no word is in ``text``: punctuation, symbols, spaces, marks and invisible characters alone."""
+    """Whether ``text`` has no word: only punctuation, symbols, spaces, marks and invisible characters."""
     return all(is_punctuation(char) or is_invisible(char) or is_optional_mark(char) or is_blank(char) for char in text)

@@ -1,7 +1,7 @@
-"""Splitting text into words, for languages with and without spaces between them.
+"""Split text into words, for languages with and without spaces between words.
 
-Languages with spaces are split at them. Every language without has a segmenter, in a package of its own, or an error:
-single characters stand in for words only where they are asked for by name.
+Languages with spaces are split at the spaces. Every language without them needs a segmenter from its own package;
+otherwise there is an error. Single characters replace words only if requested by name.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from mc2_hpc.metadata.ngrams import Segmenter, Spacing, split_words
 from mc2_hpc.metadata.scripts import is_punctuation, is_unspaced
 
 SPACES = "spaces"
-"""The recipe's rule: white space; each punctuation mark and each character of a script without spaces is a word."""
+"""The recipe's rule: white space separates words; punctuation marks and characters of unspaced scripts are words."""
 CHARACTERS = "characters"
-"""The same rule, by the name one asks for it in a language without spaces."""
+"""The same rule, by the name that requests it for a language without spaces."""
 
 _TSHEG = "\u0f0b\u0f0c"
-"""Punctuation to Unicode, but between the syllables of a Tibetan word."""
+"""Punctuation in Unicode, but written between the syllables of a Tibetan word."""
 _ZERO_WIDTH_SPACE = "\u200b"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterPackage:
-    """How a package of words is loaded."""
+    """How a segmenter package is loaded."""
 
     distributions: tuple[str, ...]
-    """What to install; versions go into the data card."""
+    """What to install; their versions go into the data card."""
     load: Callable[[str], Segmenter]
-    """From a language's code to a function that splits a run of text without spaces and punctuation."""
+    """Maps a language code to a function that splits a run of text without spaces and punctuation."""
 
 
 def _fugashi(lang: str) -> Segmenter:
@@ -78,7 +78,7 @@ def _botok(lang: str) -> Segmenter:
     config = import_module("botok.config")
     if not (Path(config.DEFAULT_BASE_PATH) / config.DEFAULT_DIALECT_PACK).is_dir():
         raise UserError(
-            f"botok has no word list in {config.DEFAULT_BASE_PATH}; let it download one, once: "
+            f"botok has no word list in {config.DEFAULT_BASE_PATH}; let it download one: "
             "python -c 'import botok; botok.WordTokenizer()'"
         )
     tokenizer: Any = import_module("botok").WordTokenizer()
@@ -110,11 +110,11 @@ DEFAULT_SEGMENTERS: Mapping[str, str] = {
     "zh_classical": "rjieba",
     "zh_yue": "rjieba",
 }
-"""Package of each language without spaces; no package is known for the others."""
+"""Package for each language without spaces; no package is known for the others."""
 
 
 def choose_segmenter(lang: str, choices: Mapping[str, str]) -> str:
-    """Name of the segmenter for ``lang``: the one asked for in ``choices``, spaces, or the language's package.
+    """Name of the segmenter for ``lang``: the choice in ``choices``, spaces, or the language's package.
 
     Raises:
         UserError: no such segmenter, or the language has no spaces and no package.
@@ -136,19 +136,19 @@ def choose_segmenter(lang: str, choices: Mapping[str, str]) -> str:
 
 @cache
 def load_segmenter(name: str, lang: str) -> Segmenter:
-    """The segmenter ``name`` as a function of a line of text, loaded once a process.
+    """The segmenter ``name`` as a function of a line of text, loaded once per process.
 
-    Packages are given runs of text between spaces, zero-width spaces and punctuation, so that no word of theirs spans
-    these; runs in other scripts stay whole.
+    Packages get runs of text between spaces, zero-width spaces and punctuation, so that their words never span these;
+    runs in other scripts are not split.
 
     Raises:
-        UserError: a package is missing; named with the command that installs it.
+        UserError: a package is missing; the message has the command that installs it.
     """
     if name in (SPACES, CHARACTERS):
         return split_words
     package = SEGMENTERS[name]
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # some greet on standard output
+        with contextlib.redirect_stdout(sys.stderr):  # some print a greeting
             segment = package.load(lang)
     except ImportError as error:
         raise UserError(
@@ -169,10 +169,10 @@ def _words(runs: Sequence[str], segment: Segmenter) -> Iterator[str]:
 
 
 def segmenter_versions(name: str) -> dict[str, str]:
-    """Installed version of each distribution of a segmenter, and of the system's ICU; none for the rules built in.
+    """Installed version of each distribution of a segmenter, and of the system's ICU; empty for the built-in rules.
 
     Raises:
-        UserError: one is missing.
+        UserError: a distribution is missing.
     """
     distributions = SEGMENTERS[name].distributions if name in SEGMENTERS else ()
     try:

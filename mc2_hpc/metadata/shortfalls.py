@@ -1,19 +1,19 @@
-"""What a build says of the sources that its languages lacked, and of wordnets with markup left in them."""
+"""What a build reports about sources that its languages lacked, and about wordnets with markup in them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _NAMED = 20
-"""Most languages that a line names."""
+"""Most languages named in one line."""
 _NUM_DIGITS = 100
 
 
 def shortfalls(card: Mapping[str, Any], built: Collection[str]) -> list[str]:
-    """Lines for people: each kind of source with the languages that lacked it, then warnings.
+    """Readable lines: each kind of source with the languages that lacked it, then warnings.
 
     Args:
         card: as :func:`mc2_hpc.metadata.build.build_folder` returns it.
-        built: curation languages to tell of.
+        built: curation languages to report on.
     """
     languages = {lang: card["languages"][lang] for lang in sorted(built) if lang in card["languages"]}
     parts = {code: facts for row in languages.values() for code, facts in row["wikipedias"].items()}
@@ -28,8 +28,8 @@ def shortfalls(card: Mapping[str, Any], built: Collection[str]) -> list[str]:
             lines.append(line + (f" ({_named([repr(e) for e in lemmas['examples']])})" if lemmas["refused"] else ""))
     if digits := [lang for lang, row in languages.items() if row["entries"] <= _NUM_DIGITS and _only_numbers(row)]:
         lines.append(
-            f"warning: nothing but the digits 0-99 in {len(digits)} of {len(languages)} languages ({_named(digits)}): "
-            "too little text, or no file that is named as docs/metadata.md says"
+            f"warning: only the digits 0-99 in {len(digits)} of {len(languages)} languages ({_named(digits)}): "
+            "too little text, or no file is named as docs/metadata.md says"
         )
     return lines
 

@@ -1,18 +1,18 @@
-"""What a language's metadata is built from, and how a folder of sources is laid out.
+"""The sources of a language's metadata, and the layout of a folder of sources.
 
 ::
 
     sources/
       sw/                                a Wikipedia's code (sw, zh_yue or zh-yue); each file may be missing
-        wordnet.txt                      lemmas, one a line
+        wordnet.txt                      lemmas, one per line
         wn-data-swa.tab[.gz]             Open Multilingual Wordnet
         *.xml[.gz]                       a wordnet in WN-LMF
         wordnet/data.{noun,verb,adj,adv} Princeton's WNDB
-        corpus*.txt[.gz]                 text, a sentence or a paragraph a line
+        corpus*.txt[.gz]                 text, one sentence or paragraph per line
         *-pages-articles*.xml.bz2        Wikipedia dumps
-        titles.txt                       titles, one a line, as `title` or `title<TAB>views`
-        metadata.json                    entries that are taken as they are; then nothing else may be there
-      **/wn-data-<code>.tab[.gz]         wordnets of any language, for those without one in their own folder
+        titles.txt                       titles, one per line, as `title` or `title<TAB>views`
+        metadata.json                    entries to use unchanged; then no other source may be present
+      **/wn-data-<code>.tab[.gz]         wordnets of any language, for languages without one in their own folder
       pageviews/pageviews-*.gz           hourly page views, for every folder without titles.txt
 """
 
@@ -29,22 +29,22 @@ PAGEVIEWS, WORDNET, READY = "pageviews", "wordnet", "metadata.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where a language's entries come from; each may be left out."""
+    """Where a language's entries come from; each is optional."""
 
     numbers: bool = True
     """The numbers 0-99 in digits."""
     number_names: bool = False
-    """Their names as well (needs num2words; a language it lacks contributes none)."""
+    """Their names too (needs num2words; languages it lacks get no names)."""
     wordnet: tuple[Path, ...] = ()
     """Files and folders of :func:`mc2_hpc.metadata.wordnet.read_lemmas`."""
     corpus: tuple[Path, ...] = ()
-    """UTF-8 text files, and Wikipedia dumps (``.xml.bz2``): unigrams and bigrams are counted in them."""
+    """UTF-8 text files and Wikipedia dumps (``.xml.bz2``), in which unigrams and bigrams are counted."""
     titles: Path | None = None
-    """Titles, one a line, as ``title`` (the best first) or ``title<TAB>views``; ``_`` stands for a space."""
+    """Titles, one per line, as ``title`` (the best first) or ``title<TAB>views``; ``_`` stands for a space."""
     pageviews: tuple[Path, ...] = ()
-    """Hourly page views, read where there are no ``titles``."""
+    """Hourly page views, read if there are no ``titles``."""
     ready: Path | None = None
-    """A metadata file whose entries are taken as they are, in place of everything else."""
+    """A metadata file whose entries are used unchanged, in place of everything else."""
 
     def lacks(self, *, views: bool = False) -> list[str]:
         """The kinds of source that are missing; ``views`` says that the page views have titles of this language."""
@@ -54,7 +54,7 @@ class Sources:
         return [kind for kind, there in have.items() if not there]
 
     def files(self) -> list[Path]:
-        """Every file that is read for this language alone."""
+        """Every file that is read only for this language."""
         if self.ready is not None:
             return [self.ready]
         wordnets = [file for path in self.wordnet for file in wordnet_files(path)]
@@ -62,10 +62,10 @@ class Sources:
 
 
 def find_sources(folder: str | Path, *, number_names: bool = False) -> dict[str, Sources]:
-    """Sources of every Wikipedia in ``folder``, which is laid out as the module says, by code.
+    """Sources of every Wikipedia in ``folder`` by code; see the module for the layout.
 
     Raises:
-        UserError: no such folder, no language in it, or a language's sources contradict each other.
+        UserError: no such folder, no language in it, or a language's sources conflict.
     """
     folder = Path(folder)
     names = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
@@ -83,14 +83,14 @@ def find_sources(folder: str | Path, *, number_names: bool = False) -> dict[str,
         if not sources.files() and any(tab.is_relative_to(path) for tab in tabs):
             continue  # a folder of wordnets
         if code in found:
-            raise UserError(f"{path}: a second folder for {code!r}; join the two")
+            raise UserError(f"{path}: a second folder for {code!r}; merge the two")
         found[code] = sources
     for code, wordnets in shared.items():
         sources = found.setdefault(code, Sources())
         if not sources.wordnet and sources.ready is None:
             found[code] = replace(sources, wordnet=tuple(wordnets))
     if not found:
-        raise UserError(f"{folder}: no language folders there; expected <lang>/corpus.txt, wordnet.txt, titles.txt")
+        raise UserError(f"{folder}: no language folders; expected <lang>/corpus.txt, wordnet.txt, titles.txt")
     return {code: replace(found[code], number_names=number_names, pageviews=pageviews) for code in sorted(found)}
 
 
@@ -104,11 +104,11 @@ def _sources_in(folder: Path, code: str) -> Sources:
 
     names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     wordnet = [p for p in names if p.name == "wordnet.txt" or p.name.removesuffix(".gz").endswith((".tab", ".xml"))]
-    wordnet = [p for p in wordnet if owner_of(p) in (None, code)]  # a tab file goes by its name, wherever it lies
+    wordnet = [p for p in wordnet if owner_of(p) in (None, code)]  # a tab file's name gives its language
     if (folder / WORDNET).is_dir():
         missing = [name for name in WNDB_FILES if not (folder / WORDNET / name).is_file()]
         if missing:
-            raise UserError(f"{folder / WORDNET}: WNDB's {', '.join(missing)} are missing")
+            raise UserError(f"{folder / WORDNET}: missing files of WNDB: {', '.join(missing)}")
         wordnet.append(folder / WORDNET)
     corpus = [p for p in names if p.name.startswith("corpus") and p.name.endswith((".txt", ".txt.gz"))]
     dumps = [p for p in names if "-pages-articles" in p.name and p.name.endswith(".xml.bz2")]
@@ -122,15 +122,15 @@ def _sources_in(folder: Path, code: str) -> Sources:
         ready=optional(folder / READY),
     )
     if sources.ready and (wordnet or sources.corpus or sources.titles):
-        raise UserError(f"{sources.ready}: taken as it is, but other sources lie beside it; remove it or them")
+        raise UserError(f"{sources.ready}: used unchanged, but there are other sources beside it; remove it or them")
     return sources
 
 
 def choose_languages(sources: Mapping[str, Sources], wanted: Collection[str]) -> dict[str, Sources]:
-    """The sources of the languages ``wanted``, by their own code or by the one they are merged into.
+    """The sources of the ``wanted`` languages, named by their own code or the one they are merged into.
 
     Raises:
-        UserError: one has no sources.
+        UserError: a language has no sources.
     """
     codes = {code_of_folder(name) for name in wanted}
     missing = codes - set(sources) - {curation_code(code) for code in sources}

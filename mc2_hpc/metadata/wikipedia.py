@@ -1,4 +1,4 @@
-"""Wikipedia's ``pages-articles`` dumps, read page by page: one page is in memory at a time."""
+"""Wikipedia's ``pages-articles`` dumps, read with one page in memory at a time."""
 
 import bz2
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.wikitext import FILE_NAMESPACES
 
 _MEDIA, _FILE, _CATEGORY = "-2", "6", "14"
-"""Keys of the namespaces whose links leave no text."""
+"""Keys of namespaces whose links leave no text."""
 
 
 def read_articles(path: str | Path) -> Iterator[tuple[str, frozenset[str]]]:
-    """Wikitext of every article of a dump, with the wiki's lower-cased names of the file and category namespaces.
+    """Wikitext of every article in a dump, with the wiki's lower-cased names of the file and category namespaces.
 
-    Articles are the pages of namespace 0 that are not redirects. A ``.bz2`` file may hold one stream or many, as the
-    multistream dumps do.
+    Articles are the pages in namespace 0 that are not redirects. A ``.bz2`` file may contain one stream, or many as in
+    multistream dumps.
 
     Raises:
-        UserError: missing, cut off, not bzip2, not XML, or not a dump; named with the last page that was whole.
+        UserError: missing, truncated, not bzip2, not XML, or not a dump; the message has the last complete page.
     """
     path = Path(path)
     last = "the beginning"
@@ -50,7 +50,7 @@ def read_articles(path: str | Path) -> Iterator[tuple[str, frozenset[str]]]:
 
 
 def _elements(stream: IO[bytes]) -> Iterator[ElementTree.Element]:
-    """Each ``siteinfo`` and ``page``, forgotten as soon as the next one is asked for."""
+    """Each ``siteinfo`` and ``page``, freed as soon as the next one is requested."""
     events = ElementTree.iterparse(stream, ("start", "end"))
     _, root = next(events)
     for event, element in events:

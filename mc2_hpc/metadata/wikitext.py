@@ -1,8 +1,8 @@
 """MediaWiki markup to plain text, for counting words.
 
-Templates, tables, references, formulas, code, files and categories are dropped with all they hold; links and headings
-leave their text. That is what the recipe keeps (WikiExtractor without templates), except that it keeps list items and
-headings too. Markup that is broken costs its own marks, never the rest of the article.
+Templates, tables, references, formulas, code, files and categories are dropped with their content; links and headings
+leave their text. The recipe keeps the same (WikiExtractor without templates), except that this also keeps list items
+and headings. Broken markup loses its own marks, never the rest of the article.
 """
 
 import html
@@ -13,7 +13,7 @@ from functools import cache
 from mc2_hpc.metadata.languages import LANGUAGES
 
 FILE_NAMESPACES = frozenset({"file", "image", "media", "category"})
-"""Canonical names, understood by every Wikipedia beside its own, of namespaces whose links leave no text."""
+"""Canonical names of namespaces whose links leave no text; every Wikipedia accepts them besides its own names."""
 
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _ELEMENT = re.compile(
@@ -37,10 +37,10 @@ _LANGUAGE_PREFIXES = frozenset(row.domain for row in LANGUAGES.values())
 
 
 def plain_text(wikitext: str, file_namespaces: Collection[str] = FILE_NAMESPACES) -> list[str]:
-    """Lines of text of an article, without markup and without blank lines.
+    """Lines of text of an article, without markup or blank lines.
 
     Args:
-        file_namespaces: names, lower-cased, of the namespaces of files and categories on this wiki.
+        file_namespaces: lower-cased names of this wiki's file and category namespaces.
     """
     text = _COMMENT.sub("", wikitext)
     text = _ELEMENT.sub("", text)
@@ -60,7 +60,7 @@ def plain_text(wikitext: str, file_namespaces: Collection[str] = FILE_NAMESPACES
 
 
 def _without_braces(text: str) -> str:
-    """Text without ``{{templates}}`` and ``{| tables |}``, nested ones too; marks without a partner stay."""
+    """Text without ``{{templates}}`` and ``{| tables |}``, including nested ones; unpaired marks stay."""
     opened: list[tuple[str, int]] = []  # kind of bracket, where it starts
     closed: list[tuple[int, int]] = []  # spans to drop, by end
     for mark in _BRACES.finditer(text):
@@ -74,7 +74,7 @@ def _without_braces(text: str) -> str:
     kept: list[str] = []
     end = len(text)
     for start, stop in reversed(closed):
-        if start < end:  # else it lies in a span that is dropped already
+        if start < end:  # otherwise it is inside a span that is already dropped
             kept.append(text[min(stop, end) : end])
             end = start
     kept.append(text[:end])
@@ -82,7 +82,7 @@ def _without_braces(text: str) -> str:
 
 
 def _without_links(text: str, file_namespaces: frozenset[str]) -> str:
-    """Text with each ``[[link]]`` replaced by what a reader sees of it; from the inside out, as captions hold links."""
+    """Text with each ``[[link]]`` replaced by what a reader sees; from the inside out, as captions contain links."""
     links = 1
     while links:
         text, links = _LINK.subn(lambda link: _link_text(link[1], link[2], file_namespaces), text)
@@ -99,7 +99,7 @@ def _link_text(target: str, label: str | None, file_namespaces: frozenset[str]) 
 
 
 def _variant(match: re.Match[str]) -> str:
-    """One text of ``-{...}-``, by which Chinese and other Wikipedias write what depends on the reader's script."""
+    """One text of ``-{...}-``, which Chinese and other Wikipedias use for text that depends on the reader's script."""
     flags, text = match.groups()
     if flags is not None and set(flags.upper()) & set("HT-"):
         return ""  # a rule or a page title: not seen here

@@ -1,8 +1,9 @@
 """Lemmas of wordnets: Open Multilingual Wordnet tab files, WN-LMF XML, Princeton's WNDB, plain word lists.
 
-Princeton's (English) contributes what MetaCLIP took from it: the name of every synset, which is its first word, in
-lower case. WordNet 3.0 has 86,571 distinct ones; the recipe's 86,654 are these cut at their first full stop ("u.s."
-becomes "u"), and the numbers 0-99. Here they are not cut. The other forms contribute every lemma, in its own case.
+Princeton's WordNet (English) contributes what MetaCLIP took from it: the name of every synset, which is its first word,
+in lower case. WordNet 3.0 has 86,571 distinct names; the recipe's 86,654 are these truncated at their first full stop
+("u.s." becomes "u"), and the numbers 0-99. Here they are not truncated. The other formats contribute every lemma, with
+its case kept.
 """
 
 import gzip
@@ -25,16 +26,16 @@ _ADJECTIVE_POSITION = re.compile(r"\((?:a|p|ip)\)$")
 
 
 def read_lemmas(lang: str, path: str | Path, tally: LemmaTally | None = None) -> Iterator[str]:
-    """Lemmas of a wordnet file or folder in its order, repeated where it repeats them, ``_`` replaced by a space.
+    """Lemmas of a wordnet file or folder in its order, duplicates included, with ``_`` replaced by a space.
 
-    The name tells the form: ``*.tab[.gz]``, ``*.xml[.gz]``, a folder of WNDB's ``data.*``, else a word list. Markup is
-    cleaned away, see :mod:`mc2_hpc.metadata.lemmas`.
+    The name gives the format: ``*.tab[.gz]``, ``*.xml[.gz]``, a folder of WNDB's ``data.*``, otherwise a word list.
+    Markup is removed, see :mod:`mc2_hpc.metadata.lemmas`.
 
     Args:
         tally: counts the lemmas that had markup.
 
     Raises:
-        UserError: it cannot be read, a line is not of its form (named), or it is another language's.
+        UserError: the file cannot be read, a line is not in its format (it is named), or it is another language's.
     """
     path = Path(path)
     name = path.name.removesuffix(".gz")
@@ -53,20 +54,20 @@ def read_lemmas(lang: str, path: str | Path, tally: LemmaTally | None = None) ->
 
 
 def owner_of(path: Path) -> str | None:
-    """Our code of the language that the name of an Open Multilingual Wordnet file tells; None for other names."""
+    """Our language code for the name of an Open Multilingual Wordnet file; None for other names."""
     match = TAB_FILE.fullmatch(path.name)
     return code_of_wordnet(match[1]) if match else None
 
 
 def wordnet_files(path: Path) -> list[Path]:
-    """The files that :func:`read_lemmas` reads of ``path``."""
+    """The files that :func:`read_lemmas` reads for ``path``."""
     return [path / name for name in WNDB_FILES] if path.is_dir() else [path]
 
 
 def _tab(lang: str, path: Path) -> Iterator[str]:
     """Third field of the lines ``<synset> TAB [<code>:]lemma TAB <lemma>``; definitions and roots are left out.
 
-    OMW's codes are its own: a file of another language is refused, as ``wn-data-als.tab``, Albanian, is for Alemannic.
+    OMW has its own codes. A file of another language is refused: ``wn-data-als.tab`` is Albanian, not Alemannic.
     """
     owner = owner_of(path)
     if owner is not None and owner != lang:
@@ -82,7 +83,7 @@ def _tab(lang: str, path: Path) -> Iterator[str]:
 
 
 def _lmf(path: Path) -> Iterator[str]:
-    """``writtenForm`` of every Lemma of a WN-LMF file, streamed."""
+    """``writtenForm`` of every Lemma in a WN-LMF file, streamed."""
     opener = gzip.open if path.suffix == ".gz" else open
     found = False
     try:
@@ -111,7 +112,7 @@ def _lmf(path: Path) -> Iterator[str]:
 
 
 def _wndb(folder: Path) -> Iterator[str]:
-    """First word of every synset in ``data.*``, in lower case, without the adjectives' mark of position."""
+    """First word of every synset in ``data.*``, in lower case, without the position mark of adjectives."""
     for name in WNDB_FILES:
         path = folder / name
         for number, line in enumerate(read_lines(path), start=1):
@@ -119,5 +120,5 @@ def _wndb(folder: Path) -> Iterator[str]:
                 continue
             fields = line.split(" ", 5)  # offset, file, part of speech, number of words in hex, first word
             if len(fields) < 6 or not fields[0].isdecimal():
-                raise UserError(f"{path}: line {number} is no synset: {line[:60]!r}")
+                raise UserError(f"{path}: line {number} is not a synset: {line[:60]!r}")
             yield _ADJECTIVE_POSITION.sub("", fields[4]).lower()

@@ -1,4 +1,4 @@
-"""Work spread over processes, with results in the order of the inputs and a bounded number of inputs in memory."""
+"""Work spread over processes, with results in input order and a bounded number of inputs in memory."""
 
 import multiprocessing
 from collections import deque
@@ -15,7 +15,7 @@ _Output = TypeVar("_Output")
 
 
 class Workers:
-    """A number of processes, started when first needed and kept until the ``with`` block ends; 1 means this one."""
+    """Processes that start when first needed and run until the ``with`` block ends; 1 means this process."""
 
     def __init__(self, number: int = 1) -> None:
         if number < 1:
@@ -33,7 +33,7 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, function: Callable[[_Input], _Output], inputs: Iterable[_Input]) -> Iterator[_Output]:
-        """``function`` of each input, in order; at most two inputs a worker are under way.
+        """``function`` of each input, in order; at most two inputs per worker are in progress.
 
         Raises:
             UserError: a worker process died.

@@ -1,4 +1,4 @@
-"""A small pool with images and metadata, and what a stage wrote."""
+"""A small pool with images and metadata, and the output of a stage."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from mc2_hpc.tar import write_tar
 
 @pytest.fixture
 def make_pool(tmp_path) -> Callable[[int], Path]:
-    """``make_pool(shards)``: folder of shards with 30 English and German captions each, ``metadata`` beside it."""
+    """``make_pool(shards)``: a folder of shards with 30 English and German captions each, with ``metadata`` beside it."""
 
     def make(shards: int) -> Path:
         write_json(tmp_path / "metadata" / "en.json", ["dog", "cat", "big dog"])
@@ -33,7 +33,7 @@ def make_pool(tmp_path) -> Callable[[int], Path]:
 
 @pytest.fixture(scope="session")
 def outputs() -> Callable[[Path], dict[str, bytes]]:
-    """``outputs(folder)``: bytes of every file below by relative path, without logs and hidden files."""
+    """``outputs(folder)``: the bytes of every file below it by relative path, without logs and hidden files."""
 
     def read(folder: Path) -> dict[str, bytes]:
         files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))

@@ -1,4 +1,4 @@
-"""Thresholds and probabilities: the recipe's worked example, the edges, and the tail mass they promise."""
+"""Thresholds and probabilities: the recipe's worked example, edge cases, and the tail mass they promise."""
 
 import numpy as np
 import pytest

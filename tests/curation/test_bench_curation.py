@@ -1,4 +1,4 @@
-"""The benchmarks of curation: their inputs, their peer, what they derive from rows, and that they run."""
+"""The curation benchmarks: their inputs, their peer, what they derive from rows, and that they run."""
 
 import numpy as np
 import pyarrow as pa

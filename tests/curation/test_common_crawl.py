@@ -1,4 +1,4 @@
-"""Reading Common Crawl: rows, addresses and keys; what is broken is counted or named."""
+"""Reading Common Crawl: rows, addresses and keys; broken input is counted or named."""
 
 import functools
 import gzip
@@ -28,7 +28,7 @@ from mc2_hpc.jobs import Local
 
 pytest.importorskip("fastwarc", reason="FastWARC is not installed")
 
-compress = functools.partial(gzip.compress, mtime=0)  # no clock in the ids of tests
+compress = functools.partial(gzip.compress, mtime=0)  # no timestamps in test ids
 HTTP = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
 
 
@@ -38,7 +38,7 @@ def record(kind, content_type, payload, address="http://site.com/dir/page.html")
 
 
 def wat(links, address="http://site.com/dir/page.html", base=None):
-    """A WAT record as Common Crawl writes it."""
+    """A WAT record as written by Common Crawl."""
     head = {"Title": "t"} | ({"Base": base} if base else {})
     page = {"HTML-Metadata": {"Head": head, "Links": links}}
     envelope = {
@@ -57,7 +57,7 @@ def response(html, http=HTTP):
 
 
 def archive(folder, name, records, compress=gzip.compress):
-    """A file of one gzip member a record, as Common Crawl's are."""
+    """A file with one gzip member per record, like Common Crawl's."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_bytes(b"".join(map(compress, records)))
@@ -68,7 +68,7 @@ def rows_of(out, name):
     return [tuple(row.values()) for row in pq.read_table(out / f"{name}.parquet").to_pylist()]
 
 
-PICTURES = [
+IMAGES = [
     img("cat.jpg", "a cat &amp;\n a  dog"),
     img("/top.png?utm_source=x", "on top"),
     img("//cdn.com/p.webp#frag", "from a CDN"),
@@ -103,7 +103,7 @@ DROPS = {"url_not_http": 1, "caption_repeated": 1, "caption_empty": 2, "url_miss
 
 def test_wat_and_warc_give_the_same_rows(tmp_path):
     other = record("metadata", "application/warc-fields", b"fetchTimeMs: 12\r\n")
-    archive(tmp_path / "in", "A-00000.warc.wat.gz", [record("warcinfo", "application/warc-fields", b""), wat(PICTURES)])
+    archive(tmp_path / "in", "A-00000.warc.wat.gz", [record("warcinfo", "application/warc-fields", b""), wat(IMAGES)])
     archive(tmp_path / "in" / "deeper", "B-00001.warc.gz", [response(HTML.encode()), other])
     result = jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     expected = [(image_key(url), text, url) for text, url in ROWS]
@@ -113,7 +113,7 @@ def test_wat_and_warc_give_the_same_rows(tmp_path):
 
 
 def test_output_is_a_caption_pool(tmp_path):
-    archive(tmp_path / "in", "a.warc.wat.gz", [wat(PICTURES)])
+    archive(tmp_path / "in", "a.warc.wat.gz", [wat(IMAGES)])
     jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     (shard,) = list_pool(tmp_path / "out")
     rows, drops = next(iter_captions(shard))
@@ -121,8 +121,8 @@ def test_output_is_a_caption_pool(tmp_path):
 
 
 def test_nothing_is_lost_over_all_rows(tmp_path):
-    """Images in pages = rows + drops of images, over several pages and row groups."""
-    pages = [wat(PICTURES, f"http://site{number}.com/") for number in range(50)]
+    """Images in pages = rows + dropped images, over several pages and row groups."""
+    pages = [wat(IMAGES, f"http://site{number}.com/") for number in range(50)]
     archive(tmp_path / "in", "a.warc.wat.gz", pages)
     result = jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     assert result["images"] == result["rows"] + sum(result["drops"].values()) == 50 * 12
@@ -131,7 +131,7 @@ def test_nothing_is_lost_over_all_rows(tmp_path):
 @pytest.mark.parametrize("rows_at_once", [1, 2, 100])
 def test_rows_are_the_same_however_many_are_written_at_once(tmp_path, monkeypatch, rows_at_once):
     monkeypatch.setattr(stages, "_ROWS_AT_ONCE", rows_at_once)
-    archive(tmp_path / "in", "a.warc.wat.gz", [wat(PICTURES)])
+    archive(tmp_path / "in", "a.warc.wat.gz", [wat(IMAGES)])
     jobs.run(plan_extract([tmp_path / "in"], tmp_path / "out"))
     assert [row[1:] for row in rows_of(tmp_path / "out", "a")] == ROWS
 
@@ -239,12 +239,12 @@ def test_archive_with_broken_records_is_named(tmp_path, content):
 
 
 def check_damage(tmp_path, content):
-    """The broken archive is named and leaves nothing behind; the others are done, and go on once it is mended."""
+    """The broken archive is named and leaves nothing behind; the others finish, and a rerun continues once it is fixed."""
     folder = tmp_path / "in"
     for name in ("a.warc.wat.gz", "c.warc.wat.gz"):
         archive(folder, name, RECORDS)
     (folder / "b.warc.wat.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"1 of 3 .*b\.warc\.wat\.gz: damaged or cut short after record \d"):
+    with pytest.raises(UserError, match=r"1 of 3 .*b\.warc\.wat\.gz: damaged or truncated after record \d"):
         jobs.run(plan_extract([folder], tmp_path / "out"))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.parquet")) == ["a.parquet", "c.parquet"]
     (folder / "b.warc.wat.gz").write_bytes(WHOLE)
@@ -254,14 +254,14 @@ def check_damage(tmp_path, content):
 @pytest.mark.parametrize("content", [b"", compress(b"")])
 def test_archive_without_records_is_named(tmp_path, content):
     (tmp_path / "a.warc.wat.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.warc\.wat\.gz: holds no WARC records"):
+    with pytest.raises(UserError, match=r"a\.warc\.wat\.gz: contains no WARC records"):
         jobs.run(plan_extract([tmp_path / "a.warc.wat.gz"], tmp_path / "out"))
 
 
 def test_workers_and_plain_files_change_nothing(tmp_path):
     for number in range(3):
-        archive(tmp_path / "in", f"{number}.warc.wat.gz", [wat(PICTURES, f"http://site{number}.com/")])
-        archive(tmp_path / "plain", f"{number}.warc.wat", [wat(PICTURES, f"http://site{number}.com/")], bytes)
+        archive(tmp_path / "in", f"{number}.warc.wat.gz", [wat(IMAGES, f"http://site{number}.com/")])
+        archive(tmp_path / "plain", f"{number}.warc.wat", [wat(IMAGES, f"http://site{number}.com/")], bytes)
     results = [
         jobs.run(plan_extract([tmp_path / "in"], tmp_path / "one")),
         jobs.run(plan_extract([tmp_path / "in"], tmp_path / "two"), Local(2)),
@@ -356,7 +356,7 @@ def test_canonical_url(url, expected):
 
 @given(st.text(max_size=60), st.sampled_from(["http://page.com/dir/", "https://x.y/?z", "", "nonsense"]))
 def test_addresses_stay_as_they_are_made(source, base):
-    """Absolute addresses are ASCII and stay the same when read again; so do canonical ones."""
+    """Absolute addresses are ASCII and do not change when read again; nor do canonical ones."""
     try:
         url = absolute_url(source, base)
     except Dropped:

@@ -1,4 +1,4 @@
-"""Counts are exact, additive, the same whatever the tree, and equal bytes on disk for equal counts."""
+"""Counts are exact, additive and independent of the tree; equal counts give equal bytes on disk."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The flags of ``mc2 curate``: the same words for every action that runs on an engine."""
+"""The flags of ``mc2 curate`` are the same for every action that runs on an engine."""
 
 import argparse
 

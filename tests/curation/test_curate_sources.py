@@ -1,4 +1,4 @@
-"""``mc2 curate extract | deduplicate | decontaminate``: what they print, and bad input in one line."""
+"""``mc2 curate extract | deduplicate | decontaminate``: their output, and one-line errors for bad input."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Killed runs of ``mc2 curate``: continued by the same command, only what is unfinished is done, bytes are equal."""
+"""Killed runs of ``mc2 curate``: a rerun does only the unfinished work, and the bytes are equal."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_killed_run_is_continued(pool, tmp_path, victim, outputs):
-    """A shard that cannot be opened for the time being holds a worker at a known place until it is killed."""
+    """A shard that cannot be opened yet holds a worker at a known place until it is killed."""
     jobs.run(plan_run(pool, pool.parent / "metadata", tmp_path / "whole", t_en=30))
     whole, out = outputs(tmp_path / "whole"), tmp_path / "out"
     release = ExitStack()
@@ -75,7 +75,7 @@ def test_killed_run_is_continued(pool, tmp_path, victim, outputs):
 
 
 def test_killed_merge_and_balance_are_continued(pool, tmp_path, outputs):
-    """Every file of balancing taken away in turn, as a kill may leave it: the same command brings it back."""
+    """Every file of balancing is removed in turn, as a kill may leave it: a rerun restores it."""
 
     def again() -> None:
         jobs.run(plan_run(pool, pool.parent / "metadata", tmp_path / "out", t_en=30))

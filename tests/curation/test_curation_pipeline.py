@@ -78,7 +78,7 @@ def pool(tmp_path) -> Path:
 
 
 def naive_rows(pool: Path, mode: str) -> list[tuple[str, str, str, list[int]]]:
-    """Matched rows of a clean pool by a scan of every entry."""
+    """Matched rows of a clean pool, by a scan over every entry."""
     found = []
     for path in sorted(pool.glob("*.parquet")):
         seen = set()
@@ -121,7 +121,7 @@ def test_every_number_equals_a_naive_recomputation(pool, metadata, tmp_path, mod
     assert all(array.dtype == np.float32 for array in probs.values())
     total, share = 0.0, 0.0
     for lang, of_lang in counts.items():
-        if not of_lang:  # the kana entry is missed in compat mode but the ideograph is not
+        if not of_lang:  # compat mode misses the kana entry but not the ideograph
             continue
         stored = np.load(tmp_path / "out" / "balance" / "counts" / f"{lang}.npy")
         assert stored.dtype == np.uint64 and stored.tolist() == [of_lang[e] for e in range(len(ENTRIES[lang]))]
@@ -319,7 +319,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_full_disk(pool, metadata, tmp_path):
-    """A limit on the size of files stands in for a disk without space: the same error on the same calls."""
+    """A file size limit simulates a full disk: the same error from the same calls."""
     jobs.run(plan_match(pool, metadata, tmp_path / "whole"))
     words = ["curate", "match", pool, "--metadata", metadata, "--out", tmp_path / "m", "--workers", "1"]
     jobs.run(plan_match(pool, metadata, tmp_path / "m"))
@@ -357,13 +357,13 @@ def test_languages_without_matches_have_a_reason(tmp_path, metadata):
     write_shard(tmp_path / "pool", "s", [("a", "a dog", "en"), ("b", "nichts", "de"), ("c", "gar nichts", "de")])
     report = jobs.run(plan_run(tmp_path / "pool", metadata, tmp_path / "out", t_en=1))["balance"]
     assert report["languages_without_matches"] == {
-        "de": "none of its 2 captions has an entry in it",
+        "de": "none of its 2 captions contains an entry",
         "ja": "no caption of the pool is in this language",
     }
 
 
 def test_redone_shard_is_balanced_anew(pool, metadata, tmp_path):
-    """Counts stay as they were, the rows do not: nothing of the old report may stay."""
+    """If counts stay the same but rows change, nothing of the old report may stay."""
     jobs.run(plan_run(pool, metadata, tmp_path / "out", t_en=30))
     rows = pq.read_table(pool / "shard-1.parquet")
     pq.write_table(rows.slice(0, len(rows) - 5), pool / "shard-1.parquet")  # rows that never matched
@@ -434,7 +434,7 @@ def webdataset_pool(folder: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_webdataset_tars_with_language_identification(metadata, tmp_path, monkeypatch, workers):
-    """By a class of the user's, which workers find where the driver does."""
+    """A user's class identifies languages; workers find it where the driver does."""
     module = f"by_letters_{workers}"
     (tmp_path / f"{module}.py").write_text(BY_LETTERS, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -490,7 +490,7 @@ def test_balancing_again_leaves_no_language_of_before(pool, metadata, tmp_path):
 
 
 def test_real_captions_in_four_languages(shared_data, tmp_path):
-    """multi30k as a pool of four captions an image; entries are its own frequent words; naive recount."""
+    """multi30k as a pool with four captions per image; entries are its own frequent words; naive recount."""
     texts: dict[str, list[str]] = {}
     for lang in ("en", "de", "fr", "cs"):
         with gzip.open(shared_data / "multi30k" / f"train.{lang}.gz", "rt", encoding="utf-8") as stream:

@@ -1,4 +1,4 @@
-"""The report shows the run's own numbers on one page that needs nothing else, for two languages and for 329."""
+"""The report shows the run's own numbers on one self-contained page, for two languages and for 329."""
 
 import dataclasses
 import html
@@ -47,7 +47,7 @@ def curate(folder: Path, entries: dict[str, list[str]], rows: list[tuple[str, st
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """Two languages, dropped captions, an entry that would break a careless page."""
+    """Two languages, dropped captions, and an entry that would break a page without escaping."""
     rows = [(f"k{n:03d}", f"dog {n}" if n % 3 else f"cat dog {n}", "en") for n in range(120)]
     rows += [(f"g{n:03d}", "Hund" if n % 4 else f"Hund {HOSTILE}", "de") for n in range(40)]
     rows += [("x", "nothing", "en"), ("y", "un chien", "fr"), ("z", " ", "en")]
@@ -199,7 +199,7 @@ def test_329_languages_stay_readable(many, parse_page):
 
 @pytest.mark.parametrize("width", [1400, 900])
 def test_no_column_is_cut(many, measure, width):
-    """As laid out by a browser, with long names and large numbers."""
+    """The layout in a browser, with long names and large numbers."""
     findings = gather(many, metadata_of(many))
     large = {"texts": 123_456_789, "captions": 234_567_890, "matches": 345_678_901, "images": 99_999_999,
              "expected_texts": 12_345_678.9, "threshold": 1_234_567, "entries": 999_999}  # fmt: skip
@@ -214,7 +214,7 @@ def test_no_column_is_cut(many, measure, width):
 
 
 def test_names_of_points_cover_neither_points_nor_each_other():
-    """Of a crowd only those are named that have room, the first ones before later ones."""
+    """In a crowd, only points with room get a name, earlier points first."""
     points = {f"x{n}": (10.0 + n % 5, 10.0 + n // 5) for n in range(20)} | {"en": (900.0, 900.0)}
     points = {"en": points.pop("en"), **points}
     with plot_style():
@@ -231,7 +231,7 @@ def test_names_of_points_cover_neither_points_nor_each_other():
 
 
 def test_titles_end_where_the_next_panel_begins(many):
-    """Neither a language's name nor its threshold reaches into the panel beside it, however long they are."""
+    """Neither a language's name nor its threshold overlaps the panel beside it, however long they are."""
     findings = gather(many, metadata_of(many))
     named = [dataclasses.replace(row, name="Belarusian (Taraškievica) of " * 3, threshold=10**9)
              for row in findings.languages]  # fmt: skip
@@ -251,7 +251,7 @@ def test_a_thinned_curve_keeps_its_ends_and_no_more_than_can_be_seen(counts):
     fewer, their_mass = plots.thinned(counts, mass)
     assert fewer[0] == counts[0] and fewer[-1] == counts[-1] and their_mass[-1] == 1
     assert len(fewer) <= 2 + 80 * 9 and set(fewer.tolist()) <= set(counts.tolist())
-    # Where a point was left out, the next kept one is so near that both fall on one pixel.
+    # If a point was left out, the next kept point is so close that both fall on the same pixel.
     after = fewer[np.searchsorted(fewer, counts)]
     assert (np.log10(after.astype(float)) - np.log10(counts.astype(float)) <= 1 / 80).all()
 
@@ -267,7 +267,7 @@ def test_mass_curve(counts):
 def test_other_metadata_is_refused(two, tmp_path):
     for lang in ("en", "de"):
         write_json(tmp_path / "metadata" / f"{lang}.json", ["something", "else"])
-    with pytest.raises(UserError, match="is not the metadata that"):
+    with pytest.raises(UserError, match="was curated with another"):
         write_report(two, tmp_path / "metadata")
 
 

@@ -1,4 +1,4 @@
-"""Curation on a real Slurm: a chain of array jobs, a failure that stops it, and the same command that goes on."""
+"""Curation on a real Slurm: a chain of array jobs, a failure that stops it, and a rerun that continues."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_chain_of_array_jobs(slurm_cluster, pool, tmp_path, monkeypatch, caplog,
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm_cluster.env[name])
     monkeypatch.setattr("mc2_hpc.jobs.slurm_queue.POLL_S", 0.5)
-    # Arrays of one task: the two of a stage are two jobs.
+    # Arrays of one task: the two tasks of a stage are two jobs.
     out, options = tmp_path / "out", {"partition": slurm_cluster.partition, "time": "10", "max_array_size": "1"}
 
     def curate(wait: bool):
@@ -45,7 +45,7 @@ def test_chain_of_array_jobs(slurm_cluster, pool, tmp_path, monkeypatch, caplog,
     assert curate(wait=False) is None
     submitted = queue(slurm_cluster)
     assert "mc2-pack" in submitted and "mc2-thresholds" in submitted
-    assert curate(wait=False) is None  # looks, and submits nothing a second time
+    assert curate(wait=False) is None  # only checks, and submits nothing again
     assert "failed before at '2'" in caplog.text and "match: 3/4 shards done, Slurm job" in caplog.text
     assert set(queue(slurm_cluster)) <= set(submitted)
     report = curate(wait=True)
@@ -53,7 +53,7 @@ def test_chain_of_array_jobs(slurm_cluster, pool, tmp_path, monkeypatch, caplog,
 
     here = jobs.run(plan_run(pool, pool.parent / "metadata", tmp_path / "here", t_en=30))
     assert report == here and outputs(out) == outputs(tmp_path / "here")
-    assert curate(wait=True) == here and not queue(slurm_cluster)  # all is done: no job
+    assert curate(wait=True) == here and not queue(slurm_cluster)  # all finished: no job
 
     (out / "matched" / "stats" / "0.json").unlink()
     monkeypatch.setitem(options, "partition", "none")

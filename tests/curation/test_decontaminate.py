@@ -1,4 +1,4 @@
-"""Decontamination: copies of benchmark images go, other images stay, and every removal is reported."""
+"""Decontamination: copies of benchmark images are removed, other images stay, and every removal is reported."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ pytest.importorskip("imagehash", reason="imagehash is not installed")
 
 
 def make_image(seed, size=(96, 64), form="JPEG", **options):
-    """Encoded smooth image that no other seed resembles."""
+    """An encoded smooth image, unlike that of any other seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file, form, **options)
@@ -35,7 +35,7 @@ def make_image(seed, size=(96, 64), form="JPEG", **options):
 
 
 def write_shard(folder, name, images, texts=2):
-    """A training shard as packing writes it, of ``{key: bytes}``."""
+    """A training shard as packing writes it, from ``{key: bytes}``."""
     folder.mkdir(exist_ok=True)
     write_tar(folder / f"{name}.tar", [(f"{key}.jpg", images[key]) for key in sorted(images)])
     keys = [key for key in sorted(images) for _ in range(texts)]
@@ -80,7 +80,7 @@ def test_benchmark_images_are_removed_from_tar_and_rows(tmp_path):
     rows = pq.read_table(tmp_path / "out" / "a.parquet")
     assert rows["key"].to_pylist() == [f"k{seed}" for seed in (0, 1, 3, 4, 6, 7) for _ in range(2)]
     assert members(tmp_path / "out" / "b.tar") == ["k9.jpg"]
-    assert result == {"pictures": 10, "images": 7, "removed": 3, "drops": {}}
+    assert result == {"images_read": 10, "images": 7, "removed": 3, "drops": {}}
     removed = [(row["key"], row["benchmark"], row["shard"]) for row in report(tmp_path / "out")]
     names = {seed: str(against / "class" / f"{seed}.png") for seed in (2, 5)}
     assert removed == [("k2", names[2], "a"), ("k5", names[5], "a"), ("k2", names[2], "b")]
@@ -97,7 +97,7 @@ def test_shards_that_lose_nothing_keep_their_bytes_and_empty_ones_vanish(tmp_pat
 
 
 def test_plain_shards_and_benchmark_tars(tmp_path):
-    """WebDataset tars on both sides; texts go with their image, images other than JPEG are compared too."""
+    """WebDataset tars on both sides; texts are removed with their image, and images other than JPEG are compared too."""
     for folder in ("shards", "benchmark"):
         (tmp_path / folder).mkdir()
     files = [("a.jpg", make_image(1)), ("a.txt", b"one"), ("b.png", make_image(2, form="PNG")), ("b.txt", b"two")]
@@ -116,7 +116,7 @@ def test_images_that_cannot_be_decoded_are_dropped_and_counted(tmp_path):
     result = jobs.run(plan_decontaminate(shards, benchmark_folder(tmp_path / "benchmark", [5]), tmp_path / "out"))
     assert members(tmp_path / "out" / "a.tar") == ["good.jpg"]
     assert set(pq.read_table(tmp_path / "out" / "a.parquet")["key"].to_pylist()) == {"good"}
-    assert result == {"pictures": 4, "images": 1, "removed": 0, "drops": {"image_undecodable": 3}}
+    assert result == {"images_read": 4, "images": 1, "removed": 0, "drops": {"image_undecodable": 3}}
 
 
 def test_huge_images_are_not_decoded_in_full():
@@ -188,12 +188,12 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(UserError, match="no-images.tar: holds no benchmark images"):
         jobs.run(plan_decontaminate(shards, tmp_path / "no-images.tar", tmp_path / "out5"))
     (shards / "c.tar").write_bytes(b"broken")
-    with pytest.raises(UserError, match="1 of 2 .* failed.*c.tar: not a whole tar"):
+    with pytest.raises(UserError, match="1 of 2 .* failed.*c.tar: not a complete tar"):
         jobs.run(plan_decontaminate(shards, against, tmp_path / "out3"))
     assert members(tmp_path / "out3" / "a.tar") == ["k1.jpg"]
     (shards / "c.tar").unlink()
     (shards / "d.parquet").touch()
-    with pytest.raises(UserError, match="d.parquet: no d.tar with its images"):
+    with pytest.raises(UserError, match="d.parquet: there is no d.tar with its images"):
         jobs.run(plan_decontaminate(shards, against, tmp_path / "out4"))
 
 
@@ -221,7 +221,7 @@ def edited(image, edit):
 
 @pytest.mark.parametrize("edit", ["re-encoded", "half", "square", "grey", "cropped 1", "cropped 3", "cropped 5"])
 def test_edited_copies_of_web_images_are_found(shared_data, tmp_path, edit):
-    """Every copy is removed, with its original named; images that the benchmark lacks stay."""
+    """Every copy is removed and its original named; images that are not in the benchmark stay."""
     with tarfile.open(shared_data / "cc12m-32.tar") as tar:
         raw = {member.name: tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")}
     keys = sorted(raw)
@@ -235,7 +235,7 @@ def test_edited_copies_of_web_images_are_found(shared_data, tmp_path, edit):
 
 
 def test_copies_and_false_alarms_among_small_images(shared_data):
-    """CIFAR-10 at the default distance: re-encoded copies are found, unlike images hardly ever."""
+    """CIFAR-10 at the default distance: re-encoded copies are found, different images hardly ever."""
     tables = [pq.read_table(shared_data / f"cifar10-{part}.parquet").slice(0, 2000) for part in ("train", "test")]
     train, test = ([bytes(data) for data in table["jpg"].to_pylist()] for table in tables)
     benchmark = np.array([image_hashes(data)[0] for data in test])
@@ -243,7 +243,7 @@ def test_copies_and_false_alarms_among_small_images(shared_data):
     _, distance = nearest(np.array([image_hashes(data)[0] for data in copies]), benchmark)
     assert (distance <= MAX_DISTANCE).mean() > 0.97
     _, distance = nearest(np.array([image_hashes(data)[0] for data in train]), benchmark)
-    # The two sets share a few images: those are right to be found.
+    # The two sets share a few images, which are found correctly.
     assert (distance <= MAX_DISTANCE).mean() < 0.005
 
 

@@ -1,4 +1,4 @@
-"""De-duplication by image: exact, the same however rows are spread, and picked up where it was broken off."""
+"""De-duplication by image: exact, independent of how rows are spread over shards, and resumable."""
 
 import random
 
@@ -36,7 +36,7 @@ def contents(out):
 
 
 def naive(rows):
-    """Distinct (key, text), each with the first source of its key, sorted."""
+    """Sorted distinct (key, text), each with the first source of its key."""
     source = {}
     for key, _, url in rows:
         source[key] = min(source.get(key, url), url)
@@ -102,7 +102,7 @@ def test_runs_of_a_shard_change_nothing(tmp_path, monkeypatch, rows_a_run):
 
 
 def test_parts_may_be_done_first(tmp_path):
-    """A pool in parts, and the parts together again, are the pool at once."""
+    """De-duplicating a pool in parts, then the parts together, equals doing it at once."""
     rows = random_rows(500)
     jobs.run(plan_deduplicate(write_pool(tmp_path / "all", [rows]), tmp_path / "at-once", shards=3))
     (tmp_path / "parts").mkdir()
@@ -183,7 +183,7 @@ def test_bad_pools_are_named(tmp_path):
     with pytest.raises(UserError, match="deduplicate.json: this folder was made with another num_shards"):
         jobs.run(plan_deduplicate(pool, tmp_path / "out", shards=3))
     (pool / "shard0.tar").touch()
-    with pytest.raises(UserError, match="shard0.tar: a pool with images cannot be spread anew"):
+    with pytest.raises(UserError, match="shard0.tar: a pool with images cannot be redistributed"):
         jobs.run(plan_deduplicate(pool, tmp_path / "out2"))
     (pool / "shard0.tar").unlink()
     (pool / "shard1.parquet").write_bytes(b"PAR1 broken")
@@ -192,7 +192,7 @@ def test_bad_pools_are_named(tmp_path):
     with pytest.raises(UserError, match="1 of 2 shards failed, the others are done.*shard1.parquet"):
         jobs.run(plan_deduplicate(pool, tmp_path / "out3", shards=2))
     pq.write_table(pa.table({"key": ["a"], "text": ["b"]}), pool / "shard1.parquet")
-    with pytest.raises(UserError, match="shard1.parquet: has the columns key, text, the pool's first shard key, text,"):
+    with pytest.raises(UserError, match="shard1.parquet: has columns key, text, but the pool's first shard has"):
         jobs.run(plan_deduplicate(pool, tmp_path / "out3", shards=2))
     (pool / "shard1.parquet").unlink()
     assert jobs.run(plan_deduplicate(pool, tmp_path / "out3", shards=2))["rows"] == 10

@@ -1,4 +1,4 @@
-"""First occurrences over pieces equal those of a plain set, however the strings are cut."""
+"""First occurrences over pieces equal those of a plain set, however the strings are split."""
 
 import pyarrow as pa
 import pytest

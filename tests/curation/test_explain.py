@@ -1,4 +1,4 @@
-"""An explanation agrees with what the stages did to the same caption, and names what kept a caption out."""
+"""An explanation agrees with what the stages did to the same caption, and says why a caption was left out."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from mc2_hpc.storage import write_json
 ENTRIES = {
     "en": ["dog", "big dog", "cat", "U.S.", "Zebra", "zebra crossing"],
     "ja": ["犬", "カメラ"],
-    "it": ["cane"],  # the pool has no such caption
+    "it": ["cane"],  # the pool has no caption in it
 }
 
 
@@ -55,7 +55,7 @@ def test_agrees_with_the_stages(folder, tmp_path):
         told = explain(row["text"], **curated(folder), lang=row["lang"], key=row["key"], seed=5, epoch=2)
         assert [match.id for match in told.matches] == row["entries"]
         assert all(ENTRIES["en"][match.id] == match.entry for match in told.matches)
-        if int(row["key"][1:]) % 15:  # the others have two texts, one of which is drawn
+        if int(row["key"][1:]) % 15:  # the other images have two texts, one of which is drawn
             assert told.kept == ((row["key"], row["text"]) in kept)
             verdicts.append(told.kept)
     assert 10 < sum(verdicts) < 140
@@ -76,13 +76,16 @@ def test_counts_probabilities_and_places(folder):
     assert dog.part == big_dog.part == "head" and told.threshold == 20
     assert told.keep_probability == pytest.approx(1 - (1 - 20 / 300) * (1 - 20 / 75))
     assert told.draw is None and told.kept is None and told.drop_reason is None
-    assert explain("dog dog", **curated(folder), lang="en").matches[0].at == [0, 4]  # one space ends one and begins one
+    assert explain("dog dog", **curated(folder), lang="en").matches[0].at == [
+        0,
+        4,
+    ]  # matches share a space
 
 
 def test_the_tail_is_kept_whatever_the_draw(folder):
     told = explain("the U.S. dog", **curated(folder), lang="en")
     assert told.keep_probability == 1 and told.kept is True
-    assert told.matches[1].count == told.threshold == 20  # at the threshold is tail still
+    assert told.matches[1].count == told.threshold == 20  # a count at the threshold is still tail
     assert {match.entry: match.part for match in told.matches} == {"dog": "head", "U.S.": "tail"}
 
 
@@ -107,9 +110,9 @@ def test_language_is_identified_where_not_given(folder):
     ("caption", "lang", "mode", "reason", "near"),
     [
         ("the U.S. flag", "en", "compat", "no_match", [("U.S.", "matches by the rules of mode fixed")]),
-        ("DOG", "en", "fixed", "no_match", [("dog", "matches if upper and lower case were one")]),
-        ("a zebra", "en", "fixed", "no_match", [("Zebra", "matches if upper and lower case were one")]),
-        ("hotdogs", "en", "fixed", "no_match", [("dog", "stands inside a longer word")]),
+        ("DOG", "en", "fixed", "no_match", [("dog", "would match if case were ignored")]),
+        ("a zebra", "en", "fixed", "no_match", [("Zebra", "would match if case were ignored")]),
+        ("hotdogs", "en", "fixed", "no_match", [("dog", "is inside a longer word")]),
         ("nothing", "en", "fixed", "no_match", []),
         ("a dog", "xx", "fixed", "language_unknown", []),
         (" \t", "en", "fixed", "caption_empty", []),
@@ -147,7 +150,7 @@ def test_mode_of_the_folders_counts(folder, tmp_path):
 def test_foreign_metadata_is_refused(folder, tmp_path):
     write_json(tmp_path / "metadata" / "en.json", ["cat", "dog"])
     for name in ("matched", "balance"):
-        with pytest.raises(UserError, match=f"en.json: not the metadata that .*{name} was made with"):
+        with pytest.raises(UserError, match=f"en.json: not the metadata .*{name} was made with"):
             explain("a dog", tmp_path / "metadata", **{name: folder / name}, lang="en")
     with pytest.raises(UserError, match="not a matched pool"):
         explain("a dog", tmp_path / "metadata", matched=tmp_path, lang="en")
@@ -172,7 +175,7 @@ def test_command(folder, capsys):
     assert "·big·dog·" in shown and "75" in shown and "0.267" in shown and "(t = 20), draw 0." in shown
     assert main(["curate", "explain", "hotdogs", "--lang", "en", *flags]) == 0
     shown = capsys.readouterr().out
-    assert "near: 'dog' (entry 0) stands inside a longer word" in shown and "dropped: no_match" in shown
+    assert "near: 'dog' (entry 0) is inside a longer word" in shown and "dropped: no_match" in shown
     assert main(["curate", "explain", "a dog", "--lang", "en", *flags, "--json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["matches"][0]["count"] == 300 and told["kept"] is None
@@ -181,7 +184,7 @@ def test_command(folder, capsys):
 
 
 def test_saved_tables_are_used(folder, monkeypatch):
-    """With a matched pool, nothing is built for one caption."""
+    """With a matched pool, no tables are built for one caption."""
     from mc2_hpc.curation.matching.matcher import Matcher
 
     monkeypatch.setattr(Matcher, "build", lambda *_: pytest.fail("built tables that were saved"))

@@ -1,4 +1,4 @@
-"""Filters: each caption that one drops is counted under its reason, on every engine; wrong ones are named in a line."""
+"""Filters: every dropped caption is counted under its reason, on every engine; bad filters get a one-line error."""
 
 import importlib
 import json
@@ -82,7 +82,7 @@ not_a_class = len
 
 @pytest.fixture
 def module(tmp_path, monkeypatch) -> str:
-    """Name of a module of filters, in the working folder; which is where ``mc2`` finds the user's modules."""
+    """Name of a module of filters in the working folder, where ``mc2`` finds user modules."""
     name = f"filters_of_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -127,7 +127,7 @@ def test_drops_are_counted_in_stats_balance_and_report(pool, listed, module, tmp
     flags = ["--filter", f"{module}.Words", "words=words.txt", "--filter", LENGTH, "max_characters=11"]
     assert main([*words, *flags]) == 0
     result = json.loads(capsys.readouterr().out)
-    # Of a shard's 30, 27 are not listed; 4, 5, 7 and 8 in English have the 11 characters of "a big dog 4".
+    # Of a shard's 30 captions, 27 are not listed; 4, 5, 7 and 8 in English have the 11 characters of "a big dog 4".
     drops = {"listed_word": 4 * 3, "too_long": 4 * (27 - 4)}
     assert result["match"]["drops"] == result["balance"]["drops"] == drops
     assert (result["match"]["rows"], result["match"]["captions"]) == (120, {"en": 16})
@@ -140,7 +140,7 @@ def test_drops_are_counted_in_stats_balance_and_report(pool, listed, module, tmp
 
 
 def test_the_examples_filter(monkeypatch):
-    """The filter of examples/ is loaded by its name, and each of its reasons is given."""
+    """The filter in examples/ is loaded by name, and each of its reasons occurs."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
     one = parse_filter(["caption_filters.NoAdvertisements", "most_prices=1"]).load()
     texts = ["a red car", "a red car for $5", "from $5 to 7 €", "red cars, buy now"]
@@ -177,7 +177,7 @@ def test_slurm_finds_the_module(slurm_cluster, pool, listed, tmp_path, monkeypat
 
 def test_other_filters_refuse_the_folder(pool, listed, tmp_path):
     match(pool, tmp_path / "filtered", listed)
-    match(pool, tmp_path / "filtered", listed)  # the same ones continue
+    match(pool, tmp_path / "filtered", listed)  # the same filters continue
     match(pool, tmp_path / "plain")
     longer = parse_filter([LENGTH, "min_words=2"])
     for folder, filters in (("filtered", ()), ("filtered", (listed, longer)), ("plain", (listed,))):
@@ -186,7 +186,7 @@ def test_other_filters_refuse_the_folder(pool, listed, tmp_path):
 
 
 def test_folders_without_filters_are_as_they_were(pool, tmp_path):
-    """Made before there were filters, or without: the same bytes."""
+    """Pools made before filters existed, or without filters, have the same bytes."""
     match(pool, tmp_path / "out")
     assert "filters" not in read_json(tmp_path / "out" / "match.json", ANYTHING)
 
@@ -206,17 +206,17 @@ def test_explain_names_the_reason(pool, listed, tmp_path):
         (["broken_{}.Filter"], "module broken_{} fails to load: ZeroDivisionError: division by zero (broken_{}.py:1)"),
         (["needs_{}.Filter"], "no module 'needs_{}' can be imported (no module 'not_there')"),
         (["{}.not_a_class"], "is not a class; a filter is a class with a method drop_reasons(rows)"),
-        (["{}.NoMethod"], "a filter has a method drop_reasons(self, rows)"),
-        (["{}.OtherMethod"], "a filter has a method drop_reasons(self, rows)"),
+        (["{}.NoMethod"], "a filter needs a method drop_reasons(self, rows)"),
+        (["{}.OtherMethod"], "a filter needs a method drop_reasons(self, rows)"),
         (["{}.Words"], "missing a required argument: 'words'; its options: (words: pathlib"),
         (["{}.Words", "pool"], "--filter {}.Words pool: write it as --filter package.module.Class key=value"),
         (["{}.Words", "least=1"], "no option 'least'; it has words, lang, loudly"),
         (["{}.Words", "words=x", "loudly=perhaps"], "--filter {}.Words loudly=perhaps: Expected `bool`, got `str`"),
         (["{}.Picky", "least=many"], "--filter {}.Picky least=many: Expected `int`, got `str`"),
-        (["{}.Picky", "least=10"], "--filter {}.Picky: making it failed: RuntimeError: too much"),
-        ([LENGTH, "min_words=5", "max_words=2"], "a length from 5 to 2 is none"),
+        (["{}.Picky", "least=10"], "--filter {}.Picky: constructing it failed: RuntimeError: too much"),
+        ([LENGTH, "min_words=5", "max_words=2"], "no length is from 5 to 2"),
         ([PATTERN], "give drop=REGEX, keep=REGEX, or both"),
-        ([PATTERN, "drop=("], "'(' is no regular expression"),
+        ([PATTERN, "drop=("], "'(' is not a valid regular expression"),
     ],
 )
 def test_a_filter_that_cannot_be_made_is_one_line(pool, module, tmp_path, capsys, words, message):
@@ -235,16 +235,16 @@ def test_a_filter_that_cannot_be_made_is_one_line(pool, module, tmp_path, capsys
     [
         ("1 / 0", "drop_reasons raised ZeroDivisionError: division by zero (<string>:1)"),
         ("(None if row else 1 / 0 for row in range(30))", "drop_reasons raised ZeroDivisionError"),
-        ("True", "drop_reasons must answer None (keep) or a string (why not) for each of 30 rows, not bool"),
+        ("True", "drop_reasons must return None (keep) or a string (the reason) for each of 30 rows, not bool"),
         ("'too_short'", "for each of 30 rows, not str"),
         ("None", "for each of 30 rows, not NoneType"),
-        ("[None]", "for each of 30 rows, but answered 1"),
-        ("[True] * 30", "for each of 30 rows; one answer is True"),
-        ("[(False, 'short')] * 30", "one answer is (False, 'short')"),
+        ("[None]", "for each of 30 rows, but returned 1"),
+        ("[True] * 30", "for each of 30 rows; one of them is True"),
+        ("[(False, 'short')] * 30", "one of them is (False, 'short')"),
         ("[''] * 30", "'' is not a reason; use a short name such as 'too_short'"),
         ("['a\\nb'] * 30", "is not a reason"),
-        ("pa.array([1] * 30)", "it answered a column of int64"),
-        ("pc.utf8_length(rows['text'])", "it answered a column of int"),
+        ("pa.array([1] * 30)", "it returned a column of int64"),
+        ("pc.utf8_length(rows['text'])", "it returned a column of int"),
     ],
 )
 def test_an_answer_that_is_none_is_one_line(pool, module, tmp_path, answer, message):
@@ -279,7 +279,7 @@ def test_length_equals_a_naive_count(texts, least, most):
 
     stripped = [text.strip() for text in texts]
     assert reasons(Length(min_characters=least, max_characters=most), texts) == [naive(len(text)) for text in stripped]
-    words = [naive(len(text.split()) or 1) for text in stripped]  # matching never sees a blank caption
+    words = [naive(len(text.split()) or 1) for text in stripped]  # matching never gets a blank caption
     assert reasons(Length(min_words=least, max_words=most), texts) == words
 
 
@@ -300,7 +300,7 @@ def test_a_pool_in_pieces_and_empty_shards(make_pool, listed, tmp_path, monkeypa
 
 
 def test_the_example_of_the_docs(make_pool, tmp_path, monkeypatch, capsys):
-    """The class and the command of docs/curation.md, as they stand there."""
+    """The class and the command in docs/curation.md, unchanged."""
     docs = (Path(__file__).parents[2] / "docs" / "curation.md").read_text(encoding="utf-8")
     code = docs.partition("```python\n")[2].partition("```")[0]
     command = next(line for line in docs.splitlines() if "--filter my_filters." in line)

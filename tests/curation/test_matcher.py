@@ -19,7 +19,7 @@ words = st.text(alphabet=ALPHABET, min_size=1, max_size=7)
 
 
 def naive(entries: list[str], texts: list[str], mode: str) -> list[list[int]]:
-    """Every pattern against every text with `in`; of equal patterns the first counts."""
+    """Every pattern against every text with `in`; of equal patterns, the first counts."""
     patterns: dict[str, int] = {}
     for number, entry in enumerate(entries):
         patterns.setdefault(entry_pattern(entry, mode), number)
@@ -44,7 +44,7 @@ def usable(entry: str) -> bool:
     data=st.data(),
 )
 def test_equals_naive_scan(mode, entries, texts, data):
-    # Texts made of the entries themselves hit far more often than free ones.
+    # Texts made from the entries themselves match far more often than random texts.
     pieces = st.sampled_from([*entries, " ", "", ", ", "a"])
     texts = [*texts, "".join(data.draw(st.lists(pieces, max_size=8)))]
     assert rows(Matcher.build(entries, mode).match(texts)) == naive(entries, texts, mode)
@@ -74,7 +74,7 @@ def test_many_matches_in_one_text():
 
 
 def colliding_tokens() -> tuple[str, str]:
-    """Two tokens of 16 letters that the tables' hash does not tell apart, found by undoing its second round."""
+    """Two 16-letter tokens with the same hash in the tables, found by inverting the hash's second round."""
 
     def first_round(chunk: bytes) -> int:
         digest = ((16 ^ int.from_bytes(chunk, "little")) * 0xBF58476D1CE4E5B9) % 2**64
@@ -118,7 +118,7 @@ def test_a_caption_of_ten_megabytes(mode):
 
 
 def test_more_matches_than_were_given_room():
-    # Nested phrases match quadratically in the length of the text, far more often than 8 times a text.
+    # Nested phrases have a number of matches quadratic in the length of the text, far more than 8 per text.
     entries = [" ".join(["a"] * size) for size in range(1, 61)]
     nested = [*(" ".join(["a"] * size) for size in range(50, 60)), "犬"]
     assert rows(Matcher.build(entries, "fixed").match(nested)) == naive(entries, nested, "fixed")
@@ -141,7 +141,7 @@ def test_blocks_of_many_and_of_long_texts():
 
 
 def test_lone_surrogates_are_refused():
-    with pytest.raises(UserError, match="drop what is not UTF-8"):
+    with pytest.raises(UserError, match="drop texts that are not UTF-8"):
         Matcher.build(["dog"]).match(["dog", "a \ud800 dog"])
     with pytest.raises(UserError, match="lone surrogate"):
         Matcher.build(["dog", "\udfff"])
@@ -173,7 +173,7 @@ def test_arrow_input_slices_chunks_and_nulls():
 
 def test_invalid_utf8_is_refused_not_read_past():
     broken = pa.array([b"dog \xe4\xb8", b"dog"]).view(pa.string())
-    with pytest.raises(UserError, match="drop what is not UTF-8"):
+    with pytest.raises(UserError, match="drop texts that are not UTF-8"):
         Matcher.build(["dog"]).match(broken)
 
 

@@ -43,7 +43,7 @@ def test_equals_ahocorasick(shared_data, lang, mode):
 
 
 def plain(label: str) -> str:
-    """A label as a caption has it: without points, stress marks and direction marks, spaces for Persian's joiners."""
+    """A label as captions write it: without points, stress and direction marks, and with spaces for Persian joiners."""
     kept = ""
     for char in unicodedata.normalize("NFC", label):
         name = unicodedata.name(char, "")

@@ -1,6 +1,6 @@
 """The matcher equals a naive implementation of both sets of rules that shares no code with it, on real text.
 
-The naive one puts every substring of a text to a dictionary of patterns. Its rules are written down again here, as
+The naive implementation looks up every substring of a text in a dictionary of patterns. Its rules are rewritten here as
 regular expressions.
 """
 
@@ -44,7 +44,7 @@ CHILLUS = {
 STRESSES = "\u0300\u0301\u030f\u0311"
 
 Rules = tuple[Callable[[str], str], Callable[[str], str]]
-"""Spaced text of a text, and pattern of an entry."""
+"""The spaced text of a text, and the pattern of an entry."""
 
 
 def compat_text(text: str) -> str:
@@ -78,7 +78,7 @@ def is_left_out(char: str) -> bool:
 
 
 def without_stress(text: str) -> str:
-    """Stress marks after a Cyrillic vowel go, one by one; a vowel with a mark of its own is one by its base."""
+    """Stress marks after a Cyrillic vowel are removed one by one; a vowel with its own mark counts by its base."""
     kept = ""
     for char in text:
         base = unicodedata.normalize("NFD", kept[-1:])[:1].lower()
@@ -88,7 +88,7 @@ def without_stress(text: str) -> str:
 
 
 def without_invisible(text: str) -> str:
-    """A non-joiner is a space where the last character that stays is Arabic; all else goes."""
+    """A non-joiner becomes a space if the last character kept is Arabic; all other invisibles are removed."""
     kept, last = "", ""
     for char in text:
         if char == "\u200c" and ("\u0600" <= last <= "\u06ff" or "\u0750" <= last <= "\u077f"):
@@ -123,7 +123,7 @@ RULES: dict[str, Rules] = {"compat": (compat_text, compat_pattern), "fixed": (fi
 
 
 def naive(entries: list[str], texts: list[str], mode: str) -> list[list[int]]:
-    """Every substring of every text is looked up; of entries with equal patterns the first has the match."""
+    """Look up every substring of every text; of entries with equal patterns, the first gets the match."""
     spaced, pattern = RULES[mode]
     patterns: dict[str, int] = {}
     for number, entry in enumerate(entries):
@@ -142,7 +142,7 @@ def matched(entries: list[str], texts: list[str], mode: str) -> list[list[int]]:
 
 
 def equals_naive(entries: list[str], texts: list[str], mode: str) -> int:
-    """Assert it, and return the number of matches."""
+    """Assert equality, and return the number of matches."""
     expected = naive(entries, texts, mode)
     for text, ours, theirs in zip(texts, matched(entries, texts, mode), expected, strict=True):
         assert ours == theirs, (text, [entries[n] for n in set(ours) ^ set(theirs)])
@@ -150,7 +150,7 @@ def equals_naive(entries: list[str], texts: list[str], mode: str) -> int:
 
 
 def multi30k(data: Path, lang: str, step: int) -> tuple[list[str], list[str]]:
-    """Captions, every ``step``-th of a third; as entries every third word, pair and triple of some others."""
+    """Every ``step``-th caption of a third; as entries, every third word, pair and triple of some others."""
     with gzip.open(data / "multi30k" / f"train.{lang}.gz", "rt", encoding="utf-8") as stream:
         lines = [line.strip() for line in stream]
     grams = {
@@ -170,7 +170,7 @@ def labels(data: Path, step: int) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def dump(data: Path, step: int) -> tuple[list[str], list[str]]:
-    """Lines of the English dump in pieces of caption size, markup and all; its page titles as entries."""
+    """Lines of the English dump in pieces of caption size, markup included; its page titles as entries."""
     path = data / "wikipedia" / "enwiki-pages-articles-shortened.xml.bz2"
     with bz2.open(path, "rt", encoding="utf-8") as stream:
         text = stream.read()
@@ -181,7 +181,7 @@ def dump(data: Path, step: int) -> tuple[list[str], list[str]]:
 
 
 def all_equal(data: Path, mode: str, step: int) -> tuple[int, int]:
-    """Numbers of texts compared and of matches."""
+    """The number of texts compared, and of matches."""
     corpora = [multi30k(data, lang, step) for lang in ("en", "de", "fr", "cs")]
     corpora += [*labels(data, step), dump(data, step)]
     return sum(len(texts) for _, texts in corpora), sum(equals_naive(*corpus, mode) for corpus in corpora)
@@ -227,7 +227,7 @@ def test_any_text(mode, entries, texts, data):
     texts = [*texts, "".join(entries)]
     if not entries:
         return
-    if data is not None:  # texts made of the entries hit far more often than free ones
+    if data is not None:  # texts made from entries match far more often than random texts
         pieces = st.sampled_from([*entries, " ", "", ", ", "a"])
         texts = [*texts, "".join(data.draw(st.lists(pieces, max_size=8)))]
     equals_naive(entries, texts, mode)

@@ -24,7 +24,7 @@ def parquet_shard(tmp_path, **columns) -> PoolShard:
 
 
 def read_captions(shard: PoolShard) -> tuple[pa.Table, Counter[str]]:
-    """All pieces as one."""
+    """All pieces as one table."""
     tables, drops = zip(*iter_captions(shard), strict=True)
     return pa.concat_tables(tables, promote_options="default"), sum(drops, Counter())
 
@@ -71,7 +71,7 @@ def test_parquet_with_other_string_types(tmp_path):
 
 
 def test_pieces_make_the_whole(tmp_path, monkeypatch):
-    """Rows, drops and first occurrences are the same however the rows are cut, by us or by row groups."""
+    """Rows, drops and first occurrences are the same however the rows are split, by us or by row groups."""
     keys = [f"k{n % 7}" for n in range(100)]
     texts = ["" if n % 9 == 0 else f"text {n % 13}" for n in range(100)]
     path = tmp_path / "s.parquet"

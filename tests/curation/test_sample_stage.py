@@ -35,7 +35,7 @@ WEIGHTS = [0.62, 0.2, 0.1, 0.05, 0.03]
 
 
 def make_rows(images: int, seed: int = 0) -> list[tuple[str, str, str]]:
-    """One to three captions an image, mostly English, entries as unevenly frequent as on the web."""
+    """One to three captions per image, mostly English, with entry frequencies as uneven as on the web."""
     rng = np.random.default_rng(seed)
     rows = []
     for image in range(images):
@@ -48,7 +48,7 @@ def make_rows(images: int, seed: int = 0) -> list[tuple[str, str, str]]:
 
 
 def write_pool(pool: Path, rows: list[tuple[str, str, str]], shards: int, *, images: bool = False) -> Path:
-    """Deal the images out to shards."""
+    """Distribute the images over shards."""
     pool.mkdir()
     for shard in range(shards):
         own = [row for row in rows if int(row[0][-5:]) % shards == shard]
@@ -79,7 +79,7 @@ def rows_in(folder: Path) -> list[tuple[str, str, str, tuple[int, ...]]]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every result; logs tell of times."""
+    """Every result file; logs contain times."""
     files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".") and "logs" not in p.parts)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -148,7 +148,7 @@ def test_report_and_statistics(curated, tmp_path):
 
 
 def test_sizes_are_those_balancing_expects(tmp_path):
-    """One text an image: kept texts follow the expectation within five standard deviations, for each language."""
+    """One text per image: kept texts match the expectation within five standard deviations, for each language."""
     rows = [(f"image-{n:05d}", text, lang) for n, (_, text, lang) in enumerate(make_rows(2000))]
     matched, balanced = curate(tmp_path, rows, 2)
     kept = jobs.run(plan_sample(matched, balanced, tmp_path / "out"))["languages"]
@@ -165,7 +165,7 @@ def test_a_sample_is_a_matched_pool(curated, tmp_path):
     assert again["totals"]["matched"] == packed["texts"]
     origin = read_json(tmp_path / "out" / "match.json", ANYTHING)["sample"]
     assert (origin["seed"], origin["epoch"]) == (0, 0)
-    with pytest.raises(UserError, match="is a sample already"):
+    with pytest.raises(UserError, match="is already a sample"):
         jobs.run(plan_sample(tmp_path / "out", balanced, tmp_path / "again"))
 
 
@@ -210,7 +210,7 @@ def test_a_foreign_balance_is_refused(curated, tmp_path):
     report = read_json(balanced / "balance.json", ANYTHING)
     write_json(tmp_path / "balance" / "balance.json", {**report, "mode": "compat"})
     (tmp_path / "balance" / "probs").symlink_to(balanced / "probs")
-    with pytest.raises(UserError, match="balanced with other metadata or another mode"):
+    with pytest.raises(UserError, match="the metadata or mode it was balanced with differs"):
         jobs.run(plan_sample(matched, tmp_path / "balance", tmp_path / "out"))
 
 

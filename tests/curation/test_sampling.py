@@ -1,4 +1,4 @@
-"""Draws depend on (seed, epoch, key, text) alone, and have the probabilities they claim."""
+"""Draws depend only on (seed, epoch, key, text), and have the probabilities they claim."""
 
 import math
 
@@ -177,7 +177,7 @@ def test_compiled_hashes_are_the_same(texts, kind, before, after):
 
 
 def test_hashes_of_structured_keys_are_distinct_and_even():
-    """Digits exchanged between words, counted-up names and growing runs of one letter."""
+    """Digits swapped between words, numbered names and growing runs of one letter."""
     keys = [f"{a:08d}{b:08d}" for a in range(400) for b in range(400)]
     keys += [f"https://example.org/images/{n}.jpg" for n in range(100_000)] + ["a" * n for n in range(500)]
     hashes = hash_keys(keys)
@@ -188,7 +188,7 @@ def test_hashes_of_structured_keys_are_distinct_and_even():
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("stuv")), max_size=14))
 def test_the_lowest_draw_of_an_image_wins(rows):
-    """Images in any order, rows of one apart, texts repeated."""
+    """Images in any order, an image's rows apart, texts repeated."""
     keys, texts = hash_keys([key for key, _ in rows]), hash_keys([text for _, text in rows])
     of_key = random_uint64(keys, seed=4, epoch=2, purpose="text of key")
     draws = random_uint64(texts ^ of_key, seed=4, epoch=2, purpose="text").tolist()

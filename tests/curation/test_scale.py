@@ -1,4 +1,4 @@
-"""What makes worldwide matching fit: small tables, mapped and shared, and only those of the languages that occur."""
+"""Why worldwide matching fits in memory: small tables, mapped and shared, loaded only for languages that occur."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mc2_hpc.metadata.files import write_entries
 @pytest.mark.parametrize("mode", ["compat", "fixed"])
 def test_tables_of_half_a_million_entries_take_at_most_120_megabytes(tmp_path, mode):
     entries = curation_corpus.english(65_536, 100, data=tmp_path / "none").entries
-    # Just above a power of two the tables are emptiest: the worst case of a table that doubles.
+    # Tables are emptiest just above a power of two: the worst case for tables that double.
     largest = max(Matcher.build(entries[:count], mode).nbytes / count for count in (40_000, 53_000, 65_536))
     assert 500_000 * largest <= 120e6
 

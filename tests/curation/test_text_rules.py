@@ -85,7 +85,7 @@ def test_fixed_vanishing_and_spaces():
         ("שָׁלוֹם", "שלום עולם"),  # Hebrew points
         ("בְּרֵאשִׁ֖ית", "בראשית"),  # and cantillation
         ("כִּנּוֹר", "כינור כנור"),
-        ("ייִדיש", "יידיש"),  # Yiddish has traditions with points and without
+        ("ייִדיש", "יידיש"),  # Yiddish is written with and without points
         ("بَيْت", "بيت كبير"),  # Arabic vowels
         ("رحمن", "الله ٱلرَّحْمَٰن رَحْمٰن"),  # superscript alef
         ("سَیْب", "سیب سرخ"),  # Persian
@@ -155,13 +155,13 @@ def test_invisible_characters_hide_no_word(char):
 @pytest.mark.parametrize(
     "entry, text",
     [
-        ("می\u200cخواهم", "می خواهم بروم"),  # Persian: most who leave the non-joiner out type a space
+        ("می\u200cخواهم", "می خواهم بروم"),  # Persian: most writers who leave out the non-joiner type a space
         ("می خواهم", "من می\u200cخواهم"),
-        ("گربه", "گربه\u200cهای سیاه"),  # cat, in: black cats
-        ("सॉफ़्ट\u200cवेयर", "सॉफ़्टवेयर"),  # Indic scripts: it only chooses a form
+        ("گربه", "گربه\u200cهای سیاه"),  # cat in "black cats"
+        ("सॉफ़्ट\u200cवेयर", "सॉफ़्टवेयर"),  # Indic scripts: it only selects a form
         ("ಸಾಫ್ಟ್\u200cವೇರ್", "ಸಾಫ್ಟ್ವೇರ್"),
         ("ශ්\u200dරී ලංකා", "ශ්රී ලංකා"),
-        ("അവൻ", "അവന്\u200d വന്നു"),  # a chillu as it was spelt, and as it is
+        ("അവൻ", "അവന്\u200d വന്നു"),  # a chillu in the old and the new spelling
         ("হঠাৎ", "হঠাত্\u200d"),
         ("Auflage", "Auf\u200clage"),
     ],
@@ -186,7 +186,7 @@ def test_what_vanishes_does_not_part_a_letter_from_its_non_joiner(mark):
     for before, spaced, ids in (("ی", " ی 5 ", [0]), ("a", " a5 ", [1]), ("،", " ، 5 ", [0]), ("", " 5 ", [0])):
         text = f"{before}{mark}\u200c5"
         assert spaced_text(text, "fixed") == spaced, ascii(text)
-        assert matcher.match([text])[1].tolist() == ids, ascii(text)  # by its tables alone, or by way of NFC
+        assert matcher.match([text])[1].tolist() == ids, ascii(text)  # with only its tables, or through NFC
 
 
 def test_emoji_are_found():
@@ -215,7 +215,7 @@ def test_blank_entry_and_unknown_mode():
 
 
 def test_can_match_is_right_for_every_short_entry():
-    """Of a letter, spaces and full stops: against every text that is long enough to have the entry."""
+    """Entries of a letter, spaces and full stops, against every text long enough to contain the entry."""
 
     def strings(longest):
         return ("".join(chars) for n in range(1, longest + 1) for chars in itertools.product("a .", repeat=n))

@@ -1,4 +1,4 @@
-"""Images, captions and shards that the data tests share."""
+"""Images, captions and shards shared by the data tests."""
 
 import io
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory, captions: list[tupl
 
 @pytest.fixture(scope="session")
 def make_jpeg() -> Callable[..., bytes]:
-    """(height, width, seed) to a JPEG whose spectrum falls off like a photograph's."""
+    """Maps (height, width, seed) to a JPEG with a spectrum like a photograph's."""
 
     def make(height: int = 48, width: int = 64, seed: int = 0, mode: str = "RGB", **save: object) -> bytes:
         return encode(photo(height, width, seed).convert(mode), "JPEG", **{"quality": 92, **save})

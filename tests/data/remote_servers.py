@@ -1,4 +1,4 @@
-"""Servers that the remote tests run on this machine: S3 by moto, and HTTP that can be told to fail."""
+"""Servers that the remote tests run on this machine: S3 by moto, and HTTP that can fail on request."""
 
 import re
 import threading
@@ -11,13 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Web:
-    """An HTTP server over ``files``.
+    """An HTTP server for ``files``.
 
     Attributes:
         files: content by path.
-        faults: how many of the next GETs of a path go wrong.
-        fault: how: ``drop`` (half the body, then the connection closes), ``busy`` (503), or ``hang`` (no answer).
-        ranges: whether it knows byte ranges.
+        faults: how many of the next GETs of a path fail.
+        fault: how they fail: ``drop`` (connection closed after half the body), ``busy`` (503), or ``hang`` (no answer).
+        ranges: whether it supports byte ranges.
         gets: GETs so far by path.
     """
 

@@ -1,4 +1,4 @@
-"""Batches and shares are whole or are not made; joining keeps lane order."""
+"""Incomplete batches and shares cannot be created; joining keeps lane order."""
 
 import dataclasses
 from typing import Any
@@ -44,7 +44,7 @@ def test_what_does_not_fit_together_is_not_made(changes: dict[str, Any]) -> None
 
 def test_a_batch_has_an_image_per_sample_and_does_not_change() -> None:
     batch = join([share("ab")], pad_id=1, pin=False)
-    with pytest.raises(AssertionError, match="an image per sample"):
+    with pytest.raises(AssertionError, match="one image per sample"):
         dataclasses.replace(batch, images=batch.images[:1])
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.images = torch.zeros(0)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""DALI's pipeline on the CPU: the same crops as the other backends, one bad JPEG costs one sample, order and resume."""
+"""DALI's pipeline on the CPU: the same crops as other backends, one bad JPEG costs one sample, order and resume."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def decode(crops: list[EncodedCrop | torch.Tensor], size: int = SIZE) -> tuple[t
 
 @pytest.fixture(scope="module")
 def jpegs(make_jpeg: Callable[..., bytes]) -> list[bytes]:
-    """Colour, grey, progressive, without chroma subsampling; sides odd and even, one smaller than the target."""
+    """Colour, grey, progressive and without chroma subsampling; odd and even sides, one smaller than the target."""
     return [
         make_jpeg(480, 640, 0),
         make_jpeg(333, 501, 1),
@@ -108,7 +108,7 @@ def test_what_is_no_sound_jpeg_never_reaches_the_pipeline(jpegs: list[bytes], ma
 def test_broken_jpegs_cost_themselves_alone(jpegs: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
     whole = Box(0, 0, 100, 80)
     good = [EncodedCrop(data, Box(0, 0, 100, 80)) for data in jpegs[:3]]
-    headless = EncodedCrop(jpegs[0][:20] + b"\xff\xd9", whole)  # no decoder can make anything of it
+    headless = EncodedCrop(jpegs[0][:20] + b"\xff\xd9", whole)  # no decoder can read it
     dali = decoder()
     first_pipeline = dali._pipeline
     batches = [good, [good[0], headless, good[2]], good[:2], good, [headless], good]
@@ -120,9 +120,9 @@ def test_broken_jpegs_cost_themselves_alone(jpegs: list[bytes], caplog: pytest.L
     for _ in range(IN_FLIGHT - 1):
         submit(dali, good[:1])
         results.append(dali.receive())
-    assert dali._pipeline is not first_pipeline  # DALI calls one that failed no longer valid
-    # A batch that was in flight beside a bad one may share its fate; then DALI decodes again.
-    assert 2 <= caplog.text.count("DALI gave up a batch, which the CPU decodes") <= 4 < len(results)
+    assert dali._pipeline is not first_pipeline  # a failed DALI pipeline is no longer valid
+    # A batch in flight together with a bad one may also be decoded on the CPU; after that, DALI decodes again.
+    assert 2 <= caplog.text.count("DALI failed on a batch, which is decoded on the CPU") <= 4 < len(results)
     for batch, (images, skipped) in zip(batches, results, strict=False):
         bad = [i for i, crop in enumerate(batch) if crop is headless]
         assert sum(skipped.values()) == len(bad)
@@ -197,4 +197,4 @@ def test_the_gpu_decodes_as_the_cpu_does(jpegs: list[bytes]) -> None:
             assert images.device.type == "cuda" and not skipped
             for crop, image in zip(crops, images.cpu(), strict=True):
                 exact = crop_and_resize(crop.data, lambda h, w: Box(0, 0, 40, 50), SIZE, "turbo_exact")
-                assert psnr(image, exact) > 35  # chroma is upsampled by another rule
+                assert psnr(image, exact) > 35  # chroma is upsampled differently

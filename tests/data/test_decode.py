@@ -1,4 +1,4 @@
-"""Images to tensors: equal to open_clip's transform, close to it when fast, and firm with bad bytes."""
+"""Images to tensors: equal to open_clip's transform, close to it when fast, and robust to bad bytes."""
 
 import io
 import struct
@@ -58,7 +58,7 @@ def test_crop_lies_inside_and_has_the_asked_area(height: int, width: int, key: i
 
 
 def test_crop_is_distributed_as_torchvisions(open_clip: ModuleType) -> None:
-    from torchvision.transforms import RandomResizedCrop  # importable where open_clip is
+    from torchvision.transforms import RandomResizedCrop  # importable if open_clip is
 
     torch.manual_seed(0)
     image = torch.empty(3, 300, 400)
@@ -111,7 +111,7 @@ def test_pil_backend_is_open_clips_train_transform(
 
 
 def snapped_reference(data: bytes, key: np.uint64, size: int, backend: str) -> torch.Tensor:
-    """Pillow's image of the box that ``backend`` really showed."""
+    """Pillow's image of the box that ``backend`` actually used."""
 
     def choose(height: int, width: int) -> Box:
         box = random_crop(height, width, key_hash=key, seed=0, epoch=0, scale=(0.9, 1.0))

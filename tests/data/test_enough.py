@@ -1,4 +1,4 @@
-"""Little data is said at the start: a batch larger than it, few shards, fewer samples than lanes."""
+"""Too little data is reported at the start: a batch larger than the data, few shards, fewer samples than lanes."""
 
 import logging
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def test_enough_is_not_mentioned(folder: Path, caplog: pytest.LogCaptureFixture)
 
 def test_a_batch_larger_than_the_data(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (line,) = said(caplog, folder, batch=32, lanes=8)
-    assert line.startswith("data.train=x: global_batch=32 is larger than the data, 30 samples")
+    assert line.startswith("data.train=x: global_batch=32 is larger than the data (30 samples)")
     assert "more than once in a batch" in line and line.endswith("set global_batch to 24 or less")
 
 

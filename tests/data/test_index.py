@@ -1,4 +1,4 @@
-"""The kept index of a tar: one read instead of thousands, never believed about another tar, safe to lose."""
+"""The stored index of a tar: one read instead of thousands, never used for another tar, safe to lose."""
 
 import os
 import time
@@ -156,7 +156,7 @@ def test_where_nothing_can_be_written_beside_the_tar(tmp_path: Path, monkeypatch
     expected = contents(open_shard(path, cache=tmp_path / "cache"))
     assert [p.name for p in path.parent.iterdir()] == ["0.tar"]
     assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 1
-    monkeypatch.setattr(index_module, "list_samples", None)  # not asked again
+    monkeypatch.setattr(index_module, "list_samples", None)  # not called again
     assert contents(open_shard(path, cache=tmp_path / "cache")) == expected
 
 

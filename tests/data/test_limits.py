@@ -1,4 +1,4 @@
-"""What the machine must grant is found out at once: open files, shared memory, locks."""
+"""The machine's limits are checked at the start: open files, shared memory, locks."""
 
 import errno
 import fcntl
@@ -52,7 +52,7 @@ def make_loader(tokenizer_file: Path, folder: Path) -> Iterator[Callable[..., Tr
 
 @pytest.fixture
 def few_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[tuple[int, int]]]:
-    """``few_files(soft, hard)``: the limits that there are; returns those that are asked for."""
+    """``few_files(soft, hard)`` sets the limits; returns those that are requested."""
 
     def limit(soft: int, hard: int) -> list[tuple[int, int]]:
         asked: list[tuple[int, int]] = []
@@ -104,7 +104,7 @@ def test_shared_memory_that_is_too_small(
 def test_shared_memory_that_fills_up_is_named(
     make_loader: Callable[..., TrainLoader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a worker, where torch would say it in a thread that nobody listens to."""
+    """In a worker, where torch would report it in a thread without a listener."""
 
     def full(self: torch.Tensor) -> None:
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
@@ -135,7 +135,7 @@ def test_a_user_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatc
 
 
 def test_warnings_of_pillow_stay_out_of_the_log(make_jpeg: Callable[..., bytes], tmp_path: Path) -> None:
-    """In a process of its own: pytest has filters of its own."""
+    """In a separate process, because pytest has its own filters."""
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + bytes([0, 2, 2, 0, 232, 3, 0, 0, 136, 19, 0, 0])
     (tmp_path / "damaged.jpg").write_bytes(make_jpeg(24, 30, mode="CMYK", exif=exif))
     code = """

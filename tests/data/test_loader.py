@@ -1,4 +1,4 @@
-"""The loader: the same samples for any ranks and workers, exact resume, bad data counted, errors that surface."""
+"""The loader: the same samples for any number of ranks and workers, exact resume, bad data counted, errors raised."""
 
 import json
 from collections import Counter
@@ -30,7 +30,7 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pairs(make_jpeg: Callable[..., bytes], captions: list[tuple[str, str]]) -> list[Pair]:
-    """96 pairs with images of their own."""
+    """96 pairs with distinct images."""
     return [
         Pair(f"{i:04d}", make_jpeg(24 + i % 5, 30, seed=i), text, lang) for i, (lang, text) in enumerate(captions[:96])
     ]
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pairs: list[Pair]) -> Path:
 
 @pytest.fixture
 def make_loader(tokenizer: Tokenizer):
-    """Makes loaders and stops their workers afterwards."""
+    """Creates loaders and stops their workers afterwards."""
     made: list[TrainLoader] = []
 
     def make(
@@ -98,7 +98,7 @@ def test_a_batch_is_what_it_says(make_loader, folder: Path, pairs: list[Pair], t
     assert batch.langs == [by_key[key].lang for key in batch.keys]
     assert batch.skipped == {} and batch.position == {lane: (0, 0, 4) for lane in range(6)}
     means = batch.images.float().mean((1, 2, 3))
-    assert means.std() > 1  # images of their own, not one repeated
+    assert means.std() > 1  # distinct images, not one repeated
 
 
 def test_an_epoch_has_every_pair_once_and_the_next_another_order(make_loader, folder: Path, pairs: list[Pair]) -> None:
@@ -138,7 +138,7 @@ def test_resume_on_other_numbers_of_ranks_loses_and_repeats_nothing(
         ranks = [take(loader, length) for loader in loaders]
         steps += joined(ranks)
         everywhere = {lane: place for batches in ranks for lane, place in batches[-1].position.items()}
-        position = json.loads(json.dumps(everywhere))  # as a checkpoint keeps it
+        position = json.loads(json.dumps(everywhere))  # as in a checkpoint
     assert_equal_steps(steps, uninterrupted)
     for epoch in (steps[:8], steps[8:]):
         assert sorted(key for keys, _, _ in epoch for key in keys) == [pair.key for pair in pairs]
@@ -147,7 +147,7 @@ def test_resume_on_other_numbers_of_ranks_loses_and_repeats_nothing(
 def test_resume_with_worker_processes(make_loader, folder: Path) -> None:
     uninterrupted = joined([take(make_loader(folder), 6)])
     loader = make_loader(folder, workers=2)
-    first = take(loader, 2)  # the workers have read ahead: that must not count
+    first = take(loader, 2)  # workers have read ahead, which must not count
     loader.close()
     rest = take(make_loader(folder, workers=1, position=first[-1].position), 4)
     assert_equal_steps(joined([first + rest]), uninterrupted)
@@ -155,7 +155,7 @@ def test_resume_with_worker_processes(make_loader, folder: Path) -> None:
 
 def test_bad_positions_and_sizes(make_loader, folder: Path, tmp_path: Path) -> None:
     position = next(make_loader(folder)).position
-    with pytest.raises(UserError, match="position to resume from is of 6 lanes, but data.lanes=4"):
+    with pytest.raises(UserError, match="position to resume from has 6 lanes, but data.lanes=4"):
         make_loader(folder, lanes=4, position=position)
     with pytest.raises(UserError, match="is of 6 lanes, but data.lanes=12"):
         make_loader(folder, lanes=12, position=position)
@@ -176,7 +176,7 @@ def test_bad_positions_and_sizes(make_loader, folder: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def bad_folder(tmp_path: Path, pairs: list[Pair]) -> Path:
-    """One good shard, one with every kind of bad sample, and unreadable ones."""
+    """One good shard, one with every kind of bad sample, and unreadable shards."""
     pack_pairs(pairs[:24], tmp_path)
     jpeg = pairs[0].image
     write_shard(
@@ -207,7 +207,7 @@ def test_every_kind_of_bad_sample_is_skipped_and_counted(make_loader, bad_folder
             break
         keys += batch.keys
         skipped.update(batch.skipped)
-    skipped.update(batch.skipped)  # the search that ended the epoch may have begun the next
+    skipped.update(batch.skipped)  # the search that ended the epoch may have started the next
     assert sorted(keys) == sorted([pair.key for pair in pairs[:24]] + ["good"])
     samples = dict.fromkeys(
         (
@@ -231,7 +231,7 @@ def test_when_everything_is_bad_the_run_ends_with_one_line(workers: int, make_lo
     with pytest.raises(UserError) as caught:
         next(make_loader(bad_folder, workers=workers))
     message = str(caught.value)
-    assert "not one sample can be used; everything was skipped" in message and "\n" not in message
+    assert "no sample can be used; everything was skipped" in message and "\n" not in message
     assert "image_undecodable 20" in message and "shard_unreadable 4" in message and str(bad_folder) in message
 
 

@@ -1,4 +1,4 @@
-"""What ``data.train`` may say: folders, patterns, braces and addresses."""
+"""The forms of ``data.train``: folders, patterns, braces and addresses."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ from mc2_hpc.data.normalise import MEAN, STD, normalise
 
 
 def test_normalise_equals_torchvision_bit_for_bit(open_clip: ModuleType) -> None:
-    from torchvision.transforms import Normalize  # importable where open_clip is
+    from torchvision.transforms import Normalize  # importable if open_clip is
 
     images = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 4, 1)
     expected = Normalize(MEAN, STD)(images.to(torch.float32) / 255)

@@ -1,4 +1,4 @@
-"""Remote shards: a bounded cache that processes share, faults that pass and faults that stay, S3 and HTTP for real."""
+"""Remote shards: a bounded cache shared by processes, temporary and permanent faults, real S3 and HTTP servers."""
 
 import fcntl
 import importlib.util
@@ -85,7 +85,7 @@ def test_a_shard_is_copied_once(
     assert shards.names == [address]
     shard = shards.open(0)
     assert shard.read(2, seed=0, epoch=0).image[:3] == b"0-2" and shard.name == address
-    monkeypatch.setattr(type(memory), "cat_ranges", None)  # not asked again
+    monkeypatch.setattr(type(memory), "cat_ranges", None)  # not called again
     assert shards.open(0).num_keys == 4
     copy = cached(tmp_path / "cache" / "shards")[0]
     assert sorted(path.name for path in copy.iterdir()) == [".shard.tar.index", "shard.tar"]
@@ -132,7 +132,7 @@ def test_a_shard_in_use_stays_and_too_little_room_is_an_error(
     size = memory.info(addresses[0])["size"]
     cache = ShardCache(tmp_path / "cache", 2 * size, 5)
     held = [cache.fetch(address) for address in addresses[:2]]
-    with pytest.raises(UserError, match=r"data\.cache_gb=.* is too little: .* are being read, and memory:///data/002"):
+    with pytest.raises(UserError, match=r"data\.cache_gb=.* is too small: .* are being read, and memory:///data/002"):
         cache.fetch(addresses[2])
     assert all(copy.tar.is_file() for copy in held)
     del held[0]
@@ -147,9 +147,9 @@ def test_reading_ahead_takes_no_room_from_what_is_still_unread(
     cache = ShardCache(tmp_path / "cache", 2 * size + size // 2, 5)
     cache.fetch(addresses[0], ahead=True)
     cache.fetch(addresses[1], ahead=True)
-    with pytest.raises(UserError, match="is too little"):
+    with pytest.raises(UserError, match="is too small"):
         cache.fetch(addresses[2], ahead=True)
-    cache.fetch(addresses[0])  # read, and done with
+    cache.fetch(addresses[0])  # read and released
     cache.fetch(addresses[2], ahead=True)
     assert len(cached(tmp_path / "cache")) == 2
 
@@ -185,7 +185,7 @@ def test_a_copy_that_somebody_else_makes_is_waited_for_but_not_for_ever(
     part.mkdir()
     descriptor = os.open(part, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(CannotReach, match="held by another process"):
+    with pytest.raises(CannotReach, match="locked by another process"):
         cache.fetch(address)
     os.close(descriptor)
     assert cache.fetch(address).tar.is_file()
@@ -209,7 +209,7 @@ def test_a_copy_that_is_finished_between_two_looks(
 
 
 def _hold(folder: str, address: str, queue: "multiprocessing.Queue[int]") -> None:
-    """In a process of its own: fetch over and over, as workers of several ranks do."""
+    """In a separate process: fetch repeatedly, like workers of several ranks."""
     cache = ShardCache(Path(folder), 10**9, 30)
     queue.put(cache.fetch(address).tar.stat().st_ino)
 
@@ -243,7 +243,7 @@ def test_faults_that_pass_cost_nothing_but_time(
     web.faults["/0.tar"] = 3
     copy = ShardCache(tmp_path / "cache", 10**9, 30).fetch(f"{web.address}/0.tar")
     assert copy.tar.read_bytes() == web.files["/0.tar"]
-    # Blocks that came are not asked for again: 12 of them, and 3 rounds of at most 4 that failed.
+    # Blocks that arrived are not requested again: 12 of them, and 3 rounds of at most 4 that failed.
     assert 15 <= web.gets["/0.tar"] <= 12 + 3 * 4
 
 
@@ -253,7 +253,7 @@ def test_faults_that_stay_end_in_an_error_that_names_the_shard(web: Web, tmp_pat
     web.files["/0.tar"] = tar_of(tmp_path, ["a"])
     web.faults["/0.tar"] = 10**9
     began = time.monotonic()
-    with pytest.raises(CannotReach, match=r"/0\.tar: cannot be read for 1 s: .*503") as caught:
+    with pytest.raises(CannotReach, match=r"/0\.tar: could not be read for 1 s: .*503") as caught:
         ShardCache(tmp_path / "cache", 10**9, 1).fetch(f"{web.address}/0.tar")
     assert time.monotonic() - began < 20 and "\n" not in str(caught.value)
     assert cached(tmp_path / "cache") == [] and not list((tmp_path / "cache").glob("*.part"))
@@ -284,7 +284,7 @@ def test_a_shard_that_changes_while_it_is_copied(
     assert find_shards(address, cache=tmp_path / "cache").open(0).num_keys == 1
     rewrites += [[f"{i}" for i in range(n)] for n in range(5, 20)]
     memory.pipe(address, tar_of(tmp_path, ["x", "y", "z"]))
-    with pytest.raises(ShardError, match="changed 3 times while it was copied"):
+    with pytest.raises(ShardError, match="changed 3 times while being copied"):
         find_shards(address, cache=tmp_path / "cache2").open(0)
 
 
@@ -365,7 +365,7 @@ def test_training_and_evaluation_from_s3(
         local = train(str(tmp_path / "shards"), tokenizer_file, tmp_path / "cache", steps=12, workers=0)[0]
         assert train("s3://images/train", tokenizer_file, tmp_path / "cache", steps=12, workers=0) == (local, {})
         assert len({key for batch in local[:6] for key in batch}) == 48
-        # Workers have the environment of the process that started the first of them: so in one of its own.
+        # Workers get the environment of the process that started the first one, so this runs in a separate process.
         arguments = ("s3://images/train", str(tokenizer_file), str(tmp_path / "cache2"))
         command = [sys.executable, "-c", TRAIN_WITH_WORKERS, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -388,7 +388,7 @@ def test_training_over_bad_http(web: Web, tokenizer_file: Path, pairs: list[Pair
     paths = pack_pairs(pairs, tmp_path / "shards", pairs_per_shard=8)
     web.files = {f"/{path.name}": path.read_bytes() for path in paths}
     web.faults = Counter(dict.fromkeys(web.files, 1))
-    spec = f"{web.address}/{{00000..00006}}.tar"  # the last of them is not there
+    spec = f"{web.address}/{{00000..00006}}.tar"  # the last one does not exist
     keys, skipped = train(spec, tokenizer_file, tmp_path / "cache", steps=12, workers=1)
     assert {key for batch in keys for key in batch} == {pair.key for pair in pairs}
     assert set(skipped) == {"shard_unreadable"}
@@ -396,7 +396,7 @@ def test_training_over_bad_http(web: Web, tokenizer_file: Path, pairs: list[Pair
 
 def test_missing_credentials_are_an_error_at_once() -> None:
     class NoCredentialsError(Exception):
-        """As botocore has it."""
+        """Like botocore's."""
 
     NoCredentialsError.__module__ = "botocore.exceptions"
 
@@ -420,6 +420,6 @@ def test_a_server_that_stops_answering_ends_the_run(
     web.fault, web.faults = "hang", Counter(dict.fromkeys(web.files, 1000))
     spec = f"{web.address}/{{00000..00001}}.tar"
     with pytest.raises(
-        DataStalled, match=r"rank 0: .*data worker 0 \(lanes 0-3\), which has been at http://.*\.tar for"
+        DataStalled, match=r"rank 0: .*data worker 0 \(lanes 0-3\), which has been reading http://.*\.tar for"
     ):
         train(spec, tokenizer_file, tmp_path / "cache", steps=1, workers=1, stall_seconds=4)

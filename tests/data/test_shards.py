@@ -1,4 +1,4 @@
-"""Shards of both kinds as tables of pairs, and what is wrong with bad ones."""
+"""Both kinds of shards as tables of pairs, and errors for bad ones."""
 
 import json
 import tarfile
@@ -60,7 +60,7 @@ def test_write_shard_is_deterministic_and_readable_by_tarfile(tmp_path: Path) ->
     assert (tmp_path / "x.tar").read_bytes() == (tmp_path / "y.tar").read_bytes()
     with tarfile.open(tmp_path / "x.tar") as archive:
         assert archive.getnames() == ["a/000.jpg", "a/000.txt", "001.jpg"]
-    with pytest.raises(ValueError, match="no safe member name"):
+    with pytest.raises(ValueError, match="not a safe member name"):
         write_shard(tmp_path / "z.tar", [("../evil", {"jpg": b""})])
     assert not (tmp_path / "z.tar").exists()
 
@@ -167,7 +167,7 @@ def test_one_of_several_captions_of_a_record_is_drawn(tmp_path: Path) -> None:
 def test_a_bad_caption_in_parquet_costs_itself_alone(tmp_path: Path) -> None:
     rows = [{"key": "a", "text": b"good"}, {"key": "b", "text": b"bad \xff"}]
     path = curated(tmp_path, rows, ["a", "b"], text=pa.binary())
-    # The type of a string column, the bytes of a broken writer.
+    # A string column with the bytes of a broken writer.
     table = pq.read_table(path.with_suffix(".parquet"))
     text = pa.StringArray.from_buffers(2, *table["text"].chunk(0).buffers()[1:])
     pq.write_table(table.set_column(1, "text", text), path.with_suffix(".parquet"))

@@ -1,4 +1,4 @@
-"""No rank waits for ever: dead workers, storage that hangs, shards that go bad while they are read."""
+"""No rank waits forever: dead workers, hanging storage, shards that go bad while being read."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ def pairs(make_jpeg: Callable[..., bytes]) -> list[Pair]:
 
 @pytest.fixture
 def folder(tmp_path: Path, pairs: list[Pair]) -> Path:
-    """Five shards of 12."""
+    """Five shards of 12 samples."""
     for path in pack_pairs(pairs, tmp_path / "shards", pairs_per_shard=12):
         os.utime(path, LONG_AGO)
     return tmp_path / "shards"
@@ -74,8 +74,8 @@ def test_a_read_that_never_returns_names_rank_worker_and_shard(
     write_shard(tmp_path / "hangs.tar", [("a", {"jpg": b"1", "txt": b"x"})])
     loader = make_loader(tmp_path, workers=workers, rank=1, world_size=2, stall_seconds=3 if workers == 0 else 12)
     expected = (
-        rf"rank 1: no samples from data worker 0 \(lanes 2-{2 if workers else 3}\), which has been at "
-        rf"{tmp_path}/hangs\.tar for \d+ s: none for \d+ s; fix it and start the run again"
+        rf"rank 1: no samples from data worker 0 \(lanes 2-{2 if workers else 3}\), which has been reading "
+        rf"{tmp_path}/hangs\.tar for \d+ s: none for \d+ s; fix it and restart the run"
     )
     began = time.monotonic()
     with held(tmp_path / "hangs.tar"), pytest.raises(DataStalled, match=expected):
@@ -91,9 +91,9 @@ def test_a_shard_that_hangs_in_mid_run(make_loader: Callable[..., TrainLoader], 
     paths = sorted(folder.glob("*.tar"))
     for path in paths:
         content = path.read_bytes()
-        path.unlink()  # what the worker has open stays readable
+        path.unlink()  # a file the worker has open stays readable
         path.write_bytes(content)
-    expected = r"worker 0 \(lanes 0-3\), which has been at .*/0000\d\.tar for"
+    expected = r"worker 0 \(lanes 0-3\), which has been reading .*/0000\d\.tar for"
     with held(*paths), pytest.raises(DataStalled, match=expected):
         for _ in range(100):
             next(loader)
@@ -118,7 +118,7 @@ def test_a_killed_worker_is_an_error_at_once(
 
 
 def test_a_worker_killed_while_it_sends_is_noticed(make_loader: Callable[..., TrainLoader], folder: Path) -> None:
-    """A share half sent blocks whoever receives it: here for ever, because the receiver cannot be asked to stop."""
+    """A half-sent share blocks its receiver: here forever, because the receiver cannot be told to stop."""
     loader = make_loader(folder, workers=1, stall_seconds=600)
     next(loader)
     block = threading.Event()
@@ -146,7 +146,7 @@ def test_closing_is_quick_and_leaves_no_process(make_loader: Callable[..., Train
     assert workers and not any(worker.is_alive() for worker in workers)
 
 
-# Shards that change while they are read
+# Shards that change while being read
 
 
 def keys(batches: list[Batch]) -> list[str]:
@@ -174,7 +174,7 @@ def test_ranks_take_the_same_steps_whatever_becomes_of_shards(
         os.truncate(victim, 0 if "nothing" in fault else victim.stat().st_size // 2)
     else:
         victim.write_bytes(os.urandom(victim.stat().st_size))
-    for _ in range(80):  # ten epochs; a reader may meet the file while it is written, and takes it an epoch later
+    for _ in range(80):  # ten epochs; a reader may find the file half written and read it an epoch later
         for taken, loader in zip(batches, ranks, strict=True):
             taken.append(next(loader))
     assert all(len(batch.keys) == 4 for taken in batches for batch in taken)
@@ -210,7 +210,7 @@ def test_fewer_samples_than_lanes_ends_every_rank_that_finds_out(
 def test_a_worker_that_found_an_error_stays_to_tell_it(
     make_loader: Callable[..., TrainLoader], tmp_path: Path, pairs: list[Pair]
 ) -> None:
-    """Its rank may still wait for another worker, to which one that has ended would look as if it had died."""
+    """Its rank may still wait for another worker, and a worker that has ended would look dead to it."""
     pack_pairs(pairs[:3], tmp_path / "few")
     shares = iter(make_loader(tmp_path / "few")._shares._source)
     told = [next(share for share in shares if isinstance(share, Failure)) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Lanes: every sample of an epoch once, resume anywhere, bad data skipped and counted, never an endless search."""
+"""Lanes: every sample once per epoch, resume anywhere, bad data skipped and counted, never an endless search."""
 
 import itertools
 import os
@@ -41,7 +41,7 @@ def pool(paths: list[Path], lanes: int, seed: int = 0) -> ShardPool:
 
 
 class EpochOver(Exception):
-    """The lane has come to the end of the epoch."""
+    """The lane has reached the end of the epoch."""
 
 
 class OneEpoch(Lane):
@@ -50,7 +50,7 @@ class OneEpoch(Lane):
 
 
 def epoch_of(shards: ShardPool, lane: int, epoch: int) -> list[str]:
-    """Keys a lane gives in one epoch; the pool has counted the skips of that epoch alone."""
+    """The keys of a lane in one epoch; the pool has counted only that epoch's skips."""
     keys = []
     with pytest.raises(EpochOver):
         for example in OneEpoch(shards, lane, Position(epoch)):
@@ -94,7 +94,7 @@ def test_order_changes_with_epoch_and_seed(tmp_path: Path) -> None:
     assert len(orders) == 4
     first = epoch_of(pool(paths, 1), 0, 0)
     assert first == epoch_of(pool(paths, 1), 0, 0)
-    # Shards are read one after another, each in an order of its own.
+    # Shards are read one after another, each in its own order.
     shard_order = [key for key, _ in itertools.groupby(key.split("-")[0] for key in first)]
     assert sorted(shard_order) == ["0", "1", "2"]
     inside = [[int(key.split("-")[1]) for key in first if key.startswith(f"{n}-")] for n in range(3)]
@@ -112,7 +112,7 @@ def test_resume_at_any_position_goes_on_exactly(sizes: list[int], lanes: int, pi
         expected = [next(whole).pair.key for _ in range(sum(pieces))]
         position, found = Position(), []
         for length in pieces:
-            part = Lane(pool(paths, lanes), lanes - 1, position)  # as a new process would
+            part = Lane(pool(paths, lanes), lanes - 1, position)  # like a new process
             found += [next(part).pair.key for _ in range(length)]
             position = part.position
     assert found == expected and position == whole.position
@@ -121,7 +121,7 @@ def test_resume_at_any_position_goes_on_exactly(sizes: list[int], lanes: int, pi
 def test_bad_samples_and_shards_are_counted_once(tmp_path: Path) -> None:
     paths = write(tmp_path, [10, 10, 10], bad={"0-3", "1-7"})
     paths[2].write_bytes(b"")
-    for lanes in (1, 2, 7):  # fewer lanes than shards, and more
+    for lanes in (1, 2, 7):  # fewer and more lanes than shards
         shards = pool(paths, lanes)
         found = [key for lane in range(lanes) for key in epoch_of(shards, lane, 0)]
         assert len(found) == len(set(found)) == 18
@@ -147,7 +147,7 @@ def test_nothing_good_at_all_is_an_error(kind: str, tmp_path: Path) -> None:
             path.unlink()
     expected = {"images": "image_undecodable 10", "shards": "shard_unreadable 2", "gone": "shard_unreadable 2"}[kind]
     for lanes in (1, 2, 5):
-        with pytest.raises(UserError, match=f"test data: not one sample can be used; .*: {expected}"):
+        with pytest.raises(UserError, match=f"test data: no sample can be used; .*: {expected}"):
             next(Lane(pool(paths, lanes), lanes - 1, Position()))
 
 

@@ -1,4 +1,4 @@
-"""Token ids: equal to transformers' for the same file, one EOS a row, no forged specials, errors that help."""
+"""Token ids: equal to transformers' for the same file, one EOS per row, no forged special tokens, helpful errors."""
 
 import gzip
 import pickle
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mc2_hpc.data.tokenizer import STYLES, Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 
-# Two equally probable segmentations may be resolved differently by the two libraries: measured 1 caption in 6,000.
+# The two libraries may choose differently between equally probable segmentations: measured for 1 caption in 6,000.
 LARGEST_TIE_RATE = 1 / 2000
 ODD = [
     "",
@@ -51,7 +51,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> di
 
 @pytest.fixture
 def hugging_face(transformers: ModuleType, tmp_path: Path) -> Callable[[Tokenizer], Any]:
-    """Makes transformers' tokenizer of the same file, as the model family uses it."""
+    """Creates transformers' tokenizer from the same file, as the model family uses it."""
 
     def load(tokenizer: Tokenizer) -> Any:
         if tokenizer.style == "mt5":
@@ -177,13 +177,13 @@ def test_bad_model_files(content: bytes | None, tmp_path: Path, tokenizers: dict
 def test_helpful_errors(tmp_path: Path, tokenizers: dict[str, Tokenizer], texts: list[str]) -> None:
     with pytest.raises(UserError, match="no such sentencepiece model file"):
         Tokenizer(tmp_path / "absent.model", "xlmv")
-    with pytest.raises(UserError, match="unlike those of style mt5; it fits style gemma"):
+    with pytest.raises(UserError, match="which does not match style mt5; it fits style gemma"):
         Tokenizer(tokenizers["gemma"].model_file, "mt5")
     with pytest.raises(UserError, match="choose one of xlmv, mt5, gemma"):
         Tokenizer(tokenizers["gemma"].model_file, "bert")
     with pytest.raises(UserError, match="no tokenizer of 20 ids fits these texts: Vocabulary size is smaller"):
         train_tokenizer(texts, tmp_path / "small.model", vocab_size=20, style="xlmv")
-    with pytest.raises(UserError, match="there is nothing in them"):
+    with pytest.raises(UserError, match="they are empty"):
         train_tokenizer([], tmp_path / "none.model", vocab_size=400, style="mt5")
     assert not list(tmp_path.iterdir())
 
@@ -196,5 +196,5 @@ def test_a_file_whose_eos_is_an_ordinary_piece_is_refused(texts: list[str], tmp_
     model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     model.pieces[2].type = model.pieces[2].USER_DEFINED
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="eos -1 .*, unlike those of style xlmv"):
+    with pytest.raises(UserError, match="eos -1 .*, which does not match style xlmv"):
         Tokenizer(path, "xlmv")

@@ -1,4 +1,4 @@
-"""A tiny untrained checkpoint, images to show it, and the process group that evaluation runs in."""
+"""A tiny untrained checkpoint, images for it, and the process group that evaluation runs in."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def _noise(seed: int, *, kind: str = "JPEG", size: tuple[int, int] = (40, 48)) -
 
 @pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., Tokenizer]:
-    """``make_checkpoint(folder, sentences, vocab_size)``: random weights and a tokenizer of the sentences."""
+    """``make_checkpoint(folder, sentences, vocab_size)``: random weights and a tokenizer trained on the sentences."""
 
     def make(folder: Path, sentences: Sequence[str], vocab_size: int) -> Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def make_checkpoint() -> Callable[..., Tokenizer]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(make_checkpoint, tmp_path_factory) -> Path:
-    """A checkpoint folder of random weights."""
+    """A checkpoint folder with random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
     make_checkpoint(folder, SENTENCES * 3, 80)
     return folder
@@ -65,7 +65,7 @@ def tiny_checkpoint(make_checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def ranks():
-    """This process alone."""
+    """Only this process."""
     with process_group(60) as ranks:
         yield ranks
 

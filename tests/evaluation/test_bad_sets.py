@@ -1,4 +1,4 @@
-"""``mc2 eval --suite`` on sets with a fault: one line that names it, or a count beside the number."""
+"""``mc2 eval --suite`` on faulty sets: a one-line error that names the fault, or a count beside the number."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from mc2_hpc.tar import write_tar
 
 @pytest.fixture
 def put(tmp_path, noise):
-    """``put(path, content)`` writes a file below the suite's root; without content, an image."""
+    """``put(path, content)`` writes a file below the suite's root, by default an image."""
 
     def write(path, content=None):
         file = tmp_path / path
@@ -29,7 +29,7 @@ def put(tmp_path, noise):
 
 @pytest.fixture
 def evaluate(tiny_checkpoint, tmp_path):
-    """``evaluate(sets)`` runs the command on these sets and one that is whole; returns their results and the table."""
+    """``evaluate(sets)`` runs the command on these sets and an intact one; returns their results and the table."""
 
     def run(sets):
         sets = {"whole": {"reader": "class_folders", "path": "whole"}, **sets}
@@ -78,7 +78,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     fault("not_utf8", "class_folders", r"bytes\.txt: not UTF-8", path="whole", names=f"{root}/bytes.txt")
     for number in range(1000):
         (tmp_path / "by_name" / f"class{number:03d}").mkdir(parents=True)
-    fault("by_name", "imagenet", r"ImageNet has one for each of its 1,000 WordNet ids")
+    fault("by_name", "imagenet", r"ImageNet has one per WordNet id, 1,000 in total")
 
     image = put("p.jpg").read_bytes()
     pq.write_table(pa.table({"key": ["a"], "label": ["cat"], "jpg": [image]}), tmp_path / "set.parquet")
@@ -95,7 +95,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     webdataset(put, "wds_label", labels=(0, 2))
     fault("wds_label", "clip_benchmark", r"s1\.jpg is of class 2, but there are 2 class names")
     webdataset(put, "wds_kind", kind="npy")
-    fault("wds_kind", "clip_benchmark", r"no sample with an image and a \.cls in its tars \(2 incomplete\)")
+    fault("wds_kind", "clip_benchmark", r"no sample in its tars has an image and a \.cls \(2 incomplete\)")
     webdataset(put, "wds_multi")
     put("wds_multi/dataset_type.txt", "multilabel\n")
     fault("wds_multi", "clip_benchmark", r"'multilabel' sets are not scored")
@@ -153,7 +153,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     put("geo_none/index.csv", "file_path,object\n")
     fault("geo_none", "geode", r"geo_none/index\.csv: no rows")
     put("geo_gone/index.csv", "file_path,object\na.jpg,stove\n")
-    fault("geo_gone", "geode", r"images/a\.jpg: image is missing \(1 of 1 are\)")
+    fault("geo_gone", "geode", r"images/a\.jpg: image is missing \(1 of 1 are missing\)")
     put("gl/recognition_solution_v2.1.csv", "id,landmarks,Usage\nabc,7,Public\n")
     put("gl/train_label_to_category.csv", "landmark_id,category\n8,Category:X\n")
     fault("gl", "gldv2", r"no test image shows a landmark")

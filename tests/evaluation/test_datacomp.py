@@ -1,4 +1,4 @@
-"""DataComp-38: its metrics against independent computations, its readers, and a mean only of all 38 sets."""
+"""DataComp-38: its metrics against independent computations, its readers, and a mean only over all 38 sets."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ CLASSES = ["cat", "dog", "tree", "house", "boat", "moon", "road"]
 @settings(deadline=None)
 @given(rows=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60))
 def test_macro_f1_is_the_one_of_wilds(rows):
-    """scikit-learn's, over the classes that have an image: WILDS calls it so for iWildCam."""
+    """scikit-learn's, over the classes that have an image, as WILDS calls it for iWildCam."""
     from sklearn.metrics import f1_score
 
     predicted, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
@@ -43,7 +43,7 @@ def test_the_worst_group_is_the_smallest_mean():
     generator = torch.Generator().manual_seed(0)
     features, weights = (F.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (90, 7))
     labels, groups = torch.randint(7, (90, 1), generator=generator), torch.randint(5, (90,), generator=generator)
-    groups[groups == 3] = 4  # a group without an image counts for nothing
+    groups[groups == 3] = 4  # a group without an image does not count
     found = accuracies(features, weights, labels, "worst_group", groups)
     best = (features @ weights.T).topk(5).indices
     for k in (1, 5):
@@ -202,7 +202,7 @@ def test_the_whole_suite_on_small_sets(tiny_checkpoint, tmp_path, noise):
         numbers.append(np.mean([sets[name]["mean"][part] for part in parts]))
     assert result["paper_columns"]["DataComp-38"] == pytest.approx(100 * np.mean(numbers))
     assert "SLIP-26" not in columns_of(sets)
-    # One set fewer, and there is no mean of 38.
+    # With one set missing, there is no mean of 38.
     shutil.rmtree(tmp_path / "wds_wilds-fmow_test")
     assert main(words) == 0
     sets = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]

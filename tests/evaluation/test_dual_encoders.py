@@ -1,4 +1,4 @@
-"""CLIPs of open_clip and transformers: features equal to the library's own, numbers to CLIP_benchmark's, no network."""
+"""open_clip and transformers models: features equal the library's own, numbers equal CLIP_benchmark's, no network."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """A folder is all that a model may need."""
+    """A model may need nothing but its folder."""
 
     def refuse(*arguments):
         raise AssertionError(f"network access: {arguments[1:]}")
@@ -44,7 +44,7 @@ def no_network(monkeypatch):
 
 
 def write_tokenizer(folder, *, bos="<s>", eos="</s>", pad="<pad>", unk="<unk>"):
-    """A small fast tokenizer as transformers saves one: unigram pieces of the test's texts."""
+    """A small fast tokenizer as saved by transformers, with unigram pieces from the test's texts."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     specials = [bos, pad, eos, unk]
@@ -67,7 +67,7 @@ def write_tokenizer(folder, *, bos="<s>", eos="</s>", pad="<pad>", unk="<unk>"):
 
 
 def randomise(model):
-    """Move every parameter off its initial value, so that none of them can be left out unnoticed."""
+    """Change every parameter from its initial value, so that a missing one is noticed."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,7 +76,7 @@ def randomise(model):
 
 
 def open_clip_folder(folder, open_clip, name, preprocess, text, vision):
-    """A random model of open_clip's config ``name``, shrunk, in a folder as ``push_to_hf_hub`` lays it out."""
+    """A random model with open_clip's config ``name``, shrunk, in the folder layout of ``push_to_hf_hub``."""
     config = open_clip.get_model_config(name)
     config["text_cfg"].update(text)
     config["vision_cfg"].update(vision)
@@ -116,7 +116,7 @@ OPEN_CLIP = {
 
 @pytest.fixture(scope="session", params=OPEN_CLIP)
 def folder(request, tmp_path_factory, open_clip):
-    """An open_clip folder of random weights."""
+    """An open_clip folder with random weights."""
     import timm
 
     @timm.models.register_model
@@ -131,11 +131,11 @@ def folder(request, tmp_path_factory, open_clip):
 
 
 def library_of(folder, open_clip):
-    """The folder as open_clip alone loads it: model, transform, tokenizer."""
+    """The folder loaded by open_clip itself: model, transform, tokenizer."""
     path = folder / "open_clip_config.json"
     before = path.read_text()
     values = json.loads(before)
-    if "hf_model_name" in values["model_cfg"]["text_cfg"]:  # it would look it up on the Hub
+    if "hf_model_name" in values["model_cfg"]["text_cfg"]:  # open_clip would look it up on the Hub
         values["model_cfg"]["text_cfg"]["hf_model_name"] = str(folder / "xlm-roberta-base")
         path.write_text(json.dumps(values))
     try:
@@ -156,7 +156,7 @@ def test_features_are_open_clips(folder, open_clip, image_folder):
         words = encoder.encode_texts(TEXTS)
     torch.testing.assert_close(found, images, atol=1e-5, rtol=0)
     torch.testing.assert_close(words, texts, atol=1e-5, rtol=0)
-    assert texts.std(0).max() > 1e-3 and images.std(0).max() > 1e-3  # they do tell inputs apart
+    assert texts.std(0).max() > 1e-3 and images.std(0).max() > 1e-3  # features differ between inputs
     torch.testing.assert_close(encoder.preprocess(Image.open(files[0])), pixels[0])
     bias = 0.0 if model.logit_bias is None else model.logit_bias.item()
     assert encoder.logits() == pytest.approx((model.logit_scale.exp().item(), bias))
@@ -211,7 +211,7 @@ def test_another_resize_is_another_identity(folder, open_clip):
 
 
 def test_the_simple_tokenizer_comes_with_open_clip(tmp_path, open_clip):
-    """The original CLIPs name no tokenizer: their folders need no tokenizer files."""
+    """The original CLIP models do not name a tokenizer, so their folders need no tokenizer files."""
     config = open_clip.get_model_config("ViT-B-32")
     config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 2}
     config["vision_cfg"] |= {"layers": 1, "width": 64}
@@ -224,7 +224,7 @@ def test_the_simple_tokenizer_comes_with_open_clip(tmp_path, open_clip):
 
 
 def test_text_towers_known_by_name_are_transformers_own(transformers):
-    """``xlm-roberta-base`` and ``-large`` load without the Hub; the numbers are those of their parameters there."""
+    """``xlm-roberta-base`` and ``-large`` load without the Hub; the numbers are their parameter counts there."""
     sizes = {"xlm-roberta-base": 278_043_648, "xlm-roberta-large": 559_890_432}
     for name, config in ours_of_open_clip.TEXT_TOWERS.items():
         values = {key: value for key, value in config.items() if key != "model_type"}
@@ -236,10 +236,10 @@ def test_text_towers_known_by_name_are_transformers_own(transformers):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        ("no weights", "no weights there"),
+        ("no weights", "no weights"),
         ("other weights", "open_clip cannot load it"),
         ("no config", "not an open_clip config"),
-        ("unknown tower", "its text tower 'somebody/bert' is one of transformers' whose config is not there"),
+        ("unknown tower", "its text tower 'somebody/bert' is from transformers, and its config is missing"),
         ("pickled code", "open_clip cannot load it"),
     ],
 )
@@ -293,7 +293,7 @@ def clip_like(transformers, kind):
 
 @pytest.fixture(params=["clip", "metaclip_2", "siglip", "siglip2"])
 def theirs(request, tmp_path, transformers):
-    """A folder that transformers has saved, and its model and image processor."""
+    """A folder saved by transformers, with its model and image processor."""
     model, processor = clip_like(transformers, request.param)
     randomise(model).save_pretrained(tmp_path / "hf")
     processor.save_pretrained(tmp_path / "hf")
@@ -351,7 +351,7 @@ def test_broken_transformers_folders_are_one_line(tmp_path, transformers):
         open_dual_encoder(tmp_path, CPU)
     assert "\n" not in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
-    with pytest.raises(UserError, match="model_type is 'bert'; of transformers' models clip, metaclip_2"):
+    with pytest.raises(UserError, match="model_type is 'bert'; supported transformers models are clip, metaclip_2"):
         open_dual_encoder(tmp_path, CPU)
 
 
@@ -379,7 +379,7 @@ def test_ours_takes_open_and_encoded_images_alike(tiny_checkpoint, noise):
 
 
 def test_a_text_tower_known_by_name_needs_no_config(tmp_path, open_clip, monkeypatch):
-    """As laion publishes them: the folder names the tower, and the Hub has its config."""
+    """As published by laion: the folder names the tower, and the Hub has its config."""
     (tmp_path / "model" / "xlm-roberta-base").mkdir(parents=True)
     (tmp_path / "model" / "xlm-roberta-base" / "config.json").write_text(json.dumps(ROBERTA))
     vision = {"layers": 1, "width": 64}

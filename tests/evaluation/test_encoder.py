@@ -1,4 +1,4 @@
-"""Features: the same on any number of ranks, computed once, and honest about images that cannot be decoded."""
+"""Features: the same on any number of ranks, computed once, with images that cannot be decoded reported."""
 
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def test_features_are_computed_once(tiny_checkpoint, ranks, image_folder, tmp_pa
     again = encoder.images(images)
     assert images.reads == 10 and torch.equal(first.features, again.features)
 
-    (image_folder / "00.jpg").write_bytes(noise(99))  # a replaced image is another set
+    (image_folder / "00.jpg").write_bytes(noise(99))  # a replaced image makes another set
     assert not torch.equal(encoder.images(images).features, first.features)
     assert images.reads == 20
 
@@ -97,7 +97,7 @@ def test_damaged_features_are_computed_again(damage, tiny_checkpoint, ranks, ima
         file.write_bytes(file.read_bytes()[:-9])
     elif damage == "one bit":
         data = bytearray(file.read_bytes())
-        data[-40] ^= 1  # among the numbers, which lie behind the header
+        data[-40] ^= 1  # in the data after the header
         file.write_bytes(data)
     else:
         save_file({"features": first.features[:3], "usable": first.usable[:3]}, file)

@@ -1,4 +1,4 @@
-"""The examples that load a model run as their heads say."""
+"""The examples that load a model run as their docstrings say."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(name, *arguments):
-    """Standard output of an example."""
+    """The standard output of an example."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / name, *map(str, arguments)],
         capture_output=True,
@@ -45,7 +45,7 @@ def test_zero_shot(tiny_checkpoint, image_folder):
 
 @pytest.fixture
 def own_set(image_folder, tmp_path, monkeypatch):
-    """A suite whose only set is read by the example, of ten images in two classes."""
+    """A suite with one set of ten images in two classes, read by the example."""
     monkeypatch.syspath_prepend(EXAMPLES)
     rows = "".join(f"{number:02d}.jpg,{'cat' if number % 2 else 'dog'}\n" for number in range(10))
     (image_folder / "labels.csv").write_text("file,class\n" + rows, encoding="utf-8")
@@ -75,4 +75,4 @@ def test_what_a_reader_of_ones_own_may_do_wrong(own_set, encoder, image_folder, 
     assert result.error.startswith("evaluation_set.read: KeyError: 'labels'")
     monkeypatch.setattr(evaluation_set, "read", lambda path: [1])
     (result,) = run_suite(suite, encoder)
-    assert result.error == "evaluation_set.read: gave list, not a task of mc2_hpc.evaluation.tasks"
+    assert result.error == "evaluation_set.read: returned list, not a task of mc2_hpc.evaluation.tasks"

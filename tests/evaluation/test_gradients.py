@@ -1,4 +1,4 @@
-"""Gradient cosines: the training loss's gradient, of a language's own pairs, and nothing left behind by measuring."""
+"""Gradient cosines: the training loss's gradient for a language's own pairs, without side effects of measuring."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from mc2_hpc.kernels.contrastive import contrastive_loss
 
 @pytest.fixture
 def task(image_folder):
-    """Ten images; German repeats English's captions, Russian has others, Japanese too few."""
+    """Ten images; German repeats the English captions, Russian has different ones, Japanese too few."""
     images = ImageFiles(image_folder, sorted(path.name for path in image_folder.iterdir()))
     english = [f"a photo of a cat {number}" for number in range(len(images))]
     return Retrieval(
@@ -31,7 +31,7 @@ def task(image_folder):
 
 def test_a_language_pulls_its_own_way(task, encoder):
     found = gradient_cosines(task, encoder.images(task.images), encoder, pairs=6)
-    assert set(found) == {"de", "ru"}  # the reference has none with itself, Japanese has not six pairs
+    assert set(found) == {"de", "ru"}  # the reference is not compared with itself, Japanese has fewer than six pairs
     assert found["de"]["gradient_cosine_both"] == pytest.approx(1, abs=1e-9)
     for part in ("vision", "text", "both"):
         assert -1 <= found["ru"][f"gradient_cosine_{part}"] < 0.99

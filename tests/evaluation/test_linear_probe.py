@@ -1,4 +1,4 @@
-"""Linear probe: scikit-learn's logistic regression, chosen as in CLIP's paper; and as part of a suite."""
+"""Linear probe: scikit-learn's logistic regression, chosen as in the CLIP paper; and as part of a suite."""
 
 import json
 
@@ -67,8 +67,8 @@ def test_the_search_halves_around_the_best():
 
     strength, best = peak(accuracy)
     assert strength == pytest.approx(STRENGTHS[37]) and best == 0
-    assert len(asked) == len(set(asked)) <= 7 + 2 * 4  # seven to begin with, two for each halving
-    assert peak(lambda strength: 0.5)[0] == pytest.approx(STRENGTHS[0])  # of equals the one that is penalised most
+    assert len(asked) == len(set(asked)) <= 7 + 2 * 4  # seven at first, two per halving
+    assert peak(lambda strength: 0.5)[0] == pytest.approx(STRENGTHS[0])  # ties go to the largest penalty
 
 
 def test_too_little_to_learn_from_is_said():
@@ -81,7 +81,7 @@ def test_too_little_to_learn_from_is_said():
 
 @pytest.fixture
 def suite_file(tmp_path, noise):
-    """Two classes of images, a training part beside the test part."""
+    """Two classes of images, with a training part beside the test part."""
     for part, count in (("train", 40), ("test", 10)):
         for number in range(count):
             folder = tmp_path / part / f"{'dark' if number % 2 else 'light'}"
@@ -97,14 +97,14 @@ def test_a_suite_learns_and_scores(tiny_checkpoint, suite_file, tmp_path):
     entry = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["tones"]
     assert {"top1", "linear_probe_top1", "linear_probe_mean_per_class_top1"} <= set(entry["mean"])
     assert entry["linear_probe"]["training_images"] == 40 and entry["linear_probe"]["C"] in STRENGTHS
-    assert len(list((tmp_path / "out" / "features").iterdir())) == 2  # of either part, computed once
+    assert len(list((tmp_path / "out" / "features").iterdir())) == 2  # of both parts, computed once
 
 
 @pytest.mark.parametrize(
     "override, message",
     [
         ("sets.tones.linear_probe.path=nowhere", "nowhere: no such file or folder"),
-        ("sets.tones.linear_probe.validation=0.001", "too few to keep some for validation"),
+        ("sets.tones.linear_probe.validation=0.001", "too few to hold some out for validation"),
     ],
 )
 def test_bad_probes_are_named(override, message, tiny_checkpoint, suite_file, tmp_path, capsys):
@@ -118,5 +118,5 @@ def test_a_probe_needs_training_images(suite_file):
 
     with pytest.raises(UserError, match="needs the path of the training images"):
         load_suite(suite_file, ["sets.tones.linear_probe.path=null"])
-    with pytest.raises(UserError, match="validation=1.0: must lie between 0 and 1"):
+    with pytest.raises(UserError, match="validation=1.0: must be between 0 and 1"):
         load_suite(suite_file, ["sets.tones.linear_probe.validation=1.0"])

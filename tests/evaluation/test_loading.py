@@ -1,4 +1,4 @@
-"""``mc2_hpc.load``: one door for every format, and the same features as evaluation's."""
+"""``mc2_hpc.load``: one entry point for every format, and the same features as in evaluation."""
 
 import io
 
@@ -16,7 +16,7 @@ from mc2_hpc.evaluation.loading import Clip
 
 @pytest.fixture(scope="module", params=["mc2", "open_clip", "hf"])
 def model(request, tiny_checkpoint, tmp_path_factory):
-    """The same weights in each of the formats."""
+    """The same weights in each format."""
     if request.param == "mc2":
         return tiny_checkpoint
     return convert(tiny_checkpoint, request.param, tmp_path_factory.mktemp("converted") / request.param)
@@ -65,7 +65,7 @@ def test_a_run_folder_will_do(tiny_checkpoint, tmp_path):
 
 
 def test_a_16_bit_and_a_palette_image(tiny_checkpoint):
-    """Whatever Pillow opens is taken as it would be from a file."""
+    """An image opened by Pillow is treated like one from a file."""
     clip = mc2_hpc.load(tiny_checkpoint)
     for mode in ("L", "P", "RGBA", "CMYK"):
         image = Image.effect_noise((50, 40), 90).convert(mode)

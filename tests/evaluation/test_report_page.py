@@ -1,4 +1,4 @@
-"""The evaluation report's page: names are text, languages from worst to best down each column."""
+"""The evaluation report's page: names are text, and languages go from worst to best down each column."""
 
 import re
 
@@ -47,7 +47,7 @@ def test_a_missed_captions_own_image_is_shown(own, shown, parse_page):
 
 @pytest.mark.parametrize("width, columns", [(1400, 2), (700, 1)])
 def test_worst_to_best_runs_down_each_column(width, columns, measure):
-    """As they lie on the screen: down the first column, then down the next."""
+    """In screen order: down the first column, then down the next."""
     groups = [(f"language {n:02d}", n / 50, 100) for n in range(21)]
     script = "[...document.querySelectorAll('.bars .row')].map(row => row.getBoundingClientRect()).map(b => [b.x, b.y])"
     places = measure(page(groups=groups), script, width)

@@ -185,7 +185,7 @@ def test_ridge_equals_sklearns_on_standardised_features():
 
     features = features_of(400).features.double().numpy()
     labels = (torch.arange(400) % 6).numpy()
-    labels[:200][labels[:200] == 5] = 4  # place 5 is nowhere to learn from
+    labels[:200][labels[:200] == 5] = 4  # place 5 has no training images
     train, test = list(range(200)), list(range(200, 400))
     chosen = [index for place in range(5) for index in [i for i in train if labels[i] == place][:10]]
     scaler = StandardScaler().fit(features[chosen])

@@ -1,4 +1,4 @@
-"""Every reader on a small sample in exactly the layout that its set is published in, and on what may be missing."""
+"""Every reader on a small sample in the exact layout that its set is published in, and with files missing."""
 
 import csv
 import json
@@ -62,7 +62,7 @@ def test_imagenet(imagenet_folder):
 
 def test_imagenet_without_some_folders(imagenet_folder):
     (imagenet_folder / "n10000999").rmdir()
-    with pytest.raises(UserError, match=r"999 folders; ImageNet has one for each of its 1,000"):
+    with pytest.raises(UserError, match=r"999 folders; ImageNet has one per WordNet id, 1,000 in"):
         imagenet(imagenet_folder)
 
 
@@ -82,7 +82,7 @@ def test_babel_imagenet(imagenet_folder, tmp_path):
     assert german.templates == ["ein Foto von einem {} ."] and task.languages["xx"].templates == ["{}"]
     assert task.lacking == {"xx": "language_without_prompts"}
     only = _only(task, ["DE"])  # the file's own key
-    assert list(only.languages) == ["de"] and only.lacking == {}  # nobody asked for the other one
+    assert list(only.languages) == ["de"] and only.lacking == {}  # the other one was not requested
     assert _only(task, ["xx"]).lacking == task.lacking
 
 
@@ -128,7 +128,7 @@ def webdataset(folder, samples, **texts):
 
 def test_clip_benchmark_classification(tmp_path, noise):
     samples = [(key, {"webp": noise(key, kind="WEBP"), "cls": str(key % 2).encode()}) for key in range(4)]
-    samples.append((4, {"cls": b"0"}))  # its image is lost
+    samples.append((4, {"cls": b"0"}))  # its image is missing
     folder = webdataset(
         tmp_path, samples, classnames="cat\ndog\n", zeroshot_classification_templates="a photo of a {c}.\n{c}\n"
     )
@@ -182,7 +182,7 @@ def test_xm3600(xm3600_folder):
 
 def test_xm3600_says_which_image_is_missing(xm3600_folder):
     (xm3600_folder / "images" / "03.jpg").unlink()
-    with pytest.raises(UserError, match=r"images/03\.jpg: image is missing \(1 of 10 are\)"):
+    with pytest.raises(UserError, match=r"images/03\.jpg: image is missing \(1 of 10 are missing\)"):
         xm3600(xm3600_folder)
 
 
@@ -194,7 +194,7 @@ def test_xtd_and_flickr30k_200(tmp_path, image_folder):
         (tmp_path / f"{lang}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     task = caption_lines(tmp_path)
     assert list(task.languages) == ["deu_Latn", "swh_Latn"]
-    assert task.languages["deu_Latn"].images == list(range(1, 10))  # an empty line is no caption
+    assert task.languages["deu_Latn"].images == list(range(1, 10))  # an empty line is not a caption
     (tmp_path / "test_1kcaptions_ko.txt").write_text("eins\nzwei\n")
     options = {"index": "filenames.txt", "captions": "test_1kcaptions_{}.txt"}
     with pytest.raises(UserError, match=r"test_1kcaptions_ko\.txt: 2 captions for 10 images"):
@@ -239,7 +239,7 @@ def test_cvqa(tmp_path, noise):
 
 def test_cvqa_without_answers_or_columns(tmp_path, noise):
     pq.write_table(cvqa_table(noise, Label=[9, 0]), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"question 1_0 has no right option \(label 9\)"):
+    with pytest.raises(UserError, match=r"question 1_0 has no correct option \(label 9\)"):
         cvqa(tmp_path)
     pq.write_table(cvqa_table(noise).drop_columns(["Subset"]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="a.parquet: not a part of CVQA: no column 'Subset'; its columns are image, ID"):

@@ -1,4 +1,4 @@
-"""Image-text shards as a set: every image with all its captions; ``mc2 eval --shards`` equal to a naive count."""
+"""Image-text shards as a set: every image with all its captions; ``mc2 eval --shards`` equals a naive count."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from mc2_hpc.models.weights import TOKENIZER_FILE, load_clip
 
 @pytest.fixture(scope="module")
 def place(make_checkpoint, tmp_path_factory):
-    """Folder of an untrained checkpoint and 60 noise images with captions in two languages."""
+    """A folder with an untrained checkpoint and 60 noise images with captions in two languages."""
     folder = tmp_path_factory.mktemp("eval")
     rng = np.random.default_rng(0)
     pairs = []
@@ -135,7 +135,7 @@ def test_curated_images_have_all_their_captions(tmp_path, noise):
 
 
 def test_plain_shards_with_text_and_json(tmp_path, noise, encoder):
-    """Captions of no known language count among all of them."""
+    """Captions in no known language count towards ``all``."""
     samples = [
         ("a", {"jpg": noise(0), "txt": b"one"}),
         ("b", {"jpg": noise(1), "json": b'{"caption": "zwei", "lang": "de"}'}),
@@ -173,7 +173,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path, noise, encoder):
 
 def test_nothing_usable_is_an_error(tmp_path, encoder):
     (tmp_path / "0.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="not one image can be used; everything was skipped: shard_unreadable 1"):
+    with pytest.raises(UserError, match="no image can be used; everything was skipped: shard_unreadable 1"):
         shards(tmp_path)
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"bad", "txt": b"x"})])
     with pytest.raises(UserError, match="image_undecodable 1"):

@@ -1,4 +1,4 @@
-"""SLIP-26: its metrics against scikit-learn's, its suite file, and a mean only where all 26 numbers are there."""
+"""SLIP-26: its metrics against scikit-learn's, its suite file, and a mean only if all 26 numbers exist."""
 
 import json
 import shutil
@@ -121,7 +121,7 @@ def test_the_whole_suite_on_small_sets(tiny_checkpoint, tmp_path, noise):
     found = columns_of(sets)
     assert why_no_mean(sets) == []
     assert found["SLIP-26"] == pytest.approx(100 * sum(numbers) / 26) and list(found)[:2] == ["ImageNet", "SLIP-26"]
-    # One set fewer, and there is no mean of 26.
+    # With one set missing, there is no mean of 26.
     shutil.rmtree(tmp_path / "wds_mnist")
     assert main([*words, "sets.imagenet.reader=clip_benchmark"]) == 0
     sets = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]

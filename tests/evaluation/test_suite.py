@@ -1,4 +1,4 @@
-"""``mc2 eval --suite``: a YAML file to numbers, tables and a page, for our checkpoints and others' alike."""
+"""``mc2 eval --suite``: a YAML file to numbers, tables and a page, for our checkpoints and those of others."""
 
 import json
 import re
@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
 
 @pytest.fixture
 def suite_file(tmp_path, image_folder):
-    """Two languages of captions, folders of classes, and a set that is not there."""
+    """Captions in two languages, folders of classes, and a missing set."""
     (tmp_path / "filenames.txt").write_text("".join(f"{n:02d}.jpg\n" for n in range(10)))
     for lang in ("de", "en"):
         (tmp_path / f"{lang}.txt").write_text("".join(f"{lang} & <caption> {n}\n" for n in range(10)))
@@ -52,7 +52,7 @@ def test_numbers_tables_and_page(tiny_checkpoint, suite_file, tmp_path, capsys, 
     assert all(entry["protocol"] for entry in found["sets"].values()) and len(found["identity"]) == 64
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| xm3600 | not scored |" in table and "| XTD-10 T2I |" in table and table in capsys.readouterr().out
-    assert "all 30 samples scored" in table  # 10 captions in each of two languages, 10 images in folders
+    assert "all 30 samples scored" in table  # 10 captions in each of 2 languages, 10 images in folders
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "&amp; &lt;caption&gt;" in page and "<caption>" not in page
     hits, missed = page.count('<div class="hit "') + page.count('<div class="hit right"'), page.count("its own, missed")
@@ -105,7 +105,7 @@ def test_another_resize_is_recorded_and_computed_anew(tiny_checkpoint, suite_fil
     squash = evaluate(tiny_checkpoint, suite_file, tmp_path / "out", "eval_resize=squash")
     assert (own["eval_resize"], squash["eval_resize"]) == ("shortest", "squash")
     assert own["identity"] != squash["identity"]
-    assert len(list((tmp_path / "out" / "features").iterdir())) == 2 * 2  # two sets, kept for either
+    assert len(list((tmp_path / "out" / "features").iterdir())) == 2 * 2  # two sets, cached for both
     values = yaml.safe_load(suite_file.read_text())
     suite_file.write_text(yaml.safe_dump({**values, "eval_resize": "squash"}))
     assert evaluate(tiny_checkpoint, suite_file, tmp_path / "out")["identity"] == squash["identity"]
@@ -134,7 +134,7 @@ def test_a_report_names_the_model_and_what_each_number_is_of(tiny_checkpoint, su
     assert table.startswith("step-1200: step 1,200, ") and "32 px (shortest), 24 tokens" in table
     assert "| folders | top1 |" in table and "| 50.0 |  | 10 |" in table
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "step 1,200" in page and "chance 50.0" in page and "Of 20 in all." in page
+    assert "step 1,200" in page and "chance 50.0" in page and "Of 20 in total." in page
 
 
 def test_nothing_to_score_is_an_error(tiny_checkpoint, suite_file, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_the_papers_row_stands_below_ours():
 
 
 def test_real_photographs_named_in_many_languages(tiny_checkpoint, shared_data, ranks):
-    """CIFAR-10 in the words of Babel-ImageNet: every image's answer in each language equals a plain product's."""
+    """CIFAR-10 with Babel-ImageNet's words: every image's prediction in each language equals that of a plain product."""
     import pyarrow.parquet as pq
 
     from mc2_hpc.evaluation.encoder import Encoder

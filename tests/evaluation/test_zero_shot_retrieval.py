@@ -18,7 +18,7 @@ from mc2_hpc.evaluation.zero_shot import build_classifier, predict, top_k_accura
 
 
 class RandomEncoder:
-    """A model whose features are a fixed random function of its input; counts the rows it encodes."""
+    """A model with features that are a fixed random function of its input; counts the rows it encodes."""
 
     def __init__(self, width: int = 16) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def naive_order(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     data=st.data(),
 )
 def test_nearest_is_a_stable_sort_of_the_full_matrix(num_queries, num_gallery, tile, values, seed, data):
-    # Small whole numbers: inner products are exact in any order of summation, and ties are everywhere.
+    # Small integers: inner products are exact in any order of summation, and there are many ties.
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randint(-values, values + 1, (num_queries, 3), generator=generator).float()
     gallery = torch.randint(-values, values + 1, (num_gallery, 3), generator=generator).float()
@@ -95,7 +95,7 @@ def test_nearest_takes_zeros_of_both_signs_as_equal():
 def test_nearest_refuses_what_has_no_answer():
     with pytest.raises(UserError, match="width 3 against a gallery of width 4"):
         nearest(torch.ones(2, 3), torch.ones(2, 4), 1)
-    with pytest.raises(UserError, match="k=3: must lie between 1 and the size of the gallery, 2"):
+    with pytest.raises(UserError, match="k=3: must be between 1 and the size of the gallery, 2"):
         nearest(torch.ones(2, 3), torch.ones(2, 3), 3)
     with pytest.raises(UserError, match="NaN"):
         nearest(torch.full((1, 3), float("nan")), torch.ones(2, 3), 1)
@@ -130,7 +130,7 @@ def test_recall_refuses_images_and_texts_that_do_not_belong_together():
     features = unit(3, 4)
     with pytest.raises(UserError, match="1 of 3 images have no text"):
         recall(features, features, torch.tensor([0, 1, 1]))
-    with pytest.raises(UserError, match="indices lie in 0..3, but there are 3 images"):
+    with pytest.raises(UserError, match="indices are in 0..3, but there are 3 images"):
         recall(features, features, torch.tensor([0, 1, 3]))
     with pytest.raises(UserError, match="3 texts with 2 image indices"):
         recall(features, features, torch.tensor([0, 1]))
@@ -159,7 +159,7 @@ def test_classifier_and_accuracy_equal_open_clips():
     labels = torch.randint(23, (301,), generator=torch.Generator().manual_seed(6))
     logits = 100.0 * features @ theirs
     assert torch.equal(predict(features, ours)[:, 0], logits.argmax(dim=1))
-    # open_clip's zero_shot.accuracy, written out: that module imports its training package.
+    # A copy of open_clip's zero_shot.accuracy, because that module imports open_clip's training package.
     best = logits.topk(5, 1, True, True).indices
     expected = {k: float((best[:, :k] == labels[:, None]).any(1).sum()) / 301 for k in (1, 5)}
     assert top_k_accuracy(features, ours, labels) == pytest.approx(expected, abs=1e-12)
@@ -168,7 +168,7 @@ def test_classifier_and_accuracy_equal_open_clips():
 def test_accuracy_with_fewer_classes_than_k_and_bad_labels():
     weights = torch.eye(3)
     assert top_k_accuracy(weights, weights, torch.tensor([0, 1, 0])) == {1: pytest.approx(2 / 3), 5: 1.0}
-    with pytest.raises(UserError, match="labels lie in 0..3, but there are 3 classes"):
+    with pytest.raises(UserError, match="labels are in 0..3, but there are 3 classes"):
         top_k_accuracy(weights, weights, torch.tensor([0, 1, 3]))
     with pytest.raises(UserError, match="0 images with 0 labels"):
         top_k_accuracy(torch.empty(0, 3), weights, torch.empty(0, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Training that breaks on purpose: the fault matrix, what each row did, and the tiny run that all of it happens to.
+"""Training that is broken on purpose: the fault matrix, what each row did, and the tiny run that it is applied to.
 
-The tests of training and ``mc2 bench faults`` run the rows; ``benchmarks/soak.py`` strikes at random.
+The training tests and ``mc2 bench faults`` run the rows; ``benchmarks/soak.py`` injects random faults.
 """

@@ -13,16 +13,16 @@ from mc2_hpc.data.stream import Lane, Position, ShardPool
 from tests.faults.tiny_run import BATCH, LANES, PER_SHARD, SAMPLES
 
 EPOCH = SAMPLES // BATCH
-"""Steps of an epoch: every sample is good, so each comes once in it."""
+"""Steps per epoch: every sample is good, so each occurs once per epoch."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of all ranks, as its diary tells."""
+    """One start of all ranks, from its diary."""
 
     world: int
     keys: dict[int, list[str]]
-    """Of every step that all ranks completed, in lane order."""
+    """Keys of every step that all ranks completed, in lane order."""
     times: dict[int, float]
     """When the last rank completed it."""
 
@@ -33,7 +33,7 @@ class Attempt:
 
 
 def read_diary(folder: Path) -> list[Attempt]:
-    """The attempts of a job's folder, in order."""
+    """The attempts in a job's folder, in order."""
     ranks: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for path in folder.glob("*-*-*.jsonl"):
         attempt, _, rank = path.stem.rpartition("-")
@@ -51,7 +51,7 @@ def read_diary(folder: Path) -> list[Attempt]:
 
 
 def history(attempts: list[Attempt]) -> dict[int, Attempt]:
-    """Step to the attempt whose result the run kept: the last that did it."""
+    """Step to the attempt whose result the run kept: the last that completed it."""
     return {step: attempt for attempt in attempts for step in attempt.keys}
 
 
@@ -61,12 +61,12 @@ def kept_samples(folder: Path) -> dict[int, list[str]]:
 
 
 def every_key() -> set[str]:
-    """Of the pool."""
+    """Every key of the pool."""
     return {f"{number:06d}" for number in range(SAMPLES)}
 
 
 def count_samples(folder: Path) -> dict[str, int]:
-    """Samples that epochs of a run on whole shards lack, and have more than once."""
+    """Samples that are missing from, or repeated in, the epochs of a run on undamaged shards."""
     epochs: dict[int, Counter[str]] = {}
     for step, keys in kept_samples(folder).items():
         epochs.setdefault((step - 1) // EPOCH, Counter()).update(keys)
@@ -77,8 +77,8 @@ def count_samples(folder: Path) -> dict[str, int]:
 
 
 def account(folder: Path) -> dict[str, Any]:
-    """Steps done more than once, and seconds from the fault that ended the first start until a later one was a step
-    beyond it (``None``: that start went on by itself)."""
+    """Steps done more than once, and seconds from the fault that ended the first start until a later start was one step
+    beyond it (``None``: the first start continued by itself)."""
     attempts = read_diary(folder)
     marks = [mark.stat().st_mtime for mark in folder.glob("fault*")]
     later = [attempt for attempt in attempts if marks and attempt.began > min(marks)]
@@ -92,7 +92,7 @@ def account(folder: Path) -> dict[str, Any]:
 
 
 def _whole_order(shards: Path, epochs: int) -> list[list[str]]:
-    """Keys of each lane in the first epochs of shards that nothing happens to."""
+    """Keys of each lane in the first epochs of undamaged shards."""
     shard_set = LocalShards(sorted(shards.glob("*.tar")), shards)
     pool = ShardPool(shard_set, lanes=LANES, seed=0, probs=None, transform=lambda *_: torch.empty(0), name=str(shards))
     lanes = [Lane(pool, number, Position()) for number in range(LANES)]
@@ -104,10 +104,10 @@ def _whole_order(shards: Path, epochs: int) -> list[list[str]]:
 
 
 def passed_over(folder: Path, shards: Path, victim: int) -> tuple[int, Counter[str]]:
-    """How often a run on ``shards`` left out a sample of shard number ``victim``, and what it found in it instead.
+    """How often a run on ``shards`` left out a sample of shard number ``victim``, and what it found there instead.
 
     Raises:
-        AssertionError: in some lane a sample of another shard was left out, repeated, or came in another order.
+        AssertionError: in some lane, a sample of another shard was left out, repeated, or out of order.
     """
     of_victim = {f"{number:06d}" for number in range(victim * PER_SHARD, (victim + 1) * PER_SHARD)}
     each = BATCH // LANES
@@ -133,7 +133,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def skips(folder: Path, step: int) -> dict[str, int]:
-    """What a job's checkpoint says was skipped, by reason, over all ranks."""
+    """Skips recorded in a job's checkpoint, by reason, over all ranks."""
     return json.loads((folder / "run" / "checkpoints" / f"step-{step:08d}" / "trainer.json").read_text())["skipped"]
 
 
@@ -144,6 +144,6 @@ def state_hashes(folder: Path, step: int) -> dict[str, str]:
 
 
 def largest_difference(found: dict[int, float], expected: dict[int, float]) -> float:
-    """Largest relative difference of two loss curves over the same steps."""
+    """Largest relative difference between two loss curves over the same steps."""
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
     return max(abs(found[step] - expected[step]) / expected[step] for step in expected)

@@ -1,10 +1,10 @@
-"""The fault matrix: what is broken when, and how the run that went through it compares with an undisturbed one.
+"""The fault matrix: what is broken and when, and how the affected run compares with an undisturbed one.
 
-Each row of ``rows.ROWS`` is a story of one or more starts of ``mc2 train``. ``tests/training/test_faults.py`` runs them
-with ranks forked from one process; ``benchmarks/bench_faults.py`` in fresh processes, as a user would, and keeps the
-times.
+Each row of ``rows.ROWS`` describes one or more starts of ``mc2 train``. ``tests/training/test_faults.py`` runs them
+with ranks forked from one process; ``benchmarks/bench_faults.py`` runs them in fresh processes, as a user would, and
+measures times.
 
-    python -m tests.faults.matrix [RESULT.json]    puts the matrix into docs/faults.md, with the figures of that result
+    python -m tests.faults.matrix [RESULT.json]    writes the matrix into docs/faults.md, with the figures of the result
 """
 
 import json
@@ -36,14 +36,14 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "faults.md"
 RESULTS = ROOT / "benchmarks" / "results"
 JOB_S = 240
-"""The longest that a forked job may take, restarts and all."""
+"""The longest that a forked job may take, restarts included."""
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
 COMMAND = [sys.executable, "-m", "tests.faults.rank"]
 """Runs a job, in :data:`ROOT`."""
 
 
 def prepare(folder: Path) -> Path:
-    """Pictures, captions, a tokenizer and the config of a small run; returns the config's path."""
+    """Write images, captions, a tokenizer and the config of a small run; returns the config's path."""
     values = {"steps": STEPS, "log_every": 1, "checkpoint": {"every": EVERY, "keep": 3}}
     return write_config(folder / "run.yaml", write_pool(folder), **values)
 
@@ -57,11 +57,11 @@ def job(config: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 class CannotMount(Exception):
-    """A row needs a disk of its own, and this user may not mount one."""
+    """A row needs its own disk, and this user may not mount one."""
 
 
 class Starter:
-    """Runs jobs in fresh processes, or with a server in processes forked from it."""
+    """Runs jobs in fresh processes or, given a server, in processes forked from it."""
 
     def __init__(self, server: ForkServer | None = None) -> None:
         self._server = server
@@ -77,7 +77,7 @@ class Starter:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A disk of its own under ``folder``; raises CannotMount."""
+    """A separate disk at ``folder``; raises CannotMount."""
     folder.mkdir(parents=True)
     options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     mounted = subprocess.run(["mount", *options], capture_output=True, text=True)
@@ -93,8 +93,8 @@ def run_row(row: Row, config: Path, folder: Path, starter: Starter, undisturbed:
     """Run a row in ``folder``; returns its figures.
 
     Raises:
-        AssertionError: it did not go as the row says, or the run differs from the undisturbed one.
-        CannotMount: see there.
+        AssertionError: the outcome is not as the row says, or the run differs from the undisturbed one.
+        CannotMount: the row needs its own disk, which cannot be mounted.
     """
     if row.disk:
         with small_disk(folder / "run", row.disk):
@@ -141,7 +141,7 @@ def _fill_in(text: str, meaning: Mapping[str, object]) -> str:
 
 
 def _same_run(row: Row, folder: Path, undisturbed: Path) -> dict[str, Any]:
-    """The samples, losses, weights and moments are the undisturbed run's."""
+    """Samples, losses, weights and moments equal those of the undisturbed run."""
     counts = count_samples(folder)
     assert counts["samples_lost"] == counts["samples_repeated"] == 0, counts
     assert kept_samples(folder) == kept_samples(undisturbed), "other samples"
@@ -153,8 +153,8 @@ def _same_run(row: Row, folder: Path, undisturbed: Path) -> dict[str, Any]:
 
 
 def _same_but_for_the_victim(row: Row, folder: Path, undisturbed: Path, whole: Path) -> dict[str, Any]:
-    """Ranks took equal steps of whole batches; samples of other shards come once each and in order; what is left out of
-    the damaged one is what the run counted."""
+    """Ranks took equal steps of full batches; samples of other shards occur once each and in order; the samples left
+    out of the damaged shard are those that the run counted."""
     found, expected = kept_samples(folder), kept_samples(undisturbed)
     assert all(len(keys) == BATCH for keys in found.values())
     struck = min(fault["step"] for fault in row.faults)
@@ -172,7 +172,7 @@ def _log(folder: Path) -> str:
 
 
 def run_undisturbed(config: Path, folder: Path, starter: Starter) -> Path:
-    """The run on 2 ranks that nothing happens to."""
+    """The run on 2 ranks without faults."""
     began = time.monotonic()
     code = starter.run(job(config, folder))
     assert code == 0, f"exit code {code} after {time.monotonic() - began:.0f} s\n{_log(folder)}"
@@ -180,7 +180,7 @@ def run_undisturbed(config: Path, folder: Path, starter: Starter) -> Path:
 
 
 def table(rows: list[dict[str, Any]] | None) -> str:
-    """The matrix in Markdown: of measured rows, or without figures."""
+    """The matrix in Markdown, from measured rows or without figures."""
     if rows is None:
         lines = ["| Fault | Moment | Outcome |", "|---|---|---|"]
         return "\n".join(lines + [f"| {row.fault} | {row.moment} | {row.outcome} |" for row in ROWS])
@@ -195,7 +195,7 @@ def table(rows: list[dict[str, Any]] | None) -> str:
 
 
 def write_table(result: Path | None) -> None:
-    """Put the matrix into ``docs/faults.md``, with the figures of a result of ``mc2 bench faults``."""
+    """Write the matrix into ``docs/faults.md``, with the figures of a result of ``mc2 bench faults``."""
     rows = json.loads(result.read_text(encoding="utf-8"))["rows"] if result else None
     head, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
     DOCS.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")

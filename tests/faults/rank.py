@@ -1,15 +1,17 @@
-"""``mc2 train`` that breaks as told and keeps a diary of its samples: what ``matrix.py`` and the soak run.
+"""``mc2 train`` that fails on request and keeps a diary of its samples; run by ``matrix.py`` and the soak test.
 
     python -m tests.faults.rank JOB.json            one job, ranks in fresh processes, as a user starts it
     python -m tests.faults.rank --fork JOB.json     ranks forked from this process, which has imported everything
 
 A job has ``folder`` (diary, log, marks of faults that have struck), ``config``, ``overrides``, ``processes``,
-``restarts``, ``timeout``, ``step_seconds`` (least time of a step), ``stop_after`` (a step after which all ranks save
-and leave, or null) and ``faults``: each ``{at, step, rank, do}`` strikes
-once, when that rank passes that moment (:data:`MOMENTS`) of that step; ``do`` is a list of signals, as in ``KILL`` to
-the rank itself, ``launcher:TERM`` to the process that started it and ``worker:STOP`` to its first data worker, of what
-happens to files (:data:`FILES`), as in ``cut:SHARD``, ``poison``, a weight that turns NaN on that
-rank, or ``poison scale``, the gradient of ``logit_scale``.
+``restarts``, ``timeout``, ``step_seconds`` (minimum time of a step), ``stop_after`` (a step after which all ranks save
+and exit, or null) and ``faults``. Each fault ``{at, step, rank, do}`` strikes once, when that rank reaches that moment
+(:data:`MOMENTS`) of that step. ``do`` is a list of
+
+- signals: ``KILL`` to the rank itself, ``launcher:TERM`` to the process that started it, ``worker:STOP`` to its first
+  data worker;
+- damage to files (:data:`FILES`), such as ``cut:SHARD``;
+- ``poison``, which sets a weight to NaN on that rank, or ``poison scale``, which does so to ``logit_scale``'s gradient.
 """
 
 import json
@@ -41,18 +43,18 @@ Job = dict[str, Any]
 MOMENTS: dict[str, tuple[Any, str]] = {
     "start-up": (trainer, "newest_checkpoint"),
     "forward": (Engine, "features"),
-    "mid-step": (Engine, "step"),  # gradients are there, nothing is updated
+    "mid-step": (Engine, "step"),  # gradients are ready, nothing is updated yet
     "evaluation": (evaluating, "run_suite"),
     "copy": (saving, "_owners"),
     "writing": (saving, "write_tensors"),
     "before rename": (saving, "fsync_folder"),
-    "before latest": (saving, "atomic_path"),  # the folder has its name, `latest` has the one before
+    "before latest": (saving, "atomic_path"),  # the folder has its name, `latest` still names the previous one
 }
-"""What is called at each moment of a step or of the save after it."""
+"""The function called at each moment of a step or of the save after it."""
 
 
 def run_rank(job: Job) -> int:
-    """Train as this process's rank of ``job``."""
+    """Train as this process's rank in ``job``."""
     rank, trained, saved = int(os.environ["RANK"]), 0, 0
     loader: TrainLoader | None = None
     attempt = f"{os.getppid()}-{os.environ['MASTER_PORT']}"
@@ -108,7 +110,7 @@ def _first_time(mark: Path) -> bool:
 
 
 def _do(deed: str, owner: Any, loader: TrainLoader | None) -> None:
-    """``owner``: what the moment's function was called with first."""
+    """``owner``: the first argument of the moment's function."""
     whom, _, what = deed.rpartition(":")
     if deed == "poison":
         with torch.no_grad():
@@ -126,7 +128,7 @@ def _do(deed: str, owner: Any, loader: TrainLoader | None) -> None:
 
 
 def _signal_reading_worker(loader: TrainLoader, number: int) -> None:
-    """Catch the first data worker while it has a shard in hand; that is for some milliseconds of a step."""
+    """Signal the first data worker while it is reading a shard, which takes a few milliseconds of a step."""
     pid, board = loader._shares.processes[0].pid, loader._shares.board
     while True:
         while board.reading(0) is None:
@@ -134,7 +136,7 @@ def _signal_reading_worker(loader: TrainLoader, number: int) -> None:
         os.kill(pid, number)
         if number != signal.SIGSTOP:
             return
-        time.sleep(0.05)  # until it has surely stopped
+        time.sleep(0.05)  # until it has certainly stopped
         if board.reading(0) is not None:
             return
         os.kill(pid, signal.SIGCONT)
@@ -156,12 +158,12 @@ def _free(folder: Path) -> None:
 
 
 def _cut(shard: Path) -> None:
-    """Half of it is gone, under whoever has it open."""
+    """Truncate it to half while it may be open."""
     os.truncate(shard, shard.stat().st_size // 2)
 
 
 def _append(shard: Path) -> None:
-    """New samples at its end, under whoever has it open."""
+    """Append new samples while it may be open."""
     with tarfile.open(shard, "a") as tar:
         for pair in draw_pairs(NUM_NEW, prefix="new"):
             for extension, payload in (("jpg", pair.image), ("txt", pair.text.encode())):
@@ -171,7 +173,7 @@ def _append(shard: Path) -> None:
 
 
 def _replace(shard: Path) -> None:
-    """Another shard takes its name."""
+    """Replace it with another shard of the same name."""
     pairs = draw_pairs(NUM_NEW, prefix="new")
     write_shard(shard, [(pair.key, {"jpg": pair.image, "txt": pair.text.encode()}) for pair in pairs])
 
@@ -187,7 +189,7 @@ FILES: dict[str, Callable[[Path], None]] = {
 
 
 class _Forked:
-    """A rank forked from this process, with as much of ``subprocess.Popen`` as the launcher needs."""
+    """A rank forked from this process, with the parts of ``subprocess.Popen`` that the launcher needs."""
 
     def __init__(self, environment: dict[str, str], job: Job) -> None:
         self.returncode: int | None = None

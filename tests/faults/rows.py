@@ -1,4 +1,4 @@
-"""The rows of the fault matrix: what breaks when, what comes of it, and what shows that it did."""
+"""The rows of the fault matrix: what breaks and when, the outcome, and the evidence for it."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,15 +10,15 @@ from mc2_hpc.training.stop import LOST_RANK, SAVED
 from tests.faults.tiny_run import NUM_NEW, PER_SHARD
 
 STEPS, EVERY = 48, 8
-"""Of the run, and between its saves."""
+"""Steps in the run, and between its saves."""
 WAIT_S = 8
 """How long ranks wait for one another in the rows about ranks that hang."""
 STALL_S = 20
 """``data.stall_seconds`` in the rows about data workers; the workers must have started by then."""
 VICTIM = 3
-"""Number of the shard that the rows about shards damage."""
+"""Number of the shard that is damaged in the rows about shards."""
 DISK, SHARD, SHARDS, KEYS = "{disk}", "{shard}", "{shards}", "{keys}"
-"""Stand for the run's folder, the victim, the folder of shards, and rank 1's samples of step 20."""
+"""Placeholders for the run's folder, the victim, the folder of shards, and rank 1's samples in step 20."""
 
 
 def newest(folder: Path) -> Path:
@@ -57,7 +57,7 @@ def _dangling_latest(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the matrix."""
+    """One row of the matrix."""
 
     fault: str
     moment: str
@@ -68,20 +68,20 @@ class Row:
     restarts: int = 0
     timeout: float = 120
     at_most: int = 2 * EVERY
-    """Steps that may have to be done again: since the last save, or where that was not finished, the one before."""
+    """The most steps to repeat: since the last save or, if that was not finished, since the previous one."""
     damage: Callable[[Path], None] | None = None
     """What happens to the files between the first start and the second."""
     disk: int = 0
-    """Megabytes of the disk the run has to itself; 0: the machine's."""
+    """Size in megabytes of the run's own disk; 0: it uses the machine's."""
     overrides: tuple[str, ...] = ()
     """Of the run's config."""
     explains: Callable[[int, Counter[str], Mapping[str, int]], bool] | None = None
-    """For rows that damage a shard: whether the samples of it that the run left out, the new ones it found there and
-    its own counts of skips go together. Such a run is not compared with the undisturbed one beyond that step."""
+    """For rows that damage a shard: whether the number of its samples that were left out, the new samples found there
+    and the run's own skip counts agree. Such a run is not compared with the undisturbed one beyond that step."""
     says: tuple[str, ...] = ()
-    """Words that the log must have."""
+    """Words that the log must contain."""
     slow: bool = False
-    """Left to ``make test-slow``: a moment or rank more of a row that is tested."""
+    """Left to ``make test-slow``: another moment or rank of a row that is already tested."""
 
     @property
     def same_ranks(self) -> bool:
@@ -92,14 +92,14 @@ class Row:
 def _kill(at: str, rank: int, step: int = 20, **rest: Any) -> Row:
     moment = {"start-up": "start-up", "mid-step": f"in step {step}"}.get(at, f"save of step {step}: {at}")
     fault = {"at": at, "rank": rank, "step": step, "do": ["KILL"]}
-    which = "rank 0" if rank == 0 else "last rank"
+    which = "rank 0" if rank == 0 else "the last rank"
     rest = {"fault": f"kill -9 of {which}", "outcome": "restarted by --restarts", **rest}
     return Row(moment=moment, starts=((2, 0),), faults=(fault,), restarts=1, says=("killed by SIGKILL",), **rest)
 
 
 def _signal(fault: str, at: str, do: list[str], *, rank: int = 1, step: int = 20, **rest: Any) -> Row:
     moment = {"start-up": "start-up", "mid-step": f"in step {step}"}.get(at, f"save of step {step}: {at}")
-    rest = {"outcome": "saved, exit 75; the next start goes on", "at_most": 0, **rest}
+    rest = {"outcome": "saved, exit 75; the next start resumes", "at_most": 0, **rest}
     faults = ({"at": at, "rank": rank, "step": step, "do": do},)
     return Row(fault=fault, moment=moment, starts=((2, SAVED), (2, 0)), faults=faults, **rest)
 
@@ -129,7 +129,7 @@ def _of_whole_epochs(left_out: int) -> bool:
     return left_out > 0 and left_out % PER_SHARD == 0
 
 
-_BACK = "the one before is taken, loudly"
+_BACK = "the previous checkpoint is used, and the log says so"
 
 ROWS = [
     _kill("start-up", 0, at_most=0),
@@ -145,13 +145,16 @@ ROWS = [
     _signal("SIGUSR1 to the launcher", "mid-step", ["launcher:USR1"], says=("SIGUSR1: saved after step",)),
     _signal("SIGTERM and SIGUSR1, twice each", "mid-step", ["TERM", "USR1", "TERM", "launcher:USR1"], slow=True),
     _signal(
-        "SIGTERM to the launcher", "start-up", ["launcher:TERM"], outcome="exit 75 at once; the next start goes on"
+        "SIGTERM to the launcher",
+        "start-up",
+        ["launcher:TERM"],
+        outcome="exit 75 immediately; the next start continues",
     ),
     _signal("SIGTERM to one rank", "writing", ["TERM"], step=16, slow=True),
     Row(
         fault="kill -9 of the launcher",
         moment="in step 20",
-        outcome="the ranks save and leave; the next start waits for them",
+        outcome="the ranks save and exit; the next start waits for them",
         starts=((2, -9), (2, 0)),
         faults=({"at": "mid-step", "rank": 0, "step": 20, "do": ["launcher:KILL"]},),
         at_most=0,
@@ -160,7 +163,7 @@ ROWS = [
     Row(
         fault=f"a rank hangs (SIGSTOP), --timeout {WAIT_S}",
         moment="in step 20",
-        outcome="the others say what they waited for; restarted",
+        outcome="the other ranks report what they waited for; restarted",
         starts=((2, 0),),
         faults=({"at": "mid-step", "rank": 1, "step": 20, "do": ["STOP"]},),
         restarts=1,
@@ -170,7 +173,7 @@ ROWS = [
     Row(
         fault="kill -9 of a rank, no --restarts",
         moment="in step 20",
-        outcome=f"exit {LOST_RANK}; the next start goes on",
+        outcome=f"exit {LOST_RANK}; the next start resumes",
         starts=((2, LOST_RANK), (2, 0)),
         faults=({"at": "mid-step", "rank": 1, "step": 20, "do": ["KILL"]},),
         says=("rank 0 lost another rank in step",),
@@ -179,7 +182,7 @@ ROWS = [
     Row(
         fault="full disk",
         moment="save of step 16: writing",
-        outcome="said, trained on; the save of step 24 has room again",
+        outcome="logged, training continues; the save of step 24 has room again",
         starts=((2, 0),),
         faults=(
             {"at": "copy", "rank": 0, "step": 16, "do": [f"fill:{DISK}"]},
@@ -192,7 +195,7 @@ ROWS = [
     Row(
         fault="full disk, then kill -9",
         moment="saves of steps 16 to 40, in step 42",
-        outcome="goes on from step 8 once there is room",
+        outcome="resumes from step 8 once there is room",
         starts=((2, LOST_RANK), (2, 0)),
         faults=(
             {"at": "copy", "rank": 0, "step": 16, "do": [f"fill:{DISK}"]},
@@ -212,12 +215,12 @@ ROWS = [
     _damage("truncated file in it", _truncate, _BACK, says=("has 1000 bytes instead of",), slow=True),
     _damage("missing file in it", _remove_file, _BACK, says=("is missing",), slow=True),
     _damage("broken manifest in it", _break_manifest, _BACK, says=("manifest.json cannot be read",), slow=True),
-    _damage("empty `latest`", _empty_latest, "not needed to go on", at_most=0, slow=True),
-    _damage("`latest` names nothing", _dangling_latest, "not needed to go on", at_most=0, slow=True),
+    _damage("empty `latest`", _empty_latest, "not needed to resume", at_most=0, slow=True),
+    _damage("`latest` names a missing checkpoint", _dangling_latest, "not needed to resume", at_most=0, slow=True),
     _shard(
-        "a shard is cut in half; kill -9 of a rank",
+        "a shard is truncated to half; kill -9 of a rank",
         "cut",
-        "what is gone of it is skipped and counted, ranks take equal steps; restarted",
+        "missing samples are skipped and counted, ranks take equal steps; restarted",
         moment="in step 20; in step 36",
         more=({"at": "mid-step", "rank": 1, "step": 36, "do": ["KILL"]},),
         restarts=1,
@@ -231,7 +234,7 @@ ROWS = [
         slow=False,
     ),
     _shard(
-        "a shard vanishes",
+        "a shard is deleted",
         "remove",
         "read to its end while open, then skipped and counted; ranks take equal steps",
         explains=lambda left_out, new, skipped: left_out == PER_SHARD * skipped["shard_unreadable"] > 0,
@@ -240,7 +243,7 @@ ROWS = [
     _shard(
         f"a shard grows by {NUM_NEW} samples",
         "append",
-        "they come from the next epoch on, nothing is skipped; ranks take equal steps",
+        "they are used from the next epoch on, nothing is skipped; ranks take equal steps",
         step=4,  # so that the next epoch is over before the run is
         explains=lambda left_out, new, skipped: (
             left_out == 0 and len(new) == NUM_NEW and max(new.values()) <= 2 and skipped["shard_changed"] > 0
@@ -248,7 +251,7 @@ ROWS = [
         says=(f"skipped, shard_changed: {SHARD}",),
     ),
     _shard(
-        f"a shard is replaced by another of {NUM_NEW} samples",
+        f"a shard is replaced by another with {NUM_NEW} samples",
         "replace",
         "read to its end while open, then the new one; ranks take equal steps",
         explains=lambda left_out, new, skipped: (
@@ -259,11 +262,11 @@ ROWS = [
     _worker(
         f"a data worker hangs (SIGSTOP), data.stall_seconds {STALL_S}",
         "STOP",
-        f"exit {LOST_RANK}, rank, worker and shard named; the next start goes on",
+        f"exit {LOST_RANK}, rank, worker and shard named; the next start resumes",
         starts=((2, LOST_RANK), (2, 0)),
         says=(
-            f"rank 1: no samples from data worker 0 (lanes 4-7), which has been at {SHARDS}/",
-            f"none for {STALL_S} s; fix it and start the run again",
+            f"rank 1: no samples from data worker 0 (lanes 4-7), which has been reading {SHARDS}/",
+            f"none for {STALL_S} s; fix it and restart the run",
             "rank 0 lost another rank in step 2",
         ),
     ),
@@ -278,7 +281,7 @@ ROWS = [
     Row(
         fault="a weight turns NaN on one rank",
         moment="in step 20",
-        outcome="exit 1, step, keys and last good checkpoint named; the next start goes on from it",
+        outcome="exit 1, step, keys and last good checkpoint named; the next start resumes from it",
         starts=((2, 1), (2, 0)),
         faults=({"at": "forward", "rank": 1, "step": 20, "do": ["poison"]},),
         restarts=1,
@@ -288,7 +291,7 @@ ROWS = [
     Row(
         fault="allocation 1, 2, 3, 1 ranks, each killed with -9",
         moment="in steps 11, 22, 37",
-        outcome="goes on with the ranks there are",
+        outcome="resumes with the available ranks",
         starts=((1, LOST_RANK), (2, LOST_RANK), (3, LOST_RANK), (1, 0)),
         faults=(
             {"at": "mid-step", "rank": 0, "step": 11, "do": ["KILL"]},

@@ -1,4 +1,4 @@
-"""A run of seconds, for the fault matrix and the tests of training: coloured squares, their captions, a tiny model."""
+"""A run of a few seconds for the fault matrix and training tests: coloured squares, their captions, a tiny model."""
 
 import io
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from mc2_hpc.data.tokenizer import train_tokenizer
 
 SAMPLES, PER_SHARD, LANES, BATCH = 512, 64, 8, 32
 NUM_NEW = 16
-"""Samples that a shard gets in the rows of the fault matrix about shards that change."""
+"""New samples that a shard gets in the fault matrix's rows about changing shards."""
 _COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black"]
 
 
@@ -32,10 +32,10 @@ def draw_pairs(count: int, *, prefix: str = "") -> Iterator[Pair]:
     """Pairs whose keys are ``prefix`` and six digits."""
     for number in range(count):
         inside, outside = _COLOURS[number % 8], _COLOURS[number // 8 % 8]
-        picture = Image.new("RGB", (40, 40), outside)
-        picture.paste(inside, (8 + number % 5, 8 + number % 7, 32, 32))
+        image = Image.new("RGB", (40, 40), outside)
+        image.paste(inside, (8 + number % 5, 8 + number % 7, 32, 32))
         data = io.BytesIO()
-        picture.save(data, "JPEG", quality=90)
+        image.save(data, "JPEG", quality=90)
         text = f"a {inside} square on {outside} ground, number {number % 3}"
         yield Pair(key=f"{prefix}{number:06d}", image=data.getvalue(), text=text, lang="en")
 
@@ -49,7 +49,7 @@ def write_pool(folder: Path) -> TinyPool:
 
 
 def write_config(path: Path, pool: TinyPool, **values: Any) -> Path:
-    """Write the YAML of an fp32 run on ``pool`` with some top-level ``values``; returns ``path``."""
+    """Write the YAML of an fp32 run on ``pool`` with extra top-level ``values``; returns ``path``."""
     config = {
         "global_batch": BATCH,
         "precision": "fp32",

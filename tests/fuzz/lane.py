@@ -1,12 +1,12 @@
-"""The fuzz lane: thousands of damaged inputs of every kind through every command, each in a process of its own.
+"""The fuzz lane: thousands of damaged inputs of every kind through every command, each in its own process.
 
     python tests/fuzz/lane.py --inputs 2000 --jobs 2 --json runs/fuzz.json
 
-An input is a copy of a small valid world (``world.py``) with one thing in it damaged (``mutations.py``): a file, an
-override, a flag or the environment. A command then either does its work and counts what it left out (exit code 0), or
-says in one line what is wrong (exit code 2, or 1 for a run that failed). All else is a fault: a traceback, a signal,
-more than :data:`SECONDS` or :data:`MEMORY_BYTES`, several lines, or numbers that differ from the valid input's without
-a word. The process that imports everything forks for each input, so that an input takes a fraction of a second.
+An input is a copy of a small valid world (``world.py``) with one thing damaged (``mutations.py``): a file, an override,
+a flag or the environment. A command then either does its work and counts what it left out (exit code 0), or says in one
+line what is wrong (exit code 2, or 1 for a run that failed). Everything else is a fault: a traceback, a signal, more
+than :data:`SECONDS` or :data:`MEMORY_BYTES`, several lines, or numbers that silently differ from the valid input's. The
+process that imports everything forks for each input, so that an input takes a fraction of a second.
 """
 
 import argparse
@@ -39,16 +39,16 @@ from mc2_hpc.reading.yaml_file import read_yaml
 
 SECONDS = 60
 MEMORY_BYTES = 2 << 30
-"""Beyond what the process that forks has already."""
+"""Beyond the memory of the process that forks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command on the valid world, and what of it may be damaged (``commands.yaml``)."""
+    """A command on the valid world, and what may be damaged (``commands.yaml``)."""
 
     words: str
     files: dict[str, str]
-    """Pattern of files: their kind, a key of ``mutations.BY_KIND``."""
+    """File pattern to kind, a key of ``mutations.BY_KIND``."""
     flags: list[str] = field(default_factory=list)
     overrides: bool = False
     scores: bool = False
@@ -72,7 +72,7 @@ _SETS = {
     "geode": {"geode/index.csv": "text"},
     "gldv2": {"gldv2/*.csv": "text"},
 }
-"""Evaluation sets: their files below ``sets``."""
+"""Evaluation sets, with their files below ``sets``."""
 
 
 def _commands() -> dict[str, Command]:
@@ -94,7 +94,7 @@ COMMANDS = _commands()
 
 @dataclass
 class Result:
-    """What became of one input."""
+    """The outcome of one input."""
 
     number: int
     command: str
@@ -106,17 +106,17 @@ class Result:
 
 
 class Lane:
-    """Inputs through commands, one after the other; every input is a function of the seed and its number."""
+    """Runs inputs through commands, one after another; every input is a function of the seed and its number."""
 
     def __init__(self, valid: Path, seed: int) -> None:
         self._valid, self._seed = valid, seed
         self._expected: dict[str, str] = {}
 
     def expect(self) -> None:
-        """What each command prints for the valid world.
+        """Record what each command prints for the valid world.
 
         Raises:
-            SystemExit: one is refused.
+            SystemExit: a command refuses it.
         """
         for name, command in COMMANDS.items():
             with self._copy() as folder:
@@ -164,7 +164,7 @@ class Lane:
         change = rng.choice(mutations.BY_KIND[command.files[pattern]])
         try:
             what = change(path, rng)
-        except (UnicodeEncodeError, ValueError) as error:  # what cannot even be written is no input
+        except (UnicodeEncodeError, ValueError) as error:  # what cannot be written is not an input
             what = f"nothing ({type(error).__name__})"
         retyped = change in (mutations.change_json, mutations.change_parquet) and not re.search(
             "removed|strange|renamed|no rows|some null|nothing", what
@@ -175,7 +175,7 @@ class Lane:
         return _Folder(self._valid)
 
     def _run(self, folder: Path, words: list[str], environment: dict[str, str]) -> tuple[int, str, str, int]:
-        """Exit code (negative: by a signal; None of ours: -999 for too long), both streams, and peak memory."""
+        """Exit code (negative: a signal; -999: it took too long), both streams, and peak memory."""
         child = os.fork()
         if child == 0:
             _child(folder, words, environment, keep_modules=not self._expected.keys() >= COMMANDS.keys())
@@ -213,7 +213,7 @@ class _Folder:
 
 
 def _child(folder: Path, words: list[str], environment: dict[str, str], keep_modules: bool) -> None:
-    """Run a command and leave, in a process group of its own."""
+    """Run a command in its own process group and exit."""
     os.setsid()
     os.chdir(folder)
     for number, name in ((0, "/dev/null"), (1, ".stdout"), (2, ".stderr")):
@@ -239,7 +239,7 @@ def _child(folder: Path, words: list[str], environment: dict[str, str], keep_mod
 
 
 def _import_all(names: list[str]) -> None:
-    """What a command has imported is there for the next one."""
+    """Import what a command imported, so that the next one has it."""
     for name in names:
         if name not in sys.modules and not name.startswith("_"):
             with contextlib.suppress(Exception):
@@ -247,7 +247,7 @@ def _import_all(names: list[str]) -> None:
 
 
 _LOGGED = re.compile(r"\d\d:\d\d:\d\d [IWE] |\[rank\d|\[W\d|\[20\d\d-|[\w ,-]+: \d+(/\d+)?(, .*)?$|step \d+/|\s*$")
-"""Log and progress, which may come before the one line."""
+"""Log and progress lines, which may come before the one line."""
 
 
 def _verdict(code: int, err: str, peak: int, seconds: float) -> tuple[str, str]:
@@ -277,11 +277,11 @@ def _numbers(text: str) -> str:
 
 
 def warm_up() -> None:
-    """Import what commands import; nothing is computed, for threads do not survive a fork."""
+    """Import what commands import. Nothing is computed, because threads do not survive a fork."""
     import torch
 
     torch.set_num_threads(1)
-    # By the first layer that is made on torch's meta device, by DeepSpeed, and by the first summary that is written.
+    # Imported later by the first layer on torch's meta device, by DeepSpeed, and by the first summary written.
     import torch._dynamo
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
@@ -294,12 +294,12 @@ def warm_up() -> None:
     from mc2_hpc.metadata import build  # noqa: F401
     from mc2_hpc.training import trainer  # noqa: F401
 
-    # Reading an ablation is what is tried; its rows are training runs, which have commands of their own.
+    # Only reading an ablation is tested; its rows are training runs, which have their own commands.
     run._plan = lambda *_: sys.exit(0)
 
 
 def in_child(function: Any, *arguments: Any) -> Any:
-    """Call in a forked process, which may start threads; returns what it returns, through a pipe."""
+    """Call ``function`` in a forked process, which may start threads; the result is returned through a pipe."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -354,7 +354,7 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=2000)
-    parser.add_argument("--first", type=int, default=0, help="number of the first input, to look at one again")
+    parser.add_argument("--first", type=int, default=0, help="number of the first input, to rerun one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)

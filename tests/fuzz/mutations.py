@@ -1,7 +1,7 @@
-"""Ways to damage a file, an override or the environment, each a function of a random generator; seeded, so repeatable.
+"""Ways to damage a file, an override or the environment, each a function of a seeded random generator.
 
-A mutation is *structural* where no reader may take the result for the original: whatever is scored or counted then
-equals the valid input's, or says what it left out.
+A mutation is *structural* if no reader may mistake the result for the original: results then equal those of the valid
+input, or say what was left out.
 """
 
 import io
@@ -66,7 +66,7 @@ def insert_bytes(path: Path, rng: random.Random) -> str:
     data = path.read_bytes()
     at = rng.randrange(len(data) + 1)
     path.write_bytes(data[:at] + rng.choice([b"\xff", b"\x00", b"\xed\xa0\x80", b"\t", b"\r", b"9" * 5000]) + data[at:])
-    return "bytes put in"
+    return "bytes inserted"
 
 
 def replace_file(path: Path, rng: random.Random) -> str:
@@ -94,7 +94,7 @@ def replace_file(path: Path, rng: random.Random) -> str:
 
 
 def change_json(path: Path, rng: random.Random) -> str:
-    """A value at a random place gets another type, vanishes, stands twice, or is no JSON at all."""
+    """Give a random value another type, remove it, duplicate it, or replace it with invalid JSON."""
     lines = path.read_text(encoding="utf-8").split("\n")
     jsonl = path.suffix == ".jsonl"
     number = rng.randrange(max(1, len(lines) - 1)) if jsonl else 0
@@ -346,7 +346,7 @@ def _other_array(array: Any, rng: random.Random) -> tuple[Any, str]:
 
 
 def change_safetensors(path: Path, rng: random.Random) -> str:
-    """The header as :func:`change_json` would have it, or tensors of another type, shape or number."""
+    """Change the header like :func:`change_json`, or the type, shape or number of tensors."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -455,7 +455,7 @@ def _other_content(name: str, content: bytes, rng: random.Random) -> bytes:
 
 
 def bomb_png() -> bytes:
-    """An image that says it has 60,000 by 60,000 pixels."""
+    """An image that claims to have 60,000 by 60,000 pixels."""
     import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The fuzz lane: what it calls a fault, that it repeats itself, and a short run of it."""
+"""The fuzz lane: what counts as a fault, that damage is repeatable, and a short run."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ LANE = Path(__file__).with_name("lane.py")
 def lane():
     spec = importlib.util.spec_from_file_location("fuzz_lane", LANE)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    sys.modules[spec.name] = module  # its dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 

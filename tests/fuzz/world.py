@@ -1,4 +1,4 @@
-"""A small valid input of every kind that a command reads, in one folder; made by the product where it writes it."""
+"""A small valid input of every kind that commands read, in one folder; created by mc2 itself where it can write it."""
 
 import csv
 import gzip

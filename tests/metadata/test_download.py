@@ -1,4 +1,4 @@
-"""Downloads from a local server that breaks off, knows no ranges, lies, or refuses."""
+"""Downloads from a local server that drops connections, lacks ranges, sends wrong data, or refuses."""
 
 import bz2
 import gzip
@@ -18,7 +18,7 @@ QUICK = Patience(attempts=3, first_wait_s=0.01, timeout_s=20)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``files``; ``drop_after`` bytes it closes the connection, as long as ``drops`` are left."""
+    """Serves ``files``; closes the connection after ``drop_after`` bytes while ``drops`` are left."""
 
     daemon_threads = True
 
@@ -125,7 +125,7 @@ def test_a_server_without_ranges_sends_the_whole(server, tmp_path):
 
 def test_a_wrong_file_gets_no_name(server, tmp_path):
     server.files["/f"] = CONTENT[:-1] + b"!"
-    with pytest.raises(UserError, match=f"its SHA1 is .*, not {SHA1}, so it is not the file of"):
+    with pytest.raises(UserError, match=f"its SHA1 is .*, not {SHA1}, so it is not the file at"):
         download(f"{server.url}/f", tmp_path / "f", checksum=SHA1, patience=QUICK)
     assert list(tmp_path.iterdir()) == []
 
@@ -139,7 +139,7 @@ def test_passing_failures_are_waited_out(server, tmp_path):
 def test_a_server_that_keeps_failing_is_given_up_and_the_part_kept(server, tmp_path):
     server.drops, server.drop_after = 99, 0
     (tmp_path / "f.part").write_bytes(CONTENT[:1000])
-    with pytest.raises(UserError, match="/f: failed 3 times in a row .*what has arrived is kept"):
+    with pytest.raises(UserError, match="/f: failed 3 times in a row .*partial data is kept"):
         download(f"{server.url}/f", tmp_path / "f", patience=QUICK)
     assert (tmp_path / "f.part").read_bytes() == CONTENT[:1000] and len(server.requests) == 3
 
@@ -153,7 +153,7 @@ def test_no_server(tmp_path):
 
 @pytest.mark.parametrize(
     "path, checksum, message",
-    [("none", None, "the server says 404"), ("f", "abc", "checksum 'abc': expected the hex digits")],
+    [("none", None, "the server returned 404"), ("f", "abc", "checksum 'abc': expected the hex digits")],
 )
 def test_refusals(server, tmp_path, path, checksum, message):
     with pytest.raises(UserError, match=message):
@@ -162,7 +162,7 @@ def test_refusals(server, tmp_path, path, checksum, message):
 
 
 def test_not_an_address(tmp_path):
-    with pytest.raises(UserError, match="not an address"):
+    with pytest.raises(UserError, match="not a valid address"):
         download("dumps/f", tmp_path / "f", patience=QUICK)
 
 
@@ -217,7 +217,7 @@ def test_page_views_are_read_through(server, tmp_path):
     path = fetch_pageviews(name, tmp_path / "a", mirror=server.url + "/", patience=QUICK)
     assert path == tmp_path / "a" / "pageviews" / name and path.read_bytes() == packed
     server.files[where] = packed[:-9]
-    with pytest.raises(UserError, match="not whole gzip .*removed"):
+    with pytest.raises(UserError, match="incomplete gzip .*removed"):
         fetch_pageviews(name, tmp_path / "b", mirror=server.url, patience=QUICK)
     assert list((tmp_path / "b" / "pageviews").iterdir()) == []
 

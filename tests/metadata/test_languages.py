@@ -1,4 +1,4 @@
-"""The language table is whole, consistent, and right where the release was wrong."""
+"""The language table is complete and consistent, and fixes the release's errors."""
 
 import unicodedata
 from importlib.util import find_spec
@@ -36,10 +36,10 @@ SCRIPTS = dict(
 
 
 def test_every_wikipedia_has_a_row():
-    closed = set("aa ak cho ho hz ii kj kr lrc mh mus na ng".split())  # nobody may write there any more
+    closed = set("aa ak cho ho hz ii kj kr lrc mh mus na ng".split())  # closed for editing
     newer = set("ann bdr bol btm iba isv kai kaj kge knc mag mos nr nup ppl rki rsk syl tdd tig tok".split())
     assert closed | newer <= set(LANGUAGES)
-    assert len(LANGUAGES) == 330 + len(closed) + len(newer)  # the recipe's, and those it did not have
+    assert len(LANGUAGES) == 330 + len(closed) + len(newer)  # the recipe's, and those it lacked
     assert list(LANGUAGES) == sorted(LANGUAGES) and all(code == row.code for code, row in LANGUAGES.items())
 
 
@@ -187,7 +187,7 @@ def test_code_of_tag(tags, code):
 
 
 def test_most_codes_of_flores_have_metadata():
-    # Languages of FLORES-200 without a Wikipedia: no metadata can be built of them.
+    # FLORES-200 languages without a Wikipedia: no metadata can be built for them.
     without = "bem_Latn cjk_Latn dyu_Latn hne_Deva kac_Latn kam_Latn kea_Latn kmb_Latn lua_Latn luo_Latn lus_Latn"
     assert {code_of_tag(code) for code in without.split()} == {None}
     some = "ace_Arab azj_Latn bjn_Latn crh_Latn dik_Latn fuv_Latn gaz_Latn kas_Deva khk_Cyrl kmr_Latn knc_Latn lvs_Latn"
@@ -200,7 +200,7 @@ def test_most_codes_of_flores_have_metadata():
 
 def test_known_code():
     assert known_code("en-US", {"en"}) == known_code("en", {"en"}) == "en"
-    assert known_code("en-US", {"en-US", "en"}) == "en-US"  # what has a file needs no row
+    assert known_code("en-US", {"en-US", "en"}) == "en-US"  # a language with a file needs no row
     assert known_code("my-own", {"my-own"}) == "my-own" and known_code("my-own", {"en"}) is None
     assert known_code("fr", {"en"}) is None and known_code(None, {"en"}) is None and known_code("", {"en"}) is None
     assert known_code("twi_Latn", {"other", "en"}) == "other" and known_code("de", {"other"}) is None

@@ -1,4 +1,4 @@
-"""Markup in the lemmas of wordnets is cleaned away, or the lemma is refused and counted."""
+"""Markup in wordnet lemmas is removed, or the lemma is refused and counted."""
 
 import pytest
 

@@ -46,9 +46,9 @@ def hour(path, text):
 def test_order_and_first_source_wins(sources):
     entries, counts = build_metadata("en", sources, ALL)
     assert entries[:100] == [str(number) for number in range(100)]
-    assert entries[100:102] == ["hot dog", "dog"]  # "7" is a number already, "!!" is no word
+    assert entries[100:102] == ["hot dog", "dog"]  # "7" is already a number, "!!" is not a word
     assert entries[102:106] == ["barks", "the", "cat", "sat"]
-    assert "dog barks" in entries[106:] and entries[-2:] == ["Alps", "San Marino"]  # by views; "cat" came earlier
+    assert "dog barks" in entries[106:] and entries[-2:] == ["Alps", "San Marino"]  # by views; "cat" was added earlier
     assert counts["numbers"] == 100 and counts["wordnet"] == 2 and counts["unigrams"] == 4 and counts["titles"] == 2
     assert sum(counts.values()) == len(entries) == len(set(entries))
 
@@ -58,7 +58,7 @@ def test_caps_count_new_entries_only(sources):
     entries, counts = build_metadata("en", sources, caps)
     assert (counts["unigrams"], counts["bigrams"], counts["titles"]) == (2, 1, 1)
     assert entries[102:104] == ["barks", "the"]  # "dog", the most frequent, is the wordnet's
-    assert entries[-1] == "cat"  # most viewed, and not among the two unigrams
+    assert entries[-1] == "cat"  # most viewed, but not among the two unigrams
 
 
 def test_shares_cap_too(sources):
@@ -113,7 +113,7 @@ def test_what_languages_lacked_is_told(world, tmp_path):
         "no corpus: 2 of 6 (he, zu)",
         "no titles: 2 of 6 (he, zu)",
         "he: markup in the wordnet: 1 lemmas cleaned, 1 refused ('[edytuj]')",
-        "warning: nothing but the digits 0-99 in 1 of 5 languages (zu): too little text, or no file that is named as "
+        "warning: only the digits 0-99 in 1 of 5 languages (zu): too little text, or no file is named as "
         "docs/metadata.md says",
     ]
     assert shortfalls(card, ["en"]) == ["no wordnet: 1 of 2 (simple)"]
@@ -134,7 +134,7 @@ def test_number_names():
     pytest.importorskip("num2words", reason="num2words is not installed")
     german, counts = build_metadata("de", Sources(number_names=True))
     assert german[142] == "zweiundvierzig" and counts["number_names"] == 100
-    _, counts = build_metadata("ceb", Sources(number_names=True))  # num2words would take it for Chechen
+    _, counts = build_metadata("ceb", Sources(number_names=True))  # num2words would treat it as Chechen
     assert counts["number_names"] == 0
 
 
@@ -150,7 +150,7 @@ def test_entries_taken_as_they_are(tmp_path):
 
 @pytest.fixture
 def world(tmp_path):
-    """A folder of sources of four Wikipedias, two of them one curation language."""
+    """A folder of sources for four Wikipedias, two of which share a curation language."""
     folder = tmp_path / "world"
     dump(folder / "en" / "enwiki-20240501-pages-articles.xml.bz2", ["The '''red house''' {{x}} [[sky|skies]]"] * 30)
     dump(folder / "simple" / "simplewiki-20240501-pages-articles.xml.bz2", ["A red kite and a red house"] * 9)

@@ -73,7 +73,7 @@ def test_rank():
         (None, "no such file"),
         (b"plain", "cannot be read"),
         (gzip.compress(HOUR.encode(), mtime=0)[:50], "cannot be read"),
-        (gzip.compress(b"<html>\n", mtime=0), "no line is `<domain> <title> <views> <bytes>`"),
+        (gzip.compress(b"<html>\n", mtime=0), "no line has the form `<domain> <title> <views> <bytes>`"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):

@@ -1,4 +1,4 @@
-"""Words of languages without spaces: each installed package for real, the missing ones by their error."""
+"""Words in languages without spaces: installed packages are really run, missing ones are tested by their error."""
 
 import sys
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from mc2_hpc.metadata.segmenters import (
 )
 
 SENTENCES = [
-    # language, package, sentence, words that must be among the words
+    # language, package, sentence, words that must be in the result
     ("ja", "fugashi", "新しいカメラで東京タワーを撮りました。", "カメラ 東京 タワー 。"),
     ("th", "pythainlp", "ฉันชอบกินข้าวผัดที่กรุงเทพ", "ฉัน ชอบ กิน กรุงเทพ"),
     ("zh", "rjieba", "我在北京拍照片，New York也好", "我 北京 ， New York"),

@@ -1,4 +1,4 @@
-"""How a folder of sources is read, chosen from, and grouped."""
+"""How a folder of sources is read, selected and grouped."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_layout(tmp_path):
     assert found["en"].files() == [tmp_path / "en/wordnet" / name for name in WNDB_FILES]
     assert found["sq"].wordnet == (tmp_path / "wordnet/wns/als/wn-data-als.tab",)
     assert found["als"].wordnet == ()
-    assert found["sv"].wordnet == (tmp_path / "sv/swe.xml.gz",)  # its own before the shared one
+    assert found["sv"].wordnet == (tmp_path / "sv/swe.xml.gz",)  # its own, not the shared one
     assert found["zh_yue"].corpus == ()
 
 
@@ -43,7 +43,7 @@ def test_wordnets_need_no_folder_of_their_language(tmp_path):
         ".git/wn-data-ita.tab",
     )
     found = find_sources(tmp_path)
-    assert list(found) == ["eu", "fr", "he", "pl", "sq", "sw"]  # `omw` holds wordnets and is no language
+    assert list(found) == ["eu", "fr", "he", "pl", "sq", "sw"]  # `omw` holds wordnets and is not a language
     assert found["sq"].wordnet == (tmp_path / "omw/wns/als/wn-data-als.tab.gz",)
     assert found["fr"].wordnet == (tmp_path / "fra/wn-data-fra.tab",)
     assert found["he"].lacks() == ["corpus", "titles"] and found["sw"].lacks(views=True) == ["wordnet"]
@@ -58,7 +58,7 @@ def test_a_tab_file_goes_by_its_name(tmp_path):
         "xx/mine.tab",
         "yy/wn-data-xyz.tab",
     )
-    found = find_sources(tmp_path)  # as the Open Multilingual Wordnet has its folders
+    found = find_sources(tmp_path)  # the folder layout of the Open Multilingual Wordnet
     assert {code: [path.name for path in sources.wordnet] for code, sources in found.items()} == {
         "id": ["wn-data-ind.tab"],
         "ms": ["wn-data-zsm.tab"],
@@ -79,8 +79,8 @@ def test_a_folder_without_sources_is_a_language_of_digits(tmp_path):
         ([], "no language folders"),
         (["pageviews/pageviews-1.gz"], "no language folders"),
         (["zh_yue/corpus.txt", "zh-yue/corpus.txt"], "a second folder for 'zh_yue'"),
-        (["en/metadata.json", "en/corpus.txt"], "taken as it is, but other sources lie beside it"),
-        (["en/wordnet/data.noun"], "WNDB's data.verb, data.adj, data.adv are missing"),
+        (["en/metadata.json", "en/corpus.txt"], "used unchanged, but there are other sources beside it"),
+        (["en/wordnet/data.noun"], "missing files of WNDB: data.verb, data.adj, data.adv"),
         (
             ["sw/a-pages-articles.xml.bz2", "sw/a-pages-articles-multistream.xml.bz2"],
             "the same dump as multistream and as one stream",

@@ -1,4 +1,4 @@
-"""Reading dumps: a made one, cut and broken ones, and a real one."""
+"""Reading dumps: a synthetic one, truncated and broken ones, and a real one."""
 
 import bz2
 import re
@@ -69,8 +69,8 @@ def test_a_real_dump(shared_data):
     texts = ["\n".join(plain_text(text, names)) for text, names in read_articles(dump)]
     assert len(texts) == 106  # of 206 pages
     assert texts[0].startswith("Anarchism is a political philosophy that advocates self-governed societies")
-    assert "although several authors have defined them" in texts[0]  # what stands between is a reference
+    assert "although several authors have defined them" in texts[0]  # the text in between is a reference
     whole = "\n".join(texts)
     for mark in ("{{", "}}", "'''", "<ref", "</", "&nbsp;", "px|", "thumb|", "Category:", "style="):
         assert mark not in whole, mark
-    assert len(re.findall(r"\[\[|\]\]", whole)) <= 1  # an author's slip: "[[a|b], c]"
+    assert len(re.findall(r"\[\[|\]\]", whole)) <= 1  # an author's typo: "[[a|b], c]"

@@ -1,4 +1,4 @@
-"""Markup goes, text stays."""
+"""Markup is removed, text stays."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Lemmas of each form of wordnet."""
+"""Lemmas of each wordnet format."""
 
 import gzip
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_the_recipes_number_of_english_synset_names():
     names = set(read_lemmas("en", folder))
     assert len(names) == 86_571
     released = {name.partition(".")[0] for name in names} - {""} | {str(number) for number in range(100)}
-    assert len(released) == 86_654  # MetaCLIP 1's table; its script cuts names at the first full stop
+    assert len(released) == 86_654  # MetaCLIP 1's table; its script truncates names at the first full stop
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_recipes_number_of_english_synset_names():
         ("a.xml", "<a>\n<b>", "line 2 is not XML"),
         ("a.xml", "<a><b/></a>", "no Lemma in it"),
         ("a.xml.gz", "no gzip", "cannot be read"),
-        ("wordnet", "entity\n", "line 1 is no synset"),
+        ("wordnet", "entity\n", "line 1 is not a synset"),
     ],
 )
 def test_bad_wordnets_are_named(tmp_path, name, content, message):

@@ -1,4 +1,4 @@
-"""The shell of every page: whatever a template is given is text, in any language; and every template is well formed."""
+"""The shell of every page: template values are always text, in any language; and every template is well formed."""
 
 import base64
 import re
@@ -27,7 +27,7 @@ MACROS = """{% extends "pages/base.html" %}
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """``package(template)``: the name of a package with this one template, ``page.html``."""
+    """``package(template)``: the name of a package with a single template, ``page.html``."""
 
     def make(template: str) -> str:
         folder = tmp_path / "pages_under_test"
@@ -35,7 +35,7 @@ def package(tmp_path, monkeypatch):
         (folder / "__init__.py").touch()
         (folder / "templates" / "page.html").write_text(template, encoding="utf-8")
         monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.delitem(sys.modules, "pages_under_test", raising=False)  # another test's
+        monkeypatch.delitem(sys.modules, "pages_under_test", raising=False)  # from another test
         pages._environment.cache_clear()
         return "pages_under_test"
 
@@ -115,7 +115,7 @@ def _contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
 def test_colours_can_be_told_from_their_backgrounds(palette):
     assert palette.keys() == LIGHT.keys()
-    assert len(set(palette.values())) == len(palette)  # a plot's colours are found by their value
+    assert len(set(palette.values())) == len(palette)  # a plot's colours are identified by value
     for background in ("paper", "card"):
         for text in ("ink", "soft", "accent", "good"):
             assert _contrast(palette[text], palette[background]) >= 4.5, (text, background)

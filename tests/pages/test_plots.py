@@ -1,4 +1,4 @@
-"""Plots: the same bytes every time, text that stays text, and drawings that stand side by side on one page."""
+"""Plots: the same bytes every time, text that stays text, and several drawings on one page."""
 
 import re
 import warnings
@@ -37,7 +37,7 @@ def test_the_same_figure_gives_the_same_bytes_whatever_the_readers_settings():
 
 def test_a_drawing_is_one_element_without_addresses_dates_or_rules_for_the_page():
     drawing = draw()[1]
-    root = ElementTree.fromstring(drawing)  # well formed, no prefix left
+    root = ElementTree.fromstring(drawing)  # well-formed, no prefix left
     assert root.tag == "svg" and root.attrib["class"] == "plot" and root.attrib["role"] == "img"
     assert not re.search(r"https?:|xmlns|xlink|<style|<metadata|<\?xml|Matplotlib|font-family", drawing)
     assert root.find("title").text == root.attrib["aria-label"] == "title"

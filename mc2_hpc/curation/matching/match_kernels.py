@@ -1,6 +1,6 @@
 """Matching texts against the tables of :mod:`mc2_hpc.curation.matching.trie_kernels`, in compiled loops.
 
-Imported only when needed, as numba is slow.
+Imported only when needed, because importing numba is slow.
 """
 
 import numpy as np
@@ -37,17 +37,17 @@ from mc2_hpc.curation.matching.trie_kernels import (
 _U = np.uint64
 _FLAGS = NORMALISE | CONTEXT
 _NONE = np.uint32(0xFFFFFFFF)
-"""No entry's id."""
+"""Not the id of any entry."""
 _SMALL_SORT = 32
-"""Most matches that are sorted by counting: a multiple of what the processor compares at a time."""
+"""Up to this many matches are sorted by counting: a multiple of what the processor compares at once."""
 _BLOCK_TEXTS = 256
 _BLOCK_BYTES = 1 << 14
-"""Texts of one block, unless a single one is longer: what a block needs stays in the core's own cache."""
+"""Size of a block of texts, unless a single text is longer: a block's working set stays in the core's own cache."""
 
 
 @inner
 def _decode(data, at):
-    """Code point at byte ``at`` of valid UTF-8, and its number of bytes."""
+    """The code point at byte ``at`` of valid UTF-8, and its length in bytes."""
     b = np.int64(data[at])
     if b < 0x80:
         return b, 1
@@ -61,7 +61,7 @@ def _decode(data, at):
 
 @entry
 def text_flags(data, offsets, actions):
-    """Flags of every row's characters together (uint8): ``NORMALISE | CONTEXT`` of :func:`rules.character_table`."""
+    """Each row's character flags, combined (uint8): ``NORMALISE | CONTEXT`` of :func:`rules.character_table`."""
     flags = np.zeros(len(offsets) - 1, np.uint8)
     for row in range(len(flags)):
         at = offsets[row]
@@ -79,7 +79,7 @@ def text_flags(data, offsets, actions):
 
 @inner
 def _after_arabic(spaced, length):
-    """Whether the last character of ``spaced[:length]`` is of the blocks Arabic (D8 to DB) or Arabic Supplement."""
+    """Whether the last character of ``spaced[:length]`` is in the Arabic (D8 to DB) or Arabic Supplement block."""
     last, before = spaced[length - 1], spaced[length - 2]
     return last >= 0x80 and (0xD8 <= before <= 0xDB or (before == 0xDD and last >= 0x90))
 
@@ -118,9 +118,9 @@ def _space_out(data, start, stop, actions, collapse, spaced):
 
 @inner
 def _scan_tokens(spaced, text, start, stop, keys, starts, count):
-    """Append the key and start of every token of ``spaced[start:stop]`` (``text`` as bytes), a blank at both ends.
+    """Append the key and start of every token of ``spaced[start:stop]`` (``text`` as bytes), which has blank ends.
 
-    An empty token closes the text: it stands for what no pattern has, so no window of tokens crosses into the next.
+    An empty token ends the text: no pattern contains one, so no window of tokens crosses into the next text.
     """
     first = start + 1
     for end in range(start + 1, stop):
@@ -136,12 +136,12 @@ def _scan_tokens(spaced, text, start, stop, keys, starts, count):
 
 @inner
 def _look_up(keys, count, text, starts, vocabulary, words, long_tokens):
-    """Replace each key by the value of its token, 0 if no pattern has it.
+    """Replace each key with the value of its token, or 0 if no pattern contains it.
 
     ``keys[count]`` and ``long_tokens`` are scratch.
     """
-    # Reads that wait for nothing but memory wait together; the look-ups proper then find their slots in the cache. What
-    # was read is stored, or the compiler would leave the reads out.
+    # Independent reads wait for memory together, and the real look-ups then find their slots in the cache. The values
+    # read are stored because the compiler would otherwise remove the reads.
     mask = _U(len(vocabulary) // 2 - 1)
     seen = ZERO
     for token in range(count):
@@ -169,7 +169,7 @@ def _look_up(keys, count, text, starts, vocabulary, words, long_tokens):
 
 @inner
 def _touch_edges(values, count, edges):
-    """Bring the slots of all neighbours into the cache, as :func:`_look_up` does; ``values[count]`` is scratch."""
+    """Load the slots of all neighbours into the cache, as :func:`_look_up` does; ``values[count]`` is scratch."""
     mask = _U(len(edges) // 2 - 1)
     seen = ZERO
     for token in range(count - 1):
@@ -249,7 +249,7 @@ def _sort_unique(ids, first, count, scratch):
             if ids[at] == ids[at - 1]:
                 ids[at] = _NONE
     else:
-        # The place of an id is the number of smaller ones; repeats share one place, and those after it stay empty.
+        # An id's place is the number of smaller ids; repeats share a place, and the places after it stay empty.
         padded = (size + 7) & ~7
         for at in range(padded):
             scratch[at] = ids[first + at] if at < size else _NONE
@@ -272,13 +272,13 @@ def match_texts(
 ):
     """All entries of each text.
 
-    Texts are taken in blocks and each step done for a whole block, so that the look-ups of many tokens wait for memory
-    together rather than one after another.
+    Texts are processed in blocks, one step at a time for a whole block, so that the look-ups of many tokens wait for
+    memory together rather than one after another.
 
     Args:
-        data, offsets: valid UTF-8 bytes of the texts (uint8) and where each starts (int64, one more than texts).
-        actions, collapse: what becomes of each character (:func:`rules.character_table`), and of runs of spaces.
-        source: left as it is (:data:`trie_kernels.SOURCE`).
+        data, offsets: valid UTF-8 bytes of the texts (uint8) and the start of each text (int64, texts + 1).
+        actions, collapse: what happens to each character (:func:`rules.character_table`), and to runs of spaces.
+        source: leave at its default (:data:`trie_kernels.SOURCE`).
 
     Returns:
         offsets int64 (texts + 1,); ids uint32, sorted and unique within a text
@@ -321,7 +321,7 @@ def match_texts(
             if end >= 0 and len(openings):
                 end = _match_characters(spaced, start, spaced_ends[member], character_edges, openings, points, ids, end)
             if end < 0:
-                ids = np.concatenate((ids, ids))  # twice the room, and the text once more
+                ids = np.concatenate((ids, ids))  # double the room and retry this text
                 continue
             count = _sort_unique(ids, count, end, scratch)
             starts[block + member + 1] = count

@@ -1,8 +1,8 @@
 """Find every metadata entry that occurs in a text, by the rules of :mod:`mc2_hpc.curation.matching.rules`.
 
 Patterns with a space at both ends are looked up as windows of tokens in hash tables, all others in a trie over code
-points; both see all overlapping occurrences. The tables are plain arrays: built once, saved as ``.npy``, memory-mapped
-by every process that matches.
+points; both find all overlapping occurrences. The tables are plain arrays: built once, saved as ``.npy``, and
+memory-mapped by every process that matches.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from mc2_hpc.storage import atomic_path, write_json
 
 _FORMAT = 3
 LAST_SAVED = "matcher.json"
-"""The file that :meth:`Matcher.save` writes last, in the folder of a matcher's tables."""
+"""The last file that :meth:`Matcher.save` writes to the folder of tables."""
 _CURE = "damaged matcher table: delete its folder and match again"
 
 
 class _Info(Foreign):
-    """``matcher.json``; of another format only that is looked at."""
+    """``matcher.json``; if the format is another, nothing else in it is used."""
 
     format: int
     mode: str = ""
     num_entries: Count = 0
     crc32: dict[str, Count] = {}
-    """Of each table's bytes: compiled loops follow whatever stands in them."""
+    """Of each table's bytes, because compiled loops trust whatever they contain."""
 
 
 _ARRAYS = {
@@ -56,11 +56,11 @@ _ARRAYS = {
     "character_edges": np.uint64,
     "openings": np.uint8,
 }
-"""Name and type of each table, in the order that :func:`match_kernels.match_texts` takes them."""
+"""Name and type of each table, in the argument order of :func:`match_kernels.match_texts`."""
 
 
 class Matcher:
-    """Tables of one language's entries. Make one with :meth:`build` or :meth:`load`."""
+    """The tables of one language's entries. Create one with :meth:`build` or :meth:`load`."""
 
     def __init__(self, mode: str, num_entries: int, tables: dict[str, npt.NDArray]):
         self.mode = mode
@@ -74,7 +74,7 @@ class Matcher:
         """Build the tables of ``entries``, whose positions are the entry ids.
 
         Raises:
-            UserError: an unknown mode; no, a blank or a repeated entry; or nothing is left of any.
+            UserError: an unknown mode; no entries; a blank or repeated entry; or nothing is left of any entry.
         """
         from mc2_hpc.curation.matching import trie_kernels
 
@@ -114,7 +114,7 @@ class Matcher:
             sorted and unique.
 
         Raises:
-            UserError: a text is not valid UTF-8, or has a lone surrogate.
+            UserError: a text is not valid UTF-8 or contains a lone surrogate.
         """
         from mc2_hpc.curation.matching import match_kernels
 
@@ -130,7 +130,7 @@ class Matcher:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tables."""
+        """Size of all tables in bytes."""
         return sum(table.nbytes for table in self._tables.values())
 
     def save(self, folder: str | Path) -> None:
@@ -150,12 +150,12 @@ class Matcher:
         """Memory-map the tables that :meth:`save` wrote.
 
         Raises:
-            UserError: no tables, unfinished, damaged or of another version of the format.
+            UserError: tables are missing, unfinished, damaged or in another version of the format.
         """
         folder = Path(folder)
         info = read_json(folder / LAST_SAVED, _Info, cure=_CURE)
         if info.format != _FORMAT:
-            raise UserError(f"{folder}: matcher tables of another format; delete the folder and match again")
+            raise UserError(f"{folder}: matcher tables in another format; delete the folder and match again")
         tables = {name: _map_table(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
         for name, table in tables.items():
             if zlib.crc32(table.data) != info.crc32.get(name):
@@ -164,19 +164,19 @@ class Matcher:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether :meth:`Matcher.save` of this version finished in ``folder``; tables of another are built anew."""
+    """Whether this version's :meth:`Matcher.save` finished in ``folder``; another version's tables are rebuilt."""
     if not (folder / LAST_SAVED).is_file():
         return False
     return read_json(folder / LAST_SAVED, _Info, cure=_CURE).format == _FORMAT
 
 
 def _map_table(path: Path, dtype: type) -> npt.NDArray:
-    # An empty file cannot be mapped, and the plain array type is what the compiled loops take.
+    # An empty file cannot be mapped, and the compiled loops need the plain array type.
     return np.asarray(map_array(path, dtype, cure=_CURE)).view(np.ndarray)
 
 
 def _join(patterns: list[str], encoding: str, dtype: type) -> tuple[npt.NDArray, npt.NDArray]:
-    """Units of all patterns in one array, and where each pattern starts, int64 ``(len(patterns) + 1,)``."""
+    """The units of all patterns in one array, and where each pattern starts, int64 ``(len(patterns) + 1,)``."""
     units: list[npt.NDArray] = [np.frombuffer(pattern.encode(encoding), dtype) for pattern in patterns]
     offsets = np.zeros(len(patterns) + 1, np.int64)
     np.cumsum([len(unit) for unit in units], out=offsets[1:])
@@ -189,8 +189,8 @@ def _string_column(texts: Sequence[str] | pa.Array | pa.ChunkedArray) -> pa.Larg
     try:
         column = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
         column.validate(full=True)
-    except (pa.ArrowInvalid, UnicodeEncodeError) as error:  # the latter by lone surrogates
-        raise UserError(f"texts to match: {error}; drop what is not UTF-8 first") from None
+    except (pa.ArrowInvalid, UnicodeEncodeError) as error:  # the latter from lone surrogates
+        raise UserError(f"texts to match: {error}; drop texts that are not UTF-8 first") from None
     return column.cast(pa.large_string()).fill_null("")
 
 
@@ -205,11 +205,10 @@ def _buffers(column: pa.LargeStringArray) -> tuple[npt.NDArray, npt.NDArray]:
 
 
 def _composed(column: pa.LargeStringArray, flags: npt.NDArray[np.uint8]) -> pa.LargeStringArray:
-    """``column`` with the rows that have the flag :data:`NORMALISE` written as mode ``fixed`` composes them."""
+    """``column``, with rows that have the flag :data:`NORMALISE` composed as mode ``fixed`` does."""
     doubtful = (flags & NORMALISE) != 0
     mask = pa.array(doubtful)
-    # Python's own tables, which the entries were composed with, rather than Arrow's: the two follow other Unicode
-    # versions.
+    # Use Python's tables, which composed the entries, rather than Arrow's: the two follow different Unicode versions.
     texts = column.filter(mask).to_pylist()
     replacements = [unicodedata.normalize("NFC", text) for text in texts]
     for row in np.flatnonzero(flags[doubtful] & CONTEXT):

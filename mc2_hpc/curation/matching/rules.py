@@ -1,35 +1,36 @@
-"""The matching rules: what text an entry is looked for in, and as what pattern.
+"""The matching rules: how a text is prepared for matching, and the pattern that stands for an entry.
 
 An entry matches a text when :func:`entry_pattern` of the entry is a substring of :func:`spaced_text` of the text. Every
-entry that occurs counts once, overlapping ones included. There are two sets of rules; a pool is matched in one of
+entry that occurs counts once, overlapping entries included. There are two sets of rules; a pool is matched with one of
 them, and its ``match.json`` records which.
 
 ``compat``: the released rules, bit for bit.
-    Text: a space is put before and after it; each of ``, . ; : ? ! ` `` is wrapped in spaces; tab, line feed and
+    Text: a space is added before and after it; each of ``, . ; : ? ! ` `` is wrapped in spaces; tab, line feed and
     carriage return become a space. Nothing else: no lower-casing, no Unicode normalisation, runs of spaces stay.
-    Entry: a space is put at each end, except at an end whose character is an ideograph, Thai, Lao, Myanmar, Khmer,
-    Tibetan or punctuation (57 marks). The entry is not wrapped as texts are, so "U.S." never matches.
+    Entry: a space is added at each end, except at an end whose character is an ideograph, Thai, Lao, Myanmar, Khmer,
+    Tibetan or punctuation (57 marks). Marks in the entry are not wrapped as in texts, so "U.S." never matches.
 
-``fixed``: the default for new pools; closes the release's holes. Text and entry are first written alike:
-    1. Invisible characters vanish: soft hyphen, zero-width space and joiners, direction marks, variation selectors,
-       byte-order mark. But a non-joiner after an Arabic letter is a space, as which Persian writers often type it, and
-       chillus and khanda ta spelt with a joiner become the letters that Unicode has for them.
+``fixed``: the default for new pools; closes the release's gaps. Text and entry are first normalised in the same way:
+    1. Invisible characters are removed: soft hyphen, zero-width space and joiners, direction marks, variation
+       selectors, byte-order mark. But a non-joiner after an Arabic letter becomes a space, since Persian writers often
+       type it for one; chillus and khanda ta spelt with a joiner become the letters that Unicode has for them.
     2. Unicode NFC.
-    3. Marks that writers leave out vanish: Hebrew points and cantillation, Arabic and Syriac vowel signs, tatweel,
-       Ethiopic gemination; stress marks (acute, grave, and the accents of South Slavic) on Cyrillic vowels. Marks that
+    3. Marks that writers leave out are removed: Hebrew points and cantillation, Arabic and Syriac vowel signs, tatweel,
+       Ethiopic gemination; stress marks (acute, grave, and the South Slavic accents) on Cyrillic vowels. Marks that
        make a letter stay: hamza and madda, Cyrillic й, ё, ї, ќ, and those of every other script.
-    4. White space (U+3000, no-break spaces, the Ethiopic word space too) and control characters are a space.
+    4. White space (including U+3000, no-break spaces and the Ethiopic word space) and control characters become a
+       space.
     5. Punctuation (general category P), the grave accent, emoji and other symbols are wrapped in spaces, except the
        marks that stand inside words: apostrophes, hyphens, connectors, ``&``, ``+``, middle dots, Hebrew geresh,
        gershayim and maqaf, Armenian accents, spacing accents. The digit of a keycap is a word of its own.
-    6. Runs of spaces collapse to one; a space is put before and after.
+    6. Runs of spaces collapse to one; a space is added before and after.
     So "U.S." is " U . S . " on both sides and matches, also as "U. S."; quotes, brackets and emoji do not hide the word
-    they touch; double spaces do not break a bigram; a pointed entry is found in unpointed text, and the reverse.
-    Entry: the space at an end is then dropped where the character at that end belongs to a script written without
-    spaces - kana, hangul, bopomofo and the newer ideographs too - or is a mark or symbol that is not wrapped. Two
-    entries that are written alike ("U.S." and "U. S.", a word with points and without) would always match together;
-    the one with the lower id takes the match, so that one word has one vote, and the other never matches. Nor does an
-    entry of which nothing is left. Case is kept, and compatibility forms (full-width letters) stay distinct.
+    they touch; double spaces do not break a bigram; a pointed entry is found in unpointed text, and vice versa.
+    Entry: the space at an end is then dropped if the character at that end belongs to a script written without spaces
+    (kana, hangul, bopomofo and the newer ideographs too) or is a mark or symbol that is not wrapped. Two entries that
+    normalise to the same text ("U.S." and "U. S.", a word with and without points) would always match together. Only
+    the entry with the lower id matches, so that one word has one vote. An entry with nothing left never matches.
+    Case is kept, and compatibility forms (full-width letters) stay distinct.
 """
 
 import re
@@ -56,18 +57,18 @@ from mc2_hpc.metadata.scripts import (
 
 MODES = ("fixed", "compat")
 FIXED_EDITION = 2
-"""Counts the changes of mode ``fixed``, so that no pool is matched by two editions of it."""
+"""Goes up with each change to mode ``fixed``, so that no pool is matched by two editions of it."""
 
 KEEP, SPACE, WRAP, DROP = 0, 1, 2, 3
-"""What becomes of a character: stays, becomes a space, is wrapped in spaces, vanishes."""
+"""What happens to a character: it stays, becomes a space, is wrapped in spaces, or is removed."""
 ACTION_BITS = 3
 NORMALISE = 4
-"""Flag beside the action: :func:`composed` may change the text that has the character."""
+"""Flag beside the action: :func:`composed` may change a text with this character."""
 CONTEXT = 8
-"""Flag beside the action: :func:`composed` may do more to it than NFC."""
+"""Flag beside the action: :func:`composed` may do more than NFC to a text with this character."""
 
 _TABLE_SIZE = 0x20000
-"""Planes 0 and 1; beyond lie ideographs and private use, all kept, some of them to be normalised."""
+"""Planes 0 and 1. The rest are ideographs and private use: all are kept, and some need normalisation."""
 _RELEASE_WRAPPED = ",.;:?!`"
 _RELEASE_SPACES = "\t\n\r"
 _IN_WORDS = frozenset("'\u2019&-\u2010\u2011\u00b7\u2027\u05f3\u05f4\u05be\u055a\u055b\u055c\u055e")
@@ -92,7 +93,7 @@ _KEYCAPPED = re.compile(f"([0-9#*]){_KEYCAP}")
 
 
 def mode_settings(mode: str) -> dict[str, str | int]:
-    """What a pool matched in ``mode`` records of the rules: ``compat`` never changes, ``fixed`` has editions."""
+    """What a pool matched in ``mode`` records about the rules: ``compat`` never changes, ``fixed`` has editions."""
     return {"mode": mode, "matching_rules": FIXED_EDITION} if mode == "fixed" else {"mode": mode}
 
 
@@ -120,8 +121,8 @@ def action(char: str, mode: str) -> int:
 def composed(text: str) -> str:
     """What ``fixed`` does to a text as a whole: steps 1 and 2, stress marks and keycaps.
 
-    Without a character that :func:`character_table` flags with :data:`NORMALISE` it changes nothing that the table
-    would not, and without one flagged with :data:`CONTEXT` it is NFC.
+    For a text without characters that :func:`character_table` flags :data:`NORMALISE`, it changes nothing that the
+    table would not. Without characters flagged :data:`CONTEXT`, it is NFC.
     """
     if _JOINER in text:
         text = _JOINED_SPELLING.sub(lambda found: _VIRAMA_JOINED[found[0]], text)
@@ -132,7 +133,7 @@ def composed(text: str) -> str:
 
 
 def spaced_text(text: str, mode: str) -> str:
-    """``text`` as patterns are looked for in it; the definition that the matcher's fast path must equal."""
+    """``text`` in the form that patterns are searched in; the reference that the matcher's fast path must equal."""
     if mode == "fixed":
         text = composed(text)
     parts = [" "]
@@ -149,10 +150,10 @@ def spaced_text(text: str, mode: str) -> str:
 
 
 def entry_pattern(entry: str, mode: str) -> str:
-    """The substring that stands for ``entry``, not empty.
+    """The substring that stands for ``entry``; never empty.
 
     Raises:
-        UserError: nothing of the entry is left to look for.
+        UserError: nothing of the entry is left to search for.
     """
     pattern = pattern_or_none(entry, mode)
     if pattern is None:
@@ -161,7 +162,7 @@ def entry_pattern(entry: str, mode: str) -> str:
 
 
 def pattern_or_none(entry: str, mode: str) -> str | None:
-    """As :func:`entry_pattern`; None for an entry of which nothing is left, such as a title that is a single mark."""
+    """Like :func:`entry_pattern`, but None for an entry with nothing left, such as a title that is a single mark."""
     if mode == "compat":
         body, joins = entry, _joins_compat
     else:
@@ -172,13 +173,13 @@ def pattern_or_none(entry: str, mode: str) -> str | None:
 
 
 def can_match(pattern: str, mode: str) -> bool:
-    """Whether any text has ``pattern``; ``compat`` patterns may hold what no spaced text does, as "U.S." does."""
+    """Whether any text can contain ``pattern``; some ``compat`` patterns, such as "U.S.", occur in no spaced text."""
     if mode == "fixed":
         return True
     if any(char in pattern for char in _RELEASE_SPACES):
         return False
     marks = [at for at, char in enumerate(pattern) if char in _RELEASE_WRAPPED]
-    # A space of its own stands on each side of a mark, so two marks are never a single space apart.
+    # Each mark has its own space on either side, so two marks are never a single space apart.
     return all(
         (at == 0 or pattern[at - 1] == " ") and (at == len(pattern) - 1 or pattern[at + 1] == " ") for at in marks
     ) and not any(second - first == 2 for first, second in pairwise(marks))
@@ -186,7 +187,7 @@ def can_match(pattern: str, mode: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _spacing_non_joiner() -> re.Pattern[str]:
-    """A letter or digit of the blocks Arabic and Arabic Supplement, what vanishes after it, and a non-joiner."""
+    """A letter or digit in the Arabic or Arabic Supplement block, removed marks after it, and a non-joiner."""
     arabic = [chr(code) for code in (*range(0x600, 0x700), *range(0x750, 0x780))]
     letters = "".join(char for char in arabic if action(char, "fixed") == KEEP)
     return re.compile(f"([{letters}]{VANISHING}*){chr(NON_JOINER)}")
@@ -194,8 +195,8 @@ def _spacing_non_joiner() -> re.Pattern[str]:
 
 @lru_cache(maxsize=len(MODES))
 def character_table(mode: str) -> npt.NDArray[np.uint8]:
-    """:func:`action` of every code point below 0x20000, with :data:`NORMALISE` and :data:`CONTEXT` where they hold,
-    uint8. Whatever lies beyond stays or has both flags."""
+    """:func:`action` of every code point below 0x20000, with the flags :data:`NORMALISE` and :data:`CONTEXT` where they
+    apply, uint8. Code points beyond it are kept and have both flags."""
     table = np.zeros(_TABLE_SIZE, np.uint8)
     for code in range(_TABLE_SIZE):
         char = chr(code)
@@ -213,7 +214,7 @@ def _joins_compat(char: str) -> bool:
 
 
 def _joins_fixed(char: str) -> bool:
-    # A wrapped mark has its space in every text, so asking for it changes no match, and such patterns are found faster.
+    # A wrapped mark has its space in every text. Requiring it changes no match, and such patterns are found faster.
     return is_unspaced(char) or (is_punctuation(char) and action(char, "fixed") != WRAP)
 
 

@@ -1,6 +1,6 @@
-"""The matcher's tables: two tries in hash tables, and the compiled loops that build them and look into them.
+"""The matcher's tables: two tries in hash tables, and the compiled loops that build and search them.
 
-Imported only when needed, as numba is slow.
+Imported only when needed, because importing numba is slow.
 
 Layout
     Both tries share it. The *token* trie holds patterns with a space at both ends, over tokens (the
@@ -8,11 +8,12 @@ Layout
 
     slots: uint64 (2 * capacity,), open addressing with linear probing, capacity a power of two, key at even positions,
         0 = empty, its value at the odd position after it.
-    value: (entry id + 1) << 32, 0 if no pattern ends here; ``BRANCH`` if longer patterns go on; node number + 1 below.
-    vocabulary: token -> value. A token of at most 7 bytes is its own key (bytes, then length + 1 in the top byte), a
-        longer one has a hash with the top bit set and is compared with the stored bytes, so no match rests on a hash
-        alone.
-    token_words: uint64, length and bytes of every longer token; its node number is the place where they start.
+    value: (entry id + 1) << 32, 0 if no pattern ends here; ``BRANCH`` if longer patterns continue; node number + 1
+        below.
+    vocabulary: token -> value. A token of at most 7 bytes is its own key (bytes, then length + 1 in the top byte). A
+        longer token's key is a hash with the top bit set; the token is also compared with the stored bytes, so no match
+        relies on a hash alone.
+    token_words: uint64, length and bytes of every longer token; the token's node number is the offset of its start.
     edges: (parent number + 1) << 32 | (symbol + 1) -> value.
 
 Bytes are read eight at a time, as little-endian words.
@@ -29,21 +30,21 @@ from mc2_hpc.compiling import compiled
 _U = np.uint64
 BRANCH = _U(1 << 31)
 NUMBER = _U((1 << 31) - 1)
-"""Bits of a value: longer patterns go on here; node number + 1."""
+"""Bits of a value: whether longer patterns continue here; node number + 1."""
 S32 = _U(32)
 ONE, ZERO = _U(1), _U(0)
 LONG = _U(1 << 63)
-"""Bit of a key that is a hash."""
+"""The bit that marks a key as a hash."""
 BLANK = 32
 SOURCE = zlib.crc32(Path(__file__).read_bytes())
-"""Of this file. numba's cache sees changes of the file that holds a compiled function, not of what the function calls.
-So only what Python calls is cached, and where that lies in another file it takes this number as an argument, whose
-value is part of what the cache goes by."""
+"""Checksum of this file. numba's cache notices changes to the file of a compiled function, but not to the functions it
+calls. So only functions called from Python are cached, and those in other files take this number as an argument, which
+makes it part of the cache key."""
 _S16, _S29, _S56, _S63 = _U(16), _U(29), _U(56), _U(63)
 _K1 = _U(0x9E3779B97F4A7C15)
 _K2 = _U(0xBF58476D1CE4E5B9)
 _SHORT = 7
-"""Bytes of a token that is its own key."""
+"""Most bytes of a token that is its own key."""
 _CODE_POINTS = 0x110000
 _OPENING_BITS = 18
 """Logarithm of the bits for hashed openings of character patterns: 32 KB."""
@@ -61,7 +62,7 @@ def slot_of(key, mask):
 
 @inner
 def find_edge(slots, parent, symbol):
-    """Position of the slot that holds the edge, or of the empty one where it belongs."""
+    """The slot that holds the edge, or the empty slot where it belongs."""
     key = ((parent + ONE) << S32) | (symbol + ONE)
     mask = _U(len(slots) // 2 - 1)
     slot = slot_of(key, mask)
@@ -72,7 +73,7 @@ def find_edge(slots, parent, symbol):
 
 @inner
 def _padded(data):
-    """Bytes as words, with one more word than they fill."""
+    """The bytes as words, plus one spare word."""
     words = np.zeros(len(data) // 8 + 2, np.uint64)
     words.view(np.uint8)[: len(data)] = data
     return words
@@ -80,7 +81,7 @@ def _padded(data):
 
 @inner
 def _word(text, at):
-    """The 8 bytes from byte ``at`` on."""
+    """The 8 bytes starting at byte ``at``."""
     shift = _U((at & 7) * 8)
     return (text[at >> 3] >> shift) | ((text[(at >> 3) + 1] << ONE) << (_S63 - shift))
 
@@ -102,7 +103,7 @@ def token_key(text, start, end):
 
 @inner
 def is_stored(text, start, end, words, at):
-    """Whether the token is what :func:`_store_token` put at ``at``."""
+    """Whether the token equals the one that :func:`_store_token` put at ``at``."""
     length = end - start
     if words[at] != _U(length):
         return False
@@ -110,13 +111,13 @@ def is_stored(text, start, end, words, at):
         at += 1
         if words[at] != _word(text, start + offset):
             return False
-    # Some of the last 8 bytes are compared twice, which is quicker than to mask them.
+    # Comparing some of the last 8 bytes twice is faster than masking them.
     return words[at + 1] == _word(text, end - 8)
 
 
 @inner
 def _store_token(text, start, end, words, at):
-    """Put length and bytes of a long token at ``at``; returns where the next one goes."""
+    """Put the length and bytes of a long token at ``at``; returns where the next token goes."""
     words[at] = _U(end - start)
     for first in range(start, end - 7, 8):
         at += 1
@@ -127,13 +128,13 @@ def _store_token(text, start, end, words, at):
 
 @inner
 def _num_words(length):
-    """Words that :func:`_store_token` needs for a token of this many bytes."""
+    """The number of words that :func:`_store_token` needs for a token of ``length`` bytes."""
     return 2 + length // 8 if length > _SHORT else 0
 
 
 @inner
 def find_token(slots, key, text, start, end, words):
-    """Position of the slot of the token at bytes ``start`` to ``end - 1``, or of the empty one where it belongs."""
+    """The slot of the token at bytes ``start`` to ``end - 1``, or the empty slot where it belongs."""
     mask = _U(len(slots) // 2 - 1)
     slot = slot_of(key, mask)
     while slots[2 * slot] != ZERO:
@@ -147,7 +148,7 @@ def find_token(slots, key, text, start, end, words):
 
 @inner
 def _capacity(items):
-    """Smallest power of two that ``items`` fill to at most 60 %."""
+    """The smallest power of two that ``items`` fill to at most 60 %."""
     capacity = 4
     while capacity * 6 < items * 10:
         capacity *= 2
@@ -175,7 +176,7 @@ def build_token_trie(data, offsets, entry_ids):
     """Token trie of patterns given without their outer spaces.
 
     Args:
-        data, offsets: UTF-8 bytes of the patterns (uint8) and where each starts (int64, one more than patterns).
+        data, offsets: UTF-8 bytes of the patterns (uint8) and the start of each pattern (int64, patterns + 1).
         entry_ids: int64, ascending; of equal patterns the first keeps its id.
 
     Returns:
@@ -244,7 +245,7 @@ def build_token_trie(data, offsets, entry_ids):
 
 @inner
 def slide(window, point):
-    """The last four code points, the lower 16 bits of each."""
+    """The lower 16 bits of each of the last four code points."""
     return (window << _S16) | (_U(point) & _U(0xFFFF))
 
 
@@ -258,13 +259,13 @@ def build_character_trie(points, offsets, entry_ids):
     """Character trie of whole patterns, spaces at their ends included.
 
     Args:
-        points, offsets: code points of the patterns (uint32) and where each starts (int64, one more than patterns).
+        points, offsets: code points of the patterns (uint32) and the start of each pattern (int64, patterns + 1).
         entry_ids: int64, ascending; of equal patterns the first keeps its id.
 
     Returns:
-        edge slots; openings: bits (uint8) that tell of most places that no pattern starts there, none without patterns:
-        one a code point that is a pattern, then ``1 << _OPENING_BITS`` for the hashed first 4 code points of a pattern,
-        the first 2 of one shorter than that
+        edge slots; openings: bits (uint8) that rule out most positions as the start of a pattern, empty without
+        patterns. One bit per code point that is a pattern by itself, then ``1 << _OPENING_BITS`` for the hashed first
+        4 code points of a pattern (the first 2 of a shorter pattern)
     """
     edges = np.zeros(2 * _capacity(len(points)), np.uint64)
     openings = np.zeros((_CODE_POINTS + (1 << _OPENING_BITS)) // 8 if len(entry_ids) else 0, np.uint8)

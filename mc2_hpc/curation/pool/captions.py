@@ -1,8 +1,8 @@
-"""Caption pools: shards of candidate texts, beside the images they describe.
+"""Caption pools: shards of candidate texts beside the images they describe.
 
 A shard is ``<name>.parquet`` (columns ``key``, ``text``, optional ``lang`` and ``source``) with the images in
-``<name>.tar``, or a plain WebDataset tar alone, whose members :mod:`mc2_hpc.samples` describes. Parquet files of
-another kind beside a tar, as img2dataset and DataComp leave them, do not count.
+``<name>.tar``, or just a plain WebDataset tar, whose members :mod:`mc2_hpc.samples` describes. Other kinds of Parquet
+files beside a tar, such as those of img2dataset and DataComp, are ignored.
 """
 
 import os
@@ -33,7 +33,7 @@ _NUL = pa.scalar("\0", pa.large_string())
 
 @dataclass(frozen=True)
 class PoolShard:
-    """Files of one shard; ``captions`` is None where they are members of the tar."""
+    """Files of one shard; ``captions`` is None if they are members of the tar."""
 
     name: str
     captions: Path | None
@@ -41,13 +41,13 @@ class PoolShard:
 
 
 def list_pool(pool: Names) -> list[PoolShard]:
-    """Shards of a pool, by name: what comes after the folder that all of them have in common.
+    """Shards of a pool, by name: the path below the folder that they all share.
 
     Args:
         pool: a folder, file, pattern or list, see :mod:`mc2_hpc.shard_paths`.
 
     Raises:
-        UserError: no such pool, or neither ``.parquet`` nor ``.tar`` in it.
+        UserError: no such pool, or it has neither ``.parquet`` nor ``.tar`` files.
     """
     files = [path.absolute() for path in list_shards(pool, ".parquet", ".tar")]
     root = Path(os.path.commonpath([path.parent for path in files]))
@@ -58,19 +58,19 @@ def list_pool(pool: Names) -> list[PoolShard]:
 
 
 def iter_captions(shard: PoolShard, *, keep_repeated: bool = False) -> Iterator[tuple[pa.Table, Counter[str]]]:
-    """Usable caption rows of a shard, piece by piece, and how many others were dropped of each piece, by reason.
+    """Usable caption rows of a shard, piece by piece, with the number dropped from each piece by reason.
 
     Reasons (:data:`mc2_hpc.drops.MEANINGS`): ``key_missing``, ``name_unsafe``, ``caption_missing``,
-    ``caption_not_utf8``, ``caption_not_json``, ``caption_empty``, ``caption_repeated`` (the same key and text again,
-    anywhere before in the shard). A piece of a Parquet shard is :data:`BATCH_ROWS` rows, so that a shard of any size
-    fits in memory; the captions of a tar are one piece, or two where some samples name their language.
+    ``caption_not_utf8``, ``caption_not_json``, ``caption_empty``, ``caption_repeated`` (the same key and text earlier
+    in the shard). A piece of a Parquet shard is :data:`BATCH_ROWS` rows, so that a shard of any size fits in memory;
+    the captions of a tar are one piece, or two if some samples name their language.
 
     Args:
         keep_repeated: drop nothing as ``caption_repeated``.
 
     Returns:
-        tables of ``key``, ``text`` and, where the pool has them, ``lang`` and ``source``; large strings, one chunk;
-        one table at least
+        tables of ``key``, ``text`` and, if the pool has them, ``lang`` and ``source``; large strings, one chunk; at
+        least one table
 
     Raises:
         UserError: the file cannot be read, or lacks a column.
@@ -83,7 +83,7 @@ def iter_captions(shard: PoolShard, *, keep_repeated: bool = False) -> Iterator[
         blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(table["text"], ""))), 0)
         table = _drop(table, drops, Drop.CAPTION_EMPTY, blank)
         if not keep_repeated:
-            # A key has no NUL here, so that key + NUL + text is as good as the pair.
+            # A key has no NUL here, so key + NUL + text is unique to the pair.
             pairs = pc.binary_join_element_wise(table["key"], table["text"], _NUL).combine_chunks()
             table = _drop(table, drops, Drop.CAPTION_REPEATED, ~seen.is_new(pairs))
         yield table, drops
@@ -101,7 +101,7 @@ def _read_parquet(path: Path) -> Iterator[pa.Table]:
     types = column_types()
     required, optional = {name: types[name] for name in (KEY, TEXT)}, {name: types[name] for name in (LANG, SOURCE)}
     what = "a table of captions"
-    # Through a buffer and not ahead, or a row group is read whole, however large it is.
+    # Buffered and without pre-buffering: otherwise a row group of any size is read whole.
     with open_parquet(path, required, optional=optional, what=what, buffer_size=1 << 20, pre_buffer=False) as file:
         schema = file.schema_arrow
         names = [name for name in (KEY, TEXT, LANG, SOURCE) if name in schema.names]
@@ -117,7 +117,7 @@ def _one_chunk(table: pa.Table) -> pa.Table:
 
 
 def _valid_utf8(table: pa.Table) -> np.ndarray:
-    """Rows (bool) whose every string is valid UTF-8; Parquet does not promise it."""
+    """Which rows (bool) have only valid UTF-8 strings; Parquet does not guarantee it."""
     valid = np.ones(len(table), bool)
     for name in table.column_names:
         column = table[name].combine_chunks()
@@ -146,7 +146,7 @@ def _drop(table: pa.Table, drops: Counter[str], reason: str, mask: pa.ChunkedArr
 
 
 def _read_tar_captions(path: Path) -> Iterator[tuple[pa.Table, Counter[str]]]:
-    """Captions that are members of a WebDataset tar: first those whose language the sample names, then the others."""
+    """Captions that are members of a WebDataset tar: first those of samples that name their language, then the rest."""
     drops: Counter[str] = Counter()
     found: dict[bool, list[tuple[str, Caption]]] = {True: [], False: []}
     with TarIndex(path) as index:

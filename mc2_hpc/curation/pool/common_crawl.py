@@ -1,7 +1,7 @@
-"""Common Crawl's archives, read for images and their alt texts: WAT or WARC files.
+"""Images and their alt texts from Common Crawl archives: WAT or WARC files.
 
-WAT files hold the links of every page as JSON, WARC files the pages themselves; both give the same rows, WAT at a
-fraction of the bytes. A row is an image address of a page with its alt text: ``key`` (of the canonical address, see
+WAT files hold each page's links as JSON, WARC files the pages themselves; both give the same rows, WAT at a fraction
+of the size. A row is an image address in a page with its alt text: ``key`` (of the canonical address, see
 :mod:`mc2_hpc.curation.pool.urls`), ``text`` and ``source`` (the absolute address).
 """
 
@@ -23,13 +23,13 @@ from mc2_hpc.errors import UserError
 _SUFFIXES = (".wat", ".warc", ".wat.gz", ".warc.gz")
 _LARGEST_RECORD = 64 << 20
 _LARGEST_PAGE = 16 << 20
-"""Of HTML, unpacked; Common Crawl cuts pages off at 5 MiB."""
+"""Of HTML, unpacked; Common Crawl truncates pages at 5 MiB."""
 _Parser = Callable[[bytes, str], PageImages | None]
 _HTML = ("text/html", "application/xhtml+xml")
 
 
 def list_archives(specs: Sequence[str | Path]) -> dict[str, Path]:
-    """Archives by the name of their shard (what comes before ``.warc`` or ``.wat``), sorted.
+    """Archives by shard name (the part before ``.warc`` or ``.wat``), sorted.
 
     Raises:
         UserError: a path that does not exist, a folder without archives, or a name that occurs twice.
@@ -44,13 +44,13 @@ def list_archives(specs: Sequence[str | Path]) -> dict[str, Path]:
         for path in files:
             name = path.name.removesuffix(".gz").removesuffix(".wat").removesuffix(".warc")
             if name in found and found[name].resolve() != path.resolve():
-                raise UserError(f"{path} and {found[name]} have one name; extract them into two folders")
+                raise UserError(f"{path} and {found[name]} have the same name; extract them into two folders")
             found[name] = path
     return dict(sorted(found.items()))
 
 
 class ArchiveReader:
-    """Rows of one archive, counting what it reads and what it drops. Memory: one record, 16 bytes a distinct row."""
+    """Rows of one archive, with counts of what is read and dropped. Memory: one record, 16 bytes per distinct row."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,7 +63,7 @@ class ArchiveReader:
         """Key, text and source of each usable image, in the archive's order.
 
         Raises:
-            UserError: the archive is damaged, cut short, or none.
+            UserError: the archive is damaged or truncated, or is not an archive.
         """
         try:
             with _open(self.path) as stream, self._worker:
@@ -71,11 +71,11 @@ class ArchiveReader:
                     yield from self._rows_of(page)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(
-                f"{self.path}: damaged or cut short after record {self.counts['records']} ({_brief(error)}); "
+                f"{self.path}: damaged or truncated after record {self.counts['records']} ({_brief(error)}); "
                 "fetch it again or remove it"
             ) from None
         if self.counts["records"] == 0:
-            raise UserError(f"{self.path}: holds no WARC records; fetch it again or remove it")
+            raise UserError(f"{self.path}: contains no WARC records; fetch it again or remove it")
 
     def _pages(self, stream: IO[bytes]) -> Iterator[PageImages]:
         from fastwarc import ArchiveIterator
@@ -90,7 +90,7 @@ class ArchiveReader:
             else:
                 payload, whole = b"", record.reader.consume() == size
             if not whole:
-                raise EOFError("its last record is not whole")
+                raise EOFError("its last record is incomplete")
             self.counts["records"] += 1
             if parse and size > _LARGEST_RECORD:
                 self.drops[Drop.RECORD_TOO_LARGE] += 1
@@ -127,7 +127,7 @@ class ArchiveReader:
                 digest = hashlib.blake2b(f"{url}\n{text}".encode(), digest_size=16).digest()
             except Dropped as dropped:
                 self.drops[dropped.reason] += 1
-            except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
+            except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
                 self.drops[Drop.CAPTION_NOT_UTF8] += 1
             else:
                 if digest in self._seen:
@@ -139,7 +139,7 @@ class ArchiveReader:
 
 
 class _BadHttp(Exception):
-    """A response that breaks HTTP's rules."""
+    """A response that violates HTTP."""
 
 
 class _TooLarge(Exception):
@@ -147,7 +147,7 @@ class _TooLarge(Exception):
 
 
 def _images_of_response(worker: PageWorker, payload: bytes, address: str) -> PageImages | None:
-    """Images of an HTTP response, None where it is no HTML."""
+    """Images of an HTTP response, or None if it is not HTML."""
     from fastwarc import WarcRecord
 
     response = WarcRecord()
@@ -166,7 +166,7 @@ def _images_of_response(worker: PageWorker, payload: bytes, address: str) -> Pag
 
 
 def _parser(record: Any, worker: PageWorker) -> _Parser | None:
-    """What finds the images in a record's payload; None for a record that describes no page."""
+    """The parser of images in a record's payload; None if the record does not describe a page."""
     from fastwarc import WarcRecordType
 
     if record.record_type == WarcRecordType.metadata and "json" in record.headers.get("Content-Type", ""):
@@ -177,7 +177,7 @@ def _parser(record: Any, worker: PageWorker) -> _Parser | None:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The archive's bytes; by Python's gzip reader, because FastWARC's own takes a file that is cut off for whole."""
+    """The archive's bytes, read with Python's gzip because FastWARC's own reader accepts truncated files."""
     with open(path, "rb") as stream:
         is_gzip = stream.read(2) == b"\x1f\x8b"
     return cast(IO[bytes], gzip.open(path)) if is_gzip else open(path, "rb")

@@ -1,4 +1,4 @@
-"""Which strings occur for the first time, over more of them than fit in memory."""
+"""Which strings occur for the first time, for more strings than fit in memory."""
 
 import hashlib
 
@@ -9,15 +9,15 @@ import pyarrow.compute as pc
 
 _DIGEST = 16
 _MAX_RUN = 1 << 22
-"""Digests in the longest run, 64 MB, so that merging two needs little beside what is kept."""
+"""Digests in the longest run, 64 MB, so that merging two runs needs little extra memory."""
 
 
 class Distinct:
     """Strings seen so far, given piece by piece.
 
-    The first piece is kept as it is: most shards have but one, and Arrow compares strings faster than they can be
-    hashed. From the second on, 16 bytes a distinct string are kept: 128-bit BLAKE2b digests, in sorted runs of which
-    each is at most half as long as the one before, as long as they are short.
+    The first piece is kept as it is: most shards have only one, and Arrow compares strings faster than they can be
+    hashed. From the second on, 16 bytes per distinct string are kept: 128-bit BLAKE2b digests in sorted runs. While
+    runs are short, each is at most half as long as the previous one.
     """
 
     def __init__(self) -> None:
@@ -25,14 +25,14 @@ class Distinct:
         self._runs: list[npt.NDArray[np.bytes_]] = []
 
     def add(self, strings: pa.Array) -> None:
-        """See ``strings`` (no nulls)."""
+        """Mark ``strings`` (no nulls) as seen."""
         if self._first is None and not self._runs:
             self._first = strings
         else:
             self.is_new(strings)
 
     def is_new(self, strings: pa.Array) -> npt.NDArray[np.bool_]:
-        """See ``strings`` (no nulls); which of them were not seen before, nor stand earlier among them, bool."""
+        """Mark ``strings`` (no nulls) as seen; returns which were not seen before, earlier ones included (bool)."""
         if self._first is None and not self._runs:
             self._first = strings
             return _first_occurrences(strings)
@@ -50,13 +50,13 @@ class Distinct:
         return mask
 
     def __len__(self) -> int:
-        """Number of distinct strings seen."""
+        """The number of distinct strings seen."""
         if self._first is not None:
             return pc.count_distinct(self._first).as_py()
         return sum(len(run) for run in self._runs)
 
     def _insert(self, run: npt.NDArray[np.bytes_]) -> None:
-        """Take in a sorted run of digests none of which is in another."""
+        """Add a sorted run of digests, none of which is in another run."""
         while self._runs and 2 * len(run) > len(self._runs[-1]) and len(run) + len(self._runs[-1]) <= _MAX_RUN:
             run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
         if len(run):
@@ -65,7 +65,7 @@ class Distinct:
 
 def _first_occurrences(strings: pa.Array) -> npt.NDArray[np.bool_]:
     codes = np.asarray(strings.dictionary_encode().indices, np.int64)
-    # Codes are given in order of appearance, so a string is new where its code is above all before it.
+    # Codes are assigned in order of appearance, so a string is new if its code is above all earlier ones.
     return np.diff(np.maximum.accumulate(codes), prepend=-1) > 0
 
 

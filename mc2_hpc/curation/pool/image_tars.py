@@ -1,4 +1,4 @@
-"""The tar of a shard's images, as its writer left it: what curation reads from pools and shards."""
+"""The tar of a shard's images, as curation reads it from pools and shards."""
 
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +10,12 @@ from mc2_hpc.tar import LocalFile, Member, TarError, list_members
 
 
 class TarIndex:
-    """Members of a tar; read them in any order.
+    """Members of a tar, readable in any order.
 
-    No index is kept beside the tar, as the loader does it: curation reads a tar once or twice, in full.
+    Unlike the loader, curation keeps no index beside the tar, because it reads a tar once or twice, in full.
 
     Raises:
-        UserError: not a tar, damaged, or cut short (data missing, or no end-of-archive mark).
+        UserError: not a tar, damaged, or truncated (data or the end-of-archive mark is missing).
     """
 
     def __init__(self, path: Path):
@@ -28,15 +28,15 @@ class TarIndex:
             self.members: list[Member] = list_members(self._file)
             """Regular files in order."""
         except (TarError, OSError) as error:
-            raise UserError(f"{path}: not a whole tar ({error}); fetch or write it again") from None
+            raise UserError(f"{path}: not a complete tar ({error}); fetch or write it again") from None
 
     @cached_property
     def listing(self) -> Listing:
-        """The samples that the members make, and what was left aside."""
+        """The samples that the members form, and what was left out."""
         return group_members(self.members)
 
     def read(self, member: Member) -> bytes:
-        """Content of a member.
+        """The content of a member.
 
         Raises:
             UserError: the tar has shrunk, or can no longer be read.
@@ -52,4 +52,4 @@ class TarIndex:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self._file  # which closes it
+        del self._file  # closes it

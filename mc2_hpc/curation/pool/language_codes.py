@@ -1,4 +1,4 @@
-"""From the language codes that a pool is written in to those of its metadata."""
+"""Map the language codes of a pool to those of its metadata."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -9,16 +9,16 @@ from mc2_hpc.metadata.languages import known_code
 
 NO_CODE, OTHER_CODES = "(none)", "(others)"
 _LISTED = 50
-"""Most codes that are counted one by one; a column that holds no codes at all would else be counted whole."""
+"""Most codes counted individually; this bounds the counters for a column that does not hold codes."""
 _MAX_CHARS = 40
 
 
 def in_known_languages(rows: pa.Table, known: Collection[str]) -> tuple[pa.Table, Counter[str]]:
-    """The rows in a language that has metadata, ``lang`` in its code, and the others counted by the code they have.
+    """Rows in a language that has metadata, with its code in ``lang``, and the other rows counted by their own code.
 
     Args:
         rows: with a column ``lang`` of strings, which may be null.
-        known: languages that have metadata; :func:`mc2_hpc.metadata.languages.known_code` tells what codes mean them.
+        known: languages that have metadata; :func:`mc2_hpc.metadata.languages.known_code` maps codes to them.
     """
     encoded = rows["lang"].combine_chunks().dictionary_encode(null_encoding="encode")
     written = encoded.dictionary.to_pylist()
@@ -35,7 +35,7 @@ def in_known_languages(rows: pa.Table, known: Collection[str]) -> tuple[pa.Table
 
 
 def bounded(unknown: Counter[str]) -> Counter[str]:
-    """The same captions by the most frequent codes alone, the rest as :data:`OTHER_CODES`."""
+    """The same counts with only the most frequent codes, and the rest under :data:`OTHER_CODES`."""
     if len(unknown) <= _LISTED:
         return unknown
     ranked = sorted(unknown.items(), key=lambda code: (code[0] == OTHER_CODES, -code[1], code[0]))

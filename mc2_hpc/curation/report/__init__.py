@@ -1,4 +1,4 @@
-"""What a run of curation did, on one page.
+"""What a curation run did, on one page.
 
-Read ``findings.py`` first, which gathers it; ``plots.py`` draws, ``page.py`` writes the HTML.
+Start with ``findings.py``, which gathers the data; ``plots.py`` draws, ``page.py`` writes the HTML.
 """

@@ -1,4 +1,4 @@
-"""What the report shows, gathered from the folders of a curation run."""
+"""The report's data, gathered from the folders of a curation run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LanguageFindings:
     code: str
     name: str
     captions: int | None
-    """Usable ones of the pool; None where the matched pool is not there."""
+    """Usable captions in the pool; None if the matched pool does not exist."""
     texts: int
     """Captions that matched."""
     images: int
@@ -77,10 +77,10 @@ class Findings:
     balance: dict[str, Any]
     """``balance.json``."""
     languages: list[LanguageFindings]
-    """Those that were matched, most texts first."""
+    """The languages that matched, most texts first."""
     folder: BalanceFolder
     pack: dict[str, Any] | None
-    """Counters of ``mc2 curate pack``; None where nothing is packed yet."""
+    """Counters of ``mc2 curate pack``; None if nothing is packed yet."""
 
     @property
     def expected_texts(self) -> float:
@@ -89,19 +89,19 @@ class Findings:
 
     @property
     def drops(self) -> dict[str, int]:
-        """Caption rows that were dropped, by reason."""
+        """Dropped caption rows, by reason."""
         return self.balance["drops"]
 
 
 def gather(run: str | Path, metadata: str | Path) -> Findings:
-    """Read the findings of a run; each language's metadata is in memory by itself.
+    """Read the findings of a run, with one language's metadata in memory at a time.
 
     Args:
         run: the output folder of ``mc2 curate run``.
         metadata: the folder it was matched with.
 
     Raises:
-        UserError: the run is not balanced yet or was matched again since, or the metadata is another.
+        UserError: the run is not balanced yet, was matched again since, or used other metadata.
     """
     folder = BalanceFolder(Path(run) / "balance")
     balance = folder.report()
@@ -112,7 +112,7 @@ def gather(run: str | Path, metadata: str | Path) -> Findings:
     languages = []
     for code, row in balance["languages"].items():
         if code not in files or file_sha256(files[code]) != balance["sources"]["metadata"][code]:
-            raise UserError(f"{metadata}: {code}.json is not the metadata that {run} was curated with; name that")
+            raise UserError(f"{metadata}: {run} was curated with another {code}.json; name the metadata it used")
         language = LanguageFindings(
             code=code,
             name=LANGUAGES[code].name if code in LANGUAGES else code,
@@ -139,7 +139,7 @@ def mass_curve(counts: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], 
     """Cumulative share of matches over entries sorted by count.
 
     Returns:
-        distinct counts above 0, ascending, and the share of all matches on entries counted at most that often
+        distinct counts above 0, ascending, and the share of all matches on entries with at most that count
     """
     distinct, times = np.unique(counts[counts > 0], return_counts=True)
     mass = np.cumsum(distinct * times.astype(np.uint64), dtype=np.uint64)
@@ -147,7 +147,7 @@ def mass_curve(counts: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], 
 
 
 def _captions(run: Path, balance: Mapping[str, Any]) -> dict[str, int]:
-    """Captions of the pool by language, from the counters of matching; none where those are not there."""
+    """Captions of the pool by language, from the counters of matching; empty if those do not exist."""
     counters = _counters(run / "matched", MATCH_SETTINGS, MatchSettings, MatchStats)
     if counters is None:
         return {}
@@ -161,7 +161,7 @@ def _packed(run: Path) -> dict[str, Any] | None:
 
 
 def _counters(folder: Path, file: str, settings: type[Any], counters: type[Any]) -> dict[str, Any] | None:
-    """A stage's counters over all shards; None where it has not finished."""
+    """A stage's counters over all shards; None if it has not finished."""
     if not (folder / file).is_file():
         return None
     names: list[str] = read_json(folder / file, settings).shards

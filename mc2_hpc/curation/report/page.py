@@ -1,4 +1,4 @@
-"""``curation.html``: a curation run on one self-contained page, without scripts or network; its plots as PNG too."""
+"""``curation.html``: a curation run on one self-contained page, without scripts or network; also its plots as PNG."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _ENTRIES_OF_OTHERS = 5
 
 @dataclass(frozen=True)
 class DropRow:
-    """A reason for leaving captions or images out."""
+    """A reason for leaving out captions or images."""
 
     reason: str
     meaning: str
     count: int
     share: float
-    """Of everything that was looked at."""
+    """Of everything that was read."""
     of_most: float
     """Of the most frequent reason's count."""
 
 
 def write_report(run: str | Path, metadata: str | Path) -> Path:
-    """Write ``run/report/curation.html`` and its plots, ``*.png`` beside it; returns the page's path.
+    """Write ``run/report/curation.html`` and its plots as ``*.png`` beside it; returns the page's path.
 
     Args:
         run: the output folder of ``mc2 curate run``, balanced.
         metadata: the folder it was matched with.
 
     Raises:
-        UserError: not balanced yet, other metadata, or matplotlib is not installed.
+        UserError: the run is not balanced yet or used other metadata, or matplotlib is not installed.
     """
     require_matplotlib()
     findings = gather(run, metadata)
@@ -58,7 +58,7 @@ def write_report(run: str | Path, metadata: str | Path) -> Path:
 
 
 def render_page(findings: Findings, plots: Mapping[str, Markup]) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
         plots: SVG by name, as :func:`~mc2_hpc.curation.report.plots.draw_plots` makes them.

@@ -1,4 +1,4 @@
-"""The curation report's plots. Labels are numbers, language codes and English names: entries stay in HTML."""
+"""The curation report's plots. Labels are numbers, language codes and English names; entries appear only in HTML."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _LONGEST_TITLE = 27
 _LONGEST_LABEL = 44
 _POINTS_PER_DECADE = 80
 _DOT = 4
-"""Radius that a dot needs, in pixels."""
+"""Radius reserved for a dot, in pixels."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot in both of its forms."""
+    """One plot in both formats."""
 
     png: bytes
     svg: Markup
 
 
 def require_matplotlib() -> None:
-    """Raise a :class:`UserError` where the plots cannot be drawn; a long run can ask before it begins."""
+    """Raise a :class:`UserError` if the plots cannot be drawn; a long run can check before it starts."""
     require_plotting("the curation report needs", "curation")
 
 
@@ -58,7 +58,7 @@ def draw_plots(findings: Findings) -> dict[str, Plot]:
 
 
 def _languages(findings: Findings) -> Figure:
-    """Share of the texts of the largest languages, before and after, on a log axis."""
+    """The largest languages' share of the texts, before and after, on a log axis."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     shown = findings.languages[:_LANGUAGES]
@@ -101,18 +101,18 @@ def _head_tail(findings: Findings) -> Figure:
         axes.yaxis.set_major_formatter(_percent)
         axes.label_outer(remove_inner_ticks=False)
         axes.tick_params(labelbottom=True)
-        # t has a line of its own: beside the name it would run into long ones.
+        # t has its own line because it would overlap a long name beside it.
         axes.set_title(shortened(language.name, _LONGEST_TITLE), pad=16)
         axes.text(0, 1.035, f"t = {t:,}", transform=axes.transAxes, color=LIGHT["accent"], fontsize=8.5)
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
-    figure.supxlabel("on entries that occur in at most so many texts", color=LIGHT["soft"], fontsize=9)
+    figure.supxlabel("on entries that occur in at most this many texts", color=LIGHT["soft"], fontsize=9)
     figure.supylabel("share of matches", color=LIGHT["soft"], fontsize=9)
     return figure
 
 
 def _thresholds(findings: Findings) -> Figure:
-    """Threshold of every language over its matched texts; the largest ones are named where there is room."""
+    """Threshold of every language over its matched texts; the largest are labelled where there is room."""
     figure, (axes,) = new_figure(9.6, 4.6)
     languages = findings.languages
     texts, thresholds = [row.texts for row in languages], [row.threshold for row in languages]
@@ -138,8 +138,8 @@ _PLOTS: Mapping[str, tuple[Callable[[Findings], Figure], str]] = {
 
 
 def _name_points(figure: Figure, axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write the first points' names beside them: each where it covers no point and no other name, or not at all."""
-    figure.draw_without_rendering()  # settles the layout, so that places are known
+    """Label the first points, leaving out names that would cover a point or another name on every side."""
+    figure.draw_without_rendering()  # fixes the layout, so that positions are known
     dots = axes.transData.transform(list(points.values()))
     taken: list[Any] = []
     sides = ((6, 0, "left"), (-6, 0, "right"), (0, 8, "center"), (0, -8, "center"))
@@ -160,15 +160,14 @@ def _name_points(figure: Figure, axes: Any, points: Mapping[str, tuple[float, fl
 
 
 def shortened(name: str, longest: int) -> str:
-    """The name, cut off where it is longer than its place."""
+    """The name, truncated if it is longer than its place."""
     return name if len(name) <= longest else name[: longest - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def thinned(
     counts: npt.NDArray[np.uint64], mass: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
-    """The curve with no more points than can be told apart on a log axis: the last ones of each narrow band, and both
-    ends."""
+    """The curve with no more points than a log axis can show apart: the last of each narrow band, and both ends."""
     bands = np.floor(np.log10(counts.astype(np.float64)) * _POINTS_PER_DECADE)
     last = np.append(bands[1:] != bands[:-1], True)
     last[0] = True

@@ -1,4 +1,4 @@
-"""CLIPs of three libraries behind one protocol (:mod:`mc2_hpc.evaluation.dual_encoders.protocol`)."""
+"""CLIP models of three libraries behind one protocol (:mod:`mc2_hpc.evaluation.dual_encoders.protocol`)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ def open_dual_encoder(source: str | Path, device: torch.device, *, eval_resize: 
         eval_resize: one of ``RESIZES``; None is the model's own.
 
     Raises:
-        UserError: no model there, its library is not installed or cannot load it, or it cannot resize so.
+        UserError: there is no model, its library is not installed or cannot load it, or it does not support the resize.
     """
     if eval_resize is not None and eval_resize not in RESIZES:
         raise UserError(f"eval_resize={eval_resize}: choose one of {', '.join(RESIZES)}")

@@ -1,7 +1,7 @@
-"""Any model that open_clip has, from a folder as it saves them: ``open_clip_config.json``, weights, tokenizer files.
+"""Any open_clip model, from a folder as open_clip saves it: ``open_clip_config.json``, weights, tokenizer files.
 
-The library itself builds the model, the image transform and the tokenizer. It reads them from a folder, so it is given
-one of links to the files, with a config that keeps it from the network and from running code that lies in the folder.
+The library itself builds the model, the image transform and the tokenizer. It reads them from a folder, so it gets a
+folder of links to the files, with a config that prevents network access and running code from the folder.
 """
 
 import tempfile
@@ -24,8 +24,8 @@ from mc2_hpc.reading.json_file import Foreign, as_type, read_json
 from mc2_hpc.storage import write_json
 
 _TEXT_FOLDER = "text_tower"
-"""In the folder of links: the config of a text tower that transformers has."""
-_WEIGHTS = (".safetensors", ".bin", ".pth")  # what open_clip looks for; pickles it reads as weights alone
+"""In the folder of links: the config of a text tower from transformers."""
+_WEIGHTS = (".safetensors", ".bin", ".pth")  # what open_clip looks for; it loads pickles as weights only
 _ROBERTA: dict[str, Any] = {
     "model_type": "xlm-roberta",
     "vocab_size": 250_002,
@@ -53,11 +53,11 @@ TEXT_TOWERS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
     },
 }
-"""Configs of text towers that open_clip would read from the Hub by their names."""
+"""Configs of text towers that open_clip would otherwise read from the Hub by name."""
 
 
 class OpenClipEncoder:
-    """A model of open_clip; preprocessed images are float32 (3, S, S), normalised."""
+    """An open_clip model; preprocessed images are float32 (3, S, S), normalised."""
 
     def __init__(self, source: Path, device: torch.device, eval_resize: str | None) -> None:
         """
@@ -73,7 +73,7 @@ class OpenClipEncoder:
                     name, device=device, image_resize_mode=eval_resize
                 )
                 tokenizer = open_clip.get_tokenizer(name)
-            except Exception as error:  # whatever is wrong with a folder shows as any of many errors in there
+            except Exception as error:  # a bad folder can cause many kinds of errors
                 reason = str(error).strip() or type(error).__name__
                 raise UserError(f"{source}: open_clip cannot load it: {reason.splitlines()[0]}") from None
         self.model: nn.Module = model.eval()
@@ -121,12 +121,12 @@ class _Config(Foreign):
 
 
 def _config(source: Path) -> dict[str, Any]:
-    """The parsed config, changed so that loading it needs no network and runs nothing."""
+    """The parsed config, changed so that loading it needs no network and runs no code."""
     path = source / OPEN_CLIP_CONFIG
     values = read_json(path, dict[str, Any], what="an open_clip config")
     text = as_type(values, _Config, str(path), what="an open_clip config").model_cfg.text_cfg
     if not any(entry.suffix in _WEIGHTS for entry in source.iterdir()):
-        raise UserError(f"{source}: no weights there (open_clip_model.safetensors)")
+        raise UserError(f"{source}: no weights (open_clip_model.safetensors)")
     if text.hf_tokenizer_name:
         kwargs = {**(text.tokenizer_kwargs or {}), "trust_remote_code": False}
         values["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = kwargs
@@ -134,7 +134,7 @@ def _config(source: Path) -> dict[str, Any]:
 
 
 def _linked(source: Path, config: dict[str, Any], scratch: Path) -> Path:
-    """``scratch`` with links to the files of ``source``, and with ``config`` in place of its config."""
+    """``scratch`` with links to the files of ``source`` and with ``config`` in place of its config."""
     for entry in source.iterdir():
         if entry.name != OPEN_CLIP_CONFIG:
             (scratch / entry.name).symlink_to(entry.absolute())
@@ -147,17 +147,17 @@ def _linked(source: Path, config: dict[str, Any], scratch: Path) -> Path:
 
 
 def _text_tower(source: Path, name: str, scratch: Path) -> Path:
-    """A folder with the config of the text tower ``name``: one in the model's own folder, or of the table's towers.
+    """A folder with the config of the text tower ``name``: from the model's own folder, or from the table.
 
     Raises:
-        UserError: neither has it.
+        UserError: it is in neither.
     """
     if (source / Path(name).name / "config.json").is_file():
         return source / Path(name).name
     if name not in TEXT_TOWERS:
         raise UserError(
-            f"{source}: its text tower {name!r} is one of transformers' whose config is not there: put it into "
-            f"{source / Path(name).name / 'config.json'} (known without: {', '.join(TEXT_TOWERS)})"
+            f"{source}: its text tower {name!r} is from transformers, and its config is missing: put it into "
+            f"{source / Path(name).name / 'config.json'} (not needed for {', '.join(TEXT_TOWERS)})"
         )
     (scratch / _TEXT_FOLDER).mkdir()
     write_json(scratch / _TEXT_FOLDER / "config.json", TEXT_TOWERS[name])
@@ -167,7 +167,7 @@ def _text_tower(source: Path, name: str, scratch: Path) -> Path:
 def _facts(model: Any, tokenizer: Any) -> ModelFacts:
     preprocess, visual = model.visual.preprocess_cfg, model.visual
     size = preprocess["size"]
-    trunk = getattr(visual, "trunk", None)  # of timm
+    trunk = getattr(visual, "trunk", None)  # from timm
     patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None) or getattr(visual, "patch_size", None)
     width = getattr(trunk, "embed_dim", None) or getattr(getattr(visual, "transformer", None), "width", None)
     return ModelFacts(

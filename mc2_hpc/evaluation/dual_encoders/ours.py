@@ -21,7 +21,7 @@ _TRAINER = "trainer.json"
 
 
 class OurEncoder:
-    """A model of ours; preprocessed images are uint8 (3, S, S), normalised on the device."""
+    """One of our models; preprocessed images are uint8 (3, S, S), normalised on the device."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class OurEncoder:
         Args:
             model: on the device that it computes on.
             eval_resize: ``shortest`` or ``squash``; None is the card's.
-            identity: of the weights; empty where nothing is cached under it.
+            identity: of the weights; empty if nothing is cached under it.
             step: training steps so far.
 
         Raises:
@@ -63,7 +63,7 @@ class OurEncoder:
     def load(cls, source: Path, device: torch.device, eval_resize: str | None) -> "OurEncoder":
         """
         Raises:
-            UserError: no checkpoint or no tokenizer in it.
+            UserError: there is no checkpoint, or it has no tokenizer.
         """
         folder = resolve_checkpoint(source)
         model, card = load_clip(folder)
@@ -98,7 +98,7 @@ class OurEncoder:
 
 
 def _step(folder: Path) -> int | None:
-    """The steps that a training checkpoint has seen; None for an imported model."""
+    """The training steps of a checkpoint; None for an imported model."""
     path = folder / _TRAINER
     if not path.is_file():
         return None

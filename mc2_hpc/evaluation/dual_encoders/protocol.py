@@ -1,4 +1,4 @@
-"""What evaluation, search and ``mc2_hpc.load`` ask of a CLIP, whatever library runs it.
+"""What evaluation, search and ``mc2_hpc.load`` need from a CLIP model, whichever library runs it.
 
 B images or texts, D embedding width.
 """
@@ -19,49 +19,49 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.storage import file_sha256
 
 RESIZES = ("shortest", "squash", "longest")
-"""How an image reaches the model's square input: its shortest side resized and the centre cropped, all of it squashed,
-or its longest side resized and the rest padded (open_clip alone)."""
+"""How an image is fitted to the model's square input: shortest side resized and centre cropped, whole image squashed,
+or longest side resized and the rest padded (open_clip only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What a report says of a model."""
+    """What a report says about a model."""
 
     format: str
-    """A word of ``mc2_hpc.models.formats.Format``."""
+    """A value of ``mc2_hpc.models.formats.Format``."""
     image_size: int
     """Side of the square input in pixels."""
     resize: str
-    """One of :data:`RESIZES`, or ``patches`` where the model takes images in their own shape."""
+    """One of :data:`RESIZES`, or ``patches`` if the model takes images in their own shape."""
     context_length: int
-    """Most tokens of a text."""
+    """Most tokens in a text."""
     parameters: int
     vision_width: int | None = None
-    """None where the library does not say, as for towers that are no vision transformers."""
+    """None if the library does not say, as for towers that are not vision transformers."""
     patch_size: int | None = None
     step: int | None = None
-    """Training steps that the weights have seen, for a checkpoint of ours."""
+    """Training steps of the weights, for our checkpoints."""
 
 
 class DualEncoder(Protocol):
-    """A CLIP with its tokenizer and its image transform."""
+    """A CLIP model with its tokenizer and image transform."""
 
     facts: ModelFacts
     identity: str
-    """Hex digest of the weights, of the tokenizer and of how images are prepared."""
+    """Hex digest of the weights, the tokenizer and the image preprocessing."""
 
     @property
     def model(self) -> nn.Module:
-        """The library's own, in eval mode."""
+        """The library's own model, in eval mode."""
         ...
 
     @property
     def tokenizer(self) -> Any:
-        """The library's own."""
+        """The library's own tokenizer."""
         ...
 
     def preprocess(self, image: Encoded | Image.Image) -> Any:
-        """One image as :meth:`encode_images` takes it. Threads may call it side by side. Raises Dropped."""
+        """One image as :meth:`encode_images` takes it. Thread-safe. Raises Dropped."""
         ...
 
     def transform(self, image: Image.Image) -> Any:
@@ -81,20 +81,20 @@ class DualEncoder(Protocol):
         ...
 
     def logits(self) -> tuple[float, float]:
-        """Scale and bias that turn a cosine into the model's logit; the bias is 0 where the model has none."""
+        """Scale and bias that turn a cosine into the model's logit; the bias is 0 if the model has none."""
         ...
 
 
 @torch.inference_mode()
 def encode_texts(encoder: DualEncoder, texts: Sequence[str], *, batch: int = 256) -> Tensor:
-    """Unit-length float32 (n, D) on the CPU of ``texts``, in their order; equal texts are encoded once.
+    """Unit-length float32 (n, D) on the CPU for ``texts``, in their order; equal texts are encoded once.
 
     Raises:
         UserError: there are no texts, or a feature is not finite.
     """
     if not texts:
         raise UserError("no texts to encode")
-    # Texts of like length share a batch, since a batch is padded to its longest.
+    # Texts of similar length share a batch, because a batch is padded to its longest text.
     ordered = sorted(dict.fromkeys(texts), key=len)
     parts = [encoder.encode_texts(ordered[start : start + batch]).cpu() for start in range(0, len(ordered), batch)]
     features = finite(torch.cat(parts), "texts")
@@ -103,28 +103,28 @@ def encode_texts(encoder: DualEncoder, texts: Sequence[str], *, batch: int = 256
 
 
 def finite(features: Tensor, what: str) -> Tensor:
-    """The features themselves.
+    """Return the features.
 
     Raises:
-        UserError: one is not finite.
+        UserError: a feature is not finite.
     """
     if not bool(torch.isfinite(features).all()):
-        raise UserError(f"the model gives non-finite features for some {what}: no number computed from them would hold")
+        raise UserError(f"the model gives non-finite features for some {what}, so results would be meaningless")
     return features
 
 
 def hash_files(files: Iterable[Path], *facts: object) -> str:
-    """Hex digest of files' names and contents, and of what else decides a model's features."""
+    """Hex digest of files' names and contents, and of other facts that determine a model's features."""
     parts = [*(repr(fact) for fact in facts), *(f"{file.name} {file_sha256(file)}" for file in sorted(files))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def folder_files(source: Path) -> list[Path]:
-    """What decides the features of a model in a folder: its files, and the configs of towers in folders below it."""
+    """What determines the features of a model in a folder: its files, and tower configs in folders below it."""
     found = [*source.iterdir(), *source.glob("*/config.json")]
     return [path for path in found if path.is_file() and not path.name.startswith(".")]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in all parameters of a model."""
+    """The total number of parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, SigLIP 2 and MetaClip2 from folders that transformers saves."""
+"""CLIP, SigLIP, SigLIP 2 and MetaClip2 from folders saved by transformers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from mc2_hpc.reading.json_file import Foreign, read_json
 
 @dataclass(frozen=True)
 class _Family:
-    """How a family's processor is called where its files do not say."""
+    """How to call a family's processor if its files do not say."""
 
     padding: str
-    """Of texts: to the ``longest`` of a batch, or to ``max_length``, which SigLIP was trained with."""
+    """Of texts: to the ``longest`` in a batch, or to ``max_length``, as in SigLIP's training."""
     inputs: tuple[str, ...]
-    """Of the text tower. SigLIP attends to the padding too."""
+    """Of the text tower. SigLIP also attends to the padding."""
 
 
 _CLIP = _Family("longest", ("input_ids", "attention_mask"))
 _SIGLIP = _Family("max_length", ("input_ids",))
 FAMILIES = {"clip": _CLIP, "metaclip_2": _CLIP, "siglip": _SIGLIP, "siglip2": _SIGLIP}
-"""By ``model_type``. SigLIP 2 of one fixed size is ``siglip``; ``siglip2`` takes images in their own shape."""
+"""By ``model_type``. SigLIP 2 with a fixed size is ``siglip``; ``siglip2`` takes images in their own shape."""
 
 
 class _Config(Foreign):
@@ -40,18 +40,18 @@ class _Config(Foreign):
 
 
 class TransformersEncoder:
-    """A model of transformers; preprocessed images are the image processor's tensors by name, without a batch."""
+    """A transformers model; preprocessed images are the image processor's tensors by name, without a batch."""
 
     def __init__(self, source: Path, device: torch.device, eval_resize: str | None) -> None:
         """
         Raises:
-            UserError: transformers is not installed, the model is of another family, or the folder is not whole.
+            UserError: transformers is not installed, the model is of another family, or the folder is incomplete.
         """
         kind = read_json(source / TRANSFORMERS_CONFIG, _Config, what="a config of transformers").model_type
         if kind not in FAMILIES:
             raise UserError(
-                f"{source / TRANSFORMERS_CONFIG}: model_type is {kind!r}; of transformers' models "
-                f"{', '.join(FAMILIES)} can be scored"
+                f"{source / TRANSFORMERS_CONFIG}: model_type is {kind!r}; supported transformers models are "
+                f"{', '.join(FAMILIES)}"
             )
         self._family = FAMILIES[kind]
         transformers = import_transformers()
@@ -107,7 +107,7 @@ class TransformersEncoder:
 def _loaded(kind: Any, source: Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(str(source), local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # as many kinds as there are ways for a folder to be wrong
+    except Exception as error:  # a bad folder can cause many kinds of errors
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{source}: transformers cannot load it: {reason.splitlines()[0]}") from None
 
@@ -117,7 +117,7 @@ def _unit(encode: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _image_size(config: Any, processor: Any) -> int:
-    """The side of the square input; for a model of free shapes, of the square with as many patches."""
+    """The side of the square input; for a model of free shapes, of a square with the same number of patches."""
     if hasattr(processor, "max_num_patches"):
         return round(processor.max_num_patches**0.5) * processor.patch_size
     return int(config.vision_config.image_size)
@@ -130,7 +130,7 @@ def _own_resize(processor: Any) -> str:
 
 
 def _resize_options(source: Path, processor: Any, side: int, eval_resize: str | None) -> dict[str, Any]:
-    """What the image processor is told so that it resizes in another way than its own."""
+    """Options that make the image processor resize in another way than its default."""
     if eval_resize is None:
         return {}
     square = {"height": side, "width": side}
@@ -139,5 +139,5 @@ def _resize_options(source: Path, processor: Any, side: int, eval_resize: str | 
         "shortest": {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square},
     }
     if eval_resize not in options or hasattr(processor, "max_num_patches"):
-        raise UserError(f"eval_resize={eval_resize}: the image processor of {source} cannot; leave it out")
+        raise UserError(f"eval_resize={eval_resize}: not supported by the image processor of {source}; leave it out")
     return options[eval_resize]

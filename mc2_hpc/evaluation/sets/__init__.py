@@ -1,7 +1,7 @@
-"""Readers of evaluation sets: each follows one public file layout and makes a task of it.
+"""Readers of evaluation sets: each reads one public file layout into a task.
 
-A reader is ``read(path, **options) -> Task``. It checks that every file it needs is there and names the first that is
-not; it downloads nothing. Readers of other packages are named by where they stand: ``mypackage.mymodule.read``.
+A reader is ``read(path, **options) -> Task``. It checks that every file it needs exists and names the first missing
+one; it downloads nothing. Readers in other packages have dotted names: ``mypackage.mymodule.read``.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from mc2_hpc.jobs.named import describe, import_object
 
 @dataclass(frozen=True)
 class Reader:
-    """How a set is read, and by which protocol its numbers are computed."""
+    """How a set is read, and the protocol of its numbers."""
 
     read: Callable[..., Task]
     protocol: str
@@ -51,14 +51,14 @@ READERS = {
     ),
     "xm3600_places": Reader(culture.xm3600_places, "ridge regression on 5, 10, 25 images per place; halves"),
 }
-"""By the name that a suite file gives as ``reader``."""
+"""By the name given as ``reader`` in a suite file."""
 
 
 def reader_of(name: str) -> Reader:
-    """The reader of this name: one of :data:`READERS`, or a function by its dotted name.
+    """The reader with this name: one of :data:`READERS`, or a function by its dotted name.
 
     Raises:
-        UserError: there is neither.
+        UserError: it is neither.
     """
     if name in READERS:
         return READERS[name]
@@ -73,7 +73,7 @@ def reader_of(name: str) -> Reader:
 
 
 def _guarded(name: str, read: Callable[..., Any]) -> Callable[..., Task]:
-    """Foreign code as a reader: whatever goes wrong in it is an error of its set alone, in one line."""
+    """A user's function as a reader: any failure in it is a one-line error of its set only."""
 
     @wraps(read)
     def guarded(*arguments: Any, **options: Any) -> Task:
@@ -84,7 +84,7 @@ def _guarded(name: str, read: Callable[..., Any]) -> Callable[..., Task]:
         except Exception as error:  # whatever the code raises
             raise UserError(f"{name}: {describe(error)}") from error
         if not isinstance(task, Task):
-            raise UserError(f"{name}: gave {type(task).__name__}, not a task of mc2_hpc.evaluation.tasks")
+            raise UserError(f"{name}: returned {type(task).__name__}, not a task of mc2_hpc.evaluation.tasks")
         return task
 
     return guarded

@@ -1,4 +1,4 @@
-"""Retrieval sets: Crossmodal-3600, caption files by line (XTD-10, XTD-200, Flickr30k-200), COCO's annotations."""
+"""Retrieval sets: Crossmodal-3600, files of one caption per line (XTD-10, XTD-200, Flickr30k-200), COCO annotations."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from mc2_hpc.reading.json_file import Foreign, as_type, parse_json, read_json
 def xm3600(path: Path, images: str = "images") -> Retrieval:
     """Crossmodal-3600: ``captions.jsonl`` and ``images/<image/key>.jpg``.
 
-    A line of the former is an image: ``{"image/key": ..., "<locale>": {"caption": [...]}, ...}``.
+    Each line of the former is an image: ``{"image/key": ..., "<locale>": {"caption": [...]}, ...}``.
     """
     texts: dict[str, list[str]] = {}
     owners: dict[str, list[int]] = {}
@@ -39,7 +39,7 @@ class Xm3600Image(NamedTuple):
 
     key: str
     locale: str | None
-    """That the image was chosen for."""
+    """The one that the image was chosen for."""
     captions: dict[str, list[str]]
     """By locale."""
 
@@ -57,7 +57,7 @@ def xm3600_images(path: Path) -> list[Xm3600Image]:
     """The lines of ``captions.jsonl``.
 
     Raises:
-        UserError: a line is of another form.
+        UserError: a line has another form.
     """
     file, what = path / "captions.jsonl", "an image of Crossmodal-3600"
     images = []
@@ -83,14 +83,14 @@ def caption_lines(
     images: str = "images",
     languages: Sequence[str] = (),
 ) -> Retrieval:
-    """A file of image names, and for each language a file with one caption per line, in the same order.
+    """A file of image names and, for each language, a file with one caption per line in the same order.
 
     XTD-10: ``index=test_image_names.txt captions=test_1kcaptions_{}.txt``; XTD-200: ``index=test_image_names.txt``;
     Flickr30k-200: the defaults.
 
     Args:
         captions: name of a language's file, with ``{}`` for its code.
-        languages: codes; by default, of all files that are there.
+        languages: codes; by default those of all existing files.
     """
     names = read_lines(path / index, "one image's file name per line")
     if captions.count("{}") != 1:
@@ -102,7 +102,7 @@ def caption_lines(
         if file.name != index and file.is_file()
     )
     if not found:
-        raise UserError(f"{path}: no caption files {captions} there")
+        raise UserError(f"{path}: no caption files {captions}")
     read = {}
     for lang in found:
         lines = read_lines(path / captions.replace("{}", lang), "one caption per line")
@@ -112,7 +112,7 @@ def caption_lines(
         if described:
             read[lang] = Captions(texts=[lines[place] for place in described], images=described)
     if not read:
-        raise UserError(f"{path}: not one caption in {len(found)} files {captions}")
+        raise UserError(f"{path}: no caption in {len(found)} files {captions}")
     lacking = _without_captions(set(found) - read.keys())
     return Retrieval(images=ImageFiles(path / images, names), languages=read, lacking=lacking)
 
@@ -144,7 +144,7 @@ def coco(path: Path, images: str, language: str = "en") -> Retrieval:
     place = {image.id: number for number, image in enumerate(record.images)}
     files = [image.file_name for image in record.images]
     if len(place) != len(files):
-        raise UserError(f"{path}: two images with one id")
+        raise UserError(f"{path}: two images with the same id")
     astray = next((row.image_id for row in record.annotations if row.image_id not in place), None)
     if astray is not None:
         raise UserError(f"{path}: a caption of image {astray}, which is not among the images")

@@ -30,13 +30,13 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 _Labels = tuple[list[Annotated[int, msgspec.Meta(ge=0, le=999)]], list[str]]
 """Classes of ImageNet and their names, one for each."""
 BARE = ["{}"]
-"""The name alone, for languages that have no prompts."""
+"""Just the name, for languages without prompts."""
 
 
 def imagenet(path: Path) -> Classification:
-    """ILSVRC 2012's validation images as ``<path>/<WordNet id>/*.JPEG``, 1,000 folders whose order is the classes'.
+    """ILSVRC 2012's validation images as ``<path>/<WordNet id>/*.JPEG``, 1,000 folders in the order of the classes.
 
-    Class names and the 80 templates are OpenAI's, as the package open_clip_torch carries them.
+    Class names and the 80 templates are OpenAI's, from the package open_clip_torch.
     """
     images, labels, skipped = _imagenet_images(path)
     names, templates = openai_imagenet()
@@ -50,7 +50,7 @@ def babel_imagenet(path: Path, labels: str, prompts: str) -> Classification:
     Args:
         path: as for :func:`imagenet`.
         labels: ``babel_imagenet-298.json``: ``{LANGUAGE: [[class indices], [names]]}``.
-        prompts: ``{LANGUAGE: [templates with {}]}``; a language without any takes ``{}`` alone, and is counted.
+        prompts: ``{LANGUAGE: [templates with {}]}``; a language without any uses just ``{}``, and is counted.
     """
     images, right, skipped = _imagenet_images(path)
     languages = babel_languages(Path(labels), Path(prompts))
@@ -62,7 +62,7 @@ def babel_languages(labels: Path, prompts: Path) -> dict[str, ClassTexts]:
     """Classes, names and templates of each language of Babel-ImageNet's files, by lower-case code.
 
     Raises:
-        UserError: a file is missing or of another form.
+        UserError: a file is missing or has another format.
     """
     prompts_of, what = dict[str, list[str]], "Babel-ImageNet's prompts by language"
     templates = read_json(required(prompts, what), prompts_of, most=MOST_BYTES, what=what)
@@ -74,26 +74,24 @@ def babel_languages(labels: Path, prompts: Path) -> dict[str, ClassTexts]:
             raise UserError(f"{labels}: {lang} has {len(classes)} classes and {len(names)} names; one name per class")
         if len(set(classes)) != len(classes):
             raise UserError(f"{labels}: {lang} has a class twice")
-        # The templates have a blank at each side of the braces, which a name does not need.
+        # The templates have a space on each side of the braces, which a name does not need.
         forms = [" ".join(form.split()) for form in templates.get(lang, BARE)]
         languages[lang.lower()] = ClassTexts(classes=classes, names=names, templates=forms)
     return dict(sorted(languages.items()))
 
 
 def _imagenet_images(path: Path) -> tuple[ImageFiles, list[tuple[int, ...]], dict[str, int]]:
-    """Images, their labels, and the count of empty folders, where there are any."""
+    """Images, their labels, and the count of empty folders, if there are any."""
     folders = subfolders(path, "ImageNet's validation folders")
     if len(folders) != 1000 or not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-        raise UserError(
-            f"{path}: {len(folders)} folders; ImageNet has one for each of its 1,000 WordNet ids (n01440764)"
-        )
+        raise UserError(f"{path}: {len(folders)} folders; ImageNet has one per WordNet id, 1,000 in total (n01440764)")
     files, labels = _labelled(path, folders)
     empty = len(folders) - len(set(labels))
     return ImageFiles(path, files), labels, {"class_without_image": empty} if empty else {}
 
 
 def _labelled(path: Path, folders: Sequence[str]) -> tuple[list[str], list[tuple[int, ...]]]:
-    """All images below the classes' folders, and their labels."""
+    """All images below the class folders, and their labels."""
     number = {folder: (index,) for index, folder in enumerate(folders)}
     files = [file for file in images_below(path) if Path(file).parts[0] in number]
     return files, [number[Path(file).parts[0]] for file in files]
@@ -110,7 +108,7 @@ def class_folders(path: Path, names: str = "", templates: str = "", metric: str 
     """
     folders = subfolders(path, "one folder per class")
     if not folders:
-        raise UserError(f"{path}: no folders there; expected one per class")
+        raise UserError(f"{path}: no folders; expected one per class")
     files, labels = _labelled(path, folders)
     empty = sorted(set(range(len(folders))) - {label for (label,) in labels})
     if empty:
@@ -132,7 +130,7 @@ def labelled_parquet(
     label: str = "label",
     key: str = "key",
 ) -> Classification:
-    """A Parquet file of images with a label each, named in any number of languages.
+    """A Parquet file of labelled images, with class names in any number of languages.
 
     Args:
         names: by language, one name per class, in the order of ``classes``.
@@ -157,7 +155,7 @@ def labelled_parquet(
 
 @cache
 def openai_imagenet() -> tuple[list[str], list[str]]:
-    """ImageNet's 1,000 class names and the 80 templates, OpenAI's choice, from the package open_clip_torch.
+    """ImageNet's 1,000 class names and OpenAI's 80 templates, from the package open_clip_torch.
 
     Raises:
         UserError: the package is not installed.
@@ -167,7 +165,7 @@ def openai_imagenet() -> tuple[list[str], list[str]]:
 
 
 def _open_clip_metadata() -> ModuleType:
-    # The one file of data, without the package around it, which needs torchvision.
+    # Only this file of data, because the package around it needs torchvision.
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
         raise UserError("ImageNet's class names and templates come with open_clip: pip install open_clip_torch")

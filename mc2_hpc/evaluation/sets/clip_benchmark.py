@@ -1,4 +1,4 @@
-"""WebDatasets in CLIP_benchmark's layout, of classes or of captions."""
+"""WebDatasets in CLIP_benchmark's layout, with classes or captions."""
 
 import io
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from mc2_hpc.tar import LocalFile, Member
 
 @dataclass(frozen=True)
 class _Sample:
-    """A complete sample: its shard, its files by lower-case extension, and which of them is the image."""
+    """A complete sample: its shard, its files by lower-case extension, and its image."""
 
     shard: Path
     files: dict[str, Member]
     image: Member
 
     def read(self, extension: str) -> bytes:
-        """The payload of one file. Raises UserError where it cannot be read."""
+        """The payload of one file. Raises UserError if it cannot be read."""
         member = self.files[extension]
         try:
             return LocalFile(self.shard).read(member.offset, member.size)
@@ -32,7 +32,7 @@ class _Sample:
             raise UserError(f"{self.shard}: {member.name} cannot be read ({error})") from None
 
     def text(self, extension: str) -> str:
-        """The payload of one file as text. Raises UserError where it is not UTF-8."""
+        """The payload of one file as text. Raises UserError if it is not UTF-8."""
         try:
             return self.read(extension).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -44,14 +44,14 @@ def clip_benchmark(
 ) -> Classification | Retrieval:
     """A WebDataset in CLIP_benchmark's layout.
 
-    ``<path>/<split>/nshards.txt`` and ``0.tar`` ... Where ``dataset_type.txt`` says ``retrieval``, samples have a
-    ``<key>.txt`` with one caption per line; else a ``<key>.cls``, and there are ``classnames.txt`` and
+    ``<path>/<split>/nshards.txt`` and ``0.tar`` ... If ``dataset_type.txt`` says ``retrieval``, samples have a
+    ``<key>.txt`` with one caption per line. Otherwise they have a ``<key>.cls``, and there are ``classnames.txt`` and
     ``zeroshot_classification_templates.txt``, whose templates have ``{c}``.
 
     Args:
         metric: one of ``tasks.METRICS``, for classes.
-        group: for ``worst_group``: which number of each sample's ``<key>.npy`` is its group, from 0. DataComp's copies
-            of WILDS, Dollar Street and GeoDE have such files.
+        group: for ``worst_group``: the index in each sample's ``<key>.npy`` of its group number, from 0. DataComp's
+            copies of WILDS, Dollar Street and GeoDE have these files.
     """
     kind_file = path / "dataset_type.txt"
     kind = read_text(kind_file, "").strip().lower() if kind_file.is_file() else "classification"
@@ -82,7 +82,7 @@ def clip_benchmark(
 
 
 def _samples(folder: Path, needed: Sequence[str]) -> tuple[list[_Sample], dict[str, int]]:
-    """Every sample with an image and the ``needed`` files; and the count of the others."""
+    """Every sample with an image and the ``needed`` files, and the count of the others."""
     samples: list[_Sample] = []
     incomplete = 0
     count = _number(folder / "nshards.txt")
@@ -96,7 +96,7 @@ def _samples(folder: Path, needed: Sequence[str]) -> tuple[list[_Sample], dict[s
             samples.append(_Sample(shard, files, image))
     if not samples:
         wanted = " and a ".join(f".{extension}" for extension in needed)
-        raise UserError(f"{folder}: no sample with an image and a {wanted} in its tars ({incomplete} incomplete)")
+        raise UserError(f"{folder}: no sample in its tars has an image and a {wanted} ({incomplete} incomplete)")
     return samples, {"incomplete_sample": incomplete} if incomplete else {}
 
 
@@ -116,7 +116,7 @@ def _group(sample: _Sample, column: int) -> int:
         numbers = np.load(io.BytesIO(sample.read("npy")), allow_pickle=False)
         value = float(numbers[column])
         if value < 0 or value != int(value):
-            raise ValueError(f"{value} is not a whole number from 0")
+            raise ValueError(f"{value} is not a whole number of at least 0")
     except (ValueError, TypeError, IndexError, OverflowError, EOFError) as error:
         raise UserError(
             f"{sample.shard}: the .npy beside {sample.image.name} names no group at {column} ({error})"
@@ -125,7 +125,7 @@ def _group(sample: _Sample, column: int) -> int:
 
 
 def _number(path: Path) -> int:
-    text = read_text(path, "the number of shards should stand there").strip()
+    text = read_text(path, "it should contain the number of shards").strip()
     if not text.isdecimal() or int(text) == 0:
         raise UserError(f"{path}: {text[:20]!r} is not a number of shards")
     return int(text)

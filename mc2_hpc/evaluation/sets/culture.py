@@ -16,9 +16,9 @@ _DOLLAR_STREET = ("images_v2_imagenet_train.csv", "images_v2_imagenet_test.csv")
 
 
 def dollar_street(path: Path) -> Classification:
-    """Dollar Street by ImageNet's classes: both CSV files in ``path`` (the set's ``dataset_dollarstreet`` folder).
+    """Dollar Street with ImageNet's classes: both CSV files in ``path`` (the set's ``dataset_dollarstreet`` folder).
 
-    ``imagenet_sysnet_id`` (sic) lists the right classes of an image; ``imageRelPath`` says where it lies.
+    ``imagenet_sysnet_id`` (sic) lists the correct classes of an image; ``imageRelPath`` is its path.
     """
     rows = [row for file in _DOLLAR_STREET for row in _dollar_street_rows(path / file)]
     labels = [_imagenet_classes(row, path) for row in rows]
@@ -42,7 +42,7 @@ def _imagenet_classes(row: dict[str, str], path: Path) -> tuple[int, ...]:
 
 
 def dollar_street_places(path: Path) -> Places:
-    """Countries of Dollar Street; its own split into training and test."""
+    """Countries of Dollar Street, with its own training and test split."""
     parts = [_dollar_street_rows(path / file, "country.name") for file in _DOLLAR_STREET]
     rows = [row for part in parts for row in part]
     names = [row["imageRelPath"] for row in rows]
@@ -62,7 +62,7 @@ def _dollar_street_rows(file: Path, *columns: str) -> list[dict[str, str]]:
 def geode(path: Path) -> Classification:
     """GeoDE: ``index.csv`` (``file_path``, ``object``) and the images below ``images``.
 
-    Names are those of the index, as they stand there, in ImageNet's 80 templates.
+    Class names are those of the index, unchanged, in ImageNet's 80 templates.
     """
     rows = read_csv(path / "index.csv", ("file_path", "object"), "GeoDE's index")
     names = sorted({row["object"] for row in rows})
@@ -73,7 +73,7 @@ def geode(path: Path) -> Classification:
 
 
 def geode_places(path: Path, train: int = 20_000) -> Places:
-    """Countries and regions of GeoDE: images shuffled, the first ``train`` to learn from."""
+    """Countries and regions of GeoDE: images are shuffled, and the first ``train`` are for training."""
     rows = read_csv(path / "index.csv", ("file_path", "region", "ip_country"), "GeoDE's index")
     names = [row["file_path"] for row in rows]
     places = {"country": [row["ip_country"] for row in rows], "region": [row["region"] for row in rows]}
@@ -81,7 +81,7 @@ def geode_places(path: Path, train: int = 20_000) -> Places:
 
 
 def xm3600_places(path: Path, images: str = "images", train: int = 1_800) -> Places:
-    """Locales that Crossmodal-3600's images were chosen for (``image/locale``): half to learn from, half to test."""
+    """Locales that Crossmodal-3600's images were chosen for (``image/locale``): half for training, half for testing."""
     rows = xm3600_images(path)
     locales = [row.locale for row in rows if row.locale is not None]
     if len(locales) < len(rows):
@@ -92,16 +92,16 @@ def xm3600_places(path: Path, images: str = "images", train: int = 1_800) -> Pla
 
 def _split(images: ImageFiles, names: Sequence[str], places: dict[str, list[str]], train: int) -> Places:
     if not 0 < train < len(names):
-        raise UserError(f"train={train}: the set has {len(names)} images, some have to be left to test")
+        raise UserError(f"train={train}: the set has {len(names)} images, and some must be left for testing")
     order = shuffled(names).tolist()
     return Places(images=images, places=places, train=order[:train], test=order[train:])
 
 
 def gldv2(path: Path) -> Classification:
-    """Google Landmarks v2, recognition: the test images that show a landmark, named among all such landmarks.
+    """Google Landmarks v2, recognition: test images that show a landmark, classified among all such landmarks.
 
     Files: ``recognition_solution_v2.1.csv`` (``id``, ``landmarks``), ``train_label_to_category.csv`` (``landmark_id``,
-    ``category``: a Wikimedia Commons category) and ``test/<3 folders>/<id>.jpg``. A landmark's name stands alone.
+    ``category``: a Wikimedia Commons category) and ``test/<3 folders>/<id>.jpg``. A landmark's name has no template.
     """
     solution = read_csv(path / "recognition_solution_v2.1.csv", ("id", "landmarks"), "the recognition ground truth")
     categories = read_csv(path / "train_label_to_category.csv", ("landmark_id", "category"), "names of the landmarks")

@@ -30,11 +30,11 @@ def cvqa(path: Path) -> Choice:
 
     Columns: ``image`` (a struct with ``bytes``), ``ID``, ``Subset`` (such as ``('Spanish', 'Argentina')``),
     ``Question`` and ``Translated Question``, ``Options`` and ``Translated Options`` (lists of strings), ``Label`` (the
-    right option, from 0).
+    correct option, from 0).
     """
     files = [path] if path.is_file() else sorted(required(path, "CVQA's Parquet files").rglob("*.parquet"))
     if not files:
-        raise UserError(f"{path}: no *.parquet there; CVQA comes as Parquet files")
+        raise UserError(f"{path}: no *.parquet; CVQA comes as Parquet files")
     try:
         table = pa.concat_tables([read_parquet(file, _COLUMNS, "a part of CVQA") for file in files])
     except pa.ArrowInvalid as error:
@@ -53,7 +53,7 @@ def _question(row: dict[str, Any], question: str, options: str, image: int, path
     if asked is None or not choices or None in choices:
         raise UserError(f"{path}: question {row['ID']} has no text in {question!r} or {options!r}")
     if answer is None or not 0 <= answer < len(choices):
-        raise UserError(f"{path}: question {row['ID']} has no right option (label {answer})")
+        raise UserError(f"{path}: question {row['ID']} has no correct option (label {answer})")
     return Question(
         image=image,
         options=[f"{asked} {option}" for option in choices],
@@ -63,7 +63,7 @@ def _question(row: dict[str, Any], question: str, options: str, image: int, path
 
 
 def _group(subset: str) -> str:
-    """``Spanish, Argentina`` of ``('Spanish', 'Argentina')``."""
+    """``Spanish, Argentina`` from ``('Spanish', 'Argentina')``."""
     try:
         parts = ast.literal_eval(subset)
     except (ValueError, SyntaxError):

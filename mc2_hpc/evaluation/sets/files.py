@@ -1,4 +1,4 @@
-"""What readers share: required files, lines, tables, random halves. Each error names the file."""
+"""Shared by the readers: required files, lines, tables, random halves. Each error names the file."""
 
 import csv
 import io
@@ -24,10 +24,10 @@ MOST_BYTES = 2 << 30
 
 
 def required(path: Path, what: str) -> Path:
-    """The path, if there is such a file or folder.
+    """The path, if it exists.
 
     Raises:
-        UserError: there is not.
+        UserError: it does not exist.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; {what}")
@@ -35,7 +35,7 @@ def required(path: Path, what: str) -> Path:
 
 
 def subfolders(path: Path, what: str) -> list[str]:
-    """Names of the folders in a folder, sorted.
+    """Names of the folders in ``path``, sorted.
 
     Raises:
         UserError: there is no such folder.
@@ -60,8 +60,8 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """Lines of a UTF-8 text file, stripped; a last empty one is none. Raises as :func:`read_text` does."""
-    # Not splitlines(): it would part a caption at U+2028 and the like.
+    """Lines of a UTF-8 text file, stripped; an empty last line is ignored. Raises like :func:`read_text`."""
+    # Not splitlines(), which would split a caption at U+2028 and the like.
     lines = [line.strip() for line in read_text(path, what).split("\n")]
     return lines[:-1] if lines and not lines[-1] else lines
 
@@ -70,7 +70,7 @@ def read_csv(path: Path, columns: Sequence[str], what: str) -> list[dict[str, st
     """Rows of a CSV file with a header.
 
     Raises:
-        UserError: no such file, it lacks a column, has no rows, or a row has too few cells.
+        UserError: the file does not exist, lacks a column, has no rows, or has a row with too few cells.
     """
     reader = csv.DictReader(io.StringIO(read_text(path, what)), strict=True)
     try:
@@ -92,7 +92,7 @@ def read_parquet(path: Path, columns: Mapping[str, ColumnType], what: str) -> pa
     """These columns of a Parquet file.
 
     Raises:
-        UserError: no such file, not Parquet, or it lacks a column or has one of another type.
+        UserError: the file does not exist, is not Parquet, or a column is missing or has another type.
     """
     with open_parquet(required(path, what), columns, what=what) as file:
         return file.read(list(columns))
@@ -102,7 +102,7 @@ def encoded_images(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
     """A column of encoded images, which may be a struct with a field ``bytes`` (as Hugging Face writes it).
 
     Raises:
-        UserError: the column holds something else.
+        UserError: the column contains something else.
     """
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], column.type.field("bytes").type)
@@ -112,12 +112,12 @@ def encoded_images(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
 
 
 def images_below(folder: Path) -> list[str]:
-    """Relative paths of all images in and below a folder, links followed, sorted; dangling ones are told of in the log.
+    """Sorted relative paths of all images in and below a folder, following links; dangling links are logged.
 
     Raises:
-        UserError: no such folder, or one below cannot be read.
+        UserError: no such folder, or a folder below it cannot be read.
     """
-    found = [path for path in walk_files(required(folder, "images should lie there")) if is_image_name(path.name)]
+    found = [path for path in walk_files(required(folder, "images should be there")) if is_image_name(path.name)]
     readable = [path for path in found if path.is_file()]
     if lost := [path for path in found if not path.is_file()]:
         logger.warning("%s: %d images are dangling links or not files, such as %s", folder, len(lost), lost[0])
@@ -125,5 +125,5 @@ def images_below(folder: Path) -> list[str]:
 
 
 def shuffled(names: Sequence[str], seed: int = 0) -> npt.NDArray[np.int64]:
-    """A permutation that depends on the names and the seed alone, not on their order."""
+    """A permutation that depends only on the names and the seed, not on the names' order."""
     return np.argsort(hash_keys([f"{seed}/{name}" for name in names]), kind="stable")

@@ -1,4 +1,4 @@
-"""Image-text shards as training reads them: curated ones and plain WebDataset tars, local or remote."""
+"""Image-text shards as training reads them: curated shards and plain WebDataset tars, local or remote."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,10 +16,10 @@ from mc2_hpc.shard_paths import Names
 
 
 def shards(path: Names) -> Retrieval:
-    """Every image of the shards with all of its captions; what cannot be used is counted as in training.
+    """Every image in the shards with all of its captions; unusable samples are counted as in training.
 
     Args:
-        path: whatever ``data.train`` may say: a folder, file, pattern, list or address (``mc2_hpc.data.locations``).
+        path: any form of ``data.train``: a folder, file, pattern, list or address (``mc2_hpc.data.locations``).
     """
     found = find_shards(path)
     skipped: Counter[str] = Counter()
@@ -40,7 +40,7 @@ def shards(path: Names) -> Retrieval:
             places += [(number, place)] if captions else []
     if not places:
         counts = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
-        raise UserError(f"{path}: not one image can be used; everything was skipped: {counts or 'unreadable'}")
+        raise UserError(f"{path}: no image can be used; everything was skipped: {counts or 'unreadable'}")
     languages = {lang: Captions(texts=texts[lang], images=owners[lang]) for lang in sorted(texts)}
     images = ShardImages(found, places, digest([marks, places]))
     return Retrieval(images=images, languages=languages, pooled=True, skipped=dict(+skipped))
@@ -69,7 +69,7 @@ def _captions(shard: Shard, place: int, skipped: Counter[str]) -> list[Caption]:
 
 
 def _stamp(name: str) -> list[int]:
-    """Size and time of a local shard; of a remote one its keys alone tell whether it is another one."""
+    """Size and modification time of a local shard; a remote shard is identified only by its keys."""
     if "://" in name:
         return []
     status = Path(name).stat()

@@ -19,8 +19,8 @@ _COLUMNS = ("ID", "cue", "candidates", "associations")
 def winogavil(path: Path, images: str = "winogavil_images") -> Association:
     """The release's ``winogavil_dataset.csv`` and, unpacked, ``winogavil_images/<candidate>.jpg``.
 
-    Columns: ``ID``, ``cue``, ``candidates`` and ``associations`` (JSON lists of names). The cue is put as the authors
-    and DataComp put it: in lower case behind "A", or "An" before a vowel's letter.
+    Columns: ``ID``, ``cue``, ``candidates`` and ``associations`` (JSON lists of names). The cue is written as by the
+    authors and DataComp: in lower case after "A", or "An" before a vowel.
     """
     file = path / "winogavil_dataset.csv"
     rows = read_csv(file, _COLUMNS, "the rounds of WinoGAViL")
