@@ -85,7 +85,7 @@ def open_parquet(
             for name, kind in {**required, **optional}.items():
                 count = schema.names.count(name)
                 if count > 1:
-                    raise UserError(f"{shown(path)}: has {count} columns {name!r}; write it again with one")
+                    raise UserError(f"{shown(path)}: has {count} columns {name!r}; rewrite it with one")
                 if count and not kind.accepts(schema.field(name).type):
                     raise UserError(f"{shown(path)}: column {name!r} is {schema.field(name).type}, must be {kind.name}")
             yield file

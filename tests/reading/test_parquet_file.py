@@ -60,7 +60,7 @@ def test_columns_that_are_missing_or_repeated(tmp_path):
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["x", "x"]), path)
     with pytest.raises(UserError, match="a.parquet: not captions: no column 'y'; its columns are x, x$"):
         open_parquet(path, {"y": TEXT}, what="captions").__enter__()
-    with pytest.raises(UserError, match="a.parquet: has 2 columns 'x'; write it again with one"):
+    with pytest.raises(UserError, match="a.parquet: has 2 columns 'x'; rewrite it with one"):
         open_parquet(path, optional={"x": TEXT}).__enter__()
     with open_parquet(path, optional={"y": TEXT}) as file:
         assert file.metadata.num_rows == 1
