@@ -13,7 +13,7 @@ from mc2_hpc.tar import write_tar
 
 @pytest.fixture
 def make_pool(tmp_path) -> Callable[[int], Path]:
-    """``make_pool(shards)``: a folder of shards with 30 English and German captions each, with ``metadata`` beside it."""
+    """``make_pool(shards)``: a folder of shards with 30 English and German captions each, beside ``metadata``."""
 
     def make(shards: int) -> Path:
         write_json(tmp_path / "metadata" / "en.json", ["dog", "cat", "big dog"])

@@ -239,7 +239,7 @@ def test_archive_with_broken_records_is_named(tmp_path, content):
 
 
 def check_damage(tmp_path, content):
-    """The broken archive is named and leaves nothing behind; the others finish, and a rerun continues once it is fixed."""
+    """The broken archive is named and leaves nothing behind; the others finish, and a rerun continues after a fix."""
     folder = tmp_path / "in"
     for name in ("a.warc.wat.gz", "c.warc.wat.gz"):
         archive(folder, name, RECORDS)
@@ -279,7 +279,7 @@ def test_what_is_listed(tmp_path):
     assert list(list_archives([tmp_path / "in"])) == ["a", "b", "c"]
     assert list(list_archives([tmp_path / "in", tmp_path / "in" / "a.wat"])) == ["a", "b", "c"]
     archive(tmp_path / "in" / "more", "b.warc.gz", [])
-    with pytest.raises(UserError, match="b.warc.gz and .*b.warc.wat.gz have one name"):
+    with pytest.raises(UserError, match="b.warc.gz and .*b.warc.wat.gz have the same name"):
         list_archives([tmp_path / "in"])
     with pytest.raises(UserError, match="none: no such file or folder"):
         list_archives([tmp_path / "none"])

@@ -282,7 +282,7 @@ def test_other_settings_are_refused(pool, metadata, tmp_path):
     write_json(metadata / "de.json", ["Hund"])
     with pytest.raises(UserError, match="made with another metadata"):
         jobs.run(plan_match(pool, metadata, tmp_path / "m"))
-    with pytest.raises(UserError, match="not the metadata that"):
+    with pytest.raises(UserError, match="not the metadata"):
         jobs.run(plan_balance(tmp_path / "m", metadata, tmp_path / "b", 30))
 
 

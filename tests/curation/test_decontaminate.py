@@ -97,7 +97,7 @@ def test_shards_that_lose_nothing_keep_their_bytes_and_empty_ones_vanish(tmp_pat
 
 
 def test_plain_shards_and_benchmark_tars(tmp_path):
-    """WebDataset tars on both sides; texts are removed with their image, and images other than JPEG are compared too."""
+    """WebDataset tars on both sides; texts are removed with their image, and not only JPEG images are compared."""
     for folder in ("shards", "benchmark"):
         (tmp_path / folder).mkdir()
     files = [("a.jpg", make_image(1)), ("a.txt", b"one"), ("b.png", make_image(2, form="PNG")), ("b.txt", b"two")]

@@ -1,4 +1,4 @@
-"""A pool's codes become those of its metadata; unknown languages are counted by code, up to a limited number of codes."""
+"""A pool's codes become those of its metadata; unknown languages are counted by code, for a limited number of codes."""
 
 from collections import Counter
 

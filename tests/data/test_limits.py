@@ -121,7 +121,7 @@ def test_a_cache_needs_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="no locks .*: set data.cache_dir to a folder on a local disk"):
+    with pytest.raises(UserError, match="does not support locks .*: set data.cache_dir to a folder on a local disk"):
         _lock(tmp_path, fcntl.LOCK_EX, 1)
 
 

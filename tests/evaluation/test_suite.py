@@ -177,7 +177,7 @@ def test_the_papers_row_stands_below_ours():
 
 
 def test_real_photographs_named_in_many_languages(tiny_checkpoint, shared_data, ranks):
-    """CIFAR-10 with Babel-ImageNet's words: every image's prediction in each language equals that of a plain product."""
+    """CIFAR-10 with Babel-ImageNet's words: the predictions in each language equal those of a plain product."""
     import pyarrow.parquet as pq
 
     from mc2_hpc.evaluation.encoder import Encoder

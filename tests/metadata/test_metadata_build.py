@@ -258,7 +258,7 @@ def test_a_later_build_keeps_the_other_languages_in_the_card(tmp_path):
 
 @pytest.mark.parametrize("lang", ["../x", ".x", "card"])
 def test_language_that_is_no_file_name(tmp_path, lang):
-    with pytest.raises(UserError, match="not a name for a file"):
+    with pytest.raises(UserError, match="cannot be a file name"):
         build_folder({lang: Sources()}, tmp_path)
 
 
