@@ -20,7 +20,7 @@ test-gpu: .venv/dev
 
 # Sends 2,000 damaged inputs of every kind through every command; under ten minutes on two idle cores.
 fuzz: .venv/dev
-	$(BIN)/python tests/fuzz/lane.py --inputs 2000 --jobs 2 --json benchmarks/results/fuzz.json
+	$(BIN)/python -m tests.fuzz.lane --inputs 2000 --jobs 2 --json benchmarks/results/fuzz.json
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The fuzz lane: thousands of damaged inputs of every kind through every command, each in its own process.
 
-    python tests/fuzz/lane.py --inputs 2000 --jobs 2 --json runs/fuzz.json
+    python -m tests.fuzz.lane --inputs 2000 --jobs 2 --json runs/fuzz.json
 
 An input is a copy of a small valid world (``world.py``) with one thing damaged (``mutations.py``): a file, an override,
 a flag or the environment. A command then either does its work and counts what it left out (exit code 0), or says in one
@@ -29,13 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import mutations
-import world
-
 from mc2_hpc.reading.settings import typed
 from mc2_hpc.reading.yaml_file import read_yaml
+from tests.fuzz import mutations, world
 
 SECONDS = 60
 MEMORY_BYTES = 2 << 30

@@ -1,26 +1,15 @@
 """The fuzz lane: what counts as a fault, that damage is repeatable, and a short run."""
 
-import importlib.util
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-LANE = Path(__file__).with_name("lane.py")
-
-
-@pytest.fixture(scope="module")
-def lane():
-    spec = importlib.util.spec_from_file_location("fuzz_lane", LANE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look up their module there
-    spec.loader.exec_module(module)
-    return module
+from tests.fuzz import lane
 
 
 @pytest.mark.parametrize(
@@ -41,21 +30,21 @@ def lane():
         (-999, "", "too long"),
     ],
 )
-def test_what_is_a_fault(lane, code, err, outcome):
+def test_what_is_a_fault(code, err, outcome):
     assert lane._verdict(code, err, 0, 1.0)[0] == outcome
 
 
-def test_so_is_memory(lane):
+def test_so_is_memory():
     assert lane._verdict(0, "", 1 << 50, 1.0)[0] == "memory"
 
 
-def test_every_kind_of_file_can_be_damaged(lane):
+def test_every_kind_of_file_can_be_damaged():
     kinds = {kind for command in lane.COMMANDS.values() for kind in command.files.values()}
     assert kinds <= set(lane.mutations.BY_KIND)
 
 
 @pytest.mark.parametrize("name", ["json", "yaml", "text"])
-def test_damage_repeats_itself(lane, tmp_path, name):
+def test_damage_repeats_itself(tmp_path, name):
     content = {"json": '{"a": [1, {"b": "c"}], "d": null}', "yaml": "a: 1\nb: [x, y]\n", "text": "one\ntwo\n"}[name]
     for change in sorted(set(lane.mutations.BY_KIND[name]) - {lane.mutations.replace_file}, key=lambda f: f.__name__):
         outcomes = []
@@ -69,7 +58,19 @@ def test_damage_repeats_itself(lane, tmp_path, name):
 
 @pytest.mark.fuzz
 def test_a_short_run(tmp_path):
-    command = [sys.executable, str(LANE), "--inputs", "60", "--seed", "1", "--jobs", "1", "--json", str(tmp_path / "f")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.lane",
+        "--inputs",
+        "60",
+        "--seed",
+        "1",
+        "--jobs",
+        "1",
+        "--json",
+        str(tmp_path / "f"),
+    ]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=1800, env={**os.environ, "TMPDIR": str(tmp_path)}
     )
