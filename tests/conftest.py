@@ -39,6 +39,7 @@ LONGEST_FIRST = (
 """Groups that take minutes are started first, so that no worker is left with one of them at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep a module's tests on one worker because of its fixtures, and likewise all tests of the one Slurm cluster."""
     for item in filter(_uses_slurm, items):
