@@ -53,6 +53,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: places.get(groups[item], len(places)))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to run in parallel without the groups, which a pytest that pytest-xdist does not know loses silently."""
+    if hasattr(session.config, "workerinput") and session.items and "@" not in session.items[0].nodeid:
+        raise pytest.UsageError("pytest-xdist did not group the tests; install the versions of pyproject.toml")
+
+
 def _uses_slurm(item: pytest.Item) -> bool:
     return "slurm_cluster" in getattr(item, "fixturenames", ())
 
