@@ -264,6 +264,6 @@ def _without_matches(languages: Sequence[str], matched: dict[str, Any], captions
     return {
         lang: f"none of its {captions[lang]:,} captions contains an entry"
         if captions.get(lang)
-        else "no caption in the pool is in this language"
+        else "no caption of the pool is in this language"
         for lang in sorted(set(languages) - set(matched))
     }

@@ -90,7 +90,7 @@ def test_shared_memory_that_is_too_small(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10_000, 0, 10_000))
     share = 2 * 2 * 3 * 16 * 16  # two lanes of two images
-    message = rf"^/dev/shm has 0.0 MB, .* take up to {share * 2 * 4 / 1e6:.1f}: make it larger .*data.workers=0"
+    message = rf"^/dev/shm has 0.0 MB, .* take up to {share * 2 * 4 / 1e6:.1f} MB: make it larger .*data.workers=0"
     with pytest.raises(UserError, match=message):
         make_loader(workers=2, prefetch=3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

@@ -157,7 +157,7 @@ def test_bad_positions_and_sizes(make_loader, folder: Path, tmp_path: Path) -> N
     position = next(make_loader(folder)).position
     with pytest.raises(UserError, match="position to resume from has 6 lanes, but data.lanes=4"):
         make_loader(folder, lanes=4, position=position)
-    with pytest.raises(UserError, match="is of 6 lanes, but data.lanes=12"):
+    with pytest.raises(UserError, match="has 6 lanes, but data.lanes=12"):
         make_loader(folder, lanes=12, position=position)
     with pytest.raises(UserError, match="global_batch=12 is not a multiple of data.lanes=5"):
         make_loader(folder, lanes=5)

@@ -158,7 +158,7 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     put("gl/train_label_to_category.csv", "landmark_id,category\n8,Category:X\n")
     fault("gl", "gldv2", r"no test image shows a landmark")
     (tmp_path / "cvqa").mkdir()
-    fault("cvqa", "cvqa", r"cvqa: no \*\.parquet there")
+    fault("cvqa", "cvqa", r"cvqa: no \*\.parquet;")
 
     found, table = evaluate(sets)
     assert "error" not in found["whole"]

@@ -329,7 +329,7 @@ def test_features_are_transformers_own(theirs, transformers, image_folder):
 def test_transformers_images_can_be_resized_otherwise(theirs):
     folder, *_, kind = theirs
     if kind == "siglip2":
-        with pytest.raises(UserError, match="eval_resize=squash: the image processor of .* cannot"):
+        with pytest.raises(UserError, match="eval_resize=squash: not supported by the image processor"):
             open_dual_encoder(folder, CPU, eval_resize="squash")
         return
     wide = Image.effect_noise((128, 64), 60).convert("RGB")
@@ -339,7 +339,7 @@ def test_transformers_images_can_be_resized_otherwise(theirs):
         shortest.preprocess(wide)["pixel_values"], squash.preprocess(middle)["pixel_values"], atol=1e-5, rtol=0
     )
     assert not torch.equal(shortest.preprocess(wide)["pixel_values"], squash.preprocess(wide)["pixel_values"])
-    with pytest.raises(UserError, match="eval_resize=longest: the image processor of .* cannot"):
+    with pytest.raises(UserError, match="eval_resize=longest: not supported by the image processor"):
         open_dual_encoder(folder, CPU, eval_resize="longest")
 
 

@@ -75,7 +75,7 @@ def test_too_little_to_learn_from_is_said():
     train, labels = features_of(10, 3, seed=0)
     with pytest.raises(UserError, match="10 training images are too few"):
         linear_probe(train, labels, torch.zeros(10, dtype=torch.bool), train)
-    with pytest.raises(UserError, match="the training images are of one class"):
+    with pytest.raises(UserError, match="all training images are of one class"):
         linear_probe(train, torch.zeros(10, dtype=torch.int64), torch.arange(10) == 0, train)
 
 
