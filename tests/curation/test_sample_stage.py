@@ -196,7 +196,7 @@ def test_keys_in_several_shards_are_told(tmp_path, caplog):
     pq.write_table(pa.concat_tables([pq.read_table(first), pq.read_table(second).slice(0, 1)]), first)
     report = jobs.run(plan_sample(matched, balanced, tmp_path / "out"))
     assert report["keys_in_several_shards"] == {"checked": 100, "found": 1}
-    assert "1 of 100 image keys" in caplog.text
+    assert "1 of 100 checked image keys" in caplog.text
 
 
 def test_other_settings_are_refused(curated, tmp_path):
