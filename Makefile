@@ -1,8 +1,8 @@
 # The commands for newcomers and CI; each target installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Number of cores for tests.
-WORKERS ?= 2
+# Worker processes for tests: on two cores one more, because tests on the Slurm cluster mostly wait.
+WORKERS ?= 3
 
 .PHONY: quickstart test test-slow test-gpu fuzz lint bench scale soak ablations plots wheel clean
 
