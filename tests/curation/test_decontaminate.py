@@ -181,7 +181,9 @@ def test_bad_input_is_named(tmp_path):
     (against / "broken.jpg").write_bytes(b"\xff\xd8 broken")
     with pytest.raises(UserError, match="made with another against"):
         jobs.run(plan_decontaminate(shards, against, tmp_path / "out"))
-    with pytest.raises(UserError, match="broken.jpg: .*cannot be decoded .* fix or remove it, then delete .*out2 and rerun"):
+    with pytest.raises(
+        UserError, match="broken.jpg: .*cannot be decoded .* fix or remove it, then delete .*out2 and rerun"
+    ):
         jobs.run(plan_decontaminate(shards, against, tmp_path / "out2"))
     (against / "broken.jpg").unlink()
     write_tar(tmp_path / "no-images.tar", [("a.txt", b"")])

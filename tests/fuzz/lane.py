@@ -24,16 +24,19 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import environment
 from mc2_hpc.reading.settings import typed
 from mc2_hpc.reading.yaml_file import read_yaml
+from mc2_hpc.storage import write_json
 from tests.fuzz import mutations, world
 
 SECONDS = 60
+ENDINGS = {"one line": "one line, exit code 1 or 2", "done": "done, the rest counted"}
+"""Outcomes that are not faults, and their headings in the table."""
 MEMORY_BYTES = 2 << 30
 """Beyond the memory of the process that forks."""
 
@@ -328,7 +331,7 @@ def share(valid: str, seed: int, numbers: list[int], show: bool) -> list[dict[st
     for number in numbers:
         result = lane.run(number)
         results.append(vars(result))
-        if show and result.outcome not in ("done", "one line"):
+        if show and result.outcome not in ENDINGS:
             print(
                 f"{number}: {result.command}: {result.what}: {result.outcome}\n{result.detail}\n",
                 file=sys.stderr,
@@ -337,14 +340,24 @@ def share(valid: str, seed: int, numbers: list[int], show: bool) -> list[dict[st
     return results
 
 
-def table(results: list[dict[str, Any]]) -> Iterator[str]:
-    """Kind of input by outcome, in Markdown."""
-    outcomes = ["one line", "done", *sorted({row["outcome"] for row in results} - {"one line", "done"})]
-    yield f"| input | {' | '.join(outcomes)} |"
-    yield f"|---|{'---:|' * len(outcomes)}"
-    for kind in sorted({row["kind"] for row in results}):
-        counts = Counter(row["outcome"] for row in results if row["kind"] == kind)
-        yield f"| {kind} | {' | '.join(str(counts[outcome]) for outcome in outcomes)} |"
+def rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Number of inputs by kind and outcome."""
+    outcomes = [*ENDINGS, *sorted({result["outcome"] for result in results} - ENDINGS.keys())]
+    counts = Counter((result["kind"], result["outcome"]) for result in results)
+    kinds = sorted({result["kind"] for result in results})
+    return [{"input": kind, **{outcome: counts[kind, outcome] for outcome in outcomes}} for kind in kinds]
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """:func:`rows` as Markdown."""
+    outcomes = [name for name in found[0] if name != "input"]
+    head = [
+        f"| input | {' | '.join(ENDINGS.get(name, name) for name in outcomes)} |",
+        f"|---|{'---:|' * len(outcomes)}",
+    ]
+    body = [f"| {row['input']} | {' | '.join(str(row[name]) for name in outcomes)} |" for row in found]
+    total = " | ".join(str(sum(row[name] for row in found)) for name in outcomes)
+    return "\n".join([*head, *body, f"| all | {total} |"])
 
 
 def main() -> int:
@@ -369,13 +382,14 @@ def main() -> int:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             shares = pool.map(lambda part: in_child(share, str(valid), arguments.seed, part, True), parts)
             results = sorted((row for rows in shares for row in rows), key=lambda row: row["number"])
-    text = "\n".join(table(results))
-    print(f"{text}\n\n{len(results)} inputs of seed {arguments.seed} in {time.monotonic() - start:.0f} s")
-    faults = [row for row in results if row["outcome"] not in ("done", "one line")]
+    seconds = time.monotonic() - start
+    found = rows(results)
+    print(f"{table(found)}\n\n{len(results)} inputs of seed {arguments.seed} in {seconds:.0f} s")
+    faults = [row for row in results if row["outcome"] not in ENDINGS]
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        summary = {"seed": arguments.seed, "inputs": len(results), "table": text.splitlines(), "faults": faults}
-        arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+        plan = {"inputs": len(results), "seed": arguments.seed, "jobs": arguments.jobs}
+        result = {"name": "fuzz", "env": environment(), "quick": False, "config": plan, "rows": found, "ratios": {}}
+        write_json(arguments.json, {**result, "seconds": round(seconds), "faults": faults})
     return 1 if faults else 0
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.fuzz import lane
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize(
     "code, err, outcome",
@@ -56,6 +58,13 @@ def test_damage_repeats_itself(tmp_path, name):
         assert outcomes[0] == outcomes[1]
 
 
+def test_the_table_of_the_docs_is_the_committed_result():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*_fuzz.json")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["config"]["inputs"] == 2000 and result["faults"] == []
+    assert lane.table(result["rows"]) in (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.fuzz
 def test_a_short_run(tmp_path):
     command = [
@@ -77,4 +86,4 @@ def test_a_short_run(tmp_path):
     found = json.loads((tmp_path / "f").read_text(encoding="utf-8")) if (tmp_path / "f").is_file() else None
     shutil.rmtree(tmp_path, ignore_errors=True)
     assert found is not None, result.stderr[-3000:]
-    assert found["inputs"] == 60 and not found["faults"], json.dumps(found["faults"], indent=1)
+    assert found["config"]["inputs"] == 60 and not found["faults"], json.dumps(found["faults"], indent=1)
