@@ -350,7 +350,7 @@ def rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """:func:`rows` as Markdown."""
-    outcomes = [name for name in found[0] if name != "input"]
+    outcomes = [*ENDINGS, *sorted(found[0].keys() - {"input", *ENDINGS})]
     head = [
         f"| input | {' | '.join(ENDINGS.get(name, name) for name in outcomes)} |",
         f"|---|{'---:|' * len(outcomes)}",
