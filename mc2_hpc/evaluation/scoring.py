@@ -120,6 +120,7 @@ def _padded(labels: Sequence[tuple[int, ...]]) -> Tensor:
 
 
 def _local_labels(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """The labels as positions in ``classes``; -1 for classes that are not among them."""
     # One row more than there are classes, for the padding of -1.
     positions = torch.full((max(int(labels.max()), *classes) + 2,), -1)
     positions[torch.tensor(classes)] = torch.arange(len(classes))
