@@ -1,6 +1,6 @@
 """The data set of the ablations: CIFAR-10 images with captions in ten languages, metadata, and an evaluation suite.
 
-    python -m benchmarks.ablation_pool SHARED_DATA OUT [--pictures 14000]
+    python -m benchmarks.ablation_pool SHARED_DATA OUT [--images 14000]
 
     OUT/pool/00000.tar, .parquet   images, and candidate captions: key, text, lang, source
     OUT/metadata/<lang>.json       the names of every class in that language
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path, help="folder with cifar10-{train,test}.parquet and Babel-ImageNet's files")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", dest="images", type=int, default=14_000)
+    parser.add_argument("--images", type=int, default=14_000)
     arguments = parser.parse_args()
     captions = make(arguments.shared, arguments.out, images=arguments.images)
     print(f"{arguments.out}: {arguments.images:,} images, {captions:,} captions")

@@ -54,7 +54,7 @@ def run(quick: bool) -> dict[str, Any]:
     ours, theirs = (row["seconds_for_36_locales"] for row in retrieval)
     return {
         "config": {
-            "pictures": "640x480 JPEG",
+            "images": "640x480 JPEG",
             "batch": BATCH,
             "precision": "fp32",
             "width": WIDTH,

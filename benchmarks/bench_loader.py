@@ -61,7 +61,7 @@ def run(quick: bool) -> dict[str, Any]:
         "config": {
             "image_size": IMAGE_SIZE,
             "crop_scale": CROP_SCALE,
-            "loader": {"batch": BATCH, "workers": WORKERS, "pictures": " and ".join(SIZES)},
+            "loader": {"batch": BATCH, "workers": WORKERS, "images": " and ".join(SIZES)},
             "jpeg_quality": 90,
         },
         "rows": [*tars, *decoding, *loaders, memory],
@@ -76,7 +76,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 def _ratio(rows: list[dict[str, Any]], ours: str, peer: str, size: str) -> float:
     """Median over the rounds of the ratio of ours to the peer's."""
-    found = {row["who"]: row["samples"] for row in rows if row["pictures"] == size}
+    found = {row["who"]: row["samples"] for row in rows if row["images"] == size}
     return statistics.median(a / b for a, b in zip(found[ours], found[peer], strict=True))
 
 
@@ -309,7 +309,7 @@ def _bench_memory(folder: Path, *, samples: int) -> dict[str, Any]:
     return {
         "part": "memory",
         "who": "ours",
-        "pictures": "96x72",
+        "images": "96x72",
         "unit": "MB of this process and its workers",
         "at_samples": at,
         "samples": megabytes,
@@ -353,7 +353,7 @@ def _images(width: int, height: int, number: int) -> list[bytes]:
 
 
 def _row(part: str, who: str, images: str, unit: str, found: list[float], **more: Any) -> dict[str, Any]:
-    return {"part": part, "who": who, "pictures": images, "unit": unit, **spread(found), "samples": found, **more}
+    return {"part": part, "who": who, "images": images, "unit": unit, **spread(found), "samples": found, **more}
 
 
 if __name__ == "__main__":

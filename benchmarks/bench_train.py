@@ -55,7 +55,7 @@ def run(quick: bool) -> dict[str, Any]:
             "processes": PROCESSES,
             "precision": "fp32",
             "steps": steps,
-            "pictures": "640x480 JPEG",
+            "images": "640x480 JPEG",
         },
         "rows": rows,
         "ratios": {"samples_per_second_vs_open_clip": ratio},

@@ -70,10 +70,10 @@ def plot_loader(result: dict[str, Any], path: Path) -> None:
     figure, axes = new_figure(16, 4, 1, 4)
     for axis, (part, peer) in zip(axes, peers.items(), strict=False):
         rows = [row for row in result["rows"] if row["part"] == part]
-        medians = {row["pictures"]: row["median"] for row in rows if row["who"] == peer}
-        rounds = [[sample / medians[row["pictures"]] for sample in row["samples"]] for row in rows]
-        labels = [f"{row['who']}\n{row['pictures']}" for row in rows]
-        _bars(axis, labels, [row["median"] / medians[row["pictures"]] for row in rows], rounds)
+        medians = {row["images"]: row["median"] for row in rows if row["who"] == peer}
+        rounds = [[sample / medians[row["images"]] for sample in row["samples"]] for row in rows]
+        labels = [f"{row['who']}\n{row['images']}" for row in rows]
+        _bars(axis, labels, [row["median"] / medians[row["images"]] for row in rows], rounds)
         axis.tick_params(axis="x", rotation=45, labelsize=7)
         axis.set(title=part, ylabel=f"times {peer}")
     (memory,) = (row for row in result["rows"] if row["part"] == "memory")

@@ -135,7 +135,7 @@ class DataConfig:
         if not 0 < low <= high <= 1:
             raise UserError(f"data.crop_scale=[{low}, {high}]: needs 0 < low <= high <= 1")
         if not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(f"data.hw_decoder_load={self.hw_decoder_load}: must lie in [0, 1]")
+            raise UserError(f"data.hw_decoder_load={self.hw_decoder_load}: must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class OptimConfig:
             _at_least(f"optim.{name}", getattr(self, name), 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optim.{name}={getattr(self, name)}: must lie in [0, 1)")
+                raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
     assert result["rows"] and result["env"]["commit"] and result["env"]["machine"]
     assert not result.get("quick"), "a quick run is not for quoting"
     if result["name"] in PLOTS:
-        picture = tmp_path / "plot.png"
-        PLOTS[result["name"]](result, picture)
-        assert picture.read_bytes().startswith(b"\x89PNG")
+        plot = tmp_path / "plot.png"
+        PLOTS[result["name"]](result, plot)
+        assert plot.read_bytes().startswith(b"\x89PNG")
         assert path.with_suffix(".png").is_file(), "make plots"
 
 

@@ -8,7 +8,7 @@ def test_lines_show_stage_and_end(capsys):
         report("match", 1, 3, "a")  # the first is shown
         report("match", 2, 3, "b")  # too soon after it
         report("match", 3, 3, "c")  # the last is shown
-        report("pictures", 64, 0, "")
+        report("images", 64, 0, "")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["match: 1/3", "match: 3/3", "pictures: 64"]
+    assert [line.split(",")[0] for line in lines] == ["match: 1/3", "match: 3/3", "images: 64"]
     assert "ETA 0 s" in lines[1] and "ETA" not in lines[2]

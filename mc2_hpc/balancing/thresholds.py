@@ -38,7 +38,7 @@ def mass_to_threshold(counts: Counts, p: float) -> int:
         UserError: ``p`` is outside [0, 1], or nothing was matched.
     """
     if not 0 <= p <= 1:
-        raise UserError(f"tail mass p={p}: must lie in [0, 1]")
+        raise UserError(f"tail mass p={p}: must be in [0, 1]")
     total = _total(counts)
     ascending = np.sort(counts[counts > 0])
     share = np.cumsum(ascending, dtype=np.uint64) / total

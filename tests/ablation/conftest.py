@@ -25,10 +25,10 @@ LANGUAGES = ["en", "en", "en", "de", "de", "fr"]
 
 
 def _square(colour: str, seed: int) -> bytes:
-    picture = Image.new("RGB", (32, 32), "black")
-    picture.paste(colour, (4 + seed % 5, 4 + seed % 3, 28, 28))
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste(colour, (4 + seed % 5, 4 + seed % 3, 28, 28))
     data = io.BytesIO()
-    picture.save(data, "JPEG")
+    image.save(data, "JPEG")
     return data.getvalue()
 
 
@@ -39,14 +39,14 @@ def data(tmp_path_factory) -> Path:
     rng = random.Random(0)
     colours = NAMES["en"]
     for shard in range(2):
-        rows, pictures = [], []
+        rows, images = [], []
         for number in range(60):
             key, lang = f"{shard}-{number:03d}", LANGUAGES[number % len(LANGUAGES)]
             colour = rng.choices(range(4), weights=[8, 4, 2, 1])[0]
             text = "IMG_0001.JPG" if number % 10 == 9 else FORMS[lang].format(NAMES[lang][colour], number)
-            pictures.append((key, {"jpg": _square(colours[colour], number)}))
+            images.append((key, {"jpg": _square(colours[colour], number)}))
             rows.append({"key": key, "text": text, "lang": lang})
-        write_shard(folder / "pool" / f"{shard}.tar", pictures)
+        write_shard(folder / "pool" / f"{shard}.tar", images)
         pq.write_table(pa.Table.from_pylist(rows), folder / "pool" / f"{shard}.parquet")
     for lang, names in NAMES.items():
         write_entries(folder / "metadata" / f"{lang}.json", names)

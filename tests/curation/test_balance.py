@@ -64,7 +64,7 @@ def test_bad_threshold_and_mass():
         with pytest.raises(UserError, match="t=0: must be at least 1"):
             call()
     for p in (-0.1, 1.1, float("nan")):
-        with pytest.raises(UserError, match="must lie in"):
+        with pytest.raises(UserError, match="must be in"):
             mass_to_threshold(counts_of([1]), p)
 
 
