@@ -9,6 +9,8 @@ from mc2_hpc.jobs.slurm_options import check_option
 
 MAX_TASKS = 1000
 """Default limit of tasks per stage on a cluster: Slurm's own limit for an array is 1001."""
+_MOST = 4096
+"""Worker processes on this machine: more would take minutes to start."""
 TASKS_PER_WORKER = 8
 """Tasks per worker and stage on this machine, so that several workers end at about the same time."""
 SLURM_KEYS = {"cpus-per-task": 1, "mem-per-cpu-gb": 1, "max-array-size": 1}
@@ -26,6 +28,8 @@ class Local:
     def __post_init__(self) -> None:
         _at_least_one("workers", self.workers)
         _at_least_one("tasks", self.tasks)
+        if self.workers > _MOST:
+            raise UserError(f"--workers: must be at most {_MOST:,}")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def test_every_action_runs_on_every_engine(action):
         (["--slurm", "partition=p", "time=1", "gpus=4"], "--slurm gpus=4: no such key"),
         (["--slurm", "partition=p", "time=1", "max_array_size=none"], "max-array-size=none: must be a whole number"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "99999"], "--workers: must be at most 4,096"),
         (["--tasks", "-1"], "--tasks -1: must be at least 1"),
     ],
 )
