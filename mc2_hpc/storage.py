@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,10 @@ def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as stream:
+    """Hex SHA-256 of a regular file's bytes.
+
+    Raises:
+        UserError: not a regular file, or it cannot be opened.
+    """
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -113,6 +113,13 @@ def test_a_terminal_of_ascii_shows_what_it_can(tmp_path):
     assert result.returncode == 2 and result.stderr.endswith("l\\xe4ufe.yaml: no such config file\n")
 
 
+@pytest.mark.parametrize("words", [["eval", "N", "--shards", "x"], ["convert", "N", "--to", "hf", "--out", "x"]])
+def test_a_name_that_no_file_can_have(words, capsys):
+    name = "9" * 5000
+    assert main([name if word == "N" else word for word in words]) == 2
+    assert capsys.readouterr().err == f"mc2: {name[:60]}...: a name that is too long for a file\n"
+
+
 def test_a_locale_without_unicode_writes_names_in_it(tmp_path):
     metadata = tmp_path / "m\u00e4ta"
     metadata.mkdir()

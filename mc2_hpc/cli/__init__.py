@@ -1,6 +1,7 @@
 """``mc2``: the only place that connects all layers. Each command imports what it needs when it runs."""
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -56,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"mc2: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG or arguments.debug:
+            raise
+        print(f"mc2: {str(error.filename)[:60]}...: a name that is too long for a file", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mc2: interrupted", file=sys.stderr)

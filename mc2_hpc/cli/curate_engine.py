@@ -5,6 +5,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from mc2_hpc.cli.numbers import whole
 from mc2_hpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,10 +18,12 @@ def engine_flags() -> argparse.ArgumentParser:
     flags.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     group = flags.add_argument_group("where it runs")
     group.add_argument("--executor", choices=("local", "slurm", "ray"), help="[local; slurm if --slurm is given]")
-    group.add_argument("--workers", type=int, metavar="N", help="tasks at a time [local: all cores; else no limit]")
+    group.add_argument(
+        "--workers", type=whole(1), metavar="N", help="tasks at a time [local: all cores; else no limit]"
+    )
     group.add_argument(
         "--tasks",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="tasks that the shards are divided into [slurm, ray: one per shard, <= 1000]",
     )

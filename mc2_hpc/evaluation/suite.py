@@ -262,6 +262,8 @@ def _read(config: SetConfig, root: Path) -> Task:
     task, error = None, None
     try:
         task = _only(reader_of(config.reader).read(_place(root, config.path), **config.options), config.languages)
+        if not len(task.images):
+            raise UserError(f"{config.path}: no images in it")
     except UserError as failure:
         error = failure
     except OSError as failure:  # such as an unreadable file: the other sets are still scored

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import check_regular
 from mc2_hpc.reading.json_file import Foreign, read_json
 from mc2_hpc.storage import write_json
 
@@ -68,7 +69,7 @@ def metadata_files(folder: str | Path) -> dict[str, Path]:
     """``{language code: file}`` of a metadata folder, in code order.
 
     Raises:
-        UserError: there is no such folder or no language in it.
+        UserError: there is no such folder, no language in it, or a language's file is not a regular one or too large.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -76,4 +77,7 @@ def metadata_files(folder: str | Path) -> dict[str, Path]:
     found = {path.stem: path for path in folder.glob("*.json") if path.name != CARD and not path.name.startswith(".")}
     if not found:
         raise UserError(f"{folder}: no <language>.json in this metadata folder; build some with `mc2 metadata build`")
+    for path in found.values():  # before they are hashed or read
+        if check_regular(path) > _MOST_BYTES:
+            raise UserError(f"{path}: larger than {_MOST_BYTES:,} bytes, the limit for a language's entries")
     return dict(sorted(found.items()))

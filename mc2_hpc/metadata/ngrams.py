@@ -46,6 +46,8 @@ _WORD_SPACING = Spacing(lambda char: is_punctuation(char) or is_release_unspaced
 _TAG = re.compile(r"&lt;.*?&gt;|<.*?>")
 _BREAK = -1
 """Stands for anything that a bigram must not span."""
+_LONGEST_LINE = 64 << 20
+"""In bytes."""
 _SHIFT, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 _DECIMALS = 6
 """Scores are rounded before comparison: the last bits of a logarithm depend on the processor."""
@@ -174,14 +176,18 @@ def read_lines(path: str | Path) -> Iterator[str]:
     """Lines of a UTF-8 file, gzipped if its name ends in ``.gz``, without line breaks.
 
     Raises:
-        UserError: the file is missing, not UTF-8, or named ``.gz`` but not gzip.
+        UserError: the file is missing, not UTF-8, has a line of over 64 MiB, or is named ``.gz`` but not gzip.
     """
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
         with opener(path, "rb") as stream:
-            for number, raw in enumerate(stream, start=1):
+            for number, raw in enumerate(iter(lambda: stream.readline(_LONGEST_LINE + 1), b""), start=1):
+                if len(raw) > _LONGEST_LINE:
+                    raise UserError(
+                        f"{path}: line {number} is longer than {_LONGEST_LINE:,} bytes, so this is not text"
+                    )
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -19,7 +19,7 @@ from mc2_hpc.reading.files import check_regular, open_regular, shown
 
 # NumPy parses headers as Python, so a bad header can raise any of these.
 _UNREADABLE = (
-    *(OSError, ValueError, EOFError, KeyError, TypeError),
+    *(OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile),
     *(SyntaxError, tokenize.TokenError, RecursionError, OverflowError, MemoryError),
 )
 

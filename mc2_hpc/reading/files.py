@@ -2,8 +2,8 @@
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from mc2_hpc.errors import UserError
 
@@ -18,7 +18,7 @@ _KINDS = {
 _UNSIZED = 1 << 20
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading; a pipe without a writer does not block.
 
     Raises:

@@ -6,8 +6,10 @@ interpreter's limit, bytes that are not UTF-8.
 """
 
 import json
+import math
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -67,7 +69,7 @@ def parse_json(data: bytes, kind: type[T], path: str | Path, *, what: str = "", 
     except msgspec.ValidationError as error:
         place = _expected(str(error))
         if place.startswith("$[...]"):
-            place = place.replace("$[...]", _first_misfit(data, kind), 1)
+            place = _with_keys(place, data, kind)
         raise UserError(f"{shown(path)}: {_not_that(what)}{place}{tail}") from None
     except UnicodeDecodeError:
         decode(data, path)  # raises, with the line
@@ -148,30 +150,41 @@ def _lone_surrogate(data: bytes) -> str:
     """The place of a string with half of a ``\\u`` surrogate pair, which UTF-8 cannot encode; empty if none."""
     if b"\\u" not in data:
         return ""
+    texts = ((place, value) for place, value in _leaves(data) if isinstance(value, str))
+    return next((place for place, value in texts if any("\ud800" <= c <= "\udfff" for c in value)), "")
+
+
+def _leaves(data: bytes) -> Iterator[tuple[str, Any]]:
+    """Every value that is neither list nor object, with its place; none if the JSON is malformed."""
     try:
         pending = [("$", json.loads(data))]
     except (ValueError, RecursionError):
-        return ""
+        return
     while pending:
         place, value = pending.pop()
-        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-            return place
         if isinstance(value, list):
-            pending += [(f"{place}[{number}]", part) for number, part in enumerate(value)]
+            pending += [(f"{place}[{number}]", part) for number, part in enumerate(value)][::-1]
         elif isinstance(value, dict):
-            pending += [(f"{place}.{shown(key)}", part) for key, part in value.items()]
-    return ""
+            pending += [(f"{place}.{shown(key)[:100]}", part) for key, part in value.items()][::-1]
+        else:
+            yield place, value
 
 
-def _first_misfit(data: bytes, kind: Any) -> str:
-    """The path of the first value of the wrong type in a dictionary: msgspec's message does not give its key."""
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        return "$[...]"
-    for key, value in values.items():
+def _in_range(number: int | float) -> bool:
+    """Whether msgspec accepts it: finite, or a whole number of 64 bits with or without a sign."""
+    return math.isfinite(number) if isinstance(number, float) else -(1 << 63) <= number < 1 << 64
+
+
+def _with_keys(message: str, data: bytes, kind: Any) -> str:
+    """A message whose place starts with ``$[...]``, msgspec's sign for any key, with the key instead."""
+    place, _, what = message.partition(": ")
+    if what.endswith("out of range"):
+        numbers = ((found, value) for found, value in _leaves(data) if isinstance(value, int | float))
+        return f"{next((found for found, value in numbers if not _in_range(value)), place)}: {what}"
+    _, expected = typing.get_args(kind)
+    for key, value in json.loads(data).items():
         try:
-            msgspec.convert(value, typing.get_args(kind)[1])
+            msgspec.convert(value, expected)
         except msgspec.ValidationError:
-            return f"$.{shown(key)[:100]}"
-    return "$[...]"
+            return message.replace("$[...]", f"$.{shown(key)[:100]}", 1)
+    return message

@@ -6,7 +6,6 @@ import pytest
 
 from mc2_hpc.cli import curate, main
 from mc2_hpc.cli.curate_engine import engine_of
-from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local, Ray, Slurm
 
 ACTIONS = {
@@ -48,13 +47,12 @@ def test_every_action_runs_on_every_engine(action):
         (["--slurm", "partition=p", "time=1", "gpus=4"], "--slurm gpus=4: no such key"),
         (["--slurm", "partition=p", "time=1", "max_array_size=none"], "max-array-size=none: must be a whole number"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "9" * 5000], f"--workers {'9' * 40}: must be a whole number"),
         (["--workers", "99999"], "--workers: must be at most 4,096"),
         (["--tasks", "-1"], "--tasks -1: must be at least 1"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(tmp_path, flags, message, capsys):
-    with pytest.raises(UserError, match=message):
-        engine_of(parse("pack", "pool", "--matched", "m", "--out", "out", *flags))
     assert main(["curate", "pack", "pool", "--matched", "m", "--out", str(tmp_path), *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

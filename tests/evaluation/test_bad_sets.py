@@ -84,12 +84,14 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     pq.write_table(pa.table({"key": ["a"], "label": ["cat"], "jpg": [image]}), tmp_path / "set.parquet")
     pq.write_table(pa.table({"key": ["a"], "label": ["cat"]}), tmp_path / "columns.parquet")
     pq.write_table(pa.table({"key": ["a"], "label": ["cat"], "jpg": ["path.jpg"]}), tmp_path / "text.parquet")
+    pq.write_table(pa.table({"key": ["a"], "label": ["cat"], "jpg": [image]}).slice(1), tmp_path / "rows.parquet")
     put("not.parquet", "x")
     words = {"classes": ["cat"], "names": {"de": ["Katze"]}, "templates": {"en": ["{}"]}}
     fault("no_prompts", "labelled_parquet", r"no prompts for language 'de' .*en\)", path="set.parquet", **words)
     words = {**words, "templates": {"de": ["{}"]}}
     fault("no_column", "labelled_parquet", r"no column 'jpg'; its columns are", path="columns.parquet", **words)
     fault("no_bytes", "labelled_parquet", r"images should be binary, not string", path="text.parquet", **words)
+    fault("no_rows", "labelled_parquet", r"rows\.parquet: no images in it", path="rows.parquet", **words)
     fault("no_parquet", "labelled_parquet", r"not\.parquet: cannot be read as Parquet", path="not.parquet", **words)
 
     webdataset(put, "wds_label", labels=(0, 2))
@@ -104,6 +106,8 @@ def test_each_fault_is_one_line_that_names_it(put, evaluate, tmp_path):
     fault("wds_tar", "clip_benchmark", r"wds_tar/test/0\.tar: ")
     webdataset(put, "wds_shards", shards="two")
     fault("wds_shards", "clip_benchmark", r"nshards\.txt: 'two' is not a number of shards")
+    webdataset(put, "wds_digits", shards="9" * 5000)
+    fault("wds_digits", "clip_benchmark", r"nshards\.txt: '9+' is not a number of shards")
     webdataset(put, "wds_form", templates="a photo\n")
     fault("wds_form", "clip_benchmark", r"prompt 'a photo' .* write exactly one")
 

@@ -240,6 +240,7 @@ def test_text_towers_known_by_name_are_transformers_own(transformers):
         ("other weights", "open_clip cannot load it"),
         ("no config", "not an open_clip config"),
         ("unknown tower", "its text tower 'somebody/bert' is from transformers, and its config is missing"),
+        ("standard deviation in text", r"\$\.preprocess_cfg\.std\[2\]: expected a number, found text"),
         ("pickled code", "open_clip cannot load it"),
     ],
 )
@@ -256,6 +257,10 @@ def test_broken_open_clip_folders_are_one_line(damage, message, tmp_path, open_c
     elif damage == "unknown tower":
         values = json.loads(config.read_text())
         values["model_cfg"]["text_cfg"]["hf_model_name"] = "somebody/bert"
+        config.write_text(json.dumps(values))
+    elif damage == "standard deviation in text":
+        values = json.loads(config.read_text())
+        values["preprocess_cfg"]["std"] = [0.27, 0.26, "0.28"]
         config.write_text(json.dumps(values))
     else:
         weights.unlink()

@@ -4,6 +4,7 @@ import bz2
 import dataclasses
 import gzip
 import json
+import os
 
 import pytest
 
@@ -305,4 +306,15 @@ def test_missing_metadata_folder(tmp_path):
     with pytest.raises(UserError, match="no such metadata folder"):
         metadata_files(tmp_path / "none")
     with pytest.raises(UserError, match="no <language>.json"):
+        metadata_files(tmp_path)
+
+
+def test_languages_whose_files_must_not_even_be_hashed(tmp_path):
+    os.mkfifo(tmp_path / "de.json")
+    with pytest.raises(UserError, match="de.json: is a named pipe"):
+        metadata_files(tmp_path)
+    (tmp_path / "de.json").unlink()
+    with open(tmp_path / "de.json", "wb") as file:
+        file.truncate(64 << 30)
+    with pytest.raises(UserError, match="de.json: larger than 1,073,741,824 bytes"):
         metadata_files(tmp_path)

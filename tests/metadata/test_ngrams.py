@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.metadata import ngrams
 from mc2_hpc.metadata.ngrams import NgramCounts, read_lines, split_words
 from mc2_hpc.metadata.scripts import is_punctuation, is_pure_punctuation, is_release_unspaced
 
@@ -117,6 +118,15 @@ def test_rank_of_added_counts_is_that_of_the_whole():
     whole = NgramCounts.of_lines(lines)
     assert list(forward.rank_bigrams()) == list(backward.rank_bigrams()) == list(whole.rank_bigrams())
     assert forward.rank_unigrams(1) == backward.rank_unigrams(1) == whole.rank_unigrams(1)
+
+
+def test_a_file_without_line_breaks_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(ngrams, "_LONGEST_LINE", 10)
+    (tmp_path / "a").write_bytes(b"short\n" + bytes(11))
+    lines = read_lines(tmp_path / "a")
+    assert next(lines) == "short"
+    with pytest.raises(UserError, match="a: line 2 is longer than 10 bytes, so this is not text"):
+        next(lines)
 
 
 def test_read_lines(tmp_path):

@@ -32,6 +32,7 @@ HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"
 WRONG = [
     (b"", "not readable as an array"),
     (b"text", "not readable as an array"),
+    (b"PK\x03\x04 and no archive behind it", "not readable as an array"),
     (saved(np.arange(3.0)), "has float64 of shape (3,), expected float32 of one dimension"),
     (saved(np.zeros((3, 2), np.float32)), "has float32 of shape (3, 2), expected float32 of one dimension"),
     (saved(np.zeros(4, np.float32)), "has 4 numbers, expected 3"),

@@ -122,3 +122,10 @@ def test_a_part_of_what_is_read_already():
     assert as_type({"size": 3}, Part, "f").size == 3
     with pytest.raises(UserError, match=r"^f: \$\.size: expected a whole number, found true or false$"):
         as_type({"size": True}, Part, "f")
+
+
+@pytest.mark.parametrize("kind", [ANYTHING, dict[str, Any], dict[str, dict[str, list[float]]]])
+def test_a_number_out_of_range_is_found_below_any_keys(tmp_path, kind):
+    (tmp_path / "a.json").write_text('{"x": {"y": [18446744073709551615, 1e300]}, "a": {"b": [1, 1e999]}}')
+    with pytest.raises(UserError, match=r"a.json: \$\.a\.b\[1\]: number out of range"):
+        read_json(tmp_path / "a.json", kind)

@@ -7,8 +7,9 @@ folder of links to the files, with a config that prevents network access and run
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -106,6 +107,9 @@ class OpenClipEncoder:
         return float(scale.detach().float().exp()), 0.0 if bias is None else float(bias.detach().float())
 
 
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class _TextConfig(Foreign):
     hf_tokenizer_name: str | None = None
     hf_model_name: str | None = None
@@ -116,8 +120,14 @@ class _ModelConfig(Foreign):
     text_cfg: _TextConfig
 
 
+class _Preprocess(Foreign):
+    mean: tuple[float, float, float] | None = None
+    std: tuple[_Positive, _Positive, _Positive] | None = None
+
+
 class _Config(Foreign):
     model_cfg: _ModelConfig
+    preprocess_cfg: _Preprocess | None = None
 
 
 def _config(source: Path) -> dict[str, Any]:

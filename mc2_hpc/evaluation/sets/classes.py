@@ -64,8 +64,8 @@ def babel_languages(labels: Path, prompts: Path) -> dict[str, ClassTexts]:
     Raises:
         UserError: a file is missing or has another format.
     """
-    prompts_of, what = dict[str, list[str]], "Babel-ImageNet's prompts by language"
-    templates = read_json(required(prompts, what), prompts_of, most=MOST_BYTES, what=what)
+    what = "Babel-ImageNet's prompts by language"
+    templates = read_json(required(prompts, what), dict[str, list[str]], most=MOST_BYTES, what=what)
     languages = {}
     what = "Babel-ImageNet's labels by language"
     for lang, entry in read_json(required(labels, what), dict[str, _Labels], most=MOST_BYTES, what=what).items():

@@ -1,6 +1,7 @@
 """WebDatasets in CLIP_benchmark's layout, with classes or captions."""
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,6 @@ def _group(sample: _Sample, column: int) -> int:
 
 def _number(path: Path) -> int:
     text = read_text(path, "it should contain the number of shards").strip()
-    if not text.isdecimal() or int(text) == 0:
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
         raise UserError(f"{path}: {text[:20]!r} is not a number of shards")
     return int(text)
