@@ -6,10 +6,13 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.fuzz import lane
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,14 @@ def test_damage_repeats_itself(tmp_path, name):
             what = change(path, random.Random(f"{name} 1"))
             outcomes.append((what, path.read_bytes()))
         assert outcomes[0] == outcomes[1]
+
+
+def test_the_table_of_the_docs_is_the_committed_result():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*_fuzz.json")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    docs = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert result["config"]["inputs"] == 2000 and result["faults"] == []
+    assert lane.table(result["rows"]) in docs and f"{result['seconds']} s on two cores" in docs
 
 
 @pytest.mark.fuzz
