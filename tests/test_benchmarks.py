@@ -24,13 +24,7 @@ def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
         assert path.with_suffix(".png").is_file(), "make plots"
 
 
-DIRTY = {"2026-11-23_cpu_ablations", "2026-11-23_cpu_contrastive", "2026-11-23_cpu_eval", "2026-11-23_cpu_loader"}
-_AGAIN = pytest.mark.xfail(strict=True, reason="to be measured again, on a quiet machine and a committed tree")
-
-
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=[_AGAIN] if path.stem in DIRTY else []) for path in ROWS]
-)
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 def test_committed_rows_are_of_a_commit(path):
     """The measured code can be checked out: only rows had changed since the commit."""
     assert "dirty" not in json.loads(path.read_text(encoding="utf-8"))["env"]["commit"]
