@@ -1,7 +1,7 @@
 """AdamW for a table whose gradient is zero in all rows but a few, without ever storing that gradient.
 
-The result is bit for bit that of ``torch.optim.AdamW(fused=True)`` with the dense gradient: weight decay and the decay of
-moments apply to every row in every step. AdamW is elementwise, so rows can be updated in any grouping:
+The result is bit for bit that of ``torch.optim.AdamW(fused=True)`` with the dense gradient: weight decay and the decay
+of moments apply to every row in every step. AdamW is elementwise, so rows can be updated in any grouping:
 
 - Rows with a gradient are gathered, updated and written back.
 - The others have the gradient 0, taken from one small buffer that stays in cache while the table streams through.

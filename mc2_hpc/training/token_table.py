@@ -9,7 +9,6 @@ reduce and gather all of it in every step. Here each rank owns ``1 / world_size`
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from mc2_hpc.config import OptimConfig
@@ -44,7 +43,7 @@ class TokenTable:
         self._grads_TW: Tensor | None = None
 
     def look_up(self, tokens: Tensor) -> None:
-        """Fetch the rows of this rank's token ids, a host tensor of any shape, for all passes of the step. Collective."""
+        """Fetch the rows of this rank's token ids, a host tensor of any shape, for the whole step. Collective."""
         self._plan = self._exchange.plan(tokens)
         self._used_UW = self._exchange.fetch(self._plan, self._rows.state["weight"]).requires_grad_()
         self._embedding.set_rows(self._plan.places_U, self._used_UW)
