@@ -35,7 +35,7 @@ def add_to_norm(optimizer: Any, stage: int, gradient: Callable[[], Tensor]) -> N
     optimizer.get_grad_norm_direct = with_gradient
 
 
-def clip_replicated(gradients: Sequence[Tensor], rows: Tensor | None, max_norm: float) -> Tensor:
+def clip_replicated(gradients: list[Tensor], rows: Tensor | None, max_norm: float) -> Tensor:
     """Clip gradients that are equal on all ranks by their norm, and return it from before, 0-d fp32.
 
     Args:
