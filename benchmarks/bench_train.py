@@ -81,7 +81,8 @@ def _measure(
             rates[who].append(call(output, folder, token_rows, steps, batch, log_every))
             shutil.rmtree(output)  # gigabytes at the full vocabulary
     rows = [
-        {"what": what, "who": who, "unit": "samples/s", **spread(found), "samples": found} for who, found in rates.items()
+        {"what": what, "who": who, "unit": "samples/s", **spread(found), "samples": found}
+        for who, found in rates.items()
     ]
     return rows, statistics.median(a / b for a, b in zip(rates["ours"], rates["open_clip"], strict=True))
 

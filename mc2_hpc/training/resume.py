@@ -1,6 +1,6 @@
 """What a resumed run may change: tables of settings to compare with those of the checkpoint.
 
-Settings in neither table (folders, logging, saving, ZeRO, backends, micro-batches, workers, ...) affect only speed and
+Settings in neither table (folders, logging, saving, ZeRO, the token table's kind, backends, workers, ...) affect only speed and
 rounding, and may change silently.
 """
 
