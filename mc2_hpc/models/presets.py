@@ -67,8 +67,11 @@ class ClipArchitecture:
             if size > most:
                 raise UserError(f"model.{name}={size}: must be at most {most:,}")
         if vision.image_size % vision.patch_size:
+            below = vision.image_size // vision.patch_size * vision.patch_size
+            near = f"{below} or {below + vision.patch_size}" if below else f"{vision.patch_size}"
             raise UserError(
-                f"model.vision.image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}"
+                f"model.vision.image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}: "
+                f"choose {near}"
             )
         if vision.width % vision.head_width:
             raise UserError(f"model.vision.width={vision.width} is not a multiple of head_width={vision.head_width}")

@@ -83,7 +83,7 @@ def test_a_new_width_keeps_the_ratio_of_the_mlp() -> None:
         ),
         (
             ModelConfig(vision=VisionOverrides(image_size=225)),
-            "model.vision.image_size=225 is not a multiple of patch_size=32",
+            "model.vision.image_size=225 is not a multiple of patch_size=32: choose 224 or 256",
         ),
         (
             ModelConfig(vision=VisionOverrides(head_width=60)),
