@@ -70,7 +70,7 @@ def initial_source(config: RunConfig, checkpoint: Checkpoint | None, ranks: Rank
         )
     else:
         source = Path(name).expanduser()
-        is_ours = source.is_file() or not source.exists() or detect_format(source) == Format.OURS  # a file: best.json
+        is_ours = not source.exists() or detect_format(source) == Format.OURS
         converted = Path(config.output) / _CONVERTED
         if not is_ours:
             on_first_rank(ranks, lambda: _convert(source, converted))
