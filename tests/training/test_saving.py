@@ -124,8 +124,9 @@ HANDED_OVER = {
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: "/".join(path.parts[-2:]))
 def test_nothing_is_unpickled(path):
-    """No pickle, marshal, shelve, joblib, ``numpy.load(allow_pickle=True)`` or ``torch.load`` of more than tensors in the
-    product, and the latter in one reader only (that of released weights); except for what the job driver passes to its own tasks, as datatrove's executors do."""
+    """No pickle, marshal, shelve, joblib or ``numpy.load(allow_pickle=True)`` in the product, and one ``torch.load``, of
+    tensors alone, for released weights; except for what the job driver passes to its own tasks, as datatrove's
+    executors do."""
     if path in HANDED_OVER:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
