@@ -1,8 +1,8 @@
 """Weights in a file that ``torch.save`` wrote: named tensors, and nothing else.
 
-Such a file is a zip archive: a pickle that describes the tensors, and their bytes. ``torch.load(weights_only=True)`` reads
-it without running code from the file. Before that, the archive is checked: nothing in it is compressed, so it cannot
-expand, and tensors are views of the mapped file.
+Such a file is a zip archive: a pickle that describes the tensors, and their bytes. ``torch.load(weights_only=True)``
+reads it without running code from the file. Before that, the archive is checked: nothing in it is compressed, so it
+cannot expand, and tensors are views of the mapped file.
 """
 
 import re

@@ -124,8 +124,8 @@ HANDED_OVER = {
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: "/".join(path.parts[-2:]))
 def test_nothing_is_unpickled(path):
-    """No pickle, marshal, shelve, joblib or ``numpy.load(allow_pickle=True)`` in the product, and one ``torch.load``, of
-    tensors alone, for released weights; except for what the job driver passes to its own tasks, as datatrove's
+    """No pickle, marshal, shelve, joblib or ``numpy.load(allow_pickle=True)`` in the product, and one ``torch.load``,
+    of tensors alone, for released weights; except for what the job driver passes to its own tasks, as datatrove's
     executors do."""
     if path in HANDED_OVER:
         return
