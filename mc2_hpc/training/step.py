@@ -86,7 +86,11 @@ class ContrastiveStep:
         self._votes = votes
 
     def __call__(self, images: Tensor, tokens: Tensor, lr: float) -> StepResult:
-        """Encode (b, 3, S, S) uint8 images and (b, L) token ids, differentiate, update with learning rate ``lr``."""
+        """Encode (b, 3, S, S) uint8 images and (b, L) token ids, differentiate, update with learning rate ``lr``.
+
+        The token ids should be on the host: see :meth:`Engine.look_up`.
+        """
+        tokens = self._engine.look_up(tokens)
         if self._engine.num_micro == 1:
             loss = self._loss(*self._engine.features(images, tokens))
             self._engine.backward(loss)
