@@ -180,6 +180,7 @@ def test_merges_of_both_notations(tmp_path: Path) -> None:
         ({"model": {**UNIGRAM, "vocab": [["", 0.0]]}}, r"\$.model.vocab\[0\]\[0\]: expected `?str`? of length"),
         ({"model": {**UNIGRAM, "vocab": [["a", 1e40]]}}, r"\$.model.vocab\[0\]\[1\]: expected `?float`? <= 1e"),
         ({"model": UNIGRAM, "normalizer": {"type": "NFKC"}}, r"\$.normalizer.type: invalid value"),
+        ({"model": UNIGRAM, "normalizer": {"type": "a\n"}}, r"\$.normalizer.type: invalid value"),
         (
             {"model": UNIGRAM, "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}},
             "normalises with _Replace",
