@@ -204,9 +204,10 @@ def _unigram_pieces(model: _Unigram, path: Path) -> list[tuple[str, float]]:
     if [piece for piece, _ in vocab[:4]] == _FAIRSEQ:
         last = len(vocab) - (vocab[-1][0] == "<mask>")
         return [*_FAIRSEQ_FILE, *vocab[4:last]]
-    while vocab and _APPENDED.fullmatch(vocab[-1][0]):
-        vocab = vocab[:-1]
-    return list(vocab)
+    end = len(vocab)
+    while end and _APPENDED.fullmatch(vocab[end - 1][0]):
+        end -= 1
+    return vocab[:end]
 
 
 def _bpe_pieces(model: _Bpe, unknown: str, added: dict[str, bool], path: Path) -> list[tuple[str, float]]:
