@@ -79,6 +79,9 @@ class ModelConfig:
     """Recompute every block of both towers in the backward pass instead of keeping its activations."""
     compile: bool = False
     """torch.compile the blocks of both towers."""
+    text_packing: bool = True
+    """Compute only the captions' own tokens, not the padding to the longest caption of a batch; the features are equal
+    up to rounding."""
 
     def __post_init__(self) -> None:
         _choose("model.attention", self.attention, ("auto", "sdpa", "xformers"))
