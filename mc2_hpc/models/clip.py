@@ -1,7 +1,8 @@
 """The dual encoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,11 +88,15 @@ class CLIP(Towers):
         for transformer in self.transformers():
             transformer.activation_checkpointing = enabled
 
-    def compile_blocks(self) -> None:
-        """torch.compile every block in place: identical blocks share one compilation, and names do not change."""
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """torch.compile every block in place: identical blocks share one compilation, and names do not change.
+
+        Args:
+            backend: as for ``torch.compile``.
+        """
         for transformer in self.transformers():
             for block in transformer.blocks:
-                block.compile()
+                block.compile(backend=backend)
 
 
 def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:

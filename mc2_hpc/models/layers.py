@@ -1,6 +1,7 @@
 """Transformer blocks that both towers share.
 
-Shape suffixes: B batch, L sequence, T tokens of packed captions, W width, H heads, D channels per head, M width of the MLP.
+Shape suffixes: B batch, L sequence, T tokens of packed captions, W width, H heads, D channels per head, M width of the
+MLP.
 """
 
 import logging
