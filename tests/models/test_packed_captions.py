@@ -119,12 +119,12 @@ def test_packing_pays_where_there_is_padding() -> None:
     assert not packing_pays([16] * 900 + [6] * 10, 16)  # 0.7 %
 
 
-@pytest.mark.parametrize("padding", [0, 63, 64, 79, 80, 81, 500])
+@pytest.mark.parametrize("padding", [0, 63, 64, 78, 79, 500])
 def test_at_most_two_percent_more_tokens_are_computed_than_there_are(padding: int) -> None:
     """Of 100 captions of up to 40 tokens: whole rows are computed only while they have little padding."""
     lengths = [40 - padding // 100 - (row < padding % 100) for row in range(100)]
     computed = sum(lengths) if packing_pays(lengths, 40) else 100 * 40
-    assert sum(lengths) == 4000 - padding and computed < 1.0205 * sum(lengths)
+    assert sum(lengths) == 4000 - padding and computed <= 1.02 * sum(lengths)
 
 
 def test_without_enough_padding_rows_are_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
