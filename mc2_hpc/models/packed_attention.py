@@ -4,7 +4,7 @@ Shape suffixes: B captions, L longest caption, T tokens of all captions, H heads
 """
 
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -93,7 +93,8 @@ def torch_varlen(fallback: PackedAttentionFunction) -> PackedAttentionFunction:
         q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
         longest = packing.windows_BL.shape[1]
         # A window that ends at the query's own position is causal attention.
-        return varlen_attn(q_THD, k_THD, v_THD, packing.starts, packing.starts, longest, longest, window_size=(-1, 0))
+        y_THD = varlen_attn(q_THD, k_THD, v_THD, packing.starts, packing.starts, longest, longest, window_size=(-1, 0))
+        return cast(Tensor, y_THD)  # a tuple only if auxiliary outputs are requested
 
     return attend_packed
 
