@@ -82,6 +82,9 @@ class ModelConfig:
     embedding: str = "sharded"
     """The token table: ``sharded`` deals its rows to the ranks, which exchange only those that a batch uses; ``dense``
     leaves it to DeepSpeed with the other parameters. Both train the same model, and checkpoints are the same."""
+    text_packing: bool = True
+    """Compute only the captions' own tokens, not the padding to the longest caption of a batch; the features are equal
+    up to rounding."""
 
     def __post_init__(self) -> None:
         _choose("model.attention", self.attention, ("auto", "sdpa", "xformers"))

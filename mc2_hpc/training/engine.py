@@ -7,7 +7,7 @@ clamped after every step. So each rank keeps an identical copy, updated by the s
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -36,11 +36,12 @@ class TrainedTowers(Towers):
         super().__init__(clip.vision, clip.text)
         self.precision = precision
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32."""
+    def forward(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32; ``lengths`` as for the text
+        tower."""
         # Inside the module, because the engine turns off any surrounding autocast that it did not set up itself.
         with self.precision.autocast(images.device):
-            return self.encode_pairs(normalise(images, self.precision.dtype), tokens)
+            return self.encode_pairs(normalise(images, self.precision.dtype), tokens, lengths)
 
 
 def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, on_gpu: bool) -> dict[str, Any]:
@@ -127,14 +128,16 @@ class Engine:
             self._table.look_up(tokens.cpu())
         return tokens.to(self.device, non_blocking=True)
 
-    def features(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Features of a micro-batch with a graph (see :class:`TrainedTowers`); one :meth:`backward` must follow."""
-        return self._engine(images, tokens)
+        return self._engine(images, tokens, lengths)
 
     @torch.no_grad()
-    def features_only(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def features_only(
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features of a micro-batch without a graph."""
-        return self._engine.module(images, tokens)
+        return self._engine.module(images, tokens, lengths)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of ``loss``; the step's last micro-batch averages them over the ranks."""
