@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mc2_hpc.config import RunConfig, config_to_dict
 from mc2_hpc.data.batches import Batch
 from mc2_hpc.data.enough import check_enough
+from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.clip import CLIP, build_clip
@@ -118,6 +119,7 @@ class Trainer:
             self.engine,
             config.loss,
             feature_dtype=Precision(config.precision).dtype,
+            batches=rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks.world_size),
             votes=lambda: Votes(stop=self.stop.requested is not None, written=self.writer.own_part_done),
         )
         self._means = Means()

@@ -48,7 +48,9 @@ def all_cases(kit) -> dict[str, dict]:
             if backend == "reference" and (exchange == "ring" or dtype == torch.bfloat16):
                 continue
             image, text = kit.features(sum(batches), 6, dtype, seed=size)
-            options = {"exchange": exchange, "backend": backend}
+            options: dict = {"exchange": exchange, "backend": backend}
+            if dtype != torch.float32:
+                options["batches"] = batches  # else they are exchanged
             scale = torch.tensor(2.5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
             cases[f"{batches} {exchange} {backend} {dtype}"] = {
                 "batches": batches, "image": image, "text": text, "logit_scale": scale, "options": options,
