@@ -17,7 +17,7 @@ from mc2_hpc.training.votes import Votes
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The results of one step; tensors stay on the device so that they can be read later."""
+    """The results of one step. Tensors are on the device; :meth:`numbers` is what the host reads of them."""
 
     loss: Tensor
     """Global mean loss before the update, 0-d fp32, equal on all ranks."""
@@ -27,6 +27,11 @@ class StepResult:
     """The multiplier after the update, 0-d; ``grad_norm`` does not include its gradient."""
     votes: Tensor
     """Number of ranks that said yes to each of :class:`Votes`; read by :class:`VoteCounts`."""
+
+    def numbers(self) -> Tensor:
+        """(3 + number of votes,) loss, gradient norm, logit scale and votes, in fp32 on the device of the loss."""
+        scalars = (self.loss, self.grad_norm.to(self.loss.device, non_blocking=True), self.logit_scale)
+        return torch.cat([*(number.float().reshape(1) for number in scalars), self.votes.float()])
 
 
 def check_loss(config: LossConfig, device: torch.device) -> None:

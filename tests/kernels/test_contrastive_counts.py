@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -44,34 +44,34 @@ def silent_group(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def count(rank: int, batches: tuple[int, ...], exchange: str = "all_gather", **options) -> Operations:
-    """The operators of one forward and backward pass on a rank."""
-    inputs = [torch.ones(batches[rank], WIDTH, requires_grad=True) for _ in range(2)]
-    with silent_group(rank, len(batches)):
-        contrastive_loss(*inputs, torch.tensor(1.0), exchange=exchange, **options)  # fills caches
+def count(rank: int, pairs: tuple[int, ...], exchange: str = "all_gather", *, given: bool = True) -> Operations:
+    """The operators of one forward and backward pass on a rank; ``given``: the sizes are."""
+    inputs = [torch.ones(pairs[rank], WIDTH, requires_grad=True) for _ in range(2)]
+    options = {"exchange": exchange, "batches": pairs if given else None}
+    with silent_group(rank, len(pairs)):
+        contrastive_loss(*inputs, torch.tensor(1.0), **options)  # fills caches
         with Operations() as operations:
-            contrastive_loss(*inputs, torch.tensor(1.0), exchange=exchange, **options).backward()
+            contrastive_loss(*inputs, torch.tensor(1.0), **options).backward()
     return operations
 
 
 @pytest.mark.parametrize("uneven", [False, True])
 def test_launches_of_all_gather_do_not_grow_with_the_ranks(uneven):
     few, many = (tuple(3 + (uneven and rank % 2) for rank in range(size)) for size in (4, 384))
-    counted = [count(len(batches) // 2, batches, batches=batches) for batches in (few, many)]
+    counted = [count(len(pairs) // 2, pairs) for pairs in (few, many)]
     assert counted[0].counts == counted[1].counts
-    assert counted[1].counts.total() < 150
+    assert counted[1].counts.total() < 250  # views included
     # Texts and each rank's part of the loss; maxima and sums of the columns; gradients.
     assert counted[1].collectives() == {"_allgather_base_": 2, "allreduce_": 2, "_reduce_scatter_base_": 1}
 
 
 def test_sizes_are_exchanged_only_where_they_are_not_given():
-    batches = (2,) * 4
-    assert count(1, batches).collectives()["_allgather_base_"] == 3
-    assert count(1, batches, batches=batches).collectives()["_allgather_base_"] == 2
+    assert count(1, (2,) * 4, given=False).collectives()["_allgather_base_"] == 3
+    assert count(1, (2,) * 4).collectives()["_allgather_base_"] == 2
 
 
 def test_the_ring_sends_to_its_neighbour_alone():
-    found = count(5, (2,) * 12, "ring", batches=(2,) * 12).collectives()
+    found = count(5, (2,) * 12, "ring").collectives()
     assert set(found) == {"send", "recv_", "_allgather_base_"}
     # A block 11 hops and a result 12 hops, forward and backward; a block is two tensors in backward.
     assert found["send"] == found["recv_"] == (11 + 12) + (2 * 11 + 12)
@@ -97,17 +97,18 @@ def test_nothing_is_read_by_the_host(batches, monkeypatch):
     monkeypatch.setattr(shared_batch, "_all_gather", collective("all_gather"))
     monkeypatch.setattr(shared_batch, "_reduce_scatter", collective("reduce_scatter"))
     monkeypatch.setattr(dist, "all_reduce", collective("all_reduce"))
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # it does not know the device
     inputs = [torch.ones(3, WIDTH, device="meta", requires_grad=True) for _ in range(2)]
     scale = torch.tensor(1.0, device="meta", requires_grad=True)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        float(scale)
+        float(scale.detach())
     plan = Plan(tile_factory("tiled", 1 << 16), all_gather, SharedBatch(None, 3, batches))
     ContrastiveLoss.apply(*inputs, scale, plan).backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in (*inputs, scale))
     assert calls == {"all_gather": 2, "all_reduce": 2, "reduce_scatter": 1}
 
 
-@pytest.mark.parametrize("exchange, given", itertools.product(EXCHANGES, [(2, 2), (2, 2, 3), ()]))
+@pytest.mark.parametrize("exchange, given", list(itertools.product(EXCHANGES, [(2, 2), (2, 2, 3), ()])))
 def test_sizes_that_do_not_fit_get_one_line(exchange, given):
     features = torch.ones(2, WIDTH)
     with silent_group(2, 3), pytest.raises(ValueError, match="does not fit rank 2 of 3 with 2 pairs") as caught:
