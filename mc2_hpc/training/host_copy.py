@@ -7,9 +7,8 @@ from torch import Tensor
 class HostCopy:
     """A copy of a small tensor in host memory, started now and read later.
 
-    On a GPU the copy queues behind the kernels that were launched before it, into pinned memory, so starting it does not
-    wait; :meth:`read` waits for these kernels alone, and not for any that were launched since. On a CPU both are
-    immediate.
+    On a GPU the copy goes to pinned memory and queues behind the kernels launched before it, so starting it does not
+    wait. :meth:`read` waits for these kernels alone, not for any launched since. On a CPU both are immediate.
     """
 
     def __init__(self, tensor: Tensor) -> None:

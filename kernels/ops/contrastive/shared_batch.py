@@ -1,8 +1,8 @@
 """The ranks that share a batch, and the few collectives that the loss needs.
 
-Each is one call on one contiguous buffer, whatever the number of ranks, and none waits on the host. Sums over ranks are
-the collective library's: gloo and NCCL add in an order that depends on the sizes and on how the ranks are connected, not
-on timing. Every wait is bounded by the process group's own timeout.
+Each is one call on one contiguous buffer, whatever the number of ranks; on a GPU none makes the host wait. Sums over
+ranks are the collective library's: gloo and NCCL add in an order that depends on sizes and on how ranks are connected,
+not on timing. Every wait is bounded by the process group's own timeout.
 """
 
 from collections.abc import Sequence
