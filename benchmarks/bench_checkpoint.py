@@ -23,11 +23,11 @@ import torch
 from benchmarks.harness import main, spread
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.conversion.open_clip import config as open_clip_config
+from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.distributed import Ranks, process_group
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, resolve
 from mc2_hpc.models.weights import ModelCard
-from mc2_hpc.peers import import_open_clip
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep

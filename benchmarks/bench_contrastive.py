@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import ROOT, alternate, main, own_command, resident_growth, spread
+from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss
 from mc2_hpc.kernels.contrastive.dispatch import WORKSPACE_BYTES
 from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, Plan
 from mc2_hpc.kernels.contrastive.launch import Launch
 from mc2_hpc.kernels.contrastive.shared_batch import SharedBatch
-from mc2_hpc.peers import import_open_clip
 
 WIDTH = 1024
 LOGIT_SCALE = math.log(100)

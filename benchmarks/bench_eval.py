@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.harness import ROOT, alternate, main, own_command, resident_growth, spread
 from mc2_hpc.conversion.convert import convert
+from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.data.tokenizer import train_tokenizer
 from mc2_hpc.distributed import process_group
 from mc2_hpc.evaluation.encoder import Encoder
@@ -38,7 +39,6 @@ from mc2_hpc.evaluation.retrieval import recall
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card, write_tensors
-from mc2_hpc.peers import import_open_clip
 
 NUM_IMAGES, NUM_LOCALES, WIDTH = 3_600, 36, 1_024
 KS = (1, 5, 10)

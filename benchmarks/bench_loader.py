@@ -25,6 +25,7 @@ from PIL import Image
 
 from benchmarks.harness import main, spread
 from mc2_hpc.config import DataConfig
+from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.conversion.tokenizer_files import write_tokenizer
 from mc2_hpc.data.crop import Box, dct_scaled, random_crop
 from mc2_hpc.data.decode import TrainTransform, crop_and_resize
@@ -33,7 +34,6 @@ from mc2_hpc.data.packing import write_shard
 from mc2_hpc.data.shards import open_shard
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.draws import hash_keys
-from mc2_hpc.peers import import_open_clip
 from mc2_hpc.quickstart.captions import LANGUAGES, draw_caption, number_names
 
 SIZES = {"640x480": (640, 480), "1024x768": (1024, 768)}

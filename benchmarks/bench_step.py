@@ -229,8 +229,8 @@ def _our_step(config: RunConfig, arch: ClipArchitecture, ranks: Ranks) -> Step:
 
 def _open_clip_step(config: RunConfig, arch: ClipArchitecture, device: torch.device) -> Step:
     from mc2_hpc.conversion.open_clip import config as open_clip_config
+    from mc2_hpc.conversion.peers import import_open_clip
     from mc2_hpc.models.weights import ModelCard
-    from mc2_hpc.peers import import_open_clip
 
     open_clip = import_open_clip()
     values = open_clip_config(ModelCard(arch=arch, tokenizer_style="xlmv"))["model_cfg"]

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from mc2_hpc.peers import import_open_clip
+from mc2_hpc.conversion.peers import import_open_clip
 
 open_clip = import_open_clip()
 open_clip.add_model_config(sys.argv[1])

@@ -66,7 +66,7 @@ def _uses_slurm(item: pytest.Item) -> bool:
 @pytest.fixture(scope="session")
 def open_clip() -> ModuleType:
     """open_clip, imported the way the product imports it."""
-    from mc2_hpc.peers import import_open_clip
+    from mc2_hpc.conversion.peers import import_open_clip
 
     return import_open_clip()
 
@@ -74,7 +74,7 @@ def open_clip() -> ModuleType:
 @pytest.fixture(scope="session")
 def transformers() -> ModuleType:
     """transformers, imported the way the product imports it."""
-    from mc2_hpc.peers import import_transformers
+    from mc2_hpc.conversion.peers import import_transformers
 
     return import_transformers()
 

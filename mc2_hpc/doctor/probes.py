@@ -165,7 +165,7 @@ def _sentencepiece() -> str:
 
 
 def _open_clip() -> str:
-    from mc2_hpc.peers import import_open_clip
+    from mc2_hpc.conversion.peers import import_open_clip
 
     open_clip = import_open_clip()
     return f"imported; {len(open_clip.list_models())} model configs"

@@ -82,7 +82,7 @@ def make_server(index: ImageIndex, port: int) -> ThreadingHTTPServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """``/`` is the page, ``/search?q=`` its JSON, ``/image/<number>`` a thumbnail. No part of a request is a path."""
+    """``/`` is the page, ``/search?q=`` its JSON, ``/picture/<number>`` a thumbnail. No part of a request is a path."""
 
     index: ImageIndex
     timeout = 30
@@ -97,8 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             hits = self.index.search(query, _SHOWN) if query else []
             found = [{"index": hit.index, "name": hit.name, "score": round(hit.score, 4)} for hit in hits]
             self._send("application/json", json.dumps(found).encode())
-        elif address.path.startswith("/image/"):
-            self._image(address.path.removeprefix("/image/"))
+        elif address.path.startswith("/picture/"):
+            self._image(address.path.removeprefix("/picture/"))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 

@@ -98,11 +98,11 @@ def test_over_http(address, index):
         h.index for h in index.search("кошка", 24)
     ]
     assert json.loads(get(f"{address}/search?q=%20")[1]) == []
-    kind, image = get(f"{address}/image/{found[0]['index']}")
+    kind, image = get(f"{address}/picture/{found[0]['index']}")
     assert kind == "image/jpeg" and image.startswith(b"\xff\xd8")
 
 
-@pytest.mark.parametrize("path", ["/image/11", "/image/../../etc/passwd", "/image/-1", "/other", "/image/%30"])
+@pytest.mark.parametrize("path", ["/picture/11", "/picture/../../etc/passwd", "/picture/-1", "/other", "/picture/%30"])
 def test_nothing_else_is_served(address, path):
     with pytest.raises(urllib.error.HTTPError) as answer:
         get(address + path)
@@ -112,7 +112,7 @@ def test_nothing_else_is_served(address, path):
 def test_a_image_that_went_away(address, image_folder):
     (image_folder / "01.jpg").unlink()
     with pytest.raises(urllib.error.HTTPError) as answer:
-        get(f"{address}/image/1")
+        get(f"{address}/picture/1")
     assert answer.value.code == 410
 
 
@@ -122,4 +122,4 @@ def test_in_a_browser(address, index, browse):
     assert "10 closest images" in page
     assert "below/&lt;b&gt;&amp;.jpg" in page  # a file's name is text, not markup
     first = index.search("кошка", 1)[0]
-    assert page.index(f'src="/image/{first.index}"') == page.index('src="/image/')
+    assert page.index(f'src="/picture/{first.index}"') == page.index('src="/picture/')

@@ -137,7 +137,7 @@ def test_recall_refuses_images_and_texts_that_do_not_belong_together():
 
 
 def test_classifier_and_accuracy_equal_open_clips():
-    from mc2_hpc.peers import import_open_clip
+    from mc2_hpc.conversion.peers import import_open_clip
 
     import_open_clip()
     from open_clip.zero_shot_classifier import build_zero_shot_classifier

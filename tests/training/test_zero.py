@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import resolve
-from mc2_hpc.peers import import_open_clip
 from tests.training import zero_worker as worker
 
 pytestmark = pytest.mark.timeout(900)  # seventeen trainings

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mc2_hpc.conversion.peers import import_transformers
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import decode_pil
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, folder_files, hash_files
 from mc2_hpc.models.formats import TRANSFORMERS_CONFIG
-from mc2_hpc.peers import import_transformers
 from mc2_hpc.reading.json_file import Foreign, read_json
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from mc2_hpc import peers
+from mc2_hpc.conversion import peers
 from mc2_hpc.errors import UserError
 
 TORCHVISION = """
@@ -26,7 +26,7 @@ library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 PROGRAM = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from mc2_hpc.peers import import_torchvision
+from mc2_hpc.conversion.peers import import_torchvision
 first, second = import_torchvision(), import_torchvision()
 assert first is second is sys.modules["torchvision"]
 assert first.ready and sys.modules["torchvision.ops"].ready
