@@ -50,7 +50,7 @@ def contrastive_loss(
     any rank is not finite. Each rank's gradient is its part of the global gradient times the world size, so that
     *averaging* parameter gradients over ranks, as data parallelism does, gives the exact gradient. All ranks must call
     it, and its backward, together; if a rank is lost, the others fail after the group's timeout. Two runs on the same
-    inputs give the same bits.
+    ranks and inputs give the same bits.
 
     Raises ``ValueError`` for invalid inputs, ``RuntimeError`` for a backend that cannot run here.
     """
