@@ -197,8 +197,8 @@ class Trainer:
                 batch = next(batches)
             lr = learning_rate(progress.step, total=config.steps, config=config.optim)
             images = batch.images.to(self.ranks.device, non_blocking=True)
-            tokens = batch.tokens.to(self.ranks.device, non_blocking=True)
-            numbers = HostCopy(self._step(images, tokens, lr).numbers())
+            lengths = batch.lengths if config.model.text_packing else None
+            numbers = HostCopy(self._step(images, batch.tokens, lr, lengths=lengths).numbers())
             # Waits until the previous step has finished, while the device has this one to work on.
             votes = agreed(
                 self._read(pending),
