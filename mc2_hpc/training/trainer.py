@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mc2_hpc.config import RunConfig, config_to_dict
 from mc2_hpc.data.batches import Batch
 from mc2_hpc.data.enough import check_enough
+from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.clip import CLIP, build_clip
@@ -20,6 +21,7 @@ from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
+from mc2_hpc.training.host_copy import HostCopy
 from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
@@ -28,7 +30,7 @@ from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_o
 from mc2_hpc.training.resume import check_resume, warn_of_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
-from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss, num_micro_batches
+from mc2_hpc.training.step import ContrastiveStep, check_loss, num_micro_batches
 from mc2_hpc.training.stop import Stopped, StopRequest
 from mc2_hpc.training.throughput import ThroughputMeter, gather, rates
 from mc2_hpc.training.votes import VoteCounts, Votes
@@ -48,11 +50,12 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Pending:
-    """A step whose numbers have not been read from the device yet."""
+    """A step whose numbers are on their way from the device."""
 
     step: int
     lr: float
-    result: StepResult
+    numbers: HostCopy
+    """Of :meth:`StepResult.numbers`."""
     keys: Sequence[str]
 
 
@@ -118,6 +121,7 @@ class Trainer:
             self.engine,
             config.loss,
             feature_dtype=Precision(config.precision).dtype,
+            batches=rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks.world_size),
             votes=lambda: Votes(stop=self.stop.requested is not None, written=self.writer.own_part_done),
         )
         self._means = Means()
@@ -194,8 +198,8 @@ class Trainer:
             lr = learning_rate(progress.step, total=config.steps, config=config.optim)
             images = batch.images.to(self.ranks.device, non_blocking=True)
             lengths = batch.lengths if config.model.text_packing else None
-            result = self._step(images, batch.tokens, lr, lengths=lengths)
-            # The previous step has finished by now, so reading its numbers does not wait.
+            numbers = HostCopy(self._step(images, batch.tokens, lr, lengths=lengths).numbers())
+            # Waits until the previous step has finished, while the device has this one to work on.
             votes = agreed(
                 self._read(pending),
                 world_size=self.ranks.world_size,
@@ -205,7 +209,7 @@ class Trainer:
             progress.step += 1
             self._count(batch)
             meter.count(batch)
-            pending = _Pending(progress.step, lr, result, batch.keys)
+            pending = _Pending(progress.step, lr, numbers, batch.keys)
             if progress.step % config.log_every == 0 or progress.step == config.steps:
                 self._log_row(pending, meter, log)
             with meter.stalled():
@@ -285,14 +289,14 @@ class Trainer:
         """Write a row for all ranks and the steps since the previous row. Collective."""
         self._read(pending)
         intervals = gather(meter.interval(self.progress.skipped), self.ranks)
-        means = self._means.take()
+        means, (_, _, logit_scale, *_) = self._means.take(), pending.numbers.read()
         if log is not None and intervals is not None:
             log.write(
                 {
                     "step": pending.step,
                     "samples_seen": self.progress.samples_seen,
                     "loss": means["loss"],
-                    "logit_scale": float(pending.result.logit_scale),
+                    "logit_scale": logit_scale,
                     "lr": pending.lr,
                     "grad_norm": means["grad_norm"],
                     **rates(intervals, global_batch=self.config.global_batch),
@@ -308,18 +312,17 @@ class Trainer:
         """Check that a step's numbers are finite; returns its votes."""
         if pending is None:
             return VoteCounts()
-        result = pending.result
-        numbers = (("loss", result.loss), ("gradient norm", result.grad_norm), ("logit_scale", result.logit_scale))
-        for what, value in numbers:
+        loss, grad_norm, logit_scale, *votes = pending.numbers.read()
+        for what, value in (("loss", loss), ("gradient norm", grad_norm), ("logit_scale", logit_scale)):
             # All are the same on every rank, so every rank stops at the same step.
-            if not math.isfinite(float(value)):
+            if not math.isfinite(value):
                 self.writer.finish()
                 raise NonFiniteError(
-                    f"{what} is {float(value)} at step {pending.step}; last good checkpoint: "
+                    f"{what} is {value} at step {pending.step}; last good checkpoint: "
                     f"{self.writer.last_good()}; keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
-        self._means.add(pending.step, loss=float(result.loss), grad_norm=float(result.grad_norm))
-        return VoteCounts.read(result.votes)
+        self._means.add(pending.step, loss=loss, grad_norm=grad_norm)
+        return VoteCounts.of(votes)
 
     def _save(self) -> None:
         self.writer.begin(
