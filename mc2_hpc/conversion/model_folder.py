@@ -20,6 +20,7 @@ from mc2_hpc.models.weights import (
     write_card,
     write_tensors,
 )
+from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 
 _FILE_BYTES = 1 << 30
 _MOST_SIZE = 10**9
@@ -34,7 +35,7 @@ def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
     """
     folder = resolve_checkpoint(source)
     card = read_card(folder)
-    files = TensorFiles(folder, "model")
+    files = UnwrappedTensorFiles(folder, "model")
     check_names(str(folder), files.names(), our_shapes(card.arch), files)
     return card, files, tokenizer_file(folder)
 

@@ -276,7 +276,7 @@ def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.
 
 
 def load_clip(folder: str | Path, arch: ClipArchitecture | None = None) -> tuple[CLIP, ModelCard]:
-    """Load a model through a memory map, on the CPU, in eval mode.
+    """Load a model through a memory map, on the CPU, in eval mode; wrappers' prefixes in names are removed.
 
     Args:
         folder: a checkpoint, or a run folder (its latest checkpoint).
@@ -285,11 +285,13 @@ def load_clip(folder: str | Path, arch: ClipArchitecture | None = None) -> tuple
     Raises:
         UserError: no checkpoint, a damaged file, or weights that do not fit ``arch`` or are not floating-point numbers.
     """
+    from mc2_hpc.models.wrapped import UnwrappedTensorFiles  # which extends TensorFiles
+
     folder = resolve_checkpoint(folder)
     card = read_card(folder)
     with torch.device("meta"):
         model = CLIP(arch or card.arch)
-    files = TensorFiles(folder, "model")
+    files = UnwrappedTensorFiles(folder, "model")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_names(str(folder), files.names(), shapes, files)
     model.load_state_dict({name: files.get_fp32(name) for name in files.names()}, assign=True)

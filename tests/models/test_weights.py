@@ -57,6 +57,20 @@ def test_read_back(folder: Path, model: CLIP) -> None:
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_model(folder: Path, model: CLIP, prefix: str) -> None:
+    """As ``model.init_from`` reads them."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if "logit_scale" in tensors:
+            tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+        write_tensors(path, {prefix + name: tensor for name, tensor in tensors.items()})
+    loaded, _ = load_clip(folder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
 def test_a_run_folder_or_checkpoints_folder_will_do(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
