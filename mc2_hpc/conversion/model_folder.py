@@ -10,10 +10,10 @@ from torch import Tensor
 from mc2_hpc.conversion.keys import our_shapes
 from mc2_hpc.data.card_tokenizer import tokenizer_file
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import (
     TOKENIZER_FILE,
     ModelCard,
-    TensorFiles,
     check_names,
     read_card,
     resolve_checkpoint,

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture, num_parameters
+from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import (
     ModelCard,
-    TensorFiles,
     load_clip,
     read_card,
     resolve_checkpoint,
