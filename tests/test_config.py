@@ -45,6 +45,16 @@ def test_round_trip(file):
     assert config_from_dict(config_to_dict(config)) == config
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    keys = ("output", "model.init_from", "data.tokenizer", "data.balance", "data.cache_dir", "eval.suite", "eval.root")
+    config = config_to_dict(load_config(file, [*(f"{key}=~/x" for key in keys)]))
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        assert (config[section] if section else config)[name] == "/home/ann/x", key
+    assert load_config(file, ["output=runs/~x"]).output == "runs/~x"
+
+
 def test_read_only(file):
     with pytest.raises(AttributeError):
         load_config(file).steps = 8
@@ -62,6 +72,7 @@ def test_read_only(file):
         ("model.embedding=row", ["model.embedding='row'", "sharded, dense"]),
         ("steps", ["key.sub=value"]),
         ("model.vision=3", ["model.vision"]),
+        ("model.init_from= ", ["model.init_from", "empty"]),
     ],
 )
 def test_errors_name_key_and_cure(file, override, words):

@@ -19,7 +19,7 @@ from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, LOGIT_SCALE_MAX, Towers
-from mc2_hpc.models.weights import TensorFiles
+from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
 from mc2_hpc.training.optim import adamw, parameter_groups

@@ -16,7 +16,8 @@ from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.clip import CLIP, build_clip
-from mc2_hpc.models.weights import ModelCard, TensorFiles
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import ModelCard
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
