@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mc2_hpc import __version__
-from mc2_hpc.cli import ablate, bench, convert, curate, doctor, eval, metadata, quickstart, search, train
+from mc2_hpc.cli import ablate, bench, convert, curate, doctor, eval, metadata, quickstart, search, status, train
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import shown
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "metadata": metadata,
     "curate": curate,
     "train": train,
+    "status": status,
     "eval": eval,
     "ablate": ablate,
     "search": search,

@@ -14,13 +14,13 @@ from rich.table import Column
 from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import atomic_path
+from mc2_hpc.terminal import COLUMNS, clock
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = 80
 _MOST_BYTES = 4 << 30
 
 
@@ -135,7 +135,7 @@ def progress_line(row: dict[str, Any], *, total_steps: int) -> str:
     """A row in at most 80 columns: step and remaining time first, then as much of the rest as fits."""
     line = f"step {row['step']}/{total_steps}  ETA {_remaining(row, total_steps)}"
     for note in _notes(row):
-        if len(line) + 2 + len(note) > _COLUMNS:
+        if len(line) + 2 + len(note) > COLUMNS:
             break
         line += f"  {note}"
     return line
@@ -158,10 +158,7 @@ def _notes(row: dict[str, Any]) -> list[str]:
 
 def _remaining(row: dict[str, Any], total_steps: int) -> str:
     """Time to the last step at the row's speed."""
-    seconds = round((total_steps - row["step"]) / max(row["steps_per_second"], 1e-9))
-    days, seconds = divmod(seconds, 86_400)
-    clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-    return f"{days}d {clock}" if days else clock
+    return clock((total_steps - row["step"]) / max(row["steps_per_second"], 1e-9))
 
 
 def _open_board(folder: Path, first_step: int) -> "SummaryWriter | None":

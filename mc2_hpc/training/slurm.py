@@ -1,7 +1,7 @@
 """Training jobs on Slurm: fill ``slurm/train.sbatch`` for one run, submit it, and limit how often it restarts.
 
-The batch script runs this module before the ranks (``python -m mc2_hpc.training.slurm CONFIG key.sub=value ...``), so
-nothing here imports torch.
+The batch script runs this module before the ranks (``python -m mc2_hpc.training.slurm CONFIG key.sub=value ...``).
+Importing it does not import torch.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from mc2_hpc.config import RunConfig, load_config
 from mc2_hpc.data.lanes import check_ranks
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.slurm_options import check_text, directive, parse_slurm_options
-from mc2_hpc.models.weights import read_latest
 from mc2_hpc.reading.json_file import Count, File, read_json
 from mc2_hpc.storage import write_json
 
@@ -29,6 +28,9 @@ _OWN_TEXTS = ("gpus", "gpus-per-node", "env")
 
 MAX_STARTS = 5
 """Starts of one job without a new checkpoint in between; the environment variable MC2_MAX_STARTS overrides it."""
+
+STARTS = "slurm-starts.json"
+"""In the run's folder."""
 
 _SUBMIT_S = 120
 
@@ -152,12 +154,24 @@ def submit(script: str) -> str:
     return result.stdout.strip().split(";")[0]
 
 
-class _Starts(File):
+class Starts(File):
     """``slurm-starts.json``."""
 
     job: str
     newest: str | None
+    """The newest checkpoint at the last start."""
     starts: Count
+    """Of that job, since that checkpoint."""
+
+
+def read_starts(output: Path) -> Starts | None:
+    """The starts of the run's last Slurm job, or ``None`` if there was no job.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    record = output / STARTS
+    return read_json(record, Starts, cure="delete it") if record.is_file() else None
 
 
 def count_start(output: Path, job_id: str, *, max_starts: int) -> int:
@@ -166,9 +180,11 @@ def count_start(output: Path, job_id: str, *, max_starts: int) -> int:
     Raises:
         UserError: there are more than ``max_starts``: whatever ends the job would end it again.
     """
-    record, latest = output / "slurm-starts.json", output / "checkpoints" / "latest"
+    from mc2_hpc.models.weights import read_latest  # not at the top: it imports torch
+
+    latest = output / "checkpoints" / "latest"
     newest = read_latest(latest.parent) if latest.is_file() else None
-    before = read_json(record, _Starts, cure="delete it") if record.is_file() else None
+    before = read_starts(output)
     again = before is not None and (before.job, before.newest) == (job_id, newest)
     starts = before.starts + 1 if before is not None and again else 1
     if starts > max_starts:
@@ -176,7 +192,7 @@ def count_start(output: Path, job_id: str, *, max_starts: int) -> int:
             f"{output}: giving up after {max_starts} starts of job {job_id} without a new checkpoint "
             f"(newest: {newest or 'none'}); fix the error in its log and submit it again"
         )
-    write_json(record, {"job": job_id, "newest": newest, "starts": starts})
+    write_json(output / STARTS, {"job": job_id, "newest": newest, "starts": starts})
     return starts
 
 
