@@ -100,7 +100,12 @@ def _start(folder: Path, config: dict[str, Any]) -> tuple[Callable[[dict[str, An
     )
     # A resumed run repeats steps, which W&B's own counter refuses.
     run.define_metric("*", step_metric="step")
-    return run.log, run.finish
+
+    def finish() -> None:
+        run.finish()
+        wandb.teardown()  # its process may still be writing; a rank exits without the hook that waits for that
+
+    return run.log, finish
 
 
 def _run_id(folder: Path) -> str:
