@@ -20,7 +20,7 @@ from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
-from mc2_hpc.training.initial import Source, architecture, initial_source, tokenizer
+from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
@@ -143,8 +143,7 @@ class Trainer:
             load_weights(clip, checkpoint.folder)
             logger.info("resuming %s after step %d", checkpoint.folder, checkpoint.step)
         elif source is not None:
-            load_weights(clip, source.folder)
-            logger.info("initial weights from %s", source.name)
+            load_initial_weights(clip, source)
         clip.set_attention(model.attention, self.ranks.device.type)
         clip.set_activation_checkpointing(model.activation_checkpointing)
 
