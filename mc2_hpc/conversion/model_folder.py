@@ -50,7 +50,8 @@ def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]
         pending[name] = tensor
         pending_bytes += tensor.nbytes
     write_tensors(out / f"model.{number:05d}.safetensors", pending)
-    shutil.copyfile(tokenizer, out / TOKENIZER_FILE)
+    if tokenizer != out / TOKENIZER_FILE:
+        shutil.copyfile(tokenizer, out / TOKENIZER_FILE)
     write_card(out, card)
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig
 from mc2_hpc.conversion.convert import convert
+from mc2_hpc.conversion.find_tokenizer import fit_to_rows
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.errors import UserError
@@ -133,6 +134,8 @@ def tokenizer(config: RunConfig, source: Source | None, arch: ClipArchitecture, 
     length = arch.text.context_length
     if config.data.tokenizer:
         found = Tokenizer(config.data.tokenizer, config.data.tokenizer_style, context_length=length)
+        if found.vocab_size > arch.text.vocab_size:
+            found = _without_sentinels(found, arch, Path(config.output) / TOKENIZER_FILE, ranks)
         if source is not None and not source.resumed:
             _check_same(found, source, allowed=config.model.new_tokenizer)
     elif source is not None:
@@ -145,6 +148,17 @@ def tokenizer(config: RunConfig, source: Source | None, arch: ClipArchitecture, 
         raise UserError("data.tokenizer is not set: name a sentencepiece model file")
     _check_fits(found, arch)
     return found
+
+
+def _without_sentinels(found: Tokenizer, arch: ClipArchitecture, own: Path, ranks: Ranks) -> Tokenizer:
+    """A copy in the run folder without mT5's sentinels, if it fits the token table; otherwise ``found``. Collective."""
+
+    def write() -> None:
+        own.unlink(missing_ok=True)  # of an earlier start
+        fit_to_rows(found, arch.text.vocab_size, own)
+
+    on_first_rank(ranks, write)
+    return Tokenizer(own, found.style, context_length=found.context_length) if own.is_file() else found
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -200,8 +200,8 @@ class Trainer:
                 batch = next(batches)
             lr = learning_rate(progress.step, total=config.steps, config=config.optim)
             images = batch.images.to(self.ranks.device, non_blocking=True)
-            tokens = batch.tokens.to(self.ranks.device, non_blocking=True)
-            result = self._step(images, tokens, lr)
+            lengths = batch.lengths if config.model.text_packing else None
+            result = self._step(images, batch.tokens, lr, lengths=lengths)
             # The previous step has finished by now, so reading its numbers does not wait.
             votes = agreed(
                 self._read(pending),

@@ -188,10 +188,10 @@ def test_an_imported_model_is_one_of_ours(checkpoint: Checkpoint, tmp_path: Path
 # Bad input.
 
 
-def fails(message: str, source: Path, to: str, out: Path) -> None:
+def fails(message: str, source: Path, to: str, out: Path, image_size: int | None = None) -> None:
     before = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
     with pytest.raises(UserError, match=message) as error:
-        convert(source, to, out)
+        convert(source, to, out, image_size=image_size)
     assert "\n" not in str(error.value)
     assert not out.exists() or out in before
     if out.parent.is_dir():
@@ -214,6 +214,29 @@ def test_unknown_formats_and_places(checkpoint: Checkpoint, tmp_path: Path) -> N
     assert (tmp_path / "used" / "mine.txt").read_text() == "keep"
     (tmp_path / "free").mkdir()
     assert (convert(source, "hf", tmp_path / "free") / "config.json").is_file()
+
+
+@pytest.mark.parametrize("to", ["mc2", "open_clip", "hf"])
+@torch.no_grad()
+def test_another_image_size(
+    to: str, checkpoint: Checkpoint, tmp_path: Path, open_clip: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From every format into every format, as open_clip resizes its own."""
+    source, _ = checkpoint()
+    exported = convert(source, "open_clip", tmp_path / "exported")
+    theirs = open_clip.create_model(f"local-dir:{exported}", force_image_size=56).eval()
+    images = torch.randn(2, 3, 56, 56)
+    with caplog.at_level(logging.INFO):
+        for kind, folder in (("mc2", source), ("open_clip", exported)):
+            out = convert(folder, to, tmp_path / kind, image_size=56)
+            back = out if to == "mc2" else convert(out, "mc2", tmp_path / f"{kind}_back")
+            model, card = load_clip(back)
+            assert card.arch.vision.image_size == 56 and not (out / "scratch").exists()
+            torch.testing.assert_close(model.encode_image(images), theirs.encode_image(images), atol=1e-5, rtol=0)
+    assert caplog.text.count("image positions: 32 px (4 x 4 patches) to 56 px (7 x 7)") == 2
+    fails(
+        "image_size=60 is not a multiple of patch_size=8: choose 56 or 64", source, to, tmp_path / "no", image_size=60
+    )
 
 
 SAVED = {

@@ -17,6 +17,7 @@ from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_c
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights
 from mc2_hpc.training.initial import architecture, initial_source, load_initial_weights, tokenizer
+from tests.conversion.test_find_tokenizer import with_sentinels
 from tests.faults.tiny_run import write_config
 
 
@@ -167,6 +168,23 @@ def test_another_tokenizer_must_be_allowed(config, trained, tmp_path):
             assert tokenizer(run, found, architecture(run, found), ranks).model_file == other
         with pytest.raises(UserError, match="data.tokenizer is not set"):
             run = config("data.tokenizer=")
+            tokenizer(run, None, architecture(run, None), ranks)
+
+
+def test_a_token_table_without_rows_for_sentinels(config, tmp_path):
+    """As the presets ``-mt5-250k`` have for mT5's 250,100 pieces."""
+    texts = ["a lime dune", "a red square"] * 9
+    mt5 = train_tokenizer(texts, tmp_path / "mt5.model", vocab_size=24, style="mt5")
+    full = with_sentinels(mt5, tmp_path / "full.model", 10)
+    sizes = {"vocab_size": mt5.vocab_size, "eos_id": 1}
+    run = config(f"data.tokenizer={full.model_file}", "data.tokenizer_style=mt5", text=sizes)
+    with process_group() as ranks:
+        for _ in range(2):  # the second start, too
+            found = tokenizer(run, None, architecture(run, None), ranks)
+            assert found.model_file == tmp_path / "run" / TOKENIZER_FILE and found.vocab_size == mt5.vocab_size
+            assert torch.equal(found.encode(texts), mt5.encode(texts))
+        run = config(f"data.tokenizer={full.model_file}", "data.tokenizer_style=mt5", text={**sizes, "vocab_size": 12})
+        with pytest.raises(UserError, match=f"{full.vocab_size} token ids, but model.text.vocab_size=12: raise it"):
             tokenizer(run, None, architecture(run, None), ranks)
 
 
