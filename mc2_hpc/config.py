@@ -243,6 +243,30 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Which steps torch.profiler records, into the folder ``profile`` of the output."""
+
+    steps: tuple[int, int] | None = None
+    """First and last step, counted from 1 (``[3, 5]`` are three steps); null profiles nothing."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that are profiled."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
+            raise UserError(f"profile.steps={list(self.steps)}: needs 1 <= first <= last, such as [3, 5]")
+        if not self.ranks or min(self.ranks) < 0:
+            raise UserError(f"profile.ranks={self.ranks}: name at least one rank, counted from 0, such as [0]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where rows of metrics go besides the terminal, ``metrics.jsonl`` and TensorBoard."""
+
+    wandb: bool = False
+    """Also to Weights & Biases, whose own environment variables (``WANDB_PROJECT``, ``WANDB_MODE``, ...) apply."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
@@ -267,6 +291,8 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         if not self.output.strip():
@@ -275,6 +301,8 @@ class RunConfig:
         for name in ("steps", "global_batch", "log_every"):
             _at_least(name, getattr(self, name), 1)
         _at_least("micro_batch", self.micro_batch, 0)
+        if self.profile.steps is not None and self.profile.steps[1] > self.steps:
+            raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:
             raise UserError(
                 f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "

@@ -27,6 +27,7 @@ from mc2_hpc.training.initial import Source, architecture, initial_source, load_
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.profiling import StepProfiler
 from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
 from mc2_hpc.training.resume import check_resume, warn_of_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
@@ -77,6 +78,7 @@ class Trainer:
         self.output = Path(config.output)
         self.stop = stop or StopRequest()
         check_loss(config.loss, ranks.device)
+        self._profiler = StepProfiler(config, ranks)
         folder = self.output / "checkpoints"
         checkpoint = newest_checkpoint(folder, ranks) if config.checkpoint.resume else None
         with initial_source(config, checkpoint, ranks) as source:
@@ -167,11 +169,7 @@ class Trainer:
         if done and self.evaluation is None:
             logger.info("nothing to do: %s already has %d steps", self.output, self.config.steps)
             return
-        log = (
-            MetricsLog(self.output, total_steps=self.config.steps, first_step=self.progress.step)
-            if self.ranks.is_first
-            else None
-        )
+        log = self._open_log() if self.ranks.is_first else None
         self.stop.defer()
         try:
             # May still be due from the last start, if that ended early.
@@ -183,10 +181,18 @@ class Trainer:
                 with naming_the_wait(self.ranks.rank, lambda: f"in step {self.progress.step + 1}"):
                     self._loop(meter, log)
         finally:
+            self._profiler.close()
             self.loader.close()
             self.writer.close()
             if log is not None:
                 log.close()
+
+    def _open_log(self) -> MetricsLog:
+        config = self.config
+        wandb_config = config_to_dict(config) if config.log.wandb else None
+        return MetricsLog(
+            self.output, total_steps=config.steps, first_step=self.progress.step, wandb_config=wandb_config
+        )
 
     def _loop(self, meter: ThroughputMeter, log: MetricsLog | None) -> None:
         config, progress = self.config, self.progress
@@ -194,6 +200,7 @@ class Trainer:
         batches = iter(self.loader)
         meter.start()
         while progress.step < config.steps:
+            self._profiler.begin(progress.step + 1)
             with meter.waiting():
                 batch = next(batches)
             lr = learning_rate(progress.step, total=config.steps, config=config.optim)
@@ -216,6 +223,7 @@ class Trainer:
             with meter.stalled():
                 self._checkpoint(pending, votes)
             with meter.paused():
+                self._profiler.end(progress.step)
                 self._evaluate(log, pending)
 
     def _checkpoint(self, pending: _Pending, votes: Agreed) -> None:
