@@ -4,6 +4,7 @@ Shape suffixes: B batch, L sequence, T tokens of packed captions, W width, H hea
 MLP.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.packed_attention import (
@@ -175,8 +176,16 @@ def _recomputing_input(prepare: nn.Module, linear: nn.Module, x: Tensor) -> Tens
     The product is not computed again: its backward pass needs its input only, so recomputation stops before it
     (``torch.utils.checkpoint.set_checkpoint_early_stop``).
     """
+    # A compiled graph has no such stop: there the products must be named, or some would be computed again.
+    contexts = _keeping_products if torch.compiler.is_compiling() else noop_context_fn
     # No block draws random numbers, so there is no state of a generator to restore.
-    return cast(Tensor, checkpoint(_product, prepare, linear, x, use_reentrant=False, preserve_rng_state=False))
+    y = checkpoint(_product, prepare, linear, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return cast(Tensor, y)
+
+
+_keeping_products = functools.partial(
+    create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+)
 
 
 class Transformer(nn.Module):

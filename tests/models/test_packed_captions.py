@@ -148,6 +148,7 @@ def test_recomputation_changes_no_gradient(recompute: str, bf16: bool) -> None:
 def test_compiled_once_for_all_shapes(recompute: str) -> None:
     """Two graphs, static and then dynamic, serve every block and every batch; none is broken into pieces."""
     compiled, plain = build_clip(ARCH, seed=0), build_clip(ARCH, seed=0)
+    torch._dynamo.reset()  # or it would remember from another case which sizes change
     compiled.set_recompute(recompute)
     counter = CompileCounterWithBackend("aot_eager")
     compiled.compile_blocks(backend=counter)

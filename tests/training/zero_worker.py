@@ -30,11 +30,9 @@ CASES = [
     *((f"zero{stage}", stage, 1, "fp32", "none") for stage in range(4)),
     *((f"zero{stage}_gradcache", stage, 2, "fp32", "none") for stage in range(4)),
     ("zero3_full_recompute", 3, 2, "fp32", "full"),
-    ("zero1_selective_recompute", 1, 1, "fp32", "selective"),
     ("zero3_selective_recompute", 3, 2, "fp32", "selective"),
-    ("zero2_bf16_selective_recompute", 2, 1, "bf16", "selective"),
     (PADDED, 2, 2, "fp32", "none"),
-    ("zero1_bf16", 1, 1, "bf16", "none"),
+    ("zero1_bf16_selective_recompute", 1, 1, "bf16", "selective"),
     ("zero3_bf16", 3, 1, "bf16", "none"),
 ]
 
