@@ -106,9 +106,7 @@ def main(out: Path, names: list[str]) -> None:
             if names and name not in names:
                 continue
             config = run_config(stage, precision)
-            rows[name], weights = train(
-                config, ranks, num_micro=num_micro, recompute=recompute, packed=name != PADDED
-            )
+            rows[name], weights = train(config, ranks, num_micro=num_micro, recompute=recompute, packed=name != PADDED)
             if ranks.is_first:
                 save_file(weights, out / f"{name}.safetensors")
         if ranks.is_first:
