@@ -12,7 +12,7 @@ from mc2_hpc.curation.fetching.client import Busy, Client, Moved, host_of
 from mc2_hpc.curation.fetching.hosts import HostQueue
 from mc2_hpc.curation.fetching.ledger import Ledger
 from mc2_hpc.curation.fetching.options import FetchOptions
-from mc2_hpc.curation.fetching.stored import FORMATS, StoredImage, is_quick, store
+from mc2_hpc.curation.fetching.stored import FORMATS, StoredImage, kept_jpeg, store
 from mc2_hpc.curation.pool.urls import absolute_url
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
@@ -114,9 +114,9 @@ class Fetcher:
 
     async def _store(self, decoders: ThreadPoolExecutor, body: bytes) -> StoredImage:
         longest = self._options.resize
-        if is_quick(body, longest):
-            return store(body, longest)
-        return await asyncio.get_running_loop().run_in_executor(decoders, partial(store, body, longest))
+        return kept_jpeg(body, longest) or await asyncio.get_running_loop().run_in_executor(
+            decoders, partial(store, body, longest)
+        )
 
     def _follow(self, request: _Request, answer: Moved) -> None:
         if request.redirects == self._options.max_redirects:

@@ -36,6 +36,8 @@ _QUALITY = 90
 _PLAIN = ("YCbCr", "RGB", "Gray")
 _ORIENTATION = 0x0112
 _HEADER = 1 << 16
+_TAIL = 1 << 12
+"""Bytes at the end in which a JPEG's end is looked for: cameras and editors append some of their own."""
 _MOST_SCANS = 100
 """Scans of a JPEG that is decoded: encoders write about ten, and each costs time in proportion to the whole image."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -60,23 +62,20 @@ def store(body: bytes, longest: int | None) -> StoredImage:
         Dropped: ``not_an_image``, ``image_unsupported``, ``image_too_large``, ``image_truncated`` or
             ``image_undecodable``.
     """
-    shape = plain_jpeg_shape(body)
-    fits = shape is not None and shape[0] * shape[1] <= MAX_PIXELS
-    if longest is None:
-        kept = StoredImage(body, "jpg", shape[1], shape[0]) if shape is not None and fits else _opened(body)
-        if not looks_whole(body, kept.extension):
-            _check_pixels(body)
+    kept = kept_jpeg(body, longest)
+    if kept is not None:
         return kept
-    if shape is not None and fits and not _is_turned(body):
-        if max(shape) <= longest:
-            if not looks_whole(body, "jpg"):
-                _check_pixels(body)
-            return StoredImage(body, "jpg", shape[1], shape[0])
+    opened = _opened(body)
+    _check_scans(body)
+    if longest is None:
+        if not looks_whole(body, opened.extension):
+            load_rgb(open_image(body))  # finds out, and raises
+        return opened
+    shape = plain_jpeg_shape(body)
+    if shape is not None and shape[0] * shape[1] <= MAX_PIXELS and not _is_turned(body):
         small = _small_jpeg(body, shape, longest)
         if small is not None:
             return small
-    _opened(body)
-    _check_scans(body)
     image = open_image(body)
     image.draft(None, _reduced(image.width, image.height, longest))  # affects only JPEG
     image = load_rgb(image, upright=True)
@@ -85,12 +84,15 @@ def store(body: bytes, longest: int | None) -> StoredImage:
     return _encoded(image)
 
 
-def is_quick(body: bytes, longest: int | None) -> bool:
-    """Whether :func:`store` takes microseconds, because it reads only headers."""
+def kept_jpeg(body: bytes, longest: int | None) -> StoredImage | None:
+    """The image if it is a JPEG that is surely kept byte for byte, which takes microseconds; None if :func:`store` has
+    to look closer."""
     shape = plain_jpeg_shape(body)
-    if shape is None or not looks_whole(body, "jpg"):
-        return False
-    return longest is None or (max(shape) <= longest and not _is_turned(body))
+    if shape is None or shape[0] * shape[1] > MAX_PIXELS or not looks_whole(body, "jpg"):
+        return None
+    if longest is not None and (max(shape) > longest or _is_turned(body)):
+        return None
+    return StoredImage(body, "jpg", shape[1], shape[0])
 
 
 def plain_jpeg_shape(body: bytes) -> tuple[int, int] | None:
@@ -105,9 +107,10 @@ def plain_jpeg_shape(body: bytes) -> tuple[int, int] | None:
 
 
 def looks_whole(body: bytes, extension: str) -> bool:
-    """Whether an image has its end; False may also mean that bytes follow the end, so that only decoding can tell."""
+    """Whether an image has its end; False may also mean that other bytes follow the end, so that only decoding can
+    tell."""
     if extension == "jpg":
-        return body.rfind(b"\xff\xd9") > body.rfind(b"\xff\xda")  # end of image, after the last scan's start
+        return b"\xff\xd9" in body[-_TAIL:]
     if extension == "png":
         return body[-8:-4] == b"IEND"
     if extension == "webp":
@@ -148,12 +151,6 @@ def _unknown(body: bytes) -> Dropped | None:
     return Dropped(Drop.NOT_AN_IMAGE)
 
 
-def _check_pixels(body: bytes) -> None:
-    """Decode an image whose end was not found; damage raises."""
-    _check_scans(body)
-    load_rgb(open_image(body))
-
-
 def _check_scans(body: bytes) -> None:
     if body[:2] == b"\xff\xd8" and body.count(b"\xff\xda") > _MOST_SCANS:
         raise Dropped(Drop.IMAGE_UNDECODABLE, f"more than {_MOST_SCANS} scans")
@@ -173,7 +170,6 @@ def _small_jpeg(body: bytes, shape: tuple[int, int], longest: int) -> StoredImag
     """A JPEG reduced to ``longest``, decoded at the smallest of the DCT's sizes that is not smaller; None if
     simplejpeg finds damage."""
     width, height = _reduced(shape[1], shape[0], longest)
-    _check_scans(body)
     try:
         rgb = simplejpeg.decode_jpeg(body, min_height=height, min_width=width)
     except ValueError:
