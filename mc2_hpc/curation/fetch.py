@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.caption_tables import KEY, SOURCE, column_types
 from mc2_hpc.curation.fetching.options import FetchOptions
-from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.pool.captions import FETCH_SETTINGS, OUTCOMES, PoolShard, iter_captions, list_pool
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.reading.json_file import Count, File, read_json
@@ -23,9 +23,7 @@ from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import atomic_path, remove_folder, write_json
 from mc2_hpc.tar import write_tar
 
-SETTINGS = "fetch.json"
-OUTCOMES = "fetched/{shard}.parquet"
-"""What became of each key."""
+_OUTCOMES = f"{OUTCOMES}/{{shard}}.parquet"
 
 
 class FetchStats(File):
@@ -66,8 +64,8 @@ def plan_fetch(pool: Names, out: str | Path, options: FetchOptions | None = None
         raise UserError("fetching images needs aiohttp: pip install 'mc2_hpc[fetch]'")
     options = options or FetchOptions()
     shards = {shard.name: _addresses_only(shard) for shard in list_pool(pool)}
-    open_folder(out, SETTINGS, options.settings(), list(shards))
-    stage = Stage("fetch", out, shards, FetchShard(out, options), (OUTCOMES, STATS))
+    open_folder(out, FETCH_SETTINGS, options.settings(), list(shards))
+    stage = Stage("fetch", out, shards, FetchShard(out, options), (_OUTCOMES, STATS))
     return Plan((stage,), result=lambda: _finish(out, list(shards)))
 
 
@@ -117,7 +115,7 @@ class FetchShard:
                 with atomic_path(self.out / f"{name}.tar") as temporary:
                     write_tar(temporary, ledger.images())
                 texts = _write_captions(self.out / f"{name}.parquet", captions, kept["key"])
-            with atomic_path(self.out / OUTCOMES.replace("{shard}", name)) as temporary:
+            with atomic_path(self.out / OUTCOMES / f"{name}.parquet") as temporary:
                 pq.write_table(outcomes, temporary, compression="zstd")
             drops.update(_counted(outcomes["reason"]))
             stats = {

@@ -65,23 +65,22 @@ def store(body: bytes, longest: int | None) -> StoredImage:
     kept = kept_jpeg(body, longest)
     if kept is not None:
         return kept
-    opened = _opened(body)
     _check_scans(body)
     if longest is None:
+        opened = _opened(body)
         if not looks_whole(body, opened.extension):
             load_rgb(open_image(body))  # finds out, and raises
         return opened
     shape = plain_jpeg_shape(body)
-    if shape is not None and shape[0] * shape[1] <= MAX_PIXELS and not _is_turned(body):
+    if shape is not None and max(shape) > longest and shape[0] * shape[1] <= MAX_PIXELS and not _is_turned(body):
         small = _small_jpeg(body, shape, longest)
         if small is not None:
             return small
+    _opened(body)
     image = open_image(body)
     image.draft(None, _reduced(image.width, image.height, longest))  # affects only JPEG
     image = load_rgb(image, upright=True)
-    if max(image.size) > longest:
-        image = image.resize(_reduced(*image.size, longest), Image.Resampling.BICUBIC)
-    return _encoded(image)
+    return _encoded(_shrunk(image, *_reduced(*image.size, longest)))
 
 
 def kept_jpeg(body: bytes, longest: int | None) -> StoredImage | None:
@@ -167,15 +166,23 @@ def _is_turned(body: bytes) -> bool:
 
 
 def _small_jpeg(body: bytes, shape: tuple[int, int], longest: int) -> StoredImage | None:
-    """A JPEG reduced to ``longest``, decoded at the smallest of the DCT's sizes that is not smaller; None if
-    simplejpeg finds damage."""
+    """A JPEG reduced to ``longest``, decoded at a half, a quarter or an eighth if that is large enough; None if
+    simplejpeg finds damage.
+
+    libjpeg-turbo has fast code for these sizes alone, so others of its eighths cost more than they save.
+    """
     width, height = _reduced(shape[1], shape[0], longest)
+    factor = next(k for k in (8, 4, 2, 1) if shape[1] // k >= width and shape[0] // k >= height)
     try:
-        rgb = simplejpeg.decode_jpeg(body, min_height=height, min_width=width)
+        rgb = simplejpeg.decode_jpeg(body, min_height=-(-shape[0] // factor), min_width=-(-shape[1] // factor))
     except ValueError:
         return None
-    image = Image.fromarray(rgb)
-    return _encoded(image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC))
+    return _encoded(_shrunk(Image.fromarray(rgb), width, height))
+
+
+def _shrunk(image: Image.Image, width: int, height: int) -> Image.Image:
+    """An antialiased reduction; Hamming is about as sharp as bicubic at less than two thirds of the cost."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.HAMMING)
 
 
 def _reduced(width: int, height: int, longest: int) -> tuple[int, int]:
