@@ -76,11 +76,14 @@ def store(body: bytes, longest: int | None) -> StoredImage:
         small = _small_jpeg(body, shape, longest)
         if small is not None:
             return small
-    _opened(body)
+    opened = _opened(body)
+    width, height = _reduced(opened.width, opened.height, longest)
     image = open_image(body)
-    image.draft(None, _reduced(image.width, image.height, longest))  # affects only JPEG
-    image = load_rgb(image, upright=True)
-    return _encoded(_shrunk(image, *_reduced(*image.size, longest)))
+    image.draft(None, (width, height))  # affects only JPEG
+    upright = load_rgb(image, upright=True)
+    if upright.size != image.size:  # turned by a quarter
+        width, height = height, width
+    return _encoded(_shrunk(upright, width, height))
 
 
 def kept_jpeg(body: bytes, longest: int | None) -> StoredImage | None:
