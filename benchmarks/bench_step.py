@@ -211,7 +211,8 @@ def _prepare(name: str, config: RunConfig, arch: ClipArchitecture, ranks: Ranks)
     tokens = torch.randint(5, arch.text.vocab_size, (config.global_batch, length), generator=generator)
     tokens[:, -1] = arch.text.eos_id
     step = _open_clip_step(config, arch, device) if name.startswith(PEER) else _our_step(config, arch, ranks)
-    return step, images.to(device), tokens.to(device)
+    # Token ids stay on the host, as a loader delivers them.
+    return step, images.to(device), tokens.pin_memory() if device.type == "cuda" else tokens
 
 
 def _our_step(config: RunConfig, arch: ClipArchitecture, ranks: Ranks) -> Step:
@@ -254,7 +255,8 @@ def _open_clip_step(config: RunConfig, arch: ClipArchitecture, device: torch.dev
     def step(images: Tensor, tokens: Tensor) -> None:
         optimizer.zero_grad()
         with precision.autocast(device):
-            loss(**forward(normalise(images, precision.dtype), tokens)).backward()
+            on_device = tokens.to(device, non_blocking=True)
+            loss(**forward(normalise(images, precision.dtype), on_device)).backward()
         optimizer.step()
 
     return step

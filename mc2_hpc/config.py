@@ -79,9 +79,16 @@ class ModelConfig:
     """Recompute every block of both towers in the backward pass instead of keeping its activations."""
     compile: bool = False
     """torch.compile the blocks of both towers."""
+    embedding: str = "sharded"
+    """The token table: ``sharded`` deals its rows to the ranks, which exchange only those that a batch uses; ``dense``
+    leaves it to DeepSpeed with the other parameters. Both train the same model, and checkpoints are the same."""
+    text_packing: bool = True
+    """Compute only the captions' own tokens, not the padding to the longest caption of a batch; the features are equal
+    up to rounding."""
 
     def __post_init__(self) -> None:
         _choose("model.attention", self.attention, ("auto", "sdpa", "xformers"))
+        _choose("model.embedding", self.embedding, ("sharded", "dense"))
 
 
 @dataclass(frozen=True, kw_only=True)

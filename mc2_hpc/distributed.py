@@ -27,6 +27,8 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    """Longest wait of a collective for a missing rank, for process groups that are created later."""
 
     @property
     def is_first(self) -> bool:
@@ -93,7 +95,7 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
         timeout=timedelta(seconds=timeout_s),
     )
     try:
-        yield Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+        yield Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device, timeout_s=timeout_s)
     finally:
         dist.destroy_process_group()
         # Processes started later are not ranks of this group.

@@ -1,15 +1,27 @@
 """The config tree: round trips, errors, and the shipped files."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict, load_config
+from mc2_hpc.conversion.open_clip import config as open_clip_config
 from mc2_hpc.errors import UserError
-from mc2_hpc.models.presets import resolve
+from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.presets import PRESETS, num_parameters, resolve
+from mc2_hpc.models.weights import ModelCard
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs" / "train").rglob("*.yaml"))
+OPEN_CLIPS = {
+    "vit_h14_worldwide": "ViT-H-14-worldwide-quickgelu",
+    "vit_h14_worldwide_378": "ViT-H-14-worldwide-378",
+    "vit_bigg14_worldwide": "ViT-bigG-14-worldwide",
+    "vit_bigg14_worldwide_378": "ViT-bigG-14-worldwide-378",
+}
+"""Shipped files whose architecture open_clip has, by its name there."""
 
 
 @pytest.fixture
@@ -44,6 +56,7 @@ def test_read_only(file):
         ("steps=0", ["steps=0", "at least 1"]),
         ("optim.beta1=1", ["optim.beta1=1", "[0, 1)"]),
         ("precision=fp8", ["precision='fp8'", "fp32, bf16"]),
+        ("model.embedding=row", ["model.embedding='row'", "sharded, dense"]),
         ("steps", ["key.sub=value"]),
         ("model.vision=3", ["model.vision"]),
     ],
@@ -64,6 +77,47 @@ def test_shipped_files_are_complete(path):
     header = "".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
     for word in ("arXiv", "Hardware:", "Command"):
         assert word in header
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_models_have_open_clips_sizes(path, open_clip):
+    """Built on the meta device, and by open_clip from its own config or, where it has none, from the exported one."""
+    arch = resolve(load_config(path).model)
+    card = ModelCard(arch=arch, tokenizer_style="xlmv")
+    known = OPEN_CLIPS.get(path.stem)
+    theirs = open_clip.get_model_config(known) if known else open_clip_config(card)["model_cfg"]
+    with torch.device("meta"):
+        models = [CLIP(arch), open_clip.model.CLIP(**{k: v for k, v in theirs.items() if k != "custom_text"})]
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
+    assert counts == [num_parameters(arch)] * 2
+
+
+def test_every_size_and_resolution_has_a_file():
+    archs = [resolve(load_config(path).model) for path in SHIPPED]
+    sizes = {(arch.vision.patch_size, arch.vision.width, arch.vision.image_size) for arch in archs}
+    assert sizes == {(a.vision.patch_size, a.vision.width, a.vision.image_size) for a in PRESETS.values()}
+    assert {arch.text.vocab_size for arch in archs} == {901_629, 250_000}
+
+
+def test_high_resolution_stages_start_from_a_shipped_run():
+    """Only the image size, and what is said to be ours, differs from the run at 224 px."""
+    runs = {config.output: config for config in map(load_config, SHIPPED)}
+    stages = [config for config in runs.values() if config.model.init_from is not None]
+    assert len(stages) == 8
+    for stage in stages:
+        first = runs[stage.model.init_from]
+        old, new = resolve(first.model), resolve(stage.model)
+        small = dataclasses.replace(new.vision, image_size=old.vision.image_size)
+        assert dataclasses.replace(new, vision=small, eval_resize=old.eval_resize) == old
+        assert stage.optim == dataclasses.replace(first.optim, lr=stage.optim.lr, warmup=500)
+        assert stage.optim.lr == pytest.approx(first.optim.lr / 10) and stage.global_batch == first.global_batch
+        assert stage.steps * stage.global_batch == pytest.approx(1e9, rel=0.01)
+
+
+def test_b32_is_metaclips():
+    """Its betas and weight decay are those of MetaCLIP, not of the released H/14."""
+    optim = load_config(next(path for path in SHIPPED if path.stem == "vit_b32_worldwide")).optim
+    assert (optim.lr, optim.beta1, optim.beta2, optim.eps, optim.weight_decay) == (5e-4, 0.9, 0.98, 1e-6, 0.2)
 
 
 def test_h14_is_the_recipe():

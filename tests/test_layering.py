@@ -30,7 +30,7 @@ LAYERS = [
     {"mc2_hpc.curation", "mc2_hpc.kernels"},
     {"mc2_hpc.models"},
     {"mc2_hpc.data"},
-    {"mc2_hpc.conversion"},
+    {"mc2_hpc.conversion", "mc2_hpc.vocabulary"},
     {"mc2_hpc.evaluation"},
     {"mc2_hpc.training"},
     {"mc2_hpc.ablation", "mc2_hpc.quickstart", "mc2_hpc.doctor"},

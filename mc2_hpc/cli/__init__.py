@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mc2_hpc import __version__
-from mc2_hpc.cli import ablate, bench, convert, curate, doctor, eval, metadata, quickstart, search, train
+from mc2_hpc.cli import ablate, bench, convert, curate, doctor, eval, metadata, quickstart, search, tokenizer, train
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import shown
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": quickstart,
     "metadata": metadata,
     "curate": curate,
+    "tokenizer": tokenizer,
     "train": train,
     "eval": eval,
     "ablate": ablate,

@@ -1,5 +1,6 @@
 """``mc2 convert``: convert a model between three formats, completely or not at all."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -8,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mc2_hpc.conversion import huggingface, open_clip
+from mc2_hpc.conversion.model_folder import read_model, write_model
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.formats import Format, detect_format
+from mc2_hpc.models.positions import IMAGE_POSITIONS, describe_resizing, image_positions, num_image_positions
 from mc2_hpc.models.weights import resolve_checkpoint
 from mc2_hpc.storage import fsync_folder, remove_folder
 
@@ -26,7 +29,7 @@ IMPORTERS: dict[str, Callable[[Path, Path], None]] = {
 FORMATS = (*EXPORTERS, Format.OURS)
 
 
-def convert(source: str | Path, to: str, out: str | Path) -> Path:
+def convert(source: str | Path, to: str, out: str | Path, *, image_size: int | None = None) -> Path:
     """Convert the model at ``source`` to the format ``to``, write it to the folder ``out`` and return ``out``.
 
     The conversion is atomic: everything is written to a hidden folder beside ``out``, which is then renamed.
@@ -35,22 +38,25 @@ def convert(source: str | Path, to: str, out: str | Path) -> Path:
         source: a checkpoint or run folder of ours, an open_clip folder, or a transformers MetaClip2 folder.
         to: ``open_clip``, ``hf`` or ``mc2`` (ours).
         out: a folder that does not exist or is empty.
+        image_size: side in pixels of the images that the new model takes: its table of positions is interpolated
+            (:mod:`mc2_hpc.models.positions`); None keeps the source's.
 
     Raises:
-        UserError: unknown format or source, ``out`` is not empty, or the model does not fit (see the converters).
+        UserError: unknown format or source, ``out`` is not empty, the patch size does not divide ``image_size``, or the
+            model does not fit (see the converters).
     """
     source, out = Path(source), Path(out)
     if to not in FORMATS:
         raise UserError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
     kind = detect_format(source)
-    if kind == to:
-        raise UserError(f"{source}: is already in the format {to}; choose another --to")
+    if kind == to and image_size is None:
+        raise UserError(f"{source}: is already in the format {to}; choose another --to or an --image-size")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; choose another --out or remove it")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.absolute().name}.", dir=out.absolute().parent))
     try:
-        _write(source, kind, to, partial)
+        _write(source, kind, to, partial, image_size)
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)  # mkdtemp creates 0700
@@ -65,14 +71,31 @@ def convert(source: str | Path, to: str, out: str | Path) -> Path:
     return out
 
 
-def _write(source: Path, kind: str, to: str, out: Path) -> None:
-    if kind == Format.OURS:
-        EXPORTERS[to](resolve_checkpoint(source), out)
-    elif to == Format.OURS:
-        IMPORTERS[kind](source, out)
-    else:
-        ours = out / "ours"
+def _write(source: Path, kind: str, to: str, out: Path, image_size: int | None) -> None:
+    scratch = out / "scratch"
+    scratch.mkdir()
+    ours = resolve_checkpoint(source) if kind == Format.OURS else scratch / "imported"
+    if kind != Format.OURS:
         ours.mkdir()
         IMPORTERS[kind](source, ours)
+    if image_size is not None:
+        ours = _resize(ours, image_size, scratch / "resized")
+    if to == Format.OURS:
+        for path in ours.iterdir():
+            path.rename(out / path.name)
+    else:
         EXPORTERS[to](ours, out)
-        shutil.rmtree(ours)
+    shutil.rmtree(scratch)
+
+
+def _resize(source: Path, image_size: int, out: Path) -> Path:
+    card, files, tokenizer = read_model(source)
+    vision = dataclasses.replace(card.arch.vision, image_size=image_size)
+    arch = dataclasses.replace(card.arch, vision=vision)
+    rows = num_image_positions(arch)
+    weights = ((name, files.get_fp32(name)) for name in files.names())
+    resized = ((name, image_positions(w, rows) if name == IMAGE_POSITIONS else w) for name, w in weights)
+    out.mkdir()
+    write_model(out, dataclasses.replace(card, arch=arch), resized, tokenizer)
+    logger.info("%s", "; ".join([f"resized {source}", *describe_resizing(card.arch, arch)]))
+    return out

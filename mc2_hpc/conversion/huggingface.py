@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.conversion.find_tokenizer import find_tokenizer
 from mc2_hpc.conversion.keys import from_peer, huggingface_entries, peer_shapes, to_peer
-from mc2_hpc.conversion.model_folder import check_sizes, read_model, refuse_pickles, write_model
-from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
+from mc2_hpc.conversion.model_folder import check_sizes, read_model, saved_weights, write_model
+from mc2_hpc.conversion.tokenizer_files import write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.data.tokenizer import STYLES
 from mc2_hpc.errors import UserError
@@ -68,7 +69,7 @@ def import_model(source: Path, out: Path) -> None:
     """Write the model of a transformers folder into ``out``, an existing empty folder, in our format.
 
     Raises:
-        UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
+        UserError: damaged weights, a model of another kind, or no tokenizer of a kind that can be read.
     """
     path = source / TRANSFORMERS_CONFIG
     arch = architecture(read_json(path, dict[str, Any]), _preprocessor(source), str(path))
@@ -77,7 +78,7 @@ def import_model(source: Path, out: Path) -> None:
     # Older versions of transformers stored these buffers with the weights.
     names = [name for name in files.names() if not name.endswith(".position_ids")]
     check_names(str(source), names, peer_shapes(entries, arch), files)
-    tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size)
+    tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size, out)
     tensors = from_peer(entries, files.get_fp32)
     write_model(out, ModelCard(arch=arch, tokenizer_style=style), tensors, tokenizer_file)
 
@@ -252,5 +253,6 @@ def _weights(folder: Path) -> UnwrappedTensorFiles:
         return UnwrappedTensorFiles(folder, "model-*")
     if (folder / "model.safetensors").is_file():
         return UnwrappedTensorFiles(folder, "model")
-    refuse_pickles(folder)
-    raise UserError(f"{folder}: no weights there (looked for model.safetensors and model.safetensors.index.json)")
+    if saved := saved_weights(folder, ("pytorch_model.bin", "pytorch_model-*-of-*.bin")):
+        return UnwrappedTensorFiles(folder, saved)
+    raise UserError(f"{folder}: no weights there (looked for model.safetensors, model.safetensors.index.json, .bin)")

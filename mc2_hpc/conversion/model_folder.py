@@ -1,7 +1,7 @@
 """Reading and writing our model folders for conversion, with one tensor in memory at a time."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from mc2_hpc.conversion.keys import our_shapes
 from mc2_hpc.data.card_tokenizer import tokenizer_file
 from mc2_hpc.errors import UserError
-from mc2_hpc.models.formats import is_pickle, refused_pickle
 from mc2_hpc.models.weights import (
     TOKENIZER_FILE,
     ModelCard,
@@ -24,6 +23,7 @@ from mc2_hpc.models.weights import (
 
 _FILE_BYTES = 1 << 30
 _MOST_SIZE = 10**9
+_SAVED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
@@ -50,7 +50,8 @@ def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]
         pending[name] = tensor
         pending_bytes += tensor.nbytes
     write_tensors(out / f"model.{number:05d}.safetensors", pending)
-    shutil.copyfile(tokenizer, out / TOKENIZER_FILE)
+    if tokenizer != out / TOKENIZER_FILE:
+        shutil.copyfile(tokenizer, out / TOKENIZER_FILE)
     write_card(out, card)
 
 
@@ -72,12 +73,17 @@ def _brief(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Explain how to fix a folder that has its weights only as pickles.
+def saved_weights(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files of a folder in which ``torch.save`` wrote its weights: those called ``names`` (patterns), or else the
+    only one there; empty if there are none.
 
     Raises:
-        UserError: there is a pickled file.
+        UserError: several files, and none of them is called so.
     """
-    pickles = sorted(path for path in folder.iterdir() if is_pickle(path))
-    if pickles:
-        raise refused_pickle(pickles[0])
+    for name in names:
+        if found := sorted(folder.glob(name)):
+            return found
+    found = sorted(path for path in folder.iterdir() if path.suffix in _SAVED)
+    if len(found) > 1:
+        raise UserError(f"{folder}: {found[0].name} or {found[1].name}? Keep only the file that has the weights")
+    return found

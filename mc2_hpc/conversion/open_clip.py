@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from mc2_hpc.conversion.find_tokenizer import find_tokenizer
 from mc2_hpc.conversion.keys import from_peer, open_clip_entries, peer_shapes, to_peer
-from mc2_hpc.conversion.model_folder import check_sizes, read_model, refuse_pickles, write_model
-from mc2_hpc.conversion.tokenizer_files import find_tokenizer, write_tokenizer
+from mc2_hpc.conversion.model_folder import check_sizes, read_model, saved_weights, write_model
+from mc2_hpc.conversion.tokenizer_files import write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.formats import OPEN_CLIP_CONFIG
@@ -67,14 +68,14 @@ def import_model(source: Path, out: Path) -> None:
     """Write the model of an open_clip folder into ``out``, an existing empty folder, in our format.
 
     Raises:
-        UserError: pickled or damaged weights, a model of another kind, or no sentencepiece file.
+        UserError: damaged weights, a model of another kind, or no tokenizer of a kind that can be read.
     """
     path = source / OPEN_CLIP_CONFIG
     arch, text_prefix = architecture(read_json(path, ANYTHING), str(path))
     files = _weights(source)
     entries = open_clip_entries(arch, text_prefix)
     check_names(str(source), files.names(), peer_shapes(entries, arch), files)
-    tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size)
+    tokenizer_file, style = find_tokenizer(source, arch.text.eos_id, arch.text.vocab_size, out)
     tensors = from_peer(entries, files.get_fp32)
     write_model(out, ModelCard(arch=arch, tokenizer_style=style), tensors, tokenizer_file)
 
@@ -181,5 +182,7 @@ def _weights(folder: Path) -> UnwrappedTensorFiles:
     for prefix in _WEIGHTS:
         if (folder / f"{prefix}.safetensors").is_file():
             return UnwrappedTensorFiles(folder, prefix)
-    refuse_pickles(folder)
-    raise UserError(f"{folder}: no weights there (looked for {', '.join(f'{p}.safetensors' for p in _WEIGHTS)})")
+    if saved := saved_weights(folder, ("open_clip_pytorch_model.bin",)):
+        return UnwrappedTensorFiles(folder, saved)
+    looked_for = [f"{prefix}.safetensors" for prefix in _WEIGHTS]
+    raise UserError(f"{folder}: no weights there (looked for {', '.join(looked_for)}, .bin and .pt)")

@@ -1,4 +1,4 @@
-"""Converting a sentencepiece model to the tokenizer files that transformers (and through it open_clip) loads, and back.
+"""Converting a sentencepiece model to the tokenizer files that transformers (and through it open_clip) loads.
 
 ``tokenizer.json`` describes the same segmentation to Hugging Face's tokenizers library, including the style's cleaning,
 so that ``AutoTokenizer`` gives our ids for raw captions. The sentencepiece file is stored beside it for the way back.
@@ -24,7 +24,7 @@ MODEL_NAMES = {"xlmv": "sentencepiece.bpe.model", "mt5": "spiece.model", "gemma"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # piece types of sentencepiece_model.proto
 _UNIGRAM, _BPE = 1, 2  # model types
 _NEVER = -1000.0  # log-probability of a special piece: any other segmentation of its characters costs less
-_UNKNOWN_CHARACTER = "\ue000"  # private use: in no vocabulary
+UNKNOWN_CHARACTER = "\ue000"  # private use: in no vocabulary
 
 
 def write_tokenizer(model_file: Path, style: str, context_length: int, out: Path) -> None:
@@ -39,34 +39,6 @@ def write_tokenizer(model_file: Path, style: str, context_length: int, out: Path
     shutil.copyfile(model_file, out / MODEL_NAMES[style])
     write_json(out / "tokenizer.json", tokenizer_json(proto, style, str(model_file)))
     write_json(out / "tokenizer_config.json", tokenizer_config(proto, style, context_length))
-
-
-def find_tokenizer(folder: Path, eos_id: int, vocab_size: int) -> tuple[Path, str]:
-    """The sentencepiece file of an open_clip or transformers folder, and its style.
-
-    Raises:
-        UserError: there is none, or it does not fit a model with that EOS id and that many embedding rows.
-    """
-    found = [folder / name for name in MODEL_NAMES.values() if (folder / name).is_file()]
-    if not found:
-        raise UserError(
-            f"{folder}: no sentencepiece model there ({', '.join(MODEL_NAMES.values())}); "
-            f"copy the one that the model was trained with into the folder"
-        )
-    reasons = []
-    for style in STYLES:
-        try:
-            tokenizer = Tokenizer(found[0], style)
-        except UserError as error:
-            reasons.append(str(error))
-            continue
-        if tokenizer.eos_id != eos_id or tokenizer.vocab_size > vocab_size:
-            raise UserError(
-                f"{found[0]}: EOS id {tokenizer.eos_id} and {tokenizer.vocab_size} ids do not fit the model "
-                f"(EOS id {eos_id}, {vocab_size} embedding rows); put the model's own tokenizer there"
-            )
-        return found[0], style
-    raise UserError(reasons[0])
 
 
 def tokenizer_config(proto: Any, style: str, context_length: int) -> dict[str, Any]:
@@ -192,14 +164,14 @@ def _merges(proto: Any) -> list[list[str]]:
 
 def _normalizers(proto: Any, style: str, specials: list[str]) -> list[dict[str, Any]]:
     spec = proto.normalizer_spec
-    steps = list(_CLEANING[style])
+    steps = list(CLEANING[style])
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode("ascii")
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
         steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
         steps.append(_replace({"Regex": " {2,}"}, " "))
-    return steps + [_replace({"String": c}, _UNKNOWN_CHARACTER) for c in _forging_characters(proto, specials)]
+    return steps + [_replace({"String": c}, UNKNOWN_CHARACTER) for c in _forging_characters(proto, specials)]
 
 
 def _forging_characters(proto: Any, specials: list[str]) -> list[str]:
@@ -245,7 +217,7 @@ _LOWER_CASE = [_replace({"Regex": _FINAL_SIGMA}, "ς"), {"type": "Lowercase"}]
 _PUNCTUATION = "[" + "".join(f"\\x{ord(c):02x}" for c in string.punctuation) + "]"
 
 # What data.tokenizer does to a caption before sentencepiece sees it.
-_CLEANING: dict[str, list[dict[str, Any]]] = {
+CLEANING: dict[str, list[dict[str, Any]]] = {
     "xlmv": [],
     "mt5": [*_LOWER_CASE, _replace({"Regex": _PUNCTUATION}, ""), _replace({"Regex": r"\s+"}, " ")],
     "gemma": _LOWER_CASE,

@@ -20,6 +20,8 @@ class Samples:
 
     tokens: torch.Tensor
     """int64 ``(b, width)``, see :meth:`mc2_hpc.data.tokenizer.Tokenizer.encode`."""
+    lengths: Sequence[int]
+    """Tokens of each row up to and including its EOS: known on the host, so that no step has to ask the device."""
     keys: Sequence[str]
     langs: Sequence[str]
     """Empty if the data does not say."""
@@ -29,7 +31,8 @@ class Samples:
     """Samples and shards skipped before them, by reason (``mc2_hpc.data.skips``)."""
 
     def __post_init__(self) -> None:
-        assert len(self.tokens) == len(self.keys) == len(self.langs), "one row of tokens, key and language per sample"
+        numbers = {len(self.tokens), len(self.lengths), len(self.keys), len(self.langs)}
+        assert len(numbers) == 1, "one row of tokens, length, key and language per sample"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Sampl
         skipped.update(part.skipped)
     return Samples(
         tokens=tokens,
+        lengths=[length for part in parts for length in part.lengths],
         keys=[key for part in parts for key in part.keys],
         langs=[lang for part in parts for lang in part.langs],
         position=position,
@@ -93,6 +97,7 @@ def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] 
     return Batch(
         images=images,
         tokens=samples.tokens,
+        lengths=samples.lengths,
         keys=samples.keys,
         langs=samples.langs,
         position=samples.position,

@@ -20,6 +20,7 @@ from mc2_hpc.data.stream import Example, Lane, Position, ShardPool
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.packed_captions import caption_lengths
 
 # Failing storage should be reported by its error before the watchdog reports only silence.
 _PATIENCE_SHARE = 0.8
@@ -116,12 +117,14 @@ class ShareSource(IterableDataset[Share | Failure]):
                     pixels[num_decoded] = example.image
                     num_decoded += 1
                 examples.append(example)
+        tokens = self._tokenizer.encode([example.pair.text for example in examples])
         skipped = dict(pool.skipped)
         pool.skipped.clear()
         return Share(
             pixels=pixels[:num_decoded] if pixels is not None else torch.empty((0, 3, size, size), dtype=torch.uint8),
             jpegs=Jpegs.pack(encoded) if encoded else None,
-            tokens=self._tokenizer.encode([example.pair.text for example in examples]),
+            tokens=tokens,
+            lengths=caption_lengths(tokens, self._tokenizer.eos_id),
             keys=[example.pair.key for example in examples],
             langs=[example.pair.lang for example in examples],
             position={number: lane.position for number, lane in lanes.items()},

@@ -125,6 +125,8 @@ class Tokenizer:
         vocab_size: number of ids, and so of rows in the model's token table: the file's pieces, and for ``xlmv`` two
             more (the fairseq shift and ``<mask>``). XLM-V's 901,627 pieces make 901,629.
         eos_id, pad_id: ids of the end of a caption and of the padding after it.
+        unk_id: id of characters that the vocabulary lacks, if it has no bytes for them.
+        room: most tokens of a caption besides the special ones.
 
     Raises:
         UserError: the file is missing, is not a sentencepiece model, has another style's layout, or could turn the
@@ -143,8 +145,9 @@ class Tokenizer:
         self.vocab_size = self._model.get_piece_size() + self._style.added
         self.eos_id = self._style.eos
         self.pad_id = self._style.pad
-        self._room = context_length - len(self._style.prefix) - 1
-        if self._room < 1:
+        self.unk_id = self._style.unk
+        self.room = context_length - len(self._style.prefix) - 1
+        if self.room < 1:
             raise UserError(f"context_length={context_length}: needs room for a token besides the special ones")
 
     def encode(self, texts: Sequence[str], *, pad_to_context: bool = False) -> torch.Tensor:
@@ -154,23 +157,35 @@ class Tokenizer:
         it is ``context_length``.
         """
         style = self._style
-        cleaned = list(texts) if style.clean is None else [style.clean(text) for text in texts]
-        # One thread: loader workers provide the parallelism, and sentencepiece would use every core in each of them.
-        rows = self._model.encode(cleaned, out_type=int, num_threads=1)
+        rows = self.content(texts, most=self.room)
         start = len(style.prefix)
-        longest = max((min(len(row), self._room) for row in rows), default=0) + start + 1
+        longest = max(map(len, rows), default=0) + start + 1
         width = min(self.context_length, math.ceil(longest / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE)
         ids = np.full((len(rows), self.context_length if pad_to_context else width), style.pad, dtype=np.int64)
         ids[:, :start] = style.prefix
-        file_unk = style.model_ids["unk"]
-        for out, row in zip(ids, rows, strict=True):
-            content = row[: self._room]
-            if style.shift:
-                content = [piece + style.shift if piece != file_unk else style.unk for piece in content]
+        for out, content in zip(ids, rows, strict=True):
             end = start + len(content)
             out[start:end] = content
             out[end] = style.eos
         return torch.from_numpy(ids)
+
+    def content(self, texts: Sequence[str], *, most: int | None = None) -> list[list[int]]:
+        """Token ids of each text without special tokens, at most ``most`` of them."""
+        style = self._style
+        cleaned = list(texts) if style.clean is None else [style.clean(text) for text in texts]
+        # One thread: loader workers provide the parallelism, and sentencepiece would use every core in each of them.
+        rows = [row[:most] for row in self._model.encode(cleaned, out_type=int, num_threads=1)]
+        if not style.shift:
+            return rows
+        file_unk = style.model_ids["unk"]
+        return [[piece + style.shift if piece != file_unk else style.unk for piece in row] for row in rows]
+
+    @property
+    def byte_ids(self) -> list[int]:
+        """Ids of single bytes, which stand for characters that the vocabulary lacks; none without byte fallback."""
+        return [
+            piece + self._style.shift for piece in range(self._model.get_piece_size()) if self._model.is_byte(piece)
+        ]
 
     def __getstate__(self) -> tuple[Path, str, int]:
         return self.model_file, self.style, self.context_length
@@ -204,15 +219,18 @@ def _check_layout(model: sentencepiece.SentencePieceProcessor, path: Path, style
         raise UserError(f"{path}: special ids are {shown}, which does not match style {style}{hint}")
 
 
-def train_tokenizer(texts: Iterable[str], out_file: str | Path, *, vocab_size: int, style: str) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], out_file: str | Path, *, vocab_size: int, style: str, character_coverage: float = 1.0
+) -> Tokenizer:
     """Train a sentencepiece model on ``texts`` and write it to ``out_file``; the same texts give the same bytes.
 
-    Every character in the texts is covered. ``gemma`` falls back to bytes for others, as Gemma does; ``xlmv`` and
-    ``mt5`` map them to ``<unk>``, because transformers' tokenizers of those families have no byte fallback.
+    ``gemma`` falls back to bytes for characters that are not covered, as Gemma does; ``xlmv`` and ``mt5`` map them to
+    ``<unk>``, because transformers' tokenizers of those families have no byte fallback.
 
     Args:
-        texts: captions; ``style``'s cleaning is applied.
+        texts: captions; ``style``'s cleaning is applied. sentencepiece ignores those of over 4,192 bytes.
         vocab_size: of the resulting tokenizer; texts with little variety give fewer ids.
+        character_coverage: share of the texts' characters that get an id; the rarest go without.
 
     Raises:
         UserError: no texts, or the vocabulary is too small for their characters.
@@ -227,7 +245,7 @@ def train_tokenizer(texts: Iterable[str], out_file: str | Path, *, vocab_size: i
             sentence_iterator=iter(sentences),
             model_writer=out,
             vocab_size=vocab_size - STYLES[style].added,
-            character_coverage=1.0,
+            character_coverage=character_coverage,
             hard_vocab_limit=False,
             num_threads=1,  # float sums depend on how the sentences are divided among threads
             minloglevel=2,

@@ -1,6 +1,8 @@
 """The dual encoder."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +30,20 @@ class Towers(nn.Module):
         features = self.vision(images)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """(B, L) token ids to (B, E) embeddings; unit-length and fp32 if ``normalize``."""
-        features = self.text(tokens)
+    def encode_text(self, tokens: Tensor, normalize: bool = False, *, lengths: Sequence[int] | None = None) -> Tensor:
+        """(B, L) token ids to (B, E) embeddings; unit-length and fp32 if ``normalize``.
+
+        Args:
+            lengths: of the captions, which are then computed without their padding (see :class:`TextTower`).
+        """
+        features = self.text(tokens, lengths)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def encode_pairs(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_pairs(
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Unit-length embeddings of images and of their captions, each (B, E) in fp32."""
-        return self.encode_image(images, True), self.encode_text(tokens, True)
+        return self.encode_image(images, True), self.encode_text(tokens, True, lengths=lengths)
 
 
 class CLIP(Towers):
@@ -70,21 +78,25 @@ class CLIP(Towers):
 
     def set_attention(self, name: str, device_type: str) -> None:
         """Compute attention with the backend ``name`` (see :func:`mc2_hpc.models.layers.resolve_attention`)."""
-        attend = resolve_attention(name, device_type)
+        backend = resolve_attention(name, device_type)
         for transformer in self.transformers():
             for block in transformer.blocks:
-                block.attention.attend = attend
+                block.attention.backend = backend
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
         for transformer in self.transformers():
             transformer.activation_checkpointing = enabled
 
-    def compile_blocks(self) -> None:
-        """torch.compile every block in place: identical blocks share one compilation, and names do not change."""
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """torch.compile every block in place: identical blocks share one compilation, and names do not change.
+
+        Args:
+            backend: as for ``torch.compile``.
+        """
         for transformer in self.transformers():
             for block in transformer.blocks:
-                block.compile()
+                block.compile(backend=backend)
 
 
 def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:

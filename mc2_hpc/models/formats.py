@@ -10,7 +10,6 @@ from mc2_hpc.reading.json_file import read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 TRANSFORMERS_CONFIG = "config.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Format(StrEnum):
@@ -33,9 +32,10 @@ def detect_format(source: Path) -> Format:
     if not source.exists():
         raise UserError(f"{source}: no such folder")
     if source.is_file():
-        if is_pickle(source):
-            raise refused_pickle(source)
-        raise UserError(f"{source}: is a file; name the folder that holds the model")
+        raise UserError(
+            f"{source}: is a file; name the folder that holds the model: its weights, its tokenizer, and "
+            f"{OPEN_CLIP_CONFIG} or {TRANSFORMERS_CONFIG}"
+        )
     if (source / OPEN_CLIP_CONFIG).is_file():
         return Format.OPEN_CLIP
     path = source / TRANSFORMERS_CONFIG
@@ -44,17 +44,4 @@ def detect_format(source: Path) -> Format:
     raise UserError(
         f"{source}: no model there (looked for model.json, latest, checkpoints/latest of a run, "
         f"{OPEN_CLIP_CONFIG}, and {TRANSFORMERS_CONFIG} of transformers)"
-    )
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether ``path`` has the suffix of a file written by torch.save."""
-    return path.suffix in _PICKLES
-
-
-def refused_pickle(path: Path) -> UserError:
-    """The error for a pickled file, which could run code when read."""
-    return UserError(
-        f"{path}: pickled weights are not read, they can run code; if you trust the file, save it as safetensors: "
-        f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')"
     )

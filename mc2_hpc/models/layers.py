@@ -1,11 +1,13 @@
 """Transformer blocks that both towers share.
 
-Shape suffixes: B batch, L sequence, W width, H heads, D channels per head, M width of the MLP.
+Shape suffixes: B batch, L sequence, T tokens of packed captions, W width, H heads, D channels per head, M width of the
+MLP.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,27 +15,45 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.packed_attention import (
+    AttentionFunction,
+    PackedAttentionFunction,
+    packed_by,
+    torch_varlen,
+    xformers_block_diagonal,
+)
+from mc2_hpc.models.packed_captions import Packing
 
 logger = logging.getLogger(__name__)
 
 
-class AttentionFunction(Protocol):
-    """Softmax attention of (B, H, L, D) queries, keys and values; scale D^-0.5."""
+@dataclass(frozen=True)
+class AttentionBackend:
+    """Softmax attention in both forms: over rows of equal length, and within packed captions."""
 
-    def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, *, causal: bool) -> Tensor: ...
+    attend: AttentionFunction
+    attend_packed: PackedAttentionFunction
 
 
 def _sdpa(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, *, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=causal)
 
 
-def _load_sdpa() -> AttentionFunction:
-    return _sdpa
+SDPA = AttentionBackend(_sdpa, packed_by(_sdpa))
 
 
-def _load_xformers() -> AttentionFunction:
+def _load_sdpa(device_type: str) -> AttentionBackend:
+    # Flash attention has needed this since its second version.
+    if device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        return AttentionBackend(_sdpa, torch_varlen(fallback=SDPA.attend_packed))
+    return SDPA
+
+
+def _load_xformers(device_type: str) -> AttentionBackend:
     try:
         from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+        attend_packed = xformers_block_diagonal()
     except ImportError as error:
         raise UserError(
             f"model.attention='xformers': the package xformers does not load ({error}); "
@@ -46,17 +66,18 @@ def _load_xformers() -> AttentionFunction:
         bias = LowerTriangularMask() if causal else None
         return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
 
-    return attend
+    return AttentionBackend(attend, attend_packed)
 
 
-ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {"sdpa": _load_sdpa, "xformers": _load_xformers}
+ATTENTION_BACKENDS: dict[str, Callable[[str], AttentionBackend]] = {"sdpa": _load_sdpa, "xformers": _load_xformers}
+"""By name, each with a function of the device type that loads it."""
 
 # torch's own kernels (flash, cuDNN, memory-efficient) are the default everywhere; xformers must be chosen by name.
 _AUTO_ATTENTION = {"cpu": "sdpa", "cuda": "sdpa"}
 
 
-def resolve_attention(name: str, device_type: str) -> AttentionFunction:
-    """The attention function that ``model.attention`` names; ``auto`` chooses by device and logs its choice.
+def resolve_attention(name: str, device_type: str) -> AttentionBackend:
+    """The attention backend that ``model.attention`` names; ``auto`` chooses by device and logs its choice.
 
     Raises:
         UserError: the backend's package is not installed, or the name is unknown.
@@ -66,7 +87,7 @@ def resolve_attention(name: str, device_type: str) -> AttentionFunction:
         logger.info("attention: %s (auto: the default on %s)", name, device_type)
     if name not in ATTENTION_BACKENDS:
         raise UserError(f"model.attention={name!r}: choose one of auto, {', '.join(ATTENTION_BACKENDS)}")
-    return ATTENTION_BACKENDS[name]()
+    return ATTENTION_BACKENDS[name](device_type)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -92,12 +113,15 @@ class Attention(nn.Module):
         self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.attend: AttentionFunction = _sdpa
+        self.backend = SDPA
 
-    def forward(self, x_BLW: Tensor) -> Tensor:
+    def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
+        """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same."""
         qkv = self.qkv(x_BLW).unflatten(-1, (3, self.heads, -1))
+        if packing is not None:
+            return self.out(self.backend.attend_packed(qkv, packing).flatten(1))
         q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y_BHLD = self.attend(q_BHLD, k_BHLD, v_BHLD, causal=self.causal)
+        y_BHLD = self.backend.attend(q_BHLD, k_BHLD, v_BHLD, causal=self.causal)
         return self.out(y_BHLD.transpose(1, 2).flatten(2))
 
 
@@ -113,8 +137,8 @@ class Block(nn.Module):
         self.activation = QuickGELU() if quick_gelu else nn.GELU()
         self.proj = nn.Linear(mlp_width, width)
 
-    def forward(self, x_BLW: Tensor) -> Tensor:
-        x_BLW = x_BLW + self.attention(self.norm_1(x_BLW))
+    def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
+        x_BLW = x_BLW + self.attention(self.norm_1(x_BLW), packing)
         h_BLM = self.activation(self.fc(self.norm_2(x_BLW)))
         return x_BLW + self.proj(h_BLM)
 
@@ -129,10 +153,11 @@ class Transformer(nn.Module):
         self.blocks = cast(Sequence[Block], nn.ModuleList(blocks))
         self.activation_checkpointing = False
 
-    def forward(self, x_BLW: Tensor) -> Tensor:
+    def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
+        """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same."""
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BLW = checkpoint(block, x_BLW, use_reentrant=False)
+                x_BLW = checkpoint(block, x_BLW, packing, use_reentrant=False)
             else:
-                x_BLW = block(x_BLW)
+                x_BLW = block(x_BLW, packing)
         return x_BLW

@@ -1,8 +1,9 @@
 """The recipe's model family as a table, and how a run's config overrides an entry.
 
 Sizes are from Meta CLIP 2 (arXiv 2507.22062) and its released model configurations. Names end in ``-worldwide``;
-``-quickgelu`` marks the different activation of the released H/14; ``-mt5`` marks the 250,100-row mT5 vocabulary
-(open_clip calls the L/14 with that vocabulary plain ``ViT-L-14-worldwide``).
+``-quickgelu`` marks the different activation of the released H/14; ``-mt5`` marks mT5's vocabulary of 250,100 rows
+(open_clip calls the L/14 with that vocabulary plain ``ViT-L-14-worldwide``), and ``-mt5-250k`` the released S, M and B
+configurations, which leave out its last 100, the sentinels.
 """
 
 import dataclasses
@@ -67,8 +68,11 @@ class ClipArchitecture:
             if size > most:
                 raise UserError(f"model.{name}={size}: must be at most {most:,}")
         if vision.image_size % vision.patch_size:
+            below = vision.image_size // vision.patch_size * vision.patch_size
+            near = f"{below} or {below + vision.patch_size}" if below else f"{vision.patch_size}"
             raise UserError(
-                f"model.vision.image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}"
+                f"model.vision.image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}: "
+                f"choose {near}"
             )
         if vision.width % vision.head_width:
             raise UserError(f"model.vision.width={vision.width} is not a multiple of head_width={vision.head_width}")
@@ -122,7 +126,8 @@ _SIZES = {
     "ViT-bigG-14": _Size(14, (48, 1664, 104), (32, 1280, 20), 1280, (224, 378, 392), mlp_width=8192),
 }
 
-_VOCABULARIES = {"": (901_629, 2), "-mt5": (250_100, 1)}  # suffix: rows, EOS id
+_VOCABULARIES = {"": (901_629, 2), "-mt5": (250_100, 1), "-mt5-250k": (250_000, 1)}  # suffix: rows, EOS id
+_WITHOUT_SENTINELS = ("ViT-S-16", "ViT-M-16", "ViT-B-32", "ViT-B-16")
 
 
 def _architecture(size: _Size, resolution: int, vocabulary: tuple[int, int], quick_gelu: bool) -> ClipArchitecture:
@@ -155,6 +160,8 @@ def _family() -> dict[str, ClipArchitecture]:
     presets = {}
     for name, size in _SIZES.items():
         for suffix, vocabulary in _VOCABULARIES.items():
+            if suffix == "-mt5-250k" and name not in _WITHOUT_SENTINELS:
+                continue
             for resolution in size.resolutions:
                 tail = "" if resolution == 224 else f"-{resolution}"
                 presets[f"{name}-worldwide{suffix}{tail}"] = _architecture(size, resolution, vocabulary, False)

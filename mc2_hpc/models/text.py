@@ -1,14 +1,17 @@
 """The text tower: a causal transformer whose embedding is taken at the first EOS token.
 
-Shape suffixes: B batch, L sequence, W width, E embedding.
+Shape suffixes: B batch, L sequence, T tokens of packed captions, W width, E embedding.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mc2_hpc.models.layers import LayerNorm, Transformer
+from mc2_hpc.models.packed_captions import pack, packing_pays
 from mc2_hpc.models.presets import TextArchitecture
 
 
@@ -30,20 +33,39 @@ class TextTower(nn.Module):
         self.norm_final = LayerNorm(arch.width)
         self.projection = nn.Parameter(torch.empty(arch.width, embed_dim))
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        """(B, L) token ids, L <= ``context_length``, an EOS in every row, to (B, E)."""
+    def forward(self, tokens_BL: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """(B, L) token ids, L <= ``context_length``, an EOS in every row, to (B, E).
+
+        Args:
+            lengths: tokens of each row up to its first EOS (:func:`mc2_hpc.models.packed_captions.caption_lengths`).
+                With these only the captions' own tokens are computed, unless there is hardly any padding; without them,
+                whole rows. The embeddings are equal up to rounding.
+        """
         if tokens_BL.shape[1] > self.arch.context_length:
             raise ValueError(f"{tokens_BL.shape[1]} tokens per row: this model takes {self.arch.context_length}")
-        x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[: tokens_BL.shape[1]]
-        if torch.is_autocast_enabled(x_BLW.device.type):
-            # As in the image tower, the residual stream has the autocast dtype.
-            x_BLW = x_BLW.to(torch.get_autocast_dtype(x_BLW.device.type))
-        x_BLW = self.transformer(x_BLW)
-        # argmax of a boolean row is its first True.
-        eos_B = (tokens_BL == self.arch.eos_id).int().argmax(dim=1)
-        pooled_BW = x_BLW[torch.arange(x_BLW.shape[0], device=x_BLW.device), eos_B]
+        if lengths is not None and len(lengths) != tokens_BL.shape[0]:
+            raise ValueError(f"{len(lengths)} lengths of {tokens_BL.shape[0]} captions")
+        if lengths is not None and packing_pays(lengths, tokens_BL.shape[1]):
+            pooled_BW = self._packed(tokens_BL, lengths)
+        else:
+            pooled_BW = self._padded(tokens_BL)
         # The norm acts on each position separately, so only the pooled one needs it.
         return self.norm_final(pooled_BW) @ self.projection
+
+    def _padded(self, tokens_BL: Tensor) -> Tensor:
+        x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[: tokens_BL.shape[1]]
+        x_BLW = self.transformer(_residual(x_BLW))
+        # argmax of a boolean row is its first True.
+        eos_B = (tokens_BL == self.arch.eos_id).int().argmax(dim=1)
+        return x_BLW[torch.arange(x_BLW.shape[0], device=x_BLW.device), eos_B]
+
+    def _packed(self, tokens_BL: Tensor, lengths: Sequence[int]) -> Tensor:
+        packing = pack(lengths, tokens_BL.shape[1], tokens_BL.device)
+        tokens_T = tokens_BL.flatten().index_select(0, packing.sources_T)
+        # Unlike indexing, a look-up adds up the gradients of a position without atomics on a GPU.
+        x_TW = self.token_embedding(tokens_T) + F.embedding(packing.positions_T, self.positional_embedding)
+        x_TW = self.transformer(_residual(x_TW), packing)
+        return x_TW.index_select(0, packing.last_B)
 
     @torch.no_grad()
     def init_parameters(self) -> None:
@@ -66,3 +88,10 @@ class TextTower(nn.Module):
             for linear in (block.fc, block.proj):
                 bound = 1 / math.sqrt(linear.in_features)
                 nn.init.uniform_(linear.bias, -bound, bound)
+
+
+def _residual(x: Tensor) -> Tensor:
+    """The input of the blocks: as in the image tower, the residual stream has the autocast dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x

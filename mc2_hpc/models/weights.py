@@ -2,12 +2,11 @@
 
 Training, import, evaluation and conversion share this part of the checkpoint format. Weights are fp32 and named as in
 ``CLIP.state_dict()``; each is stored complete in one of the files, whatever the number of ranks that wrote them.
-Nothing is unpickled.
 """
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +23,7 @@ from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArc
 from mc2_hpc.reading.files import read_text
 from mc2_hpc.reading.json_file import Count, File, Name, Size, read_json
 from mc2_hpc.reading.tensors import TensorInfo, read_header
+from mc2_hpc.reading.torch_file import read_torch_file
 from mc2_hpc.storage import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
@@ -168,24 +168,35 @@ def read_best(path: Path) -> tuple[str, str, float]:
 
 
 class TensorFiles:
-    """Named tensors spread over the safetensors files of a folder, read one at a time through a memory map."""
+    """Named tensors spread over files of a folder, read one at a time through a memory map."""
 
-    def __init__(self, folder: Path, prefix: str) -> None:
-        """Index ``<prefix>.*.safetensors`` of ``folder``.
+    def __init__(self, folder: Path, source: str | Sequence[Path]) -> None:
+        """Index ``<source>.*.safetensors`` of ``folder`` or, if ``source`` is a list, these files of ``torch.save``.
 
         Raises:
             UserError: no such file, or one is damaged.
         """
         self.folder = folder
         self._info: dict[str, TensorInfo] = {}
+        self._mapped: dict[str, Tensor] = {}
         self._cast: set[str] = set()
-        for path in sorted(folder.glob(f"{prefix}.*safetensors")):
-            header = read_header(path)
+        paths = sorted(folder.glob(f"{source}.*safetensors")) if isinstance(source, str) else source
+        for path in paths:
+            header = read_header(path) if isinstance(source, str) else self._map(path)
             for name in header.keys() & self._info.keys():
                 raise UserError(f"{path}: has {name!r}, which is also in {self._info[name].path.name}; remove one")
             self._info |= header
         if not self._info:
-            raise UserError(f"{folder}: no {prefix}.*.safetensors there")
+            shown = f"{source}.*.safetensors" if isinstance(source, str) else "tensors"
+            raise UserError(f"{folder}: no {shown} there")
+
+    def _map(self, path: Path) -> dict[str, TensorInfo]:
+        tensors = read_torch_file(path)
+        self._mapped |= tensors
+        return {
+            name: TensorInfo(path, _STORED.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        }
 
     def names(self) -> list[str]:
         """Sorted tensor names."""
@@ -208,6 +219,8 @@ class TensorFiles:
         Raises:
             UserError: its file was damaged after the header was read.
         """
+        if name in self._mapped:
+            return self._mapped[name]
         path = self._info[name].path
         try:
             with safe_open(path, framework="pt") as file:
@@ -222,7 +235,7 @@ class TensorFiles:
             UserError: it does not hold floating-point numbers.
         """
         tensor = self.get(name)
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in _STORED:
             raise UserError(f"{self.folder}: {name} is {tensor.dtype}; convert weights of fp32, fp16 or bf16")
         kind = self.stored_type(name)
         if kind != "F32" and kind not in self._cast:
@@ -231,7 +244,8 @@ class TensorFiles:
         return tensor.float()
 
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Floating-point types, in safetensors' notation."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

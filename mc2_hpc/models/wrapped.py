@@ -1,6 +1,7 @@
 """Weights saved from a wrapped model: removing the prefixes of torch's wrappers, and reading ``logit_scale`` as 0-d."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,12 +17,12 @@ around a block."""
 class UnwrappedTensorFiles(TensorFiles):
     """Tensor files under the names that the model had before it was wrapped, and ``logit_scale`` as a 0-d tensor."""
 
-    def __init__(self, folder: Path, prefix: str) -> None:
+    def __init__(self, folder: Path, source: str | Sequence[Path]) -> None:
         """
         Raises:
             UserError: as for ``TensorFiles``, or two tensors have the same name without their wrappers.
         """
-        super().__init__(folder, prefix)
+        super().__init__(folder, source)
         self._stored: dict[str, str] = {}
         for name in super().names():
             own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -14,5 +14,6 @@ settings       that tree, with ``key.sub=value`` overrides, to a dataclass
 arrays         NPY and NPZ: element type, dimensions and length
 parquet_file   Parquet: each expected column once, of the expected type
 tensors        headers of safetensors files: names, element types, shapes, offsets
+torch_file     files of torch.save: tensors alone, without running code
 =============  ================================================================================
 """

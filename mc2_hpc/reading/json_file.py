@@ -130,7 +130,7 @@ def _expected(message: str) -> str:
     if types := re.fullmatch(r"Expected `([^`]*)`, got `([^`]*)`", what):
         kinds = " or ".join(_WORDS.get(part, part) for part in types[1].split(" | "))
         return f"{place}: expected {kinds}, found {_WORDS.get(types[2], types[2])}"
-    return f"{place}: {what[0].lower()}{what[1:].replace('`', '')}"
+    return shown(f"{place}: {what[0].lower()}{what[1:].replace('`', '')}")  # may quote a value of the file
 
 
 def _malformed(message: str, data: bytes) -> str:

@@ -1,13 +1,14 @@
 """DeepSpeed for the two towers: ZeRO stages 0-3 behind one interface, and the state by parameter name.
 
 DeepSpeed partitions the towers but not ``logit_scale``: a scalar gains nothing from it, has to stay in fp32 and is
-clamped after every step. So each rank keeps an identical copy, updated by the same AdamW with the same gradient.
+clamped after every step. So each rank keeps an identical copy, updated by the same AdamW with the same gradient. With
+``model.embedding: sharded`` the token table is not DeepSpeed's either (:mod:`mc2_hpc.training.token_table`).
 """
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, LOGIT_SCALE_MAX, Towers
 from mc2_hpc.models.weights import TensorFiles
 from mc2_hpc.precision import Precision
+from mc2_hpc.training.clipping import add_to_norm, clip_replicated
 from mc2_hpc.training.optim import adamw, parameter_groups
+from mc2_hpc.training.token_table import TABLE, TokenTable
 from mc2_hpc.training.votes import Votes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -33,11 +36,12 @@ class TrainedTowers(Towers):
         super().__init__(clip.vision, clip.text)
         self.precision = precision
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32."""
+    def forward(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32; ``lengths`` as for the text
+        tower."""
         # Inside the module, because the engine turns off any surrounding autocast that it did not set up itself.
         with self.precision.autocast(images.device):
-            return self.encode_pairs(normalise(images, self.precision.dtype), tokens)
+            return self.encode_pairs(normalise(images, self.precision.dtype), tokens, lengths)
 
 
 def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, on_gpu: bool) -> dict[str, Any]:
@@ -62,7 +66,8 @@ def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, 
         # Only the number of micro-batches matters here; the loss is already the mean over the global batch.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": num_micro,
-        "gradient_clipping": config.optim.grad_clip,
+        # At stage 0 the engine clips, because DeepSpeed's norm would lack a sharded token table.
+        "gradient_clipping": config.optim.grad_clip if config.zero.stage > 0 else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -90,10 +95,12 @@ class Engine:
         self.stage = config.zero.stage
         self._clip = clip
         self._attention = config.model.attention
+        self._max_norm = config.optim.grad_clip
         self.device = ranks.device
         self.num_micro = num_micro
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().to(self.device, torch.float32, copy=True))
         self._scale_optimizer = adamw(parameter_groups([("logit_scale", self.logit_scale)], config.optim), config.optim)
+        self._table = TokenTable(clip.text, config.optim, ranks) if config.model.embedding == "sharded" else None
         towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
         num_parameters = sum(p.numel() for p in towers.parameters())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -106,17 +113,31 @@ class Engine:
         )
         self._parameters = dict(self._engine.module.named_parameters())
         self._moment_owners = self._create_moments()
+        if self._table is not None and self.stage > 0:
+            add_to_norm(self._optimizer, self.stage, self._table.gradient)
         if config.model.compile:
             clip.compile_blocks()
 
-    def features(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """Prepare the step of this rank's token ids, (b, L) on the host, and return them on the device. Collective.
+
+        They are those of all the step's micro-batches. On the host, so that their rows of a sharded token table can be
+        exchanged without waiting for the device.
+        """
+        if self._table is not None:
+            self._table.look_up(tokens.cpu())
+        return tokens.to(self.device, non_blocking=True)
+
+    def features(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Features of a micro-batch with a graph (see :class:`TrainedTowers`); one :meth:`backward` must follow."""
-        return self._engine(images, tokens)
+        return self._engine(images, tokens, lengths)
 
     @torch.no_grad()
-    def features_only(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def features_only(
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features of a micro-batch without a graph."""
-        return self._engine.module(images, tokens)
+        return self._engine.module(images, tokens, lengths)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of ``loss``; the step's last micro-batch averages them over the ranks."""
@@ -133,9 +154,11 @@ class Engine:
                 gradient, so they need no extra communication.
 
         Returns:
-            The global norm of the towers' averaged gradients before clipping, a 0-d tensor, and the number of ranks
-            that said yes to each vote, (len(votes),).
+            The global norm of all averaged gradients but the scale's before clipping, a 0-d tensor, and the number of
+            ranks that said yes to each vote, (len(votes),).
         """
+        if self._table is not None:
+            self._table.reduce()
         assert self.logit_scale.grad is not None
         shared = torch.zeros(1 + len(votes), device=self.device)
         shared[0] = self.logit_scale.grad
@@ -146,43 +169,62 @@ class Engine:
         self.logit_scale.grad.copy_(shared[0] / dist.get_world_size())
         for group in (*self._optimizer.param_groups, *self._scale_optimizer.param_groups):
             group["lr"] = lr
-        # Without ZeRO the engine leaves the averaged gradients on the parameters and computes no norm.
-        norm = self._replicated_norm() if self.stage == 0 else None
-        self._engine.step()
+        norm = self._step_towers()
+        if self._table is not None:
+            if self.stage > 0 and self._optimizer.overflow:
+                self._table.drop()  # DeepSpeed skips the update if the norm is not finite
+            else:
+                self._table.step(lr, norm)
         self._scale_optimizer.step()
         self._scale_optimizer.zero_grad()
         with torch.no_grad():
             self.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
-        if norm is None:
-            norm = torch.as_tensor(self._engine.get_global_grad_norm())
         return norm, shared[1:]
 
-    def _replicated_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+    def _step_towers(self) -> Tensor:
+        """DeepSpeed's step; returns the global gradient norm, which includes a sharded table's gradient."""
+        if self.stage > 0:
+            self._engine.step()
+            return torch.as_tensor(self._engine.get_global_grad_norm())
+        # Without ZeRO the engine leaves the averaged gradients on the parameters and computes no norm.
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        rows = None if self._table is None else self._table.gradient()
+        norm = clip_replicated(gradients, rows, self._max_norm)
+        self._engine.step()
+        return norm
 
     def state_names(self) -> list[tuple[str, str]]:
         """(kind, parameter name) of every state tensor; kind is ``weight`` or one of :data:`MOMENTS`."""
-        names = [*self._parameters, "logit_scale"]
+        names = [*self._parameters, "logit_scale", *([TABLE] if self._table is not None else [])]
         return [(kind, name) for name in names for kind in ("weight", *MOMENTS)]
 
     def state_shape(self, name: str) -> torch.Size:
         """Full shape of a parameter, partitioned or not."""
         if name == "logit_scale":
             return self.logit_scale.shape
+        if self._table is not None and name == TABLE:
+            return self._table.shape
         parameter = self._parameters[name]
         return getattr(parameter, "ds_shape", parameter.shape)
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, receivers: Mapping[tuple[str, str], int] | None = None) -> Iterator[tuple[str, str, Tensor]]:
         """Full state tensors in fp32 on the device, one at a time, in the order of :meth:`state_names`.
 
         Collective: every rank iterates to the end.
+
+        Args:
+            receivers: the rank that needs each tensor. Tensors of a sharded token table are then empty on the others.
         """
         for kind, name in self.state_names():
-            if name == "logit_scale":
-                tensor = self.logit_scale if kind == "weight" else self._scale_optimizer.state[self.logit_scale][kind]
-            else:
-                tensor = self._tower_state(self._parameters[name], kind)
-            yield kind, name, tensor.detach()
+            to = None if receivers is None else receivers[kind, name]
+            yield kind, name, self._full(kind, name, to).detach()
+
+    def _full(self, kind: str, name: str, to: int | None = None) -> Tensor:
+        if name == "logit_scale":
+            return self.logit_scale if kind == "weight" else self._scale_optimizer.state[self.logit_scale][kind]
+        if self._table is not None and name == TABLE:
+            return self._table.full(kind, to)
+        return self._tower_state(self._parameters[name], kind)
 
     def _tower_state(self, parameter: nn.Parameter, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -198,12 +240,14 @@ class Engine:
     def whole_model(self) -> Iterator[CLIP]:
         """The model with its full current weights on every rank, for reading only. Collective.
 
-        At stage 3 this is an fp32 copy that lives as long as the block; at lower stages, the trained model itself.
+        At stage 3 this is an fp32 copy that lives as long as the block; at lower stages, the trained model itself, with
+        a copy of the token table if that is sharded over several ranks.
         """
-        model = self._clip if self.stage < 3 else self._gathered_copy()
-        with torch.no_grad():
-            model.logit_scale.copy_(self.logit_scale)
-        yield model
+        with self._table.whole() if self._table is not None and self.stage < 3 else nullcontext():
+            model = self._clip if self.stage < 3 else self._gathered_copy()
+            with torch.no_grad():
+                model.logit_scale.copy_(self.logit_scale)
+            yield model
 
     def _gathered_copy(self) -> CLIP:
         with torch.device("meta"):
@@ -212,8 +256,7 @@ class Engine:
         model.set_attention(self._attention, self.device.type)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name != "logit_scale":
-                    parameter.copy_(self._tower_state(self._parameters[name], "weight"))
+                parameter.copy_(self._full("weight", name))
         return model
 
     def load_moments(self, files: TensorFiles, step: int) -> None:
@@ -228,6 +271,10 @@ class Engine:
             self._scale_optimizer.state[self.logit_scale][kind].copy_(files.get(f"logit_scale.{kind}"))
             for name, parameter in self._parameters.items():
                 self._set_moment(parameter, kind, files.get(f"{name}.{kind}"))
+            if self._table is not None:
+                self._table.load_moment(kind, files.get(f"{TABLE}.{kind}"))
+        if self._table is not None:
+            self._table.resume(step)
 
     def _set_moment(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state

@@ -1,7 +1,8 @@
 """The model that a run trains: its architecture, its tokenizer, and its initial weights.
 
 ``model.init_from`` may name a checkpoint or run of ours, an open_clip folder or a transformers folder. Where the config
-does not set the architecture and tokenizer, the source's are used.
+does not set the architecture and tokenizer, the source's are used. For another image size or context length, the tables
+of positions are interpolated.
 """
 
 import logging
@@ -10,16 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig
 from mc2_hpc.conversion.convert import convert
+from mc2_hpc.conversion.find_tokenizer import fit_to_rows
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.formats import Format, detect_format
+from mc2_hpc.models.positions import IMAGE_POSITIONS, RESIZED, TEXT_POSITIONS, describe_resizing, num_image_positions
 from mc2_hpc.models.presets import ClipArchitecture, resolve
-from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card, resolve_checkpoint
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, check_names, read_card, resolve_checkpoint
+from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.storage import atomic_path, file_sha256, remove_folder
 from mc2_hpc.training.checkpoint import Checkpoint
 
@@ -65,7 +71,7 @@ def initial_source(config: RunConfig, checkpoint: Checkpoint | None, ranks: Rank
         )
     else:
         source = Path(name).expanduser()
-        is_ours = source.is_file() or not source.exists() or detect_format(source) == Format.OURS  # a file: best.json
+        is_ours = not source.exists() or detect_format(source) == Format.OURS
         converted = Path(config.output) / _CONVERTED
         if not is_ours:
             on_first_rank(ranks, lambda: _convert(source, converted))
@@ -89,6 +95,35 @@ def architecture(config: RunConfig, source: Source | None) -> ClipArchitecture:
     return resolve(config.model, source.card.arch if source is not None else None)
 
 
+def load_initial_weights(clip: CLIP, source: Source) -> None:
+    """Copy the source's weights into ``clip``, with tables of positions interpolated to its image size and context
+    length; logs from what to what.
+
+    Raises:
+        UserError: they belong to another model.
+    """
+    old, new = source.card.arch, clip.arch
+    files = UnwrappedTensorFiles(source.folder, "model")
+    state = clip.state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    rows = {IMAGE_POSITIONS: num_image_positions(old), TEXT_POSITIONS: old.text.context_length}
+    stored = {name: torch.Size((num_rows, shapes[name][1])) for name, num_rows in rows.items()}
+    check_names(source.name, files.names(), {**shapes, **stored}, files)
+    for name, tensor in state.items():
+        weight = files.get_fp32(name)
+        tensor.copy_(RESIZED[name](weight, tensor.shape[0]) if name in RESIZED else weight)
+    logger.info("%s", "; ".join([f"initial weights from {source.name}", *describe_resizing(old, new)]))
+    if old.quick_gelu != new.quick_gelu:
+        names = {True: "QuickGELU", False: "GELU"}
+        logger.warning(
+            "%s was trained with %s, and this run computes %s: set model.quick_gelu=%s unless that is intended",
+            source.name,
+            names[old.quick_gelu],
+            names[new.quick_gelu],
+            str(old.quick_gelu).lower(),
+        )
+
+
 def tokenizer(config: RunConfig, source: Source | None, arch: ClipArchitecture, ranks: Ranks) -> Tokenizer:
     """The config's tokenizer, or a copy of the source's in the run folder. Collective.
 
@@ -99,6 +134,8 @@ def tokenizer(config: RunConfig, source: Source | None, arch: ClipArchitecture, 
     length = arch.text.context_length
     if config.data.tokenizer:
         found = Tokenizer(config.data.tokenizer, config.data.tokenizer_style, context_length=length)
+        if found.vocab_size > arch.text.vocab_size:
+            found = _without_sentinels(found, arch, Path(config.output) / TOKENIZER_FILE, ranks)
         if source is not None and not source.resumed:
             _check_same(found, source, allowed=config.model.new_tokenizer)
     elif source is not None:
@@ -111,6 +148,17 @@ def tokenizer(config: RunConfig, source: Source | None, arch: ClipArchitecture, 
         raise UserError("data.tokenizer is not set: name a sentencepiece model file")
     _check_fits(found, arch)
     return found
+
+
+def _without_sentinels(found: Tokenizer, arch: ClipArchitecture, own: Path, ranks: Ranks) -> Tokenizer:
+    """A copy in the run folder without mT5's sentinels, if it fits the token table; otherwise ``found``. Collective."""
+
+    def write() -> None:
+        own.unlink(missing_ok=True)  # of an earlier start
+        fit_to_rows(found, arch.text.vocab_size, own)
+
+    on_first_rank(ranks, write)
+    return Tokenizer(own, found.style, context_length=found.context_length) if own.is_file() else found
 
 
 def _copy(source: Path, target: Path) -> None:

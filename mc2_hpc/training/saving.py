@@ -175,7 +175,7 @@ class CheckpointWriter:
         owner = _owners(engine, self._num_writers)
         share: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         on_gpu = engine.device.type == "cuda"
-        for kind, name, tensor in engine.state():
+        for kind, name, tensor in engine.state(owner):
             if owner[kind, name] != self._ranks.rank:
                 continue
             copy = self._copies.get((kind, name))

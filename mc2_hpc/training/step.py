@@ -1,7 +1,8 @@
 """One training step: the exact contrastive loss of the global batch, in as many micro-batches as memory requires."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -85,13 +86,22 @@ class ContrastiveStep:
         self._feature_dtype = feature_dtype
         self._votes = votes
 
-    def __call__(self, images: Tensor, tokens: Tensor, lr: float) -> StepResult:
-        """Encode (b, 3, S, S) uint8 images and (b, L) token ids, differentiate, update with learning rate ``lr``."""
+    def __call__(
+        self, images: Tensor, tokens: Tensor, lr: float, *, lengths: Sequence[int] | None = None
+    ) -> StepResult:
+        """Encode (b, 3, S, S) uint8 images and (b, L) token ids, differentiate, update with learning rate ``lr``.
+
+        The token ids should be on the host: see :meth:`Engine.look_up`.
+
+        Args:
+            lengths: of the captions, which are then computed without their padding.
+        """
+        tokens = self._engine.look_up(tokens)
         if self._engine.num_micro == 1:
-            loss = self._loss(*self._engine.features(images, tokens))
+            loss = self._loss(*self._engine.features(images, tokens, lengths))
             self._engine.backward(loss)
         else:
-            loss = self._cached(images, tokens)
+            loss = self._cached(images, tokens, lengths)
         grad_norm, votes = self._engine.step(lr, self._votes())
         scale = self._engine.logit_scale.detach().exp()
         return StepResult(loss=loss.detach(), grad_norm=grad_norm, logit_scale=scale, votes=votes)
@@ -105,11 +115,12 @@ class ContrastiveStep:
             exchange=self._config.exchange,
         )
 
-    def _cached(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def _cached(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None) -> Tensor:
         # tensor_split gives every rank the same number of pieces, whatever the size of its share.
-        pieces = list(
-            zip(images.tensor_split(self._engine.num_micro), tokens.tensor_split(self._engine.num_micro), strict=True)
-        )
+        image_pieces, token_pieces = (whole.tensor_split(self._engine.num_micro) for whole in (images, tokens))
+        rest = iter(lengths or ())
+        length_pieces = [tuple(islice(rest, len(piece))) if lengths else None for piece in token_pieces]
+        pieces = list(zip(image_pieces, token_pieces, length_pieces, strict=True))
         encoded = [self._engine.features_only(*piece) for piece in pieces]
         image_features = torch.cat([image for image, _ in encoded]).requires_grad_()
         text_features = torch.cat([text for _, text in encoded]).requires_grad_()

@@ -123,6 +123,7 @@ class ThroughputMeter:
 
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._arch = arch
+        self._text_packing = config.model.text_packing
         self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
 
@@ -160,7 +161,8 @@ class ThroughputMeter:
     def count(self, batch: Batch) -> None:
         """Count one step's local batch."""
         self._steps += 1
-        self._flops += len(batch.keys) * flops_per_pair(self._arch, batch.tokens.shape[1])
+        lengths = batch.lengths if self._text_packing else [batch.tokens.shape[1]] * len(batch.keys)
+        self._flops += sum(flops_per_pair(self._arch, length) * num for length, num in Counter(lengths).items())
         self._languages.update(batch.langs)
 
     def interval(self, skipped: Counter[str]) -> Interval:

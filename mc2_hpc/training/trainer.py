@@ -20,7 +20,7 @@ from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
-from mc2_hpc.training.initial import Source, architecture, initial_source, tokenizer
+from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
@@ -141,8 +141,7 @@ class Trainer:
             load_weights(clip, checkpoint.folder)
             logger.info("resuming %s after step %d", checkpoint.folder, checkpoint.step)
         elif source is not None:
-            load_weights(clip, source.folder)
-            logger.info("initial weights from %s", source.name)
+            load_initial_weights(clip, source)
         clip.set_attention(model.attention, self.ranks.device.type)
         clip.set_activation_checkpointing(model.activation_checkpointing)
 
@@ -194,8 +193,8 @@ class Trainer:
                 batch = next(batches)
             lr = learning_rate(progress.step, total=config.steps, config=config.optim)
             images = batch.images.to(self.ranks.device, non_blocking=True)
-            tokens = batch.tokens.to(self.ranks.device, non_blocking=True)
-            result = self._step(images, tokens, lr)
+            lengths = batch.lengths if config.model.text_packing else None
+            result = self._step(images, batch.tokens, lr, lengths=lengths)
             # The previous step has finished by now, so reading its numbers does not wait.
             votes = agreed(
                 self._read(pending),

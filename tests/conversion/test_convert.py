@@ -188,10 +188,10 @@ def test_an_imported_model_is_one_of_ours(checkpoint: Checkpoint, tmp_path: Path
 # Bad input.
 
 
-def fails(message: str, source: Path, to: str, out: Path) -> None:
+def fails(message: str, source: Path, to: str, out: Path, image_size: int | None = None) -> None:
     before = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
     with pytest.raises(UserError, match=message) as error:
-        convert(source, to, out)
+        convert(source, to, out, image_size=image_size)
     assert "\n" not in str(error.value)
     assert not out.exists() or out in before
     if out.parent.is_dir():
@@ -216,18 +216,73 @@ def test_unknown_formats_and_places(checkpoint: Checkpoint, tmp_path: Path) -> N
     assert (convert(source, "hf", tmp_path / "free") / "config.json").is_file()
 
 
-def test_pickles_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["mc2", "open_clip", "hf"])
+@torch.no_grad()
+def test_another_image_size(
+    to: str, checkpoint: Checkpoint, tmp_path: Path, open_clip: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From every format into every format, as open_clip resizes its own."""
+    source, _ = checkpoint()
+    exported = convert(source, "open_clip", tmp_path / "exported")
+    theirs = open_clip.create_model(f"local-dir:{exported}", force_image_size=56).eval()
+    images = torch.randn(2, 3, 56, 56)
+    with caplog.at_level(logging.INFO):
+        for kind, folder in (("mc2", source), ("open_clip", exported)):
+            out = convert(folder, to, tmp_path / kind, image_size=56)
+            back = out if to == "mc2" else convert(out, "mc2", tmp_path / f"{kind}_back")
+            model, card = load_clip(back)
+            assert card.arch.vision.image_size == 56 and not (out / "scratch").exists()
+            torch.testing.assert_close(model.encode_image(images), theirs.encode_image(images), atol=1e-5, rtol=0)
+    assert caplog.text.count("image positions: 32 px (4 x 4 patches) to 56 px (7 x 7)") == 2
+    fails(
+        "image_size=60 is not a multiple of patch_size=8: choose 56 or 64", source, to, tmp_path / "no", image_size=60
+    )
+
+
+SAVED = {
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "hf": ("model.safetensors", "pytorch_model.bin"),
+}
+"""The file of the weights in an exported folder, and the library's name for one of torch.save."""
+
+
+@pytest.mark.parametrize("to", SAVED)
+def test_weights_of_torch_save(to: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Under the library's name, under any name, as a training checkpoint, of a wrapped model, in several files."""
+    source, _ = checkpoint()
+    folder = convert(source, to, tmp_path / to)
+    name, saved = SAVED[to]
+    weights = load_file(folder / name)
+    (folder / name).unlink()
+    with_module = {f"module.{key}": tensor for key, tensor in weights.items()}
+    for number, (file, content) in enumerate(
+        {saved: weights, "a.pt": {"epoch": 1, "state_dict": with_module, "optimizer": {"step": 3}}}.items()
+    ):
+        torch.save(content, folder / file)
+        assert_same_model(convert(folder, "mc2", tmp_path / f"back_{number}"), source)
+        (folder / file).unlink()
+    names = sorted(weights)
+    for part in range(2):
+        path = folder / f"pytorch_model-0000{part + 1}-of-00002.bin"
+        torch.save({name: weights[name] for name in names[part::2]}, path)
+    if to == "hf":
+        assert_same_model(convert(folder, "mc2", tmp_path / "parts"), source)
+    else:
+        fails("pytorch_model-00001-of-00002.bin or pytorch_model-00002-of-00002.bin", folder, "mc2", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", SAVED)
+def test_weights_that_need_code_are_refused(to: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, _ = checkpoint()
     out = tmp_path / "sub" / "out"
-    pickle = tmp_path / "epoch_1.pt"
-    pickle.write_bytes(b"\x80\x04.")
-    fails(r"epoch_1.pt: pickled weights are not read, .* save it as safetensors", pickle, "hf", out)
-    for to, weights in (("open_clip", "open_clip_model"), ("hf", "model")):
-        folder = convert(source, to, tmp_path / to)
-        (folder / f"{weights}.safetensors").rename(folder / "pytorch_model.bin")
-        fails(r"pytorch_model.bin: pickled weights are not read", folder, "mc2", out)
-        (folder / "pytorch_model.bin").unlink()
-        fails(r"no weights there \(looked for ", folder, "mc2", out)
+    folder = convert(source, to, tmp_path / to)
+    name, saved = SAVED[to]
+    (folder / name).unlink()
+    torch.save(torch.nn.Linear(2, 2), folder / saved)
+    fails(f"{saved}: not read: it needs torch.nn.modules.linear.Linear, which would run code", folder, "mc2", out)
+    fails(f"{saved}: is a file; name the folder that holds the model", folder / saved, "mc2", out)
+    (folder / saved).unlink()
+    fails(r"no weights there \(looked for ", folder, "mc2", out)
 
 
 @pytest.mark.parametrize("to", ["open_clip", "hf"])

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
-from mc2_hpc.conversion.tokenizer_files import MODEL_NAMES, find_tokenizer, tokenizer_json, write_tokenizer
+from mc2_hpc.conversion.tokenizer_files import tokenizer_json, write_tokenizer
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 
@@ -132,31 +132,6 @@ def test_open_clips_wrapper_gives_our_ids(
         wrapped = open_clip.tokenizer.HFTokenizer(folder, context_length=24)
         clean = captions[:13]
         assert wrapped(clean).tolist() == our_ids(tokenizer, clean)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_the_way_back_finds_file_and_style(style: str, tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
-    tokenizer = tokenizers[style]
-    write_tokenizer(tokenizer.model_file, style, 24, tmp_path)
-    path, found = find_tokenizer(tmp_path, tokenizer.eos_id, tokenizer.vocab_size)
-    assert found == style and path.name == MODEL_NAMES[style]
-    assert path.read_bytes() == tokenizer.model_file.read_bytes()
-
-
-def test_the_way_back_says_what_is_wrong(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no sentencepiece model there .* copy the one that the model was trained with"):
-        find_tokenizer(tmp_path, 2, 1000)
-    write_tokenizer(tokenizers["xlmv"].model_file, "xlmv", 24, tmp_path)
-    size = tokenizers["xlmv"].vocab_size
-    with pytest.raises(
-        UserError, match=rf"EOS id 2 and {size} ids do not fit the model \(EOS id 2, 10 embedding rows\)"
-    ):
-        find_tokenizer(tmp_path, 2, 10)
-    with pytest.raises(UserError, match=rf"do not fit the model \(EOS id 1, {size} embedding rows\)"):
-        find_tokenizer(tmp_path, 1, size)
-    (tmp_path / MODEL_NAMES["xlmv"]).write_bytes(b"not a model")
-    with pytest.raises(UserError, match="not a sentencepiece model"):
-        find_tokenizer(tmp_path, 2, size)
 
 
 def test_a_kind_of_model_that_cannot_be_expressed(tokenizers: dict[str, Tokenizer]) -> None:

@@ -18,6 +18,7 @@ def share(keys: str, *, width: int = 8, lane: int = 0, **changes: Any) -> Share:
     values: dict[str, Any] = {
         "pixels": torch.full((len(keys), 3, 4, 4), lane, dtype=torch.uint8),
         "tokens": torch.full((len(keys), width), 7),
+        "lengths": [width - 1] * len(keys),
         "keys": list(keys),
         "langs": ["en"] * len(keys),
         "position": {lane: Position(0, 0, len(keys))},
@@ -31,6 +32,7 @@ def share(keys: str, *, width: int = 8, lane: int = 0, **changes: Any) -> Share:
     [
         {"langs": ["en"]},
         {"tokens": torch.zeros((3, 8))},
+        {"lengths": [8]},
         {"pixels": torch.zeros((1, 3, 4, 4), dtype=torch.uint8)},
         {"jpegs": Jpegs.pack({0: EncodedCrop(b"x", Box(0, 0, 1, 1))})},
     ],
@@ -54,6 +56,7 @@ def test_shares_are_joined_in_order_and_padded() -> None:
     batch = join([share("ab"), share("c", width=16, lane=5)], pad_id=1, pin=False)
     assert isinstance(batch, Batch) and batch.keys == ["a", "b", "c"] and batch.langs == ["en"] * 3
     assert batch.tokens.tolist() == [[7] * 8 + [1] * 8] * 2 + [[7] * 16]
+    assert batch.lengths == [7, 7, 15]
     assert batch.images[:, 0, 0, 0].tolist() == [0, 0, 5]
     assert batch.position == {0: (0, 0, 2), 5: (0, 0, 1)} and batch.skipped == {"caption_empty": 2}
 

@@ -226,7 +226,14 @@ def test_images_cross_through_shared_memory(make_loader: Callable[..., TrainLoad
     assert batch.images.is_shared()
     pixels = torch.zeros((256, 3, 224, 224), dtype=torch.uint8)
     tokens = torch.zeros((256, 24), dtype=torch.int64)
-    big = Share(pixels=pixels, tokens=tokens, keys=["0000"] * 256, langs=["en"] * 256, position=batch.position)
+    big = Share(
+        pixels=pixels,
+        tokens=tokens,
+        lengths=[24] * 256,
+        keys=["0000"] * 256,
+        langs=["en"] * 256,
+        position=batch.position,
+    )
     through_pipe = len(ForkingPickler.dumps(big))
     assert through_pipe < 5_000 < 38_000_000 < len(pickle.dumps(pixels.numpy()))
 

@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.fuzz.saved_mutations import change_saved
+
 Mutation = Callable[[Path, random.Random], str]
 """Damages a file in place and says how."""
 
@@ -547,6 +549,7 @@ BY_KIND: dict[str, list[Mutation]] = {
     "parquet": [change_parquet] * 6 + ANY,
     "array": [change_npy] * 6 + ANY,
     "tensors": [change_safetensors] * 6 + ANY,
+    "saved": [change_saved] * 8 + ANY,
     "tar": [change_tar] * 6 + ANY,
     "image": [change_image] * 2 + ANY,
     "text": [change_text] * 6 + ANY,

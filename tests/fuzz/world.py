@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mc2_hpc.cli import main
 from mc2_hpc.config import yaml_text
@@ -42,7 +45,16 @@ def build(folder: Path) -> None:
     ):
         if main(words.split()) != 0:
             raise SystemExit(f"the valid input of `mc2 {words}` is refused")
+    _saved(folder)
     _evaluation_sets(folder / "sets")
+
+
+def _saved(folder: Path) -> None:
+    """The open_clip folder with its weights in a file of ``torch.save``, as older releases have them."""
+    shutil.copytree(folder / "oc", folder / "oc-saved")
+    (weights,) = (folder / "oc-saved").glob("*.safetensors")
+    torch.save(load_file(weights), weights.with_name("open_clip_pytorch_model.bin"))
+    weights.unlink()
 
 
 def image(number: int, kind: str = "JPEG") -> bytes:

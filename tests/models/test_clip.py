@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip, flops_per_pair
-from mc2_hpc.models.layers import QuickGELU, resolve_attention
+from mc2_hpc.models.layers import ATTENTION_BACKENDS, AttentionBackend, QuickGELU, resolve_attention
+from mc2_hpc.models.packed_attention import packed_by
 from mc2_hpc.models.presets import PRESETS, ClipArchitecture, TextArchitecture, VisionArchitecture
 
 ARCH = ClipArchitecture(
@@ -162,7 +163,8 @@ def test_another_attention_function_is_used_by_every_block(model: CLIP, monkeypa
             scores += torch.full(scores.shape[-2:], float("-inf")).triu(1)
         return scores.softmax(-1) @ v
 
-    monkeypatch.setitem(sys.modules["mc2_hpc.models.layers"].ATTENTION_BACKENDS, "explicit", lambda: explicit)
+    backend = AttentionBackend(explicit, packed_by(explicit))
+    monkeypatch.setitem(ATTENTION_BACKENDS, "explicit", lambda device_type: backend)
     model.set_attention("explicit", "cpu")
     for found, wanted in zip(model(images, tokens), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)

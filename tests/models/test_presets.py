@@ -40,6 +40,14 @@ def test_the_family(size: str, suffix: str, vocabulary: tuple[int, int]) -> None
         assert arch.eval_resize == ("squash" if resolution == 378 else "shortest")
 
 
+def test_the_released_mt5_models_leave_out_the_sentinels() -> None:
+    found = {name for name, arch in PRESETS.items() if arch.text.vocab_size == 250_000}
+    assert found == {f"ViT-{s}-worldwide-mt5-250k{r}" for s in ("S-16", "M-16", "B-16", "B-32") for r in ("", "-384")}
+    for name in found:
+        base = PRESETS[name.replace("-250k", "")]
+        assert PRESETS[name] == dataclasses.replace(base, text=dataclasses.replace(base.text, vocab_size=250_000))
+
+
 def test_only_the_released_h14_is_quick_gelu() -> None:
     assert [name for name, arch in PRESETS.items() if arch.quick_gelu] == ["ViT-H-14-worldwide-quickgelu"]
     h14 = PRESETS["ViT-H-14-worldwide"]
@@ -83,7 +91,7 @@ def test_a_new_width_keeps_the_ratio_of_the_mlp() -> None:
         ),
         (
             ModelConfig(vision=VisionOverrides(image_size=225)),
-            "model.vision.image_size=225 is not a multiple of patch_size=32",
+            "model.vision.image_size=225 is not a multiple of patch_size=32: choose 224 or 256",
         ),
         (
             ModelConfig(vision=VisionOverrides(head_width=60)),

@@ -143,12 +143,13 @@ def test_restarts_by_itself_when_a_rank_is_killed(undisturbed, module_config, tm
     same_bits(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("processes, stage", [(1, 2), (3, 3)])
+@pytest.mark.parametrize("processes, stage, embedding", [(1, 2, "dense"), (3, 3, "sharded")])
 def test_resumes_on_other_ranks_and_stages(
-    ranks_of, undisturbed, killed, module_config, tmp_path, open_clip, processes, stage
+    ranks_of, undisturbed, killed, module_config, tmp_path, open_clip, processes, stage, embedding
 ):
     """10 steps on 2 ranks at stage 1, the rest with other settings: same samples, so same losses up to rounding."""
-    resumed(ranks_of, module_config, killed, tmp_path, processes, f"zero.stage={stage}")
+    settings = f"zero.stage={stage}", f"model.embedding={embedding}"
+    resumed(ranks_of, module_config, killed, tmp_path, processes, *settings)
     before, after = rows(undisturbed), rows(tmp_path)
     assert before.keys() == after.keys()
     for step in before:

@@ -16,7 +16,8 @@ from mc2_hpc.models.presets import PRESETS, resolve
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_card, write_tensors
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights
-from mc2_hpc.training.initial import architecture, initial_source, tokenizer
+from mc2_hpc.training.initial import architecture, initial_source, load_initial_weights, tokenizer
+from tests.conversion.test_find_tokenizer import with_sentinels
 from tests.faults.tiny_run import write_config
 
 
@@ -60,7 +61,7 @@ def test_every_format_brings_architecture_tokenizer_and_weights(config, trained,
         arch = architecture(run, found)
         assert arch == clip.arch
         ours = build_clip(arch, seed=0)
-        load_weights(ours, found.folder)
+        load_initial_weights(ours, found)
         theirs = tokenizer(run, found, arch, ranks)
     same_weights(ours, clip)
     assert theirs.style == "xlmv" and theirs.model_file == tmp_path / "run" / TOKENIZER_FILE
@@ -79,6 +80,67 @@ def test_the_config_refines_the_source_and_a_preset_takes_its_place(config, trai
             assert architecture(run, found) == PRESETS["ViT-S-16-worldwide"]
         with initial_source(config(), None, ranks) as found:
             assert found is None and architecture(config(), None) == PRESETS["ViT-B-32-worldwide"]
+
+
+def started(run):
+    """The model that the run starts with."""
+    with process_group() as ranks, initial_source(run, None, ranks) as found:
+        clip = build_clip(architecture(run, found), seed=0)
+        load_initial_weights(clip, found)
+    return clip.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [48, 64, 16])
+def test_another_resolution_is_open_clips(config, trained, tmp_path, open_clip, caplog, side):
+    """The exported model's logits are those of the source that open_clip itself resized."""
+    folder, _ = trained
+    source = convert(folder, "open_clip", tmp_path / "source")
+    with caplog.at_level("INFO"):
+        clip = started(config(init_from=str(source), vision={"image_size": side}, text={"context_length": 40}))
+    patches = f"image positions: 32 px (2 x 2 patches) to {side} px ({side // 16} x {side // 16})"
+    assert f"{patches}; text positions: 24 to 40 tokens" in caplog.text
+    assert not [row for row in caplog.records if row.levelname == "WARNING"]
+    resized = tmp_path / "resized"
+    write_tensors(resized / "model.safetensors", clip.state_dict())
+    write_card(resized, ModelCard(arch=clip.arch, tokenizer_style="xlmv"))
+    (resized / TOKENIZER_FILE).write_bytes((folder / TOKENIZER_FILE).read_bytes())
+    exported = open_clip.create_model(f"local-dir:{convert(resized, 'open_clip', tmp_path / 'exported')}")
+    theirs = open_clip.create_model(f"local-dir:{source}", force_image_size=side, force_context_length=40)
+    images, tokens = torch.randn(3, 3, side, side), torch.tensor([[0, 5, 9, 11, 2] + [1] * 35] * 3)
+    tokens[1, 2:4] = torch.tensor([7, 2])
+    logits = [scale * image @ text.T for image, text, scale in (m.eval()(images, tokens) for m in (exported, theirs))]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=0)
+    image, text, scale = clip(images, tokens)
+    torch.testing.assert_close(logits[0], scale.exp() * image @ text.T, atol=1e-5, rtol=0)
+
+
+def test_back_at_the_old_resolution(config, trained, tmp_path):
+    """The way up and back is close, but not the same: interpolation is lossy, most of all for random tables."""
+    folder, clip = trained
+    large = started(config(init_from=str(folder), vision={"image_size": 64}))
+    write_tensors(tmp_path / "large/model.safetensors", large.state_dict())
+    write_card(tmp_path / "large", ModelCard(arch=large.arch, tokenizer_style="xlmv"))
+    back = started(config(init_from=str(tmp_path / "large"), vision={"image_size": 32}))
+    assert back.arch == clip.arch
+    old, new = (model.vision.positional_embedding for model in (clip, back))
+    assert 0 < (new - old).norm() < 0.3 * old.norm()
+    assert torch.equal(back.text.positional_embedding, clip.text.positional_embedding)
+
+
+def test_only_positions_are_resized(config, trained, caplog):
+    folder, _ = trained
+    for changes, words in (
+        ({"vision": {"patch_size": 8}}, "vision.patch_embedding.weight is "),
+        ({"vision": {"layers": 3}}, "lacks 'vision.transformer.blocks.2"),
+        ({"text": {"width": 96}}, "text.token_embedding.weight is |text.positional_embedding is "),
+    ):
+        with pytest.raises(UserError, match=f"trained: checkpoint of another model: (it )?({words})"):
+            started(config(init_from=str(folder), **changes))
+    with pytest.raises(UserError, match="image_size=40 is not a multiple of patch_size=16: choose 32 or 48"):
+        started(config(init_from=str(folder), vision={"image_size": 40}))
+    started(config(init_from=str(folder), quick_gelu=False))
+    assert "was trained with QuickGELU, and this run computes GELU: set model.quick_gelu=true" in caplog.text
 
 
 def test_a_resumed_run_has_its_checkpoints_model(config, trained):
@@ -106,6 +168,23 @@ def test_another_tokenizer_must_be_allowed(config, trained, tmp_path):
             assert tokenizer(run, found, architecture(run, found), ranks).model_file == other
         with pytest.raises(UserError, match="data.tokenizer is not set"):
             run = config("data.tokenizer=")
+            tokenizer(run, None, architecture(run, None), ranks)
+
+
+def test_a_token_table_without_rows_for_sentinels(config, tmp_path):
+    """As the presets ``-mt5-250k`` have for mT5's 250,100 pieces."""
+    texts = ["a lime dune", "a red square"] * 9
+    mt5 = train_tokenizer(texts, tmp_path / "mt5.model", vocab_size=24, style="mt5")
+    full = with_sentinels(mt5, tmp_path / "full.model", 10)
+    sizes = {"vocab_size": mt5.vocab_size, "eos_id": 1}
+    run = config(f"data.tokenizer={full.model_file}", "data.tokenizer_style=mt5", text=sizes)
+    with process_group() as ranks:
+        for _ in range(2):  # the second start, too
+            found = tokenizer(run, None, architecture(run, None), ranks)
+            assert found.model_file == tmp_path / "run" / TOKENIZER_FILE and found.vocab_size == mt5.vocab_size
+            assert torch.equal(found.encode(texts), mt5.encode(texts))
+        run = config(f"data.tokenizer={full.model_file}", "data.tokenizer_style=mt5", text={**sizes, "vocab_size": 12})
+        with pytest.raises(UserError, match=f"{full.vocab_size} token ids, but model.text.vocab_size=12: raise it"):
             tokenizer(run, None, architecture(run, None), ranks)
 
 

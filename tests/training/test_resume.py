@@ -61,6 +61,7 @@ def test_the_same_settings_warn_of_nothing(resume):
         "log_every=3",
         "micro_batch=4",
         "zero.stage=3",
+        "model.embedding=dense",
         "data.workers=2",
         "checkpoint.every=7",
         "seed=9",

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.distributed import Ranks, process_group
+from mc2_hpc.models import packed_captions
 from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.packed_captions import caption_lengths
 from mc2_hpc.models.presets import resolve
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
@@ -21,11 +23,14 @@ from mc2_hpc.training.step import ContrastiveStep
 
 STEPS, BATCH, CONTEXT = 20, 16, 12
 
-# (name, ZeRO stage, backward passes per step, precision, activation checkpointing)
+PADDED = "zero2_gradcache_padded"
+
+# (name, ZeRO stage, backward passes per step, precision, activation checkpointing); all but one pack their captions.
 CASES = [
     *((f"zero{stage}", stage, 1, "fp32", False) for stage in range(4)),
     *((f"zero{stage}_gradcache", stage, 2, "fp32", False) for stage in range(4)),
     ("zero3_checkpointing", 3, 2, "fp32", True),
+    (PADDED, 2, 2, "fp32", False),
     ("zero1_bf16", 1, 1, "bf16", False),
     ("zero3_bf16", 3, 1, "bf16", False),
 ]
@@ -54,13 +59,15 @@ def run_config(stage: int, precision: str = "fp32", **top: object) -> RunConfig:
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The same random global batches on every rank: uint8 images and token rows with one EOS each."""
+    """The same random global batches on every rank: uint8 images and token rows of any length, padded after the EOS."""
     generator = torch.Generator().manual_seed(0)
     result = []
     for _ in range(STEPS):
         images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        body = torch.randint(3, 100, (BATCH, CONTEXT - 1), generator=generator)
-        result.append((images, torch.cat([body, torch.full((BATCH, 1), 2)], dim=1)))
+        tokens = torch.randint(3, 100, (BATCH, CONTEXT), generator=generator)
+        lengths = torch.randint(1, CONTEXT + 1, (BATCH, 1), generator=generator)
+        after = torch.arange(CONTEXT) - lengths
+        result.append((images, tokens.masked_fill(after >= -1, 2).masked_fill(after >= 0, 1)))
     return result
 
 
@@ -70,7 +77,7 @@ def share(ranks: Ranks) -> slice:
 
 
 def train(
-    config: RunConfig, ranks: Ranks, *, num_micro: int, checkpointing: bool
+    config: RunConfig, ranks: Ranks, *, num_micro: int, checkpointing: bool, packed: bool
 ) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """(loss, gradient norm, logit scale) of every step, and the final weights by name."""
     clip = build_clip(resolve(config.model), seed=0)
@@ -81,7 +88,8 @@ def train(
     rows = []
     for number, (images, tokens) in enumerate(batches()):
         lr = learning_rate(number, total=STEPS, config=config.optim)
-        result = step(images[share(ranks)], tokens[share(ranks)], lr)
+        images, tokens = images[share(ranks)], tokens[share(ranks)]
+        result = step(images, tokens, lr, lengths=caption_lengths(tokens, 2) if packed else None)
         rows.append([float(result.loss), float(result.grad_norm), float(engine.logit_scale)])
     weights = {name: tensor.clone() for kind, name, tensor in engine.state() if kind == "weight"}
     engine.close()
@@ -90,13 +98,16 @@ def train(
 
 def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
+    packed_captions.LEAST_PLACES = 1  # these batches are too small for packing to pay
     rows = {}
     with process_group(timeout_s=120) as ranks:
         for name, stage, num_micro, precision, checkpointing in CASES:
             if names and name not in names:
                 continue
             config = run_config(stage, precision)
-            rows[name], weights = train(config, ranks, num_micro=num_micro, checkpointing=checkpointing)
+            rows[name], weights = train(
+                config, ranks, num_micro=num_micro, checkpointing=checkpointing, packed=name != PADDED
+            )
             if ranks.is_first:
                 save_file(weights, out / f"{name}.safetensors")
         if ranks.is_first:
