@@ -42,7 +42,7 @@ _LIMIT_S = 900
 
 def run(quick: bool) -> dict[str, Any]:
     """Rows of each program for whole and resized images."""
-    number, rounds = (400, 1) if quick else (16_000, 3)
+    number, rounds = (400, 1) if quick else (24_000, 3)
     cores = len(os.sched_getaffinity(0))
     bodies = draw_bodies()
     peer = os.environ.get("IMG2DATASET") or shutil.which("img2dataset")

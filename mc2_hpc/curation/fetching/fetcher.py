@@ -114,7 +114,10 @@ class Fetcher:
 
     async def _store(self, decoders: ThreadPoolExecutor, body: bytes) -> StoredImage:
         longest = self._options.resize
-        return kept_jpeg(body, longest) or await asyncio.get_running_loop().run_in_executor(
+        kept = kept_jpeg(body, longest)
+        if kept is not None:
+            return kept
+        return await asyncio.get_running_loop().run_in_executor(
             decoders, partial(store, body, longest)
         )
 
