@@ -3,9 +3,8 @@
     mc2 bench packing [--quick] [--json FILE]
 
 Multi30k's captions in four languages, for a ViT-B/32-shaped model of fewer layers; and the quickstart's captions and
-model, where packing has least to gain. Both contenders are the same engine with the same weights and batches, padded
-and packed alternately in one process. ``computed_per_token`` is the rows that the text tower computed over the tokens
-that the captions have.
+model, a small one. Both contenders are the same weights and batches, padded and packed alternately in one process.
+``computed_per_token`` is the rows that the text tower computed over the tokens that the captions have.
 """
 
 import gzip

@@ -24,7 +24,8 @@ from typing import Any
 
 from benchmarks.harness import environment
 from mc2_hpc.storage import exclusive_folder
-from mc2_hpc.training.checkpoint import complete_folders, find_damage
+from mc2_hpc.training.checkpoint import find_damage
+from mc2_hpc.training.checkpoint_folders import complete_folders
 from mc2_hpc.training.stop import LOST_RANK, SAVED
 from tests.faults import matrix
 from tests.faults.diary import EPOCH, account, every_key, history, losses, read_diary, state_hashes

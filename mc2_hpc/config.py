@@ -15,7 +15,7 @@ import yaml
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.precision import Precision
-from mc2_hpc.reading.settings import typed
+from mc2_hpc.reading.settings import PathName, typed
 from mc2_hpc.reading.yaml_file import read_yaml
 
 __all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "read_yaml", "typed", "yaml_text"]
@@ -64,7 +64,7 @@ class ModelConfig:
     preset: str | None = None
     """A name from ``mc2_hpc.models.presets.PRESETS``; the sizes below override it. Null means the model of
     ``init_from``, or ``ViT-B-32-worldwide``."""
-    init_from: str | None = None
+    init_from: PathName | None = None
     """Model whose weights a new run starts from: a run or checkpoint, an open_clip folder or a transformers folder;
     null initialises them randomly from ``seed``."""
     new_tokenizer: bool = False
@@ -87,6 +87,8 @@ class ModelConfig:
     up to rounding."""
 
     def __post_init__(self) -> None:
+        if self.init_from is not None and not self.init_from.strip():
+            raise UserError("model.init_from: is empty; name a model, or null for none")
         _choose("model.attention", self.attention, ("auto", "sdpa", "xformers"))
         _choose("model.embedding", self.embedding, ("sharded", "dense"))
 
@@ -98,11 +100,11 @@ class DataConfig:
     train: str | list[str] = ""
     """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, pattern or list
     of these, local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
-    tokenizer: str = ""
+    tokenizer: PathName = ""
     """A sentencepiece model file; if empty, the tokenizer and style that ``model.init_from`` was trained with."""
     tokenizer_style: str = "xlmv"
     """How ids are laid out: ``xlmv`` (fairseq offset; XLM-V, XLM-R), ``mt5`` (SigLIP too) or ``gemma``."""
-    balance: str | None = None
+    balance: PathName | None = None
     """Folder with ``balance.json`` and ``probs/<lang>.npy`` to balance curated shards online; null keeps all."""
     lanes: int = 256
     """Fixed number of sample streams that the shards are dealt to; must divide the global batch. Ranks own lanes."""
@@ -123,7 +125,7 @@ class DataConfig:
     """Seeds every random draw of the data path: caption choice, balancing, order, crop."""
     stall_seconds: float = 600
     """Longest wait for samples; after it the run ends with an error that names the rank, worker and shard."""
-    cache_dir: str | None = None
+    cache_dir: PathName | None = None
     """Folder on a local disk for remote shards and for tar indexes that cannot be stored beside their tars; null is the
     user's cache folder."""
     cache_gb: float = 100
@@ -221,11 +223,11 @@ class CheckpointConfig:
 class EvalConfig:
     """Evaluation during training, by all ranks between two steps."""
 
-    suite: str | None = None
+    suite: PathName | None = None
     """A suite file (``configs/eval/``); null evaluates nothing."""
     every: int = 20_000
     """Steps between evaluations; the last step's weights are always evaluated."""
-    root: str | None = None
+    root: PathName | None = None
     """Where the sets are, in place of the suite's ``root``."""
     batch: int = 64
     """Images per rank and forward pass."""
@@ -241,10 +243,34 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Which steps torch.profiler records, into the folder ``profile`` of the output."""
+
+    steps: tuple[int, int] | None = None
+    """First and last step, counted from 1 (``[3, 5]`` are three steps); null profiles nothing."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that are profiled."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
+            raise UserError(f"profile.steps={list(self.steps)}: needs 1 <= first <= last, such as [3, 5]")
+        if not self.ranks or min(self.ranks) < 0:
+            raise UserError(f"profile.ranks={self.ranks}: name at least one rank, counted from 0, such as [0]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where rows of metrics go besides the terminal, ``metrics.jsonl`` and TensorBoard."""
+
+    wandb: bool = False
+    """Also to Weights & Biases, whose own environment variables (``WANDB_PROJECT``, ``WANDB_MODE``, ...) apply."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
-    output: str = "runs/default"
+    output: PathName = "runs/default"
     """Folder for logs and checkpoints."""
     steps: int = 391_136
     global_batch: int = 75_264
@@ -265,6 +291,8 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         if not self.output.strip():
@@ -273,6 +301,8 @@ class RunConfig:
         for name in ("steps", "global_batch", "log_every"):
             _at_least(name, getattr(self, name), 1)
         _at_least("micro_batch", self.micro_batch, 0)
+        if self.profile.steps is not None and self.profile.steps[1] > self.steps:
+            raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:
             raise UserError(
                 f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "

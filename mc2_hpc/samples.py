@@ -96,10 +96,15 @@ def group_members(members: Iterable[Member]) -> Listing:
     The first of several members with the same name is kept.
     """
     listing = Listing()
+    unsupported: set[str] = set()
     for member in safe_members(members, listing.drops):
         if not member.name.rpartition("/")[2].startswith("."):
-            _add(listing, member)
+            _add(listing, member, unsupported)
     _join_parts(listing)
+    for key in unsupported:
+        sample = listing.samples.get(key)
+        if sample is not None and sample.image is None:
+            del listing.samples[key]  # already counted, with its image
     return listing
 
 
@@ -151,7 +156,7 @@ def is_image_name(name: str) -> bool:
     return name.rpartition(".")[2].lower() in _RANK and not name.rpartition("/")[2].startswith(".")
 
 
-def _add(listing: Listing, member: Member) -> None:
+def _add(listing: Listing, member: Member, unsupported: set[str]) -> None:
     stem, dot, extension = member.name.rpartition(".")
     extension = extension.lower()
     if not dot or not stem.rpartition("/")[2]:
@@ -170,6 +175,7 @@ def _add(listing: Listing, member: Member) -> None:
         sample.record = sample.record or member
     elif extension in UNSUPPORTED_EXTENSIONS:
         listing.drops[Drop.IMAGE_UNSUPPORTED] += 1
+        unsupported.add(pairing_key(stem))
     else:
         listing.others[member.name.rpartition("/")[2].partition(".")[2]] += 1
 

@@ -1,4 +1,4 @@
-"""Progress of long jobs: a bar with a rate and an ETA on a terminal, plain lines elsewhere."""
+"""Text for terminals: durations, and the progress of long jobs (a bar on a terminal, plain lines elsewhere)."""
 
 import sys
 import time
@@ -8,7 +8,17 @@ from contextlib import contextmanager
 Report = Callable[[str, int, int, str], None]
 """Called as ``report(stage, done, total, name of what was just done)``; a total of 0 means not known yet."""
 
+COLUMNS = 80
+"""Width of lines that are written to a file."""
+
 _LINE_EVERY_S = 10.0
+
+
+def clock(seconds: float) -> str:
+    """A duration such as ``1:01:03`` or ``4d 18:19:56``."""
+    days, rest = divmod(round(seconds), 86_400)
+    text = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {text}" if days else text
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The config tree: round trips, errors, and the shipped files."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import yaml
 
 from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict, load_config
 from mc2_hpc.conversion.open_clip import config as open_clip_config
+from mc2_hpc.data.decode import resolve_backend
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.presets import PRESETS, num_parameters, resolve
 from mc2_hpc.models.weights import ModelCard
+from mc2_hpc.training.step import check_loss, num_micro_batches
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs" / "train").rglob("*.yaml"))
 OPEN_CLIPS = {
@@ -42,6 +45,16 @@ def test_round_trip(file):
     assert config_from_dict(config_to_dict(config)) == config
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    keys = ("output", "model.init_from", "data.tokenizer", "data.balance", "data.cache_dir", "eval.suite", "eval.root")
+    config = config_to_dict(load_config(file, [*(f"{key}=~/x" for key in keys)]))
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        assert (config[section] if section else config)[name] == "/home/ann/x", key
+    assert load_config(file, ["output=runs/~x"]).output == "runs/~x"
+
+
 def test_read_only(file):
     with pytest.raises(AttributeError):
         load_config(file).steps = 8
@@ -59,6 +72,7 @@ def test_read_only(file):
         ("model.embedding=row", ["model.embedding='row'", "sharded, dense"]),
         ("steps", ["key.sub=value"]),
         ("model.vision=3", ["model.vision"]),
+        ("model.init_from= ", ["model.init_from", "empty"]),
     ],
 )
 def test_errors_name_key_and_cure(file, override, words):
@@ -77,6 +91,26 @@ def test_shipped_files_are_complete(path):
     header = "".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
     for word in ("arXiv", "Hardware:", "Command"):
         assert word in header
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_name_the_gpu_path_and_run_without_one(path):
+    """Their headers say which overrides a machine without a GPU needs."""
+    config = load_config(path)
+    assert (config.data.decode, config.loss.backend, config.model.attention) == ("dali", "triton", "sdpa")
+    (line,) = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# Needs a GPU")]
+    config = load_config(path, re.findall(r"[a-z]+\.[a-z]+=[a-z]+", line))
+    assert config.loss.backend == "tiled" and resolve_backend(config.data.decode, "train") == "turbo"
+    check_loss(config.loss, torch.device("cpu"))
+
+
+def test_the_step_of_one_node_is_that_of_the_recipe():
+    names = ("vit_h14_worldwide", "vit_h14_8gpu")
+    many, one = (load_config(next(path for path in SHIPPED if path.stem == name)) for name in names)
+    assert num_micro_batches(many, 384) == 1 and num_micro_batches(one, 8) == 48
+    same = {"output": one.output, "micro_batch": one.micro_batch, "data": one.data}
+    assert dataclasses.replace(many, **same) == one
+    assert dataclasses.replace(many.data, lanes=one.data.lanes) == one.data
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -75,7 +75,10 @@ def test_hidden_and_unsafe_names():
 
 
 def test_formats_that_cannot_be_decoded_are_counted():
-    assert listing_of("a.jxl", "a.txt", "b.HEIC").drops == {Drop.IMAGE_UNSUPPORTED: 2}
+    """Once each: the caption beside one is not a sample without an image in addition."""
+    found = listing_of("a.jxl", "a.txt", "b.HEIC", "b.json", "c.jpg", "c.heic", "c.txt", "d.txt")
+    assert found.drops == {Drop.IMAGE_UNSUPPORTED: 3}
+    assert list(found.samples) == ["c", "d"] and found.samples["c"].is_complete()
 
 
 def test_a_tar_of_something_else_is_described():

@@ -15,7 +15,7 @@ from mc2_hpc.config import RunConfig, load_config, read_yaml, typed
 from mc2_hpc.data.tokenizer import STYLES
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.suite import load_suite
-from mc2_hpc.reading.settings import Prose
+from mc2_hpc.reading.settings import PathName, Prose
 from mc2_hpc.reading.yaml_file import Section
 
 METADATA = ("by_language", "english", "merged")
@@ -27,11 +27,11 @@ REDUCTIONS: Mapping[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "
 class DataPaths:
     """The data that every row starts from."""
 
-    root: str = "."
+    root: PathName = "."
     """For use in other paths, as ``${data.root}``."""
-    pool: str
+    pool: PathName
     """Folder of candidate captions and images, as for ``mc2 curate``."""
-    metadata: str
+    metadata: PathName
     """Folder of ``<lang>.json``."""
 
 
@@ -104,9 +104,9 @@ class AblationConfig:
     """An ablation file."""
 
     data: DataPaths
-    base: str
+    base: PathName
     """Training config that every row starts from."""
-    suite: str
+    suite: PathName
     """Evaluation suite (``mc2 eval --suite``)."""
     columns: dict[str, Column]
     rows: list[RowConfig]

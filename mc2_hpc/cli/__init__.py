@@ -11,7 +11,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mc2_hpc import __version__
-from mc2_hpc.cli import ablate, bench, convert, curate, doctor, eval, metadata, quickstart, search, tokenizer, train
+from mc2_hpc.cli import (
+    ablate,
+    bench,
+    convert,
+    curate,
+    doctor,
+    eval,
+    metadata,
+    quickstart,
+    search,
+    status,
+    tokenizer,
+    train,
+)
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import shown
 
@@ -21,6 +34,7 @@ COMMANDS = {
     "curate": curate,
     "tokenizer": tokenizer,
     "train": train,
+    "status": status,
     "eval": eval,
     "ablate": ablate,
     "search": search,

@@ -2,18 +2,12 @@
 
 import argparse
 
+from mc2_hpc.cli.slurm_flags import NO_JOB, add_slurm_flags
 from mc2_hpc.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--slurm",
-        nargs="+",
-        action="extend",
-        metavar="key=value",
-        help="submit as a Slurm job: nodes=N gpus=N (per node) time=T partition=P account=A ... (docs/slurm.md)",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="with --slurm: print the batch script, do not submit")
+    add_slurm_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -21,10 +15,11 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from mc2_hpc.config import load_config
+    from mc2_hpc.jobs.batch_scripts import submit
     from mc2_hpc.training import slurm
 
     if arguments.slurm is None:
-        raise UserError("--dry-run prints the batch script of a Slurm job: add --slurm nodes=N gpus=N ...")
+        raise UserError(NO_JOB)
     if arguments.processes is not None or arguments.restarts:
         raise UserError("--processes and --restarts are for ranks on this machine: leave them out with --slurm")
     config = load_config(arguments.config, arguments.overrides)
@@ -34,5 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
         print(script, end="")
         return 0
     Path(config.output).mkdir(parents=True, exist_ok=True)  # Slurm does not create the log's folder
-    print(slurm.submit(script))
+    print(submit(script))
     return 0

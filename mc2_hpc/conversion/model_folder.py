@@ -10,16 +10,17 @@ from torch import Tensor
 from mc2_hpc.conversion.keys import our_shapes
 from mc2_hpc.data.card_tokenizer import tokenizer_file
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import (
     TOKENIZER_FILE,
     ModelCard,
-    TensorFiles,
     check_names,
     read_card,
     resolve_checkpoint,
     write_card,
     write_tensors,
 )
+from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 
 _FILE_BYTES = 1 << 30
 _MOST_SIZE = 10**9
@@ -34,7 +35,7 @@ def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
     """
     folder = resolve_checkpoint(source)
     card = read_card(folder)
-    files = TensorFiles(folder, "model")
+    files = UnwrappedTensorFiles(folder, "model")
     check_names(str(folder), files.names(), our_shapes(card.arch), files)
     return card, files, tokenizer_file(folder)
 

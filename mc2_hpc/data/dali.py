@@ -71,7 +71,10 @@ class _Job:
     ready: torch.Tensor
     jpegs: list[npt.NDArray[np.uint8]]
     boxes: npt.NDArray[np.int32]
-    is_jpeg: torch.Tensor
+    jpeg_rows: torch.Tensor
+    """Places of the JPEGs in the batch."""
+    ready_rows: torch.Tensor
+    """Places of the images in ``ready``."""
     skipped: Counter[str] = field(default_factory=Counter)
 
 
@@ -90,7 +93,7 @@ class DaliDecoder:
         self, *, image_size: int, max_batch: int, device: torch.device, num_threads: int, hw_decoder_load: float
     ) -> None:
         self._size = image_size
-        self._device = device
+        self.device = device
         self._new_pipeline = partial(_pipeline, image_size, max_batch, device, num_threads, hw_decoder_load)
         # Training's kernels queue on the current stream; waiting for an image must not wait for them.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -101,15 +104,15 @@ class DaliDecoder:
         """Start a batch of ``num`` images.
 
         Args:
-            ready: uint8 ``(m, 3, S, S)``, images that need no decoding, in order.
+            ready: uint8 ``(m, 3, S, S)``, images that need no decoding, in order; pinned if the device is a GPU.
             parts: the others; each part's rows are relative to its number.
         """
-        is_jpeg = torch.zeros(num, dtype=torch.bool)
-        for first, part in parts:
-            is_jpeg[part.rows + first] = True
+        is_ready = torch.ones(num, dtype=torch.bool)
+        jpeg_rows = torch.cat([part.rows + first for first, part in parts])
+        is_ready[jpeg_rows] = False
         jpegs = [jpeg for _, part in parts for jpeg in part.split()]
         boxes = np.concatenate([part.boxes.numpy() for _, part in parts])
-        self._jobs.append(_Job(ready, jpegs, boxes, is_jpeg))
+        self._jobs.append(_Job(ready, jpegs, boxes, jpeg_rows, is_ready.nonzero().flatten()))
         self._feed(self._jobs[-1])
 
     def receive(self) -> tuple[torch.Tensor, Counter[str]]:
@@ -126,11 +129,19 @@ class DaliDecoder:
             self._restart()
         else:
             pixels = self._copy(output)[: len(job.jpegs)]
-        images = torch.empty((len(job.is_jpeg), 3, self._size, self._size), dtype=torch.uint8, device=self._device)
-        is_jpeg = job.is_jpeg.to(self._device)
-        images[is_jpeg] = pixels
-        images[~is_jpeg] = job.ready.to(self._device)
+        num = len(job.jpeg_rows) + len(job.ready_rows)
+        images = torch.empty((num, 3, self._size, self._size), dtype=torch.uint8, device=self.device)
+        # Places come from the host: a mask on the device would make the host wait for the number of its rows.
+        images.index_copy_(0, self._upload(job.jpeg_rows), pixels)
+        if len(job.ready_rows):
+            images.index_copy_(0, self._upload(job.ready_rows), self._upload(job.ready))
         return images, job.skipped
+
+    def _upload(self, host: torch.Tensor) -> torch.Tensor:
+        """A copy on the device that the host does not wait for."""
+        if self.device.type != "cuda":
+            return host
+        return (host if host.is_pinned() else host.pin_memory()).to(self.device, non_blocking=True)
 
     def _restart(self) -> None:
         self._pipeline = self._new_pipeline()
@@ -157,7 +168,7 @@ class DaliDecoder:
             pixels = torch.from_dlpack(output.as_tensor()).clone()
         if self._stream is not None:
             self._stream.synchronize()
-            pixels.record_stream(torch.cuda.current_stream(self._device))
+            pixels.record_stream(torch.cuda.current_stream(self.device))
         self._pipeline.release_outputs()
         return pixels
 
@@ -170,7 +181,7 @@ class DaliDecoder:
                 except Dropped as skip:
                     log_skip(skip.reason, "a JPEG that DALI refused; its image is grey", skip.detail)
                     job.skipped[skip.reason] += 1
-        return pixels.to(self._device)
+        return self._upload(pixels)
 
 
 def _pipeline(image_size: int, max_batch: int, device: torch.device, num_threads: int, hw_decoder_load: float) -> Any:

@@ -10,12 +10,13 @@ from mc2_hpc.data.dali import IN_FLIGHT, DaliDecoder, Jpegs
 def decoded_by_dali(steps: Iterator[Sequence[Share]], decoder: DaliDecoder, *, pad_id: int) -> Iterator[Batch]:
     """The batches of ``steps``, with JPEGs decoded by the decoder's pipeline while waiting for the next shares.
 
-    Their images are on the decoder's device.
+    Their images are on the decoder's device; their tokens are pinned if that is a GPU.
     """
+    pin = decoder.device.type == "cuda"
     waiting: deque[Samples] = deque()
     for shares in steps:
-        decoder.submit(sum(len(share.keys) for share in shares), joined_pixels(shares, pin=False), _placed(shares))
-        waiting.append(joined_samples(shares, pad_id=pad_id, pin=False))
+        decoder.submit(sum(len(share.keys) for share in shares), joined_pixels(shares, pin=pin), _placed(shares))
+        waiting.append(joined_samples(shares, pad_id=pad_id, pin=pin))
         if len(waiting) == IN_FLIGHT:
             samples = waiting.popleft()
             images, skipped = decoder.receive()

@@ -19,3 +19,13 @@ def check_ranks(num_ranks: int, lanes: int, *, where: str = "") -> None:
         raise UserError(
             f"{where}{num_ranks} ranks but data.lanes={lanes}: every rank needs at least one lane, so raise data.lanes"
         )
+
+
+def rank_batches(global_batch: int, *, lanes: int, num_ranks: int) -> tuple[int, ...]:
+    """Pairs that each rank contributes to a step: the same number from every lane that it owns.
+
+    Raises:
+        UserError: as :func:`check_ranks`.
+    """
+    check_ranks(num_ranks, lanes)
+    return tuple(len(deal(range(lanes), rank, num_ranks)) * (global_batch // lanes) for rank in range(num_ranks))

@@ -51,6 +51,23 @@ def check_open_files(*, lanes: int, workers: int, prefetch: int, world_size: int
         )
 
 
+def check_memory(share_bytes: int) -> None:
+    """
+    Args:
+        share_bytes: of the images in a rank's share of a batch.
+
+    Raises:
+        UserError: the shares of all ranks on this machine are larger than its memory.
+    """
+    needed = share_bytes * _local_ranks()
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if total < needed:
+        raise UserError(
+            f"this machine has {total / 1e9:,.1f} GB of memory, but the images of one batch take {needed / 1e9:,.1f} "
+            "GB of it: set a smaller global_batch"
+        )
+
+
 def check_shared_memory(share_bytes: int, *, workers: int, prefetch: int) -> None:
     """
     Args:
@@ -61,11 +78,15 @@ def check_shared_memory(share_bytes: int, *, workers: int, prefetch: int) -> Non
     """
     if workers == 0 or not SHARED_MEMORY.is_dir():
         return
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    needed = share_bytes * workers * (prefetch + 1) * (int(local) if local.isdecimal() else 1)
+    needed = share_bytes * workers * (prefetch + 1) * _local_ranks()
     total = shutil.disk_usage(SHARED_MEMORY).total
     if total < needed:
         raise UserError(
             f"{SHARED_MEMORY} has {total / 1e6:,.1f} MB, but the data workers' shares take up to "
             f"{needed / 1e6:,.1f} MB: {LARGER_SHARED_MEMORY}"
         )
+
+
+def _local_ranks() -> int:
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(local) if local.isdecimal() else 1

@@ -23,7 +23,7 @@ from mc2_hpc.data.dali import DaliDecoder
 from mc2_hpc.data.dali_batches import decoded_by_dali
 from mc2_hpc.data.decode import resolve_backend
 from mc2_hpc.data.lanes import check_ranks, deal
-from mc2_hpc.data.limits import check_open_files, check_shared_memory
+from mc2_hpc.data.limits import check_memory, check_open_files, check_shared_memory
 from mc2_hpc.data.source import ShareSource
 from mc2_hpc.data.stream import Position
 from mc2_hpc.data.tokenizer import Tokenizer
@@ -77,6 +77,7 @@ class TrainLoader:
         check_open_files(lanes=len(own), workers=num_workers, prefetch=config.prefetch, world_size=world_size)
         if backend != "dali":  # the size of a JPEG is not known in advance
             share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
+            check_memory(share_bytes * max(1, num_workers))
             check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)
         source = ShareSource(
             config,

@@ -226,7 +226,7 @@ PROBES: dict[str, Probe] = {
     "CUDA": Probe(version=_cuda_version, check=_cuda, process=_TORCH),
     "collectives": Probe(version=_backends, check=_collectives, process=_TORCH),
     "DeepSpeed": Probe(
-        version=_package("deepspeed", cure="pip install 'deepspeed>=0.19,<0.20'"),
+        version=_package("deepspeed", cure="pip install 'deepspeed>=0.19.8,<0.20'"),
         check=_deepspeed,
         process="DeepSpeed",
         slow=True,

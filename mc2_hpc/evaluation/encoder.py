@@ -125,7 +125,7 @@ class Encoder:
         """Features of every image, on the CPU, the same on every rank. Collective.
 
         Raises:
-            UserError: no image can be decoded, or a feature is not finite.
+            UserError: no image can be decoded, or a feature is not finite or has length zero.
         """
         path = self._cached(images)
         found = _read_features(path, len(images)) if path is not None and path.is_file() else None
@@ -137,7 +137,7 @@ class Encoder:
         if sum(reasons.values()) == len(images):
             counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
             raise UserError(f"none of {len(images)} images can be decoded, such as {images.name(0)} ({counts})")
-        features = finite(self._gathered(share, len(images)), "images")
+        features = finite(self._gathered(share, len(images)), "images", num_missing=sum(reasons.values()))
         usable = features.abs().sum(1) > 0
         if path is not None and self.ranks.is_first:
             _keep_features(path, ImageFeatures(features, usable, reasons))

@@ -31,7 +31,7 @@ from mc2_hpc.evaluation.scoring import ALL, Scores, score
 from mc2_hpc.evaluation.sets import reader_of
 from mc2_hpc.evaluation.sets.files import shuffled
 from mc2_hpc.evaluation.tasks import Classification, Retrieval, Task
-from mc2_hpc.reading.settings import typed_arguments
+from mc2_hpc.reading.settings import PathName, typed_arguments
 from mc2_hpc.reading.yaml_file import Section
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class SetConfig:
 
     reader: str
     """A name from ``mc2_hpc.evaluation.sets.READERS``, or the dotted name of your own function."""
-    path: str
+    path: PathName
     """Its path, relative to the suite's ``root``."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the reader."""
@@ -115,7 +115,7 @@ class _SetInFile(SetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class _SuiteFile:
-    root: str = "."
+    root: PathName = "."
     eval_resize: str | None = None
     sets: dict[str, _SetInFile] = field(default_factory=dict)
 

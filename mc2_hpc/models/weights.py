@@ -5,28 +5,24 @@ Training, import, evaluation and conversion share this part of the checkpoint fo
 """
 
 import dataclasses
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.reading.files import read_text
 from mc2_hpc.reading.json_file import Count, File, Name, Size, read_json
-from mc2_hpc.reading.tensors import TensorInfo, read_header
-from mc2_hpc.reading.torch_file import read_torch_file
 from mc2_hpc.storage import atomic_path, write_json
-
-logger = logging.getLogger(__name__)
 
 CARD_FILE, TOKENIZER_FILE = "model.json", "tokenizer.model"
 BEST = "best.json"
@@ -167,87 +163,6 @@ def read_best(path: Path) -> tuple[str, str, float]:
     return best.checkpoint, best.metric, best.value
 
 
-class TensorFiles:
-    """Named tensors spread over files of a folder, read one at a time through a memory map."""
-
-    def __init__(self, folder: Path, source: str | Sequence[Path]) -> None:
-        """Index ``<source>.*.safetensors`` of ``folder`` or, if ``source`` is a list, these files of ``torch.save``.
-
-        Raises:
-            UserError: no such file, or one is damaged.
-        """
-        self.folder = folder
-        self._info: dict[str, TensorInfo] = {}
-        self._mapped: dict[str, Tensor] = {}
-        self._cast: set[str] = set()
-        paths = sorted(folder.glob(f"{source}.*safetensors")) if isinstance(source, str) else source
-        for path in paths:
-            header = read_header(path) if isinstance(source, str) else self._map(path)
-            for name in header.keys() & self._info.keys():
-                raise UserError(f"{path}: has {name!r}, which is also in {self._info[name].path.name}; remove one")
-            self._info |= header
-        if not self._info:
-            shown = f"{source}.*.safetensors" if isinstance(source, str) else "tensors"
-            raise UserError(f"{folder}: no {shown} there")
-
-    def _map(self, path: Path) -> dict[str, TensorInfo]:
-        tensors = read_torch_file(path)
-        self._mapped |= tensors
-        return {
-            name: TensorInfo(path, _STORED.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-            for name, tensor in tensors.items()
-        }
-
-    def names(self) -> list[str]:
-        """Sorted tensor names."""
-        return sorted(self._info)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._info
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header of its file."""
-        return self._info[name].shape
-
-    def stored_type(self, name: str) -> str:
-        """A tensor's type in its file, such as ``F32``."""
-        return self._info[name].dtype
-
-    def get(self, name: str) -> Tensor:
-        """One tensor, backed by the file's memory map.
-
-        Raises:
-            UserError: its file was damaged after the header was read.
-        """
-        if name in self._mapped:
-            return self._mapped[name]
-        path = self._info[name].path
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise UserError(f"{path}: damaged safetensors file ({str(error).splitlines()[0]})") from None
-
-    def get_fp32(self, name: str) -> Tensor:
-        """One tensor as fp32: half precision is widened exactly, and fp64 is rounded; logged once per type.
-
-        Raises:
-            UserError: it does not hold floating-point numbers.
-        """
-        tensor = self.get(name)
-        if tensor.dtype not in _STORED:
-            raise UserError(f"{self.folder}: {name} is {tensor.dtype}; convert weights of fp32, fp16 or bf16")
-        kind = self.stored_type(name)
-        if kind != "F32" and kind not in self._cast:
-            self._cast.add(kind)
-            logger.info("%s: weights of type %s (such as %s) are used as fp32", self.folder, kind, name)
-        return tensor.float()
-
-
-_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""Floating-point types, in safetensors' notation."""
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file atomically; an empty mapping gives a valid file without tensors."""
     with atomic_path(path) as temporary:
@@ -276,7 +191,7 @@ def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.
 
 
 def load_clip(folder: str | Path, arch: ClipArchitecture | None = None) -> tuple[CLIP, ModelCard]:
-    """Load a model through a memory map, on the CPU, in eval mode.
+    """Load a model through a memory map, on the CPU, in eval mode; wrappers' prefixes in names are removed.
 
     Args:
         folder: a checkpoint, or a run folder (its latest checkpoint).
@@ -289,7 +204,7 @@ def load_clip(folder: str | Path, arch: ClipArchitecture | None = None) -> tuple
     card = read_card(folder)
     with torch.device("meta"):
         model = CLIP(arch or card.arch)
-    files = TensorFiles(folder, "model")
+    files = UnwrappedTensorFiles(folder, "model")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_names(str(folder), files.names(), shapes, files)
     model.load_state_dict({name: files.get_fp32(name) for name in files.names()}, assign=True)

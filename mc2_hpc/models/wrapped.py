@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.models.weights import TensorFiles
+from mc2_hpc.models.tensor_files import TensorFiles
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Name parts that DistributedDataParallel, torch.compile, FSDP and activation checkpointing insert, at the front or

@@ -75,6 +75,26 @@ def read_bytes(path: str | Path, *, most: int) -> bytes:
     return data
 
 
+def read_tail(path: str | Path, *, most: int) -> bytes:
+    """The last lines of a regular file that another process may be writing, in at most ``most`` bytes.
+
+    Begins at the start of a line (or of the file); the last line may be incomplete.
+
+    Raises:
+        UserError: see :func:`open_regular`, or it cannot be read.
+    """
+    with open_regular(path) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            if size <= most:
+                return stream.read(most)
+            stream.seek(size - most - 1)
+            data = stream.read(most + 1)
+        except OSError as error:
+            raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    return data.partition(b"\n")[2]
+
+
 def read_text(path: str | Path, *, most: int) -> str:
     """The text of a UTF-8 file of at most ``most`` bytes, without a byte order mark.
 

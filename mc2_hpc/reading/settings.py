@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -29,6 +30,9 @@ Settings = TypeVar("Settings")
 
 Prose = Annotated[str, "several lines"]
 """A text setting that may contain line breaks."""
+
+PathName = Annotated[str, "a path"]
+"""A text setting that names a file or folder: a leading ``~`` is the home folder, as in a shell."""
 
 _MAPPINGS = (dict, abc.Mapping)
 _CONTAINERS = (list, tuple, abc.Sequence, *_MAPPINGS)
@@ -175,12 +179,13 @@ class _Reader:
             return self._object(cast(type, kind), node, key)
         if typing.get_origin(kind) in _CONTAINERS:
             return self._container(kind, node, key)
-        several_lines = typing.get_origin(kind) is Annotated
-        kind = typing.get_args(kind)[0] if several_lines else kind
+        whole = kind
+        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
         if isinstance(node, Items | Section):
             raise _wrong(node, key, f"must be {_WORDS[kind]}, not {_form(node)}")
         if kind is str:
-            return _text(node, key, several_lines)
+            text = _text(node, key, several_lines=whole == Prose)
+            return os.path.expanduser(text) if whole == PathName else text
         return {bool: _boolean, int: _integer, float: _number}[kind](node, key)
 
     def _object(self, kind: type, node: Node, key: str) -> Any:

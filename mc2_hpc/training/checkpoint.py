@@ -27,10 +27,9 @@ from mc2_hpc.models.weights import check_names
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.reading.json_file import Count, File, Foreign, Sha256, read_fields, read_json
 from mc2_hpc.storage import file_sha256
+from mc2_hpc.training.checkpoint_folders import MANIFEST, TRAINER, complete_folders
 
 logger = logging.getLogger(__name__)
-
-TRAINER, MANIFEST, LATEST = "trainer.json", "manifest.json", "latest"
 
 
 class _Saved(File):
@@ -70,11 +69,6 @@ class Checkpoint:
     def step(self) -> int:
         """Number of steps trained."""
         return int(self.trainer["step"])
-
-
-def complete_folders(folder: Path) -> list[Path]:
-    """The published checkpoints in ``folder``, oldest first; their files may have been damaged since."""
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
 def newest_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint | None:

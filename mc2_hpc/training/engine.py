@@ -19,7 +19,7 @@ from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, LOGIT_SCALE_MAX, Towers
-from mc2_hpc.models.weights import TensorFiles
+from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
 from mc2_hpc.training.optim import adamw, parameter_groups
@@ -49,6 +49,8 @@ def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, 
     bucket = min(config.zero.bucket_elements, num_parameters)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.stage in (1, 2):
+        # DeepSpeed's norm waits for the device five times; the engine's own (_squared_norm) does not wait.
+        zero["compute_grad_norm"] = config.optim.grad_clip > 0
         zero |= {
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
@@ -70,6 +72,7 @@ def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, 
         "gradient_clipping": config.optim.grad_clip if config.zero.stage > 0 else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in every step
         "steps_per_print": 10**9,
     }
 
@@ -93,6 +96,7 @@ class Engine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
         self.stage = config.zero.stage
+        self._computes_norm = self.stage in (1, 2) and config.optim.grad_clip == 0
         self._clip = clip
         self._attention = config.model.attention
         self._max_norm = config.optim.grad_clip
@@ -113,7 +117,7 @@ class Engine:
         )
         self._parameters = dict(self._engine.module.named_parameters())
         self._moment_owners = self._create_moments()
-        if self._table is not None and self.stage > 0:
+        if self._table is not None and self.stage > 0 and not self._computes_norm:
             add_to_norm(self._optimizer, self.stage, self._table.gradient)
         if config.model.compile:
             clip.compile_blocks()
@@ -160,8 +164,10 @@ class Engine:
         if self._table is not None:
             self._table.reduce()
         assert self.logit_scale.grad is not None
-        shared = torch.zeros(1 + len(votes), device=self.device)
+        shared = torch.zeros(2 + len(votes), device=self.device)
         shared[0] = self.logit_scale.grad
+        if self._computes_norm:
+            shared[-1] = self._squared_norm()
         for number, vote in enumerate(votes, start=1):
             if vote:
                 shared[number].fill_(1)  # a kernel on the device: a copy from the host would synchronise
@@ -169,7 +175,7 @@ class Engine:
         self.logit_scale.grad.copy_(shared[0] / dist.get_world_size())
         for group in (*self._optimizer.param_groups, *self._scale_optimizer.param_groups):
             group["lr"] = lr
-        norm = self._step_towers()
+        norm = self._step_towers(shared[-1])
         if self._table is not None:
             if self.stage > 0 and self._optimizer.overflow:
                 self._table.drop()  # DeepSpeed skips the update if the norm is not finite
@@ -179,12 +185,25 @@ class Engine:
         self._scale_optimizer.zero_grad()
         with torch.no_grad():
             self.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
-        return norm, shared[1:]
+        return norm, shared[1:-1]
 
-    def _step_towers(self) -> Tensor:
-        """DeepSpeed's step; returns the global gradient norm, which includes a sharded table's gradient."""
+    def _squared_norm(self) -> Tensor:
+        """The square of the norm of the averaged gradients that this rank owns, 0-d, summed in fp64."""
+        owned = [grad for group in self._optimizer.averaged_gradients.values() for grad in group]
+        if self._table is not None:
+            owned.append(self._table.gradient())
+        return torch.stack(torch._foreach_norm(owned, 2, torch.float64)).square().sum()
+
+    def _step_towers(self, squared_norm: Tensor) -> Tensor:
+        """DeepSpeed's step; returns the global gradient norm, which includes a sharded table's gradient.
+
+        Args:
+            squared_norm: its square, where the engine computes it.
+        """
         if self.stage > 0:
             self._engine.step()
+            if self._computes_norm:
+                return squared_norm.sqrt()
             return torch.as_tensor(self._engine.get_global_grad_norm())
         # Without ZeRO the engine leaves the averaged gradients on the parameters and computes no norm.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Outputs for a run's metrics: the terminal, ``metrics.jsonl`` and TensorBoard, all from the first rank."""
+"""Outputs for a run's metrics, all from the first rank: terminal, ``metrics.jsonl``, TensorBoard, W&B if asked."""
 
 import json
 import logging
@@ -14,13 +14,14 @@ from rich.table import Column
 from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import atomic_path
+from mc2_hpc.terminal import COLUMNS, clock
+from mc2_hpc.training.wandb_log import WandbLog
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = 80
 _MOST_BYTES = 4 << 30
 
 
@@ -52,12 +53,19 @@ class MetricsLog:
     A full disk does not end the run: rows wait in memory until there is room again, but TensorBoard's log ends.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
-        """Open the log of a run that continues after ``first_step`` steps (0: a new run)."""
+    def __init__(
+        self, folder: Path, *, total_steps: int, first_step: int, wandb_config: dict[str, Any] | None = None
+    ) -> None:
+        """Open the log of a run that continues after ``first_step`` steps (0: a new run).
+
+        Args:
+            wandb_config: the run's settings if Weights & Biases gets its rows too.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._steps = _Rows(folder / "metrics.jsonl", last_step=first_step)
         self._evaluations = _Rows(folder / "evaluations.jsonl", last_step=first_step)
         self._board = _open_board(folder / "tensorboard", first_step)
+        self._wandb = WandbLog(folder, wandb_config) if wandb_config is not None else None
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         if sys.stderr.isatty():
@@ -95,7 +103,7 @@ class MetricsLog:
         self._draw({"step": row["step"], **scalars})
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it must have ``step``. Nested dictionaries become TensorBoard tags ``key/subkey``."""
+        """Append one row; it must have ``step``. Nested dictionaries become tags ``key/subkey``."""
         self._steps.append(row)
         self._draw(row)
         if self._progress is not None:
@@ -105,14 +113,15 @@ class MetricsLog:
             print(progress_line(row, total_steps=self._total_steps), file=sys.stderr, flush=True)
 
     def _draw(self, row: dict[str, Any]) -> None:
+        """Give the numbers of a row to TensorBoard and W&B."""
+        numbers = _flat(row)
+        if self._wandb is not None:
+            self._wandb.write(numbers)
         if self._board is None:
             return
         try:
-            for key, value in row.items():
-                if isinstance(value, dict):
-                    for name, number in value.items():
-                        self._board.add_scalar(f"{key}/{name}", number, row["step"])
-                elif isinstance(value, int | float) and key != "step":
+            for key, value in numbers.items():
+                if key != "step":
                     self._board.add_scalar(key, value, row["step"])
         except OSError as error:  # from its writer thread, which has ended
             logger.error("TensorBoard's log ends at step %d: %s", row["step"], error)
@@ -129,13 +138,26 @@ class MetricsLog:
                 self._board.close()
             except OSError as error:
                 logger.error("TensorBoard's log is incomplete: %s", error)
+        if self._wandb is not None:
+            self._wandb.close()
+
+
+def _flat(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row by tag; ``key/subkey`` for those of nested dictionaries."""
+    numbers: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            numbers |= {f"{key}/{name}": number for name, number in value.items()}
+        elif isinstance(value, int | float):
+            numbers[key] = value
+    return numbers
 
 
 def progress_line(row: dict[str, Any], *, total_steps: int) -> str:
     """A row in at most 80 columns: step and remaining time first, then as much of the rest as fits."""
     line = f"step {row['step']}/{total_steps}  ETA {_remaining(row, total_steps)}"
     for note in _notes(row):
-        if len(line) + 2 + len(note) > _COLUMNS:
+        if len(line) + 2 + len(note) > COLUMNS:
             break
         line += f"  {note}"
     return line
@@ -158,10 +180,7 @@ def _notes(row: dict[str, Any]) -> list[str]:
 
 def _remaining(row: dict[str, Any], total_steps: int) -> str:
     """Time to the last step at the row's speed."""
-    seconds = round((total_steps - row["step"]) / max(row["steps_per_second"], 1e-9))
-    days, seconds = divmod(seconds, 86_400)
-    clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-    return f"{days}d {clock}" if days else clock
+    return clock((total_steps - row["step"]) / max(row["steps_per_second"], 1e-9))
 
 
 def _open_board(folder: Path, first_step: int) -> "SummaryWriter | None":

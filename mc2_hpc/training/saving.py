@@ -25,7 +25,7 @@ from mc2_hpc.distributed import Ranks
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.weights import BEST, TOKENIZER_FILE, ModelCard, read_best, write_card, write_tensors
 from mc2_hpc.storage import atomic_path, file_sha256, fsync_file, fsync_folder, remove_folder, write_json
-from mc2_hpc.training.checkpoint import LATEST, MANIFEST, TRAINER, complete_folders
+from mc2_hpc.training.checkpoint_folders import LATEST, MANIFEST, TRAINER, complete_folders
 from mc2_hpc.training.engine import Engine
 
 logger = logging.getLogger(__name__)

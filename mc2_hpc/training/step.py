@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mc2_hpc.config import LossConfig, RunConfig
-from mc2_hpc.data.lanes import check_ranks
+from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.errors import UserError
 from mc2_hpc.kernels.contrastive import contrastive_loss
 from mc2_hpc.kernels.contrastive.dispatch import choose_backend
@@ -18,7 +18,7 @@ from mc2_hpc.training.votes import Votes
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The results of one step; tensors stay on the device so that they can be read later."""
+    """The results of one step. Tensors are on the device; :meth:`numbers` is what the host reads of them."""
 
     loss: Tensor
     """Global mean loss before the update, 0-d fp32, equal on all ranks."""
@@ -29,6 +29,11 @@ class StepResult:
     votes: Tensor
     """Number of ranks that said yes to each of :class:`Votes`; read by :class:`VoteCounts`."""
 
+    def numbers(self) -> Tensor:
+        """(3 + number of votes,) loss, gradient norm, logit scale and votes, in fp32 on the device of the loss."""
+        scalars = (self.loss, self.grad_norm.to(self.loss.device, non_blocking=True), self.logit_scale)
+        return torch.cat([*(number.float().reshape(1) for number in scalars), self.votes.float()])
+
 
 def check_loss(config: LossConfig, device: torch.device) -> None:
     """Check early whether the configured loss can run on ``device``.
@@ -36,8 +41,10 @@ def check_loss(config: LossConfig, device: torch.device) -> None:
     Raises:
         UserError: its backend cannot.
     """
+    if config.backend == "auto":
+        return  # it runs everywhere
     try:
-        choose_backend(config.backend, device)
+        choose_backend(config.backend, device, torch.float32)
     except RuntimeError as error:
         raise UserError(f"loss.backend={config.backend}: {error}") from None
 
@@ -48,9 +55,8 @@ def num_micro_batches(config: RunConfig, world_size: int) -> int:
     Raises:
         UserError: more ranks than lanes, or a rank would have fewer pairs than passes.
     """
-    lanes, per_lane = config.data.lanes, config.global_batch // config.data.lanes
-    check_ranks(world_size, lanes)
-    largest, smallest = -(-lanes // world_size) * per_lane, lanes // world_size * per_lane
+    batches = rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=world_size)
+    largest, smallest = max(batches), min(batches)
     if config.micro_batch == 0:
         return 1
     num_micro = -(-largest // config.micro_batch)
@@ -75,15 +81,19 @@ class ContrastiveStep:
         config: LossConfig,
         *,
         feature_dtype: torch.dtype,
+        batches: Sequence[int] | None = None,
         votes: Callable[[], Votes] = Votes,
     ) -> None:
         """
         Args:
+            batches: pairs of every rank in each step (:func:`mc2_hpc.data.lanes.rank_batches`); ``None`` exchanges them
+                in every step, which waits for the device.
             votes: called late in every step for this rank's answers (see :meth:`Engine.step`).
         """
         self._engine = engine
         self._config = config
         self._feature_dtype = feature_dtype
+        self._batches = batches
         self._votes = votes
 
     def __call__(
@@ -111,6 +121,7 @@ class ContrastiveStep:
             image_features.to(self._feature_dtype),
             text_features.to(self._feature_dtype),
             self._engine.logit_scale,
+            batches=self._batches,
             backend=self._config.backend,
             exchange=self._config.exchange,
         )

@@ -90,7 +90,9 @@ class TokenTable:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Give the text tower the whole table on every rank, for reading only, while the context lasts. Collective."""
-        self._text.register_module("token_embedding", nn.Embedding.from_pretrained(self.full("weight")))
+        # Not frozen: evaluation takes gradients of all parameters.
+        whole = nn.Embedding.from_pretrained(self.full("weight"), freeze=False)
+        self._text.register_module("token_embedding", whole)
         try:
             yield
         finally:

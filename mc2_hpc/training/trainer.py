@@ -12,23 +12,27 @@ import torch.distributed as dist
 from mc2_hpc.config import RunConfig, config_to_dict
 from mc2_hpc.data.batches import Batch
 from mc2_hpc.data.enough import check_enough
+from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.clip import CLIP, build_clip
-from mc2_hpc.models.weights import ModelCard, TensorFiles
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import ModelCard
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
+from mc2_hpc.training.host_copy import HostCopy
 from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.profiling import StepProfiler
 from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
 from mc2_hpc.training.resume import check_resume, warn_of_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
-from mc2_hpc.training.step import ContrastiveStep, StepResult, check_loss, num_micro_batches
+from mc2_hpc.training.step import ContrastiveStep, check_loss, num_micro_batches
 from mc2_hpc.training.stop import Stopped, StopRequest
 from mc2_hpc.training.throughput import ThroughputMeter, gather, rates
 from mc2_hpc.training.votes import VoteCounts, Votes
@@ -48,11 +52,12 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Pending:
-    """A step whose numbers have not been read from the device yet."""
+    """A step whose numbers are on their way from the device."""
 
     step: int
     lr: float
-    result: StepResult
+    numbers: HostCopy
+    """Of :meth:`StepResult.numbers`."""
     keys: Sequence[str]
 
 
@@ -73,6 +78,7 @@ class Trainer:
         self.output = Path(config.output)
         self.stop = stop or StopRequest()
         check_loss(config.loss, ranks.device)
+        self._profiler = StepProfiler(config, ranks)
         folder = self.output / "checkpoints"
         checkpoint = newest_checkpoint(folder, ranks) if config.checkpoint.resume else None
         with initial_source(config, checkpoint, ranks) as source:
@@ -118,6 +124,7 @@ class Trainer:
             self.engine,
             config.loss,
             feature_dtype=Precision(config.precision).dtype,
+            batches=rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks.world_size),
             votes=lambda: Votes(stop=self.stop.requested is not None, written=self.writer.own_part_done),
         )
         self._means = Means()
@@ -162,11 +169,7 @@ class Trainer:
         if done and self.evaluation is None:
             logger.info("nothing to do: %s already has %d steps", self.output, self.config.steps)
             return
-        log = (
-            MetricsLog(self.output, total_steps=self.config.steps, first_step=self.progress.step)
-            if self.ranks.is_first
-            else None
-        )
+        log = self._open_log() if self.ranks.is_first else None
         self.stop.defer()
         try:
             # May still be due from the last start, if that ended early.
@@ -178,10 +181,18 @@ class Trainer:
                 with naming_the_wait(self.ranks.rank, lambda: f"in step {self.progress.step + 1}"):
                     self._loop(meter, log)
         finally:
+            self._profiler.close()
             self.loader.close()
             self.writer.close()
             if log is not None:
                 log.close()
+
+    def _open_log(self) -> MetricsLog:
+        config = self.config
+        wandb_config = config_to_dict(config) if config.log.wandb else None
+        return MetricsLog(
+            self.output, total_steps=config.steps, first_step=self.progress.step, wandb_config=wandb_config
+        )
 
     def _loop(self, meter: ThroughputMeter, log: MetricsLog | None) -> None:
         config, progress = self.config, self.progress
@@ -189,13 +200,14 @@ class Trainer:
         batches = iter(self.loader)
         meter.start()
         while progress.step < config.steps:
+            self._profiler.begin(progress.step + 1)
             with meter.waiting():
                 batch = next(batches)
             lr = learning_rate(progress.step, total=config.steps, config=config.optim)
             images = batch.images.to(self.ranks.device, non_blocking=True)
             lengths = batch.lengths if config.model.text_packing else None
-            result = self._step(images, batch.tokens, lr, lengths=lengths)
-            # The previous step has finished by now, so reading its numbers does not wait.
+            numbers = HostCopy(self._step(images, batch.tokens, lr, lengths=lengths).numbers())
+            # Waits until the previous step has finished, while the device has this one to work on.
             votes = agreed(
                 self._read(pending),
                 world_size=self.ranks.world_size,
@@ -205,12 +217,13 @@ class Trainer:
             progress.step += 1
             self._count(batch)
             meter.count(batch)
-            pending = _Pending(progress.step, lr, result, batch.keys)
+            pending = _Pending(progress.step, lr, numbers, batch.keys)
             if progress.step % config.log_every == 0 or progress.step == config.steps:
                 self._log_row(pending, meter, log)
             with meter.stalled():
                 self._checkpoint(pending, votes)
             with meter.paused():
+                self._profiler.end(progress.step)
                 self._evaluate(log, pending)
 
     def _checkpoint(self, pending: _Pending, votes: Agreed) -> None:
@@ -285,14 +298,14 @@ class Trainer:
         """Write a row for all ranks and the steps since the previous row. Collective."""
         self._read(pending)
         intervals = gather(meter.interval(self.progress.skipped), self.ranks)
-        means = self._means.take()
+        means, (_, _, logit_scale, *_) = self._means.take(), pending.numbers.read()
         if log is not None and intervals is not None:
             log.write(
                 {
                     "step": pending.step,
                     "samples_seen": self.progress.samples_seen,
                     "loss": means["loss"],
-                    "logit_scale": float(pending.result.logit_scale),
+                    "logit_scale": logit_scale,
                     "lr": pending.lr,
                     "grad_norm": means["grad_norm"],
                     **rates(intervals, global_batch=self.config.global_batch),
@@ -308,18 +321,17 @@ class Trainer:
         """Check that a step's numbers are finite; returns its votes."""
         if pending is None:
             return VoteCounts()
-        result = pending.result
-        numbers = (("loss", result.loss), ("gradient norm", result.grad_norm), ("logit_scale", result.logit_scale))
-        for what, value in numbers:
+        loss, grad_norm, logit_scale, *votes = pending.numbers.read()
+        for what, value in (("loss", loss), ("gradient norm", grad_norm), ("logit_scale", logit_scale)):
             # All are the same on every rank, so every rank stops at the same step.
-            if not math.isfinite(float(value)):
+            if not math.isfinite(value):
                 self.writer.finish()
                 raise NonFiniteError(
-                    f"{what} is {float(value)} at step {pending.step}; last good checkpoint: "
+                    f"{what} is {value} at step {pending.step}; last good checkpoint: "
                     f"{self.writer.last_good()}; keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
-        self._means.add(pending.step, loss=float(result.loss), grad_norm=float(result.grad_norm))
-        return VoteCounts.read(result.votes)
+        self._means.add(pending.step, loss=loss, grad_norm=grad_norm)
+        return VoteCounts.of(votes)
 
     def _save(self) -> None:
         self.writer.begin(

@@ -1,8 +1,7 @@
 """Questions that all ranks ask in every step; the answers share an all-reduce that the step needs anyway."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
-
-from torch import Tensor
 
 
 class Votes(NamedTuple):
@@ -21,7 +20,7 @@ class VoteCounts(NamedTuple):
     written: int = 0
 
     @classmethod
-    def read(cls, counts: Tensor) -> "VoteCounts":
-        """From a step's tensor of counts, one per question; waits for the step."""
-        stop, written = counts.tolist()
+    def of(cls, counts: Sequence[float]) -> "VoteCounts":
+        """From the counts of a step, one per question."""
+        stop, written = counts
         return cls(int(stop), int(written))

@@ -22,7 +22,8 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.formats import OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG, detect_format
 from mc2_hpc.models.presets import ClipArchitecture
-from mc2_hpc.models.weights import TensorFiles, load_clip, read_card
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import load_clip, read_card
 
 Checkpoint = Callable[..., tuple[Path, CLIP]]
 STYLES = ["xlmv", "mt5", "gemma"]

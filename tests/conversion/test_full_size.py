@@ -19,7 +19,8 @@ from mc2_hpc.conversion.peers import import_open_clip, import_transformers
 from mc2_hpc.data.tokenizer import train_tokenizer
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import PRESETS
-from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, TensorFiles, load_clip, write_card, write_tensors
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_card, write_tensors
 from mc2_hpc.storage import remove_folder
 
 PRESET = "ViT-H-14-worldwide-quickgelu"

@@ -17,7 +17,7 @@ import torch
 from mc2_hpc.config import DataConfig
 from mc2_hpc.data import shards
 from mc2_hpc.data.index import cache_folder
-from mc2_hpc.data.limits import check_open_files, check_shared_memory
+from mc2_hpc.data.limits import check_memory, check_open_files, check_shared_memory
 from mc2_hpc.data.loader import DataStalled, TrainLoader
 from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.data.remote import _lock
@@ -98,6 +98,12 @@ def test_shared_memory_that_is_too_small(
         make_loader(workers=1, prefetch=1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     check_shared_memory(0, workers=2, prefetch=2)
+    next(make_loader(workers=0))
+
+
+def test_a_batch_larger_than_the_memory_is_one_line(make_loader: Callable[..., TrainLoader]) -> None:
+    with pytest.raises(UserError, match="the images of one batch take .* GB of it: set a smaller global_batch"):
+        check_memory(1 << 60)
     next(make_loader(workers=0))
 
 

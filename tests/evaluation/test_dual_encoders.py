@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from mc2_hpc.errors import UserError
@@ -242,6 +243,10 @@ def test_text_towers_known_by_name_are_transformers_own(transformers):
         ("unknown tower", "its text tower 'somebody/bert' is from transformers, and its config is missing"),
         ("standard deviation in text", r"\$\.preprocess_cfg\.std\[2\]: expected a number, found text"),
         ("pickled code", "open_clip cannot load it"),
+        ("other names", "Missing key.*`mc2 convert .* --to mc2 --out NEW` may still read it"),
+        ("integers", "open_clip_model.safetensors: holds I32, no floating-point weights"),
+        ("a pipe", "open_clip_model.safetensors: is a named pipe"),
+        ("a pipe beside them", "vocab.txt: is a named pipe"),
     ],
 )
 def test_broken_open_clip_folders_are_one_line(damage, message, tmp_path, open_clip):
@@ -262,6 +267,15 @@ def test_broken_open_clip_folders_are_one_line(damage, message, tmp_path, open_c
         values = json.loads(config.read_text())
         values["preprocess_cfg"]["std"] = [0.27, 0.26, "0.28"]
         config.write_text(json.dumps(values))
+    elif damage in ("other names", "integers"):
+        change = (
+            (lambda name, t: (f"_orig_mod.{name}", t)) if damage == "other names" else (lambda name, t: (name, t.int()))
+        )
+        save_file(dict(change(name, tensor) for name, tensor in load_file(weights).items()), weights)
+    elif damage.startswith("a pipe"):
+        pipe = weights if damage == "a pipe" else folder / "vocab.txt"
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
     else:
         weights.unlink()
 

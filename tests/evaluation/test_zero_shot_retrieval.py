@@ -198,7 +198,15 @@ def test_features_that_are_not_finite_are_refused(encoder, image_folder):
         encoder.dual.model.vision.projection.fill_(float("nan"))
     with pytest.raises(UserError, match="non-finite features for some images"):
         encoder.images(ImageFiles(image_folder, ["00.jpg"]))
+    with torch.no_grad():
+        encoder.dual.model.vision.projection.fill_(0)
+    (image_folder / "05.jpg").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="features of length zero for some images"):
+        encoder.images(ImageFiles(image_folder, ["00.jpg", "05.jpg"]))
     model = RandomEncoder()
+    model.table[:] = 0
+    with pytest.raises(UserError, match="features of length zero for some texts"):
+        encode_texts(model, ["a"])
     model.table[:] = float("nan")
     with pytest.raises(UserError, match="non-finite features for some texts"):
         encode_texts(model, ["a"])

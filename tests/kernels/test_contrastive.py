@@ -237,8 +237,29 @@ def test_auto_says_once_what_it_picked(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level("INFO", logger=dispatch.__name__):
         for _ in range(2):
-            assert dispatch.choose_backend("auto", torch.device("cpu")) == "tiled"
+            assert dispatch.choose_backend("auto", torch.device("cpu"), torch.float32) == "tiled"
     assert [record.message for record in caplog.records] == [
-        "contrastive loss: auto selected the tiled backend (features are on cpu)"
+        "contrastive loss: auto selected the tiled backend (float32 features on cpu)"
     ]
     assert set(dispatch.AUTO_BACKEND.values()) <= set(BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "picked"), [(torch.bfloat16, "triton"), (torch.float16, "triton"), (torch.float32, "tiled")]
+)
+def test_auto_picks_triton_for_half_types_on_a_gpu(monkeypatch, dtype, picked):
+    from mc2_hpc.kernels.contrastive import dispatch
+
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: None)
+    assert dispatch.choose_backend("auto", torch.device("cuda"), dtype) == picked
+    assert dispatch.choose_backend("auto", torch.device("cpu"), dtype) == "tiled"
+
+
+def test_auto_says_why_it_did_not_pick_triton(monkeypatch, caplog):
+    from mc2_hpc.kernels.contrastive import dispatch
+
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with caplog.at_level("INFO", logger=dispatch.__name__):
+        assert dispatch.choose_backend("auto", torch.device("cuda"), torch.bfloat16) == "tiled"
+    assert "tiled backend (bfloat16 features on cuda; triton cannot run: the package triton is not" in caplog.text

@@ -1,6 +1,8 @@
 """The contrastive loss on several gloo ranks: equal to one process for both exchanges; no hang if a rank is killed."""
 
 import itertools
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +41,17 @@ def finish(ranks: list[Forked]) -> list[tuple[int, str, str]]:
             rank.wait()
 
 
+def triton_cases(kit) -> dict[str, dict]:
+    cases = {}
+    for exchange, dtype in itertools.product(EXCHANGES, (torch.float32, torch.bfloat16, torch.float16)):
+        image, text = kit.features(7, 8, dtype)
+        cases[f"triton {exchange} {dtype}"] = {
+            "batches": (3, 4), "image": image, "text": text, "logit_scale": torch.tensor(2.5),
+            "options": {"exchange": exchange, "backend": "triton", "batches": (3, 4)},
+        }  # fmt: skip
+    return cases
+
+
 def all_cases(kit) -> dict[str, dict]:
     cases = {}
     for size, batches in ((size, b) for size, several in BATCHES.items() for b in several):
@@ -48,7 +61,9 @@ def all_cases(kit) -> dict[str, dict]:
             if backend == "reference" and (exchange == "ring" or dtype == torch.bfloat16):
                 continue
             image, text = kit.features(sum(batches), 6, dtype, seed=size)
-            options = {"exchange": exchange, "backend": backend}
+            options: dict = {"exchange": exchange, "backend": backend}
+            if dtype != torch.float32:
+                options["batches"] = batches  # else they are exchanged
             scale = torch.tensor(2.5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
             cases[f"{batches} {exchange} {backend} {dtype}"] = {
                 "batches": batches, "image": image, "text": text, "logit_scale": scale, "options": options,
@@ -76,6 +91,37 @@ def found(kit, start, tmp_path_factory):
 
 
 def test_ranks_together_equal_float64(kit, found):
+    assert_ranks_equal_float64(kit, found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is chosen where there is no GPU")
+def test_ranks_with_triton_equal_float64(kit, tmp_path):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    cases = triton_cases(kit)
+    torch.save(cases, tmp_path / "cases.pt")
+    # Fresh processes, because the interpreter is chosen when Triton is imported.
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    ranks = [
+        subprocess.Popen([sys.executable, WORKER, str(rank), "2", tmp_path, "solve"], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=TIMEOUT) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    parts = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_ranks_equal_float64(kit, {name: (case, [part[name] for part in parts]) for name, case in cases.items()})
+
+
+def assert_ranks_equal_float64(kit, found: dict[str, tuple[dict, list]]) -> None:
+    """The value is the same on all ranks; value and gradients equal the dense float64 reference's."""
     for name, (case, ranks) in found.items():
         size = len(ranks)
         losses, images, texts, scales = zip(*ranks, strict=True)

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture, num_parameters
+from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import (
     ModelCard,
-    TensorFiles,
     load_clip,
     read_card,
     resolve_checkpoint,
@@ -55,6 +55,20 @@ def test_read_back(folder: Path, model: CLIP) -> None:
     assert not loaded.training
     for (name, ours), (_, theirs) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_model(folder: Path, model: CLIP, prefix: str) -> None:
+    """As ``model.init_from`` reads them."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if "logit_scale" in tensors:
+            tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+        write_tensors(path, {prefix + name: tensor for name, tensor in tensors.items()})
+    loaded, _ = load_clip(folder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
 def test_a_run_folder_or_checkpoints_folder_will_do(folder: Path, tmp_path: Path) -> None:
@@ -169,6 +183,18 @@ def test_integers_are_not_weights(folder: Path, dtype: torch.dtype) -> None:
     with safe_open(path, framework="pt") as file:
         write_tensors(path, {name: file.get_tensor(name).to(dtype) for name in file.keys()})
     fails(f"step-3: [a-z_.0-9]+ is {dtype}; convert weights of fp32", folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e300])
+def test_numbers_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    path = folder / "model.1.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).double() for name in file.keys()}
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name][3, 1] = value  # 1e300 is finite in fp64 and infinite in fp32
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=f"{name} has values that are NaN or infinite"):
+        load_clip(folder)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.reading.settings import Prose, typed, typed_arguments
+from mc2_hpc.reading.settings import PathName, Prose, typed, typed_arguments
 from mc2_hpc.reading.yaml_file import Section, read_yaml
 
 WORDS = [
@@ -38,7 +38,7 @@ class Part:
 class Whole:
     title: str = "untitled"
     note: Prose = ""
-    folder: str | None = None
+    folder: PathName | None = None
     steps: int = 1
     rate: float = 0.1
     fast: bool = False
@@ -49,6 +49,14 @@ class Whole:
     parts: dict[str, Part] = field(default_factory=dict)
     anything: dict[str, Any] = field(default_factory=dict)
     later: Section = Section({}, "")
+
+
+def test_only_a_path_has_a_home(read, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    found = read("title: ~/x\nfolder: ~/x\n")
+    assert (found.title, found.folder) == ("~/x", "/home/ann/x")
+    assert read("title: a", "folder=~nobody-here/x").folder == "~nobody-here/x"
+    assert read("title: a", "folder=null").folder is None
 
 
 @pytest.fixture

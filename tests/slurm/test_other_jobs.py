@@ -71,17 +71,26 @@ def test_curation_that_cannot_be_done_is_tried_three_times(slurm_cluster, tmp_pa
     assert "round 3 of 3 ended with exit code 2" in log and "nowhere" in log
 
 
-def test_bench_runs_on_every_node(slurm_cluster, tmp_path):
+@pytest.mark.parametrize("by_hand", [True, False], ids=["sbatch", "mc2 bench --slurm"])
+def test_bench_runs_on_every_node(slurm_cluster, tmp_path, by_hand, monkeypatch, capsys):
     """With a benchmark that only prints where it ran, instead of one that takes minutes."""
     python = tmp_path / "python"
     python.write_text('#!/bin/bash\nprintf "%s\\n" "$SLURMD_NODENAME" "${SLURM_PROCID-no rank}" "$@" >"$6"\n')
     python.chmod(0o755)
-    script = ["--nodes=2", "--gpus-per-node=1", f"--export=ALL,MC2_PYTHON={python},MC2_SLURM={ROOT / 'slurm'}"]
-    job_id = slurm_cluster.submit(
-        f"--output={tmp_path}/log", *script, ROOT / "slurm/bench.sbatch", "contrastive", "--quick", cwd=tmp_path
-    )
+    if by_hand:
+        script = ["--nodes=2", "--gpus-per-node=1", f"--export=ALL,MC2_PYTHON={python},MC2_SLURM={ROOT / 'slurm'}"]
+        job_id = slurm_cluster.submit(
+            f"--output={tmp_path}/log", *script, ROOT / "slurm/bench.sbatch", "contrastive", "--quick", cwd=tmp_path
+        )
+    else:
+        (tmp_path / "env.sh").write_text(f"export MC2_PYTHON={python}\n", encoding="utf-8")
+        for name in ("SLURM_CONF", "PATH"):
+            monkeypatch.setenv(name, slurm_cluster.env[name])
+        monkeypatch.chdir(tmp_path)
+        assert main(["bench", "contrastive", "--quick", "--slurm", "nodes=2", "gpus=1", "env=env.sh"]) == 0
+        job_id = capsys.readouterr().out.strip()
     (ended,) = slurm_cluster.wait(job_id)
-    assert ended["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+    assert ended["JobState"] == "COMPLETED", [path.read_text() for path in tmp_path.glob("*log")]
     for node in slurm_cluster.nodes:
         name = f"bench-{job_id}/contrastive-{node}.json"
         expected = [node, "no rank", "-m", "mc2_hpc.cli", "bench", "contrastive", "--json", name, "--quick"]

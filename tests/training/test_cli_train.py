@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mc2_hpc.conversion.convert import convert
-from mc2_hpc.models.weights import TensorFiles, load_clip
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import load_clip
 from mc2_hpc.training.checkpoint import find_damage
 
 STEPS = 60  # long enough to kill the run between the checkpoint of step 10 and the end

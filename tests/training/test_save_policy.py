@@ -1,7 +1,6 @@
 """When a run saves, waits and stops: only the decisions, without a trainer."""
 
 import pytest
-import torch
 
 from mc2_hpc.training.save_policy import Agreed, SaveActions, SavePolicy, agreed
 from mc2_hpc.training.votes import VoteCounts, Votes
@@ -51,4 +50,4 @@ def test_votes_of_three_ranks(counts, voted_in, expected):
 
 def test_counts_are_read_by_name():
     assert Votes._fields == VoteCounts._fields
-    assert VoteCounts.read(torch.tensor([1.0, 2.0])) == VoteCounts(stop=1, written=2)
+    assert VoteCounts.of([1.0, 2.0]) == VoteCounts(stop=1, written=2)

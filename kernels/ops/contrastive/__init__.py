@@ -1,5 +1,7 @@
 """The contrastive softmax loss over a batch sharded across ranks, without storing the logit matrix."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -8,7 +10,7 @@ from . import all_gather, ring
 from .dispatch import BACKENDS, choose_backend, tile_factory
 from .function import ContrastiveLoss, Plan
 from .reference import distributed_reference_loss, reference_loss
-from .shared_batch import discover_batch
+from .shared_batch import share_batch
 
 __all__ = ["BACKENDS", "EXCHANGES", "contrastive_loss", "reference_loss"]
 
@@ -25,6 +27,7 @@ def contrastive_loss(
     logit_scale: Tensor,
     *,
     group: ProcessGroup | None = None,
+    batches: Sequence[int] | None = None,
     backend: str = "auto",
     exchange: str = "all_gather",
     workspace_bytes: int | None = None,
@@ -36,6 +39,9 @@ def contrastive_loss(
             the ``tiled`` and ``reference`` backends). b may differ between ranks and may be 0.
         logit_scale: scalar, the logarithm of the factor applied to the dot products, in [0, ln 100].
         group: ranks that share the batch; ``None`` is the default group, or one process if there is none.
+        batches: the pairs of every rank, in rank order, where they are known, as they are if data are dealt by a fixed
+            rule. All ranks must pass the same. ``None`` exchanges them in every call, which on a GPU waits for the
+            features.
         backend: ``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (the table in ``dispatch``).
         exchange: one of ``EXCHANGES``.
         workspace_bytes: memory for logit tiles, besides what grows with b or D; ``None`` is the device's default.
@@ -44,13 +50,13 @@ def contrastive_loss(
     any rank is not finite. Each rank's gradient is its part of the global gradient times the world size, so that
     *averaging* parameter gradients over ranks, as data parallelism does, gives the exact gradient. All ranks must call
     it, and its backward, together; if a rank is lost, the others fail after the group's timeout. Two runs on the same
-    inputs give the same bits.
+    ranks and inputs give the same bits.
 
     Raises ``ValueError`` for invalid inputs, ``RuntimeError`` for a backend that cannot run here.
     """
     _check(image_features, text_features, logit_scale, exchange)
-    backend = choose_backend(backend, image_features.device)
-    shared = discover_batch(image_features, group)
+    backend = choose_backend(backend, image_features.device, image_features.dtype)
+    shared = share_batch(image_features, group, batches)
     if shared.global_batch == 0:
         raise ValueError("contrastive_loss received no pairs on any rank: pass at least one")
     if backend == "triton" and image_features.dtype == torch.float64:

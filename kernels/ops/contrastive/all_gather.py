@@ -5,6 +5,7 @@ ranks, and in backward their fp32 gradients until they are sent to their owners.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .shared_batch import SharedBatch
@@ -31,17 +32,15 @@ def forward(
     for others in (slice(0, own.start), slice(own.stop, num_columns)):
         forward_tiles(tiles, image_bD, text_ND[others], scale, rows, cols[others])
 
-    own_lse = _combine(shared.to_owners(torch.stack((cols.maximum, cols.total), dim=1)))
-    return rows.logsumexp(), own_lse, text_ND, shared.gather(own_lse).wait()
+    col_lse = _combine(cols, shared).logsumexp()
+    return rows.logsumexp(), col_lse[own], text_ND, col_lse
 
 
-def _combine(partial: Tensor) -> Tensor:
-    """(b) log-sum-exp of the (ranks, b, [maximum, total]) partial statistics."""
-    first, *others = partial.unbind(0)
-    whole = Statistics(first[:, 0].clone(), first[:, 1].clone())
-    for other in others:
-        whole.merge_(other[:, 0], other[:, 1])
-    return whole.logsumexp()
+def _combine(cols: Statistics, shared: SharedBatch) -> Statistics:
+    """Statistics of whole columns (N), on every rank, from those of each rank's rows."""
+    maximum = shared.reduce_(cols.maximum.clone(), dist.ReduceOp.MAX)
+    # A library's maximum may lose NaN, its sum does not, and the total of a column with NaN or infinity is NaN.
+    return Statistics(maximum, shared.reduce_(cols.total * torch.exp(cols.maximum - maximum), dist.ReduceOp.SUM))
 
 
 def backward(
@@ -63,10 +62,7 @@ def backward(
     diagonal = shared.offsets[shared.rank]
     backward_tiles(tiles, image_bD, text_ND, scale, row_lse, col_lse, diagonal, image_grad, text_grad)
     if text_grad is not None and shared.size > 1:
-        first, *others = shared.to_owners(text_grad).unbind(0)
-        for other in others:
-            first += other
-        text_grad = first
+        text_grad = shared.sum_to_owners(text_grad)
     own = shared.part(shared.rank)
     add_pairs(image_bD, text_ND[own], scale, row_lse, col_lse[own], image_grad, text_grad, tiles.gradient_scale)
     return image_grad, text_grad, tiles.gradient_scale

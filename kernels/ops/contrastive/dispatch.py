@@ -12,9 +12,9 @@ from .torch_tiles import TorchTiles
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
 
-AUTO_BACKEND = {"cuda": "tiled", "cpu": "tiled"}
-"""What ``auto`` selects on each device. On CUDA ``triton`` must be requested by name until a run on a GPU has shown
-that it is correct and faster."""
+AUTO_BACKEND = {("cuda", torch.bfloat16): "triton", ("cuda", torch.float16): "triton"}
+"""What ``auto`` selects by device and type of the features; ``tiled`` for all others. The Triton kernels equal float64
+in half precision and keep logits on the chip. fp32 logits pass through memory with either backend."""
 
 WORKSPACE_BYTES = {"cuda": 512 << 20, "cpu": 16 << 20}
 """Default workspace on each device: large launches on a GPU, tiles that fit in the cache on a CPU."""
@@ -25,16 +25,19 @@ logger = logging.getLogger(__name__)
 _logged: set[str] = set()
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend to use, by name or, for ``auto``, by the table; logs once what ``auto`` selected and why.
 
-    Raises ``ValueError`` for an unknown name, ``RuntimeError`` for one that cannot run here.
+    ``auto`` never fails: it selects ``tiled`` where the table's choice cannot run. Raises ``ValueError`` for an unknown
+    name, ``RuntimeError`` for one that cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown contrastive loss backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        picked = AUTO_BACKEND.get(device.type, "tiled")
-        _log_once(f"contrastive loss: auto selected the {picked} backend (features are on {device.type})")
+        picked, why = AUTO_BACKEND.get((device.type, dtype), "tiled"), f"{_name(dtype)} features on {device.type}"
+        if picked == "triton" and (obstacle := triton_obstacle(device)):
+            picked, why = "tiled", f"{why}; triton cannot run: {obstacle}"
+        _log_once(f"contrastive loss: auto selected the {picked} backend ({why})")
         return picked
     if backend == "triton" and (obstacle := triton_obstacle(device)):
         raise RuntimeError(f"contrastive loss backend 'triton' cannot run: {obstacle}")
@@ -65,6 +68,10 @@ def tile_factory(backend: str, workspace_bytes: int | None) -> TileFactory:
         return TorchTiles(image, num_columns, size)
 
     return make
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _log_once(message: str) -> None:

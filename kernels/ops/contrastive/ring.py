@@ -21,7 +21,7 @@ def forward(
     make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (b, D), the same column log-sum-exp)."""
-    tiles = make_tiles(image_bD, max(shared.batches))
+    tiles = make_tiles(image_bD, shared.longest)
     rows = Statistics.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
 
     def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
@@ -48,7 +48,7 @@ def backward(
     needs_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """(G T (b, D), G^T I of the own texts (b, D), the factor G was scaled by)."""
-    tiles = make_tiles(image_bD, max(shared.batches))
+    tiles = make_tiles(image_bD, shared.longest)
     width = image_bD.shape[1]
     image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
 

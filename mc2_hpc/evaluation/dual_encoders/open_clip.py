@@ -19,7 +19,14 @@ from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import decode_pil
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, folder_files, hash_files
+from mc2_hpc.evaluation.dual_encoders.protocol import (
+    ModelFacts,
+    cannot_load,
+    check_weight_files,
+    count_parameters,
+    folder_files,
+    hash_files,
+)
 from mc2_hpc.models.formats import OPEN_CLIP_CONFIG
 from mc2_hpc.reading.json_file import Foreign, as_type, read_json
 from mc2_hpc.storage import write_json
@@ -67,6 +74,7 @@ class OpenClipEncoder:
         """
         open_clip = import_open_clip()
         config = _config(source)
+        check_weight_files(source)
         with tempfile.TemporaryDirectory() as scratch:
             name = f"local-dir:{_linked(source, config, Path(scratch))}"
             try:
@@ -75,8 +83,7 @@ class OpenClipEncoder:
                 )
                 tokenizer = open_clip.get_tokenizer(name)
             except Exception as error:  # a bad folder can cause many kinds of errors
-                reason = str(error).strip() or type(error).__name__
-                raise UserError(f"{source}: open_clip cannot load it: {reason.splitlines()[0]}") from None
+                raise cannot_load(source, "open_clip", error) from None
         self.model: nn.Module = model.eval()
         self.tokenizer = tokenizer
         self._transform = transform

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import check_regular
+from mc2_hpc.reading.tensors import read_header
 from mc2_hpc.storage import file_sha256
 
 RESIZES = ("shortest", "squash", "longest")
@@ -102,14 +104,19 @@ def encode_texts(encoder: DualEncoder, texts: Sequence[str], *, batch: int = 256
     return features[torch.tensor([row[text] for text in texts])]
 
 
-def finite(features: Tensor, what: str) -> Tensor:
-    """Return the features.
+def finite(features: Tensor, what: str, *, num_missing: int = 0) -> Tensor:
+    """Return the features (n, D).
+
+    Args:
+        num_missing: rows that have no feature, and are zero.
 
     Raises:
-        UserError: a feature is not finite.
+        UserError: a feature is not finite, or has length zero.
     """
     if not bool(torch.isfinite(features).all()):
         raise UserError(f"the model gives non-finite features for some {what}, so results would be meaningless")
+    if int((features == 0).all(1).sum()) > num_missing:
+        raise UserError(f"the model gives features of length zero for some {what}, so results would be meaningless")
     return features
 
 
@@ -123,6 +130,37 @@ def folder_files(source: Path) -> list[Path]:
     """What determines the features of a model in a folder: its files, and tower configs in folders below it."""
     found = [*source.iterdir(), *source.glob("*/config.json")]
     return [path for path in found if path.is_file() and not path.name.startswith(".")]
+
+
+_LONGEST_REASON = 200
+
+
+def check_weight_files(source: Path) -> None:
+    """Check what the libraries that load ``source`` do not: they wait for the writer of a named pipe, and round
+    floating-point weights to the integers that they find.
+
+    Raises:
+        UserError: a pipe, socket or device is in the folder, or a safetensors file that cannot be read or that holds
+            integers alone.
+    """
+    for entry in sorted(source.iterdir()):
+        if entry.suffix == ".safetensors":
+            types = {tensor.dtype for tensor in read_header(entry).values()}
+            if types and not any("F" in kind for kind in types):
+                raise UserError(
+                    f"{entry}: holds {', '.join(sorted(types))}, no floating-point weights; convert fp32, fp16 or bf16"
+                )
+        elif entry.exists() and not entry.is_dir():
+            check_regular(entry)
+
+
+def cannot_load(source: Path, library: str, error: Exception) -> UserError:
+    """The error for a folder that ``library`` cannot load, in one line."""
+    words = " ".join((str(error).strip() or type(error).__name__).split())
+    reason = words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}..."
+    return UserError(
+        f"{source}: {library} cannot load it: {reason} (`mc2 convert {source} --to mc2 --out NEW` may still read it)"
+    )
 
 
 def count_parameters(model: nn.Module) -> int:

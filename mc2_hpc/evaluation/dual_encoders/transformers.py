@@ -14,7 +14,14 @@ from mc2_hpc.conversion.peers import import_transformers
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import decode_pil
 from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, folder_files, hash_files
+from mc2_hpc.evaluation.dual_encoders.protocol import (
+    ModelFacts,
+    cannot_load,
+    check_weight_files,
+    count_parameters,
+    folder_files,
+    hash_files,
+)
 from mc2_hpc.models.formats import TRANSFORMERS_CONFIG
 from mc2_hpc.reading.json_file import Foreign, read_json
 
@@ -54,6 +61,7 @@ class TransformersEncoder:
                 f"{', '.join(FAMILIES)}"
             )
         self._family = FAMILIES[kind]
+        check_weight_files(source)
         transformers = import_transformers()
         self.model: nn.Module = _loaded(transformers.AutoModel, source, dtype=torch.float32).to(device).eval()
         self.tokenizer = _loaded(transformers.AutoTokenizer, source)
@@ -108,8 +116,7 @@ def _loaded(kind: Any, source: Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(str(source), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # a bad folder can cause many kinds of errors
-        reason = str(error).strip() or type(error).__name__
-        raise UserError(f"{source}: transformers cannot load it: {reason.splitlines()[0]}") from None
+        raise cannot_load(source, "transformers", error) from None
 
 
 def _unit(encode: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,72 @@
+"""``docs/step.md`` shows what was counted, and the counts say what the page claims of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KEYS = {
+    "products, TFLOP": "products_tflop",
+    "of the loss, TFLOP": "loss_tflop",
+    "traffic of other operators, GB": "traffic_gb",
+    "kernels": "kernels",
+    "products": "products",
+    "kernels of the loss": "loss_kernels",
+    "copies on the device": "device_copies",
+    "memsets": "memsets",
+    "point-to-point sends and receives": "point_to_point",
+    "collectives of the loss": "loss_collectives",
+    "all-reduced, GB": "all_reduced_gb",
+    "gathered, GB": "gathered_gb",
+    "reduce-scattered, GB": "reduce_scattered_gb",
+    "waits for a stream": "stream_synchronisations",
+    "waits for the device": "device_synchronisations",
+    "waits for the step before": "event_waits",
+    "pageable uploads": "pageable_uploads",
+    "pageable read-backs": "pageable_read_backs",
+    "pinned copies": "pinned_copies",
+    "memory after a step, GiB": "allocated_gib",
+    "peak memory, GiB": "peak_gib",
+    "peak reserved, GiB": "reserved_gib",
+}
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Rows by (tree, ranks, ZeRO stage)."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "step_counts.json").read_text(encoding="utf-8"))["rows"]
+    return {(row["tree"], row["ranks"], row["stage"]): row for row in rows}
+
+
+def test_the_tables_are_the_rows(counted):
+    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    compared = 0
+    for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        if not (heading := re.match(r"On (\d+) GPUs?\n", section)):
+            continue
+        header, _, *lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+        stages = [int(cell.removeprefix("ZeRO ").replace("no ZeRO", "0")) for cell in header]
+        assert {line[0] for line in lines} == set(KEYS)
+        for label, *cells in lines:
+            for stage, cell in zip(stages, cells, strict=True):
+                before, _, after = cell.replace(",", "").partition(" → ")
+                rows = [counted[tree, int(heading[1]), stage] for tree in ("before", "after")]
+                assert [float(before), float(after or before)] == [row[KEYS[label]] for row in rows], (label, stage)
+                compared += 2
+    assert compared == len(counted) * len(KEYS)
+
+
+def test_a_step_waits_for_nothing_up_to_zero_1(counted):
+    for (tree, _, stage), row in counted.items():
+        if tree == "after" and stage < 3:
+            assert row["stream_synchronisations"] == 0
+            assert row["device_synchronisations"] == (stage == 2)
+            assert row["pageable_uploads"] == row["pageable_read_backs"] == 0 and row["event_waits"] == 1
+
+
+def test_the_loss_launches_as_much_on_one_gpu_as_on_hundreds(counted):
+    for stage in (1, 2, 3):
+        one, many = (counted["after", ranks, stage] for ranks in (1, 384))
+        assert many["loss_kernels"] < 3 * one["loss_kernels"] and many["point_to_point"] == 0
