@@ -117,9 +117,7 @@ class Fetcher:
         kept = kept_jpeg(body, longest)
         if kept is not None:
             return kept
-        return await asyncio.get_running_loop().run_in_executor(
-            decoders, partial(store, body, longest)
-        )
+        return await asyncio.get_running_loop().run_in_executor(decoders, partial(store, body, longest))
 
     def _follow(self, request: _Request, answer: Moved) -> None:
         if request.redirects == self._options.max_redirects:
