@@ -99,6 +99,10 @@ def _pools(folder: Path) -> None:
             "lang": [_caption(number)[0] for number in numbers],
         }
         pq.write_table(pa.table(rows), folder / "pool" / f"{shard}.parquet")
+        # Nothing listens there, so every input ends in drops.
+        rows["source"] = [f"http://127.0.0.1:1/{number}.jpg" for number in numbers]
+        (folder / "addresses").mkdir(exist_ok=True)
+        pq.write_table(pa.table(rows), folder / "addresses" / f"{shard}.parquet")
 
 
 def _settings(folder: Path) -> None:
