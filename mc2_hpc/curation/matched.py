@@ -175,8 +175,8 @@ def _without_nulls(path: str | Path, table: pa.Table) -> pa.Table:
             missing += sum(chunk.flatten().null_count for chunk in column.chunks)
         if missing:
             raise UserError(
-                f"{shown(path)}: column {name!r} has {missing} missing values (null), where matching writes none; delete "
-                "the file and run `mc2 curate match` again"
+                f"{shown(path)}: nulls in column {name!r}: {missing}, where matching writes none; delete the file and run "
+                "`mc2 curate match` again"
             )
     return table
 
