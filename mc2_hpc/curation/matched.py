@@ -175,7 +175,7 @@ def _without_nulls(path: str | Path, table: pa.Table) -> pa.Table:
             missing += sum(chunk.flatten().null_count for chunk in column.chunks)
         if missing:
             raise UserError(
-                f"{shown(path)}: nulls in column {name!r}: {missing}, where matching writes none; delete the file and run "
+                f"{shown(path)}: nulls in column {name!r}: {missing}, but matching writes none; delete it and run "
                 "`mc2 curate match` again"
             )
     return table

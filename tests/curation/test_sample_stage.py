@@ -256,5 +256,5 @@ def test_missing_values_of_a_matched_pool_are_refused(tmp_path, name):
     types = {"entries": pa.list_(pa.uint32())}
     table = pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()})
     pq.write_table(table, tmp_path / "0.parquet")
-    with pytest.raises(UserError, match=f"0.parquet: nulls in column '{name}': 1, where"):
+    with pytest.raises(UserError, match=f"0.parquet: nulls in column '{name}': 1, but"):
         read_matched(tmp_path / "0.parquet")
