@@ -3,7 +3,7 @@
     mc2 bench step [--quick] [--json FILE]
 
 On a GPU: ViT-H/14 worldwide in bf16 autocast, 196 pairs (the recipe's share per GPU), by attention backend,
-torch.compile and activation checkpointing. open_clip runs its model, ClipLoss and fused AdamW under the same autocast,
+torch.compile and recomputation. open_clip runs its model, ClipLoss and fused AdamW under the same autocast,
 with the same settings. On a CPU: a small model in fp32, which only shows that the script works. Every contender runs in
 a separate process, because DeepSpeed keeps global state and memory is measured per process.
 
@@ -42,13 +42,14 @@ SECONDS_IN_ALL = 240
 """No contender starts later than this, and none may run longer, because time on a GPU machine is limited."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ours_sdpa": {"attention": "sdpa", "activation_checkpointing": True},
-    PEER: {"activation_checkpointing": True},
-    "ours_compiled": {"attention": "sdpa", "activation_checkpointing": True, "compile": True},
-    f"{PEER}_compiled": {"activation_checkpointing": True, "compile": True},
-    "ours_xformers": {"attention": "xformers", "activation_checkpointing": True},
-    "ours_keeping_activations": {"attention": "sdpa", "activation_checkpointing": False},
-    f"{PEER}_keeping_activations": {"activation_checkpointing": False},
+    "ours_sdpa": {"attention": "sdpa", "recompute": "full"},
+    PEER: {"recompute": "full"},
+    "ours_compiled": {"attention": "sdpa", "recompute": "full", "compile": True},
+    f"{PEER}_compiled": {"recompute": "full", "compile": True},
+    "ours_selective": {"attention": "sdpa", "recompute": "selective"},
+    "ours_xformers": {"attention": "xformers", "recompute": "full"},
+    "ours_keeping_activations": {"attention": "sdpa", "recompute": "none"},
+    f"{PEER}_keeping_activations": {"recompute": "none"},
 }
 """Values of the ``model`` section of a run's config, by contender, the most informative first."""
 
@@ -221,7 +222,7 @@ def _our_step(config: RunConfig, arch: ClipArchitecture, ranks: Ranks) -> Step:
 
     clip = build_clip(arch, seed=0)
     clip.set_attention(config.model.attention, ranks.device.type)
-    clip.set_activation_checkpointing(config.model.activation_checkpointing)
+    clip.set_recompute(config.model.recompute)
     engine = Engine(clip, config, ranks, num_micro=1)
     dtype = Precision(config.precision).dtype
     step = ContrastiveStep(engine, config.loss, feature_dtype=dtype)
@@ -238,7 +239,7 @@ def _open_clip_step(config: RunConfig, arch: ClipArchitecture, device: torch.dev
     values["text_cfg"].pop("hf_tokenizer_name", None)
     with torch.device(device):
         model = open_clip.model.CLIP(**values, output_dict=True)
-    model.set_grad_checkpointing(config.model.activation_checkpointing)
+    model.set_grad_checkpointing(config.model.recompute == "full")
     loss = open_clip.ClipLoss()
     optim = config.optim
     optimizer = torch.optim.AdamW(

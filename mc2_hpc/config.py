@@ -75,8 +75,11 @@ class ModelConfig:
     text: TextOverrides = field(default_factory=TextOverrides)
     attention: str = "auto"
     """``sdpa`` (torch), ``xformers``, or ``auto`` (the table in ``mc2_hpc.models.layers``)."""
-    activation_checkpointing: bool = False
-    """Recompute every block of both towers in the backward pass instead of keeping its activations."""
+    recompute: str = field(
+        default="none", metadata={"replaces": ("activation_checkpointing", "full for true, none for false")}
+    )
+    """What the blocks of both towers compute again in the backward pass instead of keeping it: ``none``, ``selective``
+    (norms and activations, but no product and no attention) or ``full`` (every block)."""
     compile: bool = False
     """torch.compile the blocks of both towers."""
     embedding: str = "sharded"
@@ -90,6 +93,7 @@ class ModelConfig:
         if self.init_from is not None and not self.init_from.strip():
             raise UserError("model.init_from: is empty; name a model, or null for none")
         _choose("model.attention", self.attention, ("auto", "sdpa", "xformers"))
+        _choose("model.recompute", self.recompute, ("none", "selective", "full"))
         _choose("model.embedding", self.embedding, ("sharded", "dense"))
 
 

@@ -69,6 +69,8 @@ def test_read_only(file):
         ("steps=0", ["steps=0", "at least 1"]),
         ("optim.beta1=1", ["optim.beta1=1", "[0, 1)"]),
         ("precision=fp8", ["precision='fp8'", "fp32, bf16"]),
+        ("model.recompute=some", ["model.recompute='some'", "none, selective, full"]),
+        ("model.activation_checkpointing=true", ["is now 'model.recompute'", "full for true, none for false"]),
         ("model.embedding=row", ["model.embedding='row'", "sharded, dense"]),
         ("steps", ["key.sub=value"]),
         ("model.vision=3", ["model.vision"]),

@@ -116,13 +116,13 @@ def loss_gradient(encoder: Encoder, images: Tensor, tokens: Tensor) -> dict[str,
 
 @contextmanager
 def _recomputing(model: CLIP) -> Iterator[None]:
-    before = [transformer.activation_checkpointing for transformer in model.transformers()]
-    model.set_activation_checkpointing(True)
+    before = [transformer.recompute for transformer in model.transformers()]
+    model.set_recompute("full")
     try:
         yield
     finally:
         for transformer, setting in zip(model.transformers(), before, strict=True):
-            transformer.activation_checkpointing = setting
+            transformer.recompute = setting
 
 
 def cosines(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:

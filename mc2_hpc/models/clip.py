@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mc2_hpc.models.layers import Transformer, resolve_attention
+from mc2_hpc.models.layers import Recompute, Transformer, resolve_attention
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.models.text import TextTower
 from mc2_hpc.models.vision import VisionTower
@@ -83,10 +83,14 @@ class CLIP(Towers):
             for block in transformer.blocks:
                 block.attention.backend = backend
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
+    def set_recompute(self, name: str) -> None:
+        """Compute as much of every block again in the backward pass as :class:`Recompute` says of ``name``.
+
+        Raises:
+            ValueError: the name is unknown.
+        """
         for transformer in self.transformers():
-            transformer.activation_checkpointing = enabled
+            transformer.recompute = Recompute(name)
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile every block in place: identical blocks share one compilation, and names do not change.

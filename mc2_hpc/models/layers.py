@@ -4,15 +4,17 @@ Shape suffixes: B batch, L sequence, T tokens of packed captions, W width, H hea
 MLP.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.packed_attention import (
@@ -25,6 +27,16 @@ from mc2_hpc.models.packed_attention import (
 from mc2_hpc.models.packed_captions import Packing
 
 logger = logging.getLogger(__name__)
+
+
+class Recompute(StrEnum):
+    """How much of a block the backward pass computes again instead of keeping it."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    """Norms and activations. Every product and attention keeps its result."""
+    FULL = "full"
+    """Everything: only the inputs of blocks are kept."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +127,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
         self.backend = SDPA
 
-    def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
-        """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same."""
-        qkv = self.qkv(x_BLW).unflatten(-1, (3, self.heads, -1))
+    def forward(self, qkv: Tensor, packing: Packing | None = None) -> Tensor:
+        """The projection ``self.qkv`` of rows to their new values, which are added to the residual stream.
+
+        Args:
+            qkv: (B, L, 3W); or (T, 3W), if the rows are captions in this ``packing``.
+        """
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
         if packing is not None:
             return self.out(self.backend.attend_packed(qkv, packing).flatten(1))
         q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -137,27 +153,56 @@ class Block(nn.Module):
         self.activation = QuickGELU() if quick_gelu else nn.GELU()
         self.proj = nn.Linear(mlp_width, width)
 
-    def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
-        x_BLW = x_BLW + self.attention(self.norm_1(x_BLW), packing)
-        h_BLM = self.activation(self.fc(self.norm_2(x_BLW)))
-        return x_BLW + self.proj(h_BLM)
+    def forward(self, x_BLW: Tensor, packing: Packing | None = None, *, selective: bool = False) -> Tensor:
+        """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same.
+
+        Args:
+            selective: compute the inputs of the linear layers, where they are norms or activations, again in the
+                backward pass instead of keeping them.
+        """
+        product = _recomputing_input if selective and torch.is_grad_enabled() else _product
+        x_BLW = x_BLW + self.attention(product(self.norm_1, self.attention.qkv, x_BLW), packing)
+        h_BLM = product(self.norm_2, self.fc, x_BLW)
+        return x_BLW + product(self.activation, self.proj, h_BLM)
+
+
+def _product(prepare: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    return cast(Tensor, linear(prepare(x)))
+
+
+def _recomputing_input(prepare: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    """:func:`_product` that keeps ``x`` and computes ``prepare(x)`` again in the backward pass.
+
+    The product is not computed again: its backward pass needs its input only, so recomputation stops before it
+    (``torch.utils.checkpoint.set_checkpoint_early_stop``).
+    """
+    # A compiled graph has no such stop: there the products must be named, or some would be computed again.
+    contexts = _keeping_products if torch.compiler.is_compiling() else noop_context_fn
+    # No block draws random numbers, so there is no state of a generator to restore.
+    y = checkpoint(_product, prepare, linear, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return cast(Tensor, y)
+
+
+_keeping_products = functools.partial(
+    create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+)
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; with ``activation_checkpointing`` each is recomputed in the backward pass."""
+    """A stack of blocks; ``recompute`` says how much of them is computed again in the backward pass."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, causal: bool, quick_gelu: bool) -> None:
         super().__init__()
         blocks = (Block(width, heads, mlp_width, causal=causal, quick_gelu=quick_gelu) for _ in range(layers))
         # The type of a ModuleList's items is not known to type checkers.
         self.blocks = cast(Sequence[Block], nn.ModuleList(blocks))
-        self.activation_checkpointing = False
+        self.recompute = Recompute.NONE
 
     def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
         """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same."""
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.recompute is Recompute.FULL and torch.is_grad_enabled():
                 x_BLW = checkpoint(block, x_BLW, packing, use_reentrant=False)
             else:
-                x_BLW = block(x_BLW, packing)
+                x_BLW = block(x_BLW, packing, selective=self.recompute is Recompute.SELECTIVE)
         return x_BLW

@@ -147,7 +147,7 @@ def _type_at(kind: Any, parts: Sequence[str], place: str) -> Any:
             return Any
         if dataclasses.is_dataclass(kind):
             if part not in (hints := _hints(cast(type, kind))):
-                raise UserError(f"{place}: {_unknown_key('.'.join(parts[: number + 1]), hints)}")
+                raise UserError(f"{place}: {_unknown_key('.'.join(parts[: number + 1]), cast(type, kind))}")
             kind = hints[part]
         elif typing.get_origin(kind) in _MAPPINGS:
             kind = typing.get_args(kind)[1]
@@ -197,7 +197,7 @@ class _Reader:
         values = {}
         for name, part in node.entries.items():
             if name not in hints:
-                raise _Misfit(part.place, _unknown_key(prefix + name, hints))
+                raise _Misfit(part.place, _unknown_key(prefix + name, kind))
             values[name] = self.value(hints[name], part, prefix + name)
         for field in dataclasses.fields(kind):
             needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -407,11 +407,19 @@ def _wrong(node: Node, key: str, reason: str) -> _Misfit:
     return _Misfit(node.place, f"{key}: {reason}" if key else reason)
 
 
-def _unknown_key(key: str, names: Mapping[str, Any]) -> str:
-    """The message for an unknown key, with the nearest known key or all of them."""
+def _unknown_key(key: str, kind: type) -> str:
+    """The message for an unknown key, with the key that replaces it, the nearest known key, or all of them.
+
+    A field that replaces another names it in its metadata: ``{"replaces": (old name, which values to give)}``.
+    """
     key = re.sub(r"^.*\]\.", "", key)  # the line number identifies the list item
-    section = key.rpartition(".")[0]
-    known = [f"{section}.{name}" if section else name for name in names]
+    section, _, name = key.rpartition(".")
+    prefix = f"{section}." if section else ""
+    for field in dataclasses.fields(kind):
+        old, values = field.metadata.get("replaces", ("", ""))
+        if name == old:
+            return f"{_brief(key)} is now {prefix + field.name!r}: {values}"
+    known = [prefix + field for field in _hints(kind)]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     cure = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {_brief(key)}; {cure}"

@@ -150,7 +150,7 @@ class Trainer:
         elif source is not None:
             load_initial_weights(clip, source)
         clip.set_attention(model.attention, self.ranks.device.type)
-        clip.set_activation_checkpointing(model.activation_checkpointing)
+        clip.set_recompute(model.recompute)
 
     def _load_moments(self, checkpoint: Checkpoint) -> None:
         self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step)

@@ -135,16 +135,21 @@ def test_without_enough_padding_rows_are_computed_whole(monkeypatch: pytest.Monk
     assert torch.equal(model.encode_text(tokens, lengths=lengths), model.encode_text(tokens))
 
 
-def test_recomputation_changes_no_gradient() -> None:
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient(recompute: str, bf16: bool) -> None:
     model, tokens = build_clip(ARCH, seed=0), captions(LENGTHS["mixed"])
-    expected = run(model, tokens, LENGTHS["mixed"])
-    model.set_activation_checkpointing(True)
-    assert_equal(run(model, tokens, LENGTHS["mixed"]), expected, 0)
+    expected = run(model, tokens, LENGTHS["mixed"], bf16=bf16)
+    model.set_recompute(recompute)
+    assert_equal(run(model, tokens, LENGTHS["mixed"], bf16=bf16), expected, 0)
 
 
-def test_compiled_once_for_all_shapes() -> None:
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_compiled_once_for_all_shapes(recompute: str) -> None:
     """Two graphs, static and then dynamic, serve every block and every batch; none is broken into pieces."""
     compiled, plain = build_clip(ARCH, seed=0), build_clip(ARCH, seed=0)
+    torch._dynamo.reset()  # or it would remember from another case which sizes change
+    compiled.set_recompute(recompute)
     counter = CompileCounterWithBackend("aot_eager")
     compiled.compile_blocks(backend=counter)
     for seed in range(6):
@@ -280,8 +285,9 @@ def test_xformers_masks_equal_causal_blocks(monkeypatch: pytest.MonkeyPatch, rea
     model.set_attention("xformers", "cpu")
     assert_equal(run(model, tokens, lengths), expected, 1e-6)
     assert len(masks) == ARCH.text.layers and len(set(map(id, masks))) == 1  # one mask for all layers
-    model.set_activation_checkpointing(True)
-    assert_equal(run(model, tokens, lengths), expected, 1e-6)
+    for recompute in ("selective", "full"):
+        model.set_recompute(recompute)
+        assert_equal(run(model, tokens, lengths), expected, 1e-6)
 
 
 def _use(model: CLIP, wrap: Callable[..., packed_attention.PackedAttentionFunction]) -> None:

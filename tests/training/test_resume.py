@@ -62,6 +62,7 @@ def test_the_same_settings_warn_of_nothing(resume):
         "micro_batch=4",
         "zero.stage=3",
         "model.embedding=dense",
+        "model.recompute=selective",
         "data.workers=2",
         "checkpoint.every=7",
         "seed=9",
@@ -69,6 +70,14 @@ def test_the_same_settings_warn_of_nothing(resume):
 )
 def test_what_changes_only_speed_is_silent(resume, override):
     assert resume(override) == []
+
+
+def test_a_checkpoint_from_before_recompute_resumes(resume):
+    """Its config has ``model.activation_checkpointing``."""
+    model = resume.checkpoint.trainer["config"]["model"]
+    del model["recompute"]
+    model["activation_checkpointing"] = True
+    assert resume() == resume("model.recompute=full") == []
 
 
 @pytest.mark.parametrize(

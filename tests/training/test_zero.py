@@ -14,7 +14,7 @@ from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import resolve
 from tests.training import zero_worker as worker
 
-pytestmark = pytest.mark.timeout(900)  # eighteen trainings
+pytestmark = pytest.mark.timeout(900)  # nineteen trainings
 
 
 @pytest.fixture(scope="module")

@@ -25,14 +25,15 @@ STEPS, BATCH, CONTEXT = 20, 16, 12
 
 PADDED = "zero2_gradcache_padded"
 
-# (name, ZeRO stage, backward passes per step, precision, activation checkpointing); all but one pack their captions.
+# (name, ZeRO stage, backward passes per step, precision, model.recompute); all but one pack their captions.
 CASES = [
-    *((f"zero{stage}", stage, 1, "fp32", False) for stage in range(4)),
-    *((f"zero{stage}_gradcache", stage, 2, "fp32", False) for stage in range(4)),
-    ("zero3_checkpointing", 3, 2, "fp32", True),
-    (PADDED, 2, 2, "fp32", False),
-    ("zero1_bf16", 1, 1, "bf16", False),
-    ("zero3_bf16", 3, 1, "bf16", False),
+    *((f"zero{stage}", stage, 1, "fp32", "none") for stage in range(4)),
+    *((f"zero{stage}_gradcache", stage, 2, "fp32", "none") for stage in range(4)),
+    ("zero3_full_recompute", 3, 2, "fp32", "full"),
+    ("zero3_selective_recompute", 3, 2, "fp32", "selective"),
+    (PADDED, 2, 2, "fp32", "none"),
+    ("zero1_bf16_selective_recompute", 1, 1, "bf16", "selective"),
+    ("zero3_bf16", 3, 1, "bf16", "none"),
 ]
 
 
@@ -77,11 +78,11 @@ def share(ranks: Ranks) -> slice:
 
 
 def train(
-    config: RunConfig, ranks: Ranks, *, num_micro: int, checkpointing: bool, packed: bool
+    config: RunConfig, ranks: Ranks, *, num_micro: int, recompute: str, packed: bool
 ) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """(loss, gradient norm, logit scale) of every step, and the final weights by name."""
     clip = build_clip(resolve(config.model), seed=0)
-    clip.set_activation_checkpointing(checkpointing)
+    clip.set_recompute(recompute)
     engine = Engine(clip, config, ranks, num_micro=num_micro)
     dtype = Precision(config.precision).dtype
     step = ContrastiveStep(engine, config.loss, feature_dtype=dtype)
@@ -101,13 +102,11 @@ def main(out: Path, names: list[str]) -> None:
     packed_captions.LEAST_PLACES = 1  # these batches are too small for packing to pay
     rows = {}
     with process_group(timeout_s=120) as ranks:
-        for name, stage, num_micro, precision, checkpointing in CASES:
+        for name, stage, num_micro, precision, recompute in CASES:
             if names and name not in names:
                 continue
             config = run_config(stage, precision)
-            rows[name], weights = train(
-                config, ranks, num_micro=num_micro, checkpointing=checkpointing, packed=name != PADDED
-            )
+            rows[name], weights = train(config, ranks, num_micro=num_micro, recompute=recompute, packed=name != PADDED)
             if ranks.is_first:
                 save_file(weights, out / f"{name}.safetensors")
         if ranks.is_first:
