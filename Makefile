@@ -32,6 +32,7 @@ bench: .venv/dev
 	$(BIN)/mc2 bench contrastive --json benchmarks/results/contrastive.json
 	$(BIN)/mc2 bench loader --json benchmarks/results/loader.json
 	$(BIN)/mc2 bench curation --json benchmarks/results/curation.json
+	$(BIN)/mc2 bench fetch --json benchmarks/results/fetch.json
 	$(BIN)/mc2 bench checkpoint --json benchmarks/results/checkpoint.json
 	$(BIN)/mc2 bench faults --json benchmarks/results/faults.json
 	$(BIN)/mc2 bench eval --json benchmarks/results/eval.json

@@ -3,9 +3,8 @@
     mc2 bench packing [--quick] [--json FILE]
 
 Multi30k's captions in four languages, for a ViT-B/32-shaped model of fewer layers; and the quickstart's captions and
-model, where packing has least to gain. Both contenders are the same engine with the same weights and batches, padded
-and packed alternately in one process. ``computed_per_token`` is the rows that the text tower computed over the tokens
-that the captions have.
+model, a small one. Both contenders are the same weights and batches, padded and packed alternately in one process.
+``computed_per_token`` is the rows that the text tower computed over the tokens that the captions have.
 """
 
 import gzip
@@ -108,23 +107,25 @@ def _measure(
     """(what, seconds by contender, rows computed per token by contender) of the text tower and of a step."""
     config = _run_config(case, tokenizer.vocab_size)
     precision = Precision(config.precision)
-    clip = build_clip(resolve(config.model), seed=0)
-    clip.set_attention(config.model.attention, ranks.device.type)
-    engine = Engine(clip, config, ranks, num_micro=1)
+    alone, trained = (build_clip(resolve(config.model), seed=0) for _ in range(2))
+    for clip in (alone, trained):
+        clip.set_attention(config.model.attention, ranks.device.type)
+    alone.to(ranks.device)
+    engine = Engine(trained, config, ranks, num_micro=1)
     step = ContrastiveStep(engine, config.loss, feature_dtype=precision.dtype)
-    size = clip.arch.vision.image_size
+    size = trained.arch.vision.image_size
     images = torch.zeros((case.batch, 3, size, size), dtype=torch.uint8, device=ranks.device)
 
     def tower(tokens: Tensor, lengths: Sequence[int] | None) -> None:
         with precision.autocast(ranks.device):
-            features = clip.encode_text(tokens, lengths=lengths)
-        torch.autograd.grad(features.sum(), list(clip.text.parameters()))
+            features = alone.encode_text(tokens.to(ranks.device), lengths=lengths)
+        torch.autograd.grad(features.sum(), list(alone.text.parameters()))
 
     def whole(tokens: Tensor, lengths: Sequence[int] | None) -> None:
         step(images, tokens, config.optim.lr, lengths=lengths)
 
-    for what, call in (("text_tower", tower), ("step", whole)):
-        batches = [_batch(case, tokenizer, number, ranks.device) for number in range(rounds + 1)]
+    for what, clip, call in (("text_tower", alone, tower), ("step", trained, whole)):
+        batches = [_batch(case, tokenizer, number) for number in range(rounds + 1)]
         contenders = {
             "packed": _Contender(clip, call, batches),
             "padded": _Contender(clip, call, [(tokens, None) for tokens, _ in batches]),
@@ -135,10 +136,11 @@ def _measure(
     engine.close()
 
 
-def _batch(case: _Case, tokenizer: Tokenizer, number: int, device: torch.device) -> tuple[Tensor, list[int]]:
+def _batch(case: _Case, tokenizer: Tokenizer, number: int) -> tuple[Tensor, list[int]]:
+    """Token ids on the host, as a loader delivers them, and the lengths of the captions."""
     chosen = np.random.default_rng(number).integers(0, len(case.texts), case.batch)
     tokens = tokenizer.encode([case.texts[index] for index in chosen])
-    return tokens.to(device), caption_lengths(tokens, tokenizer.eos_id)
+    return tokens, caption_lengths(tokens, tokenizer.eos_id)
 
 
 class _Contender:

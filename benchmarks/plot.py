@@ -172,12 +172,24 @@ def _save(figure: Any, title: str, result: dict[str, Any], path: Path) -> None:
     path.write_bytes(png(figure, DPI))
 
 
+@plot_style()
+def plot_fetch(result: dict[str, Any], path: Path) -> None:
+    """Images per second of each program, whole and resized, every round a mark."""
+    figure, (axis,) = new_figure(6, 4)
+    rows = result["rows"]
+    labels = [f"{row['who']}, {row['images']}" for row in rows]
+    _bars(axis, labels, [row["median"] for row in rows], [row["samples"] for row in rows])
+    axis.set_ylabel("images / s")
+    _save(figure, "Fetching from a server on the same machine", result, path)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "ablations": plot_ablations,
     "checkpoint": plot_checkpoint,
     "contrastive": plot_contrastive,
     "curation": plot_curation,
     "eval": plot_eval,
+    "fetch": plot_fetch,
     "loader": plot_loader,
     "scale_curation": plot_scale,
     "train": plot_train,

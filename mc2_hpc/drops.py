@@ -29,6 +29,19 @@ class Drop(StrEnum):
     URL_NOT_HTTP = "url_not_http"
     URL_INVALID = "url_invalid"
 
+    # Fetching an image
+    ADDRESS_REFUSED = "address_refused"
+    HOST_UNREACHABLE = "host_unreachable"
+    TIMEOUT = "timeout"
+    TOO_MANY_REDIRECTS = "too_many_redirects"
+    HTTP_404 = "http_404"
+    HTTP_BUSY = "http_busy"
+    HTTP_ERROR = "http_error"
+    RESPONSE_BROKEN = "response_broken"
+    TOO_LARGE = "too_large"
+    OPTED_OUT = "opted_out"
+    NOT_AN_IMAGE = "not_an_image"
+
     # Captions
     CAPTION_MISSING = "caption_missing"
     CAPTION_EMPTY = "caption_empty"
@@ -64,6 +77,17 @@ MEANINGS = {
     Drop.URL_MISSING: "an image without an address",
     Drop.URL_NOT_HTTP: "an address that is neither http nor https",
     Drop.URL_INVALID: "an address that cannot be parsed",
+    Drop.ADDRESS_REFUSED: "the server is in a private, local or reserved network",
+    Drop.HOST_UNREACHABLE: "unknown host, no connection, or a certificate that is not valid",
+    Drop.TIMEOUT: "no connection or no whole response in time",
+    Drop.TOO_MANY_REDIRECTS: "the server redirects in a circle or too often",
+    Drop.HTTP_404: "the server no longer has the image (404 or 410)",
+    Drop.HTTP_BUSY: "the server keeps asking to wait (429 or 503), or for longer than allowed",
+    Drop.HTTP_ERROR: "any other status than 200",
+    Drop.RESPONSE_BROKEN: "the response ends early or is not valid HTTP",
+    Drop.TOO_LARGE: "more bytes than the limit",
+    Drop.OPTED_OUT: "the server's X-Robots-Tag header asks not to use the image",
+    Drop.NOT_AN_IMAGE: "something else than an image, such as a page",
     Drop.CAPTION_MISSING: "an image without a caption",
     Drop.CAPTION_EMPTY: "nothing but white space",
     Drop.CAPTION_NOT_UTF8: "the caption or its key is not valid UTF-8",

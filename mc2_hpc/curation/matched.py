@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, has_outputs
+from mc2_hpc.reading.files import shown
 from mc2_hpc.reading.json_file import Count, File, Sha256, read_fields
 from mc2_hpc.reading.parquet_file import ColumnType, open_parquet
 from mc2_hpc.storage import atomic_path
@@ -149,21 +150,35 @@ def read_matched(path: str | Path, columns: list[str] | None = None) -> pa.Table
         columns: to read; None reads all.
 
     Raises:
-        UserError: the file cannot be read, or a column is missing or has another type.
+        UserError: the file cannot be read, a column is missing or has another type, or a value is missing.
     """
     with _open_matched(path) as file:
-        return file.read(columns).combine_chunks()
+        return _without_nulls(path, file.read(columns).combine_chunks())
 
 
 def matched_batches(path: str | Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Like :func:`read_matched`, one row group at a time."""
     with _open_matched(path) as file:
         for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns).combine_chunks()
+            yield _without_nulls(path, file.read_row_group(group, columns).combine_chunks())
 
 
 def _open_matched(path: str | Path) -> AbstractContextManager[pq.ParquetFile]:
     return open_parquet(path, _REQUIRED, what="a part of a matched pool (see `mc2 curate match`)")
+
+
+def _without_nulls(path: str | Path, table: pa.Table) -> pa.Table:
+    for name in set(table.column_names) & _REQUIRED.keys():
+        column = table[name]
+        missing = column.null_count
+        if name == "entries":
+            missing += sum(chunk.flatten().null_count for chunk in column.chunks)
+        if missing:
+            raise UserError(
+                f"{shown(path)}: nulls in column {name!r}: {missing}, but matching writes none; delete it and run "
+                "`mc2 curate match` again"
+            )
+    return table
 
 
 def entries_of(table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:

@@ -1,6 +1,7 @@
 """Weights in files: named tensors, read one at a time."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class TensorFiles:
         """One tensor as fp32: half precision is widened exactly, and fp64 is rounded; logged once per type.
 
         Raises:
-            UserError: it does not hold floating-point numbers.
+            UserError: it does not hold floating-point numbers, or one of them is NaN or infinite.
         """
         tensor = self.get(name)
         if tensor.dtype not in _STORED:
@@ -89,7 +90,13 @@ class TensorFiles:
         if kind != "F32" and kind not in self._cast:
             self._cast.add(kind)
             logger.info("%s: weights of type %s (such as %s) are used as fp32", self.folder, kind, name)
-        return tensor.float()
+        weight = tensor.float()
+        # The largest magnitude is NaN or infinite if any element is; unlike isfinite, it allocates nothing.
+        if weight.numel() and not math.isfinite(torch.linalg.vector_norm(weight, math.inf)):
+            raise UserError(
+                f"{self.folder}: {name} has values that are NaN or infinite; the file or its run is damaged"
+            )
+        return weight
 
 
 _STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -11,6 +11,7 @@ from mc2_hpc.jobs import Local, Ray, Slurm
 ACTIONS = {
     "extract": ["a"],
     "deduplicate": ["pool"],
+    "fetch": ["pool"],
     "decontaminate": ["shards", "--against", "b"],
     "match": ["pool", "--metadata", "m"],
     "balance": ["matched", "--metadata", "m", "--t-en", "9"],

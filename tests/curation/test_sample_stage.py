@@ -244,3 +244,17 @@ def test_command(curated, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["images"] > 0
     assert main(["curate", "sample", matched, "--balance", out, "--out", out]) == 2
     assert "name the folder that `mc2 curate balance` wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["key", "text", "lang", "entries", "entries of a row"])
+def test_missing_values_of_a_matched_pool_are_refused(tmp_path, name):
+    columns = {"key": ["a", "b"], "text": ["x", "y"], "lang": ["en", "en"], "entries": [[0], [1]]}
+    if name == "entries of a row":
+        name, columns["entries"] = "entries", [[0], [None]]
+    else:
+        columns[name] = [columns[name][0], None]
+    types = {"entries": pa.list_(pa.uint32())}
+    table = pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()})
+    pq.write_table(table, tmp_path / "0.parquet")
+    with pytest.raises(UserError, match=f"0.parquet: nulls in column '{name}': 1, but"):
+        read_matched(tmp_path / "0.parquet")

@@ -19,11 +19,13 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -323,12 +325,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         valid = Path(folder) / "valid"
         valid.mkdir()
-        in_child(_build, str(valid))
         numbers = range(arguments.first, arguments.first + arguments.inputs)
         parts = [list(numbers[job :: arguments.jobs]) for job in range(arguments.jobs)]
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(arguments.jobs) as pool:
+        with _image_server(valid / "images") as port, ThreadPoolExecutor(arguments.jobs) as pool:
+            in_child(_build, str(valid), port)
             shares = pool.map(lambda part: in_child(share, str(valid), arguments.seed, part, True), parts)
             results = sorted((row for rows in shares for row in rows), key=lambda row: row["number"])
     seconds = time.monotonic() - start
@@ -342,9 +344,23 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def _build(valid: str) -> None:
+def _build(valid: str, port: int) -> None:
     os.chdir(valid)
-    world.build(Path(valid))
+    world.build(Path(valid), port)
+
+
+@contextlib.contextmanager
+def _image_server(folder: Path) -> Iterator[int]:
+    """A web server of the files in ``folder``, in its own process; yields its port."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            found = re.search(r"port (\d+)", server.stdout.readline())
+            assert found is not None, "the web server does not start"
+            yield int(found[1])
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":

@@ -26,12 +26,16 @@ COLOURS = ("red", "green", "blue", "white")
 CAPTIONS = {"en": "a {} house by the sea", "de": "ein Haus am Meer, {}"}
 
 
-def build(folder: Path) -> None:
-    """Fill ``folder``, the working folder of every command of :data:`lane.COMMANDS`."""
+def build(folder: Path, port: int) -> None:
+    """Fill ``folder``, the working folder of every command of :data:`lane.COMMANDS`.
+
+    Args:
+        port: on this machine, where a web server serves ``folder / "images"``.
+    """
     texts = [form.format(colour) for form in CAPTIONS.values() for colour in COLOURS]
     train_tokenizer(texts * 3 + ["0123456789?.,"], folder / "sp.model", vocab_size=70, style="xlmv")
     _images(folder / "images")
-    _pools(folder)
+    _pools(folder, port)
     _settings(folder)
     _crawl(folder / "crawl")
     _sources(folder / "sources")
@@ -78,7 +82,7 @@ def _images(folder: Path) -> None:
         (folder / f"{number:02d}.jpg").write_bytes(image(number))
 
 
-def _pools(folder: Path) -> None:
+def _pools(folder: Path, port: int) -> None:
     for shard in range(2):
         numbers = range(8 * shard, 8 * shard + 8)
         plain = []
@@ -99,6 +103,9 @@ def _pools(folder: Path) -> None:
             "lang": [_caption(number)[0] for number in numbers],
         }
         pq.write_table(pa.table(rows), folder / "pool" / f"{shard}.parquet")
+        rows["source"] = [f"http://127.0.0.1:{port}/{number % NUM_IMAGES:02d}.jpg" for number in numbers]
+        (folder / "addresses").mkdir(exist_ok=True)
+        pq.write_table(pa.table(rows), folder / "addresses" / f"{shard}.parquet")
 
 
 def _settings(folder: Path) -> None:

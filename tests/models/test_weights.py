@@ -185,6 +185,18 @@ def test_integers_are_not_weights(folder: Path, dtype: torch.dtype) -> None:
     fails(f"step-3: [a-z_.0-9]+ is {dtype}; convert weights of fp32", folder)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e300])
+def test_numbers_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    path = folder / "model.1.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).double() for name in file.keys()}
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name][3, 1] = value  # 1e300 is finite in fp64 and infinite in fp32
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=f"{name} has values that are NaN or infinite"):
+        load_clip(folder)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])
 def test_other_kinds_of_files_in_place_of_weights(folder: Path, kind: str) -> None:
     path = folder / "model.1.safetensors"

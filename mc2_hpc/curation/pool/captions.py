@@ -28,6 +28,9 @@ from mc2_hpc.tar import ESCAPES, Member, escapes
 BATCH_ROWS = 1 << 17
 """Rows of a Parquet shard that are in memory at a time."""
 
+FETCH_SETTINGS, OUTCOMES = "fetch.json", "fetched"
+"""In a pool with fetched images: how they were fetched, and the folder of tables of what became of each key."""
+
 _NUL = pa.scalar("\0", pa.large_string())
 
 
@@ -53,6 +56,8 @@ def list_pool(pool: Names) -> list[PoolShard]:
     root = Path(os.path.commonpath([path.parent for path in files]))
     found: dict[str, dict[str, Path]] = {}
     for path in files:
+        if path.is_relative_to(root / OUTCOMES) and (root / FETCH_SETTINGS).is_file():
+            continue  # tables of a folder of nested shards that fetching wrote
         found.setdefault(str(path.relative_to(root).with_suffix("")), {})[path.suffix.lower()] = path
     return [PoolShard(name, kinds.get(".parquet"), kinds.get(".tar")) for name, kinds in sorted(found.items())]
 
