@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "step_counts.json").read_text(encoding="utf-8"))
 KEYS = {
     "products, TFLOP": "products_tflop",
+    "of the text tower, TFLOP": "text_tflop",
     "of the loss, TFLOP": "loss_tflop",
     "traffic of other operators, GB": "traffic_gb",
     "kernels": "kernels",
@@ -16,11 +18,14 @@ KEYS = {
     "kernels of the loss": "loss_kernels",
     "copies on the device": "device_copies",
     "memsets": "memsets",
-    "point-to-point sends and receives": "point_to_point",
+    "sends and receives of the loss": "loss_point_to_point",
     "collectives of the loss": "loss_collectives",
     "all-reduced, GB": "all_reduced_gb",
     "gathered, GB": "gathered_gb",
     "reduce-scattered, GB": "reduce_scattered_gb",
+    "token table, MB": "table_mb",
+    "sends and receives of the table": "table_point_to_point",
+    "ids between hosts, kB": "table_host_kb",
     "waits for a stream": "stream_synchronisations",
     "waits for the device": "device_synchronisations",
     "waits for the step before": "event_waits",
@@ -36,8 +41,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def counted():
     """Rows by (tree, ranks, ZeRO stage)."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "step_counts.json").read_text(encoding="utf-8"))["rows"]
-    return {(row["tree"], row["ranks"], row["stage"]): row for row in rows}
+    return {(row["tree"], row["ranks"], row["stage"]): row for row in RESULTS["rows"]}
 
 
 def test_the_tables_are_the_rows(counted):
@@ -84,4 +88,29 @@ def test_a_step_waits_for_nothing_up_to_zero_1(counted):
 def test_the_loss_launches_as_much_on_one_gpu_as_on_hundreds(counted):
     for stage in (1, 2, 3):
         one, many = (counted["after", ranks, stage] for ranks in (1, 384))
-        assert many["loss_kernels"] < 3 * one["loss_kernels"] and many["point_to_point"] == 0
+        assert many["loss_kernels"] < 3 * one["loss_kernels"] and many["loss_point_to_point"] == 0
+
+
+def test_the_token_table_costs_at_most_two_percent_of_a_dense_one(counted):
+    for stage in (1, 2, 3):
+        dense, sharded = (counted[tree, 384, stage] for tree in ("before", "after"))
+        assert 0 < sharded["table_mb"] <= 0.02 * dense["table_mb"]
+        assert sharded["table_host_kb"] < 100
+        assert sharded["peak_gib"] < dense["peak_gib"] and sharded["allocated_gib"] <= dense["allocated_gib"]
+    for stage in (0, 1, 2, 3):
+        assert counted["after", 1, stage]["table_mb"] == counted["after", 1, stage]["table_point_to_point"] == 0
+
+
+def test_the_text_tower_computes_the_captions_own_tokens(counted):
+    config = RESULTS["config"]
+    fraction = config["caption_tokens"] / (config["pairs_per_rank"] * config["padded_to_before"])
+    for (tree, ranks, stage), row in counted.items():
+        if tree == "after":
+            assert row["text_tflop"] == pytest.approx(fraction * counted["before", ranks, stage]["text_tflop"], abs=0.1)
+
+
+def test_the_page_describes_the_batch_that_was_counted():
+    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    for name in ("caption_tokens", "rows_used", "rows_asked_for", "ids_of_the_captions", "padded_to_after"):
+        assert re.search(rf"(?<![\d,]){RESULTS['config'][name]:,}(?![\d]|,\d)", page), name
+    assert f"`{RESULTS['env']['commit']}`" in page and f"`{RESULTS['config']['commit_before']}`" in page

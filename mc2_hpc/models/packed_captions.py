@@ -1,10 +1,11 @@
 """Captions of a batch one after another, without padding: which row of the text tower holds which token.
 
-Shape suffixes: B captions, L longest caption of the batch, T tokens of all captions.
+Shape suffixes: B captions, L longest caption of the batch, T tokens of all captions, P positions of a table, W width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,3 +94,26 @@ def pack(lengths: Sequence[int], width: int, device: torch.device) -> Packing:
         windows_BL=windows.view(len(lengths_B), longest),
         places_T=places_T,
     )
+
+
+class PositionRows(torch.autograd.Function):
+    """The rows of a table (P, W) at the positions of packed tokens, (T, W).
+
+    Positions repeat in every caption. To add up their gradients, torch's look-up takes atomics on a GPU if the table is
+    short (2.11), in an order that differs between runs. Here they are spread to one window per caption and summed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table_PW: Tensor, packing: Packing) -> Tensor:
+        ctx.save_for_backward(packing.places_T)
+        ctx.num_positions, ctx.shape_BL = len(table_PW), packing.windows_BL.shape
+        return table_PW.index_select(0, packing.positions_T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (places_T,), (captions, longest) = ctx.saved_tensors, ctx.shape_BL
+        (grad_TW,) = gradients
+        windows = grad_TW.new_zeros(captions * longest, grad_TW.shape[1]).index_copy_(0, places_T, grad_TW)
+        grad_PW = grad_TW.new_zeros(ctx.num_positions, grad_TW.shape[1])
+        torch.sum(windows.view(captions, longest, -1), 0, out=grad_PW[:longest])
+        return grad_PW, None

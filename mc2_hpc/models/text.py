@@ -7,11 +7,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mc2_hpc.models.layers import LayerNorm, Transformer
-from mc2_hpc.models.packed_captions import pack, packing_pays
+from mc2_hpc.models.packed_captions import PositionRows, pack, packing_pays
 from mc2_hpc.models.presets import TextArchitecture
 
 
@@ -62,8 +61,7 @@ class TextTower(nn.Module):
     def _packed(self, tokens_BL: Tensor, lengths: Sequence[int]) -> Tensor:
         packing = pack(lengths, tokens_BL.shape[1], tokens_BL.device)
         tokens_T = tokens_BL.flatten().index_select(0, packing.sources_T)
-        # Unlike indexing, a look-up adds up the gradients of a position without atomics on a GPU.
-        x_TW = self.token_embedding(tokens_T) + F.embedding(packing.positions_T, self.positional_embedding)
+        x_TW = self.token_embedding(tokens_T) + PositionRows.apply(self.positional_embedding, packing)
         x_TW = self.transformer(_residual(x_TW), packing)
         return x_TW.index_select(0, packing.last_B)
 

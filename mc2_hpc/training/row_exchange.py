@@ -10,6 +10,7 @@ Shape suffixes: U unique ids of this rank's batch, A rows that all ranks ask thi
 K rows per rank, V vocabulary, W width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -87,21 +88,26 @@ class RowExchange:
             asked_A = places_U.new_empty(sum(num_sent))
             dist.all_to_all_single(asked_A, places_U % rows_per_rank, num_sent, num_received, group=self._host_group)
         touched_T, slots_A, counts_T = asked_A.unique(return_inverse=True, return_counts=True)
+        places, asked, touched, order, starts = self._to_device(
+            places_U, asked_A, touched_T, slots_A.argsort(stable=True), counts_T.cumsum(0) - counts_T
+        )
         return Plan(
-            places_U=self._to_device(places_U),
-            asked_A=self._to_device(asked_A),
+            places_U=places,
+            asked_A=asked,
             num_sent=num_sent,
             num_received=num_received,
-            touched_T=self._to_device(touched_T),
+            touched_T=touched,
             touched_on_host_T=touched_T,
-            order_A=self._to_device(slots_A.argsort(stable=True)),
-            starts_T=self._to_device(counts_T.cumsum(0) - counts_T),
+            order_A=order,
+            starts_T=starts,
         )
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, *parts: Tensor) -> Sequence[Tensor]:
+        """1-d tensors of one type; on a GPU they arrive by one asynchronous copy."""
         if self._ranks.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._ranks.device, non_blocking=True)
+            return parts
+        together = torch.cat(parts).pin_memory().to(self._ranks.device, non_blocking=True)
+        return together.split([len(part) for part in parts])
 
     def fetch(self, plan: Plan, own_KW: Tensor) -> Tensor:
         """The (U, W) rows that this rank's batch uses, in the order of ``plan.places_U``."""

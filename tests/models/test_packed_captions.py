@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mc2_hpc.models import packed_attention
 from mc2_hpc.models import text as text_module
@@ -97,6 +98,24 @@ def test_nothing_of_another_caption_is_seen() -> None:
         found = model.encode_text(changed, lengths=lengths)
         torch.testing.assert_close(found[row], expected[row], atol=1e-6, rtol=0)
         assert len(lengths) == 1 or (found - expected).abs().max() > 1e-2
+
+
+def test_gradients_of_positions_are_not_added_by_a_look_up() -> None:
+    """On a GPU, torch's would add them with atomics, so a run could not be repeated bit for bit."""
+
+    class LookUps(TorchDispatchMode):
+        shapes: list[tuple[int, ...]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.embedding_dense_backward.default:
+                self.shapes.append(tuple(result.shape))
+            return result
+
+    model, lengths = build_clip(ARCH, seed=1), LENGTHS["mixed"]
+    with LookUps() as look_ups:
+        run(model, captions(lengths), lengths)
+    assert look_ups.shapes == [(60, 48)]  # of the token table alone
 
 
 def test_lengths_end_at_the_first_eos() -> None:
