@@ -30,6 +30,7 @@ from mc2_hpc.curation.pool.perceptual_hash import Hashes, image_hashes, nearest
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.reading.files import check_regular, open_regular
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
 from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
@@ -141,7 +142,8 @@ def _images_of(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                 for member in filter(_is_image, index.members):
                     yield f"{path}/{member.name}", index.read(member)
         else:
-            yield str(path), path.read_bytes()
+            with open_regular(path) as stream:
+                yield str(path), stream.read()
 
 
 def _is_image(member: Member) -> bool:
@@ -258,5 +260,6 @@ def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def _read_csv(path: Path) -> Iterator[Sequence[str]]:
+    check_regular(path)
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         yield from list(csv.reader(file))[1:]

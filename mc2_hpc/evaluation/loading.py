@@ -16,6 +16,7 @@ from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, encode_texts, finite
+from mc2_hpc.reading.files import open_regular
 
 AnyImage = Image.Image | str | Path | bytes
 """An open image, the path of an image, or an encoded image."""
@@ -83,9 +84,13 @@ class Clip:
         return encode_texts(self.dual, texts, batch=batch)
 
     def _preprocessed(self, image: AnyImage) -> Any:
-        path = image if isinstance(image, str | Path) else None
+        path = None
         try:
-            return self.dual.preprocess(image if isinstance(image, Image.Image | bytes) else Path(image).read_bytes())
+            if isinstance(image, str | Path):
+                path = image
+                with open_regular(path) as stream:
+                    image = stream.read()
+            return self.dual.preprocess(image)
         except Dropped as skip:
             raise UserError(f"{path or 'an image'}: cannot be decoded ({skip})") from None
         except OSError as error:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.scripts import is_punctuation, is_pure_punctuation, is_release_unspaced
+from mc2_hpc.reading.files import check_regular
 
 Segmenter = Callable[[str], Sequence[str]]
 """Splits a line of text into non-empty words without surrounding white space; punctuation marks are separate words."""
@@ -179,6 +180,7 @@ def read_lines(path: str | Path) -> Iterator[str]:
         UserError: the file is missing, not UTF-8, has a line of over 64 MiB, or is named ``.gz`` but not gzip.
     """
     path = Path(path)
+    check_regular(path)
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -189,8 +191,6 @@ def read_lines(path: str | Path) -> Iterator[str]:
                         f"{path}: line {number} is longer than {_LONGEST_LINE:,} bytes, so this is not text"
                     )
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file first") from None
     except (OSError, EOFError) as error:

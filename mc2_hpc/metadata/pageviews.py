@@ -16,6 +16,7 @@ from urllib.parse import unquote
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import LANGUAGES
 from mc2_hpc.metadata.workers import Workers
+from mc2_hpc.reading.files import check_regular
 from mc2_hpc.terminal import Report
 
 MIN_HOURLY_VIEWS = 50
@@ -85,6 +86,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
     """The file in blocks of complete lines."""
     line = re.compile(rb"^\S+ \S+ \d+ \d+\r?$", re.MULTILINE)
     known, rest = False, b""
+    check_regular(path)
     try:
         with gzip.open(path, "rb") as stream:
             while block := stream.read(_BLOCK_BYTES):
@@ -94,8 +96,6 @@ def _blocks(path: Path) -> Iterator[bytes]:
                 yield whole
             known = known or line.search(rest) is not None
             yield rest
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
     if not known:

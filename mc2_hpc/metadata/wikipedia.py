@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.wikitext import FILE_NAMESPACES
+from mc2_hpc.reading.files import check_regular
 
 _MEDIA, _FILE, _CATEGORY = "-2", "6", "14"
 """Keys of namespaces whose links leave no text."""
@@ -23,6 +24,7 @@ def read_articles(path: str | Path) -> Iterator[tuple[str, frozenset[str]]]:
         UserError: missing, truncated, not bzip2, not XML, or not a dump; the message has the last complete page.
     """
     path = Path(path)
+    check_regular(path)
     last = "the beginning"
     try:
         with bz2.open(path, "rb") as stream:
@@ -40,8 +42,6 @@ def read_articles(path: str | Path) -> Iterator[tuple[str, frozenset[str]]]:
                 raise UserError(
                     f"{path}: no page in it; expected a dump such as swwiki-20240501-pages-articles.xml.bz2"
                 )
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except ElementTree.ParseError as error:
         line, _ = error.position
         raise UserError(f"{path}: line {line} is not a dump's XML ({error}, after {last}); fetch it again") from None

@@ -17,6 +17,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import LANGUAGES, code_of_wordnet
 from mc2_hpc.metadata.lemmas import LemmaTally
 from mc2_hpc.metadata.ngrams import read_lines
+from mc2_hpc.reading.files import check_regular
 
 TAB_FILE = re.compile(r"wn-(?:data|wikt|cldr|nodia)-([a-z]{3})\.tab(?:\.gz)?")
 WNDB_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
@@ -84,6 +85,7 @@ def _tab(lang: str, path: Path) -> Iterator[str]:
 
 def _lmf(path: Path) -> Iterator[str]:
     """``writtenForm`` of every Lemma in a WN-LMF file, streamed."""
+    check_regular(path)
     opener = gzip.open if path.suffix == ".gz" else open
     found = False
     try:
@@ -101,8 +103,6 @@ def _lmf(path: Path) -> Iterator[str]:
                     root = element
                 if event == "end" and len(root) > 1024:
                     root.clear()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except ElementTree.ParseError as error:
         raise UserError(f"{path}: line {error.position[0]} is not XML ({error})") from None
     except (OSError, EOFError) as error:

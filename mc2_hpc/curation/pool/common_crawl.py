@@ -19,6 +19,7 @@ from mc2_hpc.curation.pool.page_worker import HeavyPage, PageWorker
 from mc2_hpc.curation.pool.urls import absolute_url, image_key
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import open_regular
 
 _SUFFIXES = (".wat", ".warc", ".wat.gz", ".warc.gz")
 _LARGEST_RECORD = 64 << 20
@@ -178,7 +179,7 @@ def _parser(record: Any, worker: PageWorker) -> _Parser | None:
 
 def _open(path: Path) -> IO[bytes]:
     """The archive's bytes, read with Python's gzip because FastWARC's own reader accepts truncated files."""
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         is_gzip = stream.read(2) == b"\x1f\x8b"
     return cast(IO[bytes], gzip.open(path)) if is_gzip else open(path, "rb")
 
