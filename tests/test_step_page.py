@@ -62,19 +62,20 @@ def test_the_tables_are_the_rows(counted):
     assert compared == len(counted) * len(KEYS)
 
 
-def test_the_peaks_by_recompute_are_the_rows(counted):
-    """In docs/training.md: counted at ZeRO 1, 2 and 3 on 384 ranks."""
+def test_the_table_of_recomputation_is_the_rows(counted):
+    """In docs/training.md: products and peaks at ZeRO 1, 2 and 3 on 384 ranks."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    rows = json.loads((ROOT / "benchmarks" / "results" / "step_counts.json").read_text(encoding="utf-8"))
-    none = rows["config"]["peak_gib_without_recompute"]
-    assert none["ranks"] == 384
-    peaks = {
-        "`none` (default)": [none["by_stage"][stage] for stage in "123"],
-        "`full`": [counted["after", 384, stage]["peak_gib"] for stage in (1, 2, 3)],
-    }
-    for label, expected in peaks.items():
+    rows = {(row["recompute"], row["stage"]): row for row in RESULTS["recompute_rows"]}
+    for name, label in (("none", "`none` (default)"), ("selective", "`selective`"), ("full", "`full`")):
         (line,) = (line for line in page.splitlines() if line.startswith(f"| {label} |"))
-        assert [float(cell) for cell in line.strip(" |").split("|")[-1].split("/")] == expected, label
+        for column, key in ((-2, "products_tflop"), (-1, "peak_gib")):
+            cells = [float(cell) for cell in line.strip(" |").split(" | ")[column].split("/")]
+            assert cells == [rows[name, stage][key] for stage in (1, 2, 3)], (name, key)
+    for stage in (1, 2):
+        assert rows["selective", stage]["products"] == rows["none", stage]["products"] < rows["full", stage]["products"]
+    for stage in (1, 2, 3):
+        assert rows["full", stage]["peak_gib"] == counted["after", 384, stage]["peak_gib"]
+        assert rows["full", stage]["peak_gib"] < rows["selective", stage]["peak_gib"] < rows["none", stage]["peak_gib"]
 
 
 def test_a_step_waits_for_nothing_up_to_zero_1(counted):
