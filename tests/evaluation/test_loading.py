@@ -1,6 +1,7 @@
 """``mc2_hpc.load``: one entry point for every format, and the same features as in evaluation."""
 
 import io
+import os
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ def test_a_16_bit_and_a_palette_image(tiny_checkpoint):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda clip, folder: clip.encode_image(folder / "nowhere.jpg"), r"nowhere\.jpg: cannot be read"),
+        (lambda clip, folder: clip.encode_image(folder / "nowhere.jpg"), r"nowhere\.jpg: no such file"),
+        (lambda clip, folder: clip.encode_image(folder / "pipe.jpg"), r"pipe\.jpg: is a named pipe"),
         (lambda clip, folder: clip.encode_image([folder / "bad.jpg"]), r"bad\.jpg: cannot be decoded"),
         (lambda clip, folder: clip.encode_image([]), "no images to encode"),
         (lambda clip, folder: clip.encode_text([]), "no texts to encode"),
@@ -90,6 +92,7 @@ def test_a_16_bit_and_a_palette_image(tiny_checkpoint):
 )
 def test_bad_input_is_one_line(call, message, tiny_checkpoint, image_folder):
     (image_folder / "bad.jpg").write_bytes(b"not an image")
+    os.mkfifo(image_folder / "pipe.jpg")
     with pytest.raises(UserError, match=message) as error:
         call(mc2_hpc.load(tiny_checkpoint), image_folder)
     assert "\n" not in str(error.value)
