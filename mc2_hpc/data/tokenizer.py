@@ -16,10 +16,11 @@ padding is ``<pad>`` as in mT5's own tokenizer, so that every style has exactly 
 """
 
 import io
+import logging
 import math
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import atomic_path
 
+logger = logging.getLogger(__name__)
+
+LONGEST_BYTES = 4192
+"""Of a caption that a tokenizer is trained on: sentencepiece's own limit, which it applies without a word."""
 MOST_BYTES = 256 << 20
 """Of a sentencepiece model file: about 250 bytes for each of a million pieces."""
 
@@ -228,7 +233,7 @@ def train_tokenizer(
     ``<unk>``, because transformers' tokenizers of those families have no byte fallback.
 
     Args:
-        texts: captions; ``style``'s cleaning is applied. sentencepiece ignores those of over 4,192 bytes.
+        texts: captions; ``style``'s cleaning is applied. Those of over :data:`LONGEST_BYTES` are left out, and logged.
         vocab_size: of the resulting tokenizer; texts with little variety give fewer ids.
         character_coverage: share of the texts' characters that get an id; the rarest go without.
 
@@ -238,11 +243,22 @@ def train_tokenizer(
     if style not in STYLES:
         raise UserError(f"tokenizer style {style!r}: choose one of {', '.join(STYLES)}")
     clean = STYLES[style].clean
-    sentences = (" ".join((clean(text) if clean else text).split("\n")) for text in texts)
+    num_long = 0
+
+    def sentences() -> Iterator[str]:
+        nonlocal num_long
+        for text in texts:
+            sentence = " ".join((clean(text) if clean else text).split("\n"))
+            if len(sentence.encode("utf-8", "surrogatepass")) > LONGEST_BYTES:
+                num_long += 1
+            else:
+                yield sentence
+
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            sentence_iterator=sentences(),
+            max_sentence_length=LONGEST_BYTES,
             model_writer=out,
             vocab_size=vocab_size - STYLES[style].added,
             character_coverage=character_coverage,
@@ -256,6 +272,8 @@ def train_tokenizer(
         sentence = re.search(r"\] (\S.*)$", str(error).strip())
         reason = sentence[1] if sentence else "they are empty"
         raise UserError(f"{out_file}: no tokenizer of {vocab_size} ids fits these texts: {reason}") from None
+    if num_long:
+        logger.warning("%s: not trained on captions of over %d bytes: %d", out_file, LONGEST_BYTES, num_long)
     with atomic_path(out_file) as temporary:
         temporary.write_bytes(out.getvalue())
     return Tokenizer(out_file, style)

@@ -14,7 +14,7 @@ from torch import Tensor
 LEAST_PADDING = 0.02
 """Fewest padded places per token at which packing pays: gathering rows for the attention takes time too."""
 LEAST_PLACES = 64
-"""Fewest padded places at which packing pays: its extra operations have a fixed cost of about 0.1 ms per layer."""
+"""Fewest padded places at which packing pays: its extra operations cost something even for few tokens."""
 
 
 @dataclass(frozen=True, eq=False)

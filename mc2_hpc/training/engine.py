@@ -49,7 +49,7 @@ def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, 
     bucket = min(config.zero.bucket_elements, num_parameters)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.stage in (1, 2):
-        # DeepSpeed's norm waits for the device five times; the engine's own (_squared_norm) does not wait.
+        # DeepSpeed's norm waits for the device; the engine's own (_squared_norm) does not.
         zero["compute_grad_norm"] = config.optim.grad_clip > 0
         zero |= {
             "reduce_bucket_size": bucket,

@@ -7,6 +7,7 @@ A killed run cannot say that it ended; what shows it is that its files have not 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -153,7 +154,7 @@ def read_status(folder: Path) -> Status:
     unreadable: list[str] = []
     state = _unless_damaged(lambda: read_state(folder), unreadable)
     starts = _unless_damaged(lambda: read_starts(folder), unreadable)
-    rows = _unless_damaged(lambda: _read_rows(folder / METRICS), unreadable) or []
+    rows = _unless_damaged(lambda: _read_rows(folder / METRICS, unreadable), unreadable) or []
     checkpoint = None
     if checkpoints:
         age = now - _changed(checkpoints[-1] / MANIFEST)
@@ -224,20 +225,20 @@ def _unless_damaged(read: Callable[[], Found], unreadable: list[str]) -> Found |
         return None
 
 
-def _read_rows(path: Path) -> list[_Row]:
-    """The newest rows, oldest first; the last line is often half written, and lines that are no rows are left out."""
+def _read_rows(path: Path, unreadable: list[str]) -> list[_Row]:
+    """The newest rows, oldest first. The last line is often half written; the first other one that is not a row is
+    added to ``unreadable``, and all such lines are left out."""
     if not path.exists():
         return []
     rows: list[_Row] = []
+    damage: list[str] = []
     for line in reversed(read_tail(path, most=_MOST_BYTES).split(b"\n")[:-1]):
-        try:
-            row = parse_json(line, _Row, path)
-        except UserError:
-            continue
-        if row.steps_per_second > 0 and row.samples_per_second > 0:
+        row = _unless_damaged(partial(parse_json, line, _Row, path), damage)
+        if row is not None and row.steps_per_second > 0 and row.samples_per_second > 0:
             rows.append(row)
         if len(rows) > _RECENT:
             break
+    unreadable += damage[:1]
     return rows[::-1]
 
 

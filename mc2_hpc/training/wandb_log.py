@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_text
 from mc2_hpc.storage import atomic_path
 
@@ -111,12 +110,11 @@ def _start(folder: Path, config: dict[str, Any]) -> tuple[Callable[[dict[str, An
 def _run_id(folder: Path) -> str:
     """The id of the run's W&B run, the same for every start."""
     path = folder / "wandb" / "run-id"
-    try:
+    if path.exists():  # not the first start
         known = read_text(path, most=100).strip()
         if known.isalnum():
             return known
-    except UserError:
-        pass  # the first start
+        logger.warning("%s: is not the id of a run; Weights & Biases gets another run", path)
     new = uuid.uuid4().hex[:12]
     with atomic_path(path) as temporary:
         temporary.write_text(new + "\n", encoding="ascii")

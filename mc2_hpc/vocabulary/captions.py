@@ -7,15 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mc2_hpc.caption_tables import KEY, LANG, TEXT
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
-from mc2_hpc.draws import hash_keys, random_uint64
+from mc2_hpc.draw_kernels import hash_column
+from mc2_hpc.draws import uniform
 from mc2_hpc.errors import UserError
 from mc2_hpc.shard_paths import Names
 
 NO_LANGUAGE = "(none)"
 """Language of the captions of a pool that does not tell it."""
+
+_NUL = pa.scalar("\0", pa.large_string())
 
 Quotas = Callable[[Mapping[str, int]], Mapping[str, float]]
 """Maps the number of captions in each language to the number to draw, which may be larger."""
@@ -62,7 +66,7 @@ def draw_captions(
         raise UserError(f"{pool}: no caption that can be used" + (f" ({reasons})" if reasons else ""))
     wanted = quotas(available)
     shares = {lang: min(1.0, wanted[lang] / count) for lang, count in available.items()}
-    found: dict[str, list[tuple[int, str]]] = {lang: [] for lang in sorted(available)}
+    found: dict[str, list[tuple[float, str]]] = {lang: [] for lang in sorted(available)}
     for done, shard in enumerate(shards, start=len(shards) + 1):
         _draw(shard, shares, seed, found)
         if progress:
@@ -77,19 +81,18 @@ def _languages(table: pa.Table) -> pa.Array:
     return table[LANG].fill_null(NO_LANGUAGE).combine_chunks()
 
 
-def _draw(shard: PoolShard, shares: Mapping[str, float], seed: int, found: dict[str, list[tuple[int, str]]]) -> None:
+def _draw(shard: PoolShard, shares: Mapping[str, float], seed: int, found: dict[str, list[tuple[float, str]]]) -> None:
     for table, _ in iter_captions(shard):
         encoded = _languages(table).dictionary_encode()
         languages = encoded.dictionary.to_pylist()
-        texts = table[TEXT].to_pylist()
-        names = [f"{key}\0{text}" for key, text in zip(table[KEY].to_pylist(), texts, strict=True)]
-        draws = random_uint64(hash_keys(names), seed=seed, epoch=0, purpose="vocabulary")
-        share_of: npt.NDArray[np.float64] = np.array([shares[lang] for lang in languages], np.float64)
         language_ids = encoded.indices.to_numpy()
-        # As in selection: the draw's 53 leading bits make a uniform number in [0, 1).
-        kept = (draws >> np.uint64(11)) * 2.0**-53 < share_of[language_ids] if len(texts) else np.zeros(0, bool)
-        for row in np.flatnonzero(kept):
-            found[languages[language_ids[row]]].append((int(draws[row]), texts[row]))
+        names = pc.binary_join_element_wise(table[KEY], table[TEXT], _NUL).combine_chunks()
+        draws = uniform(hash_column(names), seed=seed, epoch=0, purpose="vocabulary")
+        share_of: npt.NDArray[np.float64] = np.array([shares[lang] for lang in languages], np.float64)
+        kept = np.flatnonzero(draws < share_of[language_ids])
+        texts = table[TEXT].take(pa.array(kept)).to_pylist()
+        for row, text in zip(kept, texts, strict=True):
+            found[languages[language_ids[row]]].append((float(draws[row]), text))
 
 
 def tempered(total: int, alpha: float) -> Quotas:

@@ -198,3 +198,17 @@ def test_a_file_whose_eos_is_an_ordinary_piece_is_refused(texts: list[str], tmp_
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match="eos -1 .*, which does not match style xlmv"):
         Tokenizer(path, "xlmv")
+
+
+def test_captions_that_are_too_long_to_train_on_are_counted(
+    tmp_path: Path, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = train_tokenizer(texts, tmp_path / "a.model", vocab_size=600, style="xlmv")
+    assert not caplog.records
+    fits, too_long = "ab" * 2096, "é" * 2097  # 4,192 and 4,194 bytes
+    train_tokenizer([*texts, too_long, too_long], tmp_path / "b.model", vocab_size=600, style="xlmv")
+    assert "not trained on captions of over 4192 bytes: 2" in caplog.text
+    assert (tmp_path / "b.model").read_bytes() == plain.model_file.read_bytes()
+    caplog.clear()
+    train_tokenizer([*texts, fits], tmp_path / "c.model", vocab_size=600, style="xlmv")
+    assert not caplog.records and (tmp_path / "c.model").read_bytes() != plain.model_file.read_bytes()

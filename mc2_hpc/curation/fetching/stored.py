@@ -87,8 +87,8 @@ def store(body: bytes, longest: int | None) -> StoredImage:
 
 
 def kept_jpeg(body: bytes, longest: int | None) -> StoredImage | None:
-    """The image if it is a JPEG that is surely kept byte for byte, which takes microseconds; None if :func:`store` has
-    to look closer."""
+    """The image if it is a JPEG that is surely kept byte for byte, by its header and end alone; None if :func:`store`
+    has to look closer."""
     shape = plain_jpeg_shape(body)
     if shape is None or shape[0] * shape[1] > MAX_PIXELS or not looks_whole(body, "jpg"):
         return None
