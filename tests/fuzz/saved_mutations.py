@@ -10,15 +10,14 @@ import torch
 
 
 class _Command:
-    """Unpickled without care, this runs a command, which leaves a file that the lane would not know."""
+    """Unpickled without care, this ends the process in a way that the lane counts as a fault."""
 
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return _leave_a_mark, ("planted",)
+        return _end, ("code of a file was run",)
 
 
-def _leave_a_mark(name: str) -> None:
-    Path(name).touch()
-    raise SystemExit("code of a file was run")
+def _end(message: str) -> None:
+    raise SystemExit(message)
 
 
 _VALUES: tuple[Any, ...] = (None, "text", 3, True, [1.0], float("nan"), {}, _Command())

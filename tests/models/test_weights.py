@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip
+from mc2_hpc.models.formats import Format, detect_format
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture, num_parameters
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import (
@@ -86,6 +87,14 @@ def test_a_run_folder_or_checkpoints_folder_will_do(folder: Path, tmp_path: Path
     assert resolve_checkpoint(str(run / "checkpoints")) == run / "checkpoints" / "step-3"
     assert resolve_checkpoint(run / "checkpoints" / "step-3") == run / "checkpoints" / "step-3"
     load_clip(run)
+
+
+def test_best_json_stands_for_the_checkpoint_that_it_names(folder: Path) -> None:
+    """Also for ``model.init_from``, which asks for the format first."""
+    best = folder.parent / "best.json"
+    best.write_text(json.dumps({"checkpoint": folder.name, "metric": "set/top-1", "value": 0.5}))
+    assert detect_format(best) == Format.OURS
+    assert resolve_checkpoint(best) == folder
 
 
 def test_latest_cannot_lead_elsewhere(folder: Path, tmp_path: Path) -> None:
