@@ -116,7 +116,8 @@ def _sizes(quick: bool) -> dict[str, Any]:
             "batch": 196,
             "steps": 3 if quick else 10,
         }
-    return {"preset": "ViT-S-16-worldwide", "precision": "fp32", "batch": 8, "steps": 2 if quick else 5}
+    batch, steps = (2, 2) if quick else (8, 5)
+    return {"preset": "ViT-S-16-worldwide", "precision": "fp32", "batch": batch, "steps": steps}
 
 
 def _run_config(name: str, quick: bool) -> RunConfig:
