@@ -57,14 +57,11 @@ def plot_contrastive(result: dict[str, Any], path: Path) -> None:
 def plot_train(result: dict[str, Any], path: Path) -> None:
     """Samples per second of both programs, every round a mark; a panel per size of the token table."""
     names = {"train": "tokens of the captions", "train_full_vocab": "full vocabulary"}
-    of_size = {what: [row for row in result["rows"] if row.get("what", "train") == what] for what in names}
-    panels = {what: rows for what, rows in of_size.items() if rows}
-    figure, axes = new_figure(5 * len(panels), 4, 1, len(panels))
-    for axis, (what, rows) in zip(axes, panels.items(), strict=True):
+    figure, axes = new_figure(10, 4, 1, 2)
+    for axis, (what, name) in zip(axes, names.items(), strict=True):
+        rows = [row for row in result["rows"] if row["what"] == what]
         _bars(axis, [row["who"] for row in rows], [row["median"] for row in rows], [row["samples"] for row in rows])
-        axis.set_ylabel("samples per second")
-        if len(panels) > 1:
-            axis.set_title(names[what])
+        axis.set(title=name, ylabel="samples per second")
     _save(figure, "Training a small model end to end", result, path)
 
 
