@@ -11,18 +11,24 @@ training and evaluation ignore them, as open_clip does.
 """
 
 import io
+import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.reading.files import open_regular
 
 MAX_PIXELS = 1 << 26
 """Default limit on decoded images: 67 million pixels, 200 MB of RGB."""
 REDUCED = 8
 """How many times larger than the limit a JPEG decoded at a smaller scale may be: a progressive JPEG keeps all its
 coefficients in memory, whatever the scale."""
+
+MAX_FILE_BYTES = 1 << 29
+"""Of an image file: more than :data:`MAX_PIXELS` take in any format, and little enough to read at once."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 """Raster formats. Pillow's others run external programs (EPS) or do not occur on the web."""
@@ -32,6 +38,21 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 Image.MAX_IMAGE_PIXELS = None  # the limit here is exact, known to the caller, and counted
 # About damaged metadata, which nothing here reads: a line or two per image in every worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """An encoded image that is a file of its own.
+
+    Raises:
+        UserError: there is no such file, or it is a folder, pipe, socket or device.
+        OSError: it cannot be read.
+        Dropped: larger than :data:`MAX_FILE_BYTES`.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise Dropped(Drop.TOO_LARGE, f"{size:,} bytes")
+        return stream.read(size)
 
 
 def open_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

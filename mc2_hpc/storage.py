@@ -37,8 +37,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     On an exception the temporary file is removed and ``path`` is left as it was. The temporary name starts with a dot
     and keeps the suffix, so writers that look at the suffix (``np.save``) work and shard listing ignores it.
+
+    Raises:
+        UserError: there is a folder of that name.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, and a file of that name is to be written; move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)

@@ -145,3 +145,11 @@ def test_a_benchmark_runs_in_the_checkout_and_writes_where_it_was_told(tmp_path,
     row = str(tmp_path / "row.json")
     assert command == [sys.executable, "-m", "benchmarks.bench_train", "--quick", "--json", row]
     assert (options["cwd"] / "benchmarks" / "bench_train.py").is_file()
+
+
+def test_a_very_long_message_is_shortened_in_the_middle(tmp_path, capsys):
+    name = "x" * 100 + "/"
+    assert main(["convert", f"{tmp_path}/{name * 30}end", "--to", "open_clip", "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mc2: {tmp_path}/xxx") and " [...] " in error and "end: no such folder" in error
+    assert len(error) < 700 and error.count("\n") == 1

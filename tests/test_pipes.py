@@ -23,7 +23,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "dump.xml.bz2": lambda path: list(read_articles(path)),
     "views.gz": lambda path: list(_blocks(path)),
     "wordnet.xml": lambda path: list(_lmf(path)),
-    "image.jpg": lambda path: list(_images_of([path])),
+    "image.jpg": lambda path: [read() for _, read in _images_of([path])],
 }
 
 

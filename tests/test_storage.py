@@ -30,6 +30,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.stat().st_mode & stat.S_IRUSR
 
 
+def test_a_folder_in_place_of_the_file_is_left_alone(tmp_path):
+    (tmp_path / "value.json" / "x").mkdir(parents=True)
+    with pytest.raises(UserError, match="value.json: is a folder"):
+        write_json(tmp_path / "value.json", 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
 def test_completion_marker(tmp_path):
     assert not is_complete(tmp_path)
     mark_complete(tmp_path)

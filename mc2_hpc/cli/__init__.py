@@ -44,6 +44,9 @@ COMMANDS = {
 }
 """One module per command, with ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
 
+_LONGEST = 800
+"""Characters of an error message."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 failed, 2 bad input (one line on standard error)."""
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, rest = parser.parse_known_args(argv)
     except UserError as error:
-        print(f"mc2: {error}", file=sys.stderr)
+        _say(error)
         return 2
     rest = _take_late(arguments, rest)
     if rest:
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if arguments.debug:
             raise
-        print(f"mc2: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG or arguments.debug:
@@ -81,6 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mc2: interrupted", file=sys.stderr)
         return 130
+
+
+def _say(error: UserError) -> None:
+    """Print the one line; of a very long one, such as a name of thousands of characters, the beginning and the end."""
+    text = str(error)
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 4 :]}"
+    print(f"mc2: {text}", file=sys.stderr)
 
 
 def _take_late(arguments: argparse.Namespace, rest: list[str]) -> list[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.curation.pool.perceptual_hash import Hashes, image_hashes, nearest
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
+from mc2_hpc.images import read_image_file
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
-from mc2_hpc.reading.files import check_regular, open_regular
+from mc2_hpc.reading.files import check_regular
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
 from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
@@ -120,9 +121,9 @@ class HashUnit:
 
     def __call__(self, name: str, files: list[Path]) -> None:
         names, hashes = [], []
-        for image, data in _images_of(files):
+        for image, read in _images_of(files):
             try:
-                hashes.append(image_hashes(data, _CUTS))
+                hashes.append(image_hashes(read(), _CUTS))
             except Dropped as error:
                 raise UserError(
                     f"{image}: this benchmark image cannot be decoded ({error}); fix or remove it, "
@@ -135,15 +136,15 @@ class HashUnit:
             np.savez(temporary, names=np.array(names, np.str_), hashes=np.stack(hashes))
 
 
-def _images_of(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+def _images_of(files: Sequence[Path]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The name of each image, and how to read it."""
     for path in files:
         if path.suffix.lower() == ".tar":
             with TarIndex(path) as index:
                 for member in filter(_is_image, index.members):
-                    yield f"{path}/{member.name}", index.read(member)
+                    yield f"{path}/{member.name}", partial(index.read, member)
         else:
-            with open_regular(path) as stream:
-                yield str(path), stream.read()
+            yield str(path), partial(read_image_file, path)
 
 
 def _is_image(member: Member) -> bool:

@@ -19,6 +19,7 @@ from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
+from mc2_hpc.images import read_image_file
 from mc2_hpc.samples import IMAGE_EXTENSIONS, safe_members
 from mc2_hpc.tar import LocalFile, Member, TarError, list_members
 
@@ -69,7 +70,10 @@ class ImageFiles:
         return str(self._files[index])
 
     def read(self, index: int) -> bytes:
-        return (self._root / self._files[index]).read_bytes()
+        try:
+            return read_image_file(self._root / self._files[index])
+        except UserError as error:  # changed since it was listed
+            raise Dropped(Drop.READ_ERROR, str(error)) from None
 
     def fingerprint(self) -> str:
         stats = ((self._root / file).stat() for file in self._files)

@@ -16,7 +16,7 @@ from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, encode_texts, finite
-from mc2_hpc.reading.files import open_regular
+from mc2_hpc.images import read_image_file
 
 AnyImage = Image.Image | str | Path | bytes
 """An open image, the path of an image, or an encoded image."""
@@ -88,8 +88,7 @@ class Clip:
         try:
             if isinstance(image, str | Path):
                 path = image
-                with open_regular(path) as stream:
-                    image = stream.read()
+                image = read_image_file(path)
             return self.dual.preprocess(image)
         except Dropped as skip:
             raise UserError(f"{path or 'an image'}: cannot be decoded ({skip})") from None

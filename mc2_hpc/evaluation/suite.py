@@ -165,9 +165,12 @@ def _suite(found: "_SuiteFile", source: str) -> Suite:
 def _checked(source: str, name: str, config: "_SetInFile") -> SetConfig:
     where = f"{source}: sets.{name}"
     try:
-        read = reader_of(config.reader).read
+        reader = reader_of(config.reader)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    read = reader.read
+    if _is_address(config.path) and not reader.addresses:
+        raise UserError(f"{where}.path: {config.reader} reads files on this machine; {config.path} is an address")
     parameters = list(inspect.signature(read).parameters.values())[1:]
     known = {parameter.name for parameter in parameters}
     unknown = sorted(set(config.options.entries) - known)
@@ -275,7 +278,11 @@ def _read(config: SetConfig, root: Path) -> Task:
 
 def _place(root: Path, path: str) -> Path | str:
     """The set's path below the root. An address stays text, because a ``Path`` would turn ``//`` into ``/``."""
-    return path if "://" in path else root / path
+    return path if _is_address(path) else root / path
+
+
+def _is_address(path: str) -> bool:
+    return "://" in path
 
 
 def _only(task: Task, languages: list[str]) -> Task:

@@ -69,7 +69,10 @@ def parse_json(data: bytes, kind: type[T], path: str | Path, *, what: str = "", 
     except msgspec.ValidationError as error:
         place = _expected(str(error))
         if place.startswith("$[...]"):
-            place = _with_keys(place, data, kind)
+            try:
+                place = _with_keys(place, data, kind)
+            except RecursionError:  # msgspec stopped before it came to the deep part
+                raise UserError(f"{shown(path)}: nested too deeply{tail}") from None
         raise UserError(f"{shown(path)}: {_not_that(what)}{place}{tail}") from None
     except UnicodeDecodeError:
         decode(data, path)  # raises, with the line

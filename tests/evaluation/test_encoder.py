@@ -1,5 +1,6 @@
 """Features: the same on any number of ranks, computed once, with images that cannot be decoded reported."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.encoder import Encoder
 from mc2_hpc.evaluation.images import ImageFiles
+from mc2_hpc.images import MAX_FILE_BYTES
 
 _WORKER = """
 import sys
@@ -67,6 +69,16 @@ def test_a_broken_image_has_no_feature_and_is_counted(encoder, image_folder):
     assert found.skipped() == {"image_truncated": 1}
     lengths = found.features.norm(dim=1)
     assert float(lengths[3]) == 0 and torch.allclose(lengths[found.usable], torch.ones(9))
+
+
+def test_a_file_that_is_too_large_or_went_away_is_counted(encoder, image_folder):
+    images = ImageFiles(image_folder, all_of(image_folder))
+    os.truncate(image_folder / "03.jpg", MAX_FILE_BYTES + 1)  # a hole, which takes no space
+    (image_folder / "05.jpg").unlink()
+    os.mkfifo(image_folder / "05.jpg")
+    found = encoder.images(images)
+    assert found.usable.tolist() == [number not in (3, 5) for number in range(10)]
+    assert found.skipped() == {"too_large": 1, "read_error": 1}
 
 
 def test_no_image_at_all_is_an_error(encoder, tmp_path):

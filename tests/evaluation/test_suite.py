@@ -154,6 +154,10 @@ def test_nothing_to_score_is_an_error(tiny_checkpoint, suite_file, tmp_path, cap
         ),
         ({"reader": "xm3600", "path": "x", "color": "red"}, "color"),
         ({"reader": "xm3600"}, "sets.a.path"),
+        (
+            {"reader": "coco", "path": "s3://x/y.json", "options": {"images": "y"}},
+            "sets.a.path: coco reads files on this machine; s3://x/y.json is an address",
+        ),
     ],
 )
 def test_bad_suites_are_named(entry, message, tmp_path):

@@ -321,6 +321,8 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     warm_up()
+    if os.access("/dev/shm", os.W_OK):
+        tempfile.tempdir = "/dev/shm"  # the worlds are small, and commands force what they write to the disk
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         valid = Path(folder) / "valid"

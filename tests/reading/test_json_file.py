@@ -108,6 +108,13 @@ def test_depth_and_digits_are_bounded(read, kind, content):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
+def test_depth_behind_a_wrong_value_is_bounded(read):
+    """The key of the wrong value is looked up in a second reading, which goes deeper."""
+    deep = "[" * 50_000 + "]" * 50_000
+    with pytest.raises(UserError, match="file.json: nested too deeply"):
+        read('{"a": {"size": null}, "b": ' + deep + "}", dict[str, Part])
+
+
 def test_size_is_bounded(read):
     with pytest.raises(UserError, match="file.json: larger than 10 bytes"):
         read(json.dumps(list(range(100))), list[int], most=10)

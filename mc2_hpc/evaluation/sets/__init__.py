@@ -21,6 +21,8 @@ class Reader:
 
     read: Callable[..., Task]
     protocol: str
+    addresses: bool = False
+    """Whether the set's place may be an address (``s3://...``) in place of a path."""
 
 
 _TOP1 = "unit-length mean of unit-length text features over templates; cosine; any right class counts"
@@ -35,7 +37,9 @@ READERS = {
     "xm3600": Reader(captions.xm3600, f"all captions of each locale; {_RECALL}; mean of locales"),
     "caption_lines": Reader(captions.caption_lines, f"one caption per line; {_RECALL}; mean of languages"),
     "coco": Reader(captions.coco, f"COCO caption annotations; {_RECALL}"),
-    "shards": Reader(shards.shards, f"all captions at once, and those of each language by themselves; {_RECALL}"),
+    "shards": Reader(
+        shards.shards, f"all captions at once, and those of each language by themselves; {_RECALL}", addresses=True
+    ),
     "winogavil": Reader(
         winogavil.winogavil, "the images closest to the cue, as many as go with it; Jaccard index; mean of rounds"
     ),
@@ -69,7 +73,7 @@ def reader_of(name: str) -> Reader:
     read = import_object(name)
     if not callable(read):
         raise UserError(f"{name}: not a function that reads a set")
-    return Reader(_guarded(name, read), f"as {name} reads it")
+    return Reader(_guarded(name, read), f"as {name} reads it", addresses=True)
 
 
 def _guarded(name: str, read: Callable[..., Any]) -> Callable[..., Task]:
