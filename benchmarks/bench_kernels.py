@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.fused_kernel_cases import FusedCase, fused_cases
 from benchmarks.harness import main
 from mc2_hpc.kernels.contrastive import triton_impl
 from mc2_hpc.kernels.contrastive.launch import LAUNCHES, Launch, launch_for
@@ -101,10 +102,11 @@ def compile_source(case: Case) -> ASTSource:
     return ASTSource(kernel, signature, constexprs, aligned)
 
 
-def examine(case: Case) -> dict[str, Any]:
+def examine(case: Case | FusedCase) -> dict[str, Any]:
     """Compile a case and read its machine code."""
+    source = compile_source(case) if isinstance(case, Case) else case.compile_source()
     options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
-    compiled = triton.compile(compile_source(case), target=GPUTarget("cuda", case.arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -115,7 +117,7 @@ def examine(case: Case) -> dict[str, Any]:
         raise RuntimeError(f"cuobjdump reports no register count for {case}: {usage!r}")
     tensor_core = re.search(rf"\b{TENSOR_CORE[case.arch]}\b", instructions)
     return {
-        "kernel": f"contrastive_{case.kernel}",
+        "kernel": f"contrastive_{case.kernel}" if isinstance(case, Case) else case.kernel,
         "variant": case.variant,
         "arch": f"sm_{case.arch}",
         "registers": int(registers[1]),
@@ -131,7 +133,7 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([str(tool), option, path], capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def breaches(row: dict[str, Any], case: Case) -> list[str]:
+def breaches(row: dict[str, Any], case: Case | FusedCase) -> list[str]:
     """The problems of a row, if any."""
     where = f"{row['kernel']} {row['variant']} {row['arch']}"
     found = []
@@ -139,7 +141,7 @@ def breaches(row: dict[str, Any], case: Case) -> list[str]:
         found.append(f"{where}: {row['spills']} register spills: use smaller blocks or more warps")
     if row["shared_bytes"] > SHARED_BYTES[case.arch]:
         found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, the limit is {SHARED_BYTES[case.arch]}")
-    if case.source != "memory" and row["tensor_core"] is None:
+    if isinstance(case, Case) and case.source != "memory" and row["tensor_core"] is None:
         found.append(f"{where}: no {TENSOR_CORE[case.arch]} instruction: the matrix product does not use tensor cores")
     return found
 
@@ -149,7 +151,7 @@ def run(quick: bool) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         raise SystemExit("bench kernels compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
     rows, found = [], []
-    for case in cases(quick):
+    for case in (*cases(quick), *fused_cases(tuple(SHARED_BYTES), quick)):
         row = examine(case)
         rows.append(row)
         found += breaches(row, case)

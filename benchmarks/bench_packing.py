@@ -109,7 +109,7 @@ def _measure(
     precision = Precision(config.precision)
     alone, trained = (build_clip(resolve(config.model), seed=0) for _ in range(2))
     for clip in (alone, trained):
-        clip.set_attention(config.model.attention, ranks.device.type)
+        clip.set_backends(config.model, ranks.device.type)
     alone.to(ranks.device)
     engine = Engine(trained, config, ranks, num_micro=1)
     step = ContrastiveStep(engine, config.loss, feature_dtype=precision.dtype)

@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours_compiled": {"attention": "sdpa", "recompute": "full", "compile": True},
     f"{PEER}_compiled": {"recompute": "full", "compile": True},
     "ours_selective": {"attention": "sdpa", "recompute": "selective"},
+    "ours_unfused": {"attention": "sdpa", "recompute": "selective", "norm": "torch", "activation": "torch"},
     "ours_xformers": {"attention": "xformers", "recompute": "full"},
     "ours_keeping_activations": {"attention": "sdpa", "recompute": "none"},
     f"{PEER}_keeping_activations": {"recompute": "none"},
@@ -222,8 +223,7 @@ def _our_step(config: RunConfig, arch: ClipArchitecture, ranks: Ranks) -> Step:
     from mc2_hpc.training.step import ContrastiveStep
 
     clip = build_clip(arch, seed=0)
-    clip.set_attention(config.model.attention, ranks.device.type)
-    clip.set_recompute(config.model.recompute)
+    clip.set_backends(config.model, ranks.device.type)
     engine = Engine(clip, config, ranks, num_micro=1)
     dtype = Precision(config.precision).dtype
     step = ContrastiveStep(engine, config.loss, feature_dtype=dtype)

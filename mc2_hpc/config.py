@@ -75,6 +75,11 @@ class ModelConfig:
     text: TextOverrides = field(default_factory=TextOverrides)
     attention: str = "auto"
     """``sdpa`` (torch), ``xformers``, or ``auto`` (the table in ``mc2_hpc.models.layers``)."""
+    norm: str = "auto"
+    """Layer norms: ``torch``, ``triton`` (one kernel, which reads and writes bf16), ``apex`` (NVIDIA's), or ``auto``
+    (triton on a GPU, torch elsewhere and under ``compile``)."""
+    activation: str = "auto"
+    """Quick-GELU: ``torch``, ``triton`` (one kernel, which keeps only its input), or ``auto`` (as for ``norm``)."""
     recompute: str = field(
         default="none", metadata={"replaces": ("activation_checkpointing", "full for true, none for false")}
     )
@@ -93,6 +98,11 @@ class ModelConfig:
         if self.init_from is not None and not self.init_from.strip():
             raise UserError("model.init_from: is empty; name a model, or null for none")
         _choose("model.attention", self.attention, ("auto", "sdpa", "xformers"))
+        _choose("model.norm", self.norm, ("auto", "torch", "triton", "apex"))
+        _choose("model.activation", self.activation, ("auto", "torch", "triton"))
+        for key in ("norm", "activation"):
+            if self.compile and getattr(self, key) == "triton":
+                raise UserError(f"model.{key}=triton: torch.compile fuses torch's own; set model.{key}=torch")
         _choose("model.recompute", self.recompute, ("none", "selective", "full"))
         _choose("model.embedding", self.embedding, ("sharded", "dense"))
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mc2_hpc.config import ModelConfig
+from mc2_hpc.models.fused import LayerNorm, QuickGELU, resolve_activation, resolve_norm
 from mc2_hpc.models.layers import Recompute, Transformer, resolve_attention
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.models.text import TextTower
@@ -83,6 +85,21 @@ class CLIP(Towers):
             for block in transformer.blocks:
                 block.attention.backend = backend
 
+    def set_norm(self, name: str, device_type: str, *, compiled: bool = False) -> None:
+        """Compute every layer norm with the backend ``name`` (see :func:`mc2_hpc.models.fused.resolve_norm`)."""
+        backend = resolve_norm(name, device_type, compiled=compiled)
+        for layer in self.modules():
+            if isinstance(layer, LayerNorm):
+                layer.backend = backend
+
+    def set_activation(self, name: str, device_type: str, *, compiled: bool = False) -> None:
+        """Compute quick-GELU with the backend ``name``; a model with GELU stays as it is."""
+        layers = [layer for layer in self.modules() if isinstance(layer, QuickGELU)]
+        if layers:
+            backend = resolve_activation(name, device_type, compiled=compiled)
+            for layer in layers:
+                layer.backend = backend
+
     def set_recompute(self, name: str) -> None:
         """Compute as much of every block again in the backward pass as :class:`Recompute` says of ``name``.
 
@@ -91,6 +108,13 @@ class CLIP(Towers):
         """
         for transformer in self.transformers():
             transformer.recompute = Recompute(name)
+
+    def set_backends(self, config: ModelConfig, device_type: str) -> None:
+        """Compute as a run's config says: attention, layer norms, activation and what is recomputed."""
+        self.set_attention(config.attention, device_type)
+        self.set_norm(config.norm, device_type, compiled=config.compile)
+        self.set_activation(config.activation, device_type, compiled=config.compile)
+        self.set_recompute(config.recompute)
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile every block in place: identical blocks share one compilation, and names do not change.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.fused import LayerNorm, QuickGELU
 from mc2_hpc.models.packed_attention import (
     AttentionFunction,
     PackedAttentionFunction,
@@ -100,20 +101,6 @@ def resolve_attention(name: str, device_type: str) -> AttentionBackend:
     if name not in ATTENTION_BACKENDS:
         raise UserError(f"model.attention={name!r}: choose one of auto, {', '.join(ATTENTION_BACKENDS)}")
     return ATTENTION_BACKENDS[name](device_type)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in autocast's precision, returned in the input's, so that the residual stream keeps its dtype."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).to(input.dtype)
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the sigmoid approximation of GELU that OpenAI's CLIP uses."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):

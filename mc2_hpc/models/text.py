@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mc2_hpc.models.layers import LayerNorm, Transformer
+from mc2_hpc.models.fused import LayerNorm
+from mc2_hpc.models.layers import Transformer
 from mc2_hpc.models.packed_captions import PositionRows, pack, packing_pays
 from mc2_hpc.models.presets import TextArchitecture
 

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mc2_hpc.models.layers import LayerNorm, Transformer
+from mc2_hpc.models.fused import LayerNorm
+from mc2_hpc.models.layers import Transformer
 from mc2_hpc.models.presets import VisionArchitecture
 
 

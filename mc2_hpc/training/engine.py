@@ -98,7 +98,7 @@ class Engine:
         self.stage = config.zero.stage
         self._computes_norm = self.stage in (1, 2) and config.optim.grad_clip == 0
         self._clip = clip
-        self._attention = config.model.attention
+        self._model_config = config.model
         self._max_norm = config.optim.grad_clip
         self.device = ranks.device
         self.num_micro = num_micro
@@ -272,7 +272,7 @@ class Engine:
         with torch.device("meta"):
             model = CLIP(self._clip.arch)
         model = model.to_empty(device=self.device)
-        model.set_attention(self._attention, self.device.type)
+        model.set_backends(self._model_config, self.device.type)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self._full("weight", name))

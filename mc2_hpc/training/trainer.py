@@ -143,14 +143,12 @@ class Trainer:
         )
 
     def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None, source: Source | None) -> None:
-        model = self.config.model
         if checkpoint is not None:
             load_weights(clip, checkpoint.folder)
             logger.info("resuming %s after step %d", checkpoint.folder, checkpoint.step)
         elif source is not None:
             load_initial_weights(clip, source)
-        clip.set_attention(model.attention, self.ranks.device.type)
-        clip.set_recompute(model.recompute)
+        clip.set_backends(self.config.model, self.ranks.device.type)
 
     def _load_moments(self, checkpoint: Checkpoint) -> None:
         self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step)

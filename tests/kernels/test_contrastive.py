@@ -227,7 +227,7 @@ def test_inputs_that_do_not_fit_get_one_line(change, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_triton_asked_for_by_name_is_never_replaced(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="'triton' cannot run: features are on cpu"):
+    with pytest.raises(RuntimeError, match="'triton' cannot run: tensors are on cpu"):
         contrastive_loss(torch.ones(2, 2), torch.ones(2, 2), torch.tensor(0.0), backend="triton")
 
 
@@ -256,10 +256,11 @@ def test_auto_picks_triton_for_half_types_on_a_gpu(monkeypatch, dtype, picked):
 
 
 def test_auto_says_why_it_did_not_pick_triton(monkeypatch, caplog):
+    from mc2_hpc.kernels import triton_launch
     from mc2_hpc.kernels.contrastive import dispatch
 
     monkeypatch.setattr(dispatch, "_logged", set())
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_launch, "find_spec", lambda name: None)
     with caplog.at_level("INFO", logger=dispatch.__name__):
         assert dispatch.choose_backend("auto", torch.device("cuda"), torch.bfloat16) == "tiled"
     assert "tiled backend (bfloat16 features on cuda; triton cannot run: the package triton is not" in caplog.text

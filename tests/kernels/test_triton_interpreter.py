@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).with_name("test_triton_kernels.py")
+FOLDER = Path(__file__).parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs them: pytest -m gpu")
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.parametrize("tests", ["test_triton_kernels.py", "test_triton_fused.py"])
+def test_triton_kernels_in_the_interpreter(tests):
     pytest.importorskip("triton", reason="the package triton is not installed")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / tests)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=TESTS.parents[2],
+        cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
         timeout=600,

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip, flops_per_pair
-from mc2_hpc.models.layers import ATTENTION_BACKENDS, AttentionBackend, QuickGELU, resolve_attention
+from mc2_hpc.models.fused import QuickGELU
+from mc2_hpc.models.layers import ATTENTION_BACKENDS, AttentionBackend, resolve_attention
 from mc2_hpc.models.packed_attention import packed_by
 from mc2_hpc.models.presets import PRESETS, ClipArchitecture, TextArchitecture, VisionArchitecture
 

@@ -1,12 +1,11 @@
 """Which backend computes the loss, by an explicit table."""
 
 import logging
-import os
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from ..triton_launch import triton_obstacle
 from .tiles import TileFactory, TileOperations
 from .torch_tiles import TorchTiles
 
@@ -42,16 +41,6 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     if backend == "triton" and (obstacle := triton_obstacle(device)):
         raise RuntimeError(f"contrastive loss backend 'triton' cannot run: {obstacle}")
     return backend
-
-
-def triton_obstacle(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on this device, or ``None`` if they can."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"features are on {device.type}, which triton does not compile for (set TRITON_INTERPRET=1 to interpret)"
-    return None
 
 
 def tile_factory(backend: str, workspace_bytes: int | None) -> TileFactory:

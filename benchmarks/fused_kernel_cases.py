@@ -1,0 +1,84 @@
+"""The ways that layer norm and quick-GELU are compiled, for ``bench_kernels``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from triton.compiler import ASTSource
+
+from mc2_hpc.kernels.layer_norm import triton_impl as layer_norm
+from mc2_hpc.kernels.layer_norm.launch import launch_for
+from mc2_hpc.kernels.quick_gelu import triton_impl as quick_gelu
+
+WIDTHS = (1280, 1024, 5120, 1000)
+"""Of ViT-H/14's towers; its MLP's, as a wide row; and one that is no multiple of 16."""
+
+KERNELS = {
+    "layer_norm_forward": layer_norm.forward_kernel,
+    "layer_norm_backward": layer_norm.backward_kernel,
+    "quick_gelu_forward": quick_gelu.forward_kernel,
+    "quick_gelu_backward": quick_gelu.backward_kernel,
+}
+_PARAMETERS = ("weight_ptr", "bias_ptr", "mean_ptr", "scale_ptr", "dweight_ptr", "dbias_ptr")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch parameters of an elementwise kernel."""
+
+    BLOCK: int
+    num_warps: int
+    num_stages: int = 3
+    """Triton's default."""
+
+
+@dataclass(frozen=True)
+class FusedCase:
+    """One way a kernel is compiled."""
+
+    name: str
+    arch: int
+    dtype: str
+    width: int
+    """Of the rows of a layer norm; quick-GELU has none."""
+
+    @property
+    def kernel(self) -> str:
+        return self.name
+
+    @property
+    def variant(self) -> str:
+        return self.dtype if self.name.startswith("quick_gelu") else f"{self.dtype}-{self.width}"
+
+    @property
+    def launch(self) -> Launch:
+        if self.name.startswith("quick_gelu"):
+            return Launch(quick_gelu.BLOCK, quick_gelu.NUM_WARPS)
+        launch = launch_for(self.width)
+        return Launch(launch.BLOCK, launch.num_warps)
+
+    def compile_source(self) -> ASTSource:
+        """The kernel with the argument types of a launch on aligned tensors and fp32 parameters."""
+        kernel = KERNELS[self.name]
+        constants: dict[str, Any] = {"BLOCK": self.launch.BLOCK, "PARAMETERS": True}
+        signature, constexprs, aligned = {}, {}, {}
+        for index, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                signature[argument] = "constexpr"
+                constexprs[(index,)] = constants[argument]
+            elif argument.endswith("_ptr"):
+                signature[argument] = "*fp32" if argument in _PARAMETERS else f"*{self.dtype}"
+            else:
+                signature[argument] = "fp32" if argument == "eps" else "i32"
+            if argument.endswith("_ptr") or (argument == "width" and self.width % 16 == 0):
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        return ASTSource(kernel, signature, constexprs, aligned)
+
+
+def fused_cases(architectures: tuple[int, ...], quick: bool) -> Iterator[FusedCase]:
+    """Every kernel on every architecture; ``quick`` keeps bf16 and the image tower's width."""
+    for name in KERNELS:
+        for arch in architectures:
+            for dtype in ("bf16",) if quick else ("bf16", "fp16", "fp32"):
+                for width in WIDTHS[:1] if quick or name.startswith("quick_gelu") else WIDTHS:
+                    yield FusedCase(name, arch, dtype, width)

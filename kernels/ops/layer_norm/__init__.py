@@ -1,0 +1,46 @@
+"""Layer normalisation with statistics in fp32, whatever the types of its input and its parameters.
+
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        over the last dimension, variance uncorrected
+
+(Ba, Kiros and Hinton, arXiv 1607.06450). ``y`` has the type of ``x``: a bf16 residual stream is read and written in
+bf16, where PyTorch under autocast first writes an fp32 copy, normalises that, and rounds the result in a third pass.
+"""
+
+from torch import Tensor
+
+from ..triton_launch import triton_obstacle
+from .reference import reference_layer_norm
+
+__all__ = ["MOST_COLUMNS", "layer_norm", "reference_layer_norm"]
+
+MOST_COLUMNS = 1 << 14
+"""A row is held in the registers of one program."""
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """The Triton kernels, with gradients of all three tensors; two runs give the same bits.
+
+    Args:
+        x: (..., W) of any floating type; it is the only tensor of its size that is kept for the backward pass.
+        weight, bias: (W,) of any floating type, usually fp32.
+        eps: added to the variance.
+
+    Returns:
+        (..., W) in the type of ``x``.
+
+    Raises:
+        ValueError: shapes that do not fit together, or more than :data:`MOST_COLUMNS` columns.
+        RuntimeError: Triton cannot run on this device; the message says why.
+    """
+    width = x.shape[-1] if x.dim() else 0
+    if weight.shape != (width,) or bias.shape != (width,) or not 0 < width <= MOST_COLUMNS:
+        raise ValueError(
+            f"layer_norm of {tuple(x.shape)} by a weight of {tuple(weight.shape)} and a bias of {tuple(bias.shape)}: "
+            f"both need the size of the last dimension, which is from 1 to {MOST_COLUMNS:,}"
+        )
+    if obstacle := triton_obstacle(x.device):
+        raise RuntimeError(f"the Triton layer norm cannot run: {obstacle}")
+    from .triton_impl import TritonLayerNorm
+
+    y: Tensor = TritonLayerNorm.apply(x, weight, bias, eps)
+    return y

@@ -1,0 +1,139 @@
+"""Layer norm and quick-GELU in Triton compared with float64: on a GPU if there is one, else in Triton's interpreter,
+in the separate process that ``test_triton_interpreter.py`` starts."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mc2_hpc.kernels.layer_norm import layer_norm, reference_layer_norm
+from mc2_hpc.kernels.quick_gelu import quick_gelu, reference_quick_gelu
+from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
+from mc2_hpc.precision import Precision
+
+GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if GPU else []
+DEVICE = "cuda" if GPU else "cpu"
+# Half a unit in the last place of a half type; the interpreter rounds bf16 towards zero, a whole one.
+ERROR = {torch.float32: 2e-6, torch.bfloat16: 2**-8 if GPU else 2**-7, torch.float16: 2**-11}
+SHAPES = [(1, 1), (7, 5), (3, 4, 33), (9, 1000), (5, 1024), (2, 1280)]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(found: Tensor, exact: Tensor, error: float, size: float = 1.0) -> None:
+    torch.testing.assert_close(found.double(), exact.to(found.device).double(), rtol=error, atol=error * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_norm_equals_float64(shape, dtype):
+    x = (2 * normal(*shape) + 3).to(dtype).requires_grad_()
+    weight, bias = (normal(shape[-1], seed=seed).requires_grad_() for seed in (1, 2))
+    dy = normal(*shape, dtype=dtype, seed=3)
+    y = layer_norm(x, weight, bias, 1e-5)
+    gradients = torch.autograd.grad(y, (x, weight, bias), dy)
+    inputs = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    exact = reference_layer_norm(*inputs, 1e-5)
+    exact_gradients = torch.autograd.grad(exact, inputs, dy.double())
+    assert y.dtype == dtype and [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
+    close(y, exact, ERROR[dtype])
+    rows = x.numel() // shape[-1]
+    # dx is a difference of terms as large as dy * weight / sigma; sums over rows have fp32's error only.
+    close(gradients[0], exact_gradients[0], ERROR[dtype], size=3.0)
+    for found, true in zip(gradients[1:], exact_gradients[1:], strict=True):
+        close(found, true, 1e-5, size=rows)
+
+
+def test_layer_norm_of_frozen_parameters():
+    """Then only the input's gradient is computed, and it is the same."""
+    x, dy = normal(6, 40).requires_grad_(), normal(6, 40, seed=1)
+    weight, bias = normal(40, seed=2), normal(40, seed=3)
+    (frozen,) = torch.autograd.grad(layer_norm(x, weight, bias), x, dy)
+    trained, _ = torch.autograd.grad(layer_norm(x, weight.requires_grad_(), bias), (x, weight), dy)
+    assert torch.equal(frozen, trained)
+
+
+def test_layer_norm_of_a_large_mean():
+    """A mean of 1,000 standard deviations: sums of squares would cancel."""
+    x = normal(4, 256) + 1000
+    weight, bias = torch.ones_like(x[0]), torch.zeros_like(x[0])
+    close(layer_norm(x, weight, bias), reference_layer_norm(x, weight, bias), 5e-4)
+
+
+def test_layer_norm_of_rows_that_are_not_contiguous():
+    x, weight, bias = normal(40, 6).t().requires_grad_(), normal(40, seed=2), normal(40, seed=3)
+    y = layer_norm(x, weight, bias)
+    close(y, reference_layer_norm(x, weight, bias), 2e-6)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones(40, 6, device=DEVICE).t())
+    exact = x.detach().double().requires_grad_()
+    close(gradient, torch.autograd.grad(reference_layer_norm(exact, weight, bias).sum(), exact)[0], 1e-5)
+
+
+def test_layer_norm_of_no_rows():
+    x = torch.empty(0, 8, device=DEVICE, requires_grad=True)
+    weight, bias = (torch.ones(8, device=DEVICE, requires_grad=True) for _ in range(2))
+    dx, dweight, dbias = torch.autograd.grad(layer_norm(x, weight, bias).sum(), (x, weight, bias))
+    assert dx.shape == (0, 8) and not dweight.any() and not dbias.any()
+
+
+@pytest.mark.parametrize(("x", "parameters"), [((3, 8), (4,)), ((), (1,)), ((2, 1 << 15), (1 << 15,))])
+def test_layer_norm_of_shapes_that_do_not_fit(x, parameters):
+    with pytest.raises(ValueError, match="need the size of the last dimension, which is from 1 to 16,384"):
+        layer_norm(torch.zeros(x), torch.zeros(parameters), torch.zeros(parameters))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (7, 129), (3, 5, 1025)])
+def test_quick_gelu_equals_float64(shape, dtype):
+    x = (3 * normal(*shape)).to(dtype).requires_grad_()
+    dy = normal(*shape, dtype=dtype, seed=3)
+    y = quick_gelu(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = x.detach().double().requires_grad_()
+    true = reference_quick_gelu(exact)
+    assert y.dtype == dx.dtype == dtype
+    close(y, true, ERROR[dtype])
+    close(dx, torch.autograd.grad(true, exact, dy.double())[0], ERROR[dtype])
+
+
+def test_quick_gelu_far_from_zero():
+    """No overflow: the sigmoid is 0 or 1, and so is the slope."""
+    x = torch.tensor([-1e4, -200.0, 200.0, 1e4], device=DEVICE, requires_grad=True)
+    y = quick_gelu(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert y.tolist() == [0.0, 0.0, 200.0, 1e4] and dx.tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_two_runs_give_the_same_bits():
+    x, weight, bias = normal(50, 300), normal(300, seed=1).requires_grad_(), normal(300, seed=2).requires_grad_()
+    runs = [torch.autograd.grad(layer_norm(x, weight, bias).square().sum(), (weight, bias)) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_a_model_with_fused_kernels_trains_like_one_without(precision, recompute):
+    vision = VisionArchitecture(image_size=24, patch_size=8, width=32, layers=2, head_width=16, mlp_width=96)
+    text = TextArchitecture(vocab_size=50, context_length=16, width=32, heads=2, layers=2, eos_id=2)
+    images = normal(3, 3, 24, 24)
+    tokens = torch.tensor([[5, 6, 7, 2], [9, 2, 1, 1], [8, 4, 2, 1]], device=DEVICE)
+    features, gradients = [], []
+    for backend in ("torch", "triton"):
+        model = build_clip(ClipArchitecture(vision=vision, text=text, embed_dim=16, quick_gelu=True), seed=0).to(DEVICE)
+        model.set_norm(backend, DEVICE)
+        model.set_activation(backend, DEVICE)
+        model.set_recompute(recompute)
+        with precision.autocast(torch.device(DEVICE)):
+            pair = model.encode_pairs(images, tokens, [4, 2, 3])
+        (pair[0] @ pair[1].T).diagonal().sum().backward()
+        features.append(torch.cat(pair))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if name != "logit_scale"})
+    error = 1e-5 if precision is Precision.FP32 else 0.05
+    torch.testing.assert_close(features[0], features[1], rtol=0, atol=error)
+    for name, gradient in gradients[0].items():
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=error * max(largest, 0.01), msg=name)
