@@ -1,4 +1,4 @@
-"""``mc2 convert``: convert a model between three formats, completely or not at all."""
+"""``mc2 convert``: convert a model between three formats, or export it to ONNX, completely or not at all."""
 
 import dataclasses
 import logging
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from mc2_hpc.conversion import huggingface, open_clip
+from mc2_hpc.conversion import huggingface, onnx, open_clip
 from mc2_hpc.conversion.model_folder import read_model, write_model
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.formats import Format, detect_format
@@ -26,20 +26,21 @@ IMPORTERS: dict[str, Callable[[Path, Path], None]] = {
     Format.OPEN_CLIP: open_clip.import_model,
     Format.TRANSFORMERS: huggingface.import_model,
 }
-FORMATS = (*EXPORTERS, Format.OURS)
+FORMATS = (*EXPORTERS, Format.OURS, Format.ONNX)
 
 
-def convert(source: str | Path, to: str, out: str | Path, *, image_size: int | None = None) -> Path:
+def convert(source: str | Path, to: str, out: str | Path, *, image_size: int | None = None, int8: bool = False) -> Path:
     """Convert the model at ``source`` to the format ``to``, write it to the folder ``out`` and return ``out``.
 
     The conversion is atomic: everything is written to a hidden folder beside ``out``, which is then renamed.
 
     Args:
         source: a checkpoint or run folder of ours, an open_clip folder, or a transformers MetaClip2 folder.
-        to: ``open_clip``, ``hf`` or ``mc2`` (ours).
+        to: ``open_clip``, ``hf``, ``mc2`` (ours) or ``onnx``.
         out: a folder that does not exist or is empty.
         image_size: side in pixels of the images that the new model takes: its table of positions is interpolated
             (:mod:`mc2_hpc.models.positions`); None keeps the source's.
+        int8: quantise an ONNX model's weights to 8 bits.
 
     Raises:
         UserError: unknown format or source, ``out`` is not empty, the patch size does not divide ``image_size``, or the
@@ -48,7 +49,11 @@ def convert(source: str | Path, to: str, out: str | Path, *, image_size: int | N
     source, out = Path(source), Path(out)
     if to not in FORMATS:
         raise UserError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
+    if int8 and to != Format.ONNX:
+        raise UserError(f"--int8: quantises ONNX models, not --to {to}; leave it out or choose --to onnx")
     kind = detect_format(source)
+    if kind == Format.ONNX:
+        raise UserError(f"{source}: an ONNX export cannot be converted; name the model that it was made from")
     if kind == to and image_size is None:
         raise UserError(f"{source}: is already in the format {to}; choose another --to or an --image-size")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -56,7 +61,7 @@ def convert(source: str | Path, to: str, out: str | Path, *, image_size: int | N
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.absolute().name}.", dir=out.absolute().parent))
     try:
-        _write(source, kind, to, partial, image_size)
+        _write(source, kind, to, partial, image_size=image_size, int8=int8)
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)  # mkdtemp creates 0700
@@ -71,7 +76,7 @@ def convert(source: str | Path, to: str, out: str | Path, *, image_size: int | N
     return out
 
 
-def _write(source: Path, kind: str, to: str, out: Path, image_size: int | None) -> None:
+def _write(source: Path, kind: str, to: str, out: Path, *, image_size: int | None, int8: bool) -> None:
     scratch = out / "scratch"
     scratch.mkdir()
     ours = resolve_checkpoint(source) if kind == Format.OURS else scratch / "imported"
@@ -83,6 +88,8 @@ def _write(source: Path, kind: str, to: str, out: Path, image_size: int | None) 
     if to == Format.OURS:
         for path in ours.iterdir():
             path.rename(out / path.name)
+    elif to == Format.ONNX:
+        onnx.export(ours, out, int8=int8)
     else:
         EXPORTERS[to](ours, out)
     shutil.rmtree(scratch)
