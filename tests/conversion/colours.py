@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import mc2_hpc
@@ -30,6 +31,11 @@ def draw(count: int, seed: int, *, hues: range = range(len(NAMES))) -> tuple[Ten
     rgb = torch.tensor([colorsys.hsv_to_rgb(float(hue) % 1, 0.8, 0.8) for hue in found])
     noise = 40 * torch.randn(count, 3, 32, 32, generator=generator)
     return (255 * rgb[:, :, None, None] + noise).clamp(0, 255).byte(), labels
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """uint8 (3, 32, 32) as an open image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def train(model: CLIP, tokenizer: Tokenizer, *, steps: int, lr: float = 2e-3, hues: range = range(len(NAMES))) -> CLIP:
