@@ -11,10 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("open_clip", "hf", "mc2", "onnx"), required=True, help="format to write")
     parser.add_argument("--out", type=Path, required=True, help="new folder to write")
     parser.add_argument("--image-size", type=int, help="images of another side in pixels: interpolates the positions")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of open_clip and hf weights [fp32]"
-    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of open_clip and hf weights [fp32]")
     parser.add_argument("--int8", action="store_true", help="with --to onnx: quantise the weights to 8 bits")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="results.json of `mc2 eval`, for the model card [the run's own]"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         image_size=arguments.image_size,
         dtype=arguments.dtype,
         int8=arguments.int8,
+        results=arguments.results,
     )
     print(arguments.out)
     return 0

@@ -2,21 +2,22 @@
 
 import dataclasses
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 
 from mc2_hpc.conversion import huggingface, onnx, open_clip
+from mc2_hpc.conversion.model_card import write_model_card
 from mc2_hpc.conversion.model_folder import DTYPES, read_model, write_model
+from mc2_hpc.conversion.provenance import Score, find_provenance, read_scores, write_provenance
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.formats import Format, detect_format
 from mc2_hpc.models.positions import IMAGE_POSITIONS, describe_resizing, image_positions, num_image_positions
-from mc2_hpc.models.weights import resolve_checkpoint
-from mc2_hpc.storage import fsync_folder, remove_folder
+from mc2_hpc.models.weights import read_card, resolve_checkpoint
+from mc2_hpc.storage import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def convert(
     image_size: int | None = None,
     dtype: str | None = None,
     int8: bool = False,
+    results: Path | None = None,
 ) -> Path:
     """Convert the model at ``source`` to the format ``to``, write it to the folder ``out`` and return ``out``.
 
@@ -52,6 +54,7 @@ def convert(
             (:mod:`mc2_hpc.models.positions`); None keeps the source's.
         dtype: ``fp32``, ``bf16`` or ``fp16``, of the weights of an open_clip or transformers folder; None is fp32.
         int8: quantise an ONNX model's weights to 8 bits.
+        results: ``results.json`` of ``mc2 eval`` for the model card; None: the run's own evaluation, if there is one.
 
     Raises:
         UserError: unknown format or source, ``out`` is not empty, the patch size does not divide ``image_size``, or the
@@ -69,44 +72,47 @@ def convert(
         raise UserError(f"{source}: an ONNX export cannot be converted; name the model that it was made from")
     if kind == to and image_size is None and dtype is None:
         raise UserError(f"{source}: is already in the format {to}; choose another --to, an --image-size or a --dtype")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another --out or remove it")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.absolute().name}.", dir=out.absolute().parent))
-    try:
-        _write(source, kind, to, partial, image_size=image_size, dtype=DTYPES[dtype or "fp32"], int8=int8)
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)  # mkdtemp creates 0700
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-        fsync_folder(out.absolute().parent)
-    except BaseException:
-        remove_folder(partial)
-        raise
+    scores = read_scores(results) if results is not None else None
+    with atomic_folder(out) as partial:
+        _write(source, kind, to, partial, image_size=image_size, dtype=dtype or "fp32", int8=int8, scores=scores)
     logger.info("converted %s (%s) to %s (%s)", source, kind, out, to)
     return out
 
 
 def _write(
-    source: Path, kind: str, to: str, out: Path, *, image_size: int | None, dtype: torch.dtype, int8: bool
+    source: Path,
+    kind: str,
+    to: str,
+    out: Path,
+    *,
+    image_size: int | None,
+    dtype: str,
+    int8: bool,
+    scores: list[Score] | None,
 ) -> None:
     scratch = out / "scratch"
     scratch.mkdir()
     ours = resolve_checkpoint(source) if kind == Format.OURS else scratch / "imported"
+    found = find_provenance(source if kind != Format.OURS else ours)
     if kind != Format.OURS:
         ours.mkdir()
         IMPORTERS[kind](source, ours)
     if image_size is not None:
         ours = _resize(ours, image_size, scratch / "resized")
+        found = msgspec.structs.replace(found, scores=[])  # they were another model's
+    if scores is not None:
+        found = msgspec.structs.replace(found, scores=scores)
+    card = read_card(ours)
     if to == Format.OURS:
         for path in ours.iterdir():
             path.rename(out / path.name)
     elif to == Format.ONNX:
         onnx.export(ours, out, int8=int8)
     else:
-        EXPORTERS[to](ours, out, dtype)
+        EXPORTERS[to](ours, out, DTYPES[dtype])
+    write_provenance(out, found)
+    if to != Format.OURS:
+        write_model_card(out, Format(to), card, found, weights="int8" if int8 else dtype)
     shutil.rmtree(scratch)
 
 
