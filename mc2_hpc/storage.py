@@ -60,6 +60,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``out``; on success rename it to ``out``, which has all files or does not exist.
+
+    On an exception the hidden folder is removed.
+
+    Raises:
+        UserError: ``out`` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; choose another --out or remove it")
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.absolute().name}.", dir=parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_UMASK)  # mkdtemp creates 0700
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+        fsync_folder(parent)
+    except BaseException:
+        remove_folder(partial)
+        raise
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON with sorted keys, atomically: the same value gives the same bytes."""
     with atomic_path(path) as temporary:

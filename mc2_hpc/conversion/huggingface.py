@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mc2_hpc.conversion.find_tokenizer import find_tokenizer
 from mc2_hpc.conversion.keys import from_peer, huggingface_entries, peer_shapes, to_peer
-from mc2_hpc.conversion.model_folder import check_sizes, read_model, saved_weights, write_model
+from mc2_hpc.conversion.model_folder import check_sizes, read_model, rounded, saved_weights, write_model
 from mc2_hpc.conversion.tokenizer_files import write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.data.tokenizer import STYLES
@@ -52,17 +54,18 @@ _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 _BICUBIC = 3  # PIL's constant
 
 
-def export(checkpoint: Path, out: Path) -> None:
-    """Write the model of a checkpoint or run folder into ``out``, an existing empty folder.
+def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model of a checkpoint or run folder into ``out``, an existing empty folder, with weights of ``dtype``.
 
     Raises:
-        UserError: no checkpoint there, or a tokenizer that cannot be exported.
+        UserError: no checkpoint there, a tokenizer that cannot be exported, or a weight too large for ``dtype``.
     """
     card, files, tokenizer_file = read_model(checkpoint)
-    write_json(out / TRANSFORMERS_CONFIG, config(card))
+    write_json(out / TRANSFORMERS_CONFIG, config(card, dtype))
     write_json(out / PREPROCESSOR_FILE, preprocessor_config(card.arch))
     write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)
-    write_tensors(out / "model.safetensors", dict(to_peer(huggingface_entries(card.arch), files.get_fp32)))
+    tensors = to_peer(huggingface_entries(card.arch), rounded(files, dtype))
+    write_tensors(out / "model.safetensors", dict(tensors))
 
 
 def import_model(source: Path, out: Path) -> None:
@@ -101,8 +104,8 @@ def _preprocessor(folder: Path) -> "Preprocessor":
     return Preprocessor()
 
 
-def config(card: ModelCard) -> dict[str, Any]:
-    """Contents of ``config.json`` (``MetaClip2Config``)."""
+def config(card: ModelCard, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Contents of ``config.json`` (``MetaClip2Config``), which transformers loads as ``dtype``."""
     arch, vision, text = card.arch, card.arch.vision, card.arch.text
     layout = STYLES[card.tokenizer_style]
     common = {
@@ -114,7 +117,7 @@ def config(card: ModelCard) -> dict[str, Any]:
     return {
         "architectures": ["MetaClip2Model"],
         "model_type": MODEL_TYPE,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "projection_dim": arch.embed_dim,
         "logit_scale_init_value": LOGIT_SCALE_INIT,
         "text_config": {

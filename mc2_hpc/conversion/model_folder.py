@@ -1,10 +1,11 @@
 """Reading and writing our model folders for conversion, with one tensor in memory at a time."""
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mc2_hpc.conversion.keys import our_shapes
@@ -22,6 +23,9 @@ from mc2_hpc.models.weights import (
 )
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types that exported weights may have, by their names in ``--dtype``."""
+
 _FILE_BYTES = 1 << 30
 _MOST_SIZE = 10**9
 _SAVED = (".bin", ".pt", ".pth", ".ckpt")
@@ -38,6 +42,27 @@ def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
     files = UnwrappedTensorFiles(folder, "model")
     check_names(str(folder), files.names(), our_shapes(card.arch), files)
     return card, files, tokenizer_file(folder)
+
+
+def rounded(files: TensorFiles, dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """A function that gets a tensor by name, rounded to ``dtype``.
+
+    ``logit_scale`` stays fp32: it is an exponent, and bf16 would change logits by up to a per cent.
+
+    Raises:
+        UserError: (the function) a weight is too large for ``dtype``, or :meth:`TensorFiles.get_fp32` fails.
+    """
+
+    def get(name: str) -> Tensor:
+        weight = files.get_fp32(name)
+        if dtype == torch.float32 or name == "logit_scale":
+            return weight
+        half = weight.to(dtype)
+        if not torch.isfinite(half).all():
+            raise UserError(f"{files.folder}: {name} has values too large for {dtype}; choose --dtype bf16 or fp32")
+        return half
+
+    return get
 
 
 def write_model(out: Path, card: ModelCard, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path) -> None:

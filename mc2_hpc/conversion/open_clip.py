@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mc2_hpc.conversion.find_tokenizer import find_tokenizer
 from mc2_hpc.conversion.keys import from_peer, open_clip_entries, peer_shapes, to_peer
-from mc2_hpc.conversion.model_folder import check_sizes, read_model, saved_weights, write_model
+from mc2_hpc.conversion.model_folder import check_sizes, read_model, rounded, saved_weights, write_model
 from mc2_hpc.conversion.tokenizer_files import write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.errors import UserError
@@ -52,16 +54,17 @@ class _Preprocessing(Foreign):
     resize_mode: str = "shortest"
 
 
-def export(checkpoint: Path, out: Path) -> None:
-    """Write the model of a checkpoint or run folder into ``out``, an existing empty folder.
+def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model of a checkpoint or run folder into ``out``, an existing empty folder, with weights of ``dtype``.
 
     Raises:
-        UserError: no checkpoint there, or a tokenizer that cannot be exported.
+        UserError: no checkpoint there, a tokenizer that cannot be exported, or a weight too large for ``dtype``.
     """
     card, files, tokenizer_file = read_model(checkpoint)
     write_json(out / OPEN_CLIP_CONFIG, config(card))
     write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)
-    write_tensors(out / "open_clip_model.safetensors", dict(to_peer(open_clip_entries(card.arch), files.get_fp32)))
+    tensors = to_peer(open_clip_entries(card.arch), rounded(files, dtype))
+    write_tensors(out / "open_clip_model.safetensors", dict(tensors))
 
 
 def import_model(source: Path, out: Path) -> None:

@@ -1,6 +1,6 @@
-"""Importing the libraries that exported models are made for: open_clip and transformers.
+"""Importing the libraries that exported models are made for: open_clip, transformers and onnxruntime.
 
-Both import torchvision, whose PyPI wheels contain operators compiled for CUDA. With a CPU build of torch those
+The first two import torchvision, whose PyPI wheels contain operators compiled for CUDA. With a CPU build of torch those
 operators do not load, and torchvision fails at the first use of their names. Our code never reaches them (they are for
 object detection), so declaring their schemas is enough for the import to succeed.
 """
@@ -66,8 +66,27 @@ def import_torchvision() -> ModuleType:
     return _import("torchvision")
 
 
-def _import(name: str) -> ModuleType:
+def import_onnx() -> None:
+    """Check that models can be exported to ONNX and quantised.
+
+    Raises:
+        UserError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        _import(name, extra="onnx")
+
+
+def import_onnxruntime() -> ModuleType:
+    """The ``onnxruntime`` module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    return _import("onnxruntime", extra="onnx")
+
+
+def _import(name: str, *, extra: str = "eval") -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{name} cannot be imported ({error}): pip install mc2_hpc[eval]") from None
+        raise UserError(f"{name} cannot be imported ({error}): pip install 'mc2_hpc[{extra}]'") from None

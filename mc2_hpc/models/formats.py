@@ -1,4 +1,4 @@
-"""Detecting the format of a model folder: ours, open_clip's or transformers'."""
+"""Detecting the format of a model folder: ours, open_clip's, transformers' or an ONNX export."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +10,7 @@ from mc2_hpc.reading.json_file import read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 TRANSFORMERS_CONFIG = "config.json"
+ONNX_CONFIG = "onnx_model.json"
 
 
 class Format(StrEnum):
@@ -18,10 +19,11 @@ class Format(StrEnum):
     OURS = "mc2"
     OPEN_CLIP = "open_clip"
     TRANSFORMERS = "hf"
+    ONNX = "onnx"
 
 
 def detect_format(source: Path) -> Format:
-    """The format of ``source``: a checkpoint or run folder of ours, or a folder of one of the two libraries.
+    """The format of ``source``: our checkpoint or run folder, a folder of open_clip or transformers, or an ONNX export.
 
     Raises:
         UserError: there is nothing, or none of these.
@@ -38,10 +40,12 @@ def detect_format(source: Path) -> Format:
         )
     if (source / OPEN_CLIP_CONFIG).is_file():
         return Format.OPEN_CLIP
+    if (source / ONNX_CONFIG).is_file():
+        return Format.ONNX
     path = source / TRANSFORMERS_CONFIG
     if path.is_file() and "model_type" in read_json(path, dict[str, Any]):
         return Format.TRANSFORMERS
     raise UserError(
         f"{source}: no model there (looked for model.json, latest, checkpoints/latest of a run, "
-        f"{OPEN_CLIP_CONFIG}, and {TRANSFORMERS_CONFIG} of transformers)"
+        f"{OPEN_CLIP_CONFIG}, {ONNX_CONFIG}, and {TRANSFORMERS_CONFIG} of transformers)"
     )

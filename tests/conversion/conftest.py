@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mc2_hpc.config import load_config
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.models.clip import CLIP, build_clip
-from mc2_hpc.models.presets import PRESETS, ClipArchitecture
+from mc2_hpc.models.presets import PRESETS, ClipArchitecture, resolve
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card, write_tensors
+from mc2_hpc.quickstart.recipe import Recipe, write_training_config
+from tests.conversion import colours
 
 CAPTIONS = [
     "a photograph of the number forty-two, handwritten",
@@ -138,3 +141,25 @@ def checkpoint(
         return folder, model
 
     return write
+
+
+@pytest.fixture(scope="session")
+def quickstart_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizers: dict[str, Tokenizer]) -> Path:
+    """A checkpoint folder of the quickstart's model, with random weights."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    tokenizer = tokenizers["xlmv"]
+    write_training_config(folder / "train.yaml", Recipe(), folder, tokenizer.vocab_size)
+    arch = resolve(load_config(folder / "train.yaml").model)
+    write_tensors(folder / "model.0.safetensors", _randomise(build_clip(arch, seed=4)).state_dict())
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer.model_file.read_bytes())
+    write_card(folder, ModelCard(arch=arch, tokenizer_style="xlmv"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_arch: ClipArchitecture, tokenizers: dict[str, Tokenizer]
+) -> Path:
+    """A checkpoint folder of a model that names hues, mostly right."""
+    tokenizer = tokenizers["xlmv"]
+    return colours.write(tmp_path_factory.mktemp("trained"), colours.trained(tiny_arch, tokenizer), tokenizer)

@@ -202,7 +202,7 @@ def fails(message: str, source: Path, to: str, out: Path, image_size: int | None
 def test_unknown_formats_and_places(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, _ = checkpoint()
     out = tmp_path / "out" / "x"
-    fails(r"^--to 'onnx': choose one of open_clip, hf, mc2$", source, "onnx", out)
+    fails(r"^--to 'pth': choose one of open_clip, hf, mc2, onnx$", source, "pth", out)
     fails(r"is already in the format mc2", source, "mc2", out)
     fails(r"nowhere: no such folder$", tmp_path / "nowhere", "hf", out)
     (tmp_path / "empty").mkdir()

@@ -69,7 +69,7 @@ def test_the_peers_import(open_clip: ModuleType, transformers: ModuleType) -> No
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     import_peer = peers.import_transformers if name == "transformers" else peers.import_open_clip
-    with pytest.raises(UserError, match=rf"^{name} cannot be imported \(.*\): pip install mc2_hpc\[eval\]$"):
+    with pytest.raises(UserError, match=rf"^{name} cannot be imported \(.*\): pip install 'mc2_hpc\[eval\]'$"):
         import_peer()
 
 

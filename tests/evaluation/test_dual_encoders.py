@@ -382,7 +382,7 @@ def test_a_missing_library_names_the_extra(tmp_path, monkeypatch, transformers):
 
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(UserError, match=r"pip install mc2_hpc\[eval\]"):
+    with pytest.raises(UserError, match=r"pip install 'mc2_hpc\[eval\]'"):
         open_dual_encoder(tmp_path, CPU)
 
 

@@ -1,4 +1,4 @@
-"""CLIP models of three libraries behind one protocol (:mod:`mc2_hpc.evaluation.dual_encoders.protocol`)."""
+"""CLIP models of four libraries behind one protocol (:mod:`mc2_hpc.evaluation.dual_encoders.protocol`)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.dual_encoders.onnx import OnnxEncoder
 from mc2_hpc.evaluation.dual_encoders.open_clip import OpenClipEncoder
 from mc2_hpc.evaluation.dual_encoders.ours import OurEncoder
 from mc2_hpc.evaluation.dual_encoders.protocol import RESIZES, DualEncoder
@@ -16,11 +17,12 @@ _LOADERS: dict[Format, Callable[[Path, torch.device, str | None], DualEncoder]] 
     Format.OURS: OurEncoder.load,
     Format.OPEN_CLIP: OpenClipEncoder,
     Format.TRANSFORMERS: TransformersEncoder,
+    Format.ONNX: OnnxEncoder,
 }
 
 
 def open_dual_encoder(source: str | Path, device: torch.device, *, eval_resize: str | None = None) -> DualEncoder:
-    """The model at ``source``: a checkpoint or run folder of ours, or a folder of open_clip or transformers.
+    """The model at ``source``: our checkpoint or run folder, a folder of open_clip or transformers, or an ONNX export.
 
     Args:
         eval_resize: one of ``RESIZES``; None is the model's own.

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mc2_hpc.conversion.model_card import CARD_NAME
+from mc2_hpc.conversion.provenance import PROVENANCE_FILE
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import check_regular
@@ -129,7 +131,8 @@ def hash_files(files: Iterable[Path], *facts: object) -> str:
 def folder_files(source: Path) -> list[Path]:
     """What determines the features of a model in a folder: its files, and tower configs in folders below it."""
     found = [*source.iterdir(), *source.glob("*/config.json")]
-    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+    described = {CARD_NAME, PROVENANCE_FILE}
+    return [path for path in found if path.is_file() and not path.name.startswith(".") and path.name not in described]
 
 
 _LONGEST_REASON = 200

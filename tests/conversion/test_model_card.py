@@ -1,0 +1,159 @@
+"""Exported folders say what their model is and what it was trained on, and keep saying it when converted again."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mc2_hpc.cli import main
+from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict
+from mc2_hpc.conversion.convert import convert
+from mc2_hpc.conversion.provenance import _TOLD, Provenance, find_provenance
+from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.dual_encoders.protocol import folder_files
+from mc2_hpc.models.clip import CLIP
+from mc2_hpc.reading.json_file import read_json
+from mc2_hpc.storage import file_sha256, write_json
+
+Checkpoint = Callable[..., tuple[Path, CLIP]]
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
+
+
+@pytest.fixture
+def run(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A run folder as training leaves it: two evaluations, and a balance folder on this machine."""
+    source, _ = checkpoint()
+    folder = tmp_path / "secret-place" / "run"
+    step = folder / "checkpoints" / "step-00000007"
+    shutil.copytree(source, step)
+    (folder / "checkpoints" / "latest").write_text("step-00000007\n")
+    balance = tmp_path / "secret-place" / "balance"
+    write_json(balance / "balance.json", {"t_en": 170_000, "sources": {"metadata": {"en": A, "th": B}}, "more": 1})
+    config = config_from_dict(
+        {
+            "output": str(folder),
+            "steps": 9,
+            "global_batch": 256,
+            "data": {"train": "/secret-place/shards", "balance": str(balance)},
+            "model": {"init_from": "/secret-place/released | `x`"},
+        }
+    )
+    trainer = {
+        "step": 7,
+        "samples_seen": 1792,
+        "shards": {"count": 20, "sha256": C},
+        "config": config_to_dict(config),
+        "versions": {"torch": "2.13.0"},
+        "position": [],
+    }
+    write_json(step / "trainer.json", trainer)
+    rows = [
+        {"step": at, "sets": {"xm3600": {"mean": {"text_to_image_R@1": at / 100}}, "lost": {"error": "no such file"}}}
+        for at in (5, 7, 9)
+    ]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1', "utf-8")
+    return folder
+
+
+def card(folder: Path) -> tuple[dict[str, object], str]:
+    """Header and body of the model card."""
+    _, header, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(header), body
+
+
+def test_a_run_is_told(run: Path, tmp_path: Path) -> None:
+    out = convert(run, "hf", tmp_path / "hf")
+    header, body = card(out)
+    assert header["library_name"] == "transformers" and header["license_name"] == "TO BE FILLED IN"
+    assert header["pipeline_tag"] == "zero-shot-image-classification"
+    balance = file_sha256(run.parent / "balance" / "balance.json")
+    for line in (
+        "| steps | 7 |",
+        "| pairs seen | 1,792 |",
+        "| started from | released \\| `x` |",
+        f"| data | 20 shards, SHA-256 of their names {C} |",
+        f"| balance | SHA-256 of balance.json {balance}, English's threshold 170,000 |",
+        f"| en | {A} |",
+        f"| th | {B} |",
+        "| torch | 2.13.0 |",
+        "| xm3600 | text_to_image_R@1 | 7.0 |",
+        "global_batch: 256",
+    ):
+        assert line in body.splitlines(), line
+    assert "lost" not in body and "9.0" not in body
+    # Folders of this machine are in neither file.
+    assert not any("secret-place" in (out / name).read_text() for name in ("README.md", "provenance.json"))
+
+
+def test_told_settings_have_no_paths() -> None:
+    settings = config_to_dict(RunConfig())
+    assert set(_TOLD) <= set(settings)
+    assert set(settings) - set(_TOLD) == {
+        *("output", "micro_batch", "log_every", "model", "data", "zero", "checkpoint", "eval", "profile", "log")
+    }
+
+
+@pytest.mark.parametrize("to", ["open_clip", "hf", "onnx"])
+def test_every_format_has_a_card(to: str, run: Path, tmp_path: Path) -> None:
+    out = convert(run, to, tmp_path / to)
+    header, body = card(out)
+    assert header["library_name"] == {"hf": "transformers"}.get(to, to)
+    assert {"## Use", "## Model", "## Training", "## Evaluation", "## Licence"} <= set(body.splitlines())
+    assert not {"README.md", "provenance.json"} & {path.name for path in folder_files(out)}  # not the model's identity
+
+
+def test_it_stays_with_the_model(run: Path, tmp_path: Path) -> None:
+    first = convert(run, "hf", tmp_path / "a")
+    back = convert(convert(first, "open_clip", tmp_path / "b"), "mc2", tmp_path / "c")
+    assert read_json(back / "provenance.json", Provenance) == find_provenance(run / "checkpoints" / "step-00000007")
+    again = convert(back, "hf", tmp_path / "d")
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in first.iterdir()}
+
+
+def test_scores_are_of_this_model(run: Path, tmp_path: Path) -> None:
+    """Another resolution has none, and ``--results`` replaces the run's."""
+    assert "xm3600" not in card(convert(run, "hf", tmp_path / "larger", image_size=40))[1]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"identity": "x", "sets": {"cifar10": {"mean": {"top1": 0.5}, "groups": {}}}}))
+    arguments = ["--to", "hf", "--image-size", "40", "--results", str(results), "--out", str(tmp_path / "scored")]
+    assert main(["convert", str(run), *arguments]) == 0
+    assert "| cifar10 | top1 | 50.0 |" in card(tmp_path / "scored")[1].splitlines()
+    results.write_text('{"sets": 3}')
+    with pytest.raises(UserError, match=r"results.json: not results.json of `mc2 eval`: \$.sets: expected an object"):
+        convert(run, "hf", tmp_path / "no", results=results)
+    assert not (tmp_path / "no").exists()
+    rounded = card(convert(run, "hf", tmp_path / "half", dtype="bf16"))[1]
+    assert "Measured with the fp32 weights" in rounded and "| weights | bf16 |" in rounded
+
+
+def test_sampled_shards_name_their_sources(run: Path, tmp_path: Path) -> None:
+    """Without online balancing, hashes come from the folder of the shards."""
+    path = run / "checkpoints" / "step-00000007" / "trainer.json"
+    trainer = json.loads(path.read_text())
+    shards = tmp_path / "shards"
+    write_json(shards / "pack.json", {"matched": {"metadata": {"en": A}, "sample": {"balance": B}}, "shards": []})
+    for train in (str(shards), ["s3://elsewhere/", str(shards)]):
+        trainer["config"]["data"] |= {"balance": None, "train": train}
+        write_json(path, trainer)
+        found = find_provenance(path.parent)
+        assert (found.metadata, found.balance) == ({"en": A}, B)
+
+
+@pytest.mark.parametrize("damaged", ["trainer.json", "balance.json", "evaluations.jsonl"])
+def test_what_cannot_be_read_is_left_out(
+    damaged: str, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = run.parent.rglob(damaged)
+    path.write_bytes(b"\xff{")
+    with caplog.at_level(logging.WARNING):
+        out = convert(run, "hf", tmp_path / "out")
+    assert f"left out of the model card: {path}" in caplog.text
+    body = card(out)[1]
+    told = {"trainer.json": "| steps | 7 |", "balance.json": f"| en | {A} |", "evaluations.jsonl": "xm3600"}
+    assert [name for name, text in told.items() if text not in body] == (
+        list(told) if damaged == "trainer.json" else [damaged]
+    )

@@ -1,0 +1,269 @@
+"""Graphs give our logits at every size of the family, and folders hold all that running them needs."""
+
+import dataclasses
+import json
+import logging
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+import mc2_hpc
+from mc2_hpc.cli import main
+from mc2_hpc.conversion.convert import convert
+from mc2_hpc.conversion.onnx import export_image_tower, export_text_tower
+from mc2_hpc.conversion.onnx_facts import CLEANING, OPSET, read_onnx_facts
+from mc2_hpc.data.tokenizer import STYLES
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.clip import CLIP, build_clip
+from mc2_hpc.models.presets import PRESETS, ClipArchitecture
+from tests.conversion import colours
+from tests.conversion.test_parity import batch, our_logits
+
+TOLERANCE = 1e-4
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_zero_shot.py"
+Checkpoint = Callable[..., tuple[Path, CLIP]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_trace() -> Iterator[None]:
+    """torch traces an export in thousands of log records, which pytest would keep."""
+    trace = logging.getLogger("torch.__trace")
+    before, trace.disabled = trace.disabled, True
+    yield
+    trace.disabled = before
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, inputs: torch.Tensor) -> torch.Tensor:
+    """Features from a graph with a single input and output."""
+    graph = session(path)
+    (features,) = graph.run(None, {graph.get_inputs()[0].name: inputs.numpy()})
+    return torch.from_numpy(features)
+
+
+def shrunk(arch: ClipArchitecture) -> ClipArchitecture:
+    """One layer per tower, 8 channels per head, few tokens; images, patches, heads and activation as they are."""
+    vision, text = arch.vision, arch.text
+    width = vision.width // vision.head_width * 8
+    small_vision = dataclasses.replace(
+        vision, layers=1, width=width, head_width=8, mlp_width=vision.mlp_width * width // vision.width
+    )
+    small_text = dataclasses.replace(text, layers=1, width=8 * text.heads, vocab_size=50)
+    return dataclasses.replace(arch, embed_dim=24, vision=small_vision, text=small_text)
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CLIP], tuple[Path, Path]]:
+    """``towers(model)``: both graphs. Presets share towers, and each is exported once."""
+    folder = tmp_path_factory.mktemp("towers")
+    paths: dict[object, Path] = {}
+
+    def export(model: CLIP) -> tuple[Path, Path]:
+        arch = model.arch
+        found = []
+        for write, key in (
+            (export_image_tower, (arch.vision, arch.quick_gelu)),
+            (export_text_tower, (arch.text, arch.quick_gelu)),
+        ):
+            if key not in paths:
+                paths[key] = folder / f"{len(paths)}.onnx"
+                write(model, paths[key], ("inputs", "features"))
+            found.append(paths[key])
+        return found[0], found[1]
+
+    return export
+
+
+IN_EVERY_RUN = {
+    *("ViT-S-16-worldwide", "ViT-M-16-worldwide-mt5", "ViT-B-32-worldwide-384", "ViT-B-16-worldwide"),
+    *("ViT-L-14-worldwide-mt5", "ViT-H-14-worldwide-quickgelu", "ViT-H-14-worldwide-378", "ViT-bigG-14-worldwide"),
+}
+"""Presets of every size; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.slow) for name in PRESETS]
+)
+def test_logits_agree_for_every_preset(preset: str, towers: Callable[[CLIP], tuple[Path, Path]]) -> None:
+    model = build_clip(shrunk(PRESETS[preset]), seed=0).eval()
+    with torch.random.fork_rng(devices=[]):  # the same weights for each preset with this text tower
+        torch.manual_seed(1)
+        model.text.init_parameters()
+    images, tokens = batch(model)
+    expected = our_logits(model, images, tokens)
+    assert expected.std() > 0.05  # comparing constants would prove nothing
+    image, text = towers(model)
+    scale = model.logit_scale.detach().exp()
+    torch.testing.assert_close(scale * run(image, images) @ run(text, tokens).T, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def quickstart_model(tmp_path_factory: pytest.TempPathFactory, quickstart_checkpoint: Path) -> Path:
+    return convert(quickstart_checkpoint, "onnx", tmp_path_factory.mktemp("exported") / "onnx")
+
+
+def test_the_quickstarts_model_in_full(quickstart_model: Path, quickstart_checkpoint: Path) -> None:
+    """Batches of 1 to 7, and rows of 2 tokens to the context length."""
+    clip = mc2_hpc.load(quickstart_checkpoint, device="cpu")
+    model: CLIP = clip.model  # type: ignore[assignment]
+    facts = read_onnx_facts(quickstart_model)
+    assert facts.logit_scale == pytest.approx(float(model.logit_scale.detach().exp()))
+    generator = torch.Generator().manual_seed(2)
+    for size, length in ((1, 2), (3, 8), (7, 77)):
+        images = torch.randn(size, 3, 32, 32, generator=generator)
+        tokens = torch.randint(4, model.arch.text.vocab_size, (size, length), generator=generator)
+        tokens[:, -1] = 2
+        found = run(quickstart_model / "image.onnx", images) @ run(quickstart_model / "text.onnx", tokens).T
+        torch.testing.assert_close(facts.logit_scale * found, our_logits(model, images, tokens), atol=TOLERANCE, rtol=0)
+
+
+def test_what_a_graph_says(quickstart_model: Path) -> None:
+    """Names, dynamic sizes, the operators' version, weights in another file, and nothing about this machine."""
+    for name, given, sizes in (
+        ("image", "pixel_values", ["batch", 3, 32, 32]),
+        ("text", "input_ids", ["batch", "tokens"]),
+    ):
+        path = quickstart_model / f"{name}.onnx"
+        graph = session(path)
+        assert [(i.name, i.shape) for i in graph.get_inputs()] == [(given, sizes)]
+        assert [(o.name, o.shape) for o in graph.get_outputs()] == [(f"{name}_features", ["batch", 128])]
+        model = onnx.load(path, load_external_data=False)
+        assert [(s.domain, s.version) for s in model.opset_import] == [("", OPSET)]
+        assert {entry.value for weight in model.graph.initializer for entry in weight.external_data} >= {
+            f"{name}.onnx.data"
+        }
+        assert str(Path(mc2_hpc.__file__).parent).encode() not in path.read_bytes()
+    assert not (quickstart_model / "fp32").exists()
+
+
+def test_the_command_gives_the_same_bytes(
+    quickstart_model: Path, quickstart_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    assert main(["convert", str(quickstart_checkpoint), "--to", "onnx", "--out", str(again)]) == 0
+    assert capfd.readouterr().out == f"{again}\n"
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {
+        p.name: p.read_bytes() for p in quickstart_model.iterdir()
+    }
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A lossless image that is neither square nor as large as the model's."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((65, 47), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+TEXTS = ["A cat!", "Zwei Hunde laufen über eine grüne Wiese.", "  猫 ", "ΟΔΟΣ ☃", "long " * 30]
+
+
+@pytest.mark.parametrize(("style", "resize"), [("xlmv", "shortest"), ("mt5", "squash")])
+def test_the_example_needs_neither_torch_nor_this_package(
+    style: str, resize: str, checkpoint: Checkpoint, photo: Path, tmp_path: Path
+) -> None:
+    source, model = checkpoint(style, eval_resize=resize)
+    out = convert(source, "onnx", tmp_path / "onnx")
+    without = "import runpy, sys; sys.modules['torch'] = sys.modules['mc2_hpc'] = sys.modules['transformers'] = None"
+    code = f"{without}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = [EXAMPLE, out, photo, *TEXTS]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    clip = mc2_hpc.load(source, device="cpu")
+    scale = model.logit_scale.detach().exp()
+    with Image.open(photo) as image:
+        odds = (scale * clip.encode_text(TEXTS) @ clip.encode_image(image)).softmax(0)
+    assert odds.max() < 0.9  # rounded shares of a certain answer would prove nothing
+    printed = [float(line.split("%")[0]) for line in done.stdout.splitlines()]
+    assert printed == pytest.approx((100 * odds).tolist(), abs=0.2)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_cleaning_is_described(style: str, captions: list[str]) -> None:
+    steps = runpy.run_path(str(EXAMPLE))["CLEANING"]
+    clean = STYLES[style].clean or str
+    for caption in captions:
+        described = caption
+        for step in CLEANING[style]:
+            described = steps[step](described)
+        assert described == clean(caption)
+
+
+@pytest.fixture(scope="module")
+def int8_model(tmp_path_factory: pytest.TempPathFactory, trained_checkpoint: Path) -> Path:
+    return convert(trained_checkpoint, "onnx", tmp_path_factory.mktemp("exported") / "int8", int8=True)
+
+
+def test_int8_costs_less_than_a_point(trained_checkpoint: Path, int8_model: Path) -> None:
+    assert read_onnx_facts(int8_model).weights == "int8"
+    before, after = colours.accuracy(trained_checkpoint), colours.accuracy(int8_model)
+    assert 0.85 < before < 1
+    assert after > before - 0.01
+    assert not torch.equal(*(mc2_hpc.load(folder).encode_text("adam") for folder in (trained_checkpoint, int8_model)))
+
+
+def test_int8_quantises_every_matrix(trained_checkpoint: Path, int8_model: Path, tmp_path: Path) -> None:
+    for path in (int8_model / "image.onnx", int8_model / "text.onnx"):
+        graph = onnx.load(path).graph
+        floats = [w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) > 1]
+        # Positions and the class token are added, not multiplied.
+        assert all(w.dims[-2] <= 24 for w in floats), [(w.name, list(w.dims)) for w in floats]
+        assert len({p.stat().st_mode for p in int8_model.iterdir()}) == 1
+    with pytest.raises(UserError, match="--int8: quantises ONNX models, not --to hf; leave it out or choose --to onnx"):
+        convert(trained_checkpoint, "hf", tmp_path / "hf", int8=True)
+
+
+def test_evaluation_loads_the_folder(quickstart_model: Path, quickstart_checkpoint: Path, photo: Path) -> None:
+    ours, theirs = (mc2_hpc.load(folder, device="cpu") for folder in (quickstart_checkpoint, quickstart_model))
+    assert theirs.facts.format == "onnx" and theirs.facts.parameters == ours.facts.parameters
+    assert theirs.dual.logits() == pytest.approx(ours.dual.logits())
+    with Image.open(photo) as image:
+        torch.testing.assert_close(theirs.encode_image([image] * 3), ours.encode_image([image] * 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(theirs.encode_text(TEXTS), ours.encode_text(TEXTS), atol=1e-6, rtol=0)
+
+
+def test_bad_folders(quickstart_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(quickstart_model, folder)
+    with pytest.raises(UserError, match="an ONNX export cannot be converted; name the model that it was made from"):
+        convert(folder, "hf", tmp_path / "out")
+    (folder / "image.onnx").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"image.onnx: onnxruntime cannot load it: .*; export the model again"):
+        mc2_hpc.load(folder)
+    shutil.copy(quickstart_model / "text.onnx", folder / "image.onnx")
+    with pytest.raises(UserError, match=r"image.onnx: its inputs are input_ids, not pixel_values; export"):
+        mc2_hpc.load(folder)
+    (folder / "image.onnx").unlink()
+    os.mkfifo(folder / "image.onnx")
+    with pytest.raises(UserError, match=r"image.onnx: is a named pipe; name a file"):
+        mc2_hpc.load(folder)
+    facts = json.loads((folder / "onnx_model.json").read_text())
+    facts["image"]["file"] = "../image.onnx"
+    (folder / "onnx_model.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"onnx_model.json: \$.image.file: .*; export the model again"):
+        mc2_hpc.load(folder)
+
+
+def test_a_missing_package_is_named(
+    quickstart_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"onnxscript cannot be imported .*: pip install 'mc2_hpc\[onnx\]'"):
+        convert(quickstart_checkpoint, "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
