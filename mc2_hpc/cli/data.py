@@ -2,12 +2,14 @@
 
 import argparse
 
-from mc2_hpc.cli import data_pack
+from mc2_hpc.cli import data_lint, data_pack, data_show
 
 SUMMARY = "pack your own images and captions, check shards, look into them"
 
 ACTIONS = {
     "pack": data_pack,
+    "lint": data_lint,
+    "show": data_show,
 }
 """Each has ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
 

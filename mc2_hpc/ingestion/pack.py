@@ -54,7 +54,7 @@ def plan_pack(
         images: folder that names of images are relative to; None is the folder of the table.
         columns: of the table; None recognises them by name.
         images_per_shard: of files and rows; tars are packed one by one.
-        allow_outside: names in tables may lead out of ``images``.
+        allow_outside: names in tables, and links that they name, may lead out of ``images``.
 
     Returns:
         a stage, whose result is counters over all shards: ``images``, ``texts``, ``formats``, ``languages`` and
@@ -71,7 +71,9 @@ def plan_pack(
     settings["columns"]["captions"] = list(columns.captions)
     settings |= {"images": None if images is None else str(images)}
     settings |= {"images_per_shard": images_per_shard, "allow_outside": allow_outside}
-    folder = ImageFolder(Path(images).absolute() if images is not None else found.folder, allow_outside)
+    # The links in a folder are its owner's; the names in a table may be anybody's.
+    follow = allow_outside or found.kind is Kind.FOLDER
+    folder = ImageFolder(Path(images).absolute() if images is not None else found.folder, follow)
     if not folder.path.is_dir():
         raise UserError(f"{folder.path}: no such folder of images")
     if images is not None and found.kind in (Kind.FOLDER, Kind.TARS):
