@@ -82,7 +82,7 @@ def _show(found: "Lint") -> None:
     more = len(data.captions) - len(shares)
     print(f"captions    {total:,}: {', '.join(shares)}{f' and {more} more languages' if more > 0 else ''}")
     for reason, count in data.bad_captions.most_common():
-        print(f"            of {count:,} images a caption cannot be used: {reason}")
+        print(f"            unusable in {count:,} images: {reason}")
     low, middle, high = (quantile(data.short_sides, share) for share in (0.05, 0.5, 0.95))
     size = found.options.image_size
     small = sum(count for side, count in data.short_sides.items() if side < size)
@@ -99,6 +99,6 @@ def _show(found: "Lint") -> None:
             f"{found.truncated(lang):.1%} of {lengths.total():,} captions have more than {found.room}"
         )
     if found.num_repeated:
-        print(f"repeated    {found.num_repeated:,} keys occur in more than one shard")
+        print(f"repeated    keys in more than one shard: {found.num_repeated:,}")
         for one in found.repeated[:3]:
             print(f"            {one.key} in {', '.join(one.shards[:3])}")
