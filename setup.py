@@ -15,8 +15,9 @@ setup(
         "mc2_hpc": ["py.typed"],
         "mc2_hpc.metadata": ["languages.tsv"],
         "mc2_hpc.slurm_scripts": ["*.sbatch", "*.sh"],
-        **dict.fromkeys(
-            ("mc2_hpc.curation.report", "mc2_hpc.evaluation", "mc2_hpc.pages", "mc2_hpc.quickstart"), ["templates/*"]
-        ),
+        **{
+            f"mc2_hpc.{package}": ["templates/*"]
+            for package in ("curation.report", "evaluation", "inspection", "pages", "quickstart")
+        },
     },
 )

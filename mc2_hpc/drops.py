@@ -20,6 +20,7 @@ class Drop(StrEnum):
     NAME_TOO_LONG = "name_too_long"
     NAME_REPEATED = "name_repeated"
     KEY_MISSING = "key_missing"
+    ROW_MALFORMED = "row_malformed"
 
     # Pages and addresses
     RECORD_TOO_LARGE = "record_too_large"
@@ -67,10 +68,11 @@ MEANINGS = {
     Drop.SHARD_UNREADABLE: "the tar or its Parquet file is missing, empty, truncated or damaged",
     Drop.SHARD_CHANGED: "the tar was rewritten since it was last listed; it is read in a different order",
     Drop.READ_ERROR: "storage could no longer read the bytes",
-    Drop.NAME_UNSAFE: "the name or key is absolute, or leads out of its folder",
+    Drop.NAME_UNSAFE: "the name or key is absolute, hidden, or leads out of its folder",
     Drop.NAME_TOO_LONG: "the name is too long for a plain tar",
     Drop.NAME_REPEATED: "another file of the same name",
     Drop.KEY_MISSING: "a caption without a key",
+    Drop.ROW_MALFORMED: "a row of a table with more or fewer fields than its header",
     Drop.RECORD_TOO_LARGE: "an archive record that is too large to be a page",
     Drop.RECORD_NOT_HTTP: "a record that is not a valid HTTP response",
     Drop.PAGE_TOO_HEAVY: "a page that takes too much time or memory to parse",

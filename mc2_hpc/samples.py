@@ -100,7 +100,8 @@ def group_members(members: Iterable[Member]) -> Listing:
     for member in safe_members(members, listing.drops):
         if not member.name.rpartition("/")[2].startswith("."):
             _add(listing, member, unsupported)
-    _join_parts(listing)
+    if any(sample.caption or sample.record for sample in listing.samples.values()):
+        _join_parts(listing)  # otherwise the captions are in a table, by key
     for key in unsupported:
         sample = listing.samples.get(key)
         if sample is not None and sample.image is None:
@@ -250,14 +251,19 @@ def _texts(fields: dict[str, Any]) -> Iterator[str]:
             continue
         if value is None:
             yield ""  # null counts as an empty caption
-        elif isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            for item in value:
-                text = item[-1] if isinstance(item, list) and len(item) == 2 else item
-                if isinstance(text, str):
-                    yield text
+        yield from texts_in(value)
         return
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The captions in a field of a record: a string, or a list of strings or of ``[kind, text]``."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            text = item[-1] if isinstance(item, list) and len(item) == 2 else item
+            if isinstance(text, str):
+                yield text
 
 
 def usable_text(raw: bytes) -> str:

@@ -134,6 +134,18 @@ def parse_page() -> Callable[[str], ParsedPage]:
     return parse
 
 
+@pytest.fixture(scope="session")
+def outputs() -> Callable[[Path], dict[str, bytes]]:
+    """``outputs(folder)``: the bytes of every file below it by relative path, without logs and hidden files."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        files = (path for path in files if "logs" not in path.relative_to(folder).parts)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    return read
+
+
 @pytest.fixture
 def browse(tmp_path) -> Callable[..., str]:
     """``browse(address, width=1400)``: the HTML of a page after a real browser has run it."""

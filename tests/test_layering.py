@@ -28,9 +28,9 @@ LAYERS = [
     {"mc2_hpc.metadata", "mc2_hpc.pages"},
     {"mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.draw_kernels"},
     {"mc2_hpc.curation", "mc2_hpc.kernels"},
-    {"mc2_hpc.models"},
+    {"mc2_hpc.ingestion", "mc2_hpc.models"},
     {"mc2_hpc.data"},
-    {"mc2_hpc.conversion", "mc2_hpc.vocabulary"},
+    {"mc2_hpc.conversion", "mc2_hpc.inspection", "mc2_hpc.vocabulary"},
     {"mc2_hpc.evaluation"},
     {"mc2_hpc.training"},
     {"mc2_hpc.ablation", "mc2_hpc.quickstart", "mc2_hpc.doctor"},
@@ -77,7 +77,7 @@ def test_imports_run_downwards(module, path):
             assert other in (None, own), f"the kernels import {name}"
         elif other is not None and other != own:
             assert RANK[other] < RANK[own], f"{module} imports {name}, which is not below it"
-        if own in ("mc2_hpc.metadata", "mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.curation"):
+        if own in ("mc2_hpc.metadata", "mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.curation", "mc2_hpc.ingestion"):
             assert name.split(".")[0] != "torch", f"{module} imports torch"
 
 

@@ -135,3 +135,9 @@ def test_captions_that_cannot_be_used(caption, more, reason):
     with pytest.raises(Dropped) as caught:
         captions_of(caption, more)
     assert caught.value.reason is reason
+
+
+def test_images_alone_are_not_parts_of_each_other():
+    """Their captions are in a table by key, as in curated shards."""
+    found = listing_of("DSC.jpg", "DSC.0001.jpg", "DSC.0002.jpg")
+    assert list(found.samples) == ["DSC", "DSC.0001", "DSC.0002"] and not found.drops

@@ -12,6 +12,9 @@ from mc2_hpc.errors import UserError
 
 Counts = npt.NDArray[np.uint64]
 
+RECIPE_TAIL_MASS = 0.06
+"""The share of English matches in the tail of the recipe's pools, where t_en is 20,000 or 170,000 (section 3.3)."""
+
 
 def threshold_to_mass(counts: Counts, t: int) -> float:
     """Share of all matches that belong to entries counted fewer than ``t`` times: ``sum(c[c < t]) / sum(c)``.
@@ -43,6 +46,23 @@ def mass_to_threshold(counts: Counts, p: float) -> int:
     ascending = np.sort(counts[counts > 0])
     share = np.cumsum(ascending, dtype=np.uint64) / total
     return int(ascending[np.argmin(np.abs(share - p))])
+
+
+def proposed_threshold(counts: Counts, p: float = RECIPE_TAIL_MASS) -> int:
+    """The English threshold that leaves about the share ``p`` of the matches in the tail, whatever the pool's size.
+
+    In a pool where most entries matched once, no threshold leaves so little, and the result is 1.
+
+    Raises:
+        UserError: ``p`` is outside [0, 1], or nothing was matched.
+    """
+    if not 0 <= p <= 1:
+        raise UserError(f"tail mass p={p}: must be in [0, 1]")
+    total = _total(counts)
+    values, numbers = np.unique(counts[counts > 0], return_counts=True)
+    mass = values * numbers.astype(np.uint64)
+    below = (np.cumsum(mass, dtype=np.uint64) - mass) / total  # of entries counted fewer times than each value
+    return int(values[np.argmin(np.abs(below - p))])
 
 
 def entry_probabilities(counts: Counts, t: int) -> npt.NDArray[np.float32]:

@@ -16,6 +16,7 @@ from mc2_hpc.cli import (
     bench,
     convert,
     curate,
+    data,
     doctor,
     eval,
     metadata,
@@ -31,6 +32,7 @@ from mc2_hpc.reading.files import shown
 COMMANDS = {
     "quickstart": quickstart,
     "metadata": metadata,
+    "data": data,
     "curate": curate,
     "tokenizer": tokenizer,
     "train": train,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mc2_hpc.cli import curate_explain, curate_fetch
+from mc2_hpc.cli import curate_explain, curate_fetch, curate_thresholds
 from mc2_hpc.cli.curate_engine import engine_flags, engine_of, run_plan
 from mc2_hpc.cli.numbers import whole
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sources(actions)
     curate_fetch.add_action(actions)
     _add_stages(actions)
+    curate_thresholds.add_action(actions)
     curate_explain.add_action(actions)
     report = actions.add_parser("report", help="write curation.html and its plots")
     report.add_argument("run", help="the --out folder of `mc2 curate run`")
@@ -79,7 +80,12 @@ def _add_stages(actions: Any) -> None:
         help="drop captions before matching; may be repeated (docs/curation.md)",
     )
     threshold.add_argument(
-        "--t-en", type=whole(1), required=True, help="English threshold: 20000 (400M) to 170000 (2.5B)"
+        "--t-en",
+        type=_threshold,
+        required=True,
+        metavar="N",
+        help="English threshold: 20000 (400M) to 170000 (2.5B), or `auto` for a pool of any other size; `mc2 curate "
+        "thresholds` shows what it does",
     )
     _add(actions, "match", "match captions with metadata entries", from_pool, matching)
     balance = _add(actions, "balance", "compute counts, thresholds and probabilities", threshold)
@@ -92,6 +98,10 @@ def _add_stages(actions: Any) -> None:
     pack.add_argument("--matched", required=True, help="output of match")
     every = _add(actions, "run", "match, balance, pack and write the report", from_pool, matching, threshold)
     every.set_defaults(action=_run)
+
+
+def _threshold(text: str) -> int | None:
+    return None if text == "auto" else whole(1)(text)
 
 
 def _add(actions: Any, name: str, summary: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:

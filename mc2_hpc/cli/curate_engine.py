@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 def engine_flags() -> argparse.ArgumentParser:
     """The flags, as a parent parser; see :func:`engine_of`."""
     flags = argparse.ArgumentParser(add_help=False)
+    add_engine_flags(flags)
+    return flags
+
+
+def add_engine_flags(flags: argparse.ArgumentParser) -> None:
+    """Add the flags of :func:`engine_flags` to a parser."""
     flags.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     group = flags.add_argument_group("where it runs")
     group.add_argument("--executor", choices=("local", "slurm", "ray"), help="[local; slurm if --slurm is given]")
@@ -37,7 +43,6 @@ def engine_flags() -> argparse.ArgumentParser:
         "options (docs/slurm.md)",
     )
     group.add_argument("--wait", action="store_true", help="slurm: wait until the jobs have ended")
-    return flags
 
 
 def engine_of(arguments: argparse.Namespace) -> "Engine":

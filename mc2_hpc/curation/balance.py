@@ -19,7 +19,13 @@ import numpy.typing as npt
 from mc2_hpc.balancing import csr
 from mc2_hpc.balancing.folder import read_report
 from mc2_hpc.balancing.selection import keep_probability
-from mc2_hpc.balancing.thresholds import check_threshold, entry_probabilities, mass_to_threshold, threshold_to_mass
+from mc2_hpc.balancing.thresholds import (
+    check_threshold,
+    entry_probabilities,
+    mass_to_threshold,
+    proposed_threshold,
+    threshold_to_mass,
+)
 from mc2_hpc.curation.counts import VotesFile, dense, merge_tree, merge_votes, merged_path
 from mc2_hpc.curation.matched import (
     MERGED,
@@ -62,7 +68,7 @@ class _Thresholds(File):
 
 
 def plan_balance(
-    matched: str | Path, metadata: str | Path, out: str | Path, t_en: int, *, after_match: bool = False
+    matched: str | Path, metadata: str | Path, out: str | Path, t_en: int | None, *, after_match: bool = False
 ) -> Plan:
     """Set every language's threshold so that its tail holds the same share of matches as the English tail at ``t_en``.
 
@@ -71,7 +77,8 @@ def plan_balance(
 
     Args:
         matched: folder that :func:`~mc2_hpc.curation.match.plan_match` fills, with every shard finished.
-        t_en: threshold of English, used as it is.
+        t_en: threshold of English, used as it is; None:
+            :func:`~mc2_hpc.balancing.thresholds.proposed_threshold`.
         after_match: the same plan matches first, so shards may be unfinished now.
 
     Raises:
@@ -79,7 +86,8 @@ def plan_balance(
     """
     matched, out, metadata = Path(matched).absolute(), Path(out).absolute(), Path(metadata).absolute()
     settings = planned_settings(matched) if after_match else read_settings(matched)
-    check_threshold(t_en)
+    if t_en is not None:
+        check_threshold(t_en)
     hashes = {lang: file_sha256(path) for lang, path in metadata_files(metadata).items()}
     if hashes != settings["metadata"]:
         raise UserError(f"{metadata}: not the metadata {matched} was matched with; name that one, or match again")
@@ -120,7 +128,7 @@ class SetThresholds:
     matched: Path
     metadata: Path
     out: Path
-    t_en: int
+    t_en: int | None
     root: Path
 
     def is_current(self, name: str) -> bool:
@@ -143,23 +151,25 @@ class SetThresholds:
         with VotesFile(self.root) as votes:
             if ENGLISH not in votes.langs:
                 raise UserError(
-                    f"{self.matched}: no English caption matched, so t_en={self.t_en} is meaningless; add English "
-                    "captions and metadata"
+                    f"{self.matched}: no English caption matched, so t_en={self.t_en or 'auto'} is meaningless; add "
+                    "English captions and metadata"
                 )
-            p = threshold_to_mass(self._counts(votes, files, ENGLISH), self.t_en)
-            rows = {lang: self._set(lang, self._counts(votes, files, lang), p) for lang in sorted(votes.langs)}
+            english = self._counts(votes, files, ENGLISH)
+            t_en = self.t_en or proposed_threshold(english)
+            p = threshold_to_mass(english, t_en)
+            rows = {lang: self._set(lang, self._counts(votes, files, lang), p, t_en) for lang in sorted(votes.langs)}
         for kind in ("counts", "probs"):
             _keep_only(self.out / kind, set(rows))
-        write_json(self.out / _THRESHOLDS, {"t_en": self.t_en, "p": p, "languages": rows})
+        write_json(self.out / _THRESHOLDS, {"t_en": t_en, "p": p, "languages": rows})
         write_json(self._marker(), self._made_of())
 
     @staticmethod
     def _counts(votes: VotesFile, files: dict[str, Path], lang: str) -> npt.NDArray[np.uint64]:
         return dense(votes[lang], len(read_entries(files[lang])))
 
-    def _set(self, lang: str, counts: npt.NDArray[np.uint64], p: float) -> dict[str, Any]:
+    def _set(self, lang: str, counts: npt.NDArray[np.uint64], p: float, t_en: int) -> dict[str, Any]:
         """Write a language's arrays and return its row of the report."""
-        t = self.t_en if lang == ENGLISH else mass_to_threshold(counts, p)
+        t = t_en if lang == ENGLISH else mass_to_threshold(counts, p)
         path = self.out / "counts" / f"{lang}.npy"
         _write_array(path, counts)
         _write_array(self.out / "probs" / f"{lang}.npy", entry_probabilities(counts, t))

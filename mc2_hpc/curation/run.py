@@ -17,7 +17,7 @@ def plan_run(
     metadata: str | Path,
     out: str | Path,
     *,
-    t_en: int,
+    t_en: int | None,
     mode: str = "fixed",
     language_id: str | Path = DEFAULT_IDENTIFIER,
     filters: Sequence[Named] = (),

@@ -36,7 +36,7 @@ _COLUMNS = 2 + 2 * len(FILES)
 _MOST_BETWEEN = 16384
 """Largest gap, in bytes, between files of a sample that are read together rather than one by one."""
 _MOST_BYTES = 1 << 32
-_MAGIC = b"mc2idx3\n"
+_MAGIC = b"mc2idx4\n"
 _HEADER = struct.Struct("<8sqqqq")  # magic, size and time of the tar, samples, bytes of drops
 _CHECKSUM = struct.Struct("<L")
 """CRC-32 of everything before it, at the end."""

@@ -56,6 +56,8 @@ class Shard(Protocol):
     changed: bool
     """Whether it was rewritten since it was last listed."""
     num_keys: int
+    row_keys: list[str]
+    """The key of each row."""
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:
         """Hash of each row's key, for random draws in the data path."""
@@ -118,7 +120,7 @@ class PlainShard:
         self.changed = index.changed
         self.num_keys = len(index.keys)
         self._source = source
-        self._keys = index.keys
+        self.row_keys = index.keys
         self._hashes = index.hashes
         # Unpacking numbers from bytes is faster than from an array, and bytes are smaller than lists.
         self._places = index.places.tobytes()
@@ -140,7 +142,7 @@ class PlainShard:
         if len(captions) > 1:
             keys = np.repeat(self._hashes[row], len(captions))
             caption = captions[choose_texts(keys, [text for text, _ in captions], seed=seed, epoch=epoch)[0]]
-        return Pair(self._keys[row], image, *caption)
+        return Pair(self.row_keys[row], image, *caption)
 
     def _read(self, row: int) -> tuple[Encoded, list[Caption]]:
         places = _PLACES.unpack_from(self._places, row * _PLACES.size)
@@ -207,7 +209,7 @@ class CuratedShard:
         # Captions stay in Arrow's buffers as bytes until they are read, so that a bad caption costs only itself.
         self._texts = table["text"].combine_chunks()
         self._entries = table["entries"].combine_chunks() if "entries" in table.column_names else None
-        self._keys = keys
+        self.row_keys = keys
         self._langs = np.array(langs)
         self._rows_of: dict[str, list[int]] = {}
         for row, key in enumerate(keys):
@@ -226,7 +228,7 @@ class CuratedShard:
         return hash_keys([(raw or b"").decode("utf-8", "surrogateescape") for raw in self._texts.to_pylist()])
 
     def select_rows(self, probs: Probabilities | None, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        offsets, ids = np.zeros(len(self._keys) + 1, np.int64), np.zeros(0, np.uint32)
+        offsets, ids = np.zeros(len(self.row_keys) + 1, np.int64), np.zeros(0, np.uint32)
         if probs is not None:
             if self._entries is None:
                 raise UserError(f"{self.name}: data.balance is set, but the .parquet beside it has no entries column")
@@ -240,7 +242,7 @@ class CuratedShard:
         return self._hashes
 
     def read(self, row: int, *, seed: int, epoch: int) -> Pair:
-        key = self._keys[row]
+        key = self.row_keys[row]
         return Pair(key, self._image(key), self._text(row), self._lang(row))
 
     def read_captions(self, index: int) -> list[Caption]:

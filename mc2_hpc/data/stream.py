@@ -162,6 +162,15 @@ class ShardPool:
         self._good_lately = True
         return example
 
+    def count_shard(self, shard: Shard) -> None:
+        """Count and log what is skipped of a shard as a whole: members of its tar, and that it was rewritten."""
+        for reason, number in shard.drops.items():
+            log_skip(Drop(reason), shard.name, f"{number} members")
+            self.skipped[reason] += number
+        if shard.changed:
+            log_skip(Drop.SHARD_CHANGED, shard.name)
+            self.skipped[Drop.SHARD_CHANGED] += 1
+
     def log_unreadable(self, number: int, error: ShardError) -> None:
         """Log a skipped shard, the first time."""
         if number not in self._logged:
@@ -268,12 +277,7 @@ class Lane:
             self._pool.skipped[Drop.SHARD_UNREADABLE] += counts
             return
         if counts:
-            for reason, number in self._shard.drops.items():
-                log_skip(Drop(reason), self._shard.name, f"{number} members")
-                self._pool.skipped[reason] += number
-        if counts and self._shard.changed:
-            log_skip(Drop.SHARD_CHANGED, self._shard.name)
-            self._pool.skipped[Drop.SHARD_CHANGED] += 1
+            self._pool.count_shard(self._shard)
         self._rows = self._pool.rows(self._shard, part, self.position.epoch)
         if len(self._rows) == 0:
             self._pool.check_enough_samples()

@@ -72,7 +72,7 @@ def store(body: bytes, longest: int | None) -> StoredImage:
             load_rgb(open_image(body))  # finds out, and raises
         return opened
     shape = plain_jpeg_shape(body)
-    if shape is not None and max(shape) > longest and shape[0] * shape[1] <= MAX_PIXELS and not _is_turned(body):
+    if shape is not None and max(shape) > longest and shape[0] * shape[1] <= MAX_PIXELS and not is_turned(body):
         small = _small_jpeg(body, shape, longest)
         if small is not None:
             return small
@@ -92,7 +92,7 @@ def kept_jpeg(body: bytes, longest: int | None) -> StoredImage | None:
     shape = plain_jpeg_shape(body)
     if shape is None or shape[0] * shape[1] > MAX_PIXELS or not looks_whole(body, "jpg"):
         return None
-    if longest is not None and (max(shape) > longest or _is_turned(body)):
+    if longest is not None and (max(shape) > longest or is_turned(body)):
         return None
     return StoredImage(body, "jpg", shape[1], shape[0])
 
@@ -158,8 +158,8 @@ def _check_scans(body: bytes) -> None:
         raise Dropped(Drop.IMAGE_UNDECODABLE, f"more than {_MOST_SCANS} scans")
 
 
-def _is_turned(body: bytes) -> bool:
-    """Whether a JPEG has an orientation tag other than upright."""
+def is_turned(body: bytes) -> bool:
+    """Whether a JPEG has an orientation tag other than upright; False if the tag cannot be read."""
     if b"Exif\0\0" not in body[:_HEADER]:
         return False
     try:

@@ -1,0 +1,199 @@
+"""``mc2 data pack``: images and captions of any kind of source as training shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.image_tars import TarIndex
+from mc2_hpc.errors import UserError
+from mc2_hpc.ingestion.columns import Columns
+from mc2_hpc.ingestion.folder import list_folder
+from mc2_hpc.ingestion.image_files import ImageFolder, split_by_image
+from mc2_hpc.ingestion.listing import deal, read_listing, write_listing
+from mc2_hpc.ingestion.rows import RowsPart, cut_rows, part_samples
+from mc2_hpc.ingestion.samples import PackOptions, PackStats, write_samples
+from mc2_hpc.ingestion.source import Kind, Source, recognise
+from mc2_hpc.ingestion.table import list_tables
+from mc2_hpc.ingestion.webdataset import tar_samples
+from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.jobs.named import to_plain
+from mc2_hpc.reading.json_file import Foreign, read_json
+from mc2_hpc.shard_paths import Names
+from mc2_hpc.storage import file_sha256
+
+SETTINGS = "data_pack.json"
+IMAGES_PER_SHARD = 1000
+
+
+class _MadeOf(Foreign):
+    made_of: str
+
+
+def plan_pack(
+    source: Names,
+    out: str | Path,
+    *,
+    images: str | Path | None = None,
+    columns: Columns | None = None,
+    options: PackOptions | None = None,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    allow_outside: bool = False,
+) -> Plan:
+    """Write ``<shard>.tar`` with the images and ``<shard>.parquet`` with their captions (``key``, ``text``, ``lang``).
+
+    Images keep their bytes, unless ``options.resize`` is set, and are decoded once, so that none is stored that
+    training would skip. Files and tables are listed here; shards whose content is already packed are skipped.
+
+    Args:
+        source: see :mod:`mc2_hpc.ingestion.source`.
+        images: folder that names of images are relative to; None is the folder of the table.
+        columns: of the table; None recognises them by name.
+        images_per_shard: of files and rows; tars are packed one by one.
+        allow_outside: names in tables, and links that they name, may lead out of ``images``.
+
+    Returns:
+        a stage, whose result is counters over all shards: ``images``, ``texts``, ``formats``, ``languages`` and
+        ``drops`` by reason (:data:`mc2_hpc.drops.MEANINGS`). Each image of the source is kept or one drop; each
+        caption of a kept image is kept or one drop.
+
+    Raises:
+        UserError: not a known source, or a folder made with other settings; when the result is computed, if nothing
+            was kept.
+    """
+    out, columns, options = Path(out).absolute(), columns or Columns(), options or PackOptions()
+    found = recognise(source)
+    settings = {"kind": found.kind.name.lower(), "columns": to_plain(columns), "options": to_plain(options)}
+    settings["columns"]["captions"] = list(columns.captions)
+    settings |= {"images": None if images is None else str(images)}
+    settings |= {"images_per_shard": images_per_shard, "allow_outside": allow_outside}
+    # The links in a folder are its owner's; the names in a table may be anybody's.
+    follow = allow_outside or found.kind is Kind.FOLDER
+    folder = ImageFolder(Path(images).absolute() if images is not None else found.folder, follow)
+    if not folder.path.is_dir():
+        raise UserError(f"{folder.path}: no such folder of images")
+    if images is not None and found.kind in (Kind.FOLDER, Kind.TARS):
+        raise UserError("--images is for tables; the source has its images itself")
+    drops: Counter[str] = Counter()
+    if found.kind in (Kind.FOLDER, Kind.TABLES):
+        stage = _stage_of_files(found, out, folder, columns, options, images_per_shard, settings, drops)
+    elif found.kind is Kind.TARS:
+        tars = {shard.name: shard.images for shard in list_pool(source) if shard.images is not None}
+        open_folder(out, SETTINGS, settings, list(tars))
+        stage = Stage("pack", out, tars, PackTar(out, options), (STATS,))
+    else:
+        parts = cut_rows(list(found.files), columns, images_per_shard)
+        named = {f"{number:05d}": part for number, part in enumerate(parts)}
+        open_folder(out, SETTINGS, settings, list(named))
+        stage = Stage("pack", out, named, PackRows(out, folder, columns, options), (STATS,))
+    return Plan((stage,), result=lambda: _result(out, list(stage.inputs), drops))
+
+
+def _stage_of_files(
+    found: Source,
+    out: Path,
+    folder: ImageFolder,
+    columns: Columns,
+    options: PackOptions,
+    images_per_shard: int,
+    settings: Mapping[str, Any],
+    drops: Counter[str],
+) -> Stage:
+    """Write the listings of a folder or of tables; what is left out is counted in ``drops``."""
+    if found.kind is Kind.FOLDER:
+        listing, dropped = list_folder(found.files[0])
+    else:
+        listing, dropped = list_tables(found.files, folder.path, columns)
+    drops.update(dropped)
+    listings = {}
+    shards = dict(deal(listing, images_per_shard))
+    open_folder(out, SETTINGS, settings, list(shards))
+    for shard, rows in shards.items():
+        listings[shard] = out / "listing" / f"{shard}.parquet"
+        write_listing(listings[shard], rows)
+    return Stage("pack", out, listings, PackFiles(out, folder, options), (STATS,))
+
+
+def _result(out: Path, shards: list[str], drops: Counter[str]) -> dict[str, Any]:
+    try:
+        total = sum_kept(out, shards, "images", PackStats)
+    except UserError as error:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in drops.most_common())
+        raise UserError(f"{error}{f'; while listing: {listed}' if listed else ''}") from None
+    total["drops"] = dict(sorted((Counter(total["drops"]) + drops).items()))
+    return total
+
+
+def _is_packed(out: Path, shard: str, made_of: str) -> bool:
+    """Whether the shard's files exist, made of the same content, or it has no images."""
+    path = stats_path(out, shard)
+    if read_json(path, _MadeOf, cure=REDO).made_of != made_of:
+        return False
+    if read_json(path, PackStats, cure=REDO).images == 0:
+        return True
+    return all((out / f"{shard}.{kind}").is_file() for kind in ("tar", "parquet"))
+
+
+@dataclass(frozen=True)
+class PackFiles:
+    """Packs image files that a listing names."""
+
+    out: Path
+    folder: ImageFolder
+    options: PackOptions
+
+    def is_current(self, shard: str) -> bool:
+        """Whether the shard was packed by the listing as it is now."""
+        return _is_packed(self.out, shard, file_sha256(self._listing(shard)))
+
+    def _listing(self, shard: str) -> Path:
+        return self.out / "listing" / f"{shard}.parquet"
+
+    def __call__(self, name: str, listing: Path) -> None:
+        samples = (
+            self.folder.sample(key, rows)
+            for key, rows_of_key in read_listing(listing)
+            for rows in split_by_image(rows_of_key)
+        )
+        made_of = file_sha256(listing)
+        write_samples(self.out, name, samples, self.options, drops=Counter(), made_of=made_of)
+
+
+@dataclass(frozen=True)
+class PackTar:
+    """Packs a WebDataset shard."""
+
+    out: Path
+    options: PackOptions
+
+    def is_current(self, shard: str) -> bool:
+        """Whether the shard is packed."""
+        return _is_packed(self.out, shard, "")
+
+    def __call__(self, name: str, tar: Path) -> None:
+        drops: Counter[str] = Counter()
+        with TarIndex(tar) as index:
+            samples = tar_samples(name, tar, index, drops)
+            write_samples(self.out, name, samples, self.options, drops=drops, made_of="")
+
+
+@dataclass(frozen=True)
+class PackRows:
+    """Packs a part of a file whose rows hold images."""
+
+    out: Path
+    folder: ImageFolder
+    columns: Columns
+    options: PackOptions
+
+    def is_current(self, shard: str) -> bool:
+        """Whether the shard is packed."""
+        return _is_packed(self.out, shard, "")
+
+    def __call__(self, name: str, part: RowsPart) -> None:
+        samples = part_samples(part, self.columns, self.folder)
+        write_samples(self.out, name, samples, self.options, drops=Counter(), made_of="")
