@@ -32,7 +32,12 @@ from mc2_hpc.curation.matching.rules import check_mode, mode_settings
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.distinct import Distinct
 from mc2_hpc.curation.pool.language_codes import bounded, in_known_languages
-from mc2_hpc.curation.pool.language_id import DEFAULT_IDENTIFIER, LanguageIdentifier, make_identifier
+from mc2_hpc.curation.pool.language_id import (
+    DEFAULT_IDENTIFIER,
+    LanguageIdentifier,
+    make_identifier,
+    with_language,
+)
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_kept
@@ -187,7 +192,7 @@ class MatchShard:
         """The matching rows of the shard, piece by piece; everything is counted in ``tally``."""
         for rows, drops in iter_captions(shard):
             tally.rows += len(rows) + drops.total()
-            rows, unknown = in_known_languages(self._with_language(rows), self.languages)
+            rows, unknown = in_known_languages(with_language(rows, self._identifier), self.languages)
             if unknown:
                 drops[Drop.LANGUAGE_UNKNOWN] += unknown.total()
                 tally.unknown = bounded(tally.unknown + unknown)
@@ -204,13 +209,6 @@ class MatchShard:
             tally.drops += drops
             tally.add_matched(rows, offsets, ids)
             yield matched_table(rows, offsets, ids)
-
-    def _with_language(self, rows: pa.Table) -> pa.Table:
-        if "lang" in rows.column_names:
-            return rows
-        texts = rows["text"].to_pylist()
-        langs = self._identifier.identify(texts) if texts else []
-        return rows.append_column("lang", pa.array(langs, pa.large_string()))
 
     def _match(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
         """The entries of every row in CSR form; each language's rows are matched together."""
