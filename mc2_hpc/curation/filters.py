@@ -27,7 +27,7 @@ from mc2_hpc.jobs.named import Named, constructor_types, describe, from_plain, i
 _FORM = "--filter package.module.Class key=value key=value ..."
 _METHOD = "drop_reasons"
 _SCORES = "scores"
-_BUILT_IN = "mc2_hpc.filters.Length, Pattern, Languages, Words; with images Size, Aspect"
+_BUILT_IN = "Length, Pattern, Languages, Words; of images: Size, Aspect, ClipScore, OnnxScore, DropFaces, BlurFaces"
 
 
 class Filter(Protocol):
@@ -90,7 +90,7 @@ def _filter_class(name: str, images: bool) -> type:
     try:
         kind = import_object(name)
     except UserError as error:
-        raise UserError(f"--filter {error}; built in: {_BUILT_IN}") from None
+        raise UserError(f"--filter {error}; built in, in mc2_hpc.filters: {_BUILT_IN}") from None
     if not isinstance(kind, type):
         raise UserError(f"--filter {name}: is not a class; a filter is a class with a method {_METHOD}(rows)")
     if sees_images(kind):

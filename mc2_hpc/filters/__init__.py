@@ -19,6 +19,19 @@ Models are loaded when the first image is judged.
 from mc2_hpc.curation.filters import Length, Pattern
 from mc2_hpc.filters.captions import Languages, Words
 from mc2_hpc.filters.clip_score import ClipScore
+from mc2_hpc.filters.faces import BlurFaces, DropFaces
+from mc2_hpc.filters.onnx_score import OnnxScore
 from mc2_hpc.filters.shape import Aspect, Size
 
-__all__ = ["Aspect", "ClipScore", "Languages", "Length", "Pattern", "Size", "Words"]
+__all__ = [
+    "Aspect",
+    "BlurFaces",
+    "ClipScore",
+    "DropFaces",
+    "Languages",
+    "Length",
+    "OnnxScore",
+    "Pattern",
+    "Size",
+    "Words",
+]
