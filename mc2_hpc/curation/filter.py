@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from mc2_hpc.curation.deduplicate import distinct
 from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.curation.filtering.judge import Judge, OpenFilter, open_filters
+from mc2_hpc.curation.filtering.record import FilterStats, pool_filters
 from mc2_hpc.curation.filtering.verdicts import write_table
 from mc2_hpc.curation.pool.captions import FILTER_SETTINGS, VERDICTS, PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
@@ -23,12 +25,13 @@ from mc2_hpc.curation.pool.language_id import (
     make_identifier,
     with_language,
 )
+from mc2_hpc.curation.report.sheets import SHEETS, WriteSheets
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.images import MAX_PIXELS
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.jobs.named import Named
-from mc2_hpc.reading.json_file import Count, File, read_json
+from mc2_hpc.reading.json_file import read_json
 from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import atomic_path, write_json
 from mc2_hpc.tar import Member, write_tar
@@ -38,18 +41,6 @@ _BATCH = 64
 """Most images that filters see at a time. They have :data:`MAX_PIXELS` together, or are one more than that."""
 
 
-class FilterStats(File):
-    """``stats/<shard>.json`` of a filtered pool."""
-
-    rows: Count
-    texts: Count
-    drops: dict[str, Count]
-    images_read: Count
-    images: Count
-    image_drops: dict[str, Count]
-    changes: dict[str, Count]
-
-
 def plan_filter(
     pool: Names, out: str | Path, filters: Sequence[Named], *, language_id: str | Path = DEFAULT_IDENTIFIER
 ) -> Plan:
@@ -57,7 +48,8 @@ def plan_filter(
 
     The output is a pool. Images keep their bytes unless a filter changes them. An image is dropped with its last
     caption. ``judged/<shard>.parquet`` has a row per usable caption (:meth:`Verdicts.table`). Shards without kept
-    images get no tar. Finished shards are skipped. The result depends on the set of samples in a shard, not on their
+    images get no tar. ``report/filters.html`` shows what each filter kept and dropped. Finished shards are skipped. The
+    result depends on the set of samples in a shard, not on their
     order. In memory: a shard's captions, and the images that filters see at a time.
 
     Args:
@@ -82,12 +74,18 @@ def plan_filter(
         language_id = Path(language_id).absolute()
     shards = {shard.name: _with_images(shard) for shard in list_pool(pool)}
     recorded = [one.settings() for one in opened]
-    settings = {"filters": recorded, "language_id": make_identifier(language_id).name}
+    settings: dict[str, Any] = {"filters": recorded, "language_id": make_identifier(language_id).name}
+    if earlier := pool_filters(list(shards.values())):
+        settings["pool_filters"] = earlier
     open_folder(out, FILTER_SETTINGS, settings, list(shards))
     complete = tuple(Named(one["name"], one["arguments"]) for one in recorded)  # with absolute paths
     work = FilterShard(out, complete, str(language_id))
-    stage = Stage("filter", out, shards, work, (_VERDICTS, STATS))
-    return Plan((stage,), result=lambda: sum_kept(out, list(shards), "images", FilterStats))
+    sheets = WriteSheets(out, [one.score for one in opened])
+    stages = (
+        Stage("filter", out, shards, work, (_VERDICTS, STATS), invalidates=(out / SHEETS,)),
+        Stage("contact sheets", out, {SHEETS: list(shards.values())}, sheets, (SHEETS,), unit="pages"),
+    )
+    return Plan(stages, result=lambda: sum_kept(out, list(shards), "images", FilterStats))
 
 
 def _with_images(shard: PoolShard) -> PoolShard:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
+from mc2_hpc.curation.filtering.record import pool_filters
 from mc2_hpc.curation.filters import Filter, apply_filters, load_filter
 from mc2_hpc.curation.matched import (
     MERGED,
@@ -81,7 +82,7 @@ def plan_match(
         language_id = Path(language_id).absolute()
     shards = {shard.name: shard for shard in list_pool(pool)}
     languages = metadata_files(Path(metadata).absolute())
-    settings = {
+    settings: dict[str, Any] = {
         **mode_settings(mode),
         "metadata": {lang: file_sha256(path) for lang, path in languages.items()},
         "language_id": make_identifier(language_id).name,
@@ -90,6 +91,8 @@ def plan_match(
         for named in filters:
             load_filter(named)
         settings["filters"] = to_plain(list(filters))
+    if of_pool := pool_filters(list(shards.values())):
+        settings["pool_filters"] = of_pool
     open_folder(out, SETTINGS, settings, list(shards))
     tables = BuildTables(out, mode)
     work = MatchShard(out, frozenset(languages), str(language_id), tuple(filters))

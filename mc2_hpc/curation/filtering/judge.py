@@ -94,26 +94,26 @@ class Judge:
         encoded = keys.dictionary_encode()
         self.keys: list[str] = encoded.dictionary.to_pylist()
         """Distinct, in the order of their rows."""
-        starts = np.searchsorted(np.asarray(encoded.indices), np.arange(len(self.keys) + 1))
-        self._rows_of = {key: np.arange(*starts[n : n + 2]) for n, key in enumerate(self.keys)}
+        self._starts = np.searchsorted(np.asarray(encoded.indices), np.arange(len(self.keys) + 1))
+        self._number = {key: number for number, key in enumerate(self.keys)}
         first_of_images = next((n for n, one in enumerate(filters) if one.sees_images), len(filters))
         self._first, self._rest = range(first_of_images), range(first_of_images, len(filters))
 
     def drop(self, key: str, reason: str) -> None:
         """Drop what is left of a key's rows, for a reason that no filter gave."""
-        self.verdicts.drop(self._kept(self._rows_of[key]), NO_FILTER, reason)
+        self.verdicts.drop(self._kept(self._rows_of(key)), NO_FILTER, reason)
 
     def keeps(self, key: str) -> bool:
         """Whether a row of the key is still kept."""
-        return len(self._kept(self._rows_of[key])) > 0
+        return len(self._kept(self._rows_of(key))) > 0
 
     def last_reason(self, key: str) -> str:
         """Why a key without kept rows lost the last of them: the reason of the latest filter."""
-        return self.verdicts.last_reason(self._rows_of[key])
+        return self.verdicts.last_reason(self._rows_of(key))
 
     def change(self, key: str) -> str | None:
         """How the key's image was changed; None if it was not."""
-        return self.verdicts.changes[self._rows_of[key][0]]
+        return self.verdicts.changes[self._rows_of(key)[0]]
 
     def judge_captions(self) -> None:
         """Apply the filters before the first one that sees images."""
@@ -123,7 +123,7 @@ class Judge:
 
     def judge_images(self, images: Sequence[PoolImage]) -> None:
         """Apply the other filters to the rows of these images."""
-        by_row = {row: image for image in images for row in self._rows_of[image.key].tolist()}
+        by_row = {row: image for image in images for row in self._rows_of(image.key).tolist()}
         rows = np.array(sorted(by_row), np.int64)
         are_decoded = False
         for number in self._rest:
@@ -133,7 +133,7 @@ class Judge:
             self._apply(number, self._kept(rows), by_row)
         for image in images:
             if image.change is not None:
-                self.verdicts.changes[self._rows_of[image.key]] = image.change
+                self.verdicts.changes[self._rows_of(image.key)] = image.change
 
     def _decode(self, images: Iterable[PoolImage]) -> None:
         for image in images:
@@ -161,6 +161,11 @@ class Judge:
                 by_reason.setdefault(reason, []).append(row)
         for reason, dropped in by_reason.items():
             self.verdicts.drop(np.array(dropped), number, reason)
+
+    def _rows_of(self, key: str) -> npt.NDArray[np.int64]:
+        """The numbers of a key's rows."""
+        number = self._number[key]
+        return np.arange(self._starts[number], self._starts[number + 1])
 
     def _kept(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return numbers[self.verdicts.reasons[numbers] == KEPT]
