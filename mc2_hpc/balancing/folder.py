@@ -33,10 +33,12 @@ class _Totals(File):
     images: Count
 
 
-class _Sources(File):
+class _Sources(File, omit_defaults=True):
     metadata: dict[str, Sha256]
     counts: dict[str, Sha256]
     language_id: Any
+    filters: list[dict[str, Any]] | None = None
+    """What samples went through, in order: each filter's name and options."""
 
 
 class Report(File):

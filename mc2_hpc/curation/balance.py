@@ -246,6 +246,7 @@ class WriteReport:
             }
             for lang, row in thresholds["languages"].items()
         }
+        filters = [*settings.get("pool_filters", []), *settings.get("filters", [])]
         report = {
             "t_en": thresholds["t_en"],
             "p": thresholds["p"],
@@ -264,6 +265,7 @@ class WriteReport:
                 "metadata": settings["metadata"],
                 "counts": {lang: row["counts_sha256"] for lang, row in thresholds["languages"].items()},
                 "language_id": settings["language_id"],
+                **({"filters": filters} if filters else {}),
             },
         }
         write_json(self.out / _REPORT, report)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from mc2_hpc.caption_tables import KEY, SOURCE, column_types
 from mc2_hpc.curation.fetching.options import FetchOptions
+from mc2_hpc.curation.filters import counted
 from mc2_hpc.curation.pool.captions import FETCH_SETTINGS, OUTCOMES, PoolShard, iter_captions, list_pool
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
@@ -117,14 +118,14 @@ class FetchShard:
                 texts = _write_captions(self.out / f"{name}.parquet", captions, kept["key"])
             with atomic_path(self.out / OUTCOMES / f"{name}.parquet") as temporary:
                 pq.write_table(outcomes, temporary, compression="zstd")
-            drops.update(_counted(outcomes["reason"]))
+            drops.update(counted(outcomes["reason"]))
             stats = {
                 "rows": rows,
                 "keys": len(keys),
                 "images": len(kept),
                 "texts": texts,
                 "bytes": pc.sum(kept["size"]).as_py() or 0,
-                "formats": _counted(kept["format"]),
+                "formats": counted(kept["format"]),
                 "drops": dict(drops),
             }
             write_json(stats_path(self.out, name), stats)
@@ -162,7 +163,3 @@ def _write_captions(path: Path, captions: Path, keys: pa.ChunkedArray) -> int:
         assert writer is not None  # there is at least one table
         writer.close()
     return num_texts
-
-
-def _counted(column: pa.ChunkedArray) -> dict[str, int]:
-    return {one["values"]: one["counts"] for one in column.drop_null().value_counts().to_pylist()}

@@ -1,4 +1,4 @@
-"""Filters: classes with one method that drop captions before matching and count each drop under a reason.
+"""Filters: classes with one method that drop captions and count each drop under a reason.
 
     @dataclass(frozen=True)
     class NoPrices:
@@ -8,7 +8,8 @@
             return ["price" if self.currency in text else None for text in rows["text"].to_pylist()]
 
 ``--filter mypackage.NoPrices currency=$`` selects it; see docs/curation.md. This module has the protocol, the code that
-parses that flag and applies filters, and two filters: :class:`Length` and :class:`Pattern`.
+parses that flag and applies filters, and two filters: :class:`Length` and :class:`Pattern`. Filters that also see
+images are in :mod:`mc2_hpc.curation.filtering`.
 """
 
 import inspect
@@ -25,6 +26,8 @@ from mc2_hpc.jobs.named import Named, constructor_types, describe, from_plain, i
 
 _FORM = "--filter package.module.Class key=value key=value ..."
 _METHOD = "drop_reasons"
+_SCORES = "scores"
+_BUILT_IN = "Length, Pattern, Languages, Words; of images: Size, Aspect, ClipScore, OnnxScore, DropFaces, BlurFaces"
 
 
 class Filter(Protocol):
@@ -40,14 +43,17 @@ class Filter(Protocol):
         ...
 
 
-def parse_filter(words: Sequence[str]) -> Named:
+def parse_filter(words: Sequence[str], *, images: bool = False) -> Named:
     """A filter from the words of one ``--filter``, with options of the types that its constructor declares.
+
+    Args:
+        images: allow filters that see images too.
 
     Raises:
         UserError: malformed words, an unknown class, or options that it does not have.
     """
     name, *options = words
-    kind = _filter_class(name)
+    kind = _filter_class(name, images)
     types = constructor_types(kind)
     arguments = {}
     for word in options:
@@ -58,39 +64,54 @@ def parse_filter(words: Sequence[str]) -> Named:
             raise UserError(f"--filter {name} {word}: no option {key!r}; it has {', '.join(types) or 'none'}")
         arguments[key] = to_plain(from_plain(value, types[key], f"--filter {name} {word}", strict=False))
     named = Named(name, arguments)
-    load_filter(named)
+    load_filter(named, images=images)
     return named
 
 
-def load_filter(named: Named) -> Filter:
-    """An instance of the filter.
+def load_filter(named: Named, *, images: bool = False) -> Any:
+    """An instance of the filter: a :class:`Filter`, or with ``images`` any filter of :mod:`mc2_hpc.curation.filtering`.
 
     Raises:
         UserError: there is no such class, it is not a filter, or its constructor rejects the options.
     """
-    kind = _filter_class(named.name)
+    kind = _filter_class(named.name, images)
     try:
         inspect.signature(kind).bind(**(named.arguments or {}))
         return Named(named.name, named.arguments or {}).load()
-    except UserError as error:
-        raise UserError(f"--filter {named.name}: {error}") from None
+    except UserError as error:  # of the constructor, or of an option's type; then it has the name already
+        raise UserError(f"--filter {named.name}: {str(error).removeprefix(f'{named.name}: ')}") from None
     except TypeError as error:
         raise UserError(f"--filter {named.name}: {error}; its options: {inspect.signature(kind)}") from None
     except Exception as error:  # whatever the constructor does
         raise UserError(f"--filter {named.name}: constructing it failed: {describe(error)}") from error
 
 
-def _filter_class(name: str) -> type:
+def _filter_class(name: str, images: bool) -> type:
     try:
         kind = import_object(name)
     except UserError as error:
-        raise UserError(f"--filter {error}; built in: {', '.join(map(_path, BUILT_IN))}") from None
+        raise UserError(f"--filter {error}; built in, in mc2_hpc.filters: {_BUILT_IN}") from None
     if not isinstance(kind, type):
         raise UserError(f"--filter {name}: is not a class; a filter is a class with a method {_METHOD}(rows)")
-    method = getattr(kind, _METHOD, None)
-    if not callable(method) or len(inspect.signature(method).parameters) != 2:
-        raise UserError(f"--filter {name}: a filter needs a method {_METHOD}(self, rows); see docs/curation.md")
+    if sees_images(kind):
+        if not images:
+            raise UserError(f"--filter {name}: judges images, which only `mc2 curate filter` can do")
+    elif _num_parameters(kind, _METHOD) != 2:
+        also = f", or with images, or {_SCORES}(self, rows, images)" if images else ""
+        page = "images.md" if images else "curation.md"
+        raise UserError(f"--filter {name}: a filter needs a method {_METHOD}(self, rows){also}; see docs/{page}")
     return kind
+
+
+def sees_images(kind: type) -> bool:
+    """Whether a class is a filter of images: it has ``drop_reasons(rows, images)`` or ``scores(rows, images)``."""
+    return 3 in (_num_parameters(kind, _METHOD), _num_parameters(kind, _SCORES))
+
+
+def _num_parameters(kind: type, method: str) -> int:
+    """Parameters of a method with ``self``; 0 if there is no such method."""
+    found = getattr(kind, method, None)
+    return len(inspect.signature(found).parameters) if callable(found) else 0
 
 
 def apply_filters(filters: Iterable[tuple[str, Filter]], rows: pa.Table, drops: Counter[str]) -> pa.Table:
@@ -103,17 +124,36 @@ def apply_filters(filters: Iterable[tuple[str, Filter]], rows: pa.Table, drops: 
         UserError: a filter raised, or did not return one reason per row.
     """
     for name, one in filters:
-        try:
-            reasons = _as_column(one.drop_reasons(rows), len(rows))
-        except UserError as error:
-            raise UserError(f"filter {name}: {error}") from None
-        except Exception as error:  # whatever the filter does
-            raise UserError(f"filter {name}: {_METHOD} raised {describe(error)}") from error
-        dropped = reasons.is_valid()
-        for reason in reasons.drop_null().value_counts().to_pylist():
-            drops[_checked(name, reason["values"])] += reason["counts"]
-        rows = rows.filter(pc.invert(dropped))
+        reasons = ask(name, one, rows)
+        drops.update(counted(reasons))
+        rows = rows.filter(reasons.is_null())
     return rows
+
+
+def ask(name: str, one: Any, rows: pa.Table, *images: Any) -> pa.Array:
+    """What the method ``drop_reasons`` of a filter answers, checked: a column of strings, null for rows to keep.
+
+    Args:
+        name: of the filter, for errors.
+        images: one sequence if it is a filter of images.
+
+    Raises:
+        UserError: it raised, or did not return one reason per row.
+    """
+    try:
+        reasons = _as_column(one.drop_reasons(rows, *images), len(rows))
+    except UserError as error:
+        raise UserError(f"filter {name}: {error}") from None
+    except Exception as error:  # whatever the filter does
+        raise UserError(f"filter {name}: {_METHOD} raised {describe(error)}") from error
+    for reason in reasons.drop_null().unique().to_pylist():
+        check_reason(name, reason)
+    return reasons
+
+
+def counted(reasons: pa.Array | pa.ChunkedArray) -> dict[str, int]:
+    """How often each string occurs in a column; nulls are left out."""
+    return {one["values"]: one["counts"] for one in reasons.drop_null().value_counts().to_pylist()}
 
 
 def recorded_filters(settings: Mapping[str, Any], where: object) -> list[tuple[str, Filter]]:
@@ -160,10 +200,14 @@ def _as_column(answer: Any, num_rows: int) -> pa.Array:
     return answer.cast(pa.string())
 
 
-def _checked(name: str, reason: str) -> str:
+def check_reason(name: str, reason: str) -> None:
+    """Check that a filter's reason can be a counter's name.
+
+    Raises:
+        UserError: it is blank, long, or has control characters.
+    """
     if not reason.strip() or not reason.isprintable() or len(reason) > 100:
         raise UserError(f"filter {name}: {reason[:100]!r} is not a reason; use a short name such as 'too_short'")
-    return reason
 
 
 @dataclass(frozen=True)
@@ -223,10 +267,3 @@ class Pattern:
         if self.keep is not None:
             dropped = pc.or_(dropped, pc.invert(pc.match_substring_regex(text, self.keep)))
         return pc.if_else(dropped, self.reason, pa.scalar(None, pa.string()))
-
-
-BUILT_IN: tuple[type, ...] = (Length, Pattern)
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
+from mc2_hpc.curation.filtering.record import pool_filters
 from mc2_hpc.curation.filters import Filter, apply_filters, load_filter
 from mc2_hpc.curation.matched import (
     MERGED,
@@ -32,7 +33,12 @@ from mc2_hpc.curation.matching.rules import check_mode, mode_settings
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.distinct import Distinct
 from mc2_hpc.curation.pool.language_codes import bounded, in_known_languages
-from mc2_hpc.curation.pool.language_id import DEFAULT_IDENTIFIER, LanguageIdentifier, make_identifier
+from mc2_hpc.curation.pool.language_id import (
+    DEFAULT_IDENTIFIER,
+    LanguageIdentifier,
+    make_identifier,
+    with_language,
+)
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Plan, Stage, open_folder, stats_path, sum_kept
@@ -76,7 +82,7 @@ def plan_match(
         language_id = Path(language_id).absolute()
     shards = {shard.name: shard for shard in list_pool(pool)}
     languages = metadata_files(Path(metadata).absolute())
-    settings = {
+    settings: dict[str, Any] = {
         **mode_settings(mode),
         "metadata": {lang: file_sha256(path) for lang, path in languages.items()},
         "language_id": make_identifier(language_id).name,
@@ -85,6 +91,8 @@ def plan_match(
         for named in filters:
             load_filter(named)
         settings["filters"] = to_plain(list(filters))
+    if of_pool := pool_filters(list(shards.values())):
+        settings["pool_filters"] = of_pool
     open_folder(out, SETTINGS, settings, list(shards))
     tables = BuildTables(out, mode)
     work = MatchShard(out, frozenset(languages), str(language_id), tuple(filters))
@@ -187,7 +195,7 @@ class MatchShard:
         """The matching rows of the shard, piece by piece; everything is counted in ``tally``."""
         for rows, drops in iter_captions(shard):
             tally.rows += len(rows) + drops.total()
-            rows, unknown = in_known_languages(self._with_language(rows), self.languages)
+            rows, unknown = in_known_languages(with_language(rows, self._identifier), self.languages)
             if unknown:
                 drops[Drop.LANGUAGE_UNKNOWN] += unknown.total()
                 tally.unknown = bounded(tally.unknown + unknown)
@@ -204,13 +212,6 @@ class MatchShard:
             tally.drops += drops
             tally.add_matched(rows, offsets, ids)
             yield matched_table(rows, offsets, ids)
-
-    def _with_language(self, rows: pa.Table) -> pa.Table:
-        if "lang" in rows.column_names:
-            return rows
-        texts = rows["text"].to_pylist()
-        langs = self._identifier.identify(texts) if texts else []
-        return rows.append_column("lang", pa.array(langs, pa.large_string()))
 
     def _match(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
         """The entries of every row in CSR form; each language's rows are matched together."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mc2_hpc.curation.filtering.record import RecordedFilter
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, has_outputs
 from mc2_hpc.reading.files import shown
@@ -49,6 +50,8 @@ class MatchSettings(File, omit_defaults=True):
     shards: list[str]
     matching_rules: Count | None = None
     filters: list[_Filter] | None = None
+    pool_filters: list[RecordedFilter] | None = None
+    """Of the pool, if ``mc2 curate filter`` wrote it."""
     sample: _Sampled | None = None
 
 

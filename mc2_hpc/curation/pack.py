@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,14 @@ import pyarrow.compute as pc
 
 from mc2_hpc.curation.matched import planned_settings, read_matched, read_settings, write_matched
 from mc2_hpc.curation.pool.captions import list_pool
-from mc2_hpc.curation.pool.image_tars import TarIndex
+from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.reading.json_file import Count, File, Foreign, read_json
-from mc2_hpc.samples import JPEG_EXTENSIONS, ByKey, Listing
 from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import atomic_path, write_json
-from mc2_hpc.tar import Member, escapes, fits_tar_name, write_tar
+from mc2_hpc.tar import Member, write_tar
 
 SETTINGS = "pack.json"
 
@@ -88,7 +87,9 @@ class PackShard:
             raise UserError(f"the pool has no {name}.tar with the images of {self.matched / name}.parquet")
         with TarIndex(tar) as index:
             drops = Counter(index.listing.drops)
-            images = _images(index.listing, rows["key"].unique().to_pylist(), drops)
+            images, missing, unused = writable_images(index.listing, rows["key"].unique().to_pylist())
+            drops.update(missing.values())
+            drops.update({Drop.IMAGE_UNMATCHED: unused} if unused else {})
             rows = rows.filter(pc.is_in(rows["key"], pa.array(list(images), pa.string())))
             rows = rows.sort_by([("key", "ascending"), ("text", "ascending")])
             if images:
@@ -99,34 +100,6 @@ class PackShard:
         write_json(stats_path(self.out, name), stats)
 
 
-def _images(listing: Listing, keys: Iterable[str], drops: Counter[str]) -> dict[str, Member]:
-    """The image of each key that can be written; the other keys and images are counted in ``drops``."""
-    in_tar = [(sample.key, sample.image) for sample in listing.samples.values() if sample.image is not None]
-    by_key = ByKey(in_tar)
-    found: dict[str, Member] = {}
-    used = set()
-    for key in keys:
-        image = by_key.get(key)
-        if image is None:
-            drops[Drop.IMAGE_MISSING] += 1
-            continue
-        used.add(image.name)
-        if escapes(key):
-            drops[Drop.NAME_UNSAFE] += 1
-        elif not fits_tar_name(_packed_name(key, image)):
-            drops[Drop.NAME_TOO_LONG] += 1
-        else:
-            found[key] = image
-    if len(in_tar) > len(used):
-        drops[Drop.IMAGE_UNMATCHED] += len(in_tar) - len(used)
-    return found
-
-
-def _packed_name(key: str, image: Member) -> str:
-    extension = image.name.rpartition(".")[2].lower()
-    return f"{key}.{'jpg' if extension in JPEG_EXTENSIONS else extension}"
-
-
 def _files(index: TarIndex, images: dict[str, Member]) -> Iterator[tuple[str, bytes]]:
     for key in sorted(images):
-        yield _packed_name(key, images[key]), index.read(images[key])
+        yield packed_name(key, images[key]), index.read(images[key])

@@ -12,6 +12,7 @@ ACTIONS = {
     "extract": ["a"],
     "deduplicate": ["pool"],
     "fetch": ["pool"],
+    "filter": ["pool", "--filter", "a.B", "c=d"],
     "decontaminate": ["shards", "--against", "b"],
     "match": ["pool", "--metadata", "m"],
     "balance": ["matched", "--metadata", "m", "--t-en", "9"],

@@ -200,7 +200,7 @@ def test_explain_names_the_reason(pool, listed, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["Length"], "--filter Length: write it as package.module.Name; built in: mc2_hpc.curation.filters.Length, "),
+        (["Length"], "--filter Length: write it as package.module.Name; built in, in mc2_hpc.filters: Length, "),
         (["no.such.Filter"], "--filter no.such.Filter: no module 'no.such' can be imported"),
         (["{}.Nothing"], "module {} has no 'Nothing'"),
         (["broken_{}.Filter"], "module broken_{} fails to load: ZeroDivisionError: division by zero (broken_{}.py:1)"),

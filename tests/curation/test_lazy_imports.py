@@ -8,7 +8,13 @@ import pytest
 
 @pytest.mark.parametrize(
     "module",
-    ["mc2_hpc.curation.run", "mc2_hpc.curation.fetch", "mc2_hpc.balancing.selection", "mc2_hpc.metadata.build"],
+    [
+        "mc2_hpc.curation.run",
+        "mc2_hpc.curation.fetch",
+        "mc2_hpc.filters",
+        "mc2_hpc.balancing.selection",
+        "mc2_hpc.metadata.build",
+    ],
 )
 def test_import_is_light(module):
     heavy = ("torch", "numba", "fasttext", "num2words", "datatrove", "ray", "aiohttp")

@@ -83,7 +83,7 @@ def store(body: bytes, longest: int | None) -> StoredImage:
     upright = load_rgb(image, upright=True)
     if upright.size != image.size:  # turned by a quarter
         width, height = height, width
-    return _encoded(_shrunk(upright, width, height))
+    return encoded(_shrunk(upright, width, height))
 
 
 def kept_jpeg(body: bytes, longest: int | None) -> StoredImage | None:
@@ -180,7 +180,7 @@ def _small_jpeg(body: bytes, shape: tuple[int, int], longest: int) -> StoredImag
         rgb = simplejpeg.decode_jpeg(body, min_height=-(-shape[0] // factor), min_width=-(-shape[1] // factor))
     except ValueError:
         return None
-    return _encoded(_shrunk(Image.fromarray(rgb), width, height))
+    return encoded(_shrunk(Image.fromarray(rgb), width, height))
 
 
 def _shrunk(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -194,6 +194,7 @@ def _reduced(width: int, height: int, longest: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _encoded(image: Image.Image) -> StoredImage:
+def encoded(image: Image.Image) -> StoredImage:
+    """An upright RGB image as every image that is not kept byte for byte is stored: JPEG, quality 90."""
     data = simplejpeg.encode_jpeg(np.asarray(image), quality=_QUALITY, colorsubsampling="420")
     return StoredImage(data, "jpg", image.width, image.height)

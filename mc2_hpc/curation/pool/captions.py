@@ -30,6 +30,9 @@ BATCH_ROWS = 1 << 17
 
 FETCH_SETTINGS, OUTCOMES = "fetch.json", "fetched"
 """In a pool with fetched images: how they were fetched, and the folder of tables of what became of each key."""
+FILTER_SETTINGS, VERDICTS = "filter.json", "judged"
+"""In a filtered pool: the filters, and the folder of tables of what became of each caption."""
+_TABLES = {FETCH_SETTINGS: OUTCOMES, FILTER_SETTINGS: VERDICTS}
 
 _NUL = pa.scalar("\0", pa.large_string())
 
@@ -54,10 +57,12 @@ def list_pool(pool: Names) -> list[PoolShard]:
     """
     files = [path.absolute() for path in list_shards(pool, ".parquet", ".tar")]
     root = Path(os.path.commonpath([path.parent for path in files]))
+    # Of nested shards: the tables that fetching or filtering wrote beside them.
+    tables = [root / folder for file, folder in _TABLES.items() if (root / file).is_file()]
     found: dict[str, dict[str, Path]] = {}
     for path in files:
-        if path.is_relative_to(root / OUTCOMES) and (root / FETCH_SETTINGS).is_file():
-            continue  # tables of a folder of nested shards that fetching wrote
+        if any(path.is_relative_to(folder) for folder in tables):
+            continue
         found.setdefault(str(path.relative_to(root).with_suffix("")), {})[path.suffix.lower()] = path
     return [PoolShard(name, kinds.get(".parquet"), kinds.get(".tar")) for name, kinds in sorted(found.items())]
 

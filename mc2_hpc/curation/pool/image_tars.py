@@ -1,12 +1,14 @@
 """The tar of a shard's images, as curation reads it from pools and shards."""
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.samples import Listing, group_members
-from mc2_hpc.tar import LocalFile, Member, TarError, list_members
+from mc2_hpc.samples import JPEG_EXTENSIONS, ByKey, Listing, group_members
+from mc2_hpc.tar import LocalFile, Member, TarError, escapes, fits_tar_name, list_members
 
 
 class TarIndex:
@@ -53,3 +55,36 @@ class TarIndex:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del self._file  # closes it
+
+
+def writable_images(listing: Listing, keys: Iterable[str]) -> tuple[dict[str, Member], dict[str, Drop], int]:
+    """Which of a tar's images belong to ``keys`` and can be written to another tar under :func:`packed_name`.
+
+    Returns:
+        the images by key, in the order of the keys; the reason (``image_missing``, ``name_unsafe``, ``name_too_long``)
+        of every other key; and the number of images that belong to no key
+    """
+    in_tar = [(sample.key, sample.image) for sample in listing.samples.values() if sample.image is not None]
+    by_key = ByKey(in_tar)
+    found: dict[str, Member] = {}
+    missing: dict[str, Drop] = {}
+    used = set()
+    for key in keys:
+        image = by_key.get(key)
+        if image is None:
+            missing[key] = Drop.IMAGE_MISSING
+            continue
+        used.add(image.name)
+        if escapes(key):
+            missing[key] = Drop.NAME_UNSAFE
+        elif not fits_tar_name(packed_name(key, image)):
+            missing[key] = Drop.NAME_TOO_LONG
+        else:
+            found[key] = image
+    return found, missing, len(in_tar) - len(used)
+
+
+def packed_name(key: str, image: Member) -> str:
+    """The name of a key's image in a tar that curation writes: the key and the format's usual extension."""
+    extension = image.name.rpartition(".")[2].lower()
+    return f"{key}.{'jpg' if extension in JPEG_EXTENSIONS else extension}"

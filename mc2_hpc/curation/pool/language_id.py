@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.named import describe, import_object
 from mc2_hpc.metadata.languages import code_of_lid
@@ -65,6 +67,15 @@ def _users_own(name: str) -> LanguageIdentifier:
     if not (isinstance(getattr(identifier, "name", None), str) and callable(getattr(identifier, "identify", None))):
         raise UserError(f"--language-id {name}: must have a string `name` and a method identify(texts)")
     return identifier
+
+
+def with_language(rows: pa.Table, identifier: LanguageIdentifier) -> pa.Table:
+    """``rows`` with a column ``lang``: the one that they have, or what ``identifier`` finds in their ``text``."""
+    if "lang" in rows.column_names:
+        return rows
+    texts = rows["text"].to_pylist()
+    langs = identifier.identify(texts) if texts else []
+    return rows.append_column("lang", pa.array(langs, pa.large_string()))
 
 
 @dataclass

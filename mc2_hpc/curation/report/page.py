@@ -90,10 +90,16 @@ def dropped(drops: Mapping[str, int], total: int) -> list[DropRow]:
     ]
 
 
+def filter_text(name: str, arguments: Mapping[str, Any]) -> str:
+    """A filter as the command line has it, with the options that are set."""
+    return " ".join([name, *(f"{key}={value}" for key, value in arguments.items() if value not in (None, ""))])
+
+
 def _facts(balance: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The data card: what the run was made from."""
     hashes = balance["sources"]["metadata"]
     whole = hashlib.sha256("".join(f"{lang} {hashes[lang]}\n" for lang in sorted(hashes)).encode()).hexdigest()
+    filters = balance["sources"].get("filters") or []
     return [
         ("matching rules", balance["mode"]),
         ("t of English", f"{balance['t_en']:,}"),
@@ -101,4 +107,5 @@ def _facts(balance: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("shards", f"{balance['totals']['shards']:,}"),
         ("language identification", balance["sources"]["language_id"]),
         ("metadata", f"{len(hashes)} languages, SHA-256 of their list {whole}"),
+        *(("filter", filter_text(one["name"], one.get("arguments") or {})) for one in filters),
     ]

@@ -1,0 +1,74 @@
+"""What became of each row of a shard: in memory while it is judged, and as the table ``judged/<shard>.parquet``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mc2_hpc.storage import atomic_path
+
+KEPT = ""
+"""The reason of a row that is kept."""
+NO_FILTER = -1
+"""In place of a filter's number, for rows that were dropped before any filter saw them."""
+
+
+class Verdicts:
+    """Of ``num_rows`` rows, which are kept until they are dropped.
+
+    Args:
+        scores: names of the scores that filters give.
+    """
+
+    def __init__(self, num_rows: int, scores: Sequence[str]) -> None:
+        self.reasons: npt.NDArray[np.object_] = np.full(num_rows, KEPT, object)
+        self.filters = np.full(num_rows, NO_FILTER, np.int32)
+        """The number of the filter that dropped a row."""
+        self.changes: npt.NDArray[np.object_] = np.full(num_rows, None, object)
+        """How the row's image was changed."""
+        self.scores = {name: np.full(num_rows, np.nan) for name in scores}
+        """By name; NaN for rows that were dropped before."""
+
+    def drop(self, rows: npt.NDArray[np.int64], number: int, reason: str) -> None:
+        """Record that filter ``number`` drops these rows."""
+        self.reasons[rows] = str(reason)
+        self.filters[rows] = number
+
+    def last_reason(self, rows: npt.NDArray[np.int64]) -> str:
+        """The reason for which the last of these rows was dropped; of several at once, the first row's."""
+        filters = self.filters[rows]
+        # What no filter drops is everything that filters had left.
+        order = np.where(filters == NO_FILTER, np.iinfo(np.int32).max, filters)
+        return self.reasons[rows[np.argmax(order)]]
+
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Which rows are kept."""
+        return self.reasons == KEPT
+
+    def table(self, rows: pa.Table) -> pa.Table:
+        """One row per row of ``rows``: ``key``, ``text``, ``reason`` (null if kept), ``filter`` (the number of the
+        filter that dropped it, from 1, in the order given; null if none did), ``change``, and the scores (null if the
+        row was dropped before)."""
+        kept, by_none = self.kept, self.filters == NO_FILTER
+        return pa.table(
+            {
+                "key": rows["key"].cast(pa.string()),
+                "text": rows["text"].cast(pa.string()),
+                "reason": pa.array(self.reasons, pa.string(), mask=kept),
+                "filter": pa.array(self.filters + 1, pa.int32(), mask=by_none),
+                "change": pa.array(self.changes, pa.string()),
+                **{f"score_{name}": pa.array(s, pa.float64(), mask=np.isnan(s)) for name, s in self.scores.items()},
+            }
+        )
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as Parquet atomically; the same rows give the same bytes."""
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

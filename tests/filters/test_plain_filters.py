@@ -1,0 +1,95 @@
+"""Filters by language, by lists of words, and by the sides of images."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from mc2_hpc.curation.filtering.images import PoolImage
+from mc2_hpc.curation.filters import parse_filter
+from mc2_hpc.errors import UserError
+from mc2_hpc.filters import Aspect, Languages, Size, Words
+from tests.curation.image_server import encoded
+
+
+def reasons(one, rows: list[tuple[str, str]]) -> list[str | None]:
+    """What a filter answers for texts and languages."""
+    columns = {"key": ["k"] * len(rows), "text": [text for text, _ in rows], "lang": [lang for _, lang in rows]}
+    return one.drop_reasons(pa.table({name: pa.array(v, pa.large_string()) for name, v in columns.items()})).to_pylist()
+
+
+def test_languages_are_kept_or_dropped_by_any_of_their_codes():
+    rows = [("x", lang) for lang in ("en", "de", "zh-Hant-HK", "eng_Latn", "pt-BR", "", "??")]
+    names = [None, "language", None, None, "language", "language", "language"]
+    assert reasons(Languages(keep="en, zh"), rows) == names
+    opposite = [None if name else "language" for name in names]
+    assert reasons(Languages(drop="en,zh"), rows) == opposite
+    assert reasons(Languages(keep="en"), []) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "en", "drop": "de"}, {"keep": "en,,de"}])
+def test_lists_of_languages_that_say_nothing(options):
+    with pytest.raises(UserError, match="give either keep=|is not a list of language codes"):
+        Languages(**options)
+
+
+@pytest.fixture
+def lists(tmp_path) -> Path:
+    """Word lists in three languages, one of them written without spaces."""
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    (folder / "en.txt").write_text("Darn\n\nbloody hell\ndarn\n", encoding="utf-8")
+    (folder / "ja.txt").write_text("くそ\n", encoding="utf-8")
+    (folder / "de.txt").write_text("Mist\nSTRASSE\n", encoding="utf-8")
+    return folder
+
+
+def test_words_of_each_language(lists):
+    rows = {
+        ("a DARN dog", "en"): True,
+        ("“darn”, he said", "eng_Latn"): True,
+        ("darned socks", "en"): False,
+        ("bloody  hell!", "en"): True,
+        ("bloody red", "en"): False,
+        ("Mist", "en"): False,
+        ("Mist am Morgen", "de"): True,
+        ("die Straße", "de"): True,
+        ("この犬はくそかわいい", "ja"): True,
+        ("かわいい犬", "ja"): False,
+        ("darn", "fr"): False,
+        ("darn", ""): False,
+    }
+    expected = ["listed_word" if listed else None for listed in rows.values()]
+    assert reasons(Words(lists=lists), list(rows)) == expected
+    assert set(Words(lists=lists).sources()) == {"de.txt", "en.txt", "ja.txt"}
+
+
+def test_one_list_for_every_language(lists):
+    one = Words(lists=lists / "en.txt", reason="rude")
+    assert reasons(one, [("darn", "en"), ("darn", "fr"), ("Darn!", ""), ("dog", "en")]) == [
+        "rude",
+        "rude",
+        "rude",
+        None,
+    ]
+
+
+def test_lists_that_cannot_be_used(tmp_path, monkeypatch, lists):
+    (tmp_path / "empty").mkdir()
+    for path in ("empty", "missing"):
+        with pytest.raises(UserError, match=f"{path}: no file, and no folder of <lang>.txt files"):
+            Words(lists=tmp_path / path)
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\n")
+    for name, message in (("blank", "no list of words"), ("bytes", "is not UTF-8")):
+        with pytest.raises(UserError, match=message):
+            reasons(Words(lists=tmp_path / f"{name}.txt"), [("a", "en")])
+    monkeypatch.chdir(lists)
+    assert parse_filter(["mc2_hpc.filters.Words", "lists=."]).load().lists == lists
+
+
+def test_sides():
+    images = [PoolImage("k", "k.png", encoded("PNG", size=size)) for size in ((40, 20), (20, 40), (30, 30))]
+    assert list(Size(least=1).scores(pa.table({}), images)) == [20, 20, 30]
+    assert list(Aspect(most=3).scores(pa.table({}), images)) == [2, 2, 1]
+    assert (Size(least=1).name, Aspect(most=1).name) == ("size", "aspect")
