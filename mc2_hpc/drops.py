@@ -62,6 +62,7 @@ class Drop(StrEnum):
     IMAGE_TRUNCATED = "image_truncated"
     IMAGE_UNDECODABLE = "image_undecodable"
     IMAGE_TOO_LARGE = "image_too_large"
+    DUPLICATE_IMAGE = "duplicate_image"
 
 
 MEANINGS = {
@@ -106,6 +107,7 @@ MEANINGS = {
     Drop.IMAGE_TRUNCATED: "the JPEG ends early",
     Drop.IMAGE_UNDECODABLE: "any other damage, or not an image",
     Drop.IMAGE_TOO_LARGE: "more pixels than the limit (a decompression bomb)",
+    Drop.DUPLICATE_IMAGE: "a copy of another image, which stays",
 }
 """What each reason means, for reports and documentation."""
 

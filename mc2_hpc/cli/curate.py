@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mc2_hpc.cli import curate_explain, curate_fetch, curate_thresholds
+from mc2_hpc.cli import curate_dedup, curate_explain, curate_fetch, curate_thresholds
 from mc2_hpc.cli.curate_engine import engine_flags, engine_of, run_plan
 from mc2_hpc.cli.numbers import whole
 
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     _add_sources(actions)
     curate_fetch.add_action(actions)
+    curate_dedup.add_action(actions)
     _add_stages(actions)
     curate_thresholds.add_action(actions)
     curate_explain.add_action(actions)

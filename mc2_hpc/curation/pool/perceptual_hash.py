@@ -28,7 +28,7 @@ def image_hashes(data: bytes, cuts: Sequence[float] = (0.0,), *, max_pixels: int
     """
     from imagehash import phash
 
-    image = _decode(data, max_pixels)
+    image = decode_grey(data, max_pixels)
     width, height = image.size
     hashes = np.empty(len(cuts), np.uint64)
     for index, cut in enumerate(cuts):
@@ -53,8 +53,12 @@ def nearest(hashes: Hashes, against: Hashes) -> tuple[npt.NDArray[np.int64], npt
     return index, distance
 
 
-def _decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The image's brightness, a large JPEG shrunk."""
+def decode_grey(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image's brightness, a large JPEG shrunk.
+
+    Raises:
+        Dropped: the image cannot be decoded, or is too large.
+    """
     grey = _decode_jpeg(data, max_pixels) if data.startswith(b"\xff\xd8") else None
     if grey is not None:
         return Image.fromarray(grey[:, :, 0])

@@ -1,0 +1,172 @@
+"""The search for copies among all shards, in independent parts, and the choice of the copy that stays."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mc2_hpc.curation.copies.hashes import Hash, map_codes, read_images
+from mc2_hpc.curation.copies.linking import (
+    Entries,
+    Forest,
+    bucket_hashes,
+    collapse,
+    join,
+    link,
+    links_of,
+    new_forest,
+    roots_of,
+)
+from mc2_hpc.curation.copies.tables import table_masks
+from mc2_hpc.errors import UserError
+from mc2_hpc.jobs import stats_path
+from mc2_hpc.reading.arrays import map_array
+from mc2_hpc.reading.json_file import Count, Foreign, read_json
+from mc2_hpc.storage import atomic_path, write_json
+
+CODES_AT_ONCE = 1 << 24
+"""Codes in memory at a time, about 1.5 GB with what searching them needs."""
+GROUPS, COPIES, REPORT = "groups.json", "copies/{shard}.npy", "copies/{shard}.csv"
+"""Outputs of grouping: counters; per shard, the rows of the images to remove, and a table of them for people."""
+_HEADER = ("key", "kept", "kept_shard")
+_CURE = "delete its folder and run the same command again"
+
+
+class _Hashed(Foreign):
+    """The part of a hashed shard's counters that is needed to number its images."""
+
+    images_read: Count
+
+
+def first_images(hashed: Path, shards: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The number of each shard's first image among all, ``(shards + 1,)``; the last is the number of images."""
+    counts = [read_json(stats_path(hashed, name), _Hashed).images_read for name in shards]
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+@dataclass(frozen=True)
+class SearchPart:
+    """Does one of ``parts`` equal shares of the search, and writes the links that it found."""
+
+    hashed: Path
+    out: Path
+    shards: list[str]
+    hashes: list[Hash]
+    parts: int
+    codes_at_once: int = CODES_AT_ONCE
+
+    def __call__(self, name: str, part: int) -> None:
+        first = first_images(self.hashed, self.shards)
+        if first[-1] >= 1 << 32:
+            raise UserError(f"{self.hashed}: {first[-1]:,} images; divide the pool into parts of at most 4 billion")
+        forest = new_forest(int(first[-1]))
+        for kind in self.hashes:
+            self._search(kind, part, first, forest)
+        with atomic_path(self.out / f"{name}.npy") as temporary:
+            np.save(temporary, links_of(forest), allow_pickle=False)
+
+    def _search(self, kind: Hash, part: int, first: npt.NDArray[np.int64], forest: Forest) -> None:
+        codes = [map_codes(self.hashed, shard, kind.name) for shard in self.shards]
+        num_codes = sum(map(len, codes))
+        masks = table_masks(kind.max_distance, num_codes)
+        slices = max(1, -(-num_codes // self.codes_at_once))
+        tasks = range(part, len(masks) * slices, self.parts)
+        everything = _gather(codes, first, masks[0], 0, 1, forest) if slices == 1 and len(tasks) else None
+        for task in tasks:
+            mask, number = masks[task // slices], task % slices
+            entries = everything if everything is not None else _gather(codes, first, mask, number, slices, forest)
+            link(entries, mask, forest, max_distance=kind.max_distance, max_check=kind.max_check)
+
+
+def _gather(
+    codes: list[Entries], first: npt.NDArray[np.int64], mask: np.uint64, number: int, slices: int, forest: Forest
+) -> Entries:
+    """The distinct codes in one of ``slices`` slices, which keep together the hashes that agree in ``mask``."""
+    found = []
+    for start, of_shard in zip(first[:-1], codes, strict=True):
+        if slices > 1:
+            buckets = bucket_hashes(np.ascontiguousarray(of_shard["words"][:, 0]), mask)
+            of_shard = of_shard[buckets % np.uint64(slices) == number]
+        of_shard = np.array(of_shard)  # from the file to memory
+        of_shard["image"] += np.uint32(start)
+        found.append(of_shard)
+    return collapse(np.concatenate(found), forest)
+
+
+@dataclass(frozen=True)
+class GroupCopies:
+    """Joins the links of all parts to groups, and chooses the copy of each that stays.
+
+    The copy with the most pixels stays; of several, the largest file; of several, the one whose key comes first.
+    """
+
+    hashed: Path
+    links: Path
+    out: Path
+    shards: list[str]
+    parts: list[str]
+
+    def __call__(self, name: str, value: None) -> None:
+        first = first_images(self.hashed, self.shards)
+        forest = new_forest(int(first[-1]))
+        for part in self.parts:
+            links = map_array(self.links / f"{part}.npy", np.int64, ndim=2, cure=_CURE)
+            if links.shape[1:] != (2,) or (len(links) and not 0 <= links.min() <= links.max() < len(forest)):
+                raise UserError(f"{self.links / part}.npy: not links of {len(forest):,} images; {_CURE}")
+            join(forest, links)
+        roots = roots_of(forest)
+        sizes = np.bincount(roots, minlength=len(roots))
+        members = self._ranked(first, roots, sizes[roots] > 1)
+        self._write(members)
+        groups = sizes[sizes > 1]
+        write_json(self.out / name, {"groups": len(groups), "largest_group": int(groups.max(initial=0))})
+
+    def _ranked(
+        self, first: npt.NDArray[np.int64], roots: npt.NDArray[np.int64], in_group: npt.NDArray[np.bool_]
+    ) -> pa.Table:
+        """Images with copies, group by group, the one that stays first."""
+        tables = []
+        for number, shard in enumerate(self.shards):
+            rows = np.flatnonzero(in_group[first[number] : first[number + 1]])
+            images = read_images(self.hashed, shard).take(pa.array(rows)).drop_columns(["reason"])
+            images = images.append_column("shard", pa.array(np.full(len(rows), number)))
+            images = images.append_column("row", pa.array(rows))
+            tables.append(images.append_column("root", pa.array(roots[first[number] + rows])))
+        ranking = [("root", "ascending"), ("pixels", "descending"), ("bytes", "descending"), ("key", "ascending")]
+        return pa.concat_tables(tables).sort_by([*ranking, ("shard", "ascending"), ("row", "ascending")])
+
+    def _write(self, members: pa.Table) -> None:
+        """The images to remove, and what stays in their place, shard by shard."""
+        root, shard, row = (np.asarray(members[name]) for name in ("root", "shard", "row"))
+        is_first = np.diff(root, prepend=-1) != 0
+        stays = np.maximum.accumulate(np.where(is_first, np.arange(len(root)), 0))
+        removed = np.flatnonzero(~is_first)
+        removed = removed[np.lexsort((row[removed], shard[removed]))]
+        bounds = np.searchsorted(shard[removed], np.arange(len(self.shards) + 1))
+        keys = members["key"].combine_chunks()
+        for number, name in enumerate(self.shards):
+            gone = removed[bounds[number] : bounds[number + 1]]
+            kept = stays[gone]
+            of_shard = [self.shards[index] for index in shard[kept]]
+            rows = zip(
+                keys.take(pa.array(gone)).to_pylist(), keys.take(pa.array(kept)).to_pylist(), of_shard, strict=True
+            )
+            _write_csv(self.out / REPORT.format(shard=name), rows)
+            with atomic_path(self.out / COPIES.format(shard=name)) as temporary:
+                np.save(temporary, row[gone], allow_pickle=False)
+
+
+def rows_to_remove(folder: Path, shard: str) -> npt.NDArray[np.int64]:
+    """The rows, in :func:`~mc2_hpc.curation.copies.hashes.read_images`, of images whose copy stays elsewhere."""
+    return map_array(folder / COPIES.format(shard=shard), np.int64, cure=_CURE)
+
+
+def _write_csv(path: Path, rows: Iterator[Sequence[str]]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_HEADER)
+        writer.writerows(rows)

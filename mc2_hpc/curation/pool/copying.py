@@ -1,0 +1,59 @@
+"""Copying a shard without some of its images."""
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from mc2_hpc.caption_tables import KEY, column_types, is_caption_table
+from mc2_hpc.curation.matched import write_matched
+from mc2_hpc.curation.pool.captions import PoolShard
+from mc2_hpc.curation.pool.image_tars import TarIndex
+from mc2_hpc.drops import Drop
+from mc2_hpc.reading.parquet_file import open_parquet
+from mc2_hpc.samples import ByKey, is_image_name
+from mc2_hpc.storage import atomic_path
+from mc2_hpc.tar import Member, fits_tar_name, write_tar
+
+
+def copy_without(shard: PoolShard, index: TarIndex, out: Path, keys: Collection[str], drops: Counter[str]) -> int:
+    """Write ``<shard>.tar`` and, if the shard has one, ``<shard>.parquet`` below ``out``, without the files and rows of
+    ``keys`` (file names up to the last dot); returns the number of images written.
+
+    Files keep their bytes and order. A shard without images gets no files. ``drops`` counts ``name_repeated`` and
+    ``name_too_long``.
+    """
+    unwanted = set(keys)
+    files = first_of_name(index)
+    drops[Drop.NAME_REPEATED] += len(index.members) - len(files)
+    kept = [member for member in files if key_of(member) not in unwanted]
+    fitting = [member for member in kept if fits_tar_name(member.name)]
+    drops[Drop.NAME_TOO_LONG] += len(kept) - len(fitting)
+    num_images = sum(is_image_name(member.name) for member in fitting)
+    if num_images:
+        if shard.captions is not None and is_caption_table(shard.captions):
+            write_matched(out / f"{shard.name}.parquet", _rows_without(shard.captions, unwanted))
+        with atomic_path(out / f"{shard.name}.tar") as temporary:
+            write_tar(temporary, ((member.name, index.read(member)) for member in fitting))
+    return num_images
+
+
+def first_of_name(index: TarIndex) -> list[Member]:
+    """The members in order, without those that repeat a name."""
+    members = {member.name: member for member in reversed(index.members)}
+    return [member for member in index.members if members[member.name] is member]
+
+
+def key_of(member: Member) -> str:
+    """A file's name up to its last dot, without a leading ``./``."""
+    return member.name.removeprefix("./").rpartition(".")[0]
+
+
+def _rows_without(path: Path, keys: set[str]) -> pa.Table:
+    with open_parquet(path, {KEY: column_types()[KEY]}, what="the rows of a shard") as file:
+        table = file.read()
+    unwanted = ByKey((key, True) for key in keys)
+    column = table[KEY].cast(pa.string()).to_pylist()
+    return table.filter(pa.array(np.fromiter((unwanted.get(key or "") is None for key in column), bool, len(column))))
