@@ -19,10 +19,12 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW groups, decayed first; a group without parameters is left out."""
+    """AdamW groups of the parameters that require a gradient, decayed first; a group without parameters is left out."""
     with_decay: list[nn.Parameter] = []
     without: list[nn.Parameter] = []
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         (with_decay if decays(name, parameter) else without).append(parameter)
     groups = [
         {"params": with_decay, "weight_decay": config.weight_decay},
