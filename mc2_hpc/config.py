@@ -288,6 +288,8 @@ class RunConfig:
         _at_least("micro_batch", self.micro_batch, 0)
         if self.profile.steps is not None and self.profile.steps[1] > self.steps:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
+        if self.optim.decay_steps > self.steps:
+            raise UserError(f"optim.decay_steps={self.optim.decay_steps}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:
             raise UserError(
                 f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "

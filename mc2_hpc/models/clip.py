@@ -14,7 +14,6 @@ from mc2_hpc.models.text import TextTower
 from mc2_hpc.models.vision import VisionTower
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)
-LOGIT_SCALE_MAX = math.log(100)
 
 
 class Towers(nn.Module):

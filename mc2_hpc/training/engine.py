@@ -6,6 +6,7 @@ clamped after every step. So each rank keeps an identical copy, updated by the s
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
-from mc2_hpc.models.clip import CLIP, LOGIT_SCALE_MAX, Towers
+from mc2_hpc.models.clip import CLIP, Towers
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
 from mc2_hpc.training.deepspeed_config import deepspeed_config
 from mc2_hpc.training.freezing import freeze
-from mc2_hpc.training.optim import adamw, parameter_groups
+from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate
 from mc2_hpc.training.token_table import TABLE, TokenTable
 from mc2_hpc.training.tower_state import MOMENTS, TowerState, create_state
 from mc2_hpc.training.votes import Votes
@@ -79,6 +80,7 @@ class Engine:
         self._clip = clip
         self._attention = config.model.attention
         self._max_norm = config.optim.grad_clip
+        self._max_scale = math.log(config.optim.max_logit_scale)
         self.device = ranks.device
         self.num_micro = num_micro
         freeze(clip, config.freeze)
@@ -90,12 +92,12 @@ class Engine:
         scale = clip.logit_scale.detach().to(self.device, torch.float32, copy=True)
         self.logit_scale = nn.Parameter(scale, requires_grad=not config.freeze.logit_scale)
         self._scale_optimizer = self._adamw_of_scale(config) if self.logit_scale.requires_grad else None
-        self._table = TokenTable(clip.text, config.optim, ranks) if config.model.embedding == "sharded" else None
+        self._table = TokenTable(clip, config.optim, ranks) if config.model.embedding == "sharded" else None
         towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
         num_parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=towers,
-            optimizer=adamw(parameter_groups(towers.named_parameters(), config.optim), config.optim),
+            optimizer=adamw(parameter_groups(towers.named_parameters(), clip.arch, config.optim), config.optim),
             config=deepspeed_config(
                 config, num_micro=num_micro, num_parameters=num_parameters, on_gpu=self.device.type == "cuda"
             ),
@@ -110,7 +112,8 @@ class Engine:
             clip.compile_blocks()
 
     def _adamw_of_scale(self, config: RunConfig) -> torch.optim.AdamW:
-        optimizer = adamw(parameter_groups([("logit_scale", self.logit_scale)], config.optim), config.optim)
+        groups = parameter_groups([("logit_scale", self.logit_scale)], self._clip.arch, config.optim)
+        optimizer = adamw(groups, config.optim)
         create_state(optimizer, self.logit_scale)
         return optimizer
 
@@ -163,7 +166,7 @@ class Engine:
             self._engine.step()
 
     def step(self, lr: float, votes: Votes = Votes()) -> tuple[Tensor, Tensor]:  # noqa: B008  # it is a tuple
-        """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to [0, ln 100].
+        """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to its limits.
 
         Args:
             votes: this rank's answers to questions that all ranks ask. They share the all-reduce of the scale's
@@ -185,8 +188,7 @@ class Engine:
             if vote:
                 shared[number].fill_(1)  # a kernel on the device: a copy from the host would synchronise
         dist.all_reduce(shared)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer.param_groups, lr)
         norm = self._step_towers(shared[-1])
         if self._table is not None:
             if self._trained_table is None or (self.stage > 0 and self._optimizer.overflow):
@@ -200,12 +202,11 @@ class Engine:
     def _step_scale(self, optimizer: torch.optim.AdamW, gradient: Tensor, lr: float) -> None:
         assert self.logit_scale.grad is not None
         self.logit_scale.grad.copy_(gradient)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer.param_groups, lr)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            self.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+            self.logit_scale.clamp_(0, self._max_scale)
 
     def _squared_norm(self) -> Tensor:
         """The square of the norm of the averaged gradients that this rank owns, 0-d, summed in fp64."""

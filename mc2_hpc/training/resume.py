@@ -42,6 +42,13 @@ SAID = (
     "freeze.logit_scale",
     "optim.lr",
     "optim.warmup",
+    "optim.schedule",
+    "optim.decay_steps",
+    "optim.vision.lr_scale",
+    "optim.vision.layer_decay",
+    "optim.text.lr_scale",
+    "optim.text.layer_decay",
+    "optim.max_logit_scale",
     "optim.beta1",
     "optim.beta2",
     "optim.eps",
@@ -56,10 +63,17 @@ but not less: what was frozen has no AdamW state in the checkpoint."""
 
 ADDED: dict[str, Any] = {
     "freeze.logit_scale": False,
+    "optim.schedule": "cosine",
+    "optim.decay_steps": 0,
+    "optim.vision.lr_scale": 1.0,
+    "optim.vision.layer_decay": 1.0,
+    "optim.text.lr_scale": 1.0,
+    "optim.text.layer_decay": 1.0,
+    "optim.max_logit_scale": 100.0,
 }
 """Settings that older versions did not have, and the value that they behaved as; not listed if that is null."""
 
-SCHEDULE = ("steps", "optim.lr", "optim.warmup")
+SCHEDULE = ("steps", "optim.lr", "optim.warmup", "optim.schedule", "optim.decay_steps")
 """Those of them that set the learning rate; a warning also shows its jump."""
 
 

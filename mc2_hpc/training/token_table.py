@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mc2_hpc.config import OptimConfig
 from mc2_hpc.distributed import Ranks
+from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.embedding import BatchEmbedding
-from mc2_hpc.models.text import TextTower
 from mc2_hpc.training.clipping import clip_coefficient
-from mc2_hpc.training.optim import decays
+from mc2_hpc.training.optim import decays, lr_factor
 from mc2_hpc.training.row_adamw import RowAdamW
 from mc2_hpc.training.row_exchange import Plan, RowExchange
 
@@ -27,14 +27,16 @@ TABLE = "text.token_embedding.weight"
 class TokenTable:
     """Owns this rank's rows. A step is :meth:`look_up`, any number of backward passes, :meth:`reduce`, :meth:`step`."""
 
-    def __init__(self, text: TextTower, config: OptimConfig, ranks: Ranks) -> None:
-        """Take the table out of ``text``, whose weights are equal on all ranks, and put a look-up in its place."""
+    def __init__(self, clip: CLIP, config: OptimConfig, ranks: Ranks) -> None:
+        """Take the table out of ``clip``, whose weights are equal on all ranks, and put a look-up in its place."""
+        text = clip.text
         self.trained = text.token_embedding.weight.requires_grad
         """Whether the rows are; a frozen table is looked up, and has neither gradients nor moments."""
         table = text.token_embedding.weight.detach()
         self.shape = table.shape
         self._text = text
         self._max_norm = config.grad_clip
+        self._lr_factor = lr_factor(TABLE, clip.arch, config)
         self._exchange = RowExchange(len(table), ranks)
         decay = config.weight_decay if decays(TABLE, table) else 0.0
         own_KW = self._exchange.own_part(table)
@@ -66,12 +68,12 @@ class TokenTable:
         return self._grads_TW
 
     def step(self, lr: float, norm: Tensor) -> None:
-        """Clip by the global gradient norm, and update this rank's rows with learning rate ``lr``."""
+        """Clip by the global gradient norm, and update this rank's rows with the run's learning rate ``lr``."""
         assert self._plan is not None and self._rows is not None
         grads_TW = self.gradient()
         if self._max_norm > 0:
             grads_TW = grads_TW * clip_coefficient(norm, self._max_norm)
-        self._rows.step(self._plan.touched_T, self._plan.touched_on_host_T, grads_TW, lr)
+        self._rows.step(self._plan.touched_T, self._plan.touched_on_host_T, grads_TW, lr * self._lr_factor)
         self.drop()
 
     def drop(self) -> None:

@@ -1,6 +1,7 @@
 """A resumed run: what must not change, what may change with a warning, and what may change silently."""
 
 import dataclasses
+import functools
 import json
 import logging
 
@@ -87,6 +88,9 @@ def test_a_checkpoint_from_before_recompute_resumes(resume):
         ("global_batch=64", "global_batch 32 -> 64"),
         ("optim.beta2=0.5", "optim.beta2 0.95 -> 0.5"),
         ("data.crop_scale=[0.5,1.0]", "data.crop_scale [0.9, 1.0] -> [0.5, 1.0]"),
+        ("optim.vision.lr_scale=0.5", "optim.vision.lr_scale 1.0 -> 0.5"),
+        ("optim.text.layer_decay=0.9", "optim.text.layer_decay 1.0 -> 0.9"),
+        ("optim.max_logit_scale=50", "optim.max_logit_scale 100.0 -> 50.0"),
         ("freeze.vision=1", "freeze.vision None -> 1"),
         ("freeze.logit_scale=true", "freeze.logit_scale False -> True"),
     ],
@@ -110,8 +114,8 @@ def test_a_checkpoint_from_before_a_setting_resumes(resume):
     """Without a word, if the run behaves as it did."""
     config = resume.checkpoint.trainer["config"]
     for key in ADDED:
-        section, _, name = key.rpartition(".")
-        del config[section][name]
+        *sections, name = key.split(".")
+        del functools.reduce(dict.get, sections, config)[name]
     assert resume() == []
     del config["freeze"]
     assert resume("freeze.vision=1", "freeze.logit_scale=true") == [
@@ -137,6 +141,12 @@ def test_what_was_frozen_stays_frozen(resume, before, override, key):
     ) as error:
         resume(override)
     assert f"trained with {key}," in str(error.value)
+
+
+def test_another_schedule_is_reported(resume):
+    lines = resume("steps=16", "optim.schedule=wsd", "optim.decay_steps=4")
+    assert lines[:3] == ["steps 8 -> 16", "optim.schedule cosine -> wsd", "optim.decay_steps 0 -> 4"]
+    assert lines[3].startswith("learning rate ") and lines[3].endswith(" -> 1.0e-03 in step 9")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Runs that train a part of the model: every ZeRO stage equals plain PyTorch, resumes bitwise, and exchanges and saves
-nothing for what is frozen."""
+"""Runs that train a part of the model, or parts at rates of their own: every ZeRO stage equals plain PyTorch, resumes
+bitwise, and exchanges and saves nothing for what is frozen."""
 
 import json
 import math
@@ -39,8 +39,20 @@ def trained(ranks_of, tmp_path_factory):
 
 
 def learning_rate(case: str, step: int) -> float:
-    """Warm-up over 2 steps, then cosine decay over the other 2."""
-    return 1e-3 * (step + 1) / 2 if step < 2 else 0.5e-3 * (1 + math.cos(math.pi * (step - 2) / 2))
+    """Written out: warm-up over 2 of 4 steps, then the case's schedule."""
+    following = {"image tower": [1e-3, 1e-3], "learning rates": [1e-3, 1e-3]}.get(case, [1e-3, 0.5e-3])
+    return [0.5e-3, 1e-3, *following][step]
+
+
+def factor(case: str, name: str) -> float:
+    """Written out: that of a parameter's learning rate."""
+    if case != "learning rates" or name == "logit_scale":
+        return 1.0
+    scale, decay = (0.5, 0.7) if name.startswith("vision.") else (2.0, 0.9)
+    depth = 0 if name.startswith((*IMAGE_EMBEDDINGS, *TEXT_EMBEDDINGS)) else 3
+    if "blocks." in name:
+        depth = 1 + int(name.split("blocks.")[1][0])
+    return scale * decay ** (3 - depth)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,7 @@ def _plain(case: str):
         if name.startswith(FROZEN.get(case, ())):
             continue
         decay = 0.1 if parameter.ndim >= 2 and "norm" not in name and "bias" not in name else 0.0
-        groups.append({"params": [parameter], "weight_decay": decay})
+        groups.append({"params": [parameter], "weight_decay": decay, "factor": factor(case, name)})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=optim["eps"])
     towers = [group["params"][0] for group in groups if group["params"][0] is not model.logit_scale]
     rows = []
@@ -79,10 +91,10 @@ def _plain(case: str):
         if optim.get("grad_clip"):
             torch.nn.utils.clip_grads_with_norm_(towers, optim["grad_clip"], norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(case, step)
+            group["lr"] = learning_rate(case, step) * group["factor"]
         optimizer.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
+            model.logit_scale.clamp_(0, math.log(optim.get("max_logit_scale", 100)))
         rows.append([loss.item(), norm.item(), model.logit_scale.item()])
     return torch.tensor(rows, dtype=torch.float64), model.state_dict()
 
@@ -104,7 +116,9 @@ def test_equals_plain_pytorch(trained, plain, case, stage):
     found = trained[1][case][str(stage)]
     for rows in (found["rows"], found["rows at another stage"]):
         numbers = torch.tensor(rows, dtype=torch.float64)
-        torch.testing.assert_close(numbers, reference_rows[-len(rows) :], rtol=1e-6, atol=0)
+        tolerance = torch.tensor([1e-6, 5e-6, 1e-6])  # the norm's gradients are differences of large numbers
+        error = (numbers - reference_rows[-len(rows) :]).abs() / reference_rows[-len(rows) :]
+        assert (error <= tolerance).all(), error
     weights = final(trained, case, stage)["weight"]
     assert weights.keys() == reference.keys()
     for name, expected in reference.items():

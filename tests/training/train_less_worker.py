@@ -1,4 +1,4 @@
-"""Trains with frozen parts at every ZeRO stage on a job's ranks; writes numbers, states and traffic.
+"""Trains at every ZeRO stage with frozen parts, or with rates by tower and layer; writes what it found.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 train_less_worker.py OUT CASE ...
 """
@@ -29,9 +29,18 @@ STEPS, HALF = 4, 2
 OPTIM: dict[str, Any] = {"lr": 1e-3, "warmup": 2, "eps": 1e-2}
 
 CASES: dict[str, dict[str, Any]] = {
-    "image tower": {"freeze": {"vision": "all"}},
+    "image tower": {"freeze": {"vision": "all"}, "optim": {"schedule": "constant"}},
     "text tower and scale": {"freeze": {"text": "all", "logit_scale": True}},
     "blocks": {"freeze": {"vision": "1", "text": "0"}, "optim": {"grad_clip": 0.3}, "model": {"embedding": "dense"}},
+    "learning rates": {
+        "optim": {
+            "vision": {"lr_scale": 0.5, "layer_decay": 0.7},
+            "text": {"lr_scale": 2.0, "layer_decay": 0.9},
+            "schedule": "wsd",
+            "decay_steps": 1,
+            "max_logit_scale": 14.27,
+        }
+    },
 }
 
 
