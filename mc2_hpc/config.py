@@ -13,22 +13,25 @@ from typing import Any
 
 import yaml
 
+from mc2_hpc.config_optim import FreezeConfig, OptimConfig
 from mc2_hpc.errors import UserError
 from mc2_hpc.precision import Precision
+from mc2_hpc.reading.checks import at_least as _at_least
+from mc2_hpc.reading.checks import choose as _choose
 from mc2_hpc.reading.settings import PathName, typed
 from mc2_hpc.reading.yaml_file import read_yaml
 
-__all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "read_yaml", "typed", "yaml_text"]
-
-
-def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key}={value!r}: choose one of {', '.join(choices)}")
-
-
-def _at_least(key: str, value: float, low: float) -> None:
-    if value < low:
-        raise UserError(f"{key}={value}: must be at least {low}")
+__all__ = [
+    "FreezeConfig",
+    "OptimConfig",
+    "RunConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "read_yaml",
+    "typed",
+    "yaml_text",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,29 +165,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW with the recipe's groups, linear warm-up, then cosine decay to 0."""
-
-    lr: float = 4e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-6
-    weight_decay: float = 0.1
-    """Applied to matrices only, not to gains, biases or logit_scale."""
-    warmup: int = 2000
-    """Steps of linear warm-up."""
-    grad_clip: float = 0.0
-    """Largest global gradient norm; 0 does not clip (the recipe)."""
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay", "warmup", "grad_clip"):
-            _at_least(f"optim.{name}", getattr(self, name), 0)
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
     """How DeepSpeed partitions the training state."""
 
@@ -300,6 +280,7 @@ class RunConfig:
     """Steps between rows of metrics."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -317,6 +298,8 @@ class RunConfig:
         _at_least("micro_batch", self.micro_batch, 0)
         if self.profile.steps is not None and self.profile.steps[1] > self.steps:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
+        if self.optim.decay_steps > self.steps:
+            raise UserError(f"optim.decay_steps={self.optim.decay_steps}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:
             raise UserError(
                 f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "

@@ -1,7 +1,7 @@
 """The dual encoder."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from mc2_hpc.models.text import TextTower
 from mc2_hpc.models.vision import VisionTower
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)
-LOGIT_SCALE_MAX = math.log(100)
 
 
 class Towers(nn.Module):
@@ -138,23 +137,28 @@ def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:
     return model
 
 
-def flops_per_pair(arch: ClipArchitecture, text_length: int) -> int:
-    """Floating-point operations of a forward and backward pass over one image-text pair (3 x the forward's).
+def flops_per_pair(arch: ClipArchitecture, text_length: int, frozen: Mapping[str, int] | None = None) -> int:
+    """Floating-point operations of a forward and backward pass over one image-text pair: 3 x the forward's, or 1 x for
+    what is frozen.
 
     Counts the matrix products of the blocks (2 flops per multiply-add: 4 W^2 for attention projections, 2 W M for the
     MLP, and 2 L W for scores and values, causal or not), the patch embedding and the projections; the token look-up is
-    free. ``text_length`` is the number of tokens computed per caption.
+    free.
+
+    Args:
+        text_length: tokens computed per caption.
+        frozen: greatest frozen depth (:mod:`mc2_hpc.models.depth`) of ``vision`` and ``text``; below 0 for none.
     """
     vision, text = arch.vision, arch.text
     num_patches = (vision.image_size // vision.patch_size) ** 2
 
-    def tower(length: int, width: int, mlp_width: int, layers: int) -> int:
-        return 2 * layers * length * (4 * width**2 + 2 * width * mlp_width + 2 * length * width)
+    def tower(name: str, length: int, width: int, mlp_width: int, layers: int, embedding: int) -> int:
+        deepest = -1 if frozen is None else frozen[name]
+        block = 2 * length * (4 * width**2 + 2 * width * mlp_width + 2 * length * width)
+        forward = [embedding, *[block] * layers, 2 * width * arch.embed_dim]
+        return sum(flops * (3 if depth > deepest else 1) for depth, flops in enumerate(forward))
 
-    forward = (
-        tower(num_patches + 1, vision.width, vision.mlp_width, vision.layers)
-        + tower(text_length, text.width, 4 * text.width, text.layers)
-        + 2 * num_patches * 3 * vision.patch_size**2 * vision.width
-        + 2 * (vision.width + text.width) * arch.embed_dim
+    patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width
+    return tower("vision", num_patches + 1, vision.width, vision.mlp_width, vision.layers, patches) + tower(
+        "text", text_length, text.width, 4 * text.width, text.layers, 0
     )
-    return 3 * forward

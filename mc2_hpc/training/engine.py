@@ -6,10 +6,10 @@ clamped after every step. So each rank keeps an identical copy, updated by the s
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
-from mc2_hpc.models.clip import CLIP, LOGIT_SCALE_MAX, Towers
+from mc2_hpc.models.clip import CLIP, Towers
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
-from mc2_hpc.training.optim import adamw, parameter_groups
+from mc2_hpc.training.deepspeed_config import deepspeed_config
+from mc2_hpc.training.freezing import freeze
+from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate
 from mc2_hpc.training.token_table import TABLE, TokenTable
+from mc2_hpc.training.tower_state import MOMENTS, TowerState, create_state
 from mc2_hpc.training.votes import Votes
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainedTowers(Towers):
@@ -36,55 +37,34 @@ class TrainedTowers(Towers):
         super().__init__(clip.vision, clip.text)
         self.precision = precision
 
-    def forward(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32; ``lengths`` as for the text
-        tower."""
+    def forward(
+        self, images: Tensor | None, tokens: Tensor | None, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32, or ``None`` to ``None``;
+        ``lengths`` as for the text tower."""
+        image = text = None
         # Inside the module, because the engine turns off any surrounding autocast that it did not set up itself.
-        with self.precision.autocast(images.device):
-            return self.encode_pairs(normalise(images, self.precision.dtype), tokens, lengths)
-
-
-def deepspeed_config(config: RunConfig, *, num_micro: int, num_parameters: int, on_gpu: bool) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run, generated so that the YAML remains the single source of truth."""
-    bucket = min(config.zero.bucket_elements, num_parameters)
-    zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.stage in (1, 2):
-        # DeepSpeed's norm waits for the device; the engine's own (_squared_norm) does not.
-        zero["compute_grad_norm"] = config.optim.grad_clip > 0
-        zero |= {
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "contiguous_gradients": True,
-            "overlap_comm": on_gpu and config.zero.stage == 2,
-        }
-    elif config.zero.stage == 3:
-        zero |= {
-            "reduce_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket // 10,
-            "stage3_param_persistence_threshold": config.zero.persist_below_elements,
-            "overlap_comm": on_gpu,
-        }
-    return {
-        # Only the number of micro-batches matters here; the loss is already the mean over the global batch.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": num_micro,
-        # At stage 0 the engine clips, because DeepSpeed's norm would lack a sharded token table.
-        "gradient_clipping": config.optim.grad_clip if config.zero.stage > 0 else 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in every step
-        "steps_per_print": 10**9,
-    }
+        if images is not None:
+            with self.precision.autocast(images.device):
+                image = self.encode_image(normalise(images, self.precision.dtype), True)
+        if tokens is not None:
+            with self.precision.autocast(tokens.device):
+                text = self.encode_text(tokens, True, lengths=lengths)
+        return image, text
 
 
 class Engine:
     """The model being trained: forward, backward, step, and its full state by parameter name."""
 
     def __init__(self, clip: CLIP, config: RunConfig, ranks: Ranks, *, num_micro: int) -> None:
-        """Take ownership of ``clip`` (whose weights are equal on all ranks) and partition it.
+        """Take ownership of ``clip`` (whose weights are equal on all ranks), freeze what the config says, and partition
+        it.
 
         Args:
             num_micro: backward passes per step.
+
+        Raises:
+            UserError: a tower has fewer blocks than are to be frozen.
         """
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         import deepspeed
@@ -100,27 +80,42 @@ class Engine:
         self._clip = clip
         self._model_config = config.model
         self._max_norm = config.optim.grad_clip
+        self._max_scale = math.log(config.optim.max_logit_scale)
         self.device = ranks.device
         self.num_micro = num_micro
-        self.logit_scale = nn.Parameter(clip.logit_scale.detach().to(self.device, torch.float32, copy=True))
-        self._scale_optimizer = adamw(parameter_groups([("logit_scale", self.logit_scale)], config.optim), config.optim)
-        self._table = TokenTable(clip.text, config.optim, ranks) if config.model.embedding == "sharded" else None
+        freeze(clip, config.freeze)
+        self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
+        self.trains_images, self.trains_texts = (
+            any(p.requires_grad for p in tower.parameters()) for tower in (clip.vision, clip.text)
+        )
+        """Whether any parameter of the tower is trained."""
+        scale = clip.logit_scale.detach().to(self.device, torch.float32, copy=True)
+        self.logit_scale = nn.Parameter(scale, requires_grad=not config.freeze.logit_scale)
+        self._scale_optimizer = self._adamw_of_scale(config) if self.logit_scale.requires_grad else None
+        self._table = TokenTable(clip, config.optim, ranks) if config.model.embedding == "sharded" else None
         towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
-        num_parameters = sum(p.numel() for p in towers.parameters())
+        num_parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=towers,
-            optimizer=adamw(parameter_groups(towers.named_parameters(), config.optim), config.optim),
+            optimizer=adamw(parameter_groups(towers.named_parameters(), clip.arch, config.optim), config.optim),
             config=deepspeed_config(
                 config, num_micro=num_micro, num_parameters=num_parameters, on_gpu=self.device.type == "cuda"
             ),
             dist_init_required=False,
         )
         self._parameters = dict(self._engine.module.named_parameters())
-        self._moment_owners = self._create_moments()
-        if self._table is not None and self.stage > 0 and not self._computes_norm:
-            add_to_norm(self._optimizer, self.stage, self._table.gradient)
+        self._towers = TowerState(self._optimizer, self.stage, self._parameters)
+        self._trained_table = self._table if self._table is not None and self._table.trained else None
+        if self._trained_table is not None and self.stage > 0 and not self._computes_norm:
+            add_to_norm(self._optimizer, self.stage, self._trained_table.gradient)
         if config.model.compile:
             clip.compile_blocks()
+
+    def _adamw_of_scale(self, config: RunConfig) -> torch.optim.AdamW:
+        groups = parameter_groups([("logit_scale", self.logit_scale)], self._clip.arch, config.optim)
+        optimizer = adamw(groups, config.optim)
+        create_state(optimizer, self.logit_scale)
+        return optimizer
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Prepare the step of this rank's token ids, (b, L) on the host, and return them on the device. Collective.
@@ -143,6 +138,26 @@ class Engine:
         """Features of a micro-batch without a graph."""
         return self._engine.module(images, tokens, lengths)
 
+    def backward_again(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        lengths: Sequence[int] | None,
+        image_grads: Tensor | None,
+        text_grads: Tensor | None,
+    ) -> None:
+        """Encode a micro-batch again, and accumulate the gradients that follow from those of its features.
+
+        Args:
+            image_grads, text_grads: (b, E); ``None`` for a tower that is frozen, which is not computed again.
+        """
+        image, text = self._engine(
+            images if image_grads is not None else None, tokens if text_grads is not None else None, lengths
+        )
+        # The gradients of these inner products are those of the features.
+        products = [(f * g).sum() for f, g in ((image, image_grads), (text, text_grads)) if g is not None]
+        self.backward(products[0] + products[1] if len(products) == 2 else products[0])
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of ``loss``; the step's last micro-batch averages them over the ranks."""
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -151,7 +166,7 @@ class Engine:
             self._engine.step()
 
     def step(self, lr: float, votes: Votes = Votes()) -> tuple[Tensor, Tensor]:  # noqa: B008  # it is a tuple
-        """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to [0, ln 100].
+        """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to its limits.
 
         Args:
             votes: this rank's answers to questions that all ranks ask. They share the all-reduce of the scale's
@@ -161,37 +176,43 @@ class Engine:
             The global norm of all averaged gradients but the scale's before clipping, a 0-d tensor, and the number of
             ranks that said yes to each vote, (len(votes),).
         """
-        if self._table is not None:
-            self._table.reduce()
-        assert self.logit_scale.grad is not None
+        if self._trained_table is not None:
+            self._trained_table.reduce()
         shared = torch.zeros(2 + len(votes), device=self.device)
-        shared[0] = self.logit_scale.grad
+        if self._scale_optimizer is not None:
+            assert self.logit_scale.grad is not None
+            shared[0] = self.logit_scale.grad
         if self._computes_norm:
             shared[-1] = self._squared_norm()
         for number, vote in enumerate(votes, start=1):
             if vote:
                 shared[number].fill_(1)  # a kernel on the device: a copy from the host would synchronise
         dist.all_reduce(shared)
-        self.logit_scale.grad.copy_(shared[0] / dist.get_world_size())
-        for group in (*self._optimizer.param_groups, *self._scale_optimizer.param_groups):
-            group["lr"] = lr
+        set_learning_rate(self._optimizer.param_groups, lr)
         norm = self._step_towers(shared[-1])
         if self._table is not None:
-            if self.stage > 0 and self._optimizer.overflow:
+            if self._trained_table is None or (self.stage > 0 and self._optimizer.overflow):
                 self._table.drop()  # DeepSpeed skips the update if the norm is not finite
             else:
-                self._table.step(lr, norm)
-        self._scale_optimizer.step()
-        self._scale_optimizer.zero_grad()
-        with torch.no_grad():
-            self.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+                self._trained_table.step(lr, norm)
+        if self._scale_optimizer is not None:
+            self._step_scale(self._scale_optimizer, shared[0] / dist.get_world_size(), lr)
         return norm, shared[1:-1]
+
+    def _step_scale(self, optimizer: torch.optim.AdamW, gradient: Tensor, lr: float) -> None:
+        assert self.logit_scale.grad is not None
+        self.logit_scale.grad.copy_(gradient)
+        set_learning_rate(optimizer.param_groups, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            self.logit_scale.clamp_(0, self._max_scale)
 
     def _squared_norm(self) -> Tensor:
         """The square of the norm of the averaged gradients that this rank owns, 0-d, summed in fp64."""
         owned = [grad for group in self._optimizer.averaged_gradients.values() for grad in group]
-        if self._table is not None:
-            owned.append(self._table.gradient())
+        if self._trained_table is not None:
+            owned.append(self._trained_table.gradient())
         return torch.stack(torch._foreach_norm(owned, 2, torch.float64)).square().sum()
 
     def _step_towers(self, squared_norm: Tensor) -> Tensor:
@@ -207,15 +228,19 @@ class Engine:
             return torch.as_tensor(self._engine.get_global_grad_norm())
         # Without ZeRO the engine leaves the averaged gradients on the parameters and computes no norm.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        rows = None if self._table is None else self._table.gradient()
+        rows = None if self._trained_table is None else self._trained_table.gradient()
         norm = clip_replicated(gradients, rows, self._max_norm)
         self._engine.step()
         return norm
 
     def state_names(self) -> list[tuple[str, str]]:
-        """(kind, parameter name) of every state tensor; kind is ``weight`` or one of :data:`MOMENTS`."""
-        names = [*self._parameters, "logit_scale", *([TABLE] if self._table is not None else [])]
-        return [(kind, name) for name in names for kind in ("weight", *MOMENTS)]
+        """(kind, parameter name) of every state tensor; kind is ``weight`` or, if the parameter is trained, one of
+        :data:`MOMENTS`."""
+        trained = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        trained["logit_scale"] = self._scale_optimizer is not None
+        if self._table is not None:
+            trained[TABLE] = self._table.trained
+        return [(kind, name) for name in trained for kind in ("weight", *(MOMENTS if trained[name] else ()))]
 
     def state_shape(self, name: str) -> torch.Size:
         """Full shape of a parameter, partitioned or not."""
@@ -223,8 +248,7 @@ class Engine:
             return self.logit_scale.shape
         if self._table is not None and name == TABLE:
             return self._table.shape
-        parameter = self._parameters[name]
-        return getattr(parameter, "ds_shape", parameter.shape)
+        return self._towers.shape(name)
 
     def state(self, receivers: Mapping[tuple[str, str], int] | None = None) -> Iterator[tuple[str, str, Tensor]]:
         """Full state tensors in fp32 on the device, one at a time, in the order of :meth:`state_names`.
@@ -240,20 +264,14 @@ class Engine:
 
     def _full(self, kind: str, name: str, to: int | None = None) -> Tensor:
         if name == "logit_scale":
-            return self.logit_scale if kind == "weight" else self._scale_optimizer.state[self.logit_scale][kind]
+            return self.logit_scale if kind == "weight" else self._scale_state()[kind]
         if self._table is not None and name == TABLE:
             return self._table.full(kind, to)
-        return self._tower_state(self._parameters[name], kind)
+        return self._towers.full(kind, name)
 
-    def _tower_state(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if self.stage == 0:
-            return parameter if kind == "weight" else self._optimizer.state[parameter][kind]
-        if kind != "weight":
-            return safe_get_full_optimizer_state(parameter, kind)
-        # Below stage 3 every rank holds the full fp32 parameter, which equals the master copy.
-        return safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter
+    def _scale_state(self) -> dict[str, Tensor]:
+        assert self._scale_optimizer is not None
+        return self._scale_optimizer.state[self.logit_scale]
 
     @contextmanager
     def whole_model(self) -> Iterator[CLIP]:
@@ -262,11 +280,22 @@ class Engine:
         At stage 3 this is an fp32 copy that lives as long as the block; at lower stages, the trained model itself, with
         a copy of the token table if that is sharded over several ranks.
         """
-        with self._table.whole() if self._table is not None and self.stage < 3 else nullcontext():
+        with self._table.whole() if self._table is not None and self.stage < 3 else nullcontext(), self._thawed():
             model = self._clip if self.stage < 3 else self._gathered_copy()
             with torch.no_grad():
                 model.logit_scale.copy_(self.logit_scale)
             yield model
+
+    @contextmanager
+    def _thawed(self) -> Iterator[None]:
+        """Let all parameters require gradients while the context lasts: evaluation takes them of all."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
 
     def _gathered_copy(self) -> CLIP:
         with torch.device("meta"):
@@ -283,58 +312,21 @@ class Engine:
 
         They may have been written by any number of ranks and at any stage. Not collective.
         """
-        for optimizer in self._moment_owners:
-            for state in optimizer.state.values():
-                state["step"].fill_(step)
-        for kind in MOMENTS:
-            self._scale_optimizer.state[self.logit_scale][kind].copy_(files.get(f"logit_scale.{kind}"))
-            for name, parameter in self._parameters.items():
-                self._set_moment(parameter, kind, files.get(f"{name}.{kind}"))
-            if self._table is not None:
-                self._table.load_moment(kind, files.get(f"{TABLE}.{kind}"))
-        if self._table is not None:
-            self._table.resume(step)
-
-    def _set_moment(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        if self.stage == 0:
-            self._optimizer.state[parameter][kind].copy_(value)
-        elif self.stage == 3:
-            # Every rank holds a piece of equal size, the last ones padded; the full-tensor setter ignores the padding.
-            piece = torch.zeros(getattr(parameter, "ds_tensor").numel(), device=self.device)  # noqa: B009  # DeepSpeed's
-            start = dist.get_rank() * piece.numel()
-            mine = value.flatten()[start : start + piece.numel()]
-            piece[: mine.numel()] = mine
-            safe_set_local_optimizer_state(parameter, piece, kind)
-        else:
-            safe_set_full_optimizer_state(parameter, value.to(self.device), kind)
-
-    def _create_moments(self) -> list[torch.optim.Optimizer]:
-        """Allocate what AdamW would allocate in its first step, filled with zeros.
-
-        This makes memory run out at the start or not at all, gives a checkpoint something to fill, and lets DeepSpeed
-        link every parameter to its state. On its own, DeepSpeed links all parameter groups after it has stepped the
-        first, when the others have no state yet. It steps flat partitions in place of the parameters and has no public
-        way to do this, hence the attribute names of its optimizers here (0.19).
-
-        Returns the optimizers that own the state.
-        """
-        inner, flats = self._optimizer, list(self._parameters.values())
-        if self.stage in (1, 2):
-            inner, flats = self._optimizer.optimizer, self._optimizer.single_partition_of_fp32_groups
-        elif self.stage == 3:
-            inner, flats = self._optimizer.optimizer, self._optimizer.fp32_partitioned_groups_flat
-        for optimizer, tensors in ((inner, flats), (self._scale_optimizer, [self.logit_scale])):
-            for tensor in tensors:
-                optimizer.state[tensor] = {
-                    # Fused AdamW counts steps on the device, in fp32.
-                    "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                    **{kind: torch.zeros_like(tensor) for kind in MOMENTS},
-                }
-        if self.stage in (1, 2):
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-        return [inner, self._scale_optimizer]
+        for kind, name in self.state_names():
+            if kind == "weight":
+                continue
+            value = files.get(f"{name}.{kind}")
+            if name == "logit_scale":
+                self._scale_state()[kind].copy_(value)
+            elif self._table is not None and name == TABLE:
+                self._table.load_moment(kind, value)
+            else:
+                self._towers.load(kind, name, value)
+        self._towers.resume(step)
+        if self._scale_optimizer is not None:
+            self._scale_state()["step"].fill_(step)
+        if self._trained_table is not None:
+            self._trained_table.resume(step)
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""

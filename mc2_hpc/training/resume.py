@@ -14,6 +14,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card
 from mc2_hpc.storage import file_sha256
 from mc2_hpc.training.checkpoint import Checkpoint
+from mc2_hpc.training.freezing import frozen_depths
 from mc2_hpc.training.optim import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,18 @@ SAID = (
     "steps",
     "global_batch",
     "precision",
+    "freeze.vision",
+    "freeze.text",
+    "freeze.logit_scale",
     "optim.lr",
     "optim.warmup",
+    "optim.schedule",
+    "optim.decay_steps",
+    "optim.vision.lr_scale",
+    "optim.vision.layer_decay",
+    "optim.text.lr_scale",
+    "optim.text.layer_decay",
+    "optim.max_logit_scale",
     "optim.beta1",
     "optim.beta2",
     "optim.eps",
@@ -47,9 +58,22 @@ SAID = (
     "data.balance",
     "data.crop_scale",
 )
-"""Settings that may change with a warning each: training continues, but differently from here on."""
+"""Settings that may change with a warning each: training continues, but differently from here on. More may be frozen,
+but not less: what was frozen has no AdamW state in the checkpoint."""
 
-SCHEDULE = ("steps", "optim.lr", "optim.warmup")
+ADDED: dict[str, Any] = {
+    "freeze.logit_scale": False,
+    "optim.schedule": "cosine",
+    "optim.decay_steps": 0,
+    "optim.vision.lr_scale": 1.0,
+    "optim.vision.layer_decay": 1.0,
+    "optim.text.lr_scale": 1.0,
+    "optim.text.layer_decay": 1.0,
+    "optim.max_logit_scale": 100.0,
+}
+"""Settings that older versions did not have, and the value that they behaved as; not listed if that is null."""
+
+SCHEDULE = ("steps", "optim.lr", "optim.warmup", "optim.schedule", "optim.decay_steps")
 """Those of them that set the learning rate; a warning also shows its jump."""
 
 
@@ -82,8 +106,10 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
             f"{tokenizer.model_file}: not the tokenizer that {checkpoint.folder} was trained with: captions would map "
             f"to other rows of the token table; set data.tokenizer={own}, or start from scratch with another output"
         )
-    changed = [key for key in SAID if _lookup(before, key) != _lookup(now, key)]
-    lines = [f"{key} {_lookup(before, key)} -> {_lookup(now, key)}" for key in changed]
+    _check_frozen(checkpoint, config, card)
+    pairs = {key: (_lookup(before, key, ADDED.get(key)), _lookup(now, key)) for key in SAID}
+    changed = [key for key, (old, new) in pairs.items() if old != new]
+    lines = [f"{key} {pairs[key][0]} -> {pairs[key][1]}" for key in changed]
     if set(changed) & set(SCHEDULE):
         lines.append(_jump(checkpoint, before, config))
     return lines
@@ -93,6 +119,23 @@ def warn_of_changes(checkpoint: Checkpoint, lines: list[str]) -> None:
     """Log the differences that :func:`check_resume` found."""
     for line in lines:
         logger.warning("not as in %s: %s", checkpoint.folder.name, line)
+
+
+def _check_frozen(checkpoint: Checkpoint, config: RunConfig, card: ModelCard) -> None:
+    """Check that nothing that was frozen is trained now."""
+    source = str(checkpoint.folder)
+    values = checkpoint.trainer["config"].get("freeze", {})
+    before = config_from_dict({"freeze": values}, source=source).freeze
+    old, new = frozen_depths(card.arch, before), frozen_depths(card.arch, config.freeze)
+    thawed = [f"freeze.{tower}" for tower in old if new[tower] < old[tower]]
+    if before.logit_scale and not config.freeze.logit_scale:
+        thawed.append("freeze.logit_scale")
+    for key in thawed:
+        value = str(_lookup({"freeze": values}, key)).lower()
+        raise UserError(
+            f"{source}: trained with {key}={value}, so it has no AdamW state of what is to be trained now; "
+            f"keep {value}, or start a new run from its weights: model.init_from={source} with another output"
+        )
 
 
 def _jump(checkpoint: Checkpoint, before: Mapping[str, Any], config: RunConfig) -> str:
@@ -111,9 +154,11 @@ def _nested(card: ModelCard) -> dict[str, Any]:
     return {**vars(arch), "vision": vars(arch.vision), "text": vars(arch.text)}
 
 
-def _lookup(values: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key, or ``None``; tuples become lists, as in JSON."""
+def _lookup(values: Mapping[str, Any], key: str, missing: Any = None) -> Any:
+    """The value of a dotted key, or ``missing``; tuples become lists, as in JSON."""
     found: Any = values
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
+        if not isinstance(found, Mapping) or part not in found:
+            return missing
+        found = found[part]
     return list(found) if isinstance(found, tuple) else found

@@ -72,7 +72,7 @@ class ContrastiveStep:
     graphs, and the loss of the *whole* batch gives the gradient of every feature. Each micro-batch is then encoded
     again and backpropagated with its share of these gradients. This is GradCache (Gao et al. 2021, arXiv 2101.06983):
     the same loss and gradients as one large batch, at the cost of a second forward pass. The towers have no dropout, so
-    both passes compute the same features.
+    both passes compute the same features. A tower that is wholly frozen is not encoded again.
     """
 
     def __init__(
@@ -133,15 +133,18 @@ class ContrastiveStep:
         length_pieces = [tuple(islice(rest, len(piece))) if lengths else None for piece in token_pieces]
         pieces = list(zip(image_pieces, token_pieces, length_pieces, strict=True))
         encoded = [self._engine.features_only(*piece) for piece in pieces]
-        image_features = torch.cat([image for image, _ in encoded]).requires_grad_()
-        text_features = torch.cat([text for _, text in encoded]).requires_grad_()
+        image_features = torch.cat([image for image, _ in encoded]).requires_grad_(self._engine.trains_images)
+        text_features = torch.cat([text for _, text in encoded]).requires_grad_(self._engine.trains_texts)
         loss = self._loss(image_features, text_features)
         loss.backward()
-        assert image_features.grad is not None and text_features.grad is not None
-        image_grads = image_features.grad.tensor_split(self._engine.num_micro)
-        text_grads = text_features.grad.tensor_split(self._engine.num_micro)
+        image_grads, text_grads = (self._shares(features) for features in (image_features, text_features))
         for piece, image_grad, text_grad in zip(pieces, image_grads, text_grads, strict=True):
-            image, text = self._engine.features(*piece)
-            # The gradient of this inner product is the cached gradient.
-            self._engine.backward((image * image_grad).sum() + (text * text_grad).sum())
+            self._engine.backward_again(*piece, image_grad, text_grad)
         return loss
+
+    def _shares(self, features: Tensor) -> Sequence[Tensor | None]:
+        """The gradient of each micro-batch's features; ``None`` if their tower is frozen."""
+        if not features.requires_grad:
+            return [None] * self._engine.num_micro
+        assert features.grad is not None
+        return features.grad.tensor_split(self._engine.num_micro)

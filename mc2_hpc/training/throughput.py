@@ -21,6 +21,7 @@ from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.precision import Precision
+from mc2_hpc.training.freezing import frozen_depths
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class ThroughputMeter:
 
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._arch = arch
+        self._frozen = frozen_depths(arch, config.freeze)
         self._text_packing = config.model.text_packing
         self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
@@ -162,7 +164,8 @@ class ThroughputMeter:
         """Count one step's local batch."""
         self._steps += 1
         lengths = batch.lengths if self._text_packing else [batch.tokens.shape[1]] * len(batch.keys)
-        self._flops += sum(flops_per_pair(self._arch, length) * num for length, num in Counter(lengths).items())
+        for length, num in Counter(lengths).items():
+            self._flops += flops_per_pair(self._arch, length, self._frozen) * num
         self._languages.update(batch.langs)
 
     def interval(self, skipped: Counter[str]) -> Interval:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mc2_hpc.config import OptimConfig
 from mc2_hpc.distributed import Ranks
+from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.embedding import BatchEmbedding
-from mc2_hpc.models.text import TextTower
 from mc2_hpc.training.clipping import clip_coefficient
-from mc2_hpc.training.optim import decays
+from mc2_hpc.training.optim import decays, lr_factor
 from mc2_hpc.training.row_adamw import RowAdamW
 from mc2_hpc.training.row_exchange import Plan, RowExchange
 
@@ -27,15 +27,24 @@ TABLE = "text.token_embedding.weight"
 class TokenTable:
     """Owns this rank's rows. A step is :meth:`look_up`, any number of backward passes, :meth:`reduce`, :meth:`step`."""
 
-    def __init__(self, text: TextTower, config: OptimConfig, ranks: Ranks) -> None:
-        """Take the table out of ``text``, whose weights are equal on all ranks, and put a look-up in its place."""
+    def __init__(self, clip: CLIP, config: OptimConfig, ranks: Ranks) -> None:
+        """Take the table out of ``clip``, whose weights are equal on all ranks, and put a look-up in its place."""
+        text = clip.text
+        self.trained = text.token_embedding.weight.requires_grad
+        """Whether the rows are; a frozen table is looked up, and has neither gradients nor moments."""
         table = text.token_embedding.weight.detach()
         self.shape = table.shape
         self._text = text
         self._max_norm = config.grad_clip
+        self._lr_factor = lr_factor(TABLE, clip.arch, config)
         self._exchange = RowExchange(len(table), ranks)
         decay = config.weight_decay if decays(TABLE, table) else 0.0
-        self._rows = RowAdamW(self._exchange.own_part(table), config, weight_decay=decay)
+        own_KW = self._exchange.own_part(table)
+        self._state = {"weight": own_KW}
+        self._rows: RowAdamW | None = None
+        if self.trained:
+            self._rows = RowAdamW(own_KW, config, weight_decay=decay)
+            self._state = self._rows.state
         self._embedding = BatchEmbedding(self._exchange.layout.places)
         text.register_module("token_embedding", self._embedding)
         self._plan: Plan | None = None
@@ -45,7 +54,7 @@ class TokenTable:
     def look_up(self, tokens: Tensor) -> None:
         """Fetch the rows of this rank's token ids, a host tensor of any shape, for the whole step. Collective."""
         self._plan = self._exchange.plan(tokens)
-        self._used_UW = self._exchange.fetch(self._plan, self._rows.state["weight"]).requires_grad_()
+        self._used_UW = self._exchange.fetch(self._plan, self._state["weight"]).requires_grad_(self.trained)
         self._embedding.set_rows(self._plan.places_U, self._used_UW)
 
     def reduce(self) -> None:
@@ -59,12 +68,12 @@ class TokenTable:
         return self._grads_TW
 
     def step(self, lr: float, norm: Tensor) -> None:
-        """Clip by the global gradient norm, and update this rank's rows with learning rate ``lr``."""
-        assert self._plan is not None
+        """Clip by the global gradient norm, and update this rank's rows with the run's learning rate ``lr``."""
+        assert self._plan is not None and self._rows is not None
         grads_TW = self.gradient()
         if self._max_norm > 0:
             grads_TW = grads_TW * clip_coefficient(norm, self._max_norm)
-        self._rows.step(self._plan.touched_T, self._plan.touched_on_host_T, grads_TW, lr)
+        self._rows.step(self._plan.touched_T, self._plan.touched_on_host_T, grads_TW, lr * self._lr_factor)
         self.drop()
 
     def drop(self) -> None:
@@ -77,14 +86,15 @@ class TokenTable:
 
         Collective. On one rank it is not a copy.
         """
-        return self._exchange.gather(self._rows.state[kind], to)
+        return self._exchange.gather(self._state[kind], to)
 
     def load_moment(self, kind: str, full_VW: Tensor) -> None:
         """Set this rank's rows of a moment; :meth:`resume` must follow."""
-        self._rows.state[kind].copy_(self._exchange.own_part(full_VW))
+        self._state[kind].copy_(self._exchange.own_part(full_VW))
 
     def resume(self, num_steps: int) -> None:
         """Continue after ``num_steps`` steps."""
+        assert self._rows is not None
         self._rows.resume(num_steps)
 
     @contextmanager

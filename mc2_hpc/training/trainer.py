@@ -22,6 +22,7 @@ from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
+from mc2_hpc.training.freezing import check_frozen
 from mc2_hpc.training.host_copy import HostCopy
 from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
@@ -87,6 +88,7 @@ class Trainer:
     def _build(self, checkpoint: Checkpoint | None, source: Source | None) -> None:
         config, ranks, folder = self.config, self.ranks, self.output / "checkpoints"
         arch = architecture(config, source)
+        check_frozen(arch, config)
         self.tokenizer = tokenizer(config, source, arch, ranks)
         self.card = ModelCard(arch=arch, tokenizer_style=self.tokenizer.style)
         if checkpoint is not None:

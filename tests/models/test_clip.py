@@ -184,3 +184,15 @@ def test_operation_count_is_what_torch_counts(arch: ClipArchitecture) -> None:
         model.text.transformer(torch.empty(1, length, arch.text.width, device="meta"))
     counted = counter.get_total_flops() + 2 * arch.text.width * arch.embed_dim
     assert flops_per_pair(arch, length) == 3 * counted
+
+
+def test_frozen_parts_count_once() -> None:
+    """A frozen depth costs a third of a trained one, so freezing block by block saves the same each time."""
+    arch, length = PRESETS["ViT-S-16-worldwide"], 10
+    layers = arch.vision.layers
+    counts = [flops_per_pair(arch, length, {"vision": depth, "text": -1}) for depth in range(-1, layers + 2)]
+    assert counts[0] == flops_per_pair(arch, length)
+    saved = [before - after for before, after in zip(counts, counts[1:], strict=False)]
+    assert len(set(saved[1:-1])) == 1 and min(saved) > 0
+    frozen = flops_per_pair(arch, length, {"vision": layers + 1, "text": arch.text.layers + 1})
+    assert 3 * frozen == counts[0]

@@ -55,6 +55,9 @@ CASES = {
     "triton without a GPU": (["loss.backend=triton"], ["loss.backend=triton"]),
     "bad stage": (["zero.stage=4"], ["zero.stage"]),
     "bad range": (["data.crop_scale=[0.9,0.1]"], ["crop_scale"]),
+    "more blocks than there are": (["freeze.vision=9"], ["freeze.vision=9", "only 2 blocks", "write all"]),
+    "part of a block": (["freeze.text=half"], ["freeze.text=half", "a number of blocks"]),
+    "nothing to train": (["freeze.vision=all", "freeze.text=all"], ["freeze.vision=all", "unfreeze one"]),
     "no such init": (["model.init_from=/nowhere/model"], ["/nowhere/model", "no checkpoint"]),
     "micro-batches": (["micro_batch=-1"], ["micro_batch=-1"]),
 }

@@ -128,6 +128,16 @@ def test_partitioned_weights_are_evaluated_whole(config, starter, suite, tmp_pat
     same_numbers(evaluations(tmp_path)[4]["sets"]["squares"], again["squares"])
 
 
+def test_frozen_weights_are_evaluated_too(config, starter, suite, tmp_path):
+    """Gradients between languages are those of all parameters, and training continues without them."""
+    assert train(config, tmp_path, starter, suite, "freeze.vision=all", "freeze.text=1", "steps=8") == 0
+    rows = evaluations(tmp_path)
+    assert sorted(rows) == [4, 8]
+    assert main(["eval", str(tmp_path / "run"), "--suite", str(suite), "--out", str(tmp_path / "eval")]) == 0
+    again = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))["sets"]
+    same_numbers(rows[8]["sets"]["squares"], again["squares"])
+
+
 def test_a_signal_ends_an_evaluation_and_the_next_start_does_it(config, starter, suite, plain, tmp_path):
     """Between two saves, so that the signal causes the save."""
     changes = ["checkpoint.every=100", "eval.every=6"]

@@ -1,6 +1,7 @@
 """A resumed run: what must not change, what may change with a warning, and what may change silently."""
 
 import dataclasses
+import functools
 import json
 import logging
 
@@ -13,7 +14,7 @@ from mc2_hpc.models.presets import resolve
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card
 from mc2_hpc.training.checkpoint import Checkpoint
 from mc2_hpc.training.optim import learning_rate
-from mc2_hpc.training.resume import FIXED, SAID, SCHEDULE, check_resume, warn_of_changes
+from mc2_hpc.training.resume import ADDED, FIXED, SAID, SCHEDULE, check_resume, warn_of_changes
 from tests.faults.tiny_run import write_config
 
 
@@ -42,12 +43,12 @@ def resume(tiny_pool, tmp_path):
 def test_every_key_of_the_table_is_a_setting(tiny_pool, tmp_path):
     """No key is in both tables, and a renamed setting fails here."""
     config = config_to_dict(load_config(write_config(tmp_path / "run.yaml", tiny_pool)))
-    for key in (*FIXED, *SAID):
+    for key in (*FIXED, *SAID, *ADDED):
         found = config
         for part in key.split("."):
             assert part in found, key
             found = found[part]
-    assert not set(FIXED) & set(SAID) and set(SCHEDULE) <= set(SAID)
+    assert not set(FIXED) & set(SAID) and set(SCHEDULE) | set(ADDED) <= set(SAID)
 
 
 def test_the_same_settings_warn_of_nothing(resume):
@@ -87,6 +88,11 @@ def test_a_checkpoint_from_before_recompute_resumes(resume):
         ("global_batch=64", "global_batch 32 -> 64"),
         ("optim.beta2=0.5", "optim.beta2 0.95 -> 0.5"),
         ("data.crop_scale=[0.5,1.0]", "data.crop_scale [0.9, 1.0] -> [0.5, 1.0]"),
+        ("optim.vision.lr_scale=0.5", "optim.vision.lr_scale 1.0 -> 0.5"),
+        ("optim.text.layer_decay=0.9", "optim.text.layer_decay 1.0 -> 0.9"),
+        ("optim.max_logit_scale=50", "optim.max_logit_scale 100.0 -> 50.0"),
+        ("freeze.vision=1", "freeze.vision None -> 1"),
+        ("freeze.logit_scale=true", "freeze.logit_scale False -> True"),
     ],
 )
 def test_what_may_change_is_reported(resume, override, line):
@@ -102,6 +108,45 @@ def test_the_jump_of_the_learning_rate_is_reported(resume, caplog):
     with caplog.at_level(logging.WARNING):
         warn_of_changes(resume.checkpoint, lines)
     assert "not as in step-00000008: steps 8 -> 16" in caplog.text
+
+
+def test_a_checkpoint_from_before_a_setting_resumes(resume):
+    """Without a word, if the run behaves as it did."""
+    config = resume.checkpoint.trainer["config"]
+    for key in ADDED:
+        *sections, name = key.split(".")
+        del functools.reduce(dict.get, sections, config)[name]
+    assert resume() == []
+    del config["freeze"]
+    assert resume("freeze.vision=1", "freeze.logit_scale=true") == [
+        "freeze.vision None -> 1",
+        "freeze.logit_scale False -> True",
+    ]
+
+
+@pytest.mark.parametrize(
+    "before, override, key",
+    [
+        ({"vision": "all"}, "freeze.vision=2", "freeze.vision=all"),
+        ({"text": "1"}, "freeze.text=0", "freeze.text=1"),
+        ({"text": "0"}, "freeze.vision=all", "freeze.text=0"),
+        ({"logit_scale": True}, "freeze.vision=1", "freeze.logit_scale=true"),
+    ],
+)
+def test_what_was_frozen_stays_frozen(resume, before, override, key):
+    """Its weights have no moments in the checkpoint."""
+    resume.checkpoint.trainer["config"]["freeze"].update(before)
+    with pytest.raises(
+        UserError, match="keep .*, or start a new run from its weights: model.init_from=.*step-0"
+    ) as error:
+        resume(override)
+    assert f"trained with {key}," in str(error.value)
+
+
+def test_another_schedule_is_reported(resume):
+    lines = resume("steps=16", "optim.schedule=wsd", "optim.decay_steps=4")
+    assert lines[:3] == ["steps 8 -> 16", "optim.schedule cosine -> wsd", "optim.decay_steps 0 -> 4"]
+    assert lines[3].startswith("learning rate ") and lines[3].endswith(" -> 1.0e-03 in step 9")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""The part of a run's configuration that says which weights are trained, and how (``mc2_hpc.config`` has the rest)."""
+
+import re
+from dataclasses import dataclass, field
+
+from mc2_hpc.errors import UserError
+from mc2_hpc.reading.checks import at_least, choose
+
+NOTHING_FROZEN = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeConfig:
+    """Weights that stay as they start: they have no gradient, no optimizer state, and nothing to reduce over ranks."""
+
+    vision: str | None = None
+    """``all`` of the image tower, or the number of its first blocks, with everything before them; ``0`` is the
+    embeddings of patches, class and positions alone. Null trains the whole tower."""
+    text: str | None = None
+    """Likewise for the text tower; ``0`` is the embeddings of tokens and positions alone."""
+    logit_scale: bool = False
+
+    def __post_init__(self) -> None:
+        for tower in ("vision", "text"):
+            value = getattr(self, tower)
+            if value is not None and value != "all" and not re.fullmatch(r"0|[1-9][0-9]{0,5}", value):
+                raise UserError(f"freeze.{tower}={value}: write all, a number of blocks, or null")
+        if (self.vision, self.text) == ("all", "all"):
+            raise UserError("freeze.vision=all and freeze.text=all: leaves no tower to train; unfreeze one of them")
+
+    def depth(self, tower: str, layers: int) -> int:
+        """The greatest frozen depth (:mod:`mc2_hpc.models.depth`) of ``vision`` or ``text``, a tower of ``layers``
+        blocks; :data:`NOTHING_FROZEN` if there is none.
+
+        Raises:
+            UserError: the tower has fewer blocks.
+        """
+        value = getattr(self, tower)
+        if value is None:
+            return NOTHING_FROZEN
+        if value == "all":
+            return layers + 1
+        if int(value) > layers:
+            raise UserError(f"freeze.{tower}={value}: the tower has only {layers} blocks; write all to freeze it whole")
+        return int(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerOptimConfig:
+    """One tower's learning rates, relative to ``optim.lr``."""
+
+    lr_scale: float = 1.0
+    layer_decay: float = 1.0
+    """Factor per layer, counted from the output: the projection has none, the last block has it once, the embeddings
+    have it as often as there are blocks, and once more."""
+
+    def factor(self, depth: int, layers: int) -> float:
+        """That of a parameter at a depth (:mod:`mc2_hpc.models.depth`) of a tower of ``layers`` blocks."""
+        return self.lr_scale * self.layer_decay ** (layers + 1 - depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with the recipe's groups, and the schedule of its learning rate."""
+
+    lr: float = 4e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    """Applied to matrices only, not to gains, biases or logit_scale."""
+    warmup: int = 2000
+    """Steps of linear warm-up."""
+    schedule: str = "cosine"
+    """After the warm-up: ``cosine`` (to 0, the recipe), ``constant``, or ``wsd`` (constant, then linear to 0)."""
+    decay_steps: int = 0
+    """``wsd``: the last steps of the run, in which the learning rate falls."""
+    vision: TowerOptimConfig = field(default_factory=TowerOptimConfig)
+    text: TowerOptimConfig = field(default_factory=TowerOptimConfig)
+    max_logit_scale: float = 100.0
+    """Upper limit of the temperature's multiplier after every step, at most 100 (the recipe); the lower limit is 1."""
+    grad_clip: float = 0.0
+    """Largest global gradient norm; 0 does not clip (the recipe)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "warmup", "decay_steps", "grad_clip"):
+            at_least(f"optim.{name}", getattr(self, name), 0)
+        if not 1 <= self.max_logit_scale <= 100:
+            raise UserError(f"optim.max_logit_scale={self.max_logit_scale}: must be in [1, 100]")
+        choose("optim.schedule", self.schedule, ("cosine", "constant", "wsd"))
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise UserError(
+                f"optim.decay_steps={self.decay_steps} with optim.schedule={self.schedule}: "
+                f"set a number of steps for wsd, and 0 for the others"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1)")
+        for tower in ("vision", "text"):
+            for name in ("lr_scale", "layer_decay"):
+                if (value := getattr(getattr(self, tower), name)) <= 0:
+                    raise UserError(
+                        f"optim.{tower}.{name}={value}: must be above 0; to train nothing, set freeze.{tower}"
+                    )

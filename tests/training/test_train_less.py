@@ -1,0 +1,159 @@
+"""Runs that train a part of the model, or parts at rates of their own: every ZeRO stage equals plain PyTorch, resumes
+bitwise, and exchanges and saves nothing for what is frozen."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from mc2_hpc.data.normalise import normalise
+from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.presets import resolve
+from mc2_hpc.training.token_table import TABLE
+from tests.training import train_less_worker as worker
+from tests.training import zero_worker
+
+pytestmark = pytest.mark.timeout(600)
+RANKS = 2
+CASES = [(case, stage) for case in worker.CASES for stage in range(4)]
+
+# Written out, so that the product's own rule is not what it is compared with.
+IMAGE_EMBEDDINGS = ("vision.patch", "vision.class", "vision.pos", "vision.norm_pre")
+TEXT_EMBEDDINGS = ("text.token_embedding", "text.pos")
+FROZEN = {
+    "image tower": ("vision.",),
+    "text tower and scale": ("text.", "logit_scale"),
+    "blocks": (*IMAGE_EMBEDDINGS, "vision.transformer.blocks.0.", *TEXT_EMBEDDINGS),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(ranks_of, tmp_path_factory):
+    """The worker's folder and findings."""
+    folder = tmp_path_factory.mktemp("train_less")
+    ranks_of(RANKS, worker.__file__, folder)
+    return folder, json.loads((folder / "found.json").read_text())
+
+
+def learning_rate(case: str, step: int) -> float:
+    """Written out: warm-up over 2 of 4 steps, then the case's schedule."""
+    following = {"image tower": [1e-3, 1e-3], "learning rates": [1e-3, 1e-3]}.get(case, [1e-3, 0.5e-3])
+    return [0.5e-3, 1e-3, *following][step]
+
+
+def factor(case: str, name: str) -> float:
+    """Written out: that of a parameter's learning rate."""
+    if case != "learning rates" or name == "logit_scale":
+        return 1.0
+    scale, decay = (0.5, 0.7) if name.startswith("vision.") else (2.0, 0.9)
+    depth = 0 if name.startswith((*IMAGE_EMBEDDINGS, *TEXT_EMBEDDINGS)) else 3
+    if "blocks." in name:
+        depth = 1 + int(name.split("blocks.")[1][0])
+    return scale * decay ** (3 - depth)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """``plain(case)``: rows and final model of torch's AdamW on one process, without an engine."""
+    found = {}
+
+    def train(case: str):
+        if case not in found:
+            found[case] = _plain(case)
+        return found[case]
+
+    return train
+
+
+def _plain(case: str):
+    optim = worker.OPTIM | worker.CASES[case].get("optim", {})
+    model = build_clip(resolve(worker.configured(case, 0).model), seed=0)
+    groups = []
+    for name, parameter in model.named_parameters():
+        if name.startswith(FROZEN.get(case, ())):
+            continue
+        decay = 0.1 if parameter.ndim >= 2 and "norm" not in name and "bias" not in name else 0.0
+        groups.append({"params": [parameter], "weight_decay": decay, "factor": factor(case, name)})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=optim["eps"])
+    towers = [group["params"][0] for group in groups if group["params"][0] is not model.logit_scale]
+    rows = []
+    for step, (images, tokens) in enumerate(zero_worker.batches()[: worker.STEPS]):
+        image, text, scale = model(normalise(images), tokens)
+        logits = scale.exp() * image @ text.T
+        labels = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        model.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in towers])
+        if optim.get("grad_clip"):
+            torch.nn.utils.clip_grads_with_norm_(towers, optim["grad_clip"], norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(case, step) * group["factor"]
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(optim.get("max_logit_scale", 100)))
+        rows.append([loss.item(), norm.item(), model.logit_scale.item()])
+    return torch.tensor(rows, dtype=torch.float64), model.state_dict()
+
+
+def final(trained, case, stage):
+    """The run's final state by kind and name."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(trained[0] / f"{case} {stage}.safetensors").items():
+        kind, _, name = key.partition("/")
+        state.setdefault(kind, {})[name] = tensor
+    return state
+
+
+@pytest.mark.parametrize("case, stage", CASES)
+def test_equals_plain_pytorch(trained, plain, case, stage):
+    """Losses, gradient norms and weights of four steps; also after resuming at another stage, in micro-batches with
+    recomputation."""
+    reference_rows, reference = plain(case)
+    found = trained[1][case][str(stage)]
+    for rows in (found["rows"], found["rows at another stage"]):
+        numbers = torch.tensor(rows, dtype=torch.float64)
+        tolerance = torch.tensor([1e-6, 5e-6, 1e-6])  # the norm's gradients are differences of large numbers
+        error = (numbers - reference_rows[-len(rows) :]).abs() / reference_rows[-len(rows) :]
+        assert (error <= tolerance).all(), error
+    weights = final(trained, case, stage)["weight"]
+    assert weights.keys() == reference.keys()
+    for name, expected in reference.items():
+        torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("case, stage", CASES)
+def test_resumes_bitwise(trained, case, stage):
+    assert trained[1][case][str(stage)]["resumed bitwise"]
+
+
+@pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if case in FROZEN])
+def test_frozen_weights_stay_and_have_no_state(trained, case, stage):
+    state = final(trained, case, stage)
+    start = build_clip(resolve(worker.configured(case, 0).model), seed=0).state_dict()
+    trained_names = {name for name in start if not name.startswith(FROZEN[case])}
+    for name, tensor in state["weight"].items():
+        assert torch.equal(tensor, start[name]) == (name not in trained_names), name
+    assert set(state["exp_avg"]) == set(state["exp_avg_sq"]) == trained_names
+
+
+@pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if case in FROZEN])
+def test_no_gradient_of_a_frozen_weight_is_exchanged(trained, case, stage):
+    """Bytes that a rank puts into all-reduces and reduce-scatters in one step: those of the trained weights, padding,
+    and the loss's own few. The token table exchanges rows by all-to-all unless it is dense."""
+    arch = resolve(worker.configured(case, 0).model)
+    dense = worker.CASES[case].get("model", {}).get("embedding") == "dense"
+    sizes = {name: tensor.numel() for name, tensor in build_clip(arch, seed=0).state_dict().items()}
+    reduced = [n for n in sizes if not n.startswith(FROZEN[case]) and n != "logit_scale" and (dense or n != TABLE)]
+    sent = trained[1][case][str(stage)]["sent"]
+    found = sum(count for kind, count in sent.items() if "reduce" in kind)
+    expected = 4 * sum(sizes[name] for name in reduced)
+    assert 0 <= found - expected <= 4096, sent
+    frozen = 4 * sum(size for name, size in sizes.items() if name.startswith(FROZEN[case]) and name != TABLE)
+    assert frozen > 4 * 4096  # more than the tolerance
+    if stage < 3:
+        gathered = sum(count for kind, count in sent.items() if "allgather" in kind)
+        assert gathered <= expected + 4096  # of the updated weights alone

@@ -1,0 +1,154 @@
+"""Trains at every ZeRO stage with frozen parts, or with rates by tower and layer; writes what it found.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 train_less_worker.py OUT CASE ...
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mc2_hpc.config import RunConfig
+from mc2_hpc.distributed import Ranks, process_group
+from mc2_hpc.models import packed_captions
+from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.packed_captions import caption_lengths
+from mc2_hpc.models.presets import resolve
+from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.step import ContrastiveStep
+from tests.training import zero_worker
+
+STEPS, HALF = 4, 2
+# An eps that is large beside rounding: AdamW would scale gradients that are nothing else up to full steps.
+OPTIM: dict[str, Any] = {"lr": 1e-3, "warmup": 2, "eps": 1e-2}
+
+CASES: dict[str, dict[str, Any]] = {
+    "image tower": {"freeze": {"vision": "all"}, "optim": {"schedule": "constant"}},
+    "text tower and scale": {"freeze": {"text": "all", "logit_scale": True}},
+    "blocks": {"freeze": {"vision": "1", "text": "0"}, "optim": {"grad_clip": 0.3}, "model": {"embedding": "dense"}},
+    "learning rates": {
+        "optim": {
+            "vision": {"lr_scale": 0.5, "layer_decay": 0.7},
+            "text": {"lr_scale": 2.0, "layer_decay": 0.9},
+            "schedule": "wsd",
+            "decay_steps": 1,
+            "max_logit_scale": 14.27,
+        }
+    },
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank puts into each kind of collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            inputs = args[1] if "gather" in function.__name__ or "scatter" in function.__name__ else args[0]
+            tensors = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+            self.sent[function.__name__.partition(".")[0]] += sum(t.nbytes for t in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def configured(case: str, stage: int) -> RunConfig:
+    """The tiny run of ``zero_worker`` with the case's settings."""
+    top = CASES[case]
+    base = zero_worker.run_config(stage).model
+    model = {key: value for key, value in vars(base).items() if key not in ("vision", "text")}
+    model |= {tower: vars(getattr(base, tower)) for tower in ("vision", "text")} | top.get("model", {})
+    return zero_worker.run_config(
+        stage, **{**top, "steps": STEPS, "optim": {**OPTIM, **top.get("optim", {})}, "model": model}
+    )
+
+
+class Run:
+    """A run from the start, or from the state that another one had after ``HALF`` steps."""
+
+    def __init__(self, ranks: Ranks, config: RunConfig, *, num_micro: int, saved: dict[str, torch.Tensor] | None):
+        clip = build_clip(resolve(config.model), seed=0)
+        clip.set_recompute("full" if num_micro > 1 else "none")
+        if saved is not None:
+            clip.load_state_dict({name.partition("/")[2]: saved[name] for name in saved if name.startswith("weight/")})
+        self.config = config
+        self.engine = Engine(clip, config, ranks, num_micro=num_micro)
+        if saved is not None:
+            self.engine.load_moments(Saved(saved), HALF)  # type: ignore[arg-type]
+        self._step = ContrastiveStep(self.engine, config.loss, feature_dtype=torch.float32)
+        self._rows = zero_worker.share(ranks)
+
+    def train(self, first: int, end: int) -> list[list[float]]:
+        """(loss, gradient norm, logit scale) of every step."""
+        found = []
+        for number, (images, tokens) in enumerate(zero_worker.batches()[first:end], first):
+            images, tokens = images[self._rows], tokens[self._rows]
+            lr = learning_rate(number, total=STEPS, config=self.config.optim)
+            result = self._step(images, tokens, lr, lengths=caption_lengths(tokens, 2))
+            found.append([float(result.loss), float(result.grad_norm), self.engine.logit_scale.item()])
+        return found
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """By ``<kind>/<name>``."""
+        return {f"{kind}/{name}": tensor.clone() for kind, name, tensor in self.engine.state()}
+
+
+class Saved:
+    """A checkpoint's optimizer files, in memory."""
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        self._state = state
+
+    def get(self, key: str) -> torch.Tensor:
+        name, _, kind = key.rpartition(".")
+        return self._state[f"{kind}/{name}"]
+
+
+def compare(ranks: Ranks, case: str, stage: int, out: Path) -> dict[str, Any]:
+    """Train in one go, and resumed half-way: with the same settings, and at another stage in two micro-batches."""
+    config = configured(case, stage)
+    run = Run(ranks, config, num_micro=1, saved=None)
+    rows = run.train(0, HALF - 1)
+    with Traffic() as traffic:
+        rows += run.train(HALF - 1, HALF)
+    half = run.state()
+    rows += run.train(HALF, STEPS)
+    end = run.state()
+    run.engine.close()
+    resumed = Run(ranks, config, num_micro=1, saved=half)
+    resumed_rows = resumed.train(HALF, STEPS)
+    after = resumed.state()
+    resumed.engine.close()
+    elsewhere = Run(ranks, configured(case, (stage + 1) % 4), num_micro=2, saved=half)
+    rows_elsewhere = elsewhere.train(HALF, STEPS)
+    elsewhere.engine.close()
+    if ranks.is_first:
+        save_file(end, out / f"{case} {stage}.safetensors")
+    return {
+        "rows": rows,
+        "rows at another stage": rows_elsewhere,
+        "resumed bitwise": rows[HALF:] == resumed_rows
+        and end.keys() == after.keys()
+        and all(torch.equal(end[key], after[key]) for key in end),
+        "sent": traffic.sent,
+    }
+
+
+def main(out: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    packed_captions.LEAST_PLACES = 1  # these batches are too small for packing to pay
+    with process_group(timeout_s=120) as ranks:
+        found = {case: {stage: compare(ranks, case, stage, out) for stage in range(4)} for case in cases or CASES}
+        if ranks.is_first:
+            (out / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
