@@ -28,7 +28,7 @@ def compile_table(tmp_path, *options: str) -> list[dict]:
 
 def test_kernels_of_bf16_training_compile_for_every_architecture(tmp_path):
     rows = compile_table(tmp_path, "--quick")
-    kernels = {"contrastive_statistics", "contrastive_gradient"}
+    kernels = {f"contrastive_{kind}{name}" for kind in ("", "distilled_") for name in ("statistics", "gradient")}
     architectures = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     assert {(row["kernel"], row["arch"], row["tensor_core"]) for row in rows} == {
         (kernel, *architecture) for kernel in kernels for architecture in architectures.items()
