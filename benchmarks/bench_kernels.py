@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.fused_kernel_cases import FusedCase, fused_cases
 from benchmarks.harness import main
-from mc2_hpc.kernels.contrastive import triton_impl
+from mc2_hpc.kernels.contrastive import triton_distillation, triton_impl
 from mc2_hpc.kernels.contrastive.launch import LAUNCHES, Launch, launch_for
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -31,8 +31,14 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 """The instruction that a half-precision matrix kernel must use, by architecture."""
 
-KERNELS = {"statistics": triton_impl.statistics_kernel, "gradient": triton_impl.gradient_kernel}
+KERNELS = {
+    "statistics": triton_impl.statistics_kernel,
+    "gradient": triton_impl.gradient_kernel,
+    "distilled_statistics": triton_distillation.distilled_statistics_kernel,
+    "distilled_gradient": triton_distillation.distilled_gradient_kernel,
+}
 
+WIDTHS = ("width", "teacher_width")
 EVEN_WIDTH, UNEVEN_WIDTH = 1024, 1000
 FP16_GRADIENT_SCALE = 2.0**14
 
@@ -66,7 +72,7 @@ def cases(quick: bool) -> Iterator[Case]:
                 continue
             dtypes = ("bf16",) if quick else ("bf16", "fp16", "fp32") if source == "memory" else ("bf16", "fp16")
             for dtype in dtypes:
-                if kernel == "statistics" and source == "memory" and dtype != "fp32" and not quick:
+                if kernel.endswith("statistics") and source == "memory" and dtype != "fp32" and not quick:
                     continue  # reads and writes fp32 whatever the type of the features
                 for width in (EVEN_WIDTH, UNEVEN_WIDTH) if source == "pointer" and not quick else (EVEN_WIDTH,):
                     yield Case(kernel, source, arch, dtype, width)
@@ -80,14 +86,22 @@ def compile_source(case: Case) -> ASTSource:
         "pointer": lambda rows: f"*{case.dtype}",
         "memory": lambda rows: "constexpr",
     }[case.source]
+    dots = "*fp32" if case.source == "memory" else "constexpr"
     special = {
         "images": features(launch.BLOCK_M),
         "texts": features(launch.BLOCK_N),
-        "dots_ptr": "*fp32" if case.source == "memory" else "constexpr",
+        "dots_ptr": dots,
+        "teacher_images": features(launch.BLOCK_M),
+        "teacher_texts": features(launch.BLOCK_N),
+        "teacher_dots_ptr": dots,
+        "teacher_scale": "fp32",
+        "share": "fp32",
         "grad_ptr": f"*{case.dtype}",
     }
     constants: dict[str, Any] = dict(launch.constants(case.width, case.source))
-    if case.kernel == "gradient":
+    if case.kernel.startswith("distilled"):
+        constants["TEACHER_EVEN_K"] = constants["EVEN_K"]
+    if case.kernel.endswith("gradient"):
         constants["GRADIENT_SCALE"] = FP16_GRADIENT_SCALE if case.dtype == "fp16" else 1.0
 
     signature, aligned = {}, {}
@@ -96,7 +110,7 @@ def compile_source(case: Case) -> ASTSource:
         signature[name] = special.get(name, default)
         if signature[name] == "constexpr":
             constants.setdefault(name, None)
-        if signature[name].startswith("*") or name == "stride" or (name == "width" and case.width == EVEN_WIDTH):
+        if signature[name].startswith("*") or name == "stride" or (name in WIDTHS and case.width == EVEN_WIDTH):
             aligned[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return ASTSource(kernel, signature, constexprs, aligned)

@@ -1,5 +1,6 @@
 """Inputs and float64 references for all kernel tests."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mc2_hpc.kernels.contrastive import reference_loss
+from mc2_hpc.kernels.contrastive import Teacher, distilled_contrastive_loss, reference_loss, reference_terms
 
 # Triton chooses between compiling and interpreting at import: see test_triton_interpreter.py.
 collect_ignore = (
@@ -47,6 +48,15 @@ def solve(loss: Callable[..., Tensor], image: Tensor, text: Tensor, logit_scale:
     return Solution(value.detach(), *torch.autograd.grad(value, inputs))
 
 
+def solve_distilled(image: Tensor, text: Tensor, logit_scale: Tensor, teacher: Teacher, **options) -> Solution:
+    """The same with a teacher."""
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return distilled_contrastive_loss(*inputs, teacher, **options)[0]
+
+    return solve(loss, image, text, logit_scale)
+
+
 def assert_exact(found: Solution, image: Tensor, text: Tensor, logit_scale: Tensor, *, slack: float = 1.0) -> None:
     """Value and all gradients equal the dense float64 reference's, to the tolerance of the features' dtype.
 
@@ -54,13 +64,35 @@ def assert_exact(found: Solution, image: Tensor, text: Tensor, logit_scale: Tens
     and may cancel. fp32 logits of size L, and exponents computed from them, are off by about 1e-7 L.
     """
     exact = [x.detach().cpu().double() for x in (image, text, logit_scale)]
-    true = solve(reference_loss, *exact)
-    scale, norms = exact[2].exp(), [float(x.norm(dim=1).max()) for x in exact[:2]]
+    _assert_close(found, solve(reference_loss, *exact), exact, TOLERANCE[image.dtype] * slack)
+
+
+def assert_distilled(
+    found: Solution, image: Tensor, text: Tensor, logit_scale: Tensor, teacher: Teacher, *, slack: float = 1.0
+) -> None:
+    """The same with a teacher, whose logits may be the largest."""
+    exact = [x.detach().cpu().double() for x in (image, text, logit_scale)]
+    features = [x.cpu().double() for x in (teacher.image_features, teacher.text_features)]
+
+    def loss(*inputs: Tensor) -> Tensor:
+        contrastive, divergence = reference_terms(*inputs, *features, teacher.scale)
+        return contrastive + teacher.weight * divergence
+
+    logit = teacher.scale * math.prod(float(x.norm(dim=1).max()) for x in features)
+    tolerance = TOLERANCE[image.dtype] * slack * (1 + teacher.weight)
+    _assert_close(found, solve(loss, *exact), exact, tolerance, logit)
+
+
+def _assert_close(
+    found: Solution, true: Solution, inputs: list[Tensor], tolerance: float, teacher_logit: float = 0.0
+) -> None:
+    image, text, logit_scale = inputs
+    scale, norms = logit_scale.exp(), [float(x.norm(dim=1).max()) for x in (image, text)]
     logit = float(scale) * norms[0] * norms[1]
-    tolerance = TOLERANCE[image.dtype] * slack * max(1.0, logit / 10)
+    tolerance *= max(1.0, max(logit, teacher_logit) / 10)
     pair = float(scale) / len(image)
     for name, size in {
-        "loss": min(logit, 1 + float(true.loss)),
+        "loss": min(max(logit, teacher_logit), 1 + float(true.loss)),
         "image": pair * norms[1],
         "text": pair * norms[0],
         "logit_scale": logit,
@@ -72,7 +104,14 @@ def assert_exact(found: Solution, image: Tensor, text: Tensor, logit_scale: Tens
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """The helpers above, for test modules, which cannot import each other."""
-    return SimpleNamespace(Solution=Solution, features=features, solve=solve, assert_exact=assert_exact)
+    return SimpleNamespace(
+        Solution=Solution,
+        features=features,
+        solve=solve,
+        solve_distilled=solve_distilled,
+        assert_exact=assert_exact,
+        assert_distilled=assert_distilled,
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mc2_hpc.kernels.contrastive import contrastive_loss
+from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss
 
 
 def solve(rank: int, size: int, folder: Path) -> None:
@@ -32,20 +32,34 @@ def solve(rank: int, size: int, folder: Path) -> None:
         inputs = [x.clone().requires_grad_() for x in inputs]
         options = {"group": groups.get(len(batches)), **case["options"]}
         for _ in "ab":
-            loss = contrastive_loss(*inputs, **options)
+            loss = _loss(inputs, case, own, options)
             result = [loss.detach(), *torch.autograd.grad(loss, inputs)]
             before = found.setdefault(name, result)
             assert all(map(torch.equal, before, result)), f"{name}: two runs differ in bits"
     torch.save(found, folder / f"found-{rank}.pt")
 
 
+def _loss(inputs: list[torch.Tensor], case: dict, own: slice, options: dict) -> torch.Tensor:
+    if "teacher" not in case:
+        return contrastive_loss(*inputs, **options)
+    image, text, scale, weight = case["teacher"]
+    loss, terms = distilled_contrastive_loss(*inputs, Teacher(image[own], text[own], scale, weight), **options)
+    torch.testing.assert_close(loss.detach(), terms[0] + weight * terms[1], rtol=1e-5, atol=0)
+    return loss
+
+
 def mismatch(rank: int) -> None:
-    """Ranks whose features differ in width must all report it."""
-    features = torch.ones(2, 3 + rank)
-    try:
-        contrastive_loss(features, features, torch.tensor(0.0))
-    except ValueError as error:
-        print(error, flush=True)
+    """Ranks whose features differ in width must all report it, those of a teacher too."""
+    same, different = torch.ones(2, 3), torch.ones(2, 3 + rank)
+    scale = torch.tensor(0.0)
+    for call in (
+        lambda: contrastive_loss(different, different, scale),
+        lambda: distilled_contrastive_loss(same, same, scale, Teacher(different, different)),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            print(error, flush=True)
 
 
 def fail(rank: int, size: int, task: str) -> None:

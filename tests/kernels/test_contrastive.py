@@ -147,7 +147,13 @@ def test_forward_and_backward_take_eight_flops_for_each_pair_and_feature(kit):
 PEAK_MEMORY = """
 import sys, torch
 from pathlib import Path
-from mc2_hpc.kernels.contrastive import contrastive_loss
+from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss
+
+def loss(image, text, teacher):
+    options = {"backend": "tiled", "workspace_bytes": 4 << 20}
+    if sys.argv[1] == "distilled":
+        return distilled_contrastive_loss(image, text, torch.tensor(2.0), teacher, **options)[0]
+    return contrastive_loss(image, text, torch.tensor(2.0), **options)
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -156,17 +162,19 @@ def status(field):
 torch.set_num_threads(1)
 for pairs in (64, 4096, 8192):
     image, text = (torch.randn(pairs, 32).div_(5).requires_grad_() for _ in range(2))
+    teacher = Teacher(*(torch.randn(pairs, 32).div_(5) for _ in range(2)), scale=5.0)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    contrastive_loss(image, text, torch.tensor(2.0), backend="tiled", workspace_bytes=4 << 20).backward()
+    loss(image, text, teacher).backward()
     print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory from /proc")
-def test_peak_memory_grows_with_the_batch_and_not_its_square():
+@pytest.mark.parametrize("kind", ["plain", "distilled"])
+def test_peak_memory_grows_with_the_batch_and_not_its_square(kind):
     result = subprocess.run(
-        [sys.executable, "-c", PEAK_MEMORY], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", PEAK_MEMORY, kind], capture_output=True, text=True, timeout=120, check=True
     )
     _, small, large = map(int, result.stdout.split())
     features = 8192 * 32 * 4

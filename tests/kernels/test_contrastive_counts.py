@@ -11,10 +11,18 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mc2_hpc.kernels.contrastive import EXCHANGES, all_gather, contrastive_loss, shared_batch
+from mc2_hpc.kernels.contrastive import (
+    EXCHANGES,
+    Teacher,
+    all_gather,
+    contrastive_loss,
+    distilled_contrastive_loss,
+    shared_batch,
+)
 from mc2_hpc.kernels.contrastive.dispatch import tile_factory
-from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, Plan
+from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, DistilledContrastiveLoss, Plan
 from mc2_hpc.kernels.contrastive.shared_batch import SharedBatch
+from mc2_hpc.kernels.contrastive.teacher import Distillation
 
 WIDTH = 8
 
@@ -44,23 +52,33 @@ def silent_group(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def count(rank: int, pairs: tuple[int, ...], exchange: str = "all_gather", *, given: bool = True) -> Operations:
+def count(
+    rank: int, pairs: tuple[int, ...], exchange: str = "all_gather", *, given: bool = True, distilled: bool = False
+) -> Operations:
     """The operators of one forward and backward pass on a rank; ``given``: the sizes are."""
     inputs = [torch.ones(pairs[rank], WIDTH, requires_grad=True) for _ in range(2)]
     options = {"exchange": exchange, "batches": pairs if given else None}
+    teacher = Teacher(*(torch.ones(pairs[rank], WIDTH + 1) for _ in range(2)))
+
+    def loss() -> torch.Tensor:
+        if distilled:
+            return distilled_contrastive_loss(*inputs, torch.tensor(1.0), teacher, **options)[0]
+        return contrastive_loss(*inputs, torch.tensor(1.0), **options)
+
     with silent_group(rank, len(pairs)):
-        contrastive_loss(*inputs, torch.tensor(1.0), **options)  # fills caches
+        loss()  # fills caches
         with Operations() as operations:
-            contrastive_loss(*inputs, torch.tensor(1.0), **options).backward()
+            loss().backward()
     return operations
 
 
+@pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("uneven", [False, True])
-def test_launches_of_all_gather_do_not_grow_with_the_ranks(uneven):
+def test_launches_of_all_gather_do_not_grow_with_the_ranks(uneven, distilled):
     few, many = (tuple(3 + (uneven and rank % 2) for rank in range(size)) for size in (4, 384))
-    counted = [count(len(pairs) // 2, pairs) for pairs in (few, many)]
+    counted = [count(len(pairs) // 2, pairs, distilled=distilled) for pairs in (few, many)]
     assert counted[0].counts == counted[1].counts
-    assert counted[1].counts.total() < 250  # views included
+    assert counted[1].counts.total() < (500 if distilled else 250)  # views included
     # Texts and each rank's part of the loss; maxima and sums of the columns; gradients.
     assert counted[1].collectives() == {"_allgather_base_": 2, "allreduce_": 2, "_reduce_scatter_base_": 1}
 
@@ -77,8 +95,9 @@ def test_the_ring_sends_to_its_neighbour_alone():
     assert found["send"] == found["recv_"] == (11 + 12) + (2 * 11 + 12)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("batches", [(3,) * 6, (3, 1, 0, 3, 2, 3)])
-def test_nothing_is_read_by_the_host(batches, monkeypatch):
+def test_nothing_is_read_by_the_host(batches, distilled, monkeypatch):
     """On the device ``meta``, which has shapes without values, every such read is an error."""
     calls: Counter[str] = Counter()
 
@@ -102,8 +121,14 @@ def test_nothing_is_read_by_the_host(batches, monkeypatch):
     scale = torch.tensor(1.0, device="meta", requires_grad=True)
     with pytest.raises((RuntimeError, NotImplementedError)):
         float(scale.detach())
-    plan = Plan(tile_factory("tiled", 1 << 16), all_gather, SharedBatch(None, 3, batches))
-    ContrastiveLoss.apply(*inputs, scale, plan).backward()
+    shared = SharedBatch(None, 3, batches)
+    if distilled:
+        teacher = Teacher(*(torch.ones(3, WIDTH + 1, device="meta") for _ in range(2)))
+        make_tiles = tile_factory("tiled", 1 << 16, Distillation.of(teacher, WIDTH))
+        loss, _ = DistilledContrastiveLoss.apply(*inputs, scale, Plan(make_tiles, all_gather, shared), teacher)
+    else:
+        loss = ContrastiveLoss.apply(*inputs, scale, Plan(tile_factory("tiled", 1 << 16), all_gather, shared))
+    loss.backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in (*inputs, scale))
     assert calls == {"all_gather": 2, "all_reduce": 2, "reduce_scatter": 1}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mc2_hpc.kernels.contrastive import Teacher
 from tests.forking import Forked
 
 WORKER = Path(__file__).with_name("rank_worker.py")
@@ -49,7 +50,13 @@ def triton_cases(kit) -> dict[str, dict]:
             "batches": (3, 4), "image": image, "text": text, "logit_scale": torch.tensor(2.5),
             "options": {"exchange": exchange, "backend": "triton", "batches": (3, 4)},
         }  # fmt: skip
-    return cases
+    return cases | {f"distilled {name}": with_teacher(kit, case) for name, case in cases.items()}
+
+
+def with_teacher(kit, case: dict) -> dict:
+    """The case with a wider teacher, sharper than the student."""
+    features = kit.features(len(case["image"]), 9, case["image"].dtype, seed=7)
+    return {**case, "teacher": (*features, 40.0, 0.75)}
 
 
 def all_cases(kit) -> dict[str, dict]:
@@ -75,7 +82,7 @@ def all_cases(kit) -> dict[str, dict]:
             "batches": (110, 90, 100), "image": image, "text": text, "logit_scale": torch.tensor(3.0),
             "options": {"exchange": exchange, "backend": "tiled", "workspace_bytes": 1 << 16},
         }  # fmt: skip
-    return cases
+    return cases | {f"distilled {name}": with_teacher(kit, case) for name, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +137,12 @@ def assert_ranks_equal_float64(kit, found: dict[str, tuple[dict, list]]) -> None
         together = kit.Solution(
             losses[0], torch.cat(images) / size, torch.cat(texts) / size, torch.stack(scales).mean()
         )
+        inputs = (case["image"], case["text"], case["logit_scale"])
         try:
-            kit.assert_exact(together, case["image"], case["text"], case["logit_scale"])
+            if "teacher" in case:
+                kit.assert_distilled(together, *inputs, Teacher(*case["teacher"]))
+            else:
+                kit.assert_exact(together, *inputs)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
@@ -176,3 +187,4 @@ def test_ranks_with_different_widths_all_say_so(start, tmp_path):
     for code, out, err in finish(start(2, tmp_path, "mismatch")):
         assert code == 0, err[-2000:]
         assert "ranks hold different feature widths: [3, 4]" in out
+        assert "ranks hold different widths of a teacher's features: [3, 4]" in out

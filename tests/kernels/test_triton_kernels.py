@@ -11,10 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc2_hpc.kernels.contrastive import contrastive_loss, reference_loss
+from mc2_hpc.kernels.contrastive import (
+    Teacher,
+    contrastive_loss,
+    distilled_contrastive_loss,
+    reference_loss,
+)
 from mc2_hpc.kernels.contrastive.dispatch import SMALLEST_WORKSPACE_BYTES
 from mc2_hpc.kernels.contrastive.launch import LAUNCHES, SOURCES, Launch, launch_for, source_for
 from mc2_hpc.kernels.contrastive.statistics import Statistics
+from mc2_hpc.kernels.contrastive.teacher import Distillation
 from mc2_hpc.kernels.contrastive.tiles import backward_tiles, forward_tiles
 
 GPU = torch.cuda.is_available()
@@ -24,7 +30,7 @@ DEVICE = "cuda" if GPU else "cpu"
 # With small blocks, small problems have many blocks and edges on all sides; on a GPU the table's own run too.
 SMALL = {
     (kernel, source): Launch(32, 64, 32, num_warps=4, num_stages=2)
-    for kernel in ("statistics", "gradient")
+    for kernel in ("statistics", "gradient", "distilled_statistics", "distilled_gradient")
     for source in SOURCES
 }
 DTYPES = {
@@ -36,12 +42,15 @@ CASES = [(source, dtype) for source in SOURCES for dtype in DTYPES[source]]
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
-def tiles_of(source, image, num_columns, *, workspace_bytes=SMALLEST_WORKSPACE_BYTES, launches=None):
+def tiles_of(source, image, num_columns, *, workspace_bytes=SMALLEST_WORKSPACE_BYTES, launches=None, distillation=None):
     """Triton tiles whose kernels use the given source of dot products."""
+    from mc2_hpc.kernels.contrastive.triton_distillation import DistilledTritonTiles
     from mc2_hpc.kernels.contrastive.triton_impl import TritonTiles
 
     if source == "descriptor" and GPU and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no bulk copy engine")
+    if distillation is not None:
+        return DistilledTritonTiles(image, num_columns, workspace_bytes, distillation, source, launches)
     return TritonTiles(image, num_columns, workspace_bytes, source, launches)
 
 
@@ -70,6 +79,41 @@ def check_tiles(tiles, image, text, log_scale, diagonal):
         torch.testing.assert_close(got, want, rtol=0, atol=bound + 1e-30)
 
 
+def check_distilled_tiles(tiles, image, text, log_scale, diagonal):
+    """The same with a teacher, whose features follow the student's."""
+    scale, distillation = torch.tensor(math.exp(log_scale), device=DEVICE), tiles.distillation
+    rows, cols = (tiles.kept.empty(len(x), device=scale.device, dtype=scale.dtype) for x in (image, text))
+    forward_tiles(tiles, image, text, scale, rows, cols)
+    (images, teacher_images), (texts, teacher_texts) = (distillation.parts(x.double().cpu()) for x in (image, text))
+    S = math.exp(log_scale) * images @ texts.t()
+    U = distillation.scale * teacher_images @ teacher_texts.t()
+    size = max(1.0, float(S.abs().max()), float(U.abs().max()))
+    both_lse = []
+    for kept, s, u in ((rows, S, U), (cols, S.t(), U.t())):
+        lse = torch.stack((s.logsumexp(1), u.logsumexp(1)), 1)
+        divergence = (u.softmax(1) * (u.log_softmax(1) - s.log_softmax(1))).sum(1)
+        torch.testing.assert_close(kept.logsumexp().double().cpu(), lse, rtol=1e-6, atol=1e-6 * size)
+        torch.testing.assert_close(kept.divergence().double().cpu(), divergence, rtol=1e-5, atol=3e-6 * size)
+        both_lse.append(lse)
+
+    image_grad, text_grad = (torch.zeros(len(x), distillation.width, device=DEVICE) for x in (image, text))
+    lse = [x.float().to(DEVICE) for x in both_lse]
+    backward_tiles(tiles, image, text, scale, *lse, diagonal, image_grad, text_grad)
+    G = torch.zeros_like(S)
+    for logits, column, factor in ((S, 0, 1.0), (U, 1, -distillation.share)):
+        rows_of, cols_of = (x[:, column] for x in both_lse)
+        G += factor * (torch.exp(logits - rows_of[:, None]) + torch.exp(logits - cols_of))
+    if -len(images) < diagonal < len(texts):
+        G.diagonal(diagonal).zero_()
+    error = ERROR[image.dtype] * max(1.0, size / 10)
+    for grad, want, weights in (
+        (image_grad, G @ texts, 1 + G.abs().sum(1)),
+        (text_grad, G.t() @ images, 1 + G.abs().sum(0)),
+    ):
+        bound = error * float(weights.max() * max(images.norm(dim=1).max(), texts.norm(dim=1).max()))
+        torch.testing.assert_close(grad.double().cpu() / tiles.gradient_scale, want, rtol=0, atol=bound)
+
+
 @pytest.mark.parametrize(("source", "dtype"), CASES)
 @settings(max_examples=10, deadline=None)
 @given(
@@ -92,6 +136,67 @@ def test_tiles_equal_float64(kit, source, dtype, num_rows, num_columns, width, l
 def test_tiles_with_the_launch_parameters_of_the_table(kit, source, dtype):
     image, text = (x.to(DEVICE) for x in kit.features(259, 72, dtype))
     check_tiles(tiles_of(source, image, 259, workspace_bytes=1 << 20), image, text, math.log(50), 0)
+
+
+def with_teacher(kit, rows, width, teacher_width, dtype, *, seed):
+    """(rows, width + teacher_width) images and texts of both models on the device."""
+    both = zip(
+        kit.features(rows, width, dtype, seed=seed),
+        kit.features(rows, teacher_width, dtype, seed=seed + 9),
+        strict=True,
+    )
+    return [torch.cat(parts, 1).to(DEVICE) for parts in both]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # exponentials outside the tile, which are not stored
+@pytest.mark.parametrize(("source", "dtype"), CASES)
+@settings(max_examples=8, deadline=None)
+@given(
+    num_rows=st.integers(1, 140),
+    num_columns=st.integers(1, 150),
+    widths=st.tuples(*[st.integers(1, 12).map(lambda n: 8 * n) | st.integers(1, 80)] * 2),
+    log_scale=st.floats(0, math.log(100)),
+    diagonal=st.integers(-150, 150),
+)
+def test_tiles_with_a_teacher_equal_float64(kit, source, dtype, num_rows, num_columns, widths, log_scale, diagonal):
+    if source == "descriptor":
+        widths = [-(-width // 8) * 8 for width in widths]
+    image, _ = with_teacher(kit, num_rows, *widths, dtype, seed=1)
+    _, text = with_teacher(kit, num_columns, *widths, dtype, seed=2)
+    distillation = Distillation(width=widths[0], scale=60.0, share=0.4)
+    tiles = tiles_of(source, image, num_columns, launches=SMALL, distillation=distillation)
+    check_distilled_tiles(tiles, image, text, log_scale, diagonal)
+
+
+@pytest.mark.parametrize(("source", "dtype"), CASES)
+def test_tiles_with_a_teacher_and_the_launch_parameters_of_the_table(kit, source, dtype):
+    image, text = with_teacher(kit, 259, 72, 136, dtype, seed=0)
+    distillation = Distillation(width=72, scale=100.0, share=0.5)
+    tiles = tiles_of(source, image, 259, workspace_bytes=1 << 20, distillation=distillation)
+    check_distilled_tiles(tiles, image, text, math.log(50), 0)
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("pairs", [1, 63, 200])
+def test_distilled_loss_and_gradients_equal_float64(kit, pairs, dtype):
+    image, text = (x.to(DEVICE) for x in kit.features(pairs, 40, dtype))
+    teacher = Teacher(*(x.to(DEVICE) for x in kit.features(pairs, 56, dtype, seed=5)), weight=0.5)
+    scale = torch.tensor(math.log(30), device=DEVICE)
+    options = {"backend": "triton", "workspace_bytes": SMALLEST_WORKSPACE_BYTES}
+    found, again = (kit.solve_distilled(image, text, scale, teacher, **options) for _ in "ab")
+    kit.assert_distilled(found, image, text, scale, teacher, slack=2)
+    for name in ("loss", "image", "text", "logit_scale"):
+        assert torch.equal(getattr(found, name), getattr(again, name)), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy notices the NaN
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("whose", range(4))
+def test_one_bad_feature_of_either_model_makes_the_loss_nan(kit, dtype, whose):
+    features = [x.to(DEVICE) for seed in (0, 1) for x in kit.features(70, 16, dtype, seed=seed)]
+    features[whose][66, 2] = math.inf
+    scale = torch.tensor(2.0, device=DEVICE)
+    assert distilled_contrastive_loss(*features[:2], scale, Teacher(*features[2:]), backend="triton")[0].isnan()
 
 
 @pytest.mark.parametrize("dtype", ERROR)

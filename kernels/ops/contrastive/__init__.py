@@ -8,11 +8,20 @@ from torch.distributed import ProcessGroup
 
 from . import all_gather, ring
 from .dispatch import BACKENDS, choose_backend, tile_factory
-from .function import ContrastiveLoss, Plan
-from .reference import distributed_reference_loss, reference_loss
+from .function import ContrastiveLoss, DistilledContrastiveLoss, Plan
+from .reference import distributed_reference_loss, distributed_reference_terms, reference_loss, reference_terms
 from .shared_batch import share_batch
+from .teacher import Distillation, Teacher
 
-__all__ = ["BACKENDS", "EXCHANGES", "contrastive_loss", "reference_loss"]
+__all__ = [
+    "BACKENDS",
+    "EXCHANGES",
+    "Teacher",
+    "contrastive_loss",
+    "distilled_contrastive_loss",
+    "reference_loss",
+    "reference_terms",
+]
 
 EXCHANGES = {"all_gather": all_gather, "ring": ring}
 """How ranks exchange texts. ``all_gather`` overlaps the first tiles with communication; the memory of ``ring`` does not
@@ -55,18 +64,60 @@ def contrastive_loss(
     Raises ``ValueError`` for invalid inputs, ``RuntimeError`` for a backend that cannot run here.
     """
     _check(image_features, text_features, logit_scale, exchange)
-    backend = choose_backend(backend, image_features.device, image_features.dtype)
+    backend = _usable_backend(backend, image_features)
     shared = share_batch(image_features, group, batches)
-    if shared.global_batch == 0:
-        raise ValueError("contrastive_loss received no pairs on any rank: pass at least one")
-    if backend == "triton" and image_features.dtype == torch.float64:
-        raise ValueError("the triton backend supports bf16, fp16 and fp32 features, not fp64: use backend='tiled'")
     # Autocast would round logits to half precision.
     with torch.autocast(image_features.device.type, enabled=False):
         if backend == "reference":
             return distributed_reference_loss(image_features, text_features, logit_scale, shared)
         plan = Plan(tile_factory(backend, workspace_bytes), EXCHANGES[exchange], shared)
         return ContrastiveLoss.apply(image_features, text_features, logit_scale, plan)
+
+
+def distilled_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    teacher: Teacher,
+    *,
+    group: ProcessGroup | None = None,
+    batches: Sequence[int] | None = None,
+    backend: str = "auto",
+    exchange: str = "all_gather",
+    workspace_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``contrastive_loss`` plus ``teacher.weight`` times the divergence of the student's softmax from the teacher's.
+
+    The divergence is the mean over all rows (image to text) and all columns (text to image) of KL(teacher || student),
+    where the teacher's logits are ``teacher.scale`` times its own dot products, and the student's are those of the
+    contrastive loss. The student's logits of a tile are shared by both terms, and no B x B matrix is stored.
+
+    Args and what holds for ranks are those of :func:`contrastive_loss`. The teacher's width E and its scale and weight
+    must be the same on every rank. Features of the student and of ``logit_scale`` have gradients, the teacher's do not.
+
+    Returns the global loss, and its two terms (2,): contrastive loss and unweighted divergence, without a gradient.
+    NaN if any feature of student or teacher on any rank is not finite.
+
+    Raises ``ValueError`` for invalid inputs, ``RuntimeError`` for a backend that cannot run here.
+    """
+    _check(image_features, text_features, logit_scale, exchange)
+    teacher.check(image_features)
+    backend = _usable_backend(backend, image_features)
+    shared = share_batch(image_features, group, batches, teacher.image_features.shape[1])
+    with torch.autocast(image_features.device.type, enabled=False):
+        if backend == "reference":
+            terms = distributed_reference_terms(image_features, text_features, logit_scale, teacher, shared)
+            return terms[0] + teacher.weight * terms[1], terms.detach()
+        distillation = Distillation.of(teacher, image_features.shape[1])
+        plan = Plan(tile_factory(backend, workspace_bytes, distillation), EXCHANGES[exchange], shared)
+        return DistilledContrastiveLoss.apply(image_features, text_features, logit_scale, plan, teacher)
+
+
+def _usable_backend(backend: str, features: Tensor) -> str:
+    backend = choose_backend(backend, features.device, features.dtype)
+    if backend == "triton" and features.dtype == torch.float64:
+        raise ValueError("the triton backend supports bf16, fp16 and fp32 features, not fp64: use backend='tiled'")
+    return backend
 
 
 def _check(image: Tensor, text: Tensor, logit_scale: Tensor, exchange: str) -> None:

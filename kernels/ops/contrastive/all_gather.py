@@ -15,16 +15,15 @@ from .tiles import TileFactory, add_pairs, backward_tiles, forward_tiles
 
 def forward(
     make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (N, D), column log-sum-exp (N))."""
+) -> tuple[Statistics, Tensor, Statistics, slice]:
+    """See :class:`mc2_hpc.kernels.contrastive.function.Exchange`."""
     num_columns, own = shared.global_batch, shared.part(shared.rank)
     tiles = make_tiles(image_bD, num_columns)
-    rows = Statistics.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
-    cols = Statistics.empty(num_columns, device=scale.device, dtype=scale.dtype)
+    rows = tiles.kept.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
+    cols = tiles.kept.empty(num_columns, device=scale.device, dtype=scale.dtype)
     if shared.size == 1:
         forward_tiles(tiles, image_bD, text_bD, scale, rows, cols)
-        col_lse = cols.logsumexp()
-        return rows.logsumexp(), col_lse, text_bD, col_lse
+        return rows, text_bD, cols, own
 
     gathering = shared.gather(text_bD)
     forward_tiles(tiles, image_bD, text_bD, scale, rows, cols[own])
@@ -32,15 +31,14 @@ def forward(
     for others in (slice(0, own.start), slice(own.stop, num_columns)):
         forward_tiles(tiles, image_bD, text_ND[others], scale, rows, cols[others])
 
-    col_lse = _combine(cols, shared).logsumexp()
-    return rows.logsumexp(), col_lse[own], text_ND, col_lse
+    return rows, text_ND, _combine(cols, shared), own
 
 
 def _combine(cols: Statistics, shared: SharedBatch) -> Statistics:
     """Statistics of whole columns (N), on every rank, from those of each rank's rows."""
     maximum = shared.reduce_(cols.maximum.clone(), dist.ReduceOp.MAX)
     # A library's maximum may lose NaN, its sum does not, and the total of a column with NaN or infinity is NaN.
-    return Statistics(maximum, shared.reduce_(cols.total * torch.exp(cols.maximum - maximum), dist.ReduceOp.SUM))
+    return type(cols)(maximum, shared.reduce_(cols.total * torch.exp(cols.maximum - maximum), dist.ReduceOp.SUM))
 
 
 def backward(
@@ -56,13 +54,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """(G T (b, D), G^T I of the own texts (b, D), the factor G was scaled by)."""
     tiles = make_tiles(image_bD, shared.global_batch)
-    width = image_bD.shape[1]
-    image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
-    text_grad = scale.new_zeros((shared.global_batch, width)) if needs_text else None
+    image_grad = scale.new_zeros((len(image_bD), tiles.width)) if needs_image else None
+    text_grad = scale.new_zeros((shared.global_batch, tiles.width)) if needs_text else None
     diagonal = shared.offsets[shared.rank]
     backward_tiles(tiles, image_bD, text_ND, scale, row_lse, col_lse, diagonal, image_grad, text_grad)
     if text_grad is not None and shared.size > 1:
         text_grad = shared.sum_to_owners(text_grad)
     own = shared.part(shared.rank)
-    add_pairs(image_bD, text_ND[own], scale, row_lse, col_lse[own], image_grad, text_grad, tiles.gradient_scale)
+    add_pairs(tiles, image_bD, text_ND[own], scale, row_lse, col_lse[own], image_grad, text_grad)
     return image_grad, text_grad, tiles.gradient_scale

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..triton_launch import triton_obstacle
+from .teacher import Distillation
 from .tiles import TileFactory, TileOperations
-from .torch_tiles import TorchTiles
+from .torch_tiles import DistilledTorchTiles, TorchTiles
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
 
@@ -43,7 +44,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     return backend
 
 
-def tile_factory(backend: str, workspace_bytes: int | None) -> TileFactory:
+def tile_factory(backend: str, workspace_bytes: int | None, distillation: Distillation | None = None) -> TileFactory:
     """A factory for a backend's tiles within a workspace of this many bytes; ``None`` is the device's default."""
     if workspace_bytes is not None and workspace_bytes < SMALLEST_WORKSPACE_BYTES:
         raise ValueError(f"workspace_bytes={workspace_bytes} is too small: use at least {SMALLEST_WORKSPACE_BYTES}")
@@ -51,9 +52,14 @@ def tile_factory(backend: str, workspace_bytes: int | None) -> TileFactory:
     def make(image: Tensor, num_columns: int) -> TileOperations:
         size = workspace_bytes or WORKSPACE_BYTES.get(image.device.type, WORKSPACE_BYTES["cuda"])
         if backend == "triton":
+            from .triton_distillation import DistilledTritonTiles
             from .triton_impl import TritonTiles
 
+            if distillation is not None:
+                return DistilledTritonTiles(image, num_columns, size, distillation)
             return TritonTiles(image, num_columns, size)
+        if distillation is not None:
+            return DistilledTorchTiles(image, num_columns, size, distillation)
         return TorchTiles(image, num_columns, size)
 
     return make

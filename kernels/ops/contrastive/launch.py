@@ -64,6 +64,18 @@ LAUNCHES = {
     ("gradient", "pointer"): {80: Launch(128, 128, 64, num_warps=8, num_stages=3)},
     ("statistics", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
     ("gradient", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
+    ("distilled_statistics", "descriptor"): {
+        90: Launch(128, 64, 64, num_warps=8, num_stages=4),
+        100: Launch(128, 128, 64, num_warps=8, num_stages=4),
+    },
+    ("distilled_gradient", "descriptor"): {
+        90: Launch(128, 128, 64, num_warps=8, num_stages=4),
+        100: Launch(128, 128, 64, num_warps=8, num_stages=4),
+    },
+    ("distilled_statistics", "pointer"): {80: Launch(64, 128, 32, num_warps=8, num_stages=3)},
+    ("distilled_gradient", "pointer"): {80: Launch(64, 128, 32, num_warps=8, num_stages=3)},
+    ("distilled_statistics", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
+    ("distilled_gradient", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
 }
 """Launch parameters by kernel and source, then by the lowest compute capability (major * 10 + minor) they apply to: the
 largest blocks that compile without register spills for every capability and Triton version they are used with."""

@@ -1,4 +1,4 @@
-"""The dense contrastive loss: the reference for tests and benchmarks."""
+"""The dense contrastive loss, alone and with a teacher: the reference for tests and benchmarks."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shared_batch import SharedBatch
+from .teacher import Teacher
 
 
 def reference_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor) -> Tensor:
@@ -14,23 +15,66 @@ def reference_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor) -> Te
 
     Holds several N x N matrices. Computes in the features' own type, including fp64; half types in fp32.
     """
-    if image_ND.dtype in (torch.bfloat16, torch.float16):
-        image_ND, text_ND = image_ND.float(), text_ND.float()
-    logits = logit_scale.to(image_ND.dtype).exp() * image_ND @ text_ND.t()
+    image_ND, text_ND = _wide(image_ND), _wide(text_ND)
+    return _cross_entropy(logit_scale.to(image_ND.dtype).exp() * image_ND @ text_ND.t())
+
+
+def reference_terms(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    teacher_image_NE: Tensor,
+    teacher_text_NE: Tensor,
+    teacher_scale: float,
+) -> Tensor:
+    """(2,) the contrastive loss and the mean over rows and columns of KL(softmax of the teacher || softmax of the
+    student), Hinton et al. 2015 without its factor T^2, as in Meta CLIP 2's distillation.
+
+    Holds and computes like :func:`reference_loss`.
+    """
+    image_ND, text_ND = _wide(image_ND), _wide(text_ND)
+    student = logit_scale.to(image_ND.dtype).exp() * image_ND @ text_ND.t()
+    teacher = teacher_scale * _wide(teacher_image_NE) @ _wide(teacher_text_NE).t()
+    divergence = (_divergence(student, teacher) + _divergence(student.t(), teacher.t())) / 2
+    return torch.stack((_cross_entropy(student), divergence))
+
+
+def _wide(features: Tensor) -> Tensor:
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
+
+
+def _cross_entropy(logits: Tensor) -> Tensor:
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
 def distributed_reference_loss(image_bD: Tensor, text_bD: Tensor, logit_scale: Tensor, shared: SharedBatch) -> Tensor:
     """``reference_loss`` of all ranks' pairs, on every rank; its gradients follow ``contrastive_loss``'s convention."""
-    if shared.size > 1:
-        image_bD, text_bD = (_gather_with_own_gradient(features, shared) for features in (image_bD, text_bD))
+    image_ND, text_ND = (_gather_with_own_gradient(features, shared) for features in (image_bD, text_bD))
     # Every rank has the full gradient of logit_scale, so its average over ranks is the full gradient too.
-    loss = reference_loss(image_bD, text_bD, logit_scale)
+    return _finite(reference_loss(image_ND, text_ND, logit_scale))
+
+
+def distributed_reference_terms(
+    image_bD: Tensor, text_bD: Tensor, logit_scale: Tensor, teacher: Teacher, shared: SharedBatch
+) -> Tensor:
+    """``reference_terms`` of all ranks' pairs, on every rank, likewise."""
+    both = (image_bD, text_bD, teacher.image_features.detach(), teacher.text_features.detach())
+    image_ND, text_ND, teacher_image, teacher_text = (_gather_with_own_gradient(features, shared) for features in both)
+    return _finite(reference_terms(image_ND, text_ND, logit_scale, teacher_image, teacher_text, teacher.scale))
+
+
+def _finite(loss: Tensor) -> Tensor:
     return torch.where(torch.isfinite(loss), loss, torch.nan)
 
 
 def _gather_with_own_gradient(local: Tensor, shared: SharedBatch) -> Tensor:
+    if shared.size == 1:
+        return local
     every, own = shared.gather(local.detach()).wait(), shared.part(shared.rank)
     return torch.cat([every[: own.start], _GradientTimes.apply(local, shared.size), every[own.stop :]])
 

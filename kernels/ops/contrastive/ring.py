@@ -19,21 +19,21 @@ _BLOCK, _TOTAL = 1, 2  # tags: what a message carries
 
 def forward(
     make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row log-sum-exp (b), own columns' log-sum-exp (b), texts for backward (b, D), the same column log-sum-exp)."""
+) -> tuple[Statistics, Tensor, Statistics, slice]:
+    """See :class:`mc2_hpc.kernels.contrastive.function.Exchange`."""
     tiles = make_tiles(image_bD, shared.longest)
-    rows = Statistics.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
+    rows = tiles.kept.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
 
     def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
-        cols = Statistics.empty(shared.batches[owner], device=scale.device, dtype=scale.dtype)
+        cols = tiles.kept.empty(shared.batches[owner], device=scale.device, dtype=scale.dtype)
         forward_tiles(tiles, image_bD, block[0], scale, rows, cols)
         return torch.stack((cols.maximum, cols.total), dim=1)
 
     def merge(total: Tensor, partial: Tensor) -> None:
-        Statistics(*total.unbind(1)).merge_(*partial.unbind(1))
+        tiles.kept(*total.unbind(1)).merge_(*partial.unbind(1))
 
-    own_lse = Statistics(*circulate(shared, [text_bD.contiguous()], visit, merge).unbind(1)).logsumexp()
-    return rows.logsumexp(), own_lse, text_bD, own_lse
+    own_columns = tiles.kept(*circulate(shared, [text_bD.contiguous()], visit, merge).unbind(1))
+    return rows, text_bD, own_columns, slice(None)
 
 
 def backward(
@@ -49,12 +49,11 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """(G T (b, D), G^T I of the own texts (b, D), the factor G was scaled by)."""
     tiles = make_tiles(image_bD, shared.longest)
-    width = image_bD.shape[1]
-    image_grad = scale.new_zeros((len(image_bD), width)) if needs_image else None
+    image_grad = scale.new_zeros((len(image_bD), tiles.width)) if needs_image else None
 
     def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
         text, lse = block
-        text_grad = scale.new_zeros((len(text), width if needs_text else 0))
+        text_grad = scale.new_zeros((len(text), tiles.width if needs_text else 0))
         diagonal = shared.offsets[shared.rank] - shared.offsets[owner]
         wanted = text_grad if needs_text else None
         backward_tiles(tiles, image_bD, text, scale, row_lse, lse, diagonal, image_grad, wanted)
@@ -62,7 +61,7 @@ def backward(
 
     summed = circulate(shared, [text_bD.contiguous(), col_lse], visit, Tensor.add_)
     text_grad = summed if needs_text else None
-    add_pairs(image_bD, text_bD, scale, row_lse, col_lse, image_grad, text_grad, tiles.gradient_scale)
+    add_pairs(tiles, image_bD, text_bD, scale, row_lse, col_lse, image_grad, text_grad)
     return image_grad, text_grad, tiles.gradient_scale
 
 

@@ -61,12 +61,12 @@ class SharedBatch:
         return Gather(self, local)
 
     def sum(self, local: Tensor) -> Tensor:
-        """The sum of one scalar per rank, with the same bits on every rank."""
+        """The sum of a small tensor of every rank, with the same bits on every rank."""
         if self.size == 1:
             return local
-        every = local.new_empty(self.size)
-        _all_gather(every, local.reshape(1), group=self.group)
-        return every.sum()
+        every = local.new_empty((self.size, *local.shape))
+        _all_gather(every, local[None], group=self.group)
+        return every.sum(0)
 
     def reduce_(self, whole: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         """Reduce a tensor over ranks in place; returns it, equal on every rank."""
@@ -119,11 +119,13 @@ class Gather:
         return self._every.index_select(0, self._shared.padded_rows(self._every.device))
 
 
-def share_batch(features: Tensor, group: dist.ProcessGroup | None, batches: Sequence[int] | None) -> SharedBatch:
+def share_batch(
+    features: Tensor, group: dist.ProcessGroup | None, batches: Sequence[int] | None, teacher_width: int = 0
+) -> SharedBatch:
     """The ranks of ``group`` and their batch sizes; exchanges the sizes unless ``batches`` gives them.
 
-    Raises ``ValueError`` if ``batches`` does not fit the group or these features; and, where sizes are exchanged, on
-    every rank if features differ in width or type.
+    Raises ``ValueError`` if there are no pairs, or ``batches`` does not fit the group or these features; and, where
+    sizes are exchanged, on every rank if features differ in width or type.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         size, rank = 1, 0
@@ -132,22 +134,26 @@ def share_batch(features: Tensor, group: dist.ProcessGroup | None, batches: Sequ
     if rank < 0:
         raise ValueError("this process is not in the group passed to contrastive_loss: pass one that it belongs to")
     if batches is None:
-        batches = (len(features),) if size == 1 else _exchange(features, group, size)
+        batches = (len(features),) if size == 1 else _exchange(features, group, size, teacher_width)
     elif len(batches) != size or batches[rank] != len(features):
         raise ValueError(
             f"batches={_shown(batches)} does not fit rank {rank} of {size} with {len(features)} pairs: "
             f"give the pairs of every rank, in order"
         )
-    return SharedBatch(group, rank, tuple(batches))
+    shared = SharedBatch(group, rank, tuple(batches))
+    if shared.global_batch == 0:
+        raise ValueError("the contrastive loss received no pairs on any rank: pass at least one")
+    return shared
 
 
-def _exchange(features: Tensor, group: dist.ProcessGroup | None, size: int) -> tuple[int, ...]:
+def _exchange(features: Tensor, group: dist.ProcessGroup | None, size: int, teacher_width: int) -> tuple[int, ...]:
     """Every rank's number of pairs; on a GPU, waits for the features."""
-    mine = torch.tensor([*features.shape, _DTYPES.index(features.dtype)], device=features.device)
-    every = mine.new_empty((size, 3))
+    mine = torch.tensor([*features.shape, teacher_width, _DTYPES.index(features.dtype)], device=features.device)
+    every = mine.new_empty((size, len(mine)))
     _all_gather(every, mine[None], group=group)
-    batches, widths, types = zip(*every.tolist(), strict=True)
+    batches, widths, teacher_widths, types = zip(*every.tolist(), strict=True)
     _require_same("feature widths", widths)
+    _require_same("widths of a teacher's features", teacher_widths)
     _require_same("feature types", [_DTYPES[index] for index in types])
     return batches
 

@@ -11,6 +11,14 @@ so dI = s/(2B) G T, dT = s/(2B) G^T I and dL/dlogit_scale = 1/(2B) sum_ij G_ij S
 The terms of G for positive pairs are far larger than all others and nearly cancel. They never enter the products, whose
 operands may be half precision: ``add_pairs`` adds their contribution in the accumulator's type.
 
+With a teacher, whose logits of the same pairs are U, the loss is L + w K, where K is the mean over rows and columns of
+KL(softmax U || softmax S). With a and a' the row and column log-sum-exp of U and v = w / (1 + w),
+
+    G_ij = exp(S_ij - r_i) + exp(S_ij - c_j) - v [exp(U_ij - a_i) + exp(U_ij - a'_j)] - 2 (1 - v) [j = p(i)]
+
+and all gradients are 1 + w times those above. Rows of images and texts then hold both models' features, the student's
+first, so that exchanges and tiles are the same; log-sum-exp are (n, 2), the student's first.
+
 This module is independent of processes and autograd.
 """
 
@@ -22,6 +30,7 @@ from torch import Tensor
 
 from .products import accumulate
 from .statistics import Statistics
+from .teacher import Distillation
 
 
 class TileOperations(Protocol):
@@ -33,6 +42,14 @@ class TileOperations(Protocol):
     """Maximum number of texts in a tile."""
     gradient_scale: float
     """The factor that ``gradient`` applies to G to keep it within its type's range; a power of two."""
+    width: int
+    """Of the features that get gradients."""
+    distillation: Distillation | None
+    """How a teacher's features enter, if the rows have them."""
+
+    @property
+    def kept(self) -> type[Statistics]:
+        """What ``statistics`` merges into."""
 
     def operand(self, features: Tensor) -> Tensor:
         """The features in the type that the tiles and the products with G require."""
@@ -80,18 +97,19 @@ def backward_tiles(
 ) -> None:
     """Add G T to ``image_grad`` (B, D) and G^T I to ``text_grad`` (N, D), without the positive pairs' terms.
 
-    Both are in the accumulator's type and multiplied by ``tiles.gradient_scale``; ``None`` skips one. Image i is paired
-    with text i + diagonal.
+    Images and texts are (B, D) and (N, D), or wider with a teacher. Both gradients are in the accumulator's type and
+    multiplied by ``tiles.gradient_scale``; ``None`` skips one. Image i is paired with text i + diagonal.
     """
     image_BD, text_ND = tiles.operand(image_BD), tiles.operand(text_ND)
+    trained_image, trained_text = image_BD[:, : tiles.width], text_ND[:, : tiles.width]
     for r in blocks(len(image_BD), tiles.rows):
         for c in blocks(len(text_ND), tiles.columns):
             offset = diagonal + r.start - c.start
             G = tiles.gradient(image_BD[r], text_ND[c], scale, row_lse[r], col_lse[c], offset)
             if image_grad is not None:
-                accumulate(G, text_ND[c], image_grad[r])
+                accumulate(G, trained_text[c], image_grad[r])
             if text_grad is not None:
-                accumulate(G.t(), image_BD[r], text_grad[c])
+                accumulate(G.t(), trained_image[r], text_grad[c])
 
 
 # Elements in a temporary: few launches on a GPU, small enough for the cache on a CPU.
@@ -108,6 +126,7 @@ def paired_dots(left_BD: Tensor, right_BD: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def add_pairs(
+    tiles: TileOperations,
     image_BD: Tensor,
     text_BD: Tensor,
     scale: Tensor,
@@ -115,14 +134,28 @@ def add_pairs(
     col_lse: Tensor,
     image_grad: Tensor | None,
     text_grad: Tensor | None,
-    gradient_scale: float,
 ) -> None:
     """Add the positive pairs' terms, omitted by ``backward_tiles``, to the gradients of paired images and texts."""
-    logits = paired_dots(image_BD, text_BD, scale.dtype) * scale
-    # p - 1 and q - 1, which are never positive, instead of p + q - 2: exact even when both are nearly 1.
-    G = torch.expm1(logits - row_lse).clamp_(max=0) + torch.expm1(logits - col_lse).clamp_(max=0)
-    G = G.mul_(gradient_scale)[:, None]
+    distillation = tiles.distillation
+    if distillation is None:
+        G = _paired_excess(image_BD, text_BD, scale, row_lse, col_lse)
+    else:
+        (image_BD, teacher_image), (text_BD, teacher_text) = map(distillation.parts, (image_BD, text_BD))
+        G = _paired_excess(image_BD, text_BD, scale, row_lse[:, 0], col_lse[:, 0])
+        excess = _paired_excess(teacher_image, teacher_text, distillation.scale, row_lse[:, 1], col_lse[:, 1])
+        # p - (1 - v) - v q = (p - 1) - v (q - 1)
+        G.sub_(excess, alpha=distillation.share)
+    G = G.mul_(tiles.gradient_scale)[:, None]
     if image_grad is not None:
         image_grad.addcmul_(text_BD, G)
     if text_grad is not None:
         text_grad.addcmul_(image_BD, G)
+
+
+def _paired_excess(
+    image_BD: Tensor, text_BD: Tensor, scale: Tensor | float, row_lse: Tensor, col_lse: Tensor
+) -> Tensor:
+    """(B,) p + q - 2 of the positive pairs' probabilities p in their rows and q in their columns."""
+    logits = paired_dots(image_BD, text_BD, row_lse.dtype) * scale
+    # p - 1 and q - 1, which are never positive, instead of p + q - 2: exact even when both are nearly 1.
+    return torch.expm1(logits - row_lse).clamp_(max=0) + torch.expm1(logits - col_lse).clamp_(max=0)

@@ -6,6 +6,8 @@ exp(S - r) + exp(S - c), zero for the positive pairs, and writes it once, in the
 plain products.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import VARIANTS, Launch, launch_for, source_for
 from .products import multiply
 from .statistics import Statistics
+from .teacher import Distillation
 from .torch_tiles import gradient_scale, tile_shape
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,7 +30,7 @@ _MOST_ELEMENTS = 2**30
 
 
 @triton.jit
-def _block_of(num_rows, num_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def block_of(num_rows, num_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(row block, column block) of this program: 8 row blocks share each column block while it is in L2."""
     program = tl.program_id(0)
     row_blocks, col_blocks = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_cols, BLOCK_N)
@@ -39,13 +42,14 @@ def _block_of(num_rows, num_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _dot_products_by_pointer(
-    image_ptr, text_ptr, rows, cols, num_rows, num_cols, width,
+    image_ptr, text_ptr, rows, cols, num_rows, num_cols, width, pitch,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) fp32 dot products; rows and columns past the end repeat row or column 0."""
+    """(BLOCK_M, BLOCK_N) fp32 dot products of rows that begin ``pitch`` elements apart; rows and columns past the end
+    repeat row or column 0."""
     features = tl.arange(0, BLOCK_K)
-    image_row = tl.where(rows < num_rows, rows, 0).to(tl.int64) * width
-    text_row = tl.where(cols < num_cols, cols, 0).to(tl.int64) * width
+    image_row = tl.where(rows < num_rows, rows, 0).to(tl.int64) * pitch
+    text_row = tl.where(cols < num_cols, cols, 0).to(tl.int64) * pitch
     image_ptrs = image_ptr + image_row[:, None] + features[None, :]
     text_ptrs = text_ptr + text_row[None, :] + features[:, None]
     dots = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -79,15 +83,15 @@ def _dot_products_by_descriptor(
 
 
 @triton.jit
-def _dots_of_block(
-    images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width,
+def dots_of_block(
+    images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width, pitch,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
     if SOURCE == "descriptor":
         dots = _dot_products_by_descriptor(images, texts, row_block, col_block, width, BLOCK_M, BLOCK_N, BLOCK_K)
     elif SOURCE == "pointer":
         dots = _dot_products_by_pointer(
-            images, texts, rows, cols, num_rows, num_cols, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
+            images, texts, rows, cols, num_rows, num_cols, width, pitch, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
         )
     else:
         at = rows[:, None] * stride + cols[None, :]
@@ -96,7 +100,7 @@ def _dots_of_block(
 
 
 @triton.jit
-def _halves(dots, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halves(dots, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and right half of a block: epilogues process one at a time, which halves the registers they need."""
     return tl.split(dots.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
 
@@ -129,14 +133,14 @@ def statistics_kernel(
 
     Writes those of rows as (column blocks, rows) and those of columns as (row blocks, columns).
     """
-    row_block, col_block = _block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
+    row_block, col_block = block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
     rows, cols = row_block * BLOCK_M + tl.arange(0, BLOCK_M), col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    dots = _dots_of_block(
-        images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width,
+    dots = dots_of_block(
+        images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width, width,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SOURCE,
     )  # fmt: skip
     scale, valid_rows = tl.load(scale_ptr), rows < num_rows
-    left, right = _halves(dots, BLOCK_M, BLOCK_N)
+    left, right = halves(dots, BLOCK_M, BLOCK_N)
     half_cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     max_0, sum_0 = _half_statistics(left, scale, half_cols, valid_rows, row_block, num_cols, col_max_ptr, col_sum_ptr)
     half_cols += BLOCK_N // 2
@@ -174,15 +178,15 @@ def gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
     """G times GRADIENT_SCALE for a tile of logits, in the type of ``grad_ptr``; one program per block."""
-    row_block, col_block = _block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
+    row_block, col_block = block_of(num_rows, num_cols, BLOCK_M, BLOCK_N)
     rows, cols = row_block * BLOCK_M + tl.arange(0, BLOCK_M), col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    dots = _dots_of_block(
-        images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width,
+    dots = dots_of_block(
+        images, texts, dots_ptr, stride, row_block, col_block, rows, cols, num_rows, num_cols, width, width,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SOURCE,
     )  # fmt: skip
     scale, valid_rows = tl.load(scale_ptr), rows < num_rows
     row_lse = tl.load(row_lse_ptr + rows, mask=valid_rows, other=float("inf"))
-    left, right = _halves(dots, BLOCK_M, BLOCK_N)
+    left, right = halves(dots, BLOCK_M, BLOCK_N)
     half_cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     _store_half_gradient(
         left, scale, rows, half_cols, valid_rows, num_cols, row_lse, col_lse_ptr, diagonal, grad_ptr, stride,
@@ -198,9 +202,15 @@ def gradient_kernel(
 class TritonTiles:
     """Tile arithmetic in Triton kernels.
 
-    The workspace holds one tile of G and, for ``chunked``, one of fp32 dot products, with rows padded to a multiple of
-    64 columns so that each row is aligned; in forward it holds the blocks' statistics.
+    The workspace holds one tile of G and, for ``chunked``, one of fp32 dot products per model, with rows padded to a
+    multiple of 64 columns so that each row is aligned; in forward it holds the blocks' statistics.
     """
+
+    kept: type[Statistics] = Statistics
+    _MODELS = 1
+    """Whose dot products a tile needs: the student's, and a teacher's."""
+    _PARTIAL = 4
+    """Numbers that forward stores for the rows and columns of a block."""
 
     def __init__(
         self,
@@ -209,8 +219,11 @@ class TritonTiles:
         workspace_bytes: int,
         source: str | None = None,
         launches: dict[tuple[str, str], Launch] | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         """``source`` and ``launches`` (by kernel and source) override the tables in ``launch``, for benchmarks."""
+        self.distillation = distillation
+        self.width = image.shape[1] if distillation is None else distillation.width
         self._chunked = source == "memory" if source else VARIANTS[image.dtype] == "chunked"
         if not self._chunked and image.dtype == torch.float32:
             raise ValueError("the fused kernels support bf16 and fp16 features: fp32 needs source='memory'")
@@ -218,12 +231,12 @@ class TritonTiles:
         self._capability = major * 10 + minor
         self._source, self._launches = source, launches or {}
         self.gradient_scale = gradient_scale(image.dtype)
-        # A maximum and a sum for rows and for columns, for every block of at least 64 x 64.
-        per_logit = (4 if self._chunked else 0) + max(image.dtype.itemsize, 16 / 64)
+        # Blocks have at least 64 x 64 logits.
+        per_logit = (4 * self._MODELS if self._chunked else 0) + max(image.dtype.itemsize, 4 * self._PARTIAL / 64)
         elements = min(max(int(workspace_bytes / per_logit), _ALIGNED), _MOST_ELEMENTS)
-        self.rows, self.columns = tile_shape(len(image), _padded(num_columns), elements, multiple=_ALIGNED)
+        self.rows, self.columns = tile_shape(len(image), padded(num_columns), elements, multiple=_ALIGNED)
         self._capacity = self.rows * self.columns
-        self._dots = torch.empty(self._capacity, device=image.device) if self._chunked else None
+        self._dots = [torch.empty(self._capacity, device=image.device) for _ in range(self._chunked * self._MODELS)]
         self._grad: Tensor | None = None
 
     def operand(self, features: Tensor) -> Tensor:
@@ -231,59 +244,68 @@ class TritonTiles:
         return features.contiguous()
 
     def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
-        launch, features, options = self._prepare("statistics", image_RD, text_CD)
+        launch, source = self._launch("statistics", image_RD, text_CD)
         row_blocks, col_blocks = launch.grid(len(image_RD), len(text_CD))
         row_max, row_sum = scale.new_empty(2, col_blocks, len(image_RD))
         col_max, col_sum = scale.new_empty(2, row_blocks, len(text_CD))
         with torch.cuda.device_of(image_RD):
             statistics_kernel[(row_blocks * col_blocks,)](
-                *features, scale, row_max, row_sum, col_max, col_sum,
-                _padded(len(text_CD)), len(image_RD), len(text_CD), image_RD.shape[1], **options,
+                *self._dot_products(launch, source, image_RD, text_CD), scale, row_max, row_sum, col_max, col_sum,
+                padded(len(text_CD)), len(image_RD), len(text_CD), image_RD.shape[1],
+                **launch.options(image_RD.shape[1], source),
             )  # fmt: skip
-        rows.merge_(*_add_up(row_max, row_sum))
-        cols.merge_(*_add_up(col_max, col_sum))
+        rows.merge_(*add_up(row_max, row_sum))
+        cols.merge_(*add_up(col_max, col_sum))
 
     def gradient(
         self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
     ) -> Tensor:
-        launch, features, options = self._prepare("gradient", image_RD, text_CD)
+        launch, source = self._launch("gradient", image_RD, text_CD)
         row_blocks, col_blocks = launch.grid(len(image_RD), len(text_CD))
-        if self._grad is None:
-            self._grad = image_RD.new_empty(self._capacity)
-        grad = _tile(self._grad, len(image_RD), len(text_CD))
+        grad = self._gradient_tile(image_RD, text_CD)
         with torch.cuda.device_of(image_RD):
             gradient_kernel[(row_blocks * col_blocks,)](
-                *features, scale, row_lse, col_lse, grad, _padded(len(text_CD)),
-                len(image_RD), len(text_CD), image_RD.shape[1], diagonal,
-                GRADIENT_SCALE=self.gradient_scale, **options,
+                *self._dot_products(launch, source, image_RD, text_CD), scale, row_lse, col_lse, grad,
+                padded(len(text_CD)), len(image_RD), len(text_CD), image_RD.shape[1], diagonal,
+                GRADIENT_SCALE=self.gradient_scale, **launch.options(image_RD.shape[1], source),
             )  # fmt: skip
         return grad
 
-    def _prepare(self, kernel: str, image: Tensor, text: Tensor) -> tuple[Launch, tuple, dict]:
-        """(launch parameters; the kernel's images, texts and dot products; its options). Computes the products."""
-        width, address = image.shape[1], image.data_ptr() | text.data_ptr()
-        source = self._source or source_for(self._chunked, self._capability, width * image.itemsize, address)
-        launch = self._launches.get((kernel, source)) or launch_for(kernel, source, self._capability)
-        options = launch.options(width, source)
-        if self._dots is not None:
-            dots = multiply(image, text.t(), _tile(self._dots, len(image), len(text)))
-            return launch, (None, None, dots), options
+    def _launch(self, kernel: str, image: Tensor, text: Tensor) -> tuple[Launch, str]:
+        """Launch parameters, and where the dot products of these features come from."""
+        address = image.data_ptr() | text.data_ptr()
+        if self.distillation is not None:
+            address |= self.width * image.itemsize  # where a teacher's features begin in a row
+        source = self._source or source_for(self._chunked, self._capability, image.shape[1] * image.itemsize, address)
+        return self._launches.get((kernel, source)) or launch_for(kernel, source, self._capability), source
+
+    def _gradient_tile(self, image: Tensor, text: Tensor) -> Tensor:
+        if self._grad is None:
+            self._grad = image.new_empty(self._capacity)
+        return _tile(self._grad, len(image), len(text))
+
+    def _dot_products(
+        self, launch: Launch, source: str, image: Tensor, text: Tensor, model: int = 0
+    ) -> tuple[Any, Any, Tensor | None]:
+        """A kernel's images, texts and dot products, of which it needs the first two or the last."""
+        if source == "memory":
+            return None, None, multiply(image, text.t(), _tile(self._dots[model], len(image), len(text)))
         if source == "descriptor":
             images = TensorDescriptor.from_tensor(image, [launch.BLOCK_M, launch.BLOCK_K])
             texts = TensorDescriptor.from_tensor(text, [launch.BLOCK_N, launch.BLOCK_K])
-            return launch, (images, texts, None), options
-        return launch, (image, text, None), options
+            return images, texts, None
+        return image, text, None
 
 
-def _add_up(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def add_up(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """(n) maximum and sum of exponentials from (blocks, n) partial ones; torch sums in a fixed order."""
     whole = maximum.amax(0)
     return whole, (total * torch.exp(maximum - whole)).sum(0)
 
 
-def _padded(columns: int) -> int:
+def padded(columns: int) -> int:
     return -(-columns // _ALIGNED) * _ALIGNED
 
 
 def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    return buffer[: rows * _padded(columns)].view(rows, -1)[:, :columns]
+    return buffer[: rows * padded(columns)].view(rows, -1)[:, :columns]
