@@ -80,9 +80,9 @@ def test_layer_norm_of_no_rows():
     assert dx.shape == (0, 8) and not dweight.any() and not dbias.any()
 
 
-@pytest.mark.parametrize(("x", "parameters"), [((3, 8), (4,)), ((), (1,)), ((2, 1 << 15), (1 << 15,))])
+@pytest.mark.parametrize(("x", "parameters"), [((3, 8), (4,)), ((), (1,)), ((2, 8193), (8193,))])
 def test_layer_norm_of_shapes_that_do_not_fit(x, parameters):
-    with pytest.raises(ValueError, match="need the size of the last dimension, which is from 1 to 16,384"):
+    with pytest.raises(ValueError, match="need the size of the last dimension, which is from 1 to 8,192"):
         layer_norm(torch.zeros(x), torch.zeros(parameters), torch.zeros(parameters))
 
 

@@ -13,7 +13,7 @@ from .reference import reference_layer_norm
 
 __all__ = ["MOST_COLUMNS", "layer_norm", "reference_layer_norm"]
 
-MOST_COLUMNS = 1 << 14
+MOST_COLUMNS = 1 << 13
 """A row is held in the registers of one program."""
 
 

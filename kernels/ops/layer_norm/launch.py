@@ -16,9 +16,9 @@ class Launch:
 
 
 def launch_for(width: int) -> Launch:
-    """16 bytes per load of a bf16 row and thread, up to 16 warps; more columns take several loads."""
+    """16 bytes per load of a bf16 row and thread, up to 32 warps."""
     block = 1 << (width - 1).bit_length()
-    return Launch(block, num_warps=min(max(block // 256, 1), 16))
+    return Launch(block, num_warps=min(max(block // 256, 1), 32))
 
 
 def num_programs(num_rows: int, num_processors: int) -> int:
