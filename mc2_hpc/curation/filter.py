@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mc2_hpc.caption_tables import KEY, LANG, SOURCE, TEXT
 from mc2_hpc.curation.deduplicate import distinct
 from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.curation.filtering.judge import Judge, OpenFilter, open_filters
@@ -157,7 +158,8 @@ class FilterShard:
         for rows, dropped in iter_captions(shard, keep_repeated=True):
             drops.update(dropped)
             pieces.append(with_language(rows, self._identifier))
-        usable = pa.concat_tables(pieces)
+        columns = [name for name in (KEY, TEXT, LANG, SOURCE) if name in pieces[0].column_names]
+        usable = pa.concat_tables(piece.select(columns) for piece in pieces)
         rows = distinct(usable)
         num_rows = len(usable) + drops.total()
         drops.update({Drop.CAPTION_REPEATED: len(usable) - len(rows)} if len(rows) < len(usable) else {})

@@ -151,6 +151,21 @@ def ask(name: str, one: Any, rows: pa.Table, *images: Any) -> pa.Array:
     return reasons
 
 
+def sources_of(name: str, one: Any) -> dict[str, str]:
+    """Digests of the files that a filter reads, by name: what its method ``sources`` returns, if it has one.
+
+    Raises:
+        UserError: a file cannot be used, or the method raised.
+    """
+    find = getattr(one, "sources", None)
+    try:
+        return {str(file): str(digest) for file, digest in find().items()} if find is not None else {}
+    except UserError as error:
+        raise UserError(f"--filter {name}: {error}") from None
+    except Exception as error:  # whatever the filter does
+        raise UserError(f"--filter {name}: sources raised {describe(error)}") from error
+
+
 def counted(reasons: pa.Array | pa.ChunkedArray) -> dict[str, int]:
     """How often each string occurs in a column; nulls are left out."""
     return {one["values"]: one["counts"] for one in reasons.drop_null().value_counts().to_pylist()}

@@ -1,7 +1,9 @@
 """``mc2 curate filter``: every caption and every image is kept, or counted under one reason."""
 
+import importlib
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -280,7 +282,7 @@ def test_a_failure_at_any_file_of_a_shard_is_made_good(tmp_path, outputs, monkey
     pool = many(tmp_path / "pool", 1)
     run_filter(pool, tmp_path / "whole", SMALL)
     left = Counter({"files": step})
-    replace = __import__("os").replace
+    replace = os.replace
 
     def fail(source, target):
         if "/out/" in str(target) and str(target).endswith((".tar", ".parquet")):
@@ -407,6 +409,33 @@ def test_two_scores_need_two_names_and_scores_are_finite(module, tmp_path):
         run_filter(pool, tmp_path / "out", *[Named(f"{module}.Told", {"least": n}) for n in (1, 2)])
     with pytest.raises(UserError, match="the score of 'a' is not a finite number"):
         run_filter(pool, tmp_path / "out", Named(f"{module}.Told", {"least": 1}))
+
+
+def test_the_examples_filters(tmp_path, monkeypatch):
+    """The filters in examples/ are loaded by name, and each of their reasons occurs."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
+    images = {"noise.jpg": encoded(), "plain.png": plain((9, 9, 9)), "pixel.png": plain((9, 9, 9), (1, 1))}
+    rows = [(name.partition(".")[0], "a caption", "en") for name in images]
+    pool = write_shard(tmp_path / "pool", "0", images, rows)
+    blank = Named("image_filters.NoBlankImages", {"share": 0.9})
+    assert run_filter(pool, tmp_path / "blank", blank)["drops"] == {"blank": 2}
+    sharp = Named("image_filters.Sharpness", {"least": 1.0, "most": 200.0})
+    assert run_filter(pool, tmp_path / "sharp", sharp)["drops"] == {"sharpness_low": 2}
+
+
+def test_the_examples_of_the_docs(pool, tmp_path, monkeypatch, capsys):
+    """The class and the command in docs/images.md, unchanged."""
+    docs = (Path(__file__).parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
+    code = docs.partition("```python\n")[2].partition("```")[0]
+    command = next(line for line in docs.splitlines() if "--filter my_filters." in line)
+    (tmp_path / "my_filters.py").write_text(code, encoding="utf-8")
+    pool.rename(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert main([*command.strip().removeprefix("mc2 ").split(), "--workers", "2"]) == 0
+    counters = json.loads(capsys.readouterr().out)
+    assert "darkness_high" not in counters["drops"] and counters["images"] == 3
 
 
 def test_what_cannot_be_filtered_is_one_line(tmp_path, make_pool):
