@@ -175,6 +175,16 @@ def test_an_image_goes_with_its_last_caption_under_the_latest_reason(module, tmp
     assert [row["score_told"] for row in verdicts(tmp_path / "out")] == [1.0, None, 3.0, 9.0]
 
 
+def test_what_no_filter_drops_takes_all_that_filters_left(tmp_path):
+    rows = [("a", "long enough", "en"), ("a", "it", "en")]
+    pool = write_shard(
+        tmp_path / "pool", "0", {"a.jpg": b"no image", "b.jpg": encoded()}, [*rows, ("b", "a dog", "en")]
+    )
+    counters = run_filter(pool, tmp_path / "out", Named(LENGTH, {"min_characters": 4}))
+    assert counters["drops"] == {"image_undecodable": 1, "too_short": 1}
+    assert counters["image_drops"] == {"image_undecodable": 1}
+
+
 def test_limits_are_inclusive(module, tmp_path):
     rows = [(f"{n}", f"{n / 10}", "en") for n in range(10)]
     pool = write_shard(tmp_path / "pool", "0", {f"{n}.png": plain((0, 0, 0)) for n in range(10)}, rows)

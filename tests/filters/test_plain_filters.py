@@ -10,7 +10,7 @@ from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.curation.filters import parse_filter
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.errors import UserError
-from mc2_hpc.filters import Aspect, Languages, Size, Words
+from mc2_hpc.filters import Aspect, Languages, Pattern, Size, Words
 from mc2_hpc.jobs.named import Named
 from tests.curation.image_server import encoded
 
@@ -28,6 +28,14 @@ def test_languages_are_kept_or_dropped_by_any_of_their_codes():
     opposite = [None if name else "language" for name in names]
     assert reasons(Languages(drop="en,zh"), rows) == opposite
     assert reasons(Languages(keep="en"), []) == []
+
+
+def test_patterns_in_some_languages_alone():
+    rows = [("eine Frau", "de"), ("eine Frau", "ger"), ("eine Frau", "en"), ("ein Mann", "de"), ("x", "")]
+    assert reasons(Pattern(drop="Frau", languages="de,fr"), rows) == ["pattern", "pattern", None, None, None]
+    assert reasons(Pattern(keep="Frau", languages="de"), rows) == [None, None, None, "pattern", None]
+    with pytest.raises(UserError, match="is not a list of language codes"):
+        Pattern(drop="x", languages="de,")
 
 
 @pytest.mark.parametrize("options", [{}, {"keep": "en", "drop": "de"}, {"keep": "en,,de"}])
