@@ -21,6 +21,8 @@ from mc2_hpc.curation.copies.codes import view_codes
 from mc2_hpc.curation.copies.hashes import CODES, IMAGES, Hash, read_images, write_codes, write_images
 from mc2_hpc.curation.copies.linking import CHECK_BITS, Entries
 from mc2_hpc.curation.copies.search import GROUPS, GroupCopies, SearchPart, rows_to_remove
+from mc2_hpc.curation.filtering.record import DEDUP_SETTINGS as SETTINGS
+from mc2_hpc.curation.filtering.record import pool_filters
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import copy_without, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
@@ -33,7 +35,6 @@ from mc2_hpc.samples import Sample
 from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import write_json
 
-SETTINGS = "dedup_images.json"
 PHASH = "phash"
 MAX_DISTANCE, MAX_CHECK = 6, 44
 """Default bits of pHash and of its check: of 8,000 CIFAR-10 images, one group in thirty, by eye, is not of copies."""
@@ -83,7 +84,9 @@ def plan_dedup_images(
     out = Path(out).absolute()
     hashes = [_checked(Hash(PHASH, max_distance, max_check))]
     shards = {shard.name: _with_images(shard) for shard in list_pool(pool)}
-    settings = {"hashes": {kind.name: asdict(kind) for kind in hashes}}
+    settings: dict[str, Any] = {"hashes": {kind.name: asdict(kind) for kind in hashes}}
+    if filters := pool_filters(list(shards.values())):
+        settings["pool_filters"] = filters
     for folder in (out, out / "hashes"):
         open_folder(folder, SETTINGS, settings, list(shards))
     stages = _stages(out, shards, hashes)

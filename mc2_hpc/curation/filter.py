@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mc2_hpc.caption_tables import KEY, LANG, SOURCE, TEXT
 from mc2_hpc.curation.deduplicate import distinct
 from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.curation.filtering.judge import Judge, OpenFilter, open_filters
@@ -38,7 +39,7 @@ from mc2_hpc.tar import Member, write_tar
 
 _VERDICTS = f"{VERDICTS}/{{shard}}.parquet"
 _BATCH = 64
-"""Most images that filters see at a time. They have :data:`MAX_PIXELS` together, or are one more than that."""
+"""Most images that filters see at a time; fewer if they have :data:`MAX_PIXELS` together."""
 
 
 def plan_filter(
@@ -49,8 +50,8 @@ def plan_filter(
     The output is a pool. Images keep their bytes unless a filter changes them. An image is dropped with its last
     caption. ``judged/<shard>.parquet`` has a row per usable caption (:meth:`Verdicts.table`). Shards without kept
     images get no tar. ``report/filters.html`` shows what each filter kept and dropped. Finished shards are skipped. The
-    result depends on the set of samples in a shard, not on their
-    order. In memory: a shard's captions, and the images that filters see at a time.
+    result depends on the set of samples in a shard, not on their order. In memory: a shard's captions, and the images
+    that filters see at a time.
 
     Args:
         pool: shards with images, such as those that ``mc2 curate fetch`` or img2dataset writes.
@@ -127,13 +128,13 @@ class FilterShard:
             judge.judge_captions()
             self._write_images(self.out / f"{name}.tar", _kept(judge, index, images))
             image_drops = Counter(index.listing.drops)
+            in_tar = sum(sample.image is not None for sample in index.listing.samples.values())
         verdicts = judge.verdicts
         kept = rows.filter(pa.array(verdicts.kept))
         if len(kept):
             strings = pa.table({column: kept[column].cast(pa.string()) for column in kept.column_names})
             write_table(self.out / f"{name}.parquet", strings)
-        table = verdicts.table(rows)
-        write_table(self.out / VERDICTS / f"{name}.parquet", table)
+        write_table(self.out / VERDICTS / f"{name}.parquet", verdicts.table(rows))
         drops.update(reason for reason in verdicts.reasons[~verdicts.kept].tolist())
         kept_keys = [key for key in images if judge.keeps(key)]
         image_drops.update(judge.last_reason(key) for key in images if not judge.keeps(key))
@@ -143,7 +144,7 @@ class FilterShard:
             "rows": num_rows,
             "texts": len(kept),
             "drops": dict(drops),
-            "images_read": len(kept_keys) + image_drops.total(),
+            "images_read": in_tar + index.listing.drops.total(),
             "images": len(kept_keys),
             "image_drops": dict(image_drops),
             "changes": dict(Counter(filter(None, map(judge.change, kept_keys)))),
@@ -157,7 +158,8 @@ class FilterShard:
         for rows, dropped in iter_captions(shard, keep_repeated=True):
             drops.update(dropped)
             pieces.append(with_language(rows, self._identifier))
-        usable = pa.concat_tables(pieces)
+        columns = [name for name in (KEY, TEXT, LANG, SOURCE) if name in pieces[0].column_names]
+        usable = pa.concat_tables(piece.select(columns) for piece in pieces)
         rows = distinct(usable)
         num_rows = len(usable) + drops.total()
         drops.update({Drop.CAPTION_REPEATED: len(usable) - len(rows)} if len(rows) < len(usable) else {})

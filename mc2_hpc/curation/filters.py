@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mc2_hpc.curation.pool.language_codes import is_in_languages, split_codes
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.named import Named, constructor_types, describe, from_plain, import_object, to_plain
 
@@ -151,6 +152,21 @@ def ask(name: str, one: Any, rows: pa.Table, *images: Any) -> pa.Array:
     return reasons
 
 
+def sources_of(name: str, one: Any) -> dict[str, str]:
+    """Digests of the files that a filter reads, by name: what its method ``sources`` returns, if it has one.
+
+    Raises:
+        UserError: a file cannot be used, or the method raised.
+    """
+    find = getattr(one, "sources", None)
+    try:
+        return {str(file): str(digest) for file, digest in find().items()} if find is not None else {}
+    except UserError as error:
+        raise UserError(f"--filter {name}: {error}") from None
+    except Exception as error:  # whatever the filter does
+        raise UserError(f"--filter {name}: sources raised {describe(error)}") from error
+
+
 def counted(reasons: pa.Array | pa.ChunkedArray) -> dict[str, int]:
     """How often each string occurs in a column; nulls are left out."""
     return {one["values"]: one["counts"] for one in reasons.drop_null().value_counts().to_pylist()}
@@ -248,10 +264,14 @@ class Pattern:
     keep: str | None = None
     reason: str = "pattern"
     """The reason that dropped captions are counted under."""
+    languages: str = ""
+    """Codes with commas between them, such as ``en,de``: captions in other languages are kept; empty for all."""
 
     def __post_init__(self) -> None:
         if self.drop is None and self.keep is None:
             raise UserError("give drop=REGEX, keep=REGEX, or both")
+        if self.languages:
+            split_codes(self.languages)
         for expression in filter(None, (self.drop, self.keep)):
             try:
                 pc.match_substring_regex(pa.array([""]), expression)
@@ -266,4 +286,6 @@ class Pattern:
             dropped = pc.match_substring_regex(text, self.drop)
         if self.keep is not None:
             dropped = pc.or_(dropped, pc.invert(pc.match_substring_regex(text, self.keep)))
+        if self.languages:
+            dropped = pc.and_(dropped, is_in_languages(rows, split_codes(self.languages)))
         return pc.if_else(dropped, self.reason, pa.scalar(None, pa.string()))

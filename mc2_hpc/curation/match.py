@@ -16,7 +16,7 @@ import pyarrow as pa
 from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
 from mc2_hpc.curation.filtering.record import pool_filters
-from mc2_hpc.curation.filters import Filter, apply_filters, load_filter
+from mc2_hpc.curation.filters import Filter, apply_filters, load_filter, sources_of
 from mc2_hpc.curation.matched import (
     MERGED,
     OUTPUTS,
@@ -88,9 +88,10 @@ def plan_match(
         "language_id": make_identifier(language_id).name,
     }
     if filters:
-        for named in filters:
-            load_filter(named)
+        sources = [sources_of(named.name, load_filter(named)) for named in filters]
         settings["filters"] = to_plain(list(filters))
+        if any(sources):
+            settings["filter_sources"] = sources
     if of_pool := pool_filters(list(shards.values())):
         settings["pool_filters"] = of_pool
     open_folder(out, SETTINGS, settings, list(shards))

@@ -50,6 +50,8 @@ class MatchSettings(File, omit_defaults=True):
     shards: list[str]
     matching_rules: Count | None = None
     filters: list[_Filter] | None = None
+    filter_sources: list[dict[str, str]] | None = None
+    """Digests of the files that each filter reads."""
     pool_filters: list[RecordedFilter] | None = None
     """Of the pool, if ``mc2 curate filter`` wrote it."""
     sample: _Sampled | None = None

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from mc2_hpc.curation.filters import check_reason
 from mc2_hpc.curation.matched import rows_by_language
 from mc2_hpc.curation.matching.matcher import Matcher
+from mc2_hpc.curation.pool.language_codes import is_in_languages, split_codes
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import known_code
 from mc2_hpc.reading.files import read_text
@@ -33,20 +34,12 @@ class Languages:
     def __post_init__(self) -> None:
         if bool(self.keep) == bool(self.drop):
             raise UserError("give either keep=CODE,CODE,... or drop=CODE,CODE,...")
-        if not all(_codes(self.keep or self.drop)):
-            raise UserError(f"{self.keep or self.drop!r} is not a list of language codes such as en,pt,zh")
+        split_codes(self.keep or self.drop)
 
     def drop_reasons(self, rows: pa.Table) -> pa.Array:
         """See :class:`~mc2_hpc.curation.filters.Filter`."""
-        named = _codes(self.keep or self.drop)
-        langs = rows["lang"].combine_chunks().dictionary_encode()
-        is_dropped = [(known_code(lang, named) in named) != bool(self.keep) for lang in langs.dictionary.to_pylist()]
-        reasons = pa.array(["language" if dropped else None for dropped in is_dropped], pa.string())
-        return reasons.take(langs.indices)
-
-
-def _codes(joined: str) -> list[str]:
-    return [code.strip() for code in joined.split(",")]
+        is_listed = is_in_languages(rows, split_codes(self.keep or self.drop))
+        return pc.if_else(pc.invert(is_listed) if self.keep else is_listed, "language", pa.scalar(None, pa.string()))
 
 
 @dataclass(frozen=True)

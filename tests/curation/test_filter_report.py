@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from mc2_hpc import jobs
 from mc2_hpc.cli import main
+from mc2_hpc.curation.dedup_images import plan_dedup_images
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.report.sheets import SHEETS
 from mc2_hpc.errors import UserError
@@ -140,13 +142,18 @@ def test_the_page_is_made_again_with_a_shard(module, tmp_path):
 
 
 def test_limits_reach_the_data_card(tmp_path, capsys):
-    """From ``filter.json`` to those of matching, balancing and packing, and to the report, also after two rounds."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    """From ``filter.json`` to those of matching, balancing and packing, and to the report, also after two rounds and
+    de-duplication."""
+    for name in ("matplotlib", "imagehash"):
+        pytest.importorskip(name, reason=f"{name} is not installed (pip install 'mc2_hpc[curation]')")
     pool = numbered(tmp_path / "pool", list(range(9)), 2)
     run_filter(pool, tmp_path / "one", Named(SIZE, {"least": 20}))
     run_filter(tmp_path / "one", tmp_path / "two", Named("mc2_hpc.filters.Aspect", {"most": 3}))
+    plan_dedup_images(tmp_path / "two", tmp_path / "three")  # writes its settings; these images have no copies
+    for path in sorted((tmp_path / "two").glob("?.*")):
+        shutil.copy(path, tmp_path / "three")
     write_json(tmp_path / "metadata" / "en.json", ["dog", "dogs"])
-    words = ["run", str(tmp_path / "two"), "--metadata", str(tmp_path / "metadata"), "--t-en", "5", "--workers", "1"]
+    words = ["run", str(tmp_path / "three"), "--metadata", str(tmp_path / "metadata"), "--t-en", "5", "--workers", "1"]
     length = ["--filter", "mc2_hpc.filters.Length", "min_characters=2"]
     assert main(["curate", *words, "--out", str(tmp_path / "run"), *length]) == 0
     run = tmp_path / "run"
@@ -173,5 +180,5 @@ def test_matching_refuses_a_pool_filtered_otherwise_or_damaged(tmp_path):
     with pytest.raises(UserError, match="match.json: this folder was made with another pool_filters"):
         plan_match(tmp_path / "out", tmp_path / "metadata", tmp_path / "matched")
     (tmp_path / "out" / "filter.json").write_text("{")
-    with pytest.raises(UserError, match="filter.json: .*filter the pool again"):
+    with pytest.raises(UserError, match="filter.json: .*make the pool again"):
         plan_match(tmp_path / "out", tmp_path / "metadata", tmp_path / "matched")

@@ -1,12 +1,8 @@
 """``mc2 curate filter``: every caption and every image is kept, or counted under one reason."""
 
+import importlib
 import io
 import json
-import random
-import subprocess
-import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,13 +15,11 @@ from mc2_hpc.cli import main
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.pack import plan_pack
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import Local, Ray, Slurm
 from mc2_hpc.jobs.named import Named
 from mc2_hpc.storage import write_json
 from mc2_hpc.tar import write_tar
 from tests.curation.filtered_pool import in_tar, run_filter, texts, verdicts, write_shard
 from tests.curation.image_server import encoded
-from tests.holding import held
 
 SIZE, LENGTH, WORDS = (f"mc2_hpc.filters.{name}" for name in ("Size", "Length", "Words"))
 SMALL = Named(SIZE, {"least": 20})
@@ -181,6 +175,16 @@ def test_an_image_goes_with_its_last_caption_under_the_latest_reason(module, tmp
     assert [row["score_told"] for row in verdicts(tmp_path / "out")] == [1.0, None, 3.0, 9.0]
 
 
+def test_what_no_filter_drops_takes_all_that_filters_left(tmp_path):
+    rows = [("a", "long enough", "en"), ("a", "it", "en")]
+    pool = write_shard(
+        tmp_path / "pool", "0", {"a.jpg": b"no image", "b.jpg": encoded()}, [*rows, ("b", "a dog", "en")]
+    )
+    counters = run_filter(pool, tmp_path / "out", Named(LENGTH, {"min_characters": 4}))
+    assert counters["drops"] == {"image_undecodable": 1, "too_short": 1}
+    assert counters["image_drops"] == {"image_undecodable": 1}
+
+
 def test_limits_are_inclusive(module, tmp_path):
     rows = [(f"{n}", f"{n / 10}", "en") for n in range(10)]
     pool = write_shard(tmp_path / "pool", "0", {f"{n}.png": plain((0, 0, 0)) for n in range(10)}, rows)
@@ -212,100 +216,6 @@ def test_images_are_upright(module, tmp_path):
     )
     run_filter(pool, tmp_path / "out", Named(f"{module}.Invert", {"word": "turn"}))
     assert Image.open(io.BytesIO(in_tar(tmp_path / "out" / "0.tar")["a.jpg"])).size == (32, 64)
-
-
-def many(folder: Path, shards: int, order: random.Random | None = None) -> Path:
-    """Shards of 30 samples, whose rows and members are shuffled by ``order``."""
-    for shard in range(shards):
-        keys = [f"{shard}-{n:02d}" for n in range(30)]
-        rows = [(key, f"{key} {text}", "en") for key in keys for text in ("a dog", "a cat", "it")]
-        rows += [(keys[0], "the same", "de"), (keys[0], "the same", "en")]
-        images = [(f"{key}.jpg", encoded(size=(32 + n, 16 + n), seed=n)) for n, key in enumerate(keys)]
-        for values in (rows, images) if order else ():
-            order.shuffle(values)
-        write_shard(folder, f"{shard}", dict(images), rows)
-    return folder
-
-
-def test_order_workers_and_engines_change_nothing(tmp_path, outputs, module):
-    filters = SMALL, Named(LENGTH, {"min_characters": 9}), Named(f"{module}.Red", {"least": 127})
-    one = run_filter(many(tmp_path / "pool", 3), tmp_path / "one", *filters)
-    shuffled = many(tmp_path / "shuffled", 3, random.Random(0))
-    assert run_filter(shuffled, tmp_path / "two", *filters, engine=Local(2, 3)) == one
-    whole = outputs(tmp_path / "one")
-    assert outputs(tmp_path / "two") == whole and one["drops"]["too_short"] and one["drops"]["red_low"]
-    assert {"0.tar", "0.parquet", "judged/0.parquet", "stats/0.json", "filter.json"} <= set(whole)
-
-
-def test_ray(tmp_path, module):
-    pytest.importorskip("ray", reason="Ray is not installed (pip install 'mc2_hpc[ray]')")
-    counters = run_filter(many(tmp_path / "pool", 2), tmp_path / "out", SMALL, engine=Ray(workers=2))
-    assert counters["drops"] == {"caption_repeated": 2, "size_low": 2 * 4 * 3 + 2}
-
-
-def test_slurm(slurm_cluster, tmp_path, module, monkeypatch):
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, slurm_cluster.env[name])
-    monkeypatch.setattr("mc2_hpc.jobs.slurm_queue.POLL_S", 0.5)
-    engine = Slurm({"partition": slurm_cluster.partition, "time": "10"}, tasks=2, wait=True)
-    red = Named(f"{module}.Red", {"most": 255})
-    counters = run_filter(many(tmp_path / "pool", 2), tmp_path / "out", SMALL, red, engine=engine)
-    assert counters["drops"] == {"caption_repeated": 2, "size_low": 2 * 4 * 3 + 2}
-
-
-def test_a_killed_run_gives_the_same_bytes(tmp_path, outputs):
-    """A shard that cannot be opened yet holds the command at a known place until it is killed."""
-    pool = many(tmp_path / "pool", 3)
-    run_filter(pool, tmp_path / "whole", SMALL)
-    words = ["filter", str(pool), "--out", str(tmp_path / "out"), "--workers", "1", "--filter", SIZE, "least=20"]
-    command = [sys.executable, "-m", "mc2_hpc.cli", "curate", *words]
-    with held(pool / "1.tar"):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / "stats" / "0.json").is_file():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "the command did not finish the first shard"
-            time.sleep(0.05)
-        process.kill()
-        process.communicate(timeout=60)
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("0.*")}
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished and len(finished) == 2
-
-
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_failure_at_any_file_of_a_shard_is_made_good(tmp_path, outputs, monkeypatch, step):
-    """The disk is full when the tar, the captions or the table of verdicts is written."""
-    pool = many(tmp_path / "pool", 1)
-    run_filter(pool, tmp_path / "whole", SMALL)
-    left = Counter({"files": step})
-    replace = __import__("os").replace
-
-    def fail(source, target):
-        if "/out/" in str(target) and str(target).endswith((".tar", ".parquet")):
-            left["files"] -= 1
-            if left["files"] == 0:
-                raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", fail)
-        with pytest.raises(UserError, match="No space left"):
-            run_filter(pool, tmp_path / "out", SMALL)
-    assert not (tmp_path / "out" / "stats" / "0.json").exists()
-    run_filter(pool, tmp_path / "out", SMALL)
-    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
-
-
-def test_a_lost_file_is_written_again(tmp_path, outputs):
-    pool = many(tmp_path / "pool", 1)
-    run_filter(pool, tmp_path / "out", SMALL)
-    whole = outputs(tmp_path / "out")
-    for name in ("0.tar", "0.parquet", "judged/0.parquet", "stats/0.json"):
-        (tmp_path / "out" / name).unlink()
-        run_filter(pool, tmp_path / "out", SMALL)
-        assert outputs(tmp_path / "out") == whole
 
 
 def test_shards_without_images_and_nested_shards(tmp_path):
@@ -347,8 +257,7 @@ def test_the_output_is_matched_and_packed(pool, tmp_path):
     assert packed == {"images": 1, "texts": 2, "drops": {"image_unmatched": 2}}
 
 
-def test_what_is_recorded(tmp_path):
-    pool = many(tmp_path / "pool", 1)
+def test_what_is_recorded(pool, tmp_path):
     (tmp_path / "words.txt").write_text("horse\n")
     filters = SMALL, Named(WORDS, {"lists": str(tmp_path / "words.txt")})
     run_filter(pool, tmp_path / "out", *filters)
@@ -407,6 +316,33 @@ def test_two_scores_need_two_names_and_scores_are_finite(module, tmp_path):
         run_filter(pool, tmp_path / "out", *[Named(f"{module}.Told", {"least": n}) for n in (1, 2)])
     with pytest.raises(UserError, match="the score of 'a' is not a finite number"):
         run_filter(pool, tmp_path / "out", Named(f"{module}.Told", {"least": 1}))
+
+
+def test_the_examples_filters(tmp_path, monkeypatch):
+    """The filters in examples/ are loaded by name, and each of their reasons occurs."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
+    images = {"noise.jpg": encoded(), "plain.png": plain((9, 9, 9)), "pixel.png": plain((9, 9, 9), (1, 1))}
+    rows = [(name.partition(".")[0], "a caption", "en") for name in images]
+    pool = write_shard(tmp_path / "pool", "0", images, rows)
+    blank = Named("image_filters.NoBlankImages", {"share": 0.9})
+    assert run_filter(pool, tmp_path / "blank", blank)["drops"] == {"blank": 2}
+    sharp = Named("image_filters.Sharpness", {"least": 1.0, "most": 200.0})
+    assert run_filter(pool, tmp_path / "sharp", sharp)["drops"] == {"sharpness_low": 2}
+
+
+def test_the_examples_of_the_docs(pool, tmp_path, monkeypatch, capsys):
+    """The class and the command in docs/images.md, unchanged."""
+    docs = (Path(__file__).parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
+    code = docs.partition("```python\n")[2].partition("```")[0]
+    command = next(line for line in docs.splitlines() if "--filter my_filters." in line)
+    (tmp_path / "my_filters.py").write_text(code, encoding="utf-8")
+    pool.rename(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert main([*command.strip().removeprefix("mc2 ").split(), "--workers", "2"]) == 0
+    counters = json.loads(capsys.readouterr().out)
+    assert "darkness_high" not in counters["drops"] and counters["images"] == 3
 
 
 def test_what_cannot_be_filtered_is_one_line(tmp_path, make_pool):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.curation.conftest import outputs  # noqa: F401  # fixtures
+from tests.curation.conftest import make_pool  # noqa: F401  # fixtures
 from tests.curation.filtered_pool import in_tar
 from tests.evaluation.conftest import make_checkpoint, noise, tiny_checkpoint  # noqa: F401  # fixtures
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.filters.faces import blurred
-from mc2_hpc.filters.mtcnn import Mtcnn
+from mc2_hpc.filters.mtcnn import Mtcnn, _nms
 from mc2_hpc.jobs.named import Named
 from tests.curation.filtered_pool import in_tar, run_filter, verdicts, write_shard
 from tests.curation.image_server import encoded
@@ -195,6 +195,26 @@ def test_mtcnn_blurs_so_that_it_finds_nothing_left(mtcnn, photos, tmp_path):
     counters = run_filter(pool, tmp_path / "dropped", Named(DROP, {}))
     assert list(in_tar(tmp_path / "dropped" / "0.tar")) == ["000000009.jpg"]
     assert len((tmp_path / "dropped" / "filter.json").read_text().split('"onet": "')[1].partition('"')[0]) == 64
+
+
+def test_suppression_equals_a_naive_one():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 40, (200, 2))
+    boxes, scores = np.hstack([corners, corners + rng.uniform(1, 30, (200, 2))]), rng.random(200)
+
+    def overlap(a, b) -> float:
+        sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+        both = sides[0] * sides[1] if (sides > 0).all() else 0.0
+        return both / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both)
+
+    kept: list[int] = []
+    for number in np.argsort(-scores).tolist():
+        if all(overlap(boxes[number], boxes[other]) <= 0.4 for other in kept):
+            kept.append(number)
+    found = _nms(torch.tensor(boxes), torch.tensor(scores), torch.zeros(200), 0.4)
+    assert found.tolist() == kept and 3 < len(kept) < 150
+    assert len(_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 0.4)) == 0
 
 
 def test_without_the_package_the_message_says_what_to_install(pool, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ NUDENET = "nudenet==3.4.2"
 @pytest.fixture
 def save(tmp_path) -> Callable[..., Path]:
     """``save(nodes, shape, kind="FLOAT")``: a model with input ``x`` and output ``y``."""
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed (it is in the extra dev)")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed (pip install 'mc2_hpc[onnx]')")
 
     def write(nodes: list[tuple], shape: list, kind: str = "FLOAT") -> Path:
         element = getattr(onnx.TensorProto, kind)

@@ -5,10 +5,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from mc2_hpc import filters, jobs
 from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.curation.filters import parse_filter
+from mc2_hpc.curation.match import plan_match
 from mc2_hpc.errors import UserError
-from mc2_hpc.filters import Aspect, Languages, Size, Words
+from mc2_hpc.filters import Aspect, Languages, Pattern, Size, Words
+from mc2_hpc.jobs.named import Named
 from tests.curation.image_server import encoded
 
 
@@ -25,6 +28,14 @@ def test_languages_are_kept_or_dropped_by_any_of_their_codes():
     opposite = [None if name else "language" for name in names]
     assert reasons(Languages(drop="en,zh"), rows) == opposite
     assert reasons(Languages(keep="en"), []) == []
+
+
+def test_patterns_in_some_languages_alone():
+    rows = [("eine Frau", "de"), ("eine Frau", "ger"), ("eine Frau", "en"), ("ein Mann", "de"), ("x", "")]
+    assert reasons(Pattern(drop="Frau", languages="de,fr"), rows) == ["pattern", "pattern", None, None, None]
+    assert reasons(Pattern(keep="Frau", languages="de"), rows) == [None, None, None, "pattern", None]
+    with pytest.raises(UserError, match="is not a list of language codes"):
+        Pattern(drop="x", languages="de,")
 
 
 @pytest.mark.parametrize("options", [{}, {"keep": "en", "drop": "de"}, {"keep": "en,,de"}])
@@ -86,6 +97,23 @@ def test_lists_that_cannot_be_used(tmp_path, monkeypatch, lists):
             reasons(Words(lists=tmp_path / f"{name}.txt"), [("a", "en")])
     monkeypatch.chdir(lists)
     assert parse_filter(["mc2_hpc.filters.Words", "lists=."]).load().lists == lists
+
+
+def test_matching_records_the_lists(make_pool, lists, tmp_path):
+    pool = make_pool(1)
+    words = Named("mc2_hpc.filters.Words", {"lists": str(lists)})
+    (lists / "en.txt").write_text("cat\nBIG dog\n", encoding="utf-8")
+    counters = jobs.run(plan_match(pool, tmp_path / "metadata", tmp_path / "out", filters=[words]))
+    assert counters is not None and counters["drops"] == {"listed_word": 20}
+    (lists / "en.txt").write_text("cat\n", encoding="utf-8")
+    with pytest.raises(UserError, match="this folder was made with another filter_sources"):
+        plan_match(pool, tmp_path / "metadata", tmp_path / "out", filters=[words])
+
+
+def test_the_message_about_an_unknown_filter_names_all():
+    with pytest.raises(UserError) as error:
+        parse_filter(["Sizes"])
+    assert all(name in str(error.value) for name in filters.__all__)
 
 
 def test_sides():

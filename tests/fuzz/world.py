@@ -42,6 +42,7 @@ def build(folder: Path, port: int) -> None:
     for words in (
         "metadata build sources --out metadata --cap unigram_share=1 --cap bigram_share=1",
         "curate run pool --metadata metadata --t-en 2 --workers 1 --out curated",
+        "curate filter pool --filter mc2_hpc.filters.Size least=8 --workers 1 --out filtered",
         "curate extract crawl --workers 1 --out extracted",
         "train run.yaml",
         "convert run --to open_clip --out oc",

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mc2_hpc.curation.filtering.images import PoolImage, ScoreFilter
 from mc2_hpc.curation.filtering.verdicts import KEPT, NO_FILTER, Verdicts
-from mc2_hpc.curation.filters import ask, load_filter, sees_images
+from mc2_hpc.curation.filters import ask, load_filter, sees_images, sources_of
 from mc2_hpc.curation.pool.captions import BATCH_ROWS
 from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
@@ -46,15 +46,10 @@ class OpenFilter(NamedTuple):
 
     def settings(self) -> dict[str, Any]:
         """What decides its verdicts, for the record: name, all options, and digests of files."""
-        arguments = self.named.arguments or {}
-        if is_dataclass(self.filter):
-            arguments = {one.name: to_plain(getattr(self.filter, one.name)) for one in fields(self.filter)}
-        find_sources = getattr(self.filter, "sources", None)
-        try:
-            sources = dict(find_sources()) if find_sources is not None else {}
-        except UserError as error:
-            raise UserError(f"--filter {self.name}: {error}") from None
-        return {"name": self.name, "arguments": arguments, "sources": sources}
+        arguments = dict(self.named.arguments or {})
+        if is_dataclass(self.filter):  # also the options that were not given, and absolute paths
+            arguments |= {one.name: to_plain(getattr(self.filter, one.name)) for one in fields(self.filter)}
+        return {"name": self.name, "arguments": arguments, "sources": sources_of(self.name, self.filter)}
 
 
 def open_filters(filters: Iterable[Named]) -> list[OpenFilter]:

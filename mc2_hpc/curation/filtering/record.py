@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mc2_hpc.curation.pool.captions import FILTER_SETTINGS, PoolShard
-from mc2_hpc.reading.json_file import Count, File, read_fields
+from mc2_hpc.reading.json_file import Count, File, Foreign, read_fields
 
-_CURE = "filter the pool again into another folder"
+DEDUP_SETTINGS = "dedup_images.json"
+"""How a pool was de-duplicated; it has the filters of the pool before."""
+_CURE = "make the pool again, in another folder"
 
 
 class RecordedFilter(File):
@@ -41,19 +43,28 @@ class FilterStats(File):
     changes: dict[str, Count]
 
 
+class _Recorded(Foreign):
+    """The filters in either file."""
+
+    filters: list[RecordedFilter] = []
+    pool_filters: list[RecordedFilter] = []
+
+
 def pool_filters(shards: Sequence[PoolShard]) -> list[dict[str, Any]]:
-    """The filters that a pool went through, in order, as ``filter.json`` has them; none if it was never filtered.
+    """The filters that a pool went through, in order, as it records them, also after de-duplication.
 
     Args:
         shards: of the pool.
 
     Raises:
-        UserError: its ``filter.json`` is damaged.
+        UserError: its record is damaged.
     """
     path = shards[0].captions or shards[0].images
     assert path is not None
     root = path.parents[shards[0].name.count("/")]
-    if not (root / FILTER_SETTINGS).is_file():
-        return []
-    settings = read_fields(root / FILTER_SETTINGS, FilterSettings, cure=_CURE)
-    return [*(settings.get("pool_filters") or []), *settings["filters"]]
+    files = [root / file for file in (FILTER_SETTINGS, DEDUP_SETTINGS) if (root / file).is_file()]
+    found: list[dict[str, Any]] = []
+    for file in files:
+        recorded = read_fields(file, _Recorded, cure=_CURE)
+        found += [*recorded["pool_filters"], *recorded["filters"]]
+    return found

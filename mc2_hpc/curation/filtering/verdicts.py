@@ -10,6 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import shown
+from mc2_hpc.reading.parquet_file import ColumnType, open_parquet
 from mc2_hpc.storage import atomic_path
 
 KEPT = ""
@@ -66,6 +69,25 @@ class Verdicts:
                 **{f"score_{name}": pa.array(s, pa.float64(), mask=np.isnan(s)) for name, s in self.scores.items()},
             }
         )
+
+
+def read_verdicts(path: Path, scores: Sequence[str]) -> pa.Table:
+    """The table of a shard, as :meth:`Verdicts.table` makes it.
+
+    Args:
+        scores: names of those that it must have.
+
+    Raises:
+        UserError: it cannot be read, or is another table.
+    """
+    strings = dict.fromkeys(("key", "text", "reason", "change"), ColumnType.exactly(pa.string()))
+    numbers = {f"score_{name}": ColumnType.exactly(pa.float64()) for name in scores}
+    columns = {**strings, "filter": ColumnType.exactly(pa.int32()), **numbers}
+    with open_parquet(path, columns, what="a table of verdicts") as file:
+        table = file.read(list(columns))
+    if table["key"].null_count or table["text"].null_count:
+        raise UserError(f"{shown(path)}: has captions without a key or text; delete it to filter its shard again")
+    return table
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 import pyarrow as pa
 
+from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.languages import known_code
 
 NO_CODE, OTHER_CODES = "(none)", "(others)"
@@ -32,6 +33,29 @@ def in_known_languages(rows: pa.Table, known: Collection[str]) -> tuple[pa.Table
         langs = pa.array(codes, rows["lang"].type).take(encoded.indices)
         rows = rows.set_column(rows.column_names.index("lang"), "lang", langs)
     return rows.filter(rows["lang"].is_valid()), bounded(unknown)
+
+
+def split_codes(joined: str) -> list[str]:
+    """The codes of a list such as ``en,pt,zh``.
+
+    Raises:
+        UserError: one of them is blank.
+    """
+    codes = [code.strip() for code in joined.split(",")]
+    if not all(codes):
+        raise UserError(f"{joined!r} is not a list of language codes such as en,pt,zh")
+    return codes
+
+
+def is_in_languages(rows: pa.Table, codes: Collection[str]) -> pa.Array:
+    """Which rows (bool) have a ``lang`` that means one of the languages, by whatever code.
+
+    Args:
+        rows: with a column ``lang`` of strings without nulls.
+    """
+    encoded = rows["lang"].combine_chunks().dictionary_encode()
+    is_in = pa.array([known_code(lang, codes) in codes for lang in encoded.dictionary.to_pylist()], pa.bool_())
+    return is_in.take(encoded.indices)
 
 
 def bounded(unknown: Counter[str]) -> Counter[str]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mc2_hpc.curation.filtering.record import FilterSettings, FilterStats
+from mc2_hpc.curation.filtering.verdicts import read_verdicts
 from mc2_hpc.curation.pool.captions import FILTER_SETTINGS, VERDICTS, PoolShard
 from mc2_hpc.curation.pool.image_tars import TarIndex, writable_images
 from mc2_hpc.curation.report.page import dropped, filter_text
@@ -22,7 +23,6 @@ from mc2_hpc.images import thumbnail
 from mc2_hpc.jobs import sum_stats
 from mc2_hpc.pages import data_uri, write_page
 from mc2_hpc.reading.json_file import read_fields
-from mc2_hpc.reading.parquet_file import open_parquet
 
 SHEETS = "report/filters.html"
 _EXAMPLES = 12
@@ -30,7 +30,6 @@ _EXAMPLES = 12
 _THUMBNAIL = 160
 _LONGEST_CAPTION = 120
 _CURE = "filter the pool into another folder"
-_TABLE_CURE = "delete it to filter its shard again"
 
 
 class Example(NamedTuple):
@@ -156,9 +155,7 @@ def _read(out: Path, shard: str, sheets: Sequence[Sheet], changed: list[Example]
     """Take the examples of a shard into account."""
     from mc2_hpc.draw_kernels import hash_column  # loads numba
 
-    path = out / VERDICTS / f"{shard}.parquet"
-    with open_parquet(path, what=f"a table of verdicts; {_TABLE_CURE}") as file:
-        table = file.read()
+    table = read_verdicts(out / VERDICTS / f"{shard}.parquet", [sheet.score for sheet in sheets if sheet.score])
     hashes = hash_column(table["key"].combine_chunks()) if len(table) else np.zeros(0, np.uint64)
     for sheet in sheets:
         sheet.add(shard, table, hashes)
