@@ -20,6 +20,7 @@ from mc2_hpc.reading.checks import at_least as _at_least
 from mc2_hpc.reading.checks import choose as _choose
 from mc2_hpc.reading.settings import PathName, typed
 from mc2_hpc.reading.yaml_file import read_yaml
+from mc2_hpc.train_sources import TrainSource, check_mix
 
 __all__ = [
     "FreezeConfig",
@@ -114,9 +115,10 @@ class ModelConfig:
 class DataConfig:
     """Where the pairs come from and how they become tensors."""
 
-    train: str | list[str] = ""
+    train: str | list[str] | list[TrainSource] = ""
     """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, pattern or list
-    of these, local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
+    of these, local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``); or a
+    list of sources to mix, each with its own settings (``mc2_hpc.train_sources``)."""
     tokenizer: PathName = ""
     """A sentencepiece model file; if empty, the tokenizer and style that ``model.init_from`` was trained with."""
     tokenizer_style: str = "xlmv"
@@ -148,7 +150,15 @@ class DataConfig:
     cache_gb: float = 100
     """Most space that remote shards may take there, in 10^9 bytes, over all processes of the machine."""
 
+    @property
+    def sources(self) -> list[TrainSource]:
+        """The sources to mix; empty if ``train`` only names shards."""
+        return [each for each in self.train if isinstance(each, TrainSource)] if isinstance(self.train, list) else []
+
     def __post_init__(self) -> None:
+        check_mix(self.sources)
+        if self.sources and self.balance is not None:
+            raise UserError("data.balance: data.train lists sources: set balance in those that are to be balanced")
         _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
         _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil", "dali"))
         _at_least("data.lanes", self.lanes, 1)

@@ -14,6 +14,7 @@ here or through DALI's pipeline (``dali_batches``).
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,6 +25,8 @@ from mc2_hpc.data.dali_batches import decoded_by_dali
 from mc2_hpc.data.decode import resolve_backend
 from mc2_hpc.data.lanes import check_ranks, deal
 from mc2_hpc.data.limits import check_memory, check_open_files, check_shared_memory
+from mc2_hpc.data.mixing import LanePosition, from_plain, in_sources
+from mc2_hpc.data.pools import open_sources
 from mc2_hpc.data.source import ShareSource
 from mc2_hpc.data.stream import Position
 from mc2_hpc.data.tokenizer import Tokenizer
@@ -45,8 +48,9 @@ class TrainLoader:
         image_size: side of the square images.
         tokenizer: encodes the captions.
         rank, world_size: of this process among the training ranks.
-        position: of every lane, as in batches and checkpoints (keys may be strings and values lists, as in JSON), or
-            None to start. Lanes of other ranks are ignored, so one dict serves any number of ranks.
+        position: of every lane, as in batches or as in checkpoints (keys may be strings, as in JSON), or None to
+            start. Lanes of other ranks are ignored, so one dict serves any number of ranks. Sources that it does not
+            have begin at their start.
 
     Raises:
         UserError: bad sizes, no shards, no balance folder, or a position with other lanes; while iterating: data
@@ -63,7 +67,7 @@ class TrainLoader:
         tokenizer: Tokenizer,
         rank: int,
         world_size: int,
-        position: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]] | None = None,
+        position: Mapping[int, Any] | Mapping[str, Any] | None = None,
     ) -> None:
         lanes = config.lanes
         if global_batch % lanes:
@@ -74,23 +78,25 @@ class TrainLoader:
         if num_workers < config.workers:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
         backend = resolve_backend(config.decode, "train")
-        check_open_files(lanes=len(own), workers=num_workers, prefetch=config.prefetch, world_size=world_size)
+        self.sources = open_sources(config)
+        """At least one; a single one has no name unless the config gives it one."""
+        check_open_files(
+            shards=len(own) * len(self.sources), workers=num_workers, prefetch=config.prefetch, world_size=world_size
+        )
         if backend != "dali":  # the size of a JPEG is not known in advance
             share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
             check_memory(share_bytes * max(1, num_workers))
             check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)
         source = ShareSource(
             config,
+            self.sources,
             backend=backend,
             image_size=image_size,
             tokenizer=tokenizer,
             samples_per_lane=global_batch // lanes,
-            positions=_own_positions(position, own, lanes),
+            positions=_own_positions(position, own, lanes, [source.name for source in self.sources]),
             board=Board(max(1, num_workers)),
         )
-        self.shards = source.shards
-        self.shard_names = [name.rpartition("/")[2] for name in source.shards.names]
-        """The shard names in the order that epochs permute, without their folder, which may move."""
         self._shares = WorkerShares(
             source,
             num_workers=num_workers,
@@ -124,14 +130,17 @@ class TrainLoader:
 
 
 def _own_positions(
-    position: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]] | None, own: Sequence[int], lanes: int
-) -> dict[int, Position]:
-    if position is None:
-        return {lane: Position() for lane in own}
-    known = {int(lane): Position(*map(int, place)) for lane, place in position.items()}
-    if max(known, default=0) >= lanes or not set(own) <= set(known):
-        raise UserError(
-            f"the position to resume from has {max(known, default=-1) + 1} lanes, but data.lanes={lanes}: "
-            f"lanes cannot change during a run"
-        )
-    return {lane: known[lane] for lane in own}
+    position: Mapping[int, Any] | Mapping[str, Any] | None, own: Sequence[int], lanes: int, names: Sequence[str]
+) -> dict[int, LanePosition]:
+    known: dict[int, LanePosition] = {}
+    if position is not None:
+        known = {int(lane): from_plain(place) for lane, place in position.items()}
+        if max(known, default=0) >= lanes or not set(own) <= set(known):
+            raise UserError(
+                f"the position to resume from has {max(known, default=-1) + 1} lanes, but data.lanes={lanes}: "
+                f"lanes cannot change during a run"
+            )
+    if all(names):
+        return {lane: in_sources(known.get(lane), names) for lane in own}
+    # From a mix to a single source: it begins at its start.
+    return {lane: place if isinstance(place := known.get(lane), Position) else Position() for lane in own}

@@ -60,6 +60,8 @@ class Example:
 
     pair: Pair
     image: torch.Tensor | EncodedCrop
+    source: str = ""
+    """Name of the source that it is from; empty if the run has a single one without a name."""
 
 
 class Deck:
@@ -99,6 +101,7 @@ class ShardPool:
         probs: entry probabilities for online balancing; None keeps one text of every image.
         transform: decodes an image.
         name: of the data, for errors.
+        source: name of the source that its samples are from.
         reading: called with the number of a shard before anything in it is read.
     """
 
@@ -111,6 +114,7 @@ class ShardPool:
         probs: Probabilities | None,
         transform: Transform,
         name: str,
+        source: str = "",
         reading: Callable[[int], None] = lambda shard: None,
     ) -> None:
         self.deck = Deck([name.rpartition("/")[2] for name in shards.names], lanes=lanes, seed=seed)
@@ -124,6 +128,7 @@ class ShardPool:
         self._probs = probs
         self._transform = transform
         self._name = name
+        self._source = source
         self._reading = reading
         self._open: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
         self._good_lately = False
@@ -155,12 +160,12 @@ class ShardPool:
         self._reading(number)
         try:
             pair = shard.read(row, seed=self._seed, epoch=epoch)
-            example = Example(pair, self._transform(pair.image, shard.row_hashes()[row], epoch))
+            image = self._transform(pair.image, shard.row_hashes()[row], epoch)
         except Dropped as skip:
             log_skip(skip.reason, f"{shard.name}, row {row}", skip.detail)
             raise
         self._good_lately = True
-        return example
+        return Example(pair, image, self._source)
 
     def count_shard(self, shard: Shard) -> None:
         """Count and log what is skipped of a shard as a whole: members of its tar, and that it was rewritten."""

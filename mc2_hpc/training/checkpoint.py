@@ -44,17 +44,28 @@ class _SavedShards(File):
     sha256: Sha256
 
 
+_SavedPlace = tuple[Count, Count, Count]
+"""Epoch, shard and offset."""
+
+
+class _SavedMix(File):
+    draws: Count
+    sources: dict[str, _SavedPlace]
+
+
 class _TrainerFile(Foreign):
     """The fields of ``trainer.json`` that resuming needs."""
 
     step: Count
     samples_seen: Count
     skipped: dict[str, Count]
-    position: list[tuple[Count, Count, Count]]
-    """Epoch, shard and offset of each lane."""
+    position: list[_SavedPlace | _SavedMix]
+    """Of each lane: its place, or, in a mix, its place in each source."""
     config: dict[str, Any]
     """Config of the run that wrote it; it may lack settings added since."""
     shards: _SavedShards | None = None
+    sources: dict[str, _SavedShards] = {}
+    """In place of ``shards`` in a mix."""
 
 
 @dataclass(frozen=True, kw_only=True)

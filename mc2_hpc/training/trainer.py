@@ -113,7 +113,7 @@ class Trainer:
             world_size=ranks.world_size,
             position=position,
         )
-        self.shards = common_shards(self.loader.shard_names)
+        self.shards = common_shards(self.loader.sources)
         on_first_rank(ranks, self._check_enough_data)
         if checkpoint is not None and ranks.is_first:
             warn_of_other_shards(checkpoint, self.shards)
@@ -136,13 +136,16 @@ class Trainer:
 
     def _check_enough_data(self) -> None:
         config = self.config
-        check_enough(
-            self.loader.shards,
-            name=f"data.train={config.data.train}",
-            global_batch=config.global_batch,
-            lanes=config.data.lanes,
-            num_readers=min(self.ranks.world_size * max(1, config.data.workers), config.data.lanes),
-        )
+        weights = sum(source.weight for source in self.loader.sources)
+        for source in self.loader.sources:
+            check_enough(
+                source.shards,
+                name=source.label,
+                global_batch=config.global_batch,
+                lanes=config.data.lanes,
+                num_readers=min(self.ranks.world_size * max(1, config.data.workers), config.data.lanes),
+                share=source.weight / weights,
+            )
 
     def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None, source: Source | None) -> None:
         if checkpoint is not None:
@@ -341,7 +344,7 @@ class Trainer:
             tokenizer_file=self.tokenizer.model_file,
             trainer={
                 **self.progress.gathered(),
-                "shards": self.shards,
+                **self.shards,
                 "config": config_to_dict(self.config),
                 "world_size": self.ranks.world_size,
                 "versions": {name: version(name) for name in _PACKAGES},
