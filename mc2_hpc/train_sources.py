@@ -18,7 +18,7 @@ TXT, JSON, PARQUET = "txt", "json", "parquet"
 """Where a caption may be: the ``.txt``, a key of the ``.json``, a column of the ``.parquet`` beside a curated tar."""
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
-_FIELD = re.compile(rf"{TXT}|(?:{JSON}|{PARQUET})\..+")
+_FIELD = re.compile(rf"{TXT}|{JSON}(?:\.[^.]+)+|{PARQUET}\.(?!(?:key|lang|entries)$).+")
 _ROUNDING = 1e-6
 
 

@@ -29,6 +29,8 @@ class Samples:
     """Names of the sources they are from; empty if there is a single one without a name."""
     position: dict[int, LanePosition]
     """Of every lane they come from, after these samples; saved in checkpoints."""
+    fields: dict[str, int] = field(default_factory=dict)
+    """Samples by caption field, as ``<source>/<field>``, of sources with several (``mc2_hpc.data.caption_fields``)."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples and shards skipped before them, by reason (``mc2_hpc.data.skips``)."""
 
@@ -70,12 +72,14 @@ def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Sampl
     width = max(part.tokens.shape[1] for part in parts)
     tokens = torch.full((num, width), pad_id, dtype=torch.int64, pin_memory=pin)
     position: dict[int, LanePosition] = {}
+    fields: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     first = 0
     for part in parts:
         tokens[first : first + len(part.keys), : part.tokens.shape[1]] = part.tokens
         first += len(part.keys)
         position |= part.position
+        fields.update(part.fields)
         skipped.update(part.skipped)
     return Samples(
         tokens=tokens,
@@ -84,6 +88,7 @@ def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Sampl
         langs=[lang for part in parts for lang in part.langs],
         sources=[source for part in parts for source in part.sources],
         position=position,
+        fields=dict(fields),
         skipped=dict(skipped),
     )
 
@@ -105,6 +110,7 @@ def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] 
         langs=samples.langs,
         sources=samples.sources,
         position=samples.position,
+        fields=samples.fields,
         skipped=samples.skipped if skipped is None else skipped,
     )
 

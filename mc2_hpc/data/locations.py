@@ -19,6 +19,7 @@ endpoints are read from where those packages look for them (``AWS_ENDPOINT_URL``
 from pathlib import Path
 from typing import Protocol
 
+from mc2_hpc.data.caption_fields import CaptionFields
 from mc2_hpc.data.index import cache_folder
 from mc2_hpc.data.remote import CannotReach, ShardCache, file_system, patiently
 from mc2_hpc.data.shards import Shard, open_shard
@@ -45,7 +46,12 @@ class ShardSet(Protocol):
 
 
 def find_shards(
-    spec: Names, *, cache: str | Path | None = None, cache_gb: float = 100, patience_s: float = 600
+    spec: Names,
+    *,
+    cache: str | Path | None = None,
+    cache_gb: float = 100,
+    patience_s: float = 600,
+    fields: CaptionFields | None = None,
 ) -> ShardSet:
     """The shards that ``spec`` means, by the module's table.
 
@@ -53,6 +59,7 @@ def find_shards(
         cache: folder for remote shards and for indexes that cannot be beside their shard; None: the user's folder.
         cache_gb: the most that remote shards may take there, in 10^9 bytes.
         patience_s: how long to retry when storage returns errors.
+        fields: to draw captions from, see :func:`mc2_hpc.data.shards.open_shard`.
 
     Raises:
         UserError: nothing is there, the storage does not answer, or its package is not installed.
@@ -61,7 +68,7 @@ def find_shards(
     parts = [name.removeprefix("file://") for name in split_names(spec)]
     num_remote = sum("://" in part for part in parts)
     if num_remote == 0:
-        return LocalShards(list_shards(parts, ".tar"), folder)
+        return LocalShards(list_shards(parts, ".tar"), folder, fields)
     if num_remote < len(parts):
         raise UserError(f"{spec}: names both local and remote shards; copy one kind to where the other is")
     try:
@@ -70,18 +77,19 @@ def find_shards(
         raise UserError(f"{spec}: {error}") from None
     if not names:
         raise UserError(f"{spec}: no *.tar shards there")
-    return RemoteShards(names, ShardCache(folder / "shards", int(cache_gb * 1e9), patience_s))
+    return RemoteShards(names, ShardCache(folder / "shards", int(cache_gb * 1e9), patience_s), fields)
 
 
 class LocalShards:
     """Shards in a file system of this machine."""
 
-    def __init__(self, paths: list[Path], cache: Path) -> None:
+    def __init__(self, paths: list[Path], cache: Path, fields: CaptionFields | None = None) -> None:
         self.names = [str(path) for path in paths]
+        self._fields = fields
         self._cache = cache
 
     def open(self, number: int) -> Shard:
-        return open_shard(Path(self.names[number]), cache=self._cache)
+        return open_shard(Path(self.names[number]), cache=self._cache, fields=self._fields)
 
     def expect(self, number: int) -> None:
         """Nothing to do: the system reads ahead by itself."""
@@ -90,13 +98,14 @@ class LocalShards:
 class RemoteShards:
     """Shards in remote storage, copied to a local folder of bounded size before they are read."""
 
-    def __init__(self, names: list[str], cache: ShardCache) -> None:
+    def __init__(self, names: list[str], cache: ShardCache, fields: CaptionFields | None = None) -> None:
         self.names = names
+        self._fields = fields
         self._cache = cache
 
     def open(self, number: int) -> Shard:
         copy = self._cache.fetch(self.names[number])
-        return open_shard(copy.tar, name=self.names[number], pin=copy)
+        return open_shard(copy.tar, name=self.names[number], pin=copy, fields=self._fields)
 
     def expect(self, number: int) -> None:
         self._cache.fetch_ahead(self.names[number])

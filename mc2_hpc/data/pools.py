@@ -6,15 +6,16 @@ not come in the same order, or an image would often meet itself in a batch.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.config import DataConfig
+from mc2_hpc.data.caption_fields import CaptionFields
 from mc2_hpc.data.locations import ShardSet, find_shards
 from mc2_hpc.data.mixing import LanePosition, MixedLane, SourceDraws
 from mc2_hpc.data.shards import Probabilities
-from mc2_hpc.data.stream import Lane, Position, ShardPool, Transform
+from mc2_hpc.data.stream import Lane, Position, ShardPool, Transform, places_of_hand
 from mc2_hpc.train_sources import TrainSource
 
 # Failing storage should be reported by its error before the watchdog reports only silence.
@@ -66,6 +67,7 @@ def _open_source(config: DataConfig, source: TrainSource | None, first: int) -> 
         cache=config.cache_dir,
         cache_gb=config.cache_gb,
         patience_s=_PATIENCE_SHARE * config.stall_seconds,
+        fields=CaptionFields(source.captions) if source is not None and source.captions else None,
     )
     return OpenSource(
         name=source.name if source is not None else "",
@@ -120,3 +122,17 @@ def make_lane(
     lanes = {source.name: Lane(pool, lane, position.sources[source.name]) for source, pool in named}
     draws = SourceDraws([source.weight for source in sources], seed=seed, lane=lane)
     return MixedLane(lanes, draws, position.draws)
+
+
+def epochs_in(sources: Sequence[OpenSource], position: Mapping[int, LanePosition], *, lanes: int) -> dict[str, float]:
+    """Epochs of each source of a mix, summed over the lanes in ``position``; fractions are in whole shards."""
+    epochs = {source.name: 0.0 for source in sources if source.name}
+    for lane, place in position.items():
+        if isinstance(place, Position):
+            continue
+        for source in sources:
+            own = place.sources[source.name]
+            epochs[source.name] += own.epoch + own.shard / len(
+                places_of_hand(len(source.shards.names), lanes=lanes, lane=lane)
+            )
+    return epochs

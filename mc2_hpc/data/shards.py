@@ -8,7 +8,7 @@ lack ``text`` or ``key``, so those shards are plain.
 
 import errno
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from mc2_hpc.balancing.selection import choose_texts, select
 from mc2_hpc.caption_tables import caption_table
+from mc2_hpc.data.caption_fields import CaptionFields, FieldReader
 from mc2_hpc.data.crop import Encoded
-from mc2_hpc.data.index import ShardIndex, cache_folder, open_index
+from mc2_hpc.data.index import FILES, ShardIndex, cache_folder, open_index
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Drop, Dropped
@@ -44,6 +45,8 @@ class Pair(NamedTuple):
     image: Encoded
     text: str
     lang: str = ""
+    field: str = ""
+    """The caption field (:mod:`mc2_hpc.data.caption_fields`) that was drawn, if several are configured."""
 
 
 class Shard(Protocol):
@@ -83,21 +86,30 @@ class Shard(Protocol):
         ...
 
 
-def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None, pin: object = None) -> Shard:
+def open_shard(
+    path: Path,
+    *,
+    name: str | None = None,
+    cache: Path | None = None,
+    pin: object = None,
+    fields: CaptionFields | None = None,
+) -> Shard:
     """Open either kind of shard and list its content, or read its stored index.
 
     Args:
         name: for messages; None is the path.
         cache: folder for indexes of shards whose own folder cannot be written; None is the user's cache folder.
         pin: kept alive as long as the shard.
+        fields: to draw captions from; None means the caption table, or the ``.txt``, else the record.
 
     Raises:
         ShardError: missing, empty, damaged or truncated.
     """
     try:
         source = LocalFile(path, pin)
-        table = caption_table(path.with_suffix(".parquet"))
-        index = open_index(path, source, cache=cache or cache_folder())
+        table = caption_table(path.with_suffix(".parquet"), texts=fields.columns if fields is not None else ())
+        records = fields is not None and fields.in_records
+        index = open_index(path, source, cache=cache or cache_folder(), records=records)
     except UserError as error:
         raise ShardError(str(error)) from None
     except OSError as error:
@@ -107,15 +119,16 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
             ) from None
         raise ShardError(error.strerror or str(error)) from None
     if table is None:
-        return PlainShard(name or str(path), source, index)
-    return CuratedShard(name or str(path), source, index, table)
+        return PlainShard(name or str(path), source, index, fields)
+    return CuratedShard(name or str(path), source, index, table, fields)
 
 
 class PlainShard:
     """A WebDataset tar with one row per sample. One of several captions in a record is drawn, as in curated shards."""
 
-    def __init__(self, name: str, source: ByteSource, index: ShardIndex) -> None:
+    def __init__(self, name: str, source: ByteSource, index: ShardIndex, fields: CaptionFields | None = None) -> None:
         self.name = name
+        self._fields = fields
         self.drops = index.drops
         self.changed = index.changed
         self.num_keys = len(index.keys)
@@ -137,14 +150,26 @@ class PlainShard:
         return np.arange(self.num_keys)
 
     def read(self, row: int, *, seed: int, epoch: int) -> Pair:
-        image, captions = self._read(row)
+        image, text, record = self._read(row)
+        if self._fields is not None:
+            return self._drawn(row, image, text, record, seed=seed, epoch=epoch)
+        captions = captions_of(text, record)
         caption = captions[0]
         if len(captions) > 1:
             keys = np.repeat(self._hashes[row], len(captions))
             caption = captions[choose_texts(keys, [text for text, _ in captions], seed=seed, epoch=epoch)[0]]
         return Pair(self.row_keys[row], image, *caption)
 
-    def _read(self, row: int) -> tuple[Encoded, list[Caption]]:
+    def _drawn(
+        self, row: int, image: Encoded, text: bytes | None, record: bytes | None, *, seed: int, epoch: int
+    ) -> Pair:
+        assert self._fields is not None
+        reader = FieldReader(text, record)
+        field, caption = self._fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
+        return Pair(self.row_keys[row], image, caption, reader.lang(), field)
+
+    def _read(self, row: int) -> tuple[Encoded, bytes | None, bytes | None]:
+        """Image, caption and record of a sample, of which the latter may be missing."""
         places = _PLACES.unpack_from(self._places, row * _PLACES.size)
         begin, size, image, image_end, text, text_end, more, more_end = places
         if image < 0:
@@ -159,7 +184,7 @@ class PlainShard:
         caption = data[text:text_end] if text >= 0 else None
         record = data[more:more_end] if more >= 0 else None
         # A view, so that the image is not copied.
-        return memoryview(data)[image:image_end], captions_of(caption, record)
+        return memoryview(data)[image:image_end], caption, record
 
     def read_captions(self, index: int) -> list[Caption]:
         begin, size, image, _, *texts = _PLACES.unpack_from(self._places, index * _PLACES.size)
@@ -192,8 +217,16 @@ class PlainShard:
 class CuratedShard:
     """A tar with a table of its pairs beside it."""
 
-    def __init__(self, name: str, source: ByteSource, index: ShardIndex, table: "pyarrow.Table") -> None:
+    def __init__(
+        self,
+        name: str,
+        source: ByteSource,
+        index: ShardIndex,
+        table: "pyarrow.Table",
+        fields: CaptionFields | None = None,
+    ) -> None:
         self.name = name
+        self._fields = fields
         self.drops = index.drops
         self.changed = index.changed
         self._source = source
@@ -217,11 +250,16 @@ class CuratedShard:
         self._image_keys = list(self._rows_of)
         self.num_keys = len(self._image_keys)
         self._hashes = hash_keys(keys)
-        begin, size, image, image_end = index.places[:, :4].T
-        offsets = np.where(image < 0, -1, image + np.where(size < 0, 0, begin))
-        places = zip(offsets.tolist(), (image_end - image).tolist(), strict=True)
-        named = ((key, place) for key, place in zip(index.keys, places, strict=True) if place[0] >= 0)
-        self._images = ByKey(named)
+        self._images = ByKey(_places_of(index, "image"))
+        self._field_columns: dict[str, pyarrow.Array] = {}
+        if fields is not None:
+            for column in fields.columns:
+                if column not in table.column_names:
+                    there = ", ".join(table.column_names)
+                    raise UserError(f"{name}: the .parquet beside it has no column {column!r}, only {there}")
+                self._field_columns[column] = table[column].combine_chunks()
+            self._captions = ByKey(_places_of(index, "caption"))
+            self._records = ByKey(_places_of(index, "record"))
 
     @cached_property
     def _text_hashes(self) -> npt.NDArray[np.uint64]:
@@ -243,7 +281,16 @@ class CuratedShard:
 
     def read(self, row: int, *, seed: int, epoch: int) -> Pair:
         key = self.row_keys[row]
-        return Pair(key, self._image(key), self._text(row), self._lang(row))
+        if self._fields is None:
+            return Pair(key, self._image(key), self._text(row), self._lang(row))
+        columns = {name: column[row].as_py() for name, column in self._field_columns.items()}
+        reader = FieldReader(self._payload(self._captions, key), self._payload(self._records, key), columns)
+        field, caption = self._fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
+        return Pair(key, self._image(key), caption, self._lang(row), field)
+
+    def _payload(self, places: ByKey[tuple[int, int]], key: str) -> bytes | None:
+        place = places.get(key)
+        return None if place is None else _read_payload(self._source, *place)
 
     def read_captions(self, index: int) -> list[Caption]:
         key = self._image_keys[index]
@@ -268,6 +315,16 @@ class CuratedShard:
 
     def _lang(self, row: int) -> str:
         return str(self._langs[row])
+
+
+def _places_of(index: ShardIndex, file: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Key, and offset in the tar and size, of each sample that has a ``file`` of :data:`mc2_hpc.data.index.FILES`."""
+    column = 2 + 2 * FILES.index(file)
+    begin, size, first, end = (index.places[:, number] for number in (0, 1, column, column + 1))
+    offsets = np.where(first < 0, -1, first + np.where(size < 0, 0, begin))
+    for key, offset, length in zip(index.keys, offsets.tolist(), (end - first).tolist(), strict=True):
+        if offset >= 0:
+            yield key, (offset, length)
 
 
 def _read_payload(source: ByteSource, offset: int, size: int) -> bytes:

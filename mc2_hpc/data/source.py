@@ -124,6 +124,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             langs=[example.pair.lang for example in examples],
             sources=[example.source for example in examples],
             position={number: lane.position for number, lane in lanes.items()},
+            fields=dict(Counter(f"{each.source}/{each.pair.field}" for each in examples if each.pair.field)),
             skipped=dict(skipped),
         )
 

@@ -88,8 +88,13 @@ class Deck:
         first, last = lane * len(order), (lane + 1) * len(order)  # in units of 1/lanes of a shard
         return [
             Part(int(order[place]), max(first - place * lanes, 0), min(last - place * lanes, lanes), lanes)
-            for place in range(first // lanes, -(-last // lanes))
+            for place in places_of_hand(len(order), lanes=lanes, lane=lane)
         ]
+
+
+def places_of_hand(num_shards: int, *, lanes: int, lane: int) -> range:
+    """The places in an epoch's order of the shards that ``lane`` gets, whole or in part; the same in every epoch."""
+    return range(lane * num_shards // lanes, -(-(lane + 1) * num_shards // lanes))
 
 
 class ShardPool:

@@ -14,6 +14,7 @@ from mc2_hpc.data.batches import Batch
 from mc2_hpc.data.enough import check_enough
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.data.loader import TrainLoader
+from mc2_hpc.data.pools import epochs_in
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.tensor_files import TensorFiles
@@ -300,18 +301,20 @@ class Trainer:
     def _log_row(self, pending: _Pending, meter: ThroughputMeter, log: MetricsLog | None) -> None:
         """Write a row for all ranks and the steps since the previous row. Collective."""
         self._read(pending)
-        intervals = gather(meter.interval(self.progress.skipped), self.ranks)
+        config, progress = self.config, self.progress
+        epochs = epochs_in(self.loader.sources, progress.position, lanes=config.data.lanes)
+        intervals = gather(meter.interval(progress.skipped, epochs), self.ranks)
         means, (_, _, logit_scale, *_) = self._means.take(), pending.numbers.read()
         if log is not None and intervals is not None:
             log.write(
                 {
                     "step": pending.step,
-                    "samples_seen": self.progress.samples_seen,
+                    "samples_seen": progress.samples_seen,
                     "loss": means["loss"],
                     "logit_scale": logit_scale,
                     "lr": pending.lr,
                     "grad_norm": means["grad_norm"],
-                    **rates(intervals, global_batch=self.config.global_batch),
+                    **rates(intervals, global_batch=config.global_batch, lanes=config.data.lanes),
                 }
             )
 

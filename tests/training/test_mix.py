@@ -76,6 +76,35 @@ def test_a_checkpoint_says_where_every_lane_is_in_every_source(undisturbed):
         assert lane["draws"] == STEPS * BATCH // LANES and sorted(lane["sources"]) == sorted(WEIGHTS)
 
 
+def test_rows_have_shares_and_epochs_of_every_source(undisturbed):
+    """Epochs count the shards that lanes are done with, of which each has one or two per epoch here."""
+    taken = kept_samples(undisturbed)
+    lines = (undisturbed / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, lines):
+        counts = Counter(key[0] for key in taken[row["step"]])
+        assert row["source_share"] == {name: counts[name[0]] / BATCH for name in sorted(WEIGHTS)}
+        for name, size in SIZES.items():
+            seen = sum(key[0] == name[0] for step in range(1, row["step"] + 1) for key in taken[step])
+            assert seen / size - 1.1 < row["source_epochs"][name] < seen / size + 0.5
+        assert "caption_share" not in row
+    final = json.loads(lines[-1])["source_epochs"]
+    assert min(final.values()) >= 1
+
+
+def test_rows_have_shares_of_caption_fields(config, folder, starter, tmp_path):
+    """The pool's records name a language only, so one source draws a field that its samples do not have."""
+    sources = mix(folder)
+    sources[0]["captions"] = {"txt": 0.85, "json.lang": 0.15}
+    sources[1]["captions"] = {"txt": 0.5, "json.synthetic": 0.5}
+    overrides = [f"data.train={json.dumps(sources)}", "steps=8", "log_every=8"]
+    assert starter.run(matrix.job(config, tmp_path, processes=2, overrides=overrides)) == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    shares = row["caption_share"]
+    assert shares.pop("books/txt") == 1
+    assert sorted(shares) == ["alt/json.lang", "alt/txt"] and sum(shares.values()) == pytest.approx(1)
+    assert shares["alt/json.lang"] == pytest.approx(0.15, abs=0.08)  # 160 samples: 2.8 standard deviations
+
+
 def test_killed_and_resumed_on_other_numbers_of_ranks(config, starter, undisturbed, tmp_path):
     """kill -9 of a rank in the middle; then on one rank, on three, and on two with worker processes."""
     fault = {"at": "mid-step", "step": 8, "rank": 1, "do": ["KILL"]}
