@@ -125,6 +125,10 @@ class DataConfig:
     """How ids are laid out: ``xlmv`` (fairseq offset; XLM-V, XLM-R), ``mt5`` (SigLIP too) or ``gemma``."""
     balance: PathName | None = None
     """Folder with ``balance.json`` and ``probs/<lang>.npy`` to balance curated shards online; null keeps all."""
+    takedown: PathName | None = None
+    """A list of samples to leave out, which may grow during a run (``mc2_hpc.data.takedown``)."""
+    takedown_seconds: float = 60
+    """How often the list is looked at."""
     lanes: int = 256
     """Fixed number of sample streams that the shards are dealt to; must divide the global batch. Ranks own lanes."""
     workers: int = 6
@@ -161,6 +165,7 @@ class DataConfig:
             raise UserError("data.balance: data.train lists sources: set balance in those that are to be balanced")
         _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
         _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil", "dali"))
+        _at_least("data.takedown_seconds", self.takedown_seconds, 0.01)
         _at_least("data.lanes", self.lanes, 1)
         _at_least("data.workers", self.workers, 0)
         _at_least("data.prefetch", self.prefetch, 1)

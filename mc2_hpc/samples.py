@@ -302,6 +302,11 @@ def parse_record(raw: bytes) -> dict[str, Any]:
     return value
 
 
+def names_language(record: bytes | None) -> bool:
+    """Whether a record may name a language, and so matters beside a ``.txt``; any other is never parsed there."""
+    return record is not None and len(record) <= LARGEST_RECORD and b'"lang"' in record
+
+
 def is_unicode(text: str) -> bool:
     """Whether a string can be encoded: JSON can spell half of a surrogate pair."""
     try:

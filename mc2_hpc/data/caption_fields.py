@@ -110,11 +110,18 @@ class FieldReader:
 
     def lang(self) -> str:
         """The language that the record names, or an empty string."""
+        return self._named("lang")
+
+    def url(self) -> str:
+        """The address that the record names, or an empty string."""
+        return self._named("url")
+
+    def _named(self, name: str) -> str:
         try:
-            lang = self._parsed().get("lang")
+            value = self._parsed().get(name)
         except Dropped:
             return ""
-        return lang if isinstance(lang, str) else ""
+        return value if isinstance(value, str) else ""
 
     def _in_record(self, keys: Sequence[str]) -> list[str]:
         value: Any = self._parsed()

@@ -26,7 +26,7 @@ from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_bytes
-from mc2_hpc.samples import LARGEST_RECORD, Sample, list_samples
+from mc2_hpc.samples import LARGEST_RECORD, Sample, list_samples, names_language
 from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import ByteSource, LocalFile, Member, TarError
 
@@ -126,7 +126,7 @@ def _drop_idle_records(samples: list[Sample], source: ByteSource) -> None:
     for sample in samples:
         record = sample.record
         if sample.caption is not None and record is not None:
-            if record.size > LARGEST_RECORD or b'"lang"' not in source.read(record.offset, record.size):
+            if record.size > LARGEST_RECORD or not names_language(source.read(record.offset, record.size)):
                 sample.record = None
 
 

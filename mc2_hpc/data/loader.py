@@ -29,6 +29,7 @@ from mc2_hpc.data.mixing import LanePosition, from_plain, in_sources
 from mc2_hpc.data.pools import open_sources
 from mc2_hpc.data.source import ShareSource
 from mc2_hpc.data.stream import Position
+from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.data.workers import DataStalled, WorkerShares
@@ -51,6 +52,7 @@ class TrainLoader:
         position: of every lane, as in batches or as in checkpoints (keys may be strings, as in JSON), or None to
             start. Lanes of other ranks are ignored, so one dict serves any number of ranks. Sources that it does not
             have begin at their start.
+        takedown: list of samples to leave out; None: there will not be one.
 
     Raises:
         UserError: bad sizes, no shards, no balance folder, or a position with other lanes; while iterating: data
@@ -68,6 +70,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         position: Mapping[int, Any] | Mapping[str, Any] | None = None,
+        takedown: Takedown | None = None,
     ) -> None:
         lanes = config.lanes
         if global_batch % lanes:
@@ -78,7 +81,7 @@ class TrainLoader:
         if num_workers < config.workers:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
         backend = resolve_backend(config.decode, "train")
-        self.sources = open_sources(config)
+        self.sources = open_sources(config, urls=takedown is not None)
         """At least one; a single one has no name unless the config gives it one."""
         check_open_files(
             shards=len(own) * len(self.sources), workers=num_workers, prefetch=config.prefetch, world_size=world_size
@@ -87,42 +90,56 @@ class TrainLoader:
             share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
             check_memory(share_bytes * max(1, num_workers))
             check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)
+        self._config, self._own, self._rank = config, own, rank
+        self._tokenizer, self._image_size, self._backend = tokenizer, image_size, backend
+        self._samples_per_lane, self._num_workers = global_batch // lanes, num_workers
+        self._begin(position, takedown)
+
+    def _begin(self, position: Mapping[int, Any] | Mapping[str, Any] | None, takedown: Takedown | None) -> None:
+        config = self._config
         source = ShareSource(
             config,
             self.sources,
-            backend=backend,
-            image_size=image_size,
-            tokenizer=tokenizer,
-            samples_per_lane=global_batch // lanes,
-            positions=_own_positions(position, own, lanes, [source.name for source in self.sources]),
-            board=Board(max(1, num_workers)),
+            backend=self._backend,
+            image_size=self._image_size,
+            tokenizer=self._tokenizer,
+            samples_per_lane=self._samples_per_lane,
+            positions=_own_positions(position, self._own, config.lanes, [source.name for source in self.sources]),
+            board=Board(max(1, self._num_workers)),
+            takedown=takedown,
         )
         self._shares = WorkerShares(
             source,
-            num_workers=num_workers,
+            num_workers=self._num_workers,
             prefetch=config.prefetch,
-            rank=rank,
+            rank=self._rank,
             stall_seconds=config.stall_seconds,
         )
         pin = torch.cuda.is_available()
+        pad_id = self._tokenizer.pad_id
         self._batches: Iterator[Batch]
-        if backend == "dali":
+        if self._backend == "dali":
             decoder = DaliDecoder(
-                image_size=image_size,
-                max_batch=len(own) * (global_batch // lanes),
+                image_size=self._image_size,
+                max_batch=len(self._own) * self._samples_per_lane,
                 device=torch.device("cuda", torch.cuda.current_device()) if pin else torch.device("cpu"),
                 num_threads=max(1, config.workers),
                 hw_decoder_load=config.hw_decoder_load,
             )
-            self._batches = decoded_by_dali(self._shares, decoder, pad_id=tokenizer.pad_id)
+            self._batches = decoded_by_dali(self._shares, decoder, pad_id=pad_id)
         else:
-            self._batches = (join(shares, pad_id=tokenizer.pad_id, pin=pin) for shares in self._shares)
+            self._batches = (join(shares, pad_id=pad_id, pin=pin) for shares in self._shares)
 
     def __iter__(self) -> "TrainLoader":
         return self
 
     def __next__(self) -> Batch:
         return next(self._batches)
+
+    def restart(self, position: Mapping[int, LanePosition], takedown: Takedown) -> None:
+        """Continue at ``position`` with another takedown list; batches that workers have prepared are discarded."""
+        self.close()
+        self._begin(position, takedown)
 
     def close(self) -> None:
         """Stop the workers."""

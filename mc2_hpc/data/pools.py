@@ -14,8 +14,9 @@ from mc2_hpc.config import DataConfig
 from mc2_hpc.data.caption_fields import CaptionFields
 from mc2_hpc.data.locations import ShardSet, find_shards
 from mc2_hpc.data.mixing import LanePosition, MixedLane, SourceDraws
-from mc2_hpc.data.shards import Probabilities
+from mc2_hpc.data.shards import PLAIN, Extras, Probabilities
 from mc2_hpc.data.stream import Lane, Position, ShardPool, Transform, places_of_hand
+from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.train_sources import TrainSource
 
 # Failing storage should be reported by its error before the watchdog reports only silence.
@@ -44,8 +45,11 @@ class OpenSource:
         return [name.rpartition("/")[2] for name in self.shards.names]
 
 
-def open_sources(config: DataConfig) -> list[OpenSource]:
+def open_sources(config: DataConfig, *, urls: bool = False) -> list[OpenSource]:
     """The sources of ``config.train``, at least one, by name: their order in the config means nothing.
+
+    Args:
+        urls: read the addresses of images.
 
     Raises:
         UserError: one has no shards, or no balance folder where it names one.
@@ -54,11 +58,11 @@ def open_sources(config: DataConfig) -> list[OpenSource]:
     found: list[OpenSource] = []
     for source in in_order or [None]:
         first = found[-1].first + len(found[-1].shards.names) if found else 0
-        found.append(_open_source(config, source, first))
+        found.append(_open_source(config, source, first, urls))
     return found
 
 
-def _open_source(config: DataConfig, source: TrainSource | None, first: int) -> OpenSource:
+def _open_source(config: DataConfig, source: TrainSource | None, first: int, urls: bool) -> OpenSource:
     """A source of a mix, or (None) the only one."""
     path = config.train if source is None else source.path
     balance = config.balance if source is None else source.balance
@@ -67,7 +71,7 @@ def _open_source(config: DataConfig, source: TrainSource | None, first: int) -> 
         cache=config.cache_dir,
         cache_gb=config.cache_gb,
         patience_s=_PATIENCE_SHARE * config.stall_seconds,
-        fields=CaptionFields(source.captions) if source is not None and source.captions else None,
+        extras=_extras(source, urls),
     )
     return OpenSource(
         name=source.name if source is not None else "",
@@ -78,6 +82,11 @@ def _open_source(config: DataConfig, source: TrainSource | None, first: int) -> 
         seed=_seed(config.seed, source),
         first=first,
     )
+
+
+def _extras(source: TrainSource | None, urls: bool) -> Extras:
+    captions = source.captions if source is not None else {}
+    return Extras(CaptionFields(captions) if captions else None, urls) if captions or urls else PLAIN
 
 
 def _shard_names(path: str | list[str] | list[TrainSource]) -> str | list[str]:
@@ -92,7 +101,12 @@ def _seed(seed: int, source: TrainSource | None) -> int:
 
 
 def make_pools(
-    sources: Sequence[OpenSource], *, lanes: int, transform: Transform, reading: Callable[[int | None], None]
+    sources: Sequence[OpenSource],
+    *,
+    lanes: int,
+    transform: Transform,
+    reading: Callable[[int | None], None],
+    takedown: Takedown | None = None,
 ) -> list[ShardPool]:
     """A pool for each source; ``reading`` is called with shard numbers counted over all sources."""
 
@@ -105,6 +119,7 @@ def make_pools(
             transform=transform,
             name=source.label,
             source=source.name,
+            takedown=takedown,
             reading=lambda shard: reading(source.first + shard),
         )
 

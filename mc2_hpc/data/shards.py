@@ -9,6 +9,7 @@ lack ``text`` or ``key``, so those shards are plain.
 import errno
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.balancing.selection import choose_texts, select
-from mc2_hpc.caption_tables import caption_table
+from mc2_hpc.caption_tables import SOURCE, caption_table
 from mc2_hpc.data.caption_fields import CaptionFields, FieldReader
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.index import FILES, ShardIndex, cache_folder, open_index
@@ -25,7 +26,7 @@ from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.samples import ByKey, Caption, captions_of, usable_text
+from mc2_hpc.samples import ByKey, Caption, captions_of, names_language, usable_text
 from mc2_hpc.tar import ByteSource, LocalFile
 
 if TYPE_CHECKING:
@@ -47,6 +48,32 @@ class Pair(NamedTuple):
     lang: str = ""
     field: str = ""
     """The caption field (:mod:`mc2_hpc.data.caption_fields`) that was drawn, if several are configured."""
+    url: str = ""
+    """Where the image is from, if that is known and asked for."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What to read of samples beyond an image and its ordinary caption."""
+
+    fields: CaptionFields | None = None
+    """To draw captions from; None means the caption table, or the ``.txt``, else the record."""
+    urls: bool = False
+    """The addresses of images: ``url`` in records, ``source`` in caption tables."""
+
+    @property
+    def records(self) -> bool:
+        """Whether records are needed beside captions."""
+        return self.urls or (self.fields is not None and self.fields.in_records)
+
+    @property
+    def columns(self) -> list[str]:
+        """Of caption tables."""
+        return (self.fields.columns if self.fields is not None else []) + ([SOURCE] if self.urls else [])
+
+
+PLAIN = Extras()
+"""Nothing more."""
 
 
 class Shard(Protocol):
@@ -92,7 +119,7 @@ def open_shard(
     name: str | None = None,
     cache: Path | None = None,
     pin: object = None,
-    fields: CaptionFields | None = None,
+    extras: Extras = PLAIN,
 ) -> Shard:
     """Open either kind of shard and list its content, or read its stored index.
 
@@ -100,16 +127,14 @@ def open_shard(
         name: for messages; None is the path.
         cache: folder for indexes of shards whose own folder cannot be written; None is the user's cache folder.
         pin: kept alive as long as the shard.
-        fields: to draw captions from; None means the caption table, or the ``.txt``, else the record.
-
+        extras: to read of its samples.
     Raises:
         ShardError: missing, empty, damaged or truncated.
     """
     try:
         source = LocalFile(path, pin)
-        table = caption_table(path.with_suffix(".parquet"), texts=fields.columns if fields is not None else ())
-        records = fields is not None and fields.in_records
-        index = open_index(path, source, cache=cache or cache_folder(), records=records)
+        table = caption_table(path.with_suffix(".parquet"), texts=extras.columns)
+        index = open_index(path, source, cache=cache or cache_folder(), records=extras.records)
     except UserError as error:
         raise ShardError(str(error)) from None
     except OSError as error:
@@ -119,16 +144,16 @@ def open_shard(
             ) from None
         raise ShardError(error.strerror or str(error)) from None
     if table is None:
-        return PlainShard(name or str(path), source, index, fields)
-    return CuratedShard(name or str(path), source, index, table, fields)
+        return PlainShard(name or str(path), source, index, extras)
+    return CuratedShard(name or str(path), source, index, table, extras)
 
 
 class PlainShard:
     """A WebDataset tar with one row per sample. One of several captions in a record is drawn, as in curated shards."""
 
-    def __init__(self, name: str, source: ByteSource, index: ShardIndex, fields: CaptionFields | None = None) -> None:
+    def __init__(self, name: str, source: ByteSource, index: ShardIndex, extras: Extras = PLAIN) -> None:
         self.name = name
-        self._fields = fields
+        self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
         self.num_keys = len(index.keys)
@@ -151,22 +176,17 @@ class PlainShard:
 
     def read(self, row: int, *, seed: int, epoch: int) -> Pair:
         image, text, record = self._read(row)
-        if self._fields is not None:
-            return self._drawn(row, image, text, record, seed=seed, epoch=epoch)
-        captions = captions_of(text, record)
+        reader = FieldReader(text, record)
+        url = reader.url() if self._extras.urls else ""
+        if self._extras.fields is not None:
+            field, chosen = self._extras.fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
+            return Pair(self.row_keys[row], image, chosen, reader.lang(), field, url)
+        captions = captions_of(text, record if text is None or names_language(record) else None)
         caption = captions[0]
         if len(captions) > 1:
             keys = np.repeat(self._hashes[row], len(captions))
             caption = captions[choose_texts(keys, [text for text, _ in captions], seed=seed, epoch=epoch)[0]]
-        return Pair(self.row_keys[row], image, *caption)
-
-    def _drawn(
-        self, row: int, image: Encoded, text: bytes | None, record: bytes | None, *, seed: int, epoch: int
-    ) -> Pair:
-        assert self._fields is not None
-        reader = FieldReader(text, record)
-        field, caption = self._fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
-        return Pair(self.row_keys[row], image, caption, reader.lang(), field)
+        return Pair(self.row_keys[row], image, *caption, url=url)
 
     def _read(self, row: int) -> tuple[Encoded, bytes | None, bytes | None]:
         """Image, caption and record of a sample, of which the latter may be missing."""
@@ -223,10 +243,10 @@ class CuratedShard:
         source: ByteSource,
         index: ShardIndex,
         table: "pyarrow.Table",
-        fields: CaptionFields | None = None,
+        extras: Extras = PLAIN,
     ) -> None:
         self.name = name
-        self._fields = fields
+        self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
         self._source = source
@@ -251,13 +271,12 @@ class CuratedShard:
         self.num_keys = len(self._image_keys)
         self._hashes = hash_keys(keys)
         self._images = ByKey(_places_of(index, "image"))
-        self._field_columns: dict[str, pyarrow.Array] = {}
-        if fields is not None:
-            for column in fields.columns:
-                if column not in table.column_names:
-                    there = ", ".join(table.column_names)
-                    raise UserError(f"{name}: the .parquet beside it has no column {column!r}, only {there}")
-                self._field_columns[column] = table[column].combine_chunks()
+        for column in extras.fields.columns if extras.fields is not None else []:
+            if column not in table.column_names:
+                there = ", ".join(table.column_names)
+                raise UserError(f"{name}: the .parquet beside it has no column {column!r}, only {there}")
+        self._columns = {n: table[n].combine_chunks() for n in extras.columns if n in table.column_names}
+        if extras != PLAIN:
             self._captions = ByKey(_places_of(index, "caption"))
             self._records = ByKey(_places_of(index, "record"))
 
@@ -281,12 +300,19 @@ class CuratedShard:
 
     def read(self, row: int, *, seed: int, epoch: int) -> Pair:
         key = self.row_keys[row]
-        if self._fields is None:
+        if self._extras == PLAIN:
             return Pair(key, self._image(key), self._text(row), self._lang(row))
-        columns = {name: column[row].as_py() for name, column in self._field_columns.items()}
+        columns = {name: column[row].as_py() for name, column in self._columns.items()}
         reader = FieldReader(self._payload(self._captions, key), self._payload(self._records, key), columns)
-        field, caption = self._fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
-        return Pair(key, self._image(key), caption, self._lang(row), field)
+        url = self._url(reader, columns) if self._extras.urls else ""
+        if self._extras.fields is None:
+            return Pair(key, self._image(key), self._text(row), self._lang(row), url=url)
+        field, caption = self._extras.fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
+        return Pair(key, self._image(key), caption, self._lang(row), field, url)
+
+    def _url(self, reader: FieldReader, columns: Mapping[str, bytes | None]) -> str:
+        """The address of an image: in its table, else in its record."""
+        return (columns.get(SOURCE) or b"").decode("utf-8", "replace") or reader.url()
 
     def _payload(self, places: ByKey[tuple[int, int]], key: str) -> bytes | None:
         place = places.get(key)

@@ -18,6 +18,7 @@ from mc2_hpc.data.mixing import LanePosition, MixedLane
 from mc2_hpc.data.pools import OpenSource, make_lane, make_pools
 from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.stream import Example, Lane, ShardPool
+from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.errors import UserError
@@ -49,6 +50,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         samples_per_lane: int,
         positions: dict[int, LanePosition],
         board: Board,
+        takedown: Takedown | None = None,
     ) -> None:
         """
         Args:
@@ -56,6 +58,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             samples_per_lane: that a batch takes.
             positions: where each lane begins.
             board: told which shard is being read.
+            takedown: list of samples to leave out.
         """
         self.positions = positions
         self.board = board
@@ -65,12 +68,19 @@ class ShareSource(IterableDataset[Share | Failure]):
         self._image_size = image_size
         self._tokenizer = tokenizer
         self._samples_per_lane = samples_per_lane
+        self._takedown = takedown
 
     def __iter__(self) -> Iterator[Share | Failure]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         reading = self.board.writer(worker)
-        pools = make_pools(self._sources, lanes=self._config.lanes, transform=self._transform, reading=reading)
+        pools = make_pools(
+            self._sources,
+            lanes=self._config.lanes,
+            transform=self._transform,
+            reading=reading,
+            takedown=self._takedown,
+        )
         lanes = {
             lane: make_lane(self._sources, pools, lane, self.positions[lane], seed=self._config.seed)
             for lane in deal(sorted(self.positions), worker, num_workers)

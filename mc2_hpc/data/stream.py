@@ -24,6 +24,7 @@ from mc2_hpc.data.crop import Encoded, EncodedCrop
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
 from mc2_hpc.data.skips import ShardError, log_skip
+from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.draws import hash_keys, random_uint64
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
@@ -107,6 +108,7 @@ class ShardPool:
         transform: decodes an image.
         name: of the data, for errors.
         source: name of the source that its samples are from.
+        takedown: list of samples to leave out.
         reading: called with the number of a shard before anything in it is read.
     """
 
@@ -120,6 +122,7 @@ class ShardPool:
         transform: Transform,
         name: str,
         source: str = "",
+        takedown: Takedown | None = None,
         reading: Callable[[int], None] = lambda shard: None,
     ) -> None:
         self.deck = Deck([name.rpartition("/")[2] for name in shards.names], lanes=lanes, seed=seed)
@@ -134,6 +137,7 @@ class ShardPool:
         self._transform = transform
         self._name = name
         self._source = source
+        self._takedown = takedown
         self._reading = reading
         self._open: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
         self._good_lately = False
@@ -164,7 +168,7 @@ class ShardPool:
         """Read and decode row ``row`` of shard ``number``; Dropped (logged, not counted) if the sample is bad."""
         self._reading(number)
         try:
-            pair = shard.read(row, seed=self._seed, epoch=epoch)
+            pair = self._read(shard, row, epoch)
             image = self._transform(pair.image, shard.row_hashes()[row], epoch)
         except Dropped as skip:
             log_skip(skip.reason, f"{shard.name}, row {row}", skip.detail)
@@ -180,6 +184,15 @@ class ShardPool:
         if shard.changed:
             log_skip(Drop.SHARD_CHANGED, shard.name)
             self.skipped[Drop.SHARD_CHANGED] += 1
+
+    def _read(self, shard: Shard, row: int, epoch: int) -> Pair:
+        takedown = self._takedown
+        if takedown is not None and takedown.lists_key(shard.row_hashes()[row]):
+            raise Dropped(Drop.TAKEN_DOWN)
+        pair = shard.read(row, seed=self._seed, epoch=epoch)
+        if takedown is not None and takedown.lists_content(pair.image, pair.url):
+            raise Dropped(Drop.TAKEN_DOWN)
+        return pair
 
     def log_unreadable(self, number: int, error: ShardError) -> None:
         """Log a skipped shard, the first time."""

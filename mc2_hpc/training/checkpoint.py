@@ -53,14 +53,17 @@ class _SavedMix(File):
     sources: dict[str, _SavedPlace]
 
 
+SavedLane = _SavedPlace | _SavedMix
+"""Position of a lane: its place or, in a mix, its place in each source."""
+
+
 class _TrainerFile(Foreign):
     """The fields of ``trainer.json`` that resuming needs."""
 
     step: Count
     samples_seen: Count
     skipped: dict[str, Count]
-    position: list[_SavedPlace | _SavedMix]
-    """Of each lane: its place, or, in a mix, its place in each source."""
+    position: list[SavedLane]
     config: dict[str, Any]
     """Config of the run that wrote it; it may lack settings added since."""
     shards: _SavedShards | None = None

@@ -61,6 +61,12 @@ def restore_progress(
     return progress, {lane: from_plain(place) for lane, place in enumerate(saved["position"])}
 
 
+def saved_progress(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What :meth:`Progress.gathered` gave when the checkpoint was written; ``None``: at the start of a run."""
+    nothing: dict[str, Any] = {"samples_seen": 0, "position": [], "skipped": {}}
+    return nothing if checkpoint is None else {key: checkpoint.trainer[key] for key in nothing}
+
+
 Shards = dict[str, Any]
 """The shards of a run in the form of ``trainer.json``: ``shards``, or ``sources`` with those of each source by name.
 Shards are described by their ``count`` and the ``sha256`` of their names."""

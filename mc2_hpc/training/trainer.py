@@ -30,12 +30,13 @@ from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.profiling import StepProfiler
-from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
+from mc2_hpc.training.progress import common_shards, restore_progress, saved_progress, warn_of_other_shards
 from mc2_hpc.training.resume import check_resume, warn_of_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, check_loss, num_micro_batches
 from mc2_hpc.training.stop import Stopped, StopRequest
+from mc2_hpc.training.takedown import TakedownWatch
 from mc2_hpc.training.throughput import ThroughputMeter, gather, rates
 from mc2_hpc.training.votes import VoteCounts, Votes
 
@@ -105,6 +106,8 @@ class Trainer:
             if checkpoint is not None:
                 self.evaluation.restore_best(folder)
         self.progress, position = restore_progress(checkpoint, is_first=ranks.is_first)
+        self.takedown = TakedownWatch(config.data, ranks, self.output, step=self.progress.step)
+        self.takedown.record(step=self.progress.step, progress=saved_progress(checkpoint))
         self.loader = TrainLoader(
             config.data,
             global_batch=config.global_batch,
@@ -113,6 +116,7 @@ class Trainer:
             rank=ranks.rank,
             world_size=ranks.world_size,
             position=position,
+            takedown=self.takedown.takedown,
         )
         self.shards = common_shards(self.loader.sources)
         on_first_rank(ranks, self._check_enough_data)
@@ -128,11 +132,18 @@ class Trainer:
             config.loss,
             feature_dtype=Precision(config.precision).dtype,
             batches=rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks.world_size),
-            votes=lambda: Votes(stop=self.stop.requested is not None, written=self.writer.own_part_done),
+            votes=self._votes,
         )
         self._means = Means()
         self._save_policy = SavePolicy(
             every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
+        )
+
+    def _votes(self) -> Votes:
+        return Votes(
+            stop=self.stop.requested is not None,
+            written=self.writer.own_part_done,
+            listed=self.takedown.has_grown,
         )
 
     def _check_enough_data(self) -> None:
@@ -187,6 +198,7 @@ class Trainer:
         finally:
             self._profiler.close()
             self.loader.close()
+            self.takedown.close()
             self.writer.close()
             if log is not None:
                 log.close()
@@ -229,6 +241,14 @@ class Trainer:
             with meter.paused():
                 self._profiler.end(progress.step)
                 self._evaluate(log, pending)
+                if votes.listed and progress.step < config.steps:
+                    self._renew_takedown()
+
+    def _renew_takedown(self) -> None:
+        """Leave out what is newly listed from the next step on. Collective."""
+        takedown = self.takedown.renew(self.progress)
+        if takedown is not None:
+            self.loader.restart(self.progress.position, takedown)
 
     def _checkpoint(self, pending: _Pending, votes: Agreed) -> None:
         actions = self._save_policy.after(pending.step, votes, busy=self.writer.busy)
@@ -348,6 +368,7 @@ class Trainer:
             trainer={
                 **self.progress.gathered(),
                 **self.shards,
+                **self.takedown.described(),
                 "config": config_to_dict(self.config),
                 "world_size": self.ranks.world_size,
                 "versions": {name: version(name) for name in _PACKAGES},

@@ -12,7 +12,7 @@ import pytest
 
 from mc2_hpc.data.caption_fields import CaptionFields, FieldReader
 from mc2_hpc.data.packing import write_shard
-from mc2_hpc.data.shards import CuratedShard, PlainShard, Shard, open_shard
+from mc2_hpc.data.shards import CuratedShard, Extras, PlainShard, Shard, open_shard
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
@@ -118,7 +118,7 @@ def test_a_plain_shard_draws_from_text_and_record(tmp_path: Path) -> None:
         ],
     )
     plain = open_shard(tmp_path / "0.tar")
-    shard = open_shard(tmp_path / "0.tar", fields=FIELDS)
+    shard = open_shard(tmp_path / "0.tar", extras=Extras(FIELDS))
     assert isinstance(shard, PlainShard)
     found = read_all(shard)
     assert set(found["both"]) == {
@@ -141,7 +141,7 @@ def test_both_indexes_of_a_tar_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"i", "txt": b"alt", "json": b'{"synthetic": "one"}'})])
     for _ in range(2):
         assert set(read_all(open_shard(tmp_path / "0.tar"))["a"]) == {("", "alt", "")}
-        assert len(read_all(open_shard(tmp_path / "0.tar", fields=FIELDS))["a"]) == 2
+        assert len(read_all(open_shard(tmp_path / "0.tar", extras=Extras(FIELDS)))["a"]) == 2
     assert sorted(path.name for path in tmp_path.glob(".*")) == [".0.tar.index", ".0.tar.records.index"]
 
 
@@ -160,7 +160,7 @@ def curated(tmp_path: Path) -> Path:
 
 
 def test_a_curated_shard_draws_from_columns_of_the_drawn_row(curated: Path) -> None:
-    shard = open_shard(curated, fields=CaptionFields({"parquet.text": 0.7, "parquet.synthetic": 0.3}))
+    shard = open_shard(curated, extras=Extras(CaptionFields({"parquet.text": 0.7, "parquet.synthetic": 0.3})))
     assert isinstance(shard, CuratedShard)
     found = read_all(shard)
     kinds = {"parquet.text": "alt", "parquet.synthetic": "syn"}
@@ -171,7 +171,7 @@ def test_a_curated_shard_draws_from_columns_of_the_drawn_row(curated: Path) -> N
 
 def test_a_curated_shard_draws_from_its_tar_too(curated: Path) -> None:
     probabilities = {"parquet.text": 0.4, "json.synthetic": 0.3, "txt": 0.3}
-    found = read_all(open_shard(curated, fields=CaptionFields(probabilities)))
+    found = read_all(open_shard(curated, extras=Extras(CaptionFields(probabilities))))
     assert {field for field, *_ in found["a"]} == {"parquet.text"}
     assert set(found["b"]) == {
         ("parquet.text", "alt", "en"),
@@ -182,11 +182,11 @@ def test_a_curated_shard_draws_from_its_tar_too(curated: Path) -> None:
 
 def test_a_column_that_is_not_there_is_named(curated: Path) -> None:
     with pytest.raises(UserError, match=r"0.tar: the .parquet beside it has no column 'nothing', only key, text, lang"):
-        open_shard(curated, fields=CaptionFields({"parquet.text": 0.5, "parquet.nothing": 0.5}))
+        open_shard(curated, extras=Extras(CaptionFields({"parquet.text": 0.5, "parquet.nothing": 0.5})))
 
 
 def test_a_column_that_is_not_text_makes_the_shard_unreadable(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"], "text": ["x"], "score": [1.0]}), tmp_path / "0.parquet")
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"i"})])
     with pytest.raises(Exception, match="column 'score' is double, must be string"):
-        open_shard(tmp_path / "0.tar", fields=CaptionFields({"parquet.score": 1.0}))
+        open_shard(tmp_path / "0.tar", extras=Extras(CaptionFields({"parquet.score": 1.0})))
