@@ -34,6 +34,7 @@ COMMANDS = {
     "metadata": metadata,
     "data": data,
     "curate": curate,
+    "data": data,
     "tokenizer": tokenizer,
     "train": train,
     "status": status,

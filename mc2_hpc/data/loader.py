@@ -25,7 +25,7 @@ from mc2_hpc.data.dali_batches import decoded_by_dali
 from mc2_hpc.data.decode import resolve_backend
 from mc2_hpc.data.lanes import check_ranks, deal
 from mc2_hpc.data.limits import check_memory, check_open_files, check_shared_memory
-from mc2_hpc.data.mixing import LanePosition, from_plain, in_sources
+from mc2_hpc.data.mixing import LanePosition, from_plain, in_sources, place_in
 from mc2_hpc.data.pools import open_sources
 from mc2_hpc.data.source import ShareSource
 from mc2_hpc.data.stream import Position
@@ -159,5 +159,4 @@ def _own_positions(
             )
     if all(names):
         return {lane: in_sources(known.get(lane), names) for lane in own}
-    # From a mix to a single source: it begins at its start.
-    return {lane: place if isinstance(place := known.get(lane), Position) else Position() for lane in own}
+    return {lane: place_in(known.get(lane, Position()), "") for lane in own}

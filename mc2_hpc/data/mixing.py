@@ -56,9 +56,15 @@ def from_plain(value: Any) -> LanePosition:
 
 def in_sources(position: LanePosition | None, names: Sequence[str]) -> MixPosition:
     """``position`` for a mix of the sources ``names``: those that it does not have begin at their start."""
-    if not isinstance(position, MixPosition):
-        return MixPosition(0, {name: Position() for name in names})
-    return MixPosition(position.draws, {name: position.sources.get(name, Position()) for name in names})
+    draws = position.draws if isinstance(position, MixPosition) else 0
+    return MixPosition(draws, {name: place_in(position or Position(), name) for name in names})
+
+
+def place_in(position: LanePosition, source: str) -> Position:
+    """The position in one source, or its start if ``position`` does not have it; a single source has an empty name."""
+    if isinstance(position, MixPosition):
+        return position.sources.get(source, Position())
+    return Position() if source else position
 
 
 class SourceDraws:

@@ -103,7 +103,16 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint | None:
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         return None
-    return Checkpoint(folder=folder / found[0], trainer=read_fields(folder / found[0] / TRAINER, _TrainerFile))
+    return Checkpoint(folder=folder / found[0], trainer=read_trainer(folder / found[0]))
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """Contents of the ``trainer.json`` of the checkpoint in ``folder``.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return read_fields(folder / TRAINER, _TrainerFile)
 
 
 def _newest_whole(folder: Path) -> str | None:

@@ -78,7 +78,7 @@ def common_shards(sources: Sequence[OpenSource]) -> Shards:
     Raises:
         UserError: the ranks do not see the same shards; their samples would overlap.
     """
-    own = {source.name: _described(source.shard_names) for source in sources}
+    own = _described(sources)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     for source in sources:
@@ -93,23 +93,34 @@ def common_shards(sources: Sequence[OpenSource]) -> Shards:
     return {"shards": own[""]} if "" in own else {"sources": own}
 
 
-def _described(names: Sequence[str]) -> dict[str, Any]:
-    return {"count": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+def _described(sources: Sequence[OpenSource]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for source in sources:
+        digest = hashlib.sha256("\n".join(source.shard_names).encode()).hexdigest()
+        found[source.name] = {"count": len(source.shard_names), "sha256": digest}
+    return found
 
 
-def warn_of_other_shards(checkpoint: Checkpoint, shards: Shards) -> None:
+def other_shards(trainer: dict[str, Any], sources: Sequence[OpenSource]) -> list[str]:
+    """What differs between the shards that ``trainer.json`` describes and those of ``sources``, a line per source that
+    both have."""
+    before, now = _by_source(trainer), _described(sources)
+    return [
+        f"was saved with {before[name]['count']} shards{f' of source {name}' if name else ''}, now there are "
+        f"{now[name]['count']} with different names"
+        for name in sorted(before.keys() & now.keys())
+        if before[name] != now[name]
+    ]
+
+
+def warn_of_other_shards(checkpoint: Checkpoint, sources: Sequence[OpenSource]) -> None:
     """Warn that the sample order does not continue, because shards were added or removed since the checkpoint."""
-    before, now = _by_source(checkpoint.trainer), _by_source(shards)
-    for name in before.keys() & now.keys():
-        if before[name] != now[name]:
-            logger.warning(
-                "%s was saved with %d shards%s, now there are %d with different names: the order of samples changes "
-                "from here on, and in this epoch some may occur twice or not at all",
-                checkpoint.folder,
-                before[name]["count"],
-                f" of source {name}" if name else "",
-                now[name]["count"],
-            )
+    for line in other_shards(checkpoint.trainer, sources):
+        logger.warning(
+            "%s %s: the order of samples changes from here on, and in this epoch some may occur twice or not at all",
+            checkpoint.folder,
+            line,
+        )
 
 
 def _by_source(trainer: dict[str, Any]) -> dict[str, Any]:

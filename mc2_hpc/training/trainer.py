@@ -121,7 +121,7 @@ class Trainer:
         self.shards = common_shards(self.loader.sources)
         on_first_rank(ranks, self._check_enough_data)
         if checkpoint is not None and ranks.is_first:
-            warn_of_other_shards(checkpoint, self.shards)
+            warn_of_other_shards(checkpoint, self.loader.sources)
         clip = build_clip(arch, seed=config.seed)
         self._prepare_model(clip, checkpoint, source)
         self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))

@@ -118,6 +118,7 @@ def test_killed_and_resumed_on_other_numbers_of_ranks(config, starter, undisturb
     assert trainer(tmp_path, STEPS)["position"] == trainer(undisturbed, STEPS)["position"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_as_many_ranks_is_the_same_to_the_bit(config, starter, undisturbed, tmp_path):
     fault = {"at": "mid-step", "step": 14, "rank": 0, "do": ["KILL"]}
     assert starter.run(matrix.job(config, tmp_path, faults=[fault], restarts=1)) == 0

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mc2_hpc.training.stop import SAVED
+from mc2_hpc.training.takedown_proof import prove
 from mc2_hpc.training.takedown_record import TakedownRecord
 from tests.faults import matrix
 from tests.faults.diary import kept_samples, losses, read_diary
@@ -83,9 +84,12 @@ def check_against_record(folder: Path) -> None:
         late = {step: listed & set(keys) for step, keys in taken.items() if step > version.step}
         assert not any(late.values()), (version.step, late)
     assert all(len(keys) == BATCH for keys in taken.values())
+    assert prove(folder / "run").problems == []
 
 
-@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 2), (3, 0)])
+@pytest.mark.parametrize(
+    "processes, workers", [(2, 1), *(pytest.param(n, w, marks=pytest.mark.slow) for n, w in ((1, 0), (2, 2), (3, 0)))]
+)
 def test_a_list_that_grows_holds_from_the_recorded_step_on(config, starter, tmp_path, processes, workers):
     grow(tmp_path / "list.jsonl", lines(FIRST))
     job = job_of(config, tmp_path, processes=processes, workers=workers)
@@ -103,6 +107,7 @@ def test_a_list_that_grows_holds_from_the_recorded_step_on(config, starter, tmp_
     assert (tmp_path / "run" / "takedown" / "list.jsonl").read_bytes() == (tmp_path / "list.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_list_that_names_nothing_leaves_the_run_as_it_was(config, starter, tmp_path):
     assert starter.run(matrix.job(config, tmp_path / "plain", overrides=["steps=12"])) == 0
     (tmp_path / "listed").mkdir()
@@ -119,6 +124,7 @@ def test_a_list_that_names_nothing_leaves_the_run_as_it_was(config, starter, tmp
     assert losses(tmp_path / "listed") == losses(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_kill_and_resume_keep_every_line_in_force(config, starter, tmp_path):
     """The list grows after step 21; the run is killed in step 29 and resumes from step 20, all lines in force."""
     grow(tmp_path / "list.jsonl", lines(FIRST))
@@ -140,6 +146,7 @@ def test_without_the_setting_what_was_applied_stays_in_force(config, starter, tm
     assert not FIRST & {key for keys in kept_samples(tmp_path).values() for key in keys}
 
 
+@pytest.mark.slow
 def test_damaged_lines_do_not_end_a_run_and_are_said_once(config, starter, tmp_path):
     grow(tmp_path / "list.jsonl", lines(FIRST))
     job = job_of(config, tmp_path, processes=1)
