@@ -6,10 +6,10 @@ A list is a file of JSON lines, each with one of three names and, if wanted, a n
     {"sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "note": "request 17"}
     {"url": "https://example.com/photos/*"}
 
-A key is compared in Unicode NFC and NFD, in every source. A hash is that of the image file as the shard stores it. In
-an address, ``*`` stands for any characters, and upper and lower case are the same; the address of a sample is ``url``
-in its record, or ``source`` in the table of a curated shard. A last line without a line break is not read yet: somebody
-may be writing it.
+A key is compared by its 64-bit hash, in Unicode NFC and NFD and in every source. A hash is that of the image file as
+the shard stores it. In an address, ``*`` stands for any characters, and upper and lower case are the same; the address
+of a sample is ``url`` in its record, or ``source`` in the table of a curated shard. A last line without a line break is
+not read yet: somebody may be writing it.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -95,39 +94,41 @@ def good_lines(content: bytes, path: str | Path, *, first_line: int) -> tuple[by
     return content, None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Takedown:
-    """A version of a list, for looking samples up; picklable. Keys are compared by their 64-bit hashes."""
+    """What a list names, for looking samples up: smaller than the list, and made once per rank for all its workers."""
 
-    content: bytes
-    """Its lines."""
+    key_hashes: npt.NDArray[np.uint64]
+    """Sorted :func:`~mc2_hpc.draws.hash_keys` of the listed keys, in each of their spellings."""
+    digests: frozenset[bytes]
+    """SHA-256 of the listed images."""
+    addresses: re.Pattern[str] | None
+    """Matches the listed addresses, in lower case."""
 
-    def entries(self) -> Iterator[Entry]:
-        """Its entries, which are not kept in memory."""
-        return entries_of(self.content, "takedown list")
-
-    @cached_property
-    def key_hashes(self) -> npt.NDArray[np.uint64]:
-        """Sorted hashes of the listed keys (:func:`mc2_hpc.draws.hash_keys`) in each of their spellings."""
-        keys = [entry.key for entry in self.entries() if entry.key is not None]
+    @classmethod
+    def of(cls, content: bytes) -> "Takedown":
+        """From the lines of a list, which have been checked."""
+        keys: list[str] = []
+        digests: list[bytes] = []
+        patterns: list[str] = []
+        for entry in entries_of(content, "takedown list"):
+            if entry.key is not None:
+                keys.append(entry.key)
+            elif entry.sha256 is not None:
+                digests.append(bytes.fromhex(entry.sha256))
+            elif entry.url is not None:
+                patterns.append(".*".join(map(re.escape, entry.url.lower().split("*"))))
         spelled = keys + [unicodedata.normalize(form, key) for form in ("NFC", "NFD") for key in keys]
-        return np.unique(hash_keys(spelled))
-
-    @cached_property
-    def _digests(self) -> frozenset[bytes]:
-        return frozenset(bytes.fromhex(entry.sha256) for entry in self.entries() if entry.sha256 is not None)
-
-    @cached_property
-    def _addresses(self) -> re.Pattern[str] | None:
-        patterns = [
-            ".*".join(map(re.escape, entry.url.lower().split("*"))) for entry in self.entries() if entry.url is not None
-        ]
-        return re.compile("|".join(patterns), re.DOTALL) if patterns else None
+        return cls(
+            key_hashes=np.unique(hash_keys(spelled)),
+            digests=frozenset(digests),
+            addresses=re.compile("|".join(patterns), re.DOTALL) if patterns else None,
+        )
 
     @property
     def looks_inside(self) -> bool:
         """Whether it has entries other than keys, for which a sample must be read."""
-        return bool(self._digests) or self._addresses is not None
+        return bool(self.digests) or self.addresses is not None
 
     def lists_key(self, key_hash: np.uint64) -> bool:
         """Whether a key with this hash is listed."""
@@ -136,12 +137,6 @@ class Takedown:
 
     def lists_content(self, image: Encoded, url: str) -> bool:
         """Whether an image with these bytes, or from this address, is listed."""
-        if self._addresses is not None and url and self._addresses.fullmatch(url.lower()):
+        if self.addresses is not None and url and self.addresses.fullmatch(url.lower()):
             return True
-        return bool(self._digests) and hashlib.sha256(image).digest() in self._digests
-
-    def __getstate__(self) -> bytes:
-        return self.content
-
-    def __setstate__(self, content: bytes) -> None:
-        object.__setattr__(self, "content", content)
+        return bool(self.digests) and hashlib.sha256(image).digest() in self.digests

@@ -56,10 +56,14 @@ class TakedownWatch:
 
         on_first_rank(ranks, read)
         dist.broadcast_object_list(content, src=0)
-        self.takedown = Takedown(content[0]) if content[0] is not None else None
-        """The list in force; None if this start has none."""
-        if ranks.is_first and config.takedown is not None and content[0] is not None:
-            self._growth = _Growth(Path(config.takedown), content[0], seconds=config.takedown_seconds)
+        self._content = content[0]
+        if ranks.is_first and config.takedown is not None and self._content is not None:
+            self._growth = _Growth(Path(config.takedown), self._content, seconds=config.takedown_seconds)
+
+    @property
+    def takedown(self) -> Takedown | None:
+        """The list in force, for looking samples up; None if this start has none."""
+        return Takedown.of(self._content) if self._content is not None else None
 
     @property
     def has_grown(self) -> bool:
@@ -68,19 +72,19 @@ class TakedownWatch:
 
     def record(self, *, step: int, progress: dict[str, Any]) -> None:
         """Record that the list is in force after ``step``; ``progress`` is that of all ranks."""
-        if self._record is not None and self.takedown is not None:
-            self._record.add(self.takedown.content, step=step, progress=progress)
+        if self._record is not None and self._content is not None:
+            self._record.add(self._content, step=step, progress=progress)
             self._record.write()
 
     def renew(self, progress: Progress) -> Takedown | None:
         """The list with its new lines, which is in force from now on; None if there are none. Collective."""
-        assert self.takedown is not None
-        before = self.takedown.content
+        assert self._content is not None
+        before = self._content
         new = [self._growth.take()[len(before) :] if self._growth is not None and self.has_grown else None]
         dist.broadcast_object_list(new, src=0)
         if not new[0]:
             return None
-        self.takedown = Takedown(before + new[0])
+        self._content = before + new[0]
         self.record(step=progress.step, progress=progress.gathered())
         lines = new[0].count(b"\n")
         logger.info("takedown list: %d new lines, in force after step %d", lines, progress.step)
@@ -88,9 +92,9 @@ class TakedownWatch:
 
     def described(self) -> dict[str, Any]:
         """The list in force, in the form of ``trainer.json``."""
-        if self.takedown is None:
+        if self._content is None:
             return {}
-        num_bytes, lines, sha256 = describe(self.takedown.content)
+        num_bytes, lines, sha256 = describe(self._content)
         return {"takedown": {"bytes": num_bytes, "lines": lines, "sha256": sha256}}
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ sample that was trained on instead would be missing from that count.
 
 import bisect
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
@@ -24,7 +25,7 @@ from mc2_hpc.data.pools import OpenSource, make_pools, open_sources
 from mc2_hpc.data.shards import Pair, Shard
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.stream import Position
-from mc2_hpc.data.takedown import Entry, Takedown
+from mc2_hpc.data.takedown import Entry, Takedown, entries_of
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import shown
@@ -103,7 +104,9 @@ def prove(run: Path, entries: bytes | None = None) -> Proof:
     for line in other_shards(checkpoints[end], sources):
         raise UserError(f"{folders[-1]} {line}: the order is unknown; restore the shards that the run was trained on")
     history = _History(checkpoints, versions, lanes=config.lanes)
-    search = _Search(_named_by_step(record.content, versions), Takedown(entries) if entries is not None else None)
+    ends = [0, *(version.bytes for version in versions)]
+    added = [record.content[begin:end] for begin, end in itertools.pairwise(ends)]
+    search = _Search([version.step for version in versions], added, entries)
     pools = make_pools(sources, lanes=config.lanes, transform=_no_image, reading=lambda shard: None)
     for source, pool in zip(sources, pools, strict=True):
         places = Places(pool, lanes=config.lanes)
@@ -126,12 +129,6 @@ def prove(run: Path, entries: bytes | None = None) -> Proof:
 
 def _no_image(*_: Any) -> Any:
     raise AssertionError("a proof decodes no image")
-
-
-def _named_by_step(content: bytes, versions: Sequence[Version]) -> list[tuple[int, Takedown]]:
-    """The lines that each version added, with its step."""
-    ends = [0, *(version.bytes for version in versions)]
-    return [(version.step, Takedown(content[ends[n] : ends[n + 1]])) for n, version in enumerate(versions)]
 
 
 class _History:
@@ -173,17 +170,19 @@ class _Search:
     """Listed samples, found shard by shard.
 
     Args:
-        by_step: the lines of the run's list, with the steps after which they were in force.
-        asked: list of the samples to report; None means the run's.
+        steps: after which lines came into force.
+        added: the lines that came into force after each of them.
+        asked: lines of a list of the samples to report; None means the run's.
     """
 
-    def __init__(self, by_step: Sequence[tuple[int, Takedown]], asked: Takedown | None) -> None:
+    def __init__(self, steps: Sequence[int], added: Sequence[bytes], asked: bytes | None) -> None:
         self.samples: list[ListedSample] = []
         self.left_out = 0
         self.unreadable: list[str] = []
-        self._by_step = by_step
-        self._asked = asked
-        self._lists = [takedown for _, takedown in by_step] + ([asked] if asked is not None else [])
+        self._by_step = list(zip(steps, map(Takedown.of, added), strict=True))
+        self._asked = Takedown.of(asked) if asked is not None else None
+        self._asked_lines = asked if asked is not None else b"".join(added)
+        self._lists = [takedown for _, takedown in self._by_step] + ([self._asked] if self._asked is not None else [])
         self._key_hashes = np.unique(np.concatenate([takedown.key_hashes for takedown in self._lists]))
         self._looks_inside = any(takedown.looks_inside for takedown in self._lists)
         self._named_keys: set[int] = set()
@@ -234,13 +233,13 @@ class _Search:
 
     def without_sample(self) -> list[str]:
         """Entries to report that name no sample."""
-        asked = [self._asked] if self._asked is not None else self._lists
-        return [str(entry) for takedown in asked for entry in takedown.entries() if not self._names(entry)]
+        entries = entries_of(self._asked_lines, "takedown list")
+        return [str(entry) for entry in entries if not self._names(entry)]
 
     def _names(self, entry: Entry) -> bool:
         if entry.sha256 is not None:
             return any(entry.sha256 == digest for digest, _ in self._named_content)
-        alone = Takedown(msgspec.json.encode(entry) + b"\n")
+        alone = Takedown.of(msgspec.json.encode(entry) + b"\n")
         if entry.key is not None:
             return not self._named_keys.isdisjoint(alone.key_hashes.tolist())
         return any(alone.lists_content(b"", address) for _, address in self._named_content)

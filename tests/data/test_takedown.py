@@ -15,7 +15,7 @@ import pytest
 from mc2_hpc.config import DataConfig
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.packing import write_shard
-from mc2_hpc.data.takedown import Takedown, read_list, whole_lines
+from mc2_hpc.data.takedown import Takedown, entries_of, read_list, whole_lines
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
@@ -23,7 +23,7 @@ from mc2_hpc.train_sources import TrainSource
 
 
 def listing(*entries: dict[str, str]) -> Takedown:
-    return Takedown("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    return Takedown.of("".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
 def test_a_list_of_every_kind_of_entry(tmp_path: Path) -> None:
@@ -31,8 +31,8 @@ def test_a_list_of_every_kind_of_entry(tmp_path: Path) -> None:
     path.write_text('{"key": "a"}\n\n{"sha256": "' + "0" * 64 + '", "note": "17"}\n{"url": "http://x/*"}\n{"key": "ha')
     content = read_list(path)
     assert content == whole_lines(path.read_bytes()) and content.endswith(b'"http://x/*"}\n')
-    assert [str(entry) for entry in Takedown(content).entries()] == ["key a", f"sha256 {'0' * 64}", "url http://x/*"]
-    assert Takedown(content).looks_inside and not listing({"key": "a"}).looks_inside
+    assert [str(entry) for entry in entries_of(content, path)] == ["key a", f"sha256 {'0' * 64}", "url http://x/*"]
+    assert Takedown.of(content).looks_inside and not listing({"key": "a"}).looks_inside
 
 
 @pytest.mark.parametrize(
