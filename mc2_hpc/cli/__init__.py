@@ -34,7 +34,6 @@ COMMANDS = {
     "metadata": metadata,
     "data": data,
     "curate": curate,
-    "data": data,
     "tokenizer": tokenizer,
     "train": train,
     "status": status,

@@ -194,13 +194,13 @@ class _Search:
         rows = self._listed_rows(source, shard)
         samples: dict[str, ListedSample] = {}
         for row, listed in rows.items():
-            key = shard.key(row)
+            key = shard.row_keys[row]
             if key not in samples:
                 samples[key] = ListedSample(key=key, source=source.name, shard=shard.name, in_force_after=listed.step)
                 self.samples += [samples[key]] if listed.asked else []
         for epoch in history.epochs(source.name) if rows else ():
             for place in places.of_rows(number, shard, rows, epoch=epoch):
-                listed, sample = rows[place.row], samples[shard.key(place.row)]
+                listed, sample = rows[place.row], samples[shard.row_keys[place.row]]
                 if not history.passed(source.name, place, history.steps[-1]):
                     continue
                 if listed.step is None or history.passed(source.name, place, listed.step):
