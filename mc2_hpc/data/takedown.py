@@ -125,6 +125,15 @@ class Takedown:
             addresses=re.compile("|".join(patterns), re.DOTALL) if patterns else None,
         )
 
+    def joined(self, other: "Takedown") -> "Takedown":
+        """What either names."""
+        patterns = [each.addresses.pattern for each in (self, other) if each.addresses is not None]
+        return Takedown(
+            key_hashes=np.union1d(self.key_hashes, other.key_hashes),
+            digests=self.digests | other.digests,
+            addresses=re.compile("|".join(patterns), re.DOTALL) if patterns else None,
+        )
+
     @property
     def looks_inside(self) -> bool:
         """Whether it has entries other than keys, for which a sample must be read."""

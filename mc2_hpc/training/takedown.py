@@ -57,13 +57,10 @@ class TakedownWatch:
         on_first_rank(ranks, read)
         dist.broadcast_object_list(content, src=0)
         self._content = content[0]
+        self.takedown = Takedown.of(content[0]) if content[0] is not None else None
+        """The list in force, for looking samples up; None if this start has none."""
         if ranks.is_first and config.takedown is not None and self._content is not None:
             self._growth = _Growth(Path(config.takedown), self._content, seconds=config.takedown_seconds)
-
-    @property
-    def takedown(self) -> Takedown | None:
-        """The list in force, for looking samples up; None if this start has none."""
-        return Takedown.of(self._content) if self._content is not None else None
 
     @property
     def has_grown(self) -> bool:
@@ -78,13 +75,14 @@ class TakedownWatch:
 
     def renew(self, progress: Progress) -> Takedown | None:
         """The list with its new lines, which is in force from now on; None if there are none. Collective."""
-        assert self._content is not None
+        assert self._content is not None and self.takedown is not None
         before = self._content
         new = [self._growth.take()[len(before) :] if self._growth is not None and self.has_grown else None]
         dist.broadcast_object_list(new, src=0)
         if not new[0]:
             return None
         self._content = before + new[0]
+        self.takedown = self.takedown.joined(Takedown.of(new[0]))
         self.record(step=progress.step, progress=progress.gathered())
         lines = new[0].count(b"\n")
         logger.info("takedown list: %d new lines, in force after step %d", lines, progress.step)

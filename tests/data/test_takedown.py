@@ -83,6 +83,16 @@ def test_addresses(pattern: str, url: str, listed: bool) -> None:
     assert listing({"url": "none"}, {"url": pattern}).lists_content(b"", url) is listed
 
 
+def test_lists_are_joined() -> None:
+    first = {"key": "a"}, {"url": "http://x/*"}
+    second = {"key": "b"}, {"url": "http://y/*"}, {"sha256": hashlib.sha256(b"image").hexdigest()}
+    for one, other in ((first, second), (second, first)):
+        both = listing(*one).joined(listing(*other))
+        assert all(both.lists_key(key_hash) for key_hash in hash_keys(["a", "b"]))
+        assert both.lists_content(b"", "http://x/1") and both.lists_content(b"", "http://y/1")
+        assert both.lists_content(b"image", "") and not both.lists_content(b"", "http://z/1")
+
+
 def test_hashes_of_images() -> None:
     takedown = listing({"sha256": hashlib.sha256(b"image").hexdigest()})
     assert takedown.lists_content(memoryview(b"image"), "") and not takedown.lists_content(b"other", "")

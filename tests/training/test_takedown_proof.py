@@ -167,7 +167,7 @@ def test_a_run_that_did_not_leave_a_sample_out_is_noticed(run, tmp_path):
 def test_a_run_without_a_list_proves_nothing_with_one_that_is_added_later(fork_server, tiny_pool, tmp_path):
     """As if a loader had ignored its list: the run trains on the samples, and a record claims that it did not."""
     config = write_config(tmp_path / "run.yaml", tiny_pool, steps=20, checkpoint={"every": 100})
-    assert matrix.Starter(fork_server).run(matrix.job(config, tmp_path)) == 0
+    assert matrix.Starter(fork_server).run(matrix.job(config, tmp_path, processes=1)) == 0
     with pytest.raises(UserError, match="takedown: the run has had no takedown list up to step 20"):
         prove(tmp_path / "run")
     record = tmp_path / "run" / "takedown"
