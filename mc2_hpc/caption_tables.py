@@ -5,6 +5,7 @@ have other Parquet files beside them: img2dataset's have no ``text``, DataComp's
 tables, and code that lists shards ignores them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,13 @@ def caption_columns(path: Path) -> list[str]:
     return found if {KEY, TEXT} <= set(found) else []
 
 
-def caption_table(path: Path) -> "pyarrow.Table | None":
+def caption_table(path: Path, *, texts: Sequence[str] = ()) -> "pyarrow.Table | None":
     """Columns ``key``, ``text`` (as bytes), ``lang`` and, if present, ``entries``; None if not a caption table.
 
     Integer keys become their decimal digits.
+
+    Args:
+        texts: other columns of text to read (as bytes) where the table has them.
 
     Raises:
         UserError: cannot be read, or a column has the wrong type.
@@ -54,13 +58,17 @@ def caption_table(path: Path) -> "pyarrow.Table | None":
         return None
     import pyarrow
 
+    from mc2_hpc.reading.parquet_file import TEXT as STRINGS
     from mc2_hpc.reading.parquet_file import open_parquet
 
     types = {KEY: pyarrow.string(), TEXT: pyarrow.large_binary(), LANG: pyarrow.string()}
     types[ENTRIES] = pyarrow.list_(pyarrow.uint32())
+    types = dict.fromkeys(texts, pyarrow.large_binary()) | types
     columns = {name: kind for name, kind in column_types().items() if name in names and name in types}
-    with open_parquet(path, columns) as file:
-        table = file.read(list(columns), use_threads=False)
+    others = {name: STRINGS for name in texts if name not in columns}
+    with open_parquet(path, columns, optional=others) as file:
+        there = [name for name in others if name in file.schema_arrow.names]
+        table = file.read([*columns, *there], use_threads=False)
         if LANG not in names:
             table = table.append_column(LANG, pyarrow.nulls(len(table), pyarrow.string()))
         return pyarrow.table({name: table[name].cast(types[name]) for name in table.column_names})

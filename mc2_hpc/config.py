@@ -20,6 +20,7 @@ from mc2_hpc.reading.checks import at_least as _at_least
 from mc2_hpc.reading.checks import choose as _choose
 from mc2_hpc.reading.settings import PathName, typed
 from mc2_hpc.reading.yaml_file import read_yaml
+from mc2_hpc.train_sources import TrainSource, check_mix
 
 __all__ = [
     "FreezeConfig",
@@ -114,15 +115,20 @@ class ModelConfig:
 class DataConfig:
     """Where the pairs come from and how they become tensors."""
 
-    train: str | list[str] = ""
+    train: str | list[str] | list[TrainSource] = ""
     """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, pattern or list
-    of these, local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``)."""
+    of these, local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``); or a
+    list of sources to mix, each with its own settings (``mc2_hpc.train_sources``)."""
     tokenizer: PathName = ""
     """A sentencepiece model file; if empty, the tokenizer and style that ``model.init_from`` was trained with."""
     tokenizer_style: str = "xlmv"
     """How ids are laid out: ``xlmv`` (fairseq offset; XLM-V, XLM-R), ``mt5`` (SigLIP too) or ``gemma``."""
     balance: PathName | None = None
     """Folder with ``balance.json`` and ``probs/<lang>.npy`` to balance curated shards online; null keeps all."""
+    takedown: PathName | None = None
+    """A list of samples to leave out, which may grow during a run (``mc2_hpc.data.takedown``)."""
+    takedown_seconds: float = 60
+    """How often the list is looked at."""
     lanes: int = 256
     """Fixed number of sample streams that the shards are dealt to; must divide the global batch. Ranks own lanes."""
     workers: int = 6
@@ -148,9 +154,18 @@ class DataConfig:
     cache_gb: float = 100
     """Most space that remote shards may take there, in 10^9 bytes, over all processes of the machine."""
 
+    @property
+    def sources(self) -> list[TrainSource]:
+        """The sources to mix; empty if ``train`` only names shards."""
+        return [each for each in self.train if isinstance(each, TrainSource)] if isinstance(self.train, list) else []
+
     def __post_init__(self) -> None:
+        check_mix(self.sources)
+        if self.sources and self.balance is not None:
+            raise UserError("data.balance: data.train lists sources: set balance in those that are to be balanced")
         _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
         _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil", "dali"))
+        _at_least("data.takedown_seconds", self.takedown_seconds, 0.01)
         _at_least("data.lanes", self.lanes, 1)
         _at_least("data.workers", self.workers, 0)
         _at_least("data.prefetch", self.prefetch, 1)

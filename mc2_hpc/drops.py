@@ -53,6 +53,7 @@ class Drop(StrEnum):
     NO_MATCH = "no_match"
     NOT_DRAWN = "not_drawn"
     BALANCED = "balanced"
+    TAKEN_DOWN = "taken_down"
 
     # Images
     IMAGE_MISSING = "image_missing"
@@ -100,6 +101,7 @@ MEANINGS = {
     Drop.NO_MATCH: "no metadata entry occurs in the caption",
     Drop.NOT_DRAWN: "another caption of the image was drawn in this epoch",
     Drop.BALANCED: "drawn, then removed by balancing",
+    Drop.TAKEN_DOWN: "the sample is in the takedown list",
     Drop.IMAGE_MISSING: "a caption without an image",
     Drop.IMAGE_UNMATCHED: "none of the image's captions matched",
     Drop.IMAGE_REPEATED: "another image of the same sample",

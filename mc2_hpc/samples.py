@@ -232,7 +232,18 @@ def captions_of(caption: bytes | None, record: bytes | None) -> list[Caption]:
     lang = lang if isinstance(lang, str) else ""
     if caption is not None:
         return [Caption(usable_text(caption), lang)]
-    texts = list(_texts(fields))
+    names = ("caption", "text", "captions", "texts")
+    found: Any = next((fields[name] for name in names if name in fields), [])
+    return [Caption(text, lang) for text in usable_texts(found)]
+
+
+def usable_texts(value: Any) -> list[str]:
+    """The captions in a value of a record: text, or a list of texts or of ``[kind, text]``; at least one, none empty.
+
+    Raises:
+        Dropped: there is no usable caption.
+    """
+    texts = list(texts_in(value)) if value is not None else [""]  # null counts as an empty caption
     if not texts:
         raise Dropped(Drop.CAPTION_MISSING)
     usable = [text.strip() for text in texts[:MOST_CAPTIONS] if text.strip()]
@@ -241,18 +252,7 @@ def captions_of(caption: bytes | None, record: bytes | None) -> list[Caption]:
     for text in usable:
         if not is_unicode(text):
             raise Dropped(Drop.CAPTION_NOT_UTF8, "half of a surrogate pair")
-    return [Caption(text, lang) for text in dict.fromkeys(usable)]
-
-
-def _texts(fields: dict[str, Any]) -> Iterator[str]:
-    for name in ("caption", "text", "captions", "texts"):
-        value = fields.get(name, ...)
-        if value is ...:
-            continue
-        if value is None:
-            yield ""  # null counts as an empty caption
-        yield from texts_in(value)
-        return
+    return list(dict.fromkeys(usable))
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -300,6 +300,11 @@ def parse_record(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Dropped(Drop.CAPTION_NOT_JSON, "not an object")
     return value
+
+
+def names_language(record: bytes | None) -> bool:
+    """Whether a record may name a language, and so matters beside a ``.txt``; any other is never parsed there."""
+    return record is not None and len(record) <= LARGEST_RECORD and b'"lang"' in record
 
 
 def is_unicode(text: str) -> bool:

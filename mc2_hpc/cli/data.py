@@ -2,14 +2,15 @@
 
 import argparse
 
-from mc2_hpc.cli import data_lint, data_pack, data_show
+from mc2_hpc.cli import data_lint, data_pack, data_proof, data_show
 
-SUMMARY = "pack your own images and captions, check shards, look into them"
+SUMMARY = "pack your own images and captions, check shards, look into them; prove takedowns"
 
 ACTIONS = {
     "pack": data_pack,
     "lint": data_lint,
     "show": data_show,
+    "proof": data_proof,
 }
 """Each has ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mc2_hpc.data.dali import Jpegs
-from mc2_hpc.data.stream import Position
+from mc2_hpc.data.mixing import LanePosition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,18 @@ class Samples:
     keys: Sequence[str]
     langs: Sequence[str]
     """Empty if the data does not say."""
-    position: dict[int, Position]
+    sources: Sequence[str]
+    """Names of the sources they are from; empty if there is a single one without a name."""
+    position: dict[int, LanePosition]
     """Of every lane they come from, after these samples; saved in checkpoints."""
+    fields: dict[str, int] = field(default_factory=dict)
+    """Samples by caption field, as ``<source>/<field>``, of sources with several (``mc2_hpc.data.caption_fields``)."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples and shards skipped before them, by reason (``mc2_hpc.data.skips``)."""
 
     def __post_init__(self) -> None:
-        numbers = {len(self.tokens), len(self.lengths), len(self.keys), len(self.langs)}
-        assert len(numbers) == 1, "one row of tokens, length, key and language per sample"
+        numbers = {len(self.tokens), *map(len, (self.lengths, self.keys, self.langs, self.sources))}
+        assert len(numbers) == 1, "one row of tokens, length, key, language and source per sample"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +71,24 @@ def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Sampl
     num = sum(len(part.keys) for part in parts)
     width = max(part.tokens.shape[1] for part in parts)
     tokens = torch.full((num, width), pad_id, dtype=torch.int64, pin_memory=pin)
-    position: dict[int, Position] = {}
+    position: dict[int, LanePosition] = {}
+    fields: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     first = 0
     for part in parts:
         tokens[first : first + len(part.keys), : part.tokens.shape[1]] = part.tokens
         first += len(part.keys)
         position |= part.position
+        fields.update(part.fields)
         skipped.update(part.skipped)
     return Samples(
         tokens=tokens,
         lengths=[length for part in parts for length in part.lengths],
         keys=[key for part in parts for key in part.keys],
         langs=[lang for part in parts for lang in part.langs],
+        sources=[source for part in parts for source in part.sources],
         position=position,
+        fields=dict(fields),
         skipped=dict(skipped),
     )
 
@@ -100,7 +108,9 @@ def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] 
         lengths=samples.lengths,
         keys=samples.keys,
         langs=samples.langs,
+        sources=samples.sources,
         position=samples.position,
+        fields=samples.fields,
         skipped=samples.skipped if skipped is None else skipped,
     )
 

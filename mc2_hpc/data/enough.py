@@ -15,7 +15,9 @@ _LOOK_S = 20.0
 """Longest time to look at shards. The loader reports slow or hanging storage, and little data is quick to count."""
 
 
-def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, num_readers: int) -> None:
+def check_enough(
+    shards: ShardSet, *, name: str, global_batch: int, lanes: int, num_readers: int, share: float = 1.0
+) -> None:
     """Log one line for each problem that little data causes a run.
 
     Counts samples, good or bad and before balancing, only until there are enough. Remote shards are not opened, because
@@ -24,6 +26,7 @@ def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, 
     Args:
         name: of the data, for messages.
         num_readers: processes that read, over all ranks.
+        share: of each batch that comes from these shards, if they are one of several sources.
 
     Raises:
         UserError: fewer samples than lanes, so that some lane would never yield one.
@@ -40,14 +43,23 @@ def check_enough(shards: ShardSet, *, name: str, global_batch: int, lanes: int, 
     elif num_shards < lanes:
         logger.info("%s: fewer shards (%d) than data.lanes=%d: lanes share them", name, num_shards, lanes)
     try:
-        found = Patient(_count(shards, max(global_batch, lanes))).next(_LOOK_S)
+        taken = round(share * global_batch)
+        found = Patient(_count(shards, max(taken, lanes))).next(_LOOK_S)
     except TimeoutError:
         return
     if found is None or found == 0:  # nothing usable: the loader reports it with the reasons
         return
     if found < lanes:
         raise UserError(f"{name}: {found} samples are too few for data.lanes={lanes}: set fewer lanes")
-    if found < global_batch:
+    if found < taken and share < 1:
+        logger.warning(
+            "%s: a batch takes about %d samples of this source, but it has only %d: each occurs more than once in a "
+            "batch and is then its own false negative; lower its weight or global_batch",
+            name,
+            taken,
+            found,
+        )
+    elif found < global_batch and share == 1:
         logger.warning(
             "%s: global_batch=%d is larger than the data (%d samples): each sample occurs more than once in a batch "
             "and is then its own false negative; set global_batch to %d or less",

@@ -2,8 +2,9 @@
 
 Listing reads a header for every member, at thousands of places all over the tar. The index takes one read, whatever
 position a run resumes from. It is stored beside the shard as ``.<shard>.tar.index``; if that folder cannot be written,
-in a cache folder under a digest of the shard's path. It records the tar's size and modification time, so that a
-rewritten tar is listed again.
+in a cache folder under a digest of the shard's path. Runs that need every record have one of their own,
+``.<shard>.tar.records.index``. An index records the tar's size and modification time, so that a rewritten tar is listed
+again.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_bytes
-from mc2_hpc.samples import LARGEST_RECORD, Sample, list_samples
+from mc2_hpc.samples import LARGEST_RECORD, Sample, list_samples, names_language
 from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import ByteSource, LocalFile, Member, TarError
 
@@ -78,11 +79,13 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"mc2_hpc-{os.getuid()}"
 
 
-def open_index(path: Path, source: LocalFile, *, cache: Path) -> ShardIndex:
+def open_index(path: Path, source: LocalFile, *, cache: Path, records: bool = False) -> ShardIndex:
     """The stored index of the tar at ``path``, open as ``source``; or a new index, which is then stored.
 
     Args:
         cache: folder for indexes of tars whose own folder cannot be written.
+        records: include every record, which makes another index: otherwise, samples with a ``.txt`` have a record only
+            if it names a language.
 
     Raises:
         ShardError: the tar contains no samples, or is damaged (:func:`mc2_hpc.tar.list_members`).
@@ -90,7 +93,8 @@ def open_index(path: Path, source: LocalFile, *, cache: Path) -> ShardIndex:
     """
     stamp = (_MAGIC, source.size, source.mtime_ns)
     changed = False
-    for kept in _places_for(path, cache):
+    suffix = "records.index" if records else "index"
+    for kept in _places_for(path, cache, suffix):
         index, was_there = _read(kept, stamp)
         if index is not None:
             return index
@@ -102,18 +106,19 @@ def open_index(path: Path, source: LocalFile, *, cache: Path) -> ShardIndex:
     if not listing.samples:
         raise ShardError(listing.describe_others())
     samples = list(listing.samples.values())
-    _drop_idle_records(samples, source)
+    if not records:
+        _drop_idle_records(samples, source)
     keys = [sample.key for sample in samples]
     index = ShardIndex(keys, hash_keys(keys), _places(samples), dict(listing.drops), changed)
     if time.time_ns() - source.mtime_ns > _SETTLED_NS:
-        _keep(index, stamp, _places_for(path, cache))
+        _keep(index, stamp, _places_for(path, cache, suffix))
     return index
 
 
-def _places_for(path: Path, cache: Path) -> Iterator[Path]:
+def _places_for(path: Path, cache: Path, suffix: str) -> Iterator[Path]:
     """Where the index of the tar at ``path`` may be stored; the second place takes time to name and is rarely used."""
-    yield path.with_name(f".{path.name}.index")
-    yield cache / "indexes" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.index"
+    yield path.with_name(f".{path.name}.{suffix}")
+    yield cache / "indexes" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.{suffix}"
 
 
 def _drop_idle_records(samples: list[Sample], source: ByteSource) -> None:
@@ -121,7 +126,7 @@ def _drop_idle_records(samples: list[Sample], source: ByteSource) -> None:
     for sample in samples:
         record = sample.record
         if sample.caption is not None and record is not None:
-            if record.size > LARGEST_RECORD or b'"lang"' not in source.read(record.offset, record.size):
+            if record.size > LARGEST_RECORD or not names_language(source.read(record.offset, record.size)):
                 sample.record = None
 
 

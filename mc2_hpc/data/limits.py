@@ -32,18 +32,18 @@ def raise_open_files() -> int:
     return hard if hard != resource.RLIM_INFINITY else 1 << 62
 
 
-def check_open_files(*, lanes: int, workers: int, prefetch: int, world_size: int) -> None:
+def check_open_files(*, shards: int, workers: int, prefetch: int, world_size: int) -> None:
     """
     Args:
-        lanes: of this rank; each has a shard open.
+        shards: that this rank has open, one per lane and source.
 
     Raises:
         UserError: the limit on open files is below what the rank or one of its workers will need.
     """
     limit = raise_open_files()
     rank = _OWN_FILES + world_size + workers * (_FILES_PER_WORKER + _TENSORS_PER_SHARE * (prefetch + 1))
-    worker = _OWN_FILES + -(-lanes // max(1, workers)) + _TENSORS_PER_SHARE * prefetch
-    needed = max(rank, worker) if workers else rank + lanes
+    worker = _OWN_FILES + -(-shards // max(1, workers)) + _TENSORS_PER_SHARE * prefetch
+    needed = max(rank, worker) if workers else rank + shards
     if limit < needed:
         raise UserError(
             f"at most {limit} files may be open in a process, but this run needs up to {needed}: raise the limit "

@@ -14,6 +14,7 @@ here or through DALI's pipeline (``dali_batches``).
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,8 +25,11 @@ from mc2_hpc.data.dali_batches import decoded_by_dali
 from mc2_hpc.data.decode import resolve_backend
 from mc2_hpc.data.lanes import check_ranks, deal
 from mc2_hpc.data.limits import check_memory, check_open_files, check_shared_memory
+from mc2_hpc.data.mixing import LanePosition, from_plain, in_sources, place_in
+from mc2_hpc.data.pools import open_sources
 from mc2_hpc.data.source import ShareSource
 from mc2_hpc.data.stream import Position
+from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.data.workers import DataStalled, WorkerShares
@@ -45,8 +49,10 @@ class TrainLoader:
         image_size: side of the square images.
         tokenizer: encodes the captions.
         rank, world_size: of this process among the training ranks.
-        position: of every lane, as in batches and checkpoints (keys may be strings and values lists, as in JSON), or
-            None to start. Lanes of other ranks are ignored, so one dict serves any number of ranks.
+        position: of every lane, as in batches or as in checkpoints (keys may be strings, as in JSON), or None to
+            start. Lanes of other ranks are ignored, so one dict serves any number of ranks. Sources that it does not
+            have begin at their start.
+        takedown: list of samples to leave out; None: there will not be one.
 
     Raises:
         UserError: bad sizes, no shards, no balance folder, or a position with other lanes; while iterating: data
@@ -63,7 +69,8 @@ class TrainLoader:
         tokenizer: Tokenizer,
         rank: int,
         world_size: int,
-        position: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]] | None = None,
+        position: Mapping[int, Any] | Mapping[str, Any] | None = None,
+        takedown: Takedown | None = None,
     ) -> None:
         lanes = config.lanes
         if global_batch % lanes:
@@ -74,43 +81,54 @@ class TrainLoader:
         if num_workers < config.workers:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
         backend = resolve_backend(config.decode, "train")
-        check_open_files(lanes=len(own), workers=num_workers, prefetch=config.prefetch, world_size=world_size)
+        self.sources = open_sources(config, urls=takedown is not None)
+        """At least one; a single one has no name unless the config gives it one."""
+        check_open_files(
+            shards=len(own) * len(self.sources), workers=num_workers, prefetch=config.prefetch, world_size=world_size
+        )
         if backend != "dali":  # the size of a JPEG is not known in advance
             share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
             check_memory(share_bytes * max(1, num_workers))
             check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)
+        self._config, self._own, self._rank = config, own, rank
+        self._tokenizer, self._image_size, self._backend = tokenizer, image_size, backend
+        self._samples_per_lane, self._num_workers = global_batch // lanes, num_workers
+        self._begin(position, takedown)
+
+    def _begin(self, position: Mapping[int, Any] | Mapping[str, Any] | None, takedown: Takedown | None) -> None:
+        config = self._config
         source = ShareSource(
             config,
-            backend=backend,
-            image_size=image_size,
-            tokenizer=tokenizer,
-            samples_per_lane=global_batch // lanes,
-            positions=_own_positions(position, own, lanes),
-            board=Board(max(1, num_workers)),
+            self.sources,
+            backend=self._backend,
+            image_size=self._image_size,
+            tokenizer=self._tokenizer,
+            samples_per_lane=self._samples_per_lane,
+            positions=_own_positions(position, self._own, config.lanes, [source.name for source in self.sources]),
+            board=Board(max(1, self._num_workers)),
+            takedown=takedown,
         )
-        self.shards = source.shards
-        self.shard_names = [name.rpartition("/")[2] for name in source.shards.names]
-        """The shard names in the order that epochs permute, without their folder, which may move."""
         self._shares = WorkerShares(
             source,
-            num_workers=num_workers,
+            num_workers=self._num_workers,
             prefetch=config.prefetch,
-            rank=rank,
+            rank=self._rank,
             stall_seconds=config.stall_seconds,
         )
         pin = torch.cuda.is_available()
+        pad_id = self._tokenizer.pad_id
         self._batches: Iterator[Batch]
-        if backend == "dali":
+        if self._backend == "dali":
             decoder = DaliDecoder(
-                image_size=image_size,
-                max_batch=len(own) * (global_batch // lanes),
+                image_size=self._image_size,
+                max_batch=len(self._own) * self._samples_per_lane,
                 device=torch.device("cuda", torch.cuda.current_device()) if pin else torch.device("cpu"),
                 num_threads=max(1, config.workers),
                 hw_decoder_load=config.hw_decoder_load,
             )
-            self._batches = decoded_by_dali(self._shares, decoder, pad_id=tokenizer.pad_id)
+            self._batches = decoded_by_dali(self._shares, decoder, pad_id=pad_id)
         else:
-            self._batches = (join(shares, pad_id=tokenizer.pad_id, pin=pin) for shares in self._shares)
+            self._batches = (join(shares, pad_id=pad_id, pin=pin) for shares in self._shares)
 
     def __iter__(self) -> "TrainLoader":
         return self
@@ -118,20 +136,27 @@ class TrainLoader:
     def __next__(self) -> Batch:
         return next(self._batches)
 
+    def restart(self, position: Mapping[int, LanePosition], takedown: Takedown) -> None:
+        """Continue at ``position`` with another takedown list; batches that workers have prepared are discarded."""
+        self.close()
+        self._begin(position, takedown)
+
     def close(self) -> None:
         """Stop the workers."""
         self._shares.close()
 
 
 def _own_positions(
-    position: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]] | None, own: Sequence[int], lanes: int
-) -> dict[int, Position]:
-    if position is None:
-        return {lane: Position() for lane in own}
-    known = {int(lane): Position(*map(int, place)) for lane, place in position.items()}
-    if max(known, default=0) >= lanes or not set(own) <= set(known):
-        raise UserError(
-            f"the position to resume from has {max(known, default=-1) + 1} lanes, but data.lanes={lanes}: "
-            f"lanes cannot change during a run"
-        )
-    return {lane: known[lane] for lane in own}
+    position: Mapping[int, Any] | Mapping[str, Any] | None, own: Sequence[int], lanes: int, names: Sequence[str]
+) -> dict[int, LanePosition]:
+    known: dict[int, LanePosition] = {}
+    if position is not None:
+        known = {int(lane): from_plain(place) for lane, place in position.items()}
+        if max(known, default=0) >= lanes or not set(own) <= set(known):
+            raise UserError(
+                f"the position to resume from has {max(known, default=-1) + 1} lanes, but data.lanes={lanes}: "
+                f"lanes cannot change during a run"
+            )
+    if all(names):
+        return {lane: in_sources(known.get(lane), names) for lane in own}
+    return {lane: place_in(known.get(lane, Position()), "") for lane in own}

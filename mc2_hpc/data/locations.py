@@ -21,7 +21,7 @@ from typing import Protocol
 
 from mc2_hpc.data.index import cache_folder
 from mc2_hpc.data.remote import CannotReach, ShardCache, file_system, patiently
-from mc2_hpc.data.shards import Shard, open_shard
+from mc2_hpc.data.shards import PLAIN, Extras, Shard, open_shard
 from mc2_hpc.errors import UserError
 from mc2_hpc.shard_paths import Names, expand_braces, list_shards, split_names
 
@@ -45,7 +45,12 @@ class ShardSet(Protocol):
 
 
 def find_shards(
-    spec: Names, *, cache: str | Path | None = None, cache_gb: float = 100, patience_s: float = 600
+    spec: Names,
+    *,
+    cache: str | Path | None = None,
+    cache_gb: float = 100,
+    patience_s: float = 600,
+    extras: Extras = PLAIN,
 ) -> ShardSet:
     """The shards that ``spec`` means, by the module's table.
 
@@ -53,6 +58,7 @@ def find_shards(
         cache: folder for remote shards and for indexes that cannot be beside their shard; None: the user's folder.
         cache_gb: the most that remote shards may take there, in 10^9 bytes.
         patience_s: how long to retry when storage returns errors.
+        extras: to read of samples.
 
     Raises:
         UserError: nothing is there, the storage does not answer, or its package is not installed.
@@ -61,7 +67,7 @@ def find_shards(
     parts = [name.removeprefix("file://") for name in split_names(spec)]
     num_remote = sum("://" in part for part in parts)
     if num_remote == 0:
-        return LocalShards(list_shards(parts, ".tar"), folder)
+        return LocalShards(list_shards(parts, ".tar"), folder, extras)
     if num_remote < len(parts):
         raise UserError(f"{spec}: names both local and remote shards; copy one kind to where the other is")
     try:
@@ -70,18 +76,19 @@ def find_shards(
         raise UserError(f"{spec}: {error}") from None
     if not names:
         raise UserError(f"{spec}: no *.tar shards there")
-    return RemoteShards(names, ShardCache(folder / "shards", int(cache_gb * 1e9), patience_s))
+    return RemoteShards(names, ShardCache(folder / "shards", int(cache_gb * 1e9), patience_s), extras)
 
 
 class LocalShards:
     """Shards in a file system of this machine."""
 
-    def __init__(self, paths: list[Path], cache: Path) -> None:
+    def __init__(self, paths: list[Path], cache: Path, extras: Extras = PLAIN) -> None:
         self.names = [str(path) for path in paths]
+        self._extras = extras
         self._cache = cache
 
     def open(self, number: int) -> Shard:
-        return open_shard(Path(self.names[number]), cache=self._cache)
+        return open_shard(Path(self.names[number]), cache=self._cache, extras=self._extras)
 
     def expect(self, number: int) -> None:
         """Nothing to do: the system reads ahead by itself."""
@@ -90,13 +97,14 @@ class LocalShards:
 class RemoteShards:
     """Shards in remote storage, copied to a local folder of bounded size before they are read."""
 
-    def __init__(self, names: list[str], cache: ShardCache) -> None:
+    def __init__(self, names: list[str], cache: ShardCache, extras: Extras = PLAIN) -> None:
         self.names = names
+        self._extras = extras
         self._cache = cache
 
     def open(self, number: int) -> Shard:
         copy = self._cache.fetch(self.names[number])
-        return open_shard(copy.tar, name=self.names[number], pin=copy)
+        return open_shard(copy.tar, name=self.names[number], pin=copy, extras=self._extras)
 
     def expect(self, number: int) -> None:
         self._cache.fetch_ahead(self.names[number])

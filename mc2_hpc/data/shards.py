@@ -8,7 +8,8 @@ lack ``text`` or ``key``, so those shards are plain.
 
 import errno
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -17,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.balancing.selection import choose_texts, select
-from mc2_hpc.caption_tables import caption_table
+from mc2_hpc.caption_tables import SOURCE, caption_table
+from mc2_hpc.data.caption_fields import CaptionFields, FieldReader
 from mc2_hpc.data.crop import Encoded
-from mc2_hpc.data.index import ShardIndex, cache_folder, open_index
+from mc2_hpc.data.index import FILES, ShardIndex, cache_folder, open_index
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.samples import ByKey, Caption, captions_of, usable_text
+from mc2_hpc.samples import ByKey, Caption, captions_of, names_language, usable_text
 from mc2_hpc.tar import ByteSource, LocalFile
 
 if TYPE_CHECKING:
@@ -44,6 +46,34 @@ class Pair(NamedTuple):
     image: Encoded
     text: str
     lang: str = ""
+    field: str = ""
+    """The caption field (:mod:`mc2_hpc.data.caption_fields`) that was drawn, if several are configured."""
+    url: str = ""
+    """Where the image is from, if that is known and asked for."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What to read of samples beyond an image and its ordinary caption."""
+
+    fields: CaptionFields | None = None
+    """To draw captions from; None means the caption table, or the ``.txt``, else the record."""
+    urls: bool = False
+    """The addresses of images: ``url`` in records, ``source`` in caption tables."""
+
+    @property
+    def records(self) -> bool:
+        """Whether records are needed beside captions."""
+        return self.urls or (self.fields is not None and self.fields.in_records)
+
+    @property
+    def columns(self) -> list[str]:
+        """Of caption tables."""
+        return (self.fields.columns if self.fields is not None else []) + ([SOURCE] if self.urls else [])
+
+
+PLAIN = Extras()
+"""Nothing more."""
 
 
 class Shard(Protocol):
@@ -83,21 +113,28 @@ class Shard(Protocol):
         ...
 
 
-def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None, pin: object = None) -> Shard:
+def open_shard(
+    path: Path,
+    *,
+    name: str | None = None,
+    cache: Path | None = None,
+    pin: object = None,
+    extras: Extras = PLAIN,
+) -> Shard:
     """Open either kind of shard and list its content, or read its stored index.
 
     Args:
         name: for messages; None is the path.
         cache: folder for indexes of shards whose own folder cannot be written; None is the user's cache folder.
         pin: kept alive as long as the shard.
-
+        extras: to read of its samples.
     Raises:
         ShardError: missing, empty, damaged or truncated.
     """
     try:
         source = LocalFile(path, pin)
-        table = caption_table(path.with_suffix(".parquet"))
-        index = open_index(path, source, cache=cache or cache_folder())
+        table = caption_table(path.with_suffix(".parquet"), texts=extras.columns)
+        index = open_index(path, source, cache=cache or cache_folder(), records=extras.records)
     except UserError as error:
         raise ShardError(str(error)) from None
     except OSError as error:
@@ -107,15 +144,16 @@ def open_shard(path: Path, *, name: str | None = None, cache: Path | None = None
             ) from None
         raise ShardError(error.strerror or str(error)) from None
     if table is None:
-        return PlainShard(name or str(path), source, index)
-    return CuratedShard(name or str(path), source, index, table)
+        return PlainShard(name or str(path), source, index, extras)
+    return CuratedShard(name or str(path), source, index, table, extras)
 
 
 class PlainShard:
     """A WebDataset tar with one row per sample. One of several captions in a record is drawn, as in curated shards."""
 
-    def __init__(self, name: str, source: ByteSource, index: ShardIndex) -> None:
+    def __init__(self, name: str, source: ByteSource, index: ShardIndex, extras: Extras = PLAIN) -> None:
         self.name = name
+        self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
         self.num_keys = len(index.keys)
@@ -137,14 +175,21 @@ class PlainShard:
         return np.arange(self.num_keys)
 
     def read(self, row: int, *, seed: int, epoch: int) -> Pair:
-        image, captions = self._read(row)
+        image, text, record = self._read(row)
+        reader = FieldReader(text, record)
+        url = reader.url() if self._extras.urls else ""
+        if self._extras.fields is not None:
+            field, chosen = self._extras.fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
+            return Pair(self.row_keys[row], image, chosen, reader.lang(), field, url)
+        captions = captions_of(text, record if text is None or names_language(record) else None)
         caption = captions[0]
         if len(captions) > 1:
             keys = np.repeat(self._hashes[row], len(captions))
             caption = captions[choose_texts(keys, [text for text, _ in captions], seed=seed, epoch=epoch)[0]]
-        return Pair(self.row_keys[row], image, *caption)
+        return Pair(self.row_keys[row], image, *caption, url=url)
 
-    def _read(self, row: int) -> tuple[Encoded, list[Caption]]:
+    def _read(self, row: int) -> tuple[Encoded, bytes | None, bytes | None]:
+        """Image, caption and record of a sample, of which the latter may be missing."""
         places = _PLACES.unpack_from(self._places, row * _PLACES.size)
         begin, size, image, image_end, text, text_end, more, more_end = places
         if image < 0:
@@ -159,7 +204,7 @@ class PlainShard:
         caption = data[text:text_end] if text >= 0 else None
         record = data[more:more_end] if more >= 0 else None
         # A view, so that the image is not copied.
-        return memoryview(data)[image:image_end], captions_of(caption, record)
+        return memoryview(data)[image:image_end], caption, record
 
     def read_captions(self, index: int) -> list[Caption]:
         begin, size, image, _, *texts = _PLACES.unpack_from(self._places, index * _PLACES.size)
@@ -192,8 +237,16 @@ class PlainShard:
 class CuratedShard:
     """A tar with a table of its pairs beside it."""
 
-    def __init__(self, name: str, source: ByteSource, index: ShardIndex, table: "pyarrow.Table") -> None:
+    def __init__(
+        self,
+        name: str,
+        source: ByteSource,
+        index: ShardIndex,
+        table: "pyarrow.Table",
+        extras: Extras = PLAIN,
+    ) -> None:
         self.name = name
+        self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
         self._source = source
@@ -217,11 +270,15 @@ class CuratedShard:
         self._image_keys = list(self._rows_of)
         self.num_keys = len(self._image_keys)
         self._hashes = hash_keys(keys)
-        begin, size, image, image_end = index.places[:, :4].T
-        offsets = np.where(image < 0, -1, image + np.where(size < 0, 0, begin))
-        places = zip(offsets.tolist(), (image_end - image).tolist(), strict=True)
-        named = ((key, place) for key, place in zip(index.keys, places, strict=True) if place[0] >= 0)
-        self._images = ByKey(named)
+        self._images = ByKey(_places_of(index, "image"))
+        for column in extras.fields.columns if extras.fields is not None else []:
+            if column not in table.column_names:
+                there = ", ".join(table.column_names)
+                raise UserError(f"{name}: the .parquet beside it has no column {column!r}, only {there}")
+        self._columns = {n: table[n].combine_chunks() for n in extras.columns if n in table.column_names}
+        if extras != PLAIN:
+            self._captions = ByKey(_places_of(index, "caption"))
+            self._records = ByKey(_places_of(index, "record"))
 
     @cached_property
     def _text_hashes(self) -> npt.NDArray[np.uint64]:
@@ -243,7 +300,23 @@ class CuratedShard:
 
     def read(self, row: int, *, seed: int, epoch: int) -> Pair:
         key = self.row_keys[row]
-        return Pair(key, self._image(key), self._text(row), self._lang(row))
+        if self._extras == PLAIN:
+            return Pair(key, self._image(key), self._text(row), self._lang(row))
+        columns = {name: column[row].as_py() for name, column in self._columns.items()}
+        reader = FieldReader(self._payload(self._captions, key), self._payload(self._records, key), columns)
+        url = self._url(reader, columns) if self._extras.urls else ""
+        if self._extras.fields is None:
+            return Pair(key, self._image(key), self._text(row), self._lang(row), url=url)
+        field, caption = self._extras.fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
+        return Pair(key, self._image(key), caption, self._lang(row), field, url)
+
+    def _url(self, reader: FieldReader, columns: Mapping[str, bytes | None]) -> str:
+        """The address of an image: in its table, else in its record."""
+        return (columns.get(SOURCE) or b"").decode("utf-8", "replace") or reader.url()
+
+    def _payload(self, places: ByKey[tuple[int, int]], key: str) -> bytes | None:
+        place = places.get(key)
+        return None if place is None else _read_payload(self._source, *place)
 
     def read_captions(self, index: int) -> list[Caption]:
         key = self._image_keys[index]
@@ -268,6 +341,16 @@ class CuratedShard:
 
     def _lang(self, row: int) -> str:
         return str(self._langs[row])
+
+
+def _places_of(index: ShardIndex, file: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Key, and offset in the tar and size, of each sample that has a ``file`` of :data:`mc2_hpc.data.index.FILES`."""
+    column = 2 + 2 * FILES.index(file)
+    begin, size, first, end = (index.places[:, number] for number in (0, 1, column, column + 1))
+    offsets = np.where(first < 0, -1, first + np.where(size < 0, 0, begin))
+    for key, offset, length in zip(index.keys, offsets.tolist(), (end - first).tolist(), strict=True):
+        if offset >= 0:
+            yield key, (offset, length)
 
 
 def _read_payload(source: ByteSource, offset: int, size: int) -> bytes:

@@ -1,12 +1,12 @@
 """The work of a worker process: take samples from its lanes and send its share of every batch."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.config import DataConfig
 from mc2_hpc.data.batches import Share
 from mc2_hpc.data.crop import EncodedCrop
@@ -14,16 +14,15 @@ from mc2_hpc.data.dali import Jpegs
 from mc2_hpc.data.decode import TrainTransform, one_torch_thread
 from mc2_hpc.data.lanes import deal
 from mc2_hpc.data.limits import LARGER_SHARED_MEMORY, SHARED_MEMORY
-from mc2_hpc.data.locations import find_shards
+from mc2_hpc.data.mixing import LanePosition, MixedLane
+from mc2_hpc.data.pools import OpenSource, make_lane, make_pools
 from mc2_hpc.data.remote import CannotReach
-from mc2_hpc.data.stream import Example, Lane, Position, ShardPool
+from mc2_hpc.data.stream import Example, Lane, ShardPool
+from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.packed_captions import caption_lengths
-
-# Failing storage should be reported by its error before the watchdog reports only silence.
-_PATIENCE_SHARE = 0.8
 
 
 class NoSharedMemory(Exception):
@@ -43,54 +42,53 @@ class ShareSource(IterableDataset[Share | Failure]):
     def __init__(
         self,
         config: DataConfig,
+        sources: Sequence[OpenSource],
         *,
         backend: str,
         image_size: int,
         tokenizer: Tokenizer,
         samples_per_lane: int,
-        positions: dict[int, Position],
+        positions: dict[int, LanePosition],
         board: Board,
+        takedown: Takedown | None = None,
     ) -> None:
         """
         Args:
+            sources: of the run.
             samples_per_lane: that a batch takes.
             positions: where each lane begins.
             board: told which shard is being read.
+            takedown: list of samples to leave out.
         """
         self.positions = positions
         self.board = board
-        self.shards = find_shards(
-            config.train,
-            cache=config.cache_dir,
-            cache_gb=config.cache_gb,
-            patience_s=_PATIENCE_SHARE * config.stall_seconds,
-        )
         self._config = config
-        self._probs = BalanceFolder(config.balance) if config.balance is not None else None
+        self._sources = sources
         self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend, config.max_image_pixels)
         self._image_size = image_size
         self._tokenizer = tokenizer
         self._samples_per_lane = samples_per_lane
+        self._takedown = takedown
 
     def __iter__(self) -> Iterator[Share | Failure]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         reading = self.board.writer(worker)
-        pool = ShardPool(
-            self.shards,
+        pools = make_pools(
+            self._sources,
             lanes=self._config.lanes,
-            seed=self._config.seed,
-            probs=self._probs,
             transform=self._transform,
-            name=f"data.train={self._config.train}",
             reading=reading,
+            takedown=self._takedown,
         )
-        numbers = deal(sorted(self.positions), worker, num_workers)
-        lanes = {number: Lane(pool, number, self.positions[number]) for number in numbers}
+        lanes = {
+            lane: make_lane(self._sources, pools, lane, self.positions[lane], seed=self._config.seed)
+            for lane in deal(sorted(self.positions), worker, num_workers)
+        }
         try:
             while True:
                 with one_torch_thread():
-                    share = self._share(pool, lanes)
+                    share = self._share(pools, lanes)
                     if info is not None:
                         _to_shared_memory(share)
                 reading(None)
@@ -99,7 +97,12 @@ class ShareSource(IterableDataset[Share | Failure]):
             while True:  # a worker that returned would look like a dead one
                 yield Failure(error)
 
-    def _share(self, pool: ShardPool, lanes: dict[int, Lane]) -> Share:
+    def shard_name(self, number: int) -> str:
+        """The path or address of a shard by its number on the board, which counts over all sources."""
+        source = next(each for each in reversed(self._sources) if each.first <= number)
+        return source.shards.names[number - source.first]
+
+    def _share(self, pools: Sequence[ShardPool], lanes: Mapping[int, Lane | MixedLane]) -> Share:
         size = self._image_size
         num = len(lanes) * self._samples_per_lane
         pixels: torch.Tensor | None = None
@@ -118,8 +121,10 @@ class ShareSource(IterableDataset[Share | Failure]):
                     num_decoded += 1
                 examples.append(example)
         tokens = self._tokenizer.encode([example.pair.text for example in examples])
-        skipped = dict(pool.skipped)
-        pool.skipped.clear()
+        skipped: Counter[str] = Counter()
+        for pool in pools:
+            skipped.update(pool.skipped)
+            pool.skipped.clear()
         return Share(
             pixels=pixels[:num_decoded] if pixels is not None else torch.empty((0, 3, size, size), dtype=torch.uint8),
             jpegs=Jpegs.pack(encoded) if encoded else None,
@@ -127,8 +132,10 @@ class ShareSource(IterableDataset[Share | Failure]):
             lengths=caption_lengths(tokens, self._tokenizer.eos_id),
             keys=[example.pair.key for example in examples],
             langs=[example.pair.lang for example in examples],
+            sources=[example.source for example in examples],
             position={number: lane.position for number, lane in lanes.items()},
-            skipped=skipped,
+            fields=dict(Counter(f"{each.source}/{each.pair.field}" for each in examples if each.pair.field)),
+            skipped=dict(skipped),
         )
 
 

@@ -24,6 +24,7 @@ from mc2_hpc.data.crop import Encoded, EncodedCrop
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
 from mc2_hpc.data.skips import ShardError, log_skip
+from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.draws import hash_keys, random_uint64
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
@@ -60,6 +61,8 @@ class Example:
 
     pair: Pair
     image: torch.Tensor | EncodedCrop
+    source: str = ""
+    """Name of the source that it is from; empty if the run has a single one without a name."""
 
 
 class Deck:
@@ -86,8 +89,13 @@ class Deck:
         first, last = lane * len(order), (lane + 1) * len(order)  # in units of 1/lanes of a shard
         return [
             Part(int(order[place]), max(first - place * lanes, 0), min(last - place * lanes, lanes), lanes)
-            for place in range(first // lanes, -(-last // lanes))
+            for place in places_of_hand(len(order), lanes=lanes, lane=lane)
         ]
+
+
+def places_of_hand(num_shards: int, *, lanes: int, lane: int) -> range:
+    """The places in an epoch's order of the shards that ``lane`` gets, whole or in part; the same in every epoch."""
+    return range(lane * num_shards // lanes, -(-(lane + 1) * num_shards // lanes))
 
 
 class ShardPool:
@@ -99,6 +107,8 @@ class ShardPool:
         probs: entry probabilities for online balancing; None keeps one text of every image.
         transform: decodes an image.
         name: of the data, for errors.
+        source: name of the source that its samples are from.
+        takedown: list of samples to leave out.
         reading: called with the number of a shard before anything in it is read.
     """
 
@@ -111,6 +121,8 @@ class ShardPool:
         probs: Probabilities | None,
         transform: Transform,
         name: str,
+        source: str = "",
+        takedown: Takedown | None = None,
         reading: Callable[[int], None] = lambda shard: None,
     ) -> None:
         self.deck = Deck([name.rpartition("/")[2] for name in shards.names], lanes=lanes, seed=seed)
@@ -124,6 +136,8 @@ class ShardPool:
         self._probs = probs
         self._transform = transform
         self._name = name
+        self._source = source
+        self._takedown = takedown
         self._reading = reading
         self._open: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
         self._good_lately = False
@@ -154,13 +168,13 @@ class ShardPool:
         """Read and decode row ``row`` of shard ``number``; Dropped (logged, not counted) if the sample is bad."""
         self._reading(number)
         try:
-            pair = shard.read(row, seed=self._seed, epoch=epoch)
-            example = Example(pair, self._transform(pair.image, shard.row_hashes()[row], epoch))
+            pair = self._read(shard, row, epoch)
+            image = self._transform(pair.image, shard.row_hashes()[row], epoch)
         except Dropped as skip:
             log_skip(skip.reason, f"{shard.name}, row {row}", skip.detail)
             raise
         self._good_lately = True
-        return example
+        return Example(pair, image, self._source)
 
     def count_shard(self, shard: Shard) -> None:
         """Count and log what is skipped of a shard as a whole: members of its tar, and that it was rewritten."""
@@ -170,6 +184,15 @@ class ShardPool:
         if shard.changed:
             log_skip(Drop.SHARD_CHANGED, shard.name)
             self.skipped[Drop.SHARD_CHANGED] += 1
+
+    def _read(self, shard: Shard, row: int, epoch: int) -> Pair:
+        takedown = self._takedown
+        if takedown is not None and takedown.lists_key(shard.row_hashes()[row]):
+            raise Dropped(Drop.TAKEN_DOWN)
+        pair = shard.read(row, seed=self._seed, epoch=epoch)
+        if takedown is not None and takedown.lists_content(pair.image, pair.url):
+            raise Dropped(Drop.TAKEN_DOWN)
+        return pair
 
     def log_unreadable(self, number: int, error: ShardError) -> None:
         """Log a skipped shard, the first time."""

@@ -129,7 +129,7 @@ class WorkerShares:
         reading = self.board.reading(worker)
         if reading is not None:
             shard, seconds = reading
-            where += f", which has been reading {self._source.shards.names[shard]} for {seconds:.0f} s"
+            where += f", which has been reading {self._source.shard_name(shard)} for {seconds:.0f} s"
         for process in self.processes:
             process.kill()
         self._shares = None  # nothing more can arrive, so there is no need to wait for its thread

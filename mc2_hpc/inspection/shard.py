@@ -150,14 +150,14 @@ class ShardReader:
                 found.skips.append(Skip(shard.name, shard.row_keys[row], dropped.reason, dropped.detail))
             return
         found.kept += 1
-        key, data, text, lang = example.pair
-        image = open_image(data)
+        pair = example.pair
+        image = open_image(pair.image)
         found.formats[(image.format or "?").lower()] += 1
         width, height = image.size
         found.short_sides[min(width, height)] += 1
-        found.turned += is_turned(bytes(data))
+        found.turned += is_turned(bytes(pair.image))
         if len(found.pictures) < self._options.pictures:
-            found.pictures.append(Picture(key, text, lang, width, height, _small(data)))
+            found.pictures.append(Picture(pair.key, pair.text, pair.lang, width, height, _small(pair.image)))
 
     def _read_captions(self, shard: Shard, found: Findings) -> None:
         """Look at every caption, whatever the epoch draws."""

@@ -232,6 +232,9 @@ class _Reader:
             node = _flow(node, key)
         is_list = isinstance(node, Items)
         fitting = [kind for kind in kinds if (typing.get_origin(kind) in _CONTAINERS) == is_list]
+        if isinstance(node, Items) and len(fitting) > 1:  # lists of values, or of sections
+            has_sections = any(isinstance(part, Section) for part in node.items)
+            fitting = [kind for kind in fitting if _lists_sections(kind) == has_sections] or fitting
         return self.value((fitting or kinds)[0], node, key)
 
     def _plain(self, node: Node, key: str) -> Any:
@@ -389,6 +392,10 @@ def _flow(node: Node, key: str) -> Node:
     place = node.place
     found = parse_yaml(node.text, f"{place}: {key}", lambda line: place)
     return found if found is not None else Scalar("", place)
+
+
+def _lists_sections(kind: Any) -> bool:
+    return any(dataclasses.is_dataclass(part) for part in typing.get_args(kind))
 
 
 def _form(node: Node) -> str:

@@ -44,17 +44,31 @@ class _SavedShards(File):
     sha256: Sha256
 
 
+_SavedPlace = tuple[Count, Count, Count]
+"""Epoch, shard and offset."""
+
+
+class _SavedMix(File):
+    draws: Count
+    sources: dict[str, _SavedPlace]
+
+
+SavedLane = _SavedPlace | _SavedMix
+"""Position of a lane: its place or, in a mix, its place in each source."""
+
+
 class _TrainerFile(Foreign):
     """The fields of ``trainer.json`` that resuming needs."""
 
     step: Count
     samples_seen: Count
     skipped: dict[str, Count]
-    position: list[tuple[Count, Count, Count]]
-    """Epoch, shard and offset of each lane."""
+    position: list[SavedLane]
     config: dict[str, Any]
     """Config of the run that wrote it; it may lack settings added since."""
     shards: _SavedShards | None = None
+    sources: dict[str, _SavedShards] = {}
+    """In place of ``shards`` in a mix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +103,16 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint | None:
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         return None
-    return Checkpoint(folder=folder / found[0], trainer=read_fields(folder / found[0] / TRAINER, _TrainerFile))
+    return Checkpoint(folder=folder / found[0], trainer=read_trainer(folder / found[0]))
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """Contents of the ``trainer.json`` of the checkpoint in ``folder``.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return read_fields(folder / TRAINER, _TrainerFile)
 
 
 def _newest_whole(folder: Path) -> str | None:

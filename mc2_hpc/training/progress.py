@@ -9,7 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mc2_hpc.data.stream import Position
+from mc2_hpc.data.mixing import LanePosition, from_plain, to_plain
+from mc2_hpc.data.pools import OpenSource
 from mc2_hpc.errors import UserError
 from mc2_hpc.training.checkpoint import Checkpoint
 
@@ -23,7 +24,7 @@ class Progress:
     step: int = 0
     samples_seen: int = 0
     """Pairs, over all ranks."""
-    position: dict[int, Position] = field(default_factory=dict)
+    position: dict[int, LanePosition] = field(default_factory=dict)
     """By lane, for the lanes that this rank has read from."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Samples that this rank skipped, by reason."""
@@ -32,19 +33,21 @@ class Progress:
         """The progress of all ranks, in the form of ``trainer.json``. Collective."""
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, (self.position, dict(self.skipped)))
-        lanes: dict[int, Position] = {}
+        lanes: dict[int, LanePosition] = {}
         skipped: Counter[str] = Counter()
         for position, counts in parts:
             lanes |= position
             skipped.update(counts)
         return {
             "samples_seen": self.samples_seen,
-            "position": [list(lanes[lane]) for lane in sorted(lanes)],
+            "position": [to_plain(lanes[lane]) for lane in sorted(lanes)],
             "skipped": dict(sorted(skipped.items())),
         }
 
 
-def restore_progress(checkpoint: Checkpoint | None, *, is_first: bool) -> tuple[Progress, dict[int, Position] | None]:
+def restore_progress(
+    checkpoint: Checkpoint | None, *, is_first: bool
+) -> tuple[Progress, dict[int, LanePosition] | None]:
     """The progress to resume from, and the position of every lane for the loader (``None``: from the start)."""
     if checkpoint is None:
         return Progress(), None
@@ -55,35 +58,71 @@ def restore_progress(checkpoint: Checkpoint | None, *, is_first: bool) -> tuple[
         # The first rank's count continues the sum over all ranks.
         skipped=Counter(saved["skipped"]) if is_first else Counter(),
     )
-    return progress, {lane: Position(*p) for lane, p in enumerate(saved["position"])}
+    return progress, {lane: from_plain(place) for lane, place in enumerate(saved["position"])}
 
 
-def common_shards(names: Sequence[str]) -> dict[str, Any]:
-    """The number of shards and the SHA-256 of their names, in the form of ``trainer.json``. Collective.
+def saved_progress(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What :meth:`Progress.gathered` gave when the checkpoint was written; ``None``: at the start of a run."""
+    nothing: dict[str, Any] = {"samples_seen": 0, "position": [], "skipped": {}}
+    return nothing if checkpoint is None else {key: checkpoint.trainer[key] for key in nothing}
+
+
+Shards = dict[str, Any]
+"""The shards of a run in the form of ``trainer.json``: ``shards``, or ``sources`` with those of each source by name.
+Shards are described by their ``count`` and the ``sha256`` of their names."""
+
+
+def common_shards(sources: Sequence[OpenSource]) -> Shards:
+    """The shards that all ranks see. Collective.
 
     Raises:
         UserError: the ranks do not see the same shards; their samples would overlap.
     """
-    own = {"count": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    own = _described(sources)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
-    for rank, found in enumerate(every):
-        if found != every[0]:
-            raise UserError(
-                f"data.train: rank {rank} sees {found['count']} shards, which are not the {every[0]['count']} of "
-                f"rank 0: make sure that all nodes see the same folder, and wait until new files are visible everywhere"
-            )
-    return own
+    for source in sources:
+        for rank, found in enumerate(every):
+            here, there = every[0].get(source.name), found.get(source.name)
+            if here != there and here is not None and there is not None:
+                raise UserError(
+                    f"{source.label}: rank {rank} sees {there['count']} shards, which are not the {here['count']} of "
+                    f"rank 0: make sure that all nodes see the same folder, and wait until new files are visible "
+                    f"everywhere"
+                )
+    return {"shards": own[""]} if "" in own else {"sources": own}
 
 
-def warn_of_other_shards(checkpoint: Checkpoint, shards: dict[str, Any]) -> None:
+def _described(sources: Sequence[OpenSource]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for source in sources:
+        digest = hashlib.sha256("\n".join(source.shard_names).encode()).hexdigest()
+        found[source.name] = {"count": len(source.shard_names), "sha256": digest}
+    return found
+
+
+def other_shards(trainer: dict[str, Any], sources: Sequence[OpenSource]) -> list[str]:
+    """What differs between the shards that ``trainer.json`` describes and those of ``sources``, a line per source that
+    both have."""
+    before, now = _by_source(trainer), _described(sources)
+    return [
+        f"was saved with {before[name]['count']} shards{f' of source {name}' if name else ''}, now there are "
+        f"{now[name]['count']} with different names"
+        for name in sorted(before.keys() & now.keys())
+        if before[name] != now[name]
+    ]
+
+
+def warn_of_other_shards(checkpoint: Checkpoint, sources: Sequence[OpenSource]) -> None:
     """Warn that the sample order does not continue, because shards were added or removed since the checkpoint."""
-    before = checkpoint.trainer.get("shards")
-    if before is not None and before != shards:
+    for line in other_shards(checkpoint.trainer, sources):
         logger.warning(
-            "%s was saved with %d shards, now there are %d with different names: the order of samples changes from "
-            "here on, and in this epoch some may occur twice or not at all",
+            "%s %s: the order of samples changes from here on, and in this epoch some may occur twice or not at all",
             checkpoint.folder,
-            before["count"],
-            shards["count"],
+            line,
         )
+
+
+def _by_source(trainer: dict[str, Any]) -> dict[str, Any]:
+    single = trainer.get("shards")
+    return trainer.get("sources") or ({"": single} if single is not None else {})

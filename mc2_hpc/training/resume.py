@@ -16,6 +16,7 @@ from mc2_hpc.storage import file_sha256
 from mc2_hpc.training.checkpoint import Checkpoint
 from mc2_hpc.training.freezing import frozen_depths
 from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.resume_sources import source_changes
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ SAID = (
     "data.train",
     "data.balance",
     "data.crop_scale",
+    "data.takedown",
 )
 """Settings that may change with a warning each: training continues, but differently from here on. More may be frozen,
 but not less: what was frozen has no AdamW state in the checkpoint."""
@@ -109,7 +111,10 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
     _check_frozen(checkpoint, config, card)
     pairs = {key: (_lookup(before, key, ADDED.get(key)), _lookup(now, key)) for key in SAID}
     changed = [key for key, (old, new) in pairs.items() if old != new]
-    lines = [f"{key} {pairs[key][0]} -> {pairs[key][1]}" for key in changed]
+    lines = []
+    for key in changed:
+        old, new = pairs[key]
+        lines += source_changes(old, new) if key == "data.train" else [f"{key} {old} -> {new}"]
     if set(changed) & set(SCHEDULE):
         lines.append(_jump(checkpoint, before, config))
     return lines

@@ -13,6 +13,8 @@ class Agreed:
     """Some rank was asked to stop, so all do."""
     written: bool
     """All ranks have written their parts of the save in progress."""
+    listed: bool = False
+    """There are new lines in the takedown list."""
 
 
 def agreed(counts: VoteCounts, *, world_size: int, voted_in: int, saved_after: int) -> Agreed:
@@ -21,7 +23,11 @@ def agreed(counts: VoteCounts, *, world_size: int, voted_in: int, saved_after: i
         voted_in: the step that these votes are from.
         saved_after: step of the newest save; votes up to that step are about the save before it.
     """
-    return Agreed(stop=counts.stop > 0, written=counts.written == world_size and voted_in > saved_after)
+    return Agreed(
+        stop=counts.stop > 0,
+        written=counts.written == world_size and voted_in > saved_after,
+        listed=counts.listed > 0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

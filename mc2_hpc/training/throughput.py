@@ -7,9 +7,9 @@ Nothing is exchanged in between.
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -87,6 +87,12 @@ class Interval:
     """Samples by language."""
     skipped: Counter[str]
     """Skipped samples by reason, since the run began."""
+    sources: Counter[str] = field(default_factory=Counter)
+    """Samples by source, in a mix."""
+    fields: Counter[str] = field(default_factory=Counter)
+    """Samples by ``<source>/<caption field>``, where there are several."""
+    epochs: Mapping[str, float] = field(default_factory=dict)
+    """Epochs since the run began, by source of a mix, summed over this rank's lanes."""
 
 
 def gather(own: Interval, ranks: Ranks) -> list[Interval] | None:
@@ -96,8 +102,8 @@ def gather(own: Interval, ranks: Ranks) -> list[Interval] | None:
     return every
 
 
-def rates(intervals: Sequence[Interval], *, global_batch: int) -> dict[str, Any]:
-    """Columns of a row for the interval, from all ranks' counts.
+def rates(intervals: Sequence[Interval], *, global_batch: int, lanes: int = 1) -> dict[str, Any]:
+    """Columns of a row for the interval, from all ranks' counts; ``lanes`` are those of all ranks.
 
     Steps are synchronous, so rates use the first rank's clock. MFU and data wait are means over ranks, the stall is the
     longest, and samples are summed.
@@ -116,7 +122,26 @@ def rates(intervals: Sequence[Interval], *, global_batch: int) -> dict[str, Any]
             for lang, count in sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:_MOST_LANGUAGES]
         },
         "skipped": dict(sorted(skipped.items())),
+        **_of_mix(intervals, lanes),
     }
+
+
+def _of_mix(intervals: Sequence[Interval], lanes: int) -> dict[str, Any]:
+    """Columns that only a mix has."""
+    sources: Counter[str] = sum((each.sources for each in intervals), Counter())
+    fields: Counter[str] = sum((each.fields for each in intervals), Counter())
+    names = sorted(intervals[0].epochs)
+    if not names:
+        return {}
+    columns: dict[str, Any] = {
+        "source_share": {name: sources[name] / sources.total() for name in names},
+        "source_epochs": {name: sum(each.epochs[name] for each in intervals) / lanes for name in names},
+    }
+    if fields:
+        columns["caption_share"] = {
+            name: count / sources[name.partition("/")[0]] for name, count in sorted(fields.items())
+        }
+    return columns
 
 
 class ThroughputMeter:
@@ -138,6 +163,8 @@ class ThroughputMeter:
         self._stall = 0.0
         self._paused = 0.0
         self._languages: Counter[str] = Counter()
+        self._sources: Counter[str] = Counter()
+        self._fields: Counter[str] = Counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -167,9 +194,11 @@ class ThroughputMeter:
         for length, num in Counter(lengths).items():
             self._flops += flops_per_pair(self._arch, length, self._frozen) * num
         self._languages.update(batch.langs)
+        self._sources.update(batch.sources)
+        self._fields.update(batch.fields)
 
-    def interval(self, skipped: Counter[str]) -> Interval:
-        """End the interval and return it, with this rank's skips so far; begins the next one."""
+    def interval(self, skipped: Counter[str], epochs: Mapping[str, float]) -> Interval:
+        """End the interval and return it, with this rank's skips and epochs so far; begins the next one."""
         found = Interval(
             steps=self._steps,
             seconds=time.perf_counter() - self._since - self._stall - self._paused,
@@ -179,6 +208,9 @@ class ThroughputMeter:
             stall_seconds=self._stall,
             languages=self._languages,
             skipped=Counter(skipped),
+            sources=self._sources,
+            fields=self._fields,
+            epochs=epochs,
         )
         self.start()
         return found

@@ -14,6 +14,7 @@ from mc2_hpc.data.batches import Batch
 from mc2_hpc.data.enough import check_enough
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.data.loader import TrainLoader
+from mc2_hpc.data.pools import epochs_in
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.tensor_files import TensorFiles
@@ -29,12 +30,13 @@ from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.profiling import StepProfiler
-from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
+from mc2_hpc.training.progress import common_shards, restore_progress, saved_progress, warn_of_other_shards
 from mc2_hpc.training.resume import check_resume, warn_of_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, check_loss, num_micro_batches
 from mc2_hpc.training.stop import Stopped, StopRequest
+from mc2_hpc.training.takedown import TakedownWatch
 from mc2_hpc.training.throughput import ThroughputMeter, gather, rates
 from mc2_hpc.training.votes import VoteCounts, Votes
 
@@ -104,6 +106,8 @@ class Trainer:
             if checkpoint is not None:
                 self.evaluation.restore_best(folder)
         self.progress, position = restore_progress(checkpoint, is_first=ranks.is_first)
+        self.takedown = TakedownWatch(config.data, ranks, self.output, step=self.progress.step)
+        self.takedown.record(step=self.progress.step, progress=saved_progress(checkpoint))
         self.loader = TrainLoader(
             config.data,
             global_batch=config.global_batch,
@@ -112,11 +116,12 @@ class Trainer:
             rank=ranks.rank,
             world_size=ranks.world_size,
             position=position,
+            takedown=self.takedown.takedown,
         )
-        self.shards = common_shards(self.loader.shard_names)
+        self.shards = common_shards(self.loader.sources)
         on_first_rank(ranks, self._check_enough_data)
         if checkpoint is not None and ranks.is_first:
-            warn_of_other_shards(checkpoint, self.shards)
+            warn_of_other_shards(checkpoint, self.loader.sources)
         clip = build_clip(arch, seed=config.seed)
         self._prepare_model(clip, checkpoint, source)
         self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))
@@ -127,22 +132,32 @@ class Trainer:
             config.loss,
             feature_dtype=Precision(config.precision).dtype,
             batches=rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks.world_size),
-            votes=lambda: Votes(stop=self.stop.requested is not None, written=self.writer.own_part_done),
+            votes=self._votes,
         )
         self._means = Means()
         self._save_policy = SavePolicy(
             every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
         )
 
+    def _votes(self) -> Votes:
+        return Votes(
+            stop=self.stop.requested is not None,
+            written=self.writer.own_part_done,
+            listed=self.takedown.has_grown,
+        )
+
     def _check_enough_data(self) -> None:
         config = self.config
-        check_enough(
-            self.loader.shards,
-            name=f"data.train={config.data.train}",
-            global_batch=config.global_batch,
-            lanes=config.data.lanes,
-            num_readers=min(self.ranks.world_size * max(1, config.data.workers), config.data.lanes),
-        )
+        weights = sum(source.weight for source in self.loader.sources)
+        for source in self.loader.sources:
+            check_enough(
+                source.shards,
+                name=source.label,
+                global_batch=config.global_batch,
+                lanes=config.data.lanes,
+                num_readers=min(self.ranks.world_size * max(1, config.data.workers), config.data.lanes),
+                share=source.weight / weights,
+            )
 
     def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None, source: Source | None) -> None:
         if checkpoint is not None:
@@ -183,6 +198,7 @@ class Trainer:
         finally:
             self._profiler.close()
             self.loader.close()
+            self.takedown.close()
             self.writer.close()
             if log is not None:
                 log.close()
@@ -225,6 +241,14 @@ class Trainer:
             with meter.paused():
                 self._profiler.end(progress.step)
                 self._evaluate(log, pending)
+                if votes.listed and progress.step < config.steps:
+                    self._renew_takedown()
+
+    def _renew_takedown(self) -> None:
+        """Leave out what is newly listed from the next step on. Collective."""
+        takedown = self.takedown.renew(self.progress)
+        if takedown is not None:
+            self.loader.restart(self.progress.position, takedown)
 
     def _checkpoint(self, pending: _Pending, votes: Agreed) -> None:
         actions = self._save_policy.after(pending.step, votes, busy=self.writer.busy)
@@ -297,18 +321,20 @@ class Trainer:
     def _log_row(self, pending: _Pending, meter: ThroughputMeter, log: MetricsLog | None) -> None:
         """Write a row for all ranks and the steps since the previous row. Collective."""
         self._read(pending)
-        intervals = gather(meter.interval(self.progress.skipped), self.ranks)
+        config, progress = self.config, self.progress
+        epochs = epochs_in(self.loader.sources, progress.position, lanes=config.data.lanes)
+        intervals = gather(meter.interval(progress.skipped, epochs), self.ranks)
         means, (_, _, logit_scale, *_) = self._means.take(), pending.numbers.read()
         if log is not None and intervals is not None:
             log.write(
                 {
                     "step": pending.step,
-                    "samples_seen": self.progress.samples_seen,
+                    "samples_seen": progress.samples_seen,
                     "loss": means["loss"],
                     "logit_scale": logit_scale,
                     "lr": pending.lr,
                     "grad_norm": means["grad_norm"],
-                    **rates(intervals, global_batch=self.config.global_batch),
+                    **rates(intervals, global_batch=config.global_batch, lanes=config.data.lanes),
                 }
             )
 
@@ -341,7 +367,8 @@ class Trainer:
             tokenizer_file=self.tokenizer.model_file,
             trainer={
                 **self.progress.gathered(),
-                "shards": self.shards,
+                **self.shards,
+                **self.takedown.described(),
                 "config": config_to_dict(self.config),
                 "world_size": self.ranks.world_size,
                 "versions": {name: version(name) for name in _PACKAGES},

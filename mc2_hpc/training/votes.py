@@ -11,6 +11,8 @@ class Votes(NamedTuple):
     """Whether it was asked to stop."""
     written: bool = False
     """Whether its part of the save in progress is on disk."""
+    listed: bool = False
+    """Whether it has seen new lines in the takedown list."""
 
 
 class VoteCounts(NamedTuple):
@@ -18,9 +20,9 @@ class VoteCounts(NamedTuple):
 
     stop: int = 0
     written: int = 0
+    listed: int = 0
 
     @classmethod
     def of(cls, counts: Sequence[float]) -> "VoteCounts":
         """From the counts of a step, one per question."""
-        stop, written = counts
-        return cls(int(stop), int(written))
+        return cls(*map(int, counts))

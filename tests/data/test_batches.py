@@ -21,6 +21,7 @@ def share(keys: str, *, width: int = 8, lane: int = 0, **changes: Any) -> Share:
         "lengths": [width - 1] * len(keys),
         "keys": list(keys),
         "langs": ["en"] * len(keys),
+        "sources": [""] * len(keys),
         "position": {lane: Position(0, 0, len(keys))},
         "skipped": {"caption_empty": 1},
     }

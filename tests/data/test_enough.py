@@ -70,3 +70,15 @@ def test_storage_that_hangs_does_not_hold_up_the_start(
 def test_nothing_usable_is_left_to_the_loader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_shard(tmp_path / "0.tar", [])
     assert said(caplog, tmp_path, batch=4, lanes=2) == []
+
+
+def test_a_source_that_is_small_for_its_weight(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def said_of(share: float) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            check_enough(find_shards(folder), name="x", global_batch=64, lanes=8, num_readers=1, share=share)
+        return [record.getMessage() for record in caplog.records]
+
+    assert said_of(0.25) == []
+    (line,) = said_of(0.75)
+    assert line.startswith("x: a batch takes about 48 samples of this source, but it has only 30: each occurs more")

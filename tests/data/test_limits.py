@@ -65,7 +65,7 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[tupl
 
 def test_the_limit_of_files_is_raised_as_far_as_it_goes(few_files: Callable[..., list[tuple[int, int]]]) -> None:
     asked = few_files(256, 4096)
-    check_open_files(lanes=256, workers=6, prefetch=2, world_size=8)
+    check_open_files(shards=256, workers=6, prefetch=2, world_size=8)
     assert asked == [(4096, 4096)]
 
 

@@ -14,11 +14,13 @@ import torch
 
 from mc2_hpc.config import DataConfig
 from mc2_hpc.data.loader import Batch, TrainLoader
+from mc2_hpc.data.mixing import to_plain
 from mc2_hpc.data.packing import pack_pairs, write_shard
 from mc2_hpc.data.shards import Pair
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.storage import write_json
+from mc2_hpc.train_sources import TrainSource
 
 SIZE = 16
 
@@ -50,12 +52,18 @@ def make_loader(tokenizer: Tokenizer):
     made: list[TrainLoader] = []
 
     def make(
-        train: Path, *, global_batch: int = 12, rank: int = 0, world_size: int = 1, position: Any = None, **config: Any
+        train: Path | list[TrainSource],
+        *,
+        global_batch: int = 12,
+        rank: int = 0,
+        world_size: int = 1,
+        position: Any = None,
+        **config: Any,
     ) -> TrainLoader:
         values = {"lanes": 6, "workers": 0, **config}
         made.append(
             TrainLoader(
-                DataConfig(train=str(train), **values),
+                DataConfig(train=train if isinstance(train, list) else str(train), **values),
                 global_batch=global_batch,
                 image_size=SIZE,
                 tokenizer=tokenizer,
@@ -171,6 +179,81 @@ def test_bad_positions_and_sizes(make_loader, folder: Path, tmp_path: Path) -> N
         make_loader(folder, balance=str(tmp_path))
 
 
+# Several sources
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory: pytest.TempPathFactory, pairs: list[Pair]) -> list[TrainSource]:
+    """Sources of 60, 24 and 12 pairs, weighted 5:2:1; the last has shards of other names and a bad one."""
+    folder = tmp_path_factory.mktemp("mix")
+    parts = {"alt": pairs[:60], "books": pairs[60:84], "maps": pairs[84:]}
+    for name, part in parts.items():
+        pack_pairs(part, folder / name, pairs_per_shard=12)
+    (folder / "maps" / "rubbish.tar").write_bytes(b"rubbish" * 1000)
+    weights = {"alt": 5, "books": 2, "maps": 1}
+    return [TrainSource(name=name, path=str(folder / name), weight=weights[name]) for name in parts]
+
+
+def test_a_mixed_batch_says_where_its_samples_are_from(make_loader, mix: list[TrainSource], pairs: list[Pair]) -> None:
+    places = {pair.key: number for number, pair in enumerate(pairs)}
+    batches = take(make_loader(mix, lanes=6, global_batch=48), 20)
+    for batch in batches:
+        for key, source in zip(batch.keys, batch.sources, strict=True):
+            assert source == ("alt" if places[key] < 60 else "books" if places[key] < 84 else "maps")
+    counts = Counter(source for batch in batches for source in batch.sources)
+    assert counts.total() == 960 and abs(counts["alt"] - 600) < 10 and abs(counts["maps"] - 120) < 10
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 2), (2, 0), (3, 0), (3, 2)])
+def test_a_mix_is_the_same_on_any_ranks_and_workers(
+    world_size: int, workers: int, make_loader, mix: list[TrainSource]
+) -> None:
+    whole = take(make_loader(mix), 20)
+    ranks = [
+        take(make_loader(mix, rank=rank, world_size=world_size, workers=workers), 20) for rank in range(world_size)
+    ]
+    assert_equal_steps(joined(ranks), joined([whole]))
+    for step, batch in enumerate(whole):
+        parts = [batches[step] for batches in ranks]
+        assert batch.position == {lane: place for part in parts for lane, place in part.position.items()}
+        assert batch.sources == [source for part in parts for source in part.sources]
+        assert Counter(batch.skipped) == sum((Counter(part.skipped) for part in parts), Counter())
+    assert sum((Counter(batch.skipped) for batch in whole), Counter())["shard_unreadable"] > 1
+
+
+def test_a_mix_resumes_on_other_numbers_of_ranks(make_loader, mix: list[TrainSource], pairs: list[Pair]) -> None:
+    uninterrupted = joined([take(make_loader(mix), 24)])
+    position, steps = None, []
+    for world_size, length in ((1, 5), (2, 7), (3, 8), (1, 4)):
+        loaders = [make_loader(mix, rank=r, world_size=world_size, position=position) for r in range(world_size)]
+        ranks = [take(loader, length) for loader in loaders]
+        steps += joined(ranks)
+        everywhere = {lane: to_plain(place) for batches in ranks for lane, place in batches[-1].position.items()}
+        position = json.loads(json.dumps(everywhere))  # as in a checkpoint
+    assert_equal_steps(steps, uninterrupted)
+
+
+def test_a_source_goes_on_when_others_come_and_go(make_loader, mix: list[TrainSource], pairs: list[Pair]) -> None:
+    """Over both starts, each pair of a source comes once in its epoch."""
+    alt, books, maps = mix
+    first = take(make_loader([alt, maps]), 4)
+    position = {lane: to_plain(place) for lane, place in first[-1].position.items()}
+    second = take(make_loader([books, alt], position=position), 20)
+    taken = [key for batch in first + second for key, of in zip(batch.keys, batch.sources, strict=True) if of == "alt"]
+    assert len(set(taken[:48])) == 48  # lanes are not all equally far, but none repeats before its part is over
+    started = [key for batch in second for key, of in zip(batch.keys, batch.sources, strict=True) if of == "books"]
+    assert len(set(started[:18])) == 18
+
+
+def test_a_single_source_may_become_a_mix_and_the_reverse(make_loader, mix: list[TrainSource]) -> None:
+    alone = take(make_loader(Path(mix[0].path)), 3)
+    position = {lane: to_plain(place) for lane, place in alone[-1].position.items()}
+    assert_equal_steps(joined([take(make_loader(mix, position=position), 4)]), joined([take(make_loader(mix), 4)]))
+    mixed = take(make_loader(mix), 3)
+    position = {lane: to_plain(place) for lane, place in mixed[-1].position.items()}
+    assert_equal_steps(joined([take(make_loader(Path(mix[0].path), position=position), 3)]), joined([alone]))
+
+
 # Bad data
 
 
@@ -233,6 +316,14 @@ def test_when_everything_is_bad_the_run_ends_with_one_line(workers: int, make_lo
     message = str(caught.value)
     assert "no sample can be used; everything was skipped" in message and "\n" not in message
     assert "image_undecodable 20" in message and "shard_unreadable 4" in message and str(bad_folder) in message
+
+
+def test_a_bad_source_of_a_mix_is_named(make_loader, folder: Path, bad_folder: Path) -> None:
+    for name in ("00000.tar", "bad_samples.tar"):
+        (bad_folder / name).unlink()
+    mix = [TrainSource(name="good", path=str(folder)), TrainSource(name="bad", path=str(bad_folder))]
+    with pytest.raises(UserError, match=r"data.train: source bad \(.*\): no sample can be used"):
+        take(make_loader(mix, workers=1), 5)
 
 
 def test_a_shard_that_vanishes_between_batches_costs_itself(make_loader, folder: Path, tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ def test_images_cross_through_shared_memory(make_loader: Callable[..., TrainLoad
         lengths=[24] * 256,
         keys=["0000"] * 256,
         langs=["en"] * 256,
+        sources=[""] * 256,
         position=batch.position,
     )
     through_pipe = len(ForkingPickler.dumps(big))

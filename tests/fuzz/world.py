@@ -4,7 +4,9 @@ import csv
 import gzip
 import io
 import json
+import multiprocessing
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,12 @@ def build(folder: Path, port: int) -> None:
     _settings(folder)
     _crawl(folder / "crawl")
     _sources(folder / "sources")
+    # DeepSpeed trains once per process; a fork must come before anything has threads.
+    trained = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(["train", "mix.yaml"])))
+    trained.start()
+    trained.join()
+    if trained.exitcode != 0:
+        raise SystemExit("the valid input of `mc2 train mix.yaml` is refused")
     for words in (
         "metadata build sources --out metadata --cap unigram_share=1 --cap bigram_share=1",
         "curate run pool --metadata metadata --t-en 2 --workers 1 --out curated",
@@ -132,6 +140,12 @@ def _settings(folder: Path) -> None:
         "data": {**run["data"], "train": "curated/shards", "balance": "curated/balance"},
     }
     (folder / "curated.yaml").write_text(yaml_text(curated))
+    first: dict[str, Any] = {"name": "a", "path": "plain/0.tar", "captions": {"txt": 0.5, "json.caption": 0.5}}
+    mix = [first, {"name": "b", "path": "plain/1.tar", "weight": 2}]
+    takedown: dict[str, Any] = {"train": mix, "takedown": "takedown.jsonl", "takedown_seconds": 0.1}
+    (folder / "mix.yaml").write_text(yaml_text({**run, "output": "mixed", "data": {**run["data"], **takedown}}))
+    entries = [{"key": "00003"}, {"sha256": "0" * 64, "note": "17"}, {"url": "https://example.com/*"}]
+    (folder / "takedown.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     sets = {
         "xm3600": {"reader": "xm3600", "path": "xm3600", "options": {"images": "../../images"}},
         "lines": {"reader": "caption_lines", "path": "lines", "options": {"images": "../../images"}},

@@ -1,6 +1,7 @@
 """What a run refuses to save, and what it does not accept silently."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -60,9 +61,10 @@ def test_missing_shards_are_reported_on_resume(config, starter, tmp_path):
 
 def test_ranks_that_see_other_shards_end_at_the_start(monkeypatch):
     def gather(every, own):
-        every[:] = [{"count": 3, "sha256": "0"}, own]
+        every[:] = [own | {"b": {"count": 3, "sha256": "0"}}, own]
 
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    with pytest.raises(UserError, match="rank 1 sees 2 shards, which are not the 3 of rank 0"):
-        common_shards(["00000.tar", "00001.tar"])
+    sources = [SimpleNamespace(name=name, label=f"source {name}", shard_names=["0.tar", "1.tar"]) for name in "ab"]
+    with pytest.raises(UserError, match="^source b: rank 1 sees 2 shards, which are not the 3 of rank 0"):
+        common_shards(sources)

@@ -124,6 +124,15 @@ def test_rates_over_unequal_ranks():
     }
 
 
+def test_columns_of_a_mix_cover_unequal_ranks():
+    first = interval(sources=Counter(a=20, b=10), fields=Counter({"a/txt": 15, "a/json.s": 5}), epochs={"a": 3, "b": 1})
+    second = interval(sources=Counter(a=40, b=10), fields=Counter({"a/txt": 40}), epochs={"a": 6.5, "b": 2})
+    found = rates([first, second], global_batch=8, lanes=4)
+    assert found["source_share"] == {"a": 0.75, "b": 0.25}
+    assert found["source_epochs"] == {"a": 9.5 / 4, "b": 0.75}
+    assert found["caption_share"] == {"a/json.s": 5 / 60, "a/txt": 55 / 60}
+
+
 def test_means_count_a_step_once():
     means = Means()
     for step, loss in ((1, 3.0), (2, 1.0), (2, 1.0)):

@@ -42,6 +42,7 @@ def test_in_the_foreground_every_save_is_waited_for():
         (VoteCounts(stop=0, written=3), 10, NOTHING),  # about the save before that of step 10
         (VoteCounts(stop=0, written=2), 11, NOTHING),
         (VoteCounts(stop=1, written=0), 11, STOP),
+        (VoteCounts(listed=1), 11, Agreed(stop=False, written=False, listed=True)),
     ],
 )
 def test_votes_of_three_ranks(counts, voted_in, expected):
@@ -50,4 +51,4 @@ def test_votes_of_three_ranks(counts, voted_in, expected):
 
 def test_counts_are_read_by_name():
     assert Votes._fields == VoteCounts._fields
-    assert VoteCounts.of([1.0, 2.0]) == VoteCounts(stop=1, written=2)
+    assert VoteCounts.of([1.0, 2.0, 3.0]) == VoteCounts(stop=1, written=2, listed=3)
