@@ -38,6 +38,9 @@ KEYS = {
 }
 
 
+KINDS = ("none", "selective", "full")
+
+
 @pytest.fixture(scope="module")
 def counted():
     """Rows by (tree, ranks, ZeRO stage)."""
@@ -60,6 +63,21 @@ def test_the_tables_are_the_rows(counted):
                 assert [float(before), float(after or before)] == [row[KEYS[label]] for row in rows], (label, stage)
                 compared += 2
     assert compared == len(counted) * len(KEYS)
+
+
+def test_the_table_of_fused_kernels_is_the_rows():
+    """Kernels, traffic and peak with PyTorch's operators and with the Triton kernels, by stage and recomputation."""
+    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    rows = {(row["stage"], row["recompute"], row["kernels_of_blocks"]): row for row in RESULTS["fused_rows"]}
+    section = page[page.index("## Fused layer norm and quick-GELU") :]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if re.match(r"\| [123] \|", line)]
+    assert len(lines) == 9 and len(rows) == 18
+    for stage, recompute, *cells in lines:
+        pair = [rows[int(stage), recompute.strip("`"), backend] for backend in ("torch", "triton")]
+        for cell, key in zip(cells, ("kernels", "traffic_gb", "peak_gib"), strict=True):
+            assert [float(number) for number in cell.replace(",", "").split(" → ")] == [row[key] for row in pair]
+        assert pair[0]["products_tflop"] == pair[1]["products_tflop"]
+    assert max(rows[1, kind, "triton"]["traffic_gb"] / rows[1, kind, "torch"]["traffic_gb"] for kind in KINDS) < 0.4
 
 
 def test_the_table_of_recomputation_is_the_rows(counted):
