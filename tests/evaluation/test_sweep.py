@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,15 @@ def test_a_killed_sweep_continues(
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
     assert run_sweep(models, suite, killed, "0,1") == 0  # part of what is there
     assert len(scored) == 6
+
+
+def test_ranks_share_the_images(
+    models: tuple[Path, Path], suite: Path, tmp_path: Path, ranks_of: Callable[..., object]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_sweep(models, suite, one, "0,0.5") == 0
+    ranks_of(2, "-m", "mc2_hpc.cli", "merge", *models, "--alpha", "0,0.5", "--suite", suite, "--out", two)
+    assert (one / "sweep.json").read_bytes() == (two / "sweep.json").read_bytes()
 
 
 def test_a_set_that_was_missing_is_scored_later(models: tuple[Path, Path], suite: Path, tmp_path: Path) -> None:
