@@ -238,6 +238,12 @@ def test_evaluation_loads_the_folder(quickstart_model: Path, quickstart_checkpoi
     torch.testing.assert_close(theirs.encode_text(TEXTS), ours.encode_text(TEXTS), atol=1e-6, rtol=0)
 
 
+def test_evaluation_in_half_precision_is_refused(quickstart_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would report scores of another precision than it computed in."""
+    assert main(["eval", str(quickstart_model), "--shards", "x.tar", "--precision", "bf16"]) == 2
+    assert "an ONNX model computes as it was exported; leave out --precision bf16" in capsys.readouterr().err
+
+
 def test_bad_folders(quickstart_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(quickstart_model, folder)
