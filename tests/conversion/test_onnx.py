@@ -219,6 +219,8 @@ def test_int8_costs_less_than_a_point(trained_checkpoint: Path, int8_model: Path
 
 
 def test_int8_quantises_every_matrix(trained_checkpoint: Path, int8_model: Path, tmp_path: Path) -> None:
+    fp32_bytes = sum(path.stat().st_size for path in trained_checkpoint.glob("model*.safetensors"))
+    assert sum(path.stat().st_size for path in int8_model.glob("*.data")) < 0.35 * fp32_bytes
     for path in (int8_model / "image.onnx", int8_model / "text.onnx"):
         graph = onnx.load(path).graph
         floats = [w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) > 1]
