@@ -19,6 +19,7 @@ from mc2_hpc.cli import (
     data,
     doctor,
     eval,
+    merge,
     metadata,
     quickstart,
     search,
@@ -41,6 +42,7 @@ COMMANDS = {
     "ablate": ablate,
     "search": search,
     "convert": convert,
+    "merge": merge,
     "bench": bench,
     "doctor": doctor,
 }

@@ -15,7 +15,7 @@ SUMMARY = "score a model on a suite of sets, or on image-text shards"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="checkpoint or run folder; or an open_clip or transformers folder"
+        "checkpoint", type=Path, help="checkpoint or run folder; or a folder of open_clip, transformers or ONNX"
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", type=Path, metavar="FILE", help="YAML file of evaluation sets (configs/eval/)")

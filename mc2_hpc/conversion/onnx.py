@@ -51,10 +51,10 @@ def export(checkpoint: Path, out: Path, *, int8: bool) -> None:
     plain.mkdir()
     export_image_tower(model, plain / facts.image.file, (facts.image.input, facts.image.output))
     export_text_tower(model, plain / facts.text.file, (facts.text.input, facts.text.output))
-    for name in (facts.image.file, facts.text.file):
-        if int8:
+    if int8:
+        for name in (facts.image.file, facts.text.file):
             quantise(plain / name, out / name)
-    if not int8:
+    else:
         for path in plain.iterdir():
             path.rename(out / path.name)
     shutil.rmtree(plain)

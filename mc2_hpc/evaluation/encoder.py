@@ -28,6 +28,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
 from mc2_hpc.evaluation.dual_encoders.protocol import encode_texts, finite
 from mc2_hpc.evaluation.images import Images
+from mc2_hpc.models.formats import Format
 from mc2_hpc.models.weights import write_tensors
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,11 @@ class Encoder:
         """The encoder of a model folder in any format (see :func:`open_dual_encoder`).
 
         Raises:
-            UserError: no model can be loaded.
+            UserError: no model can be loaded, or it cannot compute in that precision.
         """
         dual = open_dual_encoder(source, ranks.device, eval_resize=eval_resize)
+        if precision != "fp32" and dual.facts.format == Format.ONNX:
+            raise UserError(f"{source}: an ONNX model computes as it was exported; leave out --precision {precision}")
         return cls(dual, ranks, batch=batch, cache=cache, precision=precision)
 
     @property

@@ -97,10 +97,10 @@ class Clip:
 
 
 def load(source: str | Path, device: str | torch.device | None = None, *, eval_resize: str | None = None) -> Clip:
-    """Load a model: a checkpoint or run folder of ours, or a folder of open_clip or transformers.
+    """Load a model: a checkpoint or run folder of ours, a folder of open_clip or transformers, or an ONNX export.
 
     Args:
-        device: to run on; by default a GPU if there is one.
+        device: to run on; by default a GPU if there is one. ONNX exports run on the CPU.
         eval_resize: ``shortest``, ``squash`` or ``longest``, instead of the model's own way to its square input.
 
     Raises:

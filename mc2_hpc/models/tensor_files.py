@@ -51,6 +51,10 @@ class TensorFiles:
         """Sorted tensor names."""
         return sorted(self._info)
 
+    def paths(self) -> list[Path]:
+        """The files, sorted."""
+        return sorted({info.path for info in self._info.values()})
+
     def __contains__(self, name: str) -> bool:
         return name in self._info
 

@@ -219,6 +219,8 @@ def test_int8_costs_less_than_a_point(trained_checkpoint: Path, int8_model: Path
 
 
 def test_int8_quantises_every_matrix(trained_checkpoint: Path, int8_model: Path, tmp_path: Path) -> None:
+    fp32_bytes = sum(path.stat().st_size for path in trained_checkpoint.glob("model*.safetensors"))
+    assert sum(path.stat().st_size for path in int8_model.glob("*.data")) < 0.35 * fp32_bytes
     for path in (int8_model / "image.onnx", int8_model / "text.onnx"):
         graph = onnx.load(path).graph
         floats = [w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) > 1]
@@ -236,6 +238,12 @@ def test_evaluation_loads_the_folder(quickstart_model: Path, quickstart_checkpoi
     with Image.open(photo) as image:
         torch.testing.assert_close(theirs.encode_image([image] * 3), ours.encode_image([image] * 3), atol=1e-6, rtol=0)
     torch.testing.assert_close(theirs.encode_text(TEXTS), ours.encode_text(TEXTS), atol=1e-6, rtol=0)
+
+
+def test_evaluation_in_half_precision_is_refused(quickstart_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would report scores of another precision than it computed in."""
+    assert main(["eval", str(quickstart_model), "--shards", "x.tar", "--precision", "bf16"]) == 2
+    assert "an ONNX model computes as it was exported; leave out --precision bf16" in capsys.readouterr().err
 
 
 def test_bad_folders(quickstart_model: Path, tmp_path: Path) -> None:
