@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,7 @@ from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.inspection.shard import Findings, LintOptions, ShardReader
 from mc2_hpc.shard_paths import Names
+from mc2_hpc.terminal import log_to_stderr
 
 PICTURES = 24
 """Pictures on the page."""
@@ -151,6 +153,8 @@ _reader: ShardReader | None = None
 
 def _start_worker(shards: ShardSet, options: LintOptions) -> None:
     global _reader
+    log_to_stderr()
+    logging.getLogger("mc2_hpc").setLevel(logging.WARNING)  # what every worker would repeat
     _reader = ShardReader(shards, options)
 
 
