@@ -138,6 +138,15 @@ def test_names_cannot_leave_the_folder(tmp_path):
     assert {data for data, _ in read_back(tmp_path / "out2").values()} == {picture(1), picture(2), picture(3)}
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_line_without_end_is_one_line(tmp_path, name):
+    """A file of nothing but zeros, as a disk leaves it after a crash, is not read to its end."""
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"t\.\w+, line 1: longer than 4,194,304 characters; not a table"):
+        pack(tmp_path / name, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "table, message",
     [
