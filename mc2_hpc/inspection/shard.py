@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from mc2_hpc.config import DataConfig
 from mc2_hpc.curation.fetching.stored import is_turned
-from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import TrainTransform, resolve_backend
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Shard
@@ -157,7 +156,7 @@ class ShardReader:
         found.short_sides[min(width, height)] += 1
         found.turned += is_turned(bytes(data))
         if len(found.pictures) < self._options.pictures:
-            found.pictures.append(Picture(key, text, lang, width, height, _small(data)))
+            found.pictures.append(Picture(key, text, lang, width, height, thumbnail(data, _THUMBNAIL)))
 
     def _read_captions(self, shard: Shard, found: Findings) -> None:
         """Look at every caption, whatever the epoch draws."""
@@ -183,7 +182,3 @@ class ShardReader:
         assert self._tokenizer is not None
         lengths = map(len, self._tokenizer.content(texts))
         found.tokens.setdefault(lang, Counter()).update(lengths)
-
-
-def _small(data: Encoded) -> bytes:
-    return thumbnail(data, _THUMBNAIL)

@@ -196,6 +196,7 @@ def test_shards_mix_folders_and_do_not_depend_on_the_order_of_rows(tmp_path, out
         write_files(tmp_path, {f"{run}.csv": table})
         pack(tmp_path / f"{run}.csv", tmp_path / run, images=photos, images_per_shard=10)
     one, two = outputs(tmp_path / "one"), outputs(tmp_path / "two")
+    assert one.pop("data_pack.json") != two.pop("data_pack.json"), "it names the source"
     assert one == two
     assert sorted(name for name in one if name.endswith(".tar")) == [f"0000{shard}.tar" for shard in range(4)]
     for shard in range(4):
