@@ -11,11 +11,13 @@ from mc2_hpc.config import DataConfig
 from mc2_hpc.curation.fetching.stored import is_turned
 from mc2_hpc.data.decode import TrainTransform, resolve_backend
 from mc2_hpc.data.locations import ShardSet
+from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.shards import Shard
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.stream import Part, ShardPool
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.errors import UserError
 from mc2_hpc.images import open_image, thumbnail
 
 EPOCH = 0
@@ -122,7 +124,11 @@ class ShardReader:
             self._tokenizer = Tokenizer(options.tokenizer, options.tokenizer_style, options.context_length)
 
     def read(self, number: int) -> tuple[Findings, npt.NDArray[np.uint64]]:
-        """What is in shard ``number``, and the hashes of its keys, sorted."""
+        """What is in shard ``number``, and the hashes of its keys, sorted.
+
+        Raises:
+            UserError: remote storage cannot be reached.
+        """
         found = Findings(shards=1)
         self._pool.skipped.clear()
         try:
@@ -132,6 +138,8 @@ class ShardReader:
             found.skipped[Drop.SHARD_UNREADABLE] += 1
             found.unreadable[self._names[number]] = str(error)
             return found, np.zeros(0, np.uint64)
+        except CannotReach as error:
+            raise UserError(str(error)) from None
         self._pool.count_shard(shard)
         found.skipped.update(self._pool.skipped)
         found.images = shard.num_keys
