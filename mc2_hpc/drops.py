@@ -4,7 +4,13 @@ Everything that is dropped is counted under one of these reasons. Only a user's 
 (``docs/curation.md``).
 """
 
+import logging
+from collections import Counter
 from enum import StrEnum
+
+_LOGGED_PER_REASON = 3
+logger = logging.getLogger(__name__)
+_logged: Counter[str] = Counter()
 
 
 class Drop(StrEnum):
@@ -121,3 +127,12 @@ class Dropped(ValueError):
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
         self.reason = reason
         self.detail = detail
+
+
+def log_skip(reason: Drop, where: str, detail: str = "") -> None:
+    """Log the first drops of each reason in this process; the rest are only counted, so that bad data cannot flood the
+    log."""
+    _logged[reason] += 1
+    if _logged[reason] <= _LOGGED_PER_REASON:
+        last = " (further ones are counted but not shown)" if _logged[reason] == _LOGGED_PER_REASON else ""
+        logger.warning("skipped, %s: %s%s%s", reason, where, f": {detail}" if detail else "", last)

@@ -1,5 +1,6 @@
-"""Text for terminals: durations, and the progress of long jobs (a bar on a terminal, plain lines elsewhere)."""
+"""Text for terminals: logs, durations, and the progress of long jobs (a bar on a terminal, plain lines elsewhere)."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,12 @@ COLUMNS = 80
 """Width of lines that are written to a file."""
 
 _LINE_EVERY_S = 10.0
+
+
+def log_to_stderr() -> None:
+    """Log this process's messages as a command does: our own from INFO, other libraries' from WARNING."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("mc2_hpc").setLevel(logging.INFO)  # the parent of all our loggers
 
 
 def clock(seconds: float) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import errno
 import io
-import logging
 import os
 import re
 import sys
@@ -29,6 +28,7 @@ from mc2_hpc.cli import (
 )
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import shown
+from mc2_hpc.terminal import log_to_stderr
 
 COMMANDS = {
     "quickstart": quickstart,
@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = _take_late(arguments, rest)
     if rest:
         parser.exit(2, f"mc2: unrecognized arguments: {' '.join(map(shown, rest))}\n")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("mc2_hpc").setLevel(logging.INFO)  # the parent of all our loggers; other libraries stay quiet
+    log_to_stderr()
     try:
         return arguments.command(arguments) or 0
     except UserError as error:

@@ -21,8 +21,7 @@ import torch
 
 from mc2_hpc.data.crop import Box, EncodedCrop
 from mc2_hpc.data.decode import crop_and_resize, one_torch_thread
-from mc2_hpc.data.skips import log_skip
-from mc2_hpc.drops import Dropped
+from mc2_hpc.drops import Dropped, log_skip
 
 IN_FLIGHT = 2
 """Batches to submit before receiving the first, so that the pipeline is never idle."""

@@ -23,10 +23,10 @@ import torch
 from mc2_hpc.data.crop import Encoded, EncodedCrop
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
-from mc2_hpc.data.skips import ShardError, log_skip
+from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.draws import hash_keys, random_uint64
-from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.drops import Drop, Dropped, log_skip
 from mc2_hpc.errors import UserError
 
 _PROBE_SAMPLES = 4096

@@ -21,9 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mc2_hpc.data.decode import one_torch_thread
-from mc2_hpc.data.skips import log_skip
 from mc2_hpc.distributed import Ranks, first_error
-from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.drops import Drop, Dropped, log_skip
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
 from mc2_hpc.evaluation.dual_encoders.protocol import encode_texts, finite

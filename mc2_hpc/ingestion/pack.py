@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
@@ -67,55 +69,54 @@ def plan_pack(
     """
     out, columns, options = Path(out).absolute(), columns or Columns(), options or PackOptions()
     found = recognise(source)
-    settings = {"kind": found.kind.name.lower(), "columns": to_plain(columns), "options": to_plain(options)}
-    settings["columns"]["captions"] = list(columns.captions)
-    settings |= {"images": None if images is None else str(images)}
-    settings |= {"images_per_shard": images_per_shard, "allow_outside": allow_outside}
-    # The links in a folder are its owner's; the names in a table may be anybody's.
-    follow = allow_outside or found.kind is Kind.FOLDER
-    folder = ImageFolder(Path(images).absolute() if images is not None else found.folder, follow)
-    if not folder.path.is_dir():
-        raise UserError(f"{folder.path}: no such folder of images")
-    if images is not None and found.kind in (Kind.FOLDER, Kind.TARS):
-        raise UserError("--images is for tables; the source has its images itself")
+    folder = _image_folder(found, images, allow_outside)
+    settings: dict[str, Any] = {
+        "source": str(source),
+        "kind": found.kind.name.lower(),
+        "images": None if images is None else str(images),
+        "columns": {**to_plain(columns), "captions": list(columns.captions)},
+        "options": to_plain(options),
+        "images_per_shard": images_per_shard,
+        "allow_outside": allow_outside,
+    }
     drops: Counter[str] = Counter()
-    if found.kind in (Kind.FOLDER, Kind.TABLES):
-        stage = _stage_of_files(found, out, folder, columns, options, images_per_shard, settings, drops)
-    elif found.kind is Kind.TARS:
-        tars = {shard.name: shard.images for shard in list_pool(source) if shard.images is not None}
-        open_folder(out, SETTINGS, settings, list(tars))
-        stage = Stage("pack", out, tars, PackTar(out, options), (STATS,))
-    else:
+    listings: dict[str, pa.Table] = {}
+    inputs: Mapping[str, Any]
+    work: PackFiles | PackTar | PackRows
+    if found.kind is Kind.TARS:
+        inputs = {shard.name: shard.images for shard in list_pool(source) if shard.images is not None}
+        work = PackTar(out, options)
+    elif found.kind is Kind.ROWS:
         parts = cut_rows(list(found.files), columns, images_per_shard)
-        named = {f"{number:05d}": part for number, part in enumerate(parts)}
-        open_folder(out, SETTINGS, settings, list(named))
-        stage = Stage("pack", out, named, PackRows(out, folder, columns, options), (STATS,))
-    return Plan((stage,), result=lambda: _result(out, list(stage.inputs), drops))
-
-
-def _stage_of_files(
-    found: Source,
-    out: Path,
-    folder: ImageFolder,
-    columns: Columns,
-    options: PackOptions,
-    images_per_shard: int,
-    settings: Mapping[str, Any],
-    drops: Counter[str],
-) -> Stage:
-    """Write the listings of a folder or of tables; what is left out is counted in ``drops``."""
-    if found.kind is Kind.FOLDER:
-        listing, dropped = list_folder(found.files[0])
+        inputs = {f"{number:05d}": part for number, part in enumerate(parts)}
+        settings["files"] = {file.name: file.stat().st_size for file in found.files}
+        work = PackRows(out, folder, columns, options)
     else:
-        listing, dropped = list_tables(found.files, folder.path, columns)
-    drops.update(dropped)
-    listings = {}
-    shards = dict(deal(listing, images_per_shard))
-    open_folder(out, SETTINGS, settings, list(shards))
-    for shard, rows in shards.items():
-        listings[shard] = out / "listing" / f"{shard}.parquet"
-        write_listing(listings[shard], rows)
-    return Stage("pack", out, listings, PackFiles(out, folder, options), (STATS,))
+        is_folder = found.kind is Kind.FOLDER
+        rows, drops = list_folder(folder.path) if is_folder else list_tables(found.files, folder.path, columns)
+        listings = dict(deal(rows, images_per_shard))
+        inputs = {shard: _listing(out, shard) for shard in listings}
+        work = PackFiles(out, folder, options)
+    open_folder(out, SETTINGS, settings, list(inputs))
+    for shard, rows in listings.items():
+        write_listing(_listing(out, shard), rows)
+    stage = Stage("pack", out, inputs, work, (STATS,))
+    return Plan((stage,), result=lambda: _result(out, list(inputs), drops))
+
+
+def _image_folder(found: Source, images: str | Path | None, allow_outside: bool) -> ImageFolder:
+    if images is None:
+        # The links in a folder are its owner's; the names in a table may be anybody's.
+        return ImageFolder(found.folder, allow_outside or found.kind is Kind.FOLDER)
+    if found.kind in (Kind.FOLDER, Kind.TARS):
+        raise UserError("--images is for tables; this source has its images itself")
+    if not Path(images).is_dir():
+        raise UserError(f"--images {images}: no such folder")
+    return ImageFolder(Path(images).absolute(), allow_outside)
+
+
+def _listing(out: Path, shard: str) -> Path:
+    return out / "listing" / f"{shard}.parquet"
 
 
 def _result(out: Path, shards: list[str], drops: Counter[str]) -> dict[str, Any]:
@@ -148,10 +149,7 @@ class PackFiles:
 
     def is_current(self, shard: str) -> bool:
         """Whether the shard was packed by the listing as it is now."""
-        return _is_packed(self.out, shard, file_sha256(self._listing(shard)))
-
-    def _listing(self, shard: str) -> Path:
-        return self.out / "listing" / f"{shard}.parquet"
+        return _is_packed(self.out, shard, file_sha256(_listing(self.out, shard)))
 
     def __call__(self, name: str, listing: Path) -> None:
         samples = (

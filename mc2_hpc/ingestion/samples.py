@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from mc2_hpc.caption_tables import KEY, LANG, TEXT
 from mc2_hpc.curation.fetching.stored import plain_jpeg_shape, store
 from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.pool.language_id import LanguageIdentifier, make_identifier
-from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.drops import Drop, Dropped, log_skip
 from mc2_hpc.images import MAX_PIXELS, load_rgb, open_image
 from mc2_hpc.jobs import stats_path
 from mc2_hpc.reading.json_file import Count, Foreign
@@ -29,8 +28,6 @@ NO_LANGUAGE = "(none)"
 """In counters: captions without a language."""
 _PLAIN_EXTENSIONS = ("ppm", "pgm", "pbm", "pnm", "tga")
 """Images that are recognised with the help of their name: their content has no signature, or a very short one."""
-_LOGGED_PER_REASON = 3
-logger = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -78,9 +75,7 @@ class _Kept:
     def drop(self, sample: Sample, dropped: Dropped) -> None:
         """Count a drop; log the first few of each reason."""
         self.drops[dropped.reason] += 1
-        if self.drops[dropped.reason] <= _LOGGED_PER_REASON:
-            detail = f": {dropped.detail}" if dropped.detail else ""
-            logger.warning("dropped, %s: %s%s", dropped.reason, sample.name or sample.key, detail)
+        log_skip(dropped.reason, sample.name or sample.key, dropped.detail)
 
 
 def write_samples(

@@ -34,9 +34,9 @@ class Source:
 
     kind: Kind
     files: tuple[Path, ...]
-    """The tables or row files in order; the folder; empty for tars."""
+    """The tables or row files, in order; empty for the other kinds."""
     folder: Path
-    """That names of images are relative to, unless the user names another."""
+    """The folder of images, or the one that names in a table are relative to."""
 
 
 class _DataFile(Foreign):
@@ -78,7 +78,7 @@ def recognise(names: Names) -> Source:
     for suffix in (".tar", *_ROW_FILES):
         if suffix in suffixes:
             return _of_files(list_shards(names, suffix))
-    return Source(Kind.FOLDER, (path.absolute(),), path.absolute())
+    return Source(Kind.FOLDER, (), path.absolute())
 
 
 def _of_files(files: list[Path]) -> Source:

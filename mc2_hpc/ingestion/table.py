@@ -6,7 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -98,10 +98,10 @@ def _csv(path: Path, columns: Columns, drops: Counter[str]) -> Iterator[tuple[Fi
             raise UserError(f"{shown(path)}: is UTF-16; save it as UTF-8")
     csv.field_size_limit(LARGEST_RECORD)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        header = text.readline(_LONGEST_LINE)
+        header = next(_lines(text, path), "")
         delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=header.count)
         text.seek(0)
-        reader = csv.reader(text, delimiter=delimiter)
+        reader = csv.reader(_lines(text, path), delimiter=delimiter)
         try:
             names = [name.strip() for name in next(reader, [])]
             used = columns.found_in(names, path)
@@ -118,7 +118,7 @@ def _json_lines(path: Path, columns: Columns, drops: Counter[str]) -> Iterator[t
     """One JSON object per line; a line that is not one is dropped."""
     used: Columns | None = None
     with open_regular(path) as stream:
-        while line := stream.readline(_LONGEST_LINE):
+        for line in _lines(stream, path):
             if not line.strip():
                 continue
             try:
@@ -128,6 +128,16 @@ def _json_lines(path: Path, columns: Columns, drops: Counter[str]) -> Iterator[t
                 continue
             used = used or columns.found_in(list(fields), path)  # later lines may lack fields
             yield fields, used
+
+
+def _lines(stream: IO[AnyStr], path: Path) -> Iterator[AnyStr]:
+    """The lines of a table, none of which is held in memory if it is too long to be one."""
+    number = 0
+    while line := stream.readline(_LONGEST_LINE):
+        number += 1
+        if len(line) == _LONGEST_LINE:
+            raise UserError(f"{shown(path)}, line {number}: longer than {_LONGEST_LINE:,} characters; not a table")
+        yield line
 
 
 def _parquet(path: Path, columns: Columns, drops: Counter[str]) -> Iterator[tuple[Fields, Columns]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,9 +16,11 @@ import numpy.typing as npt
 
 from mc2_hpc.data.locations import ShardSet, find_shards
 from mc2_hpc.data.tokenizer import Tokenizer
+from mc2_hpc.data.workers import prepare_worker
 from mc2_hpc.errors import UserError
 from mc2_hpc.inspection.shard import Findings, LintOptions, ShardReader
 from mc2_hpc.shard_paths import Names
+from mc2_hpc.terminal import log_to_stderr
 
 PICTURES = 24
 """Pictures on the page."""
@@ -151,6 +155,10 @@ _reader: ShardReader | None = None
 
 def _start_worker(shards: ShardSet, options: LintOptions) -> None:
     global _reader
+    prepare_worker(0)  # it ends with this process, however that ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends that process, which waits for the shards being read
+    log_to_stderr()
+    logging.getLogger("mc2_hpc").setLevel(logging.WARNING)  # what every worker would repeat
     _reader = ShardReader(shards, options)
 
 

@@ -9,14 +9,15 @@ import numpy.typing as npt
 
 from mc2_hpc.config import DataConfig
 from mc2_hpc.curation.fetching.stored import is_turned
-from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import TrainTransform, resolve_backend
 from mc2_hpc.data.locations import ShardSet
+from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.shards import Shard
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.stream import Part, ShardPool
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.errors import UserError
 from mc2_hpc.images import open_image, thumbnail
 
 EPOCH = 0
@@ -123,7 +124,11 @@ class ShardReader:
             self._tokenizer = Tokenizer(options.tokenizer, options.tokenizer_style, options.context_length)
 
     def read(self, number: int) -> tuple[Findings, npt.NDArray[np.uint64]]:
-        """What is in shard ``number``, and the hashes of its keys, sorted."""
+        """What is in shard ``number``, and the hashes of its keys, sorted.
+
+        Raises:
+            UserError: remote storage cannot be reached.
+        """
         found = Findings(shards=1)
         self._pool.skipped.clear()
         try:
@@ -133,6 +138,8 @@ class ShardReader:
             found.skipped[Drop.SHARD_UNREADABLE] += 1
             found.unreadable[self._names[number]] = str(error)
             return found, np.zeros(0, np.uint64)
+        except CannotReach as error:
+            raise UserError(str(error)) from None
         self._pool.count_shard(shard)
         found.skipped.update(self._pool.skipped)
         found.images = shard.num_keys
@@ -157,7 +164,8 @@ class ShardReader:
         found.short_sides[min(width, height)] += 1
         found.turned += is_turned(bytes(pair.image))
         if len(found.pictures) < self._options.pictures:
-            found.pictures.append(Picture(pair.key, pair.text, pair.lang, width, height, _small(pair.image)))
+            small = thumbnail(pair.image, _THUMBNAIL)
+            found.pictures.append(Picture(pair.key, pair.text, pair.lang, width, height, small))
 
     def _read_captions(self, shard: Shard, found: Findings) -> None:
         """Look at every caption, whatever the epoch draws."""
@@ -183,7 +191,3 @@ class ShardReader:
         assert self._tokenizer is not None
         lengths = map(len, self._tokenizer.content(texts))
         found.tokens.setdefault(lang, Counter()).update(lengths)
-
-
-def _small(data: Encoded) -> bytes:
-    return thumbnail(data, _THUMBNAIL)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mc2_hpc.data.locations import ShardSet, find_shards
+from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.shards import Shard
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.stream import Deck
@@ -39,7 +40,7 @@ def draw_samples(data: Names, count: int, *, seed: int = 0) -> Iterator[ShownSam
     """``count`` samples, good or bad, in an order drawn from ``seed``; the shards are drawn first.
 
     Raises:
-        UserError: no shards, or none of them can be read.
+        UserError: no shards, or none of them can be read, or remote storage cannot be reached.
     """
     shards = find_shards(data)
     order = Deck([name.rpartition("/")[2] for name in shards.names], lanes=1, seed=seed).order(0).tolist()
@@ -48,7 +49,7 @@ def draw_samples(data: Names, count: int, *, seed: int = 0) -> Iterator[ShownSam
         if left == 0:
             return
         try:
-            shard = shards.open(number)
+            shard = _open(shards, number)
         except ShardError as error:
             errors.append(f"{shards.names[number]}: {error}")
             continue
@@ -92,9 +93,16 @@ def find_samples(data: Names, key: str) -> list[ShownSample]:
 def _readable(shards: ShardSet) -> Iterator[Shard | None]:
     for number in range(len(shards.names)):
         try:
-            yield shards.open(number)
+            yield _open(shards, number)
         except ShardError:
             yield None
+
+
+def _open(shards: ShardSet, number: int) -> Shard:
+    try:
+        return shards.open(number)
+    except CannotReach as error:
+        raise UserError(str(error)) from None
 
 
 def _indices(shard: Shard) -> dict[str, int]:

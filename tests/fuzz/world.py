@@ -38,6 +38,7 @@ def build(folder: Path, port: int) -> None:
     train_tokenizer(texts * 3 + ["0123456789?.,"], folder / "sp.model", vocab_size=70, style="xlmv")
     _images(folder / "images")
     _pools(folder, port)
+    _own_data(folder / "own")
     _settings(folder)
     _crawl(folder / "crawl")
     _sources(folder / "sources")
@@ -115,6 +116,28 @@ def _pools(folder: Path, port: int) -> None:
         rows["source"] = [f"http://127.0.0.1:{port}/{number % NUM_IMAGES:02d}.jpg" for number in numbers]
         (folder / "addresses").mkdir(exist_ok=True)
         pq.write_table(pa.table(rows), folder / "addresses" / f"{shard}.parquet")
+
+
+def _own_data(folder: Path) -> None:
+    """Tables that name the files in ``images``, a folder with caption files, and files as ``datasets`` saves them."""
+    (folder / "captioned").mkdir(parents=True)
+    (folder / "saved").mkdir()
+    rows = []
+    for number in range(NUM_IMAGES):
+        lang, text = _caption(number)
+        rows.append({"image": f"{number:02d}.jpg", "caption": text, "lang": lang})
+        (folder / "captioned" / f"{number}.png").write_bytes(image(number, "PNG"))
+        (folder / "captioned" / f"{number}.txt").write_text(text)
+        (folder / "captioned" / f"{number}.json").write_text(json.dumps({"lang": lang}))
+    _write_csv(folder / "captions.csv", rows)
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet")
+    inline = [{**row, "image": {"bytes": image(number), "path": None}} for number, row in enumerate(rows)]
+    table = pa.Table.from_pylist(inline)
+    pq.write_table(table, folder / "rows.parquet")
+    with pa.ipc.new_stream(folder / "saved" / "data.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=3)
+    (folder / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
 
 
 def _settings(folder: Path) -> None:

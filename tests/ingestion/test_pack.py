@@ -138,6 +138,15 @@ def test_names_cannot_leave_the_folder(tmp_path):
     assert {data for data, _ in read_back(tmp_path / "out2").values()} == {picture(1), picture(2), picture(3)}
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_line_without_end_is_one_line(tmp_path, name):
+    """A file of nothing but zeros, as a disk leaves it after a crash, is not read to its end."""
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"t\.\w+, line 1: longer than 4,194,304 characters; not a table"):
+        pack(tmp_path / name, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "table, message",
     [
@@ -187,6 +196,7 @@ def test_shards_mix_folders_and_do_not_depend_on_the_order_of_rows(tmp_path, out
         write_files(tmp_path, {f"{run}.csv": table})
         pack(tmp_path / f"{run}.csv", tmp_path / run, images=photos, images_per_shard=10)
     one, two = outputs(tmp_path / "one"), outputs(tmp_path / "two")
+    assert one.pop("data_pack.json") != two.pop("data_pack.json"), "it names the source"
     assert one == two
     assert sorted(name for name in one if name.endswith(".tar")) == [f"0000{shard}.tar" for shard in range(4)]
     for shard in range(4):

@@ -196,3 +196,16 @@ def test_a_tar_of_something_else_says_what_it_holds(tmp_path):
     write_tar(tmp_path / "s.tar", [("a.npy", b"x")])
     with pytest.raises(UserError, match=r"s.tar: holds 1 \*\.npy; looked for an image"):
         pack(tmp_path / "s.tar", tmp_path / "out")
+
+
+def test_another_source_needs_another_folder(tmp_path):
+    """Its shards have the same names, and would otherwise count as packed."""
+    for name in "ab":
+        columns = {"image": [picture(1), picture(2)], "text": ["x", "y"]}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    pack(tmp_path / "a.parquet", tmp_path / "out")
+    with pytest.raises(UserError, match="made with another source, files; name another folder or delete it"):
+        pack(tmp_path / "b.parquet", tmp_path / "out")
+    pq.write_table(pa.table({"image": [picture(3)], "text": ["z"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="made with another files"):
+        pack(tmp_path / "a.parquet", tmp_path / "out")

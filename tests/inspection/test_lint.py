@@ -1,7 +1,11 @@
 """``mc2 data lint``: its counts are those of a real epoch of the loader."""
 
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,6 +18,7 @@ from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.inspection.lint import lint, quantile
 from mc2_hpc.inspection.shard import LintOptions
 from mc2_hpc.tar import write_tar
+from tests.holding import held
 from tests.ingestion.sources import picture
 from tests.inspection.messy import write_messy
 
@@ -136,6 +141,26 @@ def test_the_page_and_the_figures(messy, tokenizer, tmp_path, capsys, parse_page
     for reason in facts["skipped"]:
         assert reason in page.text
     assert "ein Bild" in page.text and "zero.tar" in page.text and "000" in page.text
+
+
+def test_workers_end_with_a_killed_command(tmp_path):
+    """One worker waits for a shard that cannot be opened; the other has none left."""
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", [("a.jpg", picture()), ("a.txt", b"text")])
+    words = ["-m", "mc2_hpc.cli", "data", "lint", str(tmp_path), "--workers", "2"]
+    with held(tmp_path / "0.tar"):
+        command = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+        assert command.stderr is not None
+        while "shards: 1/2" not in (line := command.stderr.readline()):
+            assert line, "it ended"
+        children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+        command.kill()
+        command.communicate(timeout=60)
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert len(children) >= 2
 
 
 def test_quantiles():

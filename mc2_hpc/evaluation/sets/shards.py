@@ -6,8 +6,8 @@ from pathlib import Path
 from mc2_hpc.data.locations import ShardSet, find_shards
 from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.shards import Shard
-from mc2_hpc.data.skips import ShardError, log_skip
-from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.data.skips import ShardError
+from mc2_hpc.drops import Drop, Dropped, log_skip
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.images import ShardImages, digest
 from mc2_hpc.evaluation.tasks import Captions, Retrieval
