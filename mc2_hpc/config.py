@@ -225,6 +225,8 @@ class EvalConfig:
     """Where the sets are, in place of the suite's ``root``."""
     batch: int = 64
     """Images per rank and forward pass."""
+    ema: bool = False
+    """Evaluate the moving average of the weights (``optim.ema_decay``) in place of the weights."""
     best: str | None = None
     """``<set>/<metric>`` whose largest value so far decides which checkpoint is kept as the best; null uses the leading
     metric of the first set that could be scored."""
@@ -298,6 +300,8 @@ class RunConfig:
         _at_least("micro_batch", self.micro_batch, 0)
         if self.profile.steps is not None and self.profile.steps[1] > self.steps:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
+        if self.eval.ema and not self.optim.ema_decay:
+            raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
         if self.optim.decay_steps > self.steps:
             raise UserError(f"optim.decay_steps={self.optim.decay_steps}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:

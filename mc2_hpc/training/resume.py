@@ -49,6 +49,7 @@ SAID = (
     "optim.text.lr_scale",
     "optim.text.layer_decay",
     "optim.max_logit_scale",
+    "optim.ema_decay",
     "optim.beta1",
     "optim.beta2",
     "optim.eps",
@@ -70,6 +71,7 @@ ADDED: dict[str, Any] = {
     "optim.text.lr_scale": 1.0,
     "optim.text.layer_decay": 1.0,
     "optim.max_logit_scale": 100.0,
+    "optim.ema_decay": 0.0,
 }
 """Settings that older versions did not have, and the value that they behaved as; not listed if that is null."""
 

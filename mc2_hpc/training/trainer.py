@@ -15,6 +15,7 @@ from mc2_hpc.data.enough import check_enough
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.distributed import Ranks, on_first_rank
+from mc2_hpc.models.average import AVERAGE, has_average
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import ModelCard
@@ -153,7 +154,8 @@ class Trainer:
         clip.set_backends(self.config.model, self.ranks.device.type)
 
     def _load_moments(self, checkpoint: Checkpoint) -> None:
-        self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step)
+        averages = TensorFiles(checkpoint.folder, AVERAGE) if has_average(checkpoint.folder) else None
+        self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step, averages)
 
     def train(self) -> None:
         """Train to ``config.steps``, saving and evaluating on the way and at the end. Collective.
