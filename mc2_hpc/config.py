@@ -138,6 +138,8 @@ class DataConfig:
     max_image_pixels: int = 1 << 26
     """Largest image that is decoded at full size. Larger JPEGs, up to eight times as many pixels, are decoded at a half
     or a quarter of their size; any other image that large is skipped."""
+    features: PathName | None = None
+    """Folder of image features that ``mc2 features`` computes, in place of images; needs ``freeze.vision: all``."""
     seed: int = 0
     """Seeds every random draw of the data path: caption choice, balancing, order, crop."""
     stall_seconds: float = 600
@@ -300,6 +302,8 @@ class RunConfig:
         _at_least("micro_batch", self.micro_batch, 0)
         if self.profile.steps is not None and self.profile.steps[1] > self.steps:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
+        if self.data.features is not None and self.freeze.vision != "all":
+            raise UserError("data.features: features of images cannot change; set freeze.vision=all")
         if self.eval.ema and not self.optim.ema_decay:
             raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
         if self.optim.decay_steps > self.steps:

@@ -12,6 +12,7 @@ from mc2_hpc.data.batches import Share
 from mc2_hpc.data.crop import EncodedCrop
 from mc2_hpc.data.dali import Jpegs
 from mc2_hpc.data.decode import TrainTransform, one_torch_thread
+from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.lanes import deal
 from mc2_hpc.data.limits import LARGER_SHARED_MEMORY, SHARED_MEMORY
 from mc2_hpc.data.locations import find_shards
@@ -68,7 +69,11 @@ class ShareSource(IterableDataset[Share | Failure]):
         self._config = config
         self._probs = BalanceFolder(config.balance) if config.balance is not None else None
         self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend, config.max_image_pixels)
-        self._image_size = image_size
+        self._stored = StoredFeatures(config.features, self.shards.names) if config.features is not None else None
+        self._image = torch.empty((3, image_size, image_size), dtype=torch.uint8)
+        """What one looks like."""
+        if self._stored is not None:
+            self._image = torch.empty(self._stored.width, dtype=torch.float32)
         self._tokenizer = tokenizer
         self._samples_per_lane = samples_per_lane
 
@@ -82,6 +87,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             seed=self._config.seed,
             probs=self._probs,
             transform=self._transform,
+            stored=self._stored,
             name=f"data.train={self._config.train}",
             reading=reading,
         )
@@ -100,7 +106,6 @@ class ShareSource(IterableDataset[Share | Failure]):
                 yield Failure(error)
 
     def _share(self, pool: ShardPool, lanes: dict[int, Lane]) -> Share:
-        size = self._image_size
         num = len(lanes) * self._samples_per_lane
         pixels: torch.Tensor | None = None
         num_decoded = 0
@@ -113,7 +118,7 @@ class ShareSource(IterableDataset[Share | Failure]):
                     encoded[len(examples)] = example.image
                 else:
                     if pixels is None:  # most batches are entirely pixels or entirely JPEGs
-                        pixels = torch.empty((num - len(examples), 3, size, size), dtype=torch.uint8)
+                        pixels = self._image.new_empty(num - len(examples), *self._image.shape)
                     pixels[num_decoded] = example.image
                     num_decoded += 1
                 examples.append(example)
@@ -121,7 +126,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         skipped = dict(pool.skipped)
         pool.skipped.clear()
         return Share(
-            pixels=pixels[:num_decoded] if pixels is not None else torch.empty((0, 3, size, size), dtype=torch.uint8),
+            pixels=pixels[:num_decoded] if pixels is not None else self._image.new_empty(0, *self._image.shape),
             jpegs=Jpegs.pack(encoded) if encoded else None,
             tokens=tokens,
             lengths=caption_lengths(tokens, self._tokenizer.eos_id),

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from mc2_hpc.data.crop import Encoded, EncodedCrop
+from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
 from mc2_hpc.data.skips import ShardError, log_skip
@@ -98,6 +99,7 @@ class ShardPool:
         lanes, seed: as in the config.
         probs: entry probabilities for online balancing; None keeps one text of every image.
         transform: decodes an image.
+        stored: features in place of decoded images.
         name: of the data, for errors.
         reading: called with the number of a shard before anything in it is read.
     """
@@ -110,6 +112,7 @@ class ShardPool:
         seed: int,
         probs: Probabilities | None,
         transform: Transform,
+        stored: StoredFeatures | None = None,
         name: str,
         reading: Callable[[int], None] = lambda shard: None,
     ) -> None:
@@ -123,6 +126,7 @@ class ShardPool:
         self._seed = seed
         self._probs = probs
         self._transform = transform
+        self._stored = stored
         self._name = name
         self._reading = reading
         self._open: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
@@ -155,7 +159,12 @@ class ShardPool:
         self._reading(number)
         try:
             pair = shard.read(row, seed=self._seed, epoch=epoch)
-            example = Example(pair, self._transform(pair.image, shard.row_hashes()[row], epoch))
+            key_hash = shard.row_hashes()[row]
+            if self._stored is not None:
+                image: torch.Tensor | EncodedCrop = self._stored.read(shard.name, key_hash)
+            else:
+                image = self._transform(pair.image, key_hash, epoch)
+            example = Example(pair, image)
         except Dropped as skip:
             log_skip(skip.reason, f"{shard.name}, row {row}", skip.detail)
             raise

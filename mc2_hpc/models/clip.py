@@ -137,7 +137,9 @@ def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:
     return model
 
 
-def flops_per_pair(arch: ClipArchitecture, text_length: int, frozen: Mapping[str, int] | None = None) -> int:
+def flops_per_pair(
+    arch: ClipArchitecture, text_length: int, frozen: Mapping[str, int] | None = None, *, images: bool = True
+) -> int:
     """Floating-point operations of a forward and backward pass over one image-text pair: 3 x the forward's, or 1 x for
     what is frozen.
 
@@ -148,6 +150,7 @@ def flops_per_pair(arch: ClipArchitecture, text_length: int, frozen: Mapping[str
     Args:
         text_length: tokens computed per caption.
         frozen: greatest frozen depth (:mod:`mc2_hpc.models.depth`) of ``vision`` and ``text``; below 0 for none.
+        images: whether images are encoded, or their features known.
     """
     vision, text = arch.vision, arch.text
     num_patches = (vision.image_size // vision.patch_size) ** 2
@@ -159,6 +162,7 @@ def flops_per_pair(arch: ClipArchitecture, text_length: int, frozen: Mapping[str
         return sum(flops * (3 if depth > deepest else 1) for depth, flops in enumerate(forward))
 
     patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width
-    return tower("vision", num_patches + 1, vision.width, vision.mlp_width, vision.layers, patches) + tower(
-        "text", text_length, text.width, 4 * text.width, text.layers, 0
-    )
+    flops = tower("text", text_length, text.width, 4 * text.width, text.layers, 0)
+    if images:
+        flops += tower("vision", num_patches + 1, vision.width, vision.mlp_width, vision.layers, patches)
+    return flops

@@ -41,10 +41,12 @@ class TrainedTowers(Towers):
         self, images: Tensor | None, tokens: Tensor | None, lengths: Sequence[int] | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32, or ``None`` to ``None``;
-        ``lengths`` as for the text tower."""
+        stored features of images remain as they are; ``lengths`` as for the text tower."""
         image = text = None
         # Inside the module, because the engine turns off any surrounding autocast that it did not set up itself.
-        if images is not None:
+        if images is not None and images.ndim == 2:
+            image = images
+        elif images is not None:
             with self.precision.autocast(images.device):
                 image = self.encode_image(normalise(images, self.precision.dtype), True)
         if tokens is not None:

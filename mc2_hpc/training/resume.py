@@ -58,6 +58,7 @@ SAID = (
     "data.train",
     "data.balance",
     "data.crop_scale",
+    "data.features",
 )
 """Settings that may change with a warning each: training continues, but differently from here on. More may be frozen,
 but not less: what was frozen has no AdamW state in the checkpoint."""

@@ -125,6 +125,7 @@ class ThroughputMeter:
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._arch = arch
         self._frozen = frozen_depths(arch, config.freeze)
+        self._images = config.data.features is None
         self._text_packing = config.model.text_packing
         self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
@@ -165,7 +166,7 @@ class ThroughputMeter:
         self._steps += 1
         lengths = batch.lengths if self._text_packing else [batch.tokens.shape[1]] * len(batch.keys)
         for length, num in Counter(lengths).items():
-            self._flops += flops_per_pair(self._arch, length, self._frozen) * num
+            self._flops += flops_per_pair(self._arch, length, self._frozen, images=self._images) * num
         self._languages.update(batch.langs)
 
     def interval(self, skipped: Counter[str]) -> Interval:

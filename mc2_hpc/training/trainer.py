@@ -25,6 +25,7 @@ from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
 from mc2_hpc.training.freezing import check_frozen
 from mc2_hpc.training.host_copy import HostCopy
+from mc2_hpc.training.image_features import check_features
 from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
@@ -120,6 +121,7 @@ class Trainer:
             warn_of_other_shards(checkpoint, self.shards)
         clip = build_clip(arch, seed=config.seed)
         self._prepare_model(clip, checkpoint, source)
+        check_features(clip, config, ranks)
         self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))
         if checkpoint is not None:
             self._load_moments(checkpoint)
