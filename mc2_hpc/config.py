@@ -88,6 +88,8 @@ class ModelConfig:
     )
     """What the blocks of both towers compute again in the backward pass instead of keeping it: ``none``, ``selective``
     (norms and activations, but no product and no attention) or ``full`` (every block)."""
+    patch_dropout: float = 0.0
+    """Share of each image's patches that training leaves out, drawn anew in every step."""
     compile: bool = False
     """torch.compile the blocks of both towers."""
     embedding: str = "sharded"
@@ -107,6 +109,8 @@ class ModelConfig:
             if self.compile and getattr(self, key) == "triton":
                 raise UserError(f"model.{key}=triton: torch.compile fuses torch's own; set model.{key}=torch")
         _choose("model.recompute", self.recompute, ("none", "selective", "full"))
+        if not 0 <= self.patch_dropout < 1:
+            raise UserError(f"model.patch_dropout={self.patch_dropout}: must be in [0, 1)")
         _choose("model.embedding", self.embedding, ("sharded", "dense"))
 
 
@@ -304,6 +308,8 @@ class RunConfig:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
         if self.data.features is not None and self.freeze.vision != "all":
             raise UserError("data.features: features of images cannot change; set freeze.vision=all")
+        if self.data.features is not None and self.model.patch_dropout:
+            raise UserError("data.features and model.patch_dropout: features are of whole images; set only one")
         if self.eval.ema and not self.optim.ema_decay:
             raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
         if self.optim.decay_steps > self.steps:

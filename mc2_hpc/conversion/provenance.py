@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 PROVENANCE_FILE = "provenance.json"
 _MOST_BYTES = 1 << 30
 """Of ``evaluations.jsonl``."""
-_TOLD = ("steps", "global_batch", "precision", "seed", "optim", "loss")
+_TOLD = ("steps", "global_batch", "precision", "seed", "freeze", "optim", "loss")
 """Settings of a run that are recorded; the others are paths, sizes that the model's config has, or matters of speed."""
 
 

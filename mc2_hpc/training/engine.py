@@ -38,17 +38,21 @@ class TrainedTowers(Towers):
         self.precision = precision
 
     def forward(
-        self, images: Tensor | None, tokens: Tensor | None, lengths: Sequence[int] | None = None
+        self,
+        images: Tensor | None,
+        tokens: Tensor | None,
+        lengths: Sequence[int] | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32, or ``None`` to ``None``;
-        stored features of images remain as they are; ``lengths`` as for the text tower."""
+        stored features of images remain as they are; ``lengths`` and ``kept`` as for the towers."""
         image = text = None
         # Inside the module, because the engine turns off any surrounding autocast that it did not set up itself.
         if images is not None and images.ndim == 2:
             image = images
         elif images is not None:
             with self.precision.autocast(images.device):
-                image = self.encode_image(normalise(images, self.precision.dtype), True)
+                image = self.encode_image(normalise(images, self.precision.dtype), True, kept=kept)
         if tokens is not None:
             with self.precision.autocast(tokens.device):
                 text = self.encode_text(tokens, True, lengths=lengths)
@@ -131,22 +135,25 @@ class Engine:
             self._table.look_up(tokens.cpu())
         return tokens.to(self.device, non_blocking=True)
 
-    def features(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def features(
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features of a micro-batch with a graph (see :class:`TrainedTowers`); one :meth:`backward` must follow."""
-        return self._engine(images, tokens, lengths)
+        return self._engine(images, tokens, lengths, kept)
 
     @torch.no_grad()
     def features_only(
-        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Features of a micro-batch without a graph."""
-        return self._engine.module(images, tokens, lengths)
+        return self._engine.module(images, tokens, lengths, kept)
 
     def backward_again(
         self,
         images: Tensor,
         tokens: Tensor,
         lengths: Sequence[int] | None,
+        kept: Tensor | None,
         image_grads: Tensor | None,
         text_grads: Tensor | None,
     ) -> None:
@@ -156,7 +163,7 @@ class Engine:
             image_grads, text_grads: (b, E); ``None`` for a tower that is frozen, which is not computed again.
         """
         image, text = self._engine(
-            images if image_grads is not None else None, tokens if text_grads is not None else None, lengths
+            images if image_grads is not None else None, tokens if text_grads is not None else None, lengths, kept
         )
         # The gradients of these inner products are those of the features.
         products = [(f * g).sum() for f, g in ((image, image_grads), (text, text_grads)) if g is not None]

@@ -37,6 +37,7 @@ SAID = (
     "steps",
     "global_batch",
     "precision",
+    "model.patch_dropout",
     "freeze.vision",
     "freeze.text",
     "freeze.logit_scale",
@@ -64,6 +65,7 @@ SAID = (
 but not less: what was frozen has no AdamW state in the checkpoint."""
 
 ADDED: dict[str, Any] = {
+    "model.patch_dropout": 0.0,
     "freeze.logit_scale": False,
     "optim.schedule": "cosine",
     "optim.decay_steps": 0,

@@ -30,6 +30,7 @@ from mc2_hpc.training.initial import Source, architecture, initial_source, load_
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.patch_dropout import PatchDropout
 from mc2_hpc.training.profiling import StepProfiler
 from mc2_hpc.training.progress import common_shards, restore_progress, warn_of_other_shards
 from mc2_hpc.training.resume import check_resume, warn_of_changes
@@ -132,6 +133,7 @@ class Trainer:
             batches=rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks.world_size),
             votes=lambda: Votes(stop=self.stop.requested is not None, written=self.writer.own_part_done),
         )
+        self._patch_dropout = PatchDropout(config, arch, ranks.device)
         self._means = Means()
         self._save_policy = SavePolicy(
             every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
@@ -210,7 +212,8 @@ class Trainer:
             lr = learning_rate(progress.step, total=config.steps, config=config.optim)
             images = batch.images.to(self.ranks.device, non_blocking=True)
             lengths = batch.lengths if config.model.text_packing else None
-            numbers = HostCopy(self._step(images, batch.tokens, lr, lengths=lengths).numbers())
+            kept = self._patch_dropout(batch.keys, progress.step)
+            numbers = HostCopy(self._step(images, batch.tokens, lr, lengths=lengths, kept=kept).numbers())
             # Waits until the previous step has finished, while the device has this one to work on.
             votes = agreed(
                 self._read(pending),

@@ -198,5 +198,5 @@ def test_frozen_parts_count_once() -> None:
     assert 3 * frozen == counts[0]
     # Without images, what is left is the text tower's.
     assert (
-        flops_per_pair(arch, length) - flops_per_pair(arch, length, images=False) == 3 * (counts[0] - counts[-1]) // 2
+        flops_per_pair(arch, length) - flops_per_pair(arch, length, num_patches=0) == 3 * (counts[0] - counts[-1]) // 2
     )
