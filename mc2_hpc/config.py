@@ -145,7 +145,7 @@ class DataConfig:
     features: PathName | None = None
     """Folder of image features that ``mc2 features`` computes, in place of images; needs ``freeze.vision: all``."""
     seed: int = 0
-    """Seeds every random draw of the data path: caption choice, balancing, order, crop."""
+    """Seeds every random draw of the data path: caption choice, balancing, order, crop, dropped patches."""
     stall_seconds: float = 600
     """Longest wait for samples; after it the run ends with an error that names the rank, worker and shard."""
     cache_dir: PathName | None = None
