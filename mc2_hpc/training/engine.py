@@ -256,7 +256,7 @@ class Engine:
     def state_names(self) -> list[tuple[str, str]]:
         """(kind, parameter name) of every state tensor; kind is ``weight`` or, if the parameter is trained, one of
         :data:`MOMENTS` or, with a moving average of the weights, :data:`EMA`."""
-        trained = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        trained = {name: name in self._towers.trained for name in self._parameters}
         trained["logit_scale"] = self._scale_optimizer is not None
         if self._table is not None:
             trained[TABLE] = self._table.trained

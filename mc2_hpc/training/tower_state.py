@@ -52,7 +52,9 @@ class TowerState:
             ema: keep a moving average of the trained ones.
         """
         self._stage, self._parameters = stage, parameters
-        self._inner, self._flats = optimizer, [p for p in parameters.values() if p.requires_grad]
+        self.trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        """Names of the parameters that have a state; evaluation lets the others require gradients too."""
+        self._inner, self._flats = optimizer, [parameters[name] for name in parameters if name in self.trained]
         if stage in (1, 2):
             self._inner, self._flats = optimizer.optimizer, optimizer.single_partition_of_fp32_groups
         elif stage == 3:
@@ -70,7 +72,7 @@ class TowerState:
         if kind == "weight":
             if self._stage < 3:
                 return parameter  # whole on every rank, and equal to the master copy
-            return safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+            return safe_get_full_fp32_param(parameter) if name in self.trained else _gathered(parameter)
         if self._stage == 0:
             return self._inner.state[parameter][kind]
         return safe_get_full_optimizer_state(parameter, kind)

@@ -133,9 +133,11 @@ def test_partitioned_weights_are_evaluated_whole(config, starter, suite, tmp_pat
     same_numbers(evaluations(tmp_path)[4]["sets"]["squares"], again["squares"])
 
 
-def test_frozen_weights_are_evaluated_too(config, starter, suite, tmp_path):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_frozen_weights_are_evaluated_too(config, starter, suite, tmp_path, stage):
     """Gradients between languages are those of all parameters, and training continues without them."""
-    assert train(config, tmp_path, starter, suite, "freeze.vision=all", "freeze.text=1", "steps=8") == 0
+    frozen = ["freeze.vision=all", "freeze.text=1", f"zero.stage={stage}", "zero.persist_below_elements=0"]
+    assert train(config, tmp_path, starter, suite, *frozen, "steps=8") == 0
     rows = evaluations(tmp_path)
     assert sorted(rows) == [4, 8]
     assert main(["eval", str(tmp_path / "run"), "--suite", str(suite), "--out", str(tmp_path / "eval")]) == 0
