@@ -125,18 +125,22 @@ def write_features(path: Path, hashes: npt.NDArray[np.uint64], features: Tensor,
         hashes: of the images' keys, in any order, each once.
         features: (n, E) in the same order.
         reasons: why images cannot be used, by their row.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     order = np.argsort(hashes)
     place = {int(row): new for new, row in enumerate(order)}
     named = {place[row]: str(reason) for row, reason in reasons.items()}
-    write_tensors(
-        path,
-        {
-            "hashes": torch.from_numpy(hashes[order].view(np.int64)),
-            "features": features[torch.from_numpy(order)].contiguous(),
-            "reasons": torch.frombuffer(bytearray(json.dumps(named, sort_keys=True).encode()), dtype=torch.uint8),
-        },
-    )
+    tensors = {
+        "hashes": torch.from_numpy(hashes[order].view(np.int64)),
+        "features": features[torch.from_numpy(order)].contiguous(),
+        "reasons": torch.frombuffer(bytearray(json.dumps(named, sort_keys=True).encode()), dtype=torch.uint8),
+    }
+    try:
+        write_tensors(path, tensors)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
 
 
 class StoredFeatures:

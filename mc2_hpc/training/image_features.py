@@ -5,10 +5,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mc2_hpc.config import RunConfig
@@ -62,17 +64,20 @@ def compute_features(config: RunConfig, ranks: Ranks, *, batch: int) -> int:
     on_first_rank(ranks, lambda: write_facts(folder, _facts(clip, config), arch.embed_dim))
     shards = find_shards(config.data.train, cache=config.data.cache_dir, cache_gb=config.data.cache_gb)
     _check_names(shards)
-    clip.set_attention(config.model.attention, ranks.device.type)
-    clip.to(ranks.device)
-    todo = [number for number, name in enumerate(shards.names) if not feature_file(folder, name).is_file()]
-    error = None
-    try:
-        for number in todo[ranks.rank :: ranks.world_size]:
-            _compute_shard(clip, config, shards, number, folder, ranks.device, batch)
-    except UserError as failure:
-        error = failure
-    first_error(error)
-    return len(todo)
+    clip.set_backends(config.model, ranks.device.type)
+    clip.vision.to(ranks.device)
+    todo: list[Any] = [[n for n, name in enumerate(shards.names) if not feature_file(folder, name).is_file()]]
+    dist.broadcast_object_list(todo, src=0)  # the others might already see what the first rank writes next
+    for first in range(0, len(todo[0]), ranks.world_size):
+        error = None
+        try:
+            for number in todo[0][first + ranks.rank : first + ranks.rank + 1]:
+                _compute_shard(clip, config, shards, number, folder, ranks.device, batch)
+        except UserError as failure:
+            error = failure
+        # After every shard, so that no rank waits longer for another than that takes, and an error ends all at once.
+        first_error(error)
+    return len(todo[0])
 
 
 def _facts(clip: CLIP, config: RunConfig) -> FeatureFacts:
