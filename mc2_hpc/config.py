@@ -89,6 +89,8 @@ class ModelConfig:
     )
     """What the blocks of both towers compute again in the backward pass instead of keeping it: ``none``, ``selective``
     (norms and activations, but no product and no attention) or ``full`` (every block)."""
+    patch_dropout: float = 0.0
+    """Share of each image's patches that training leaves out, drawn anew in every step."""
     compile: bool = False
     """torch.compile the blocks of both towers."""
     embedding: str = "sharded"
@@ -108,6 +110,8 @@ class ModelConfig:
             if self.compile and getattr(self, key) == "triton":
                 raise UserError(f"model.{key}=triton: torch.compile fuses torch's own; set model.{key}=torch")
         _choose("model.recompute", self.recompute, ("none", "selective", "full"))
+        if not 0 <= self.patch_dropout < 1:
+            raise UserError(f"model.patch_dropout={self.patch_dropout}: must be in [0, 1)")
         _choose("model.embedding", self.embedding, ("sharded", "dense"))
 
 
@@ -144,8 +148,10 @@ class DataConfig:
     max_image_pixels: int = 1 << 26
     """Largest image that is decoded at full size. Larger JPEGs, up to eight times as many pixels, are decoded at a half
     or a quarter of their size; any other image that large is skipped."""
+    features: PathName | None = None
+    """Folder of image features that ``mc2 features`` computes, in place of images; needs ``freeze.vision: all``."""
     seed: int = 0
-    """Seeds every random draw of the data path: caption choice, balancing, order, crop."""
+    """Seeds every random draw of the data path: caption choice, balancing, order, crop, dropped patches."""
     stall_seconds: float = 600
     """Longest wait for samples; after it the run ends with an error that names the rank, worker and shard."""
     cache_dir: PathName | None = None
@@ -163,6 +169,8 @@ class DataConfig:
         check_mix(self.sources)
         if self.sources and self.balance is not None:
             raise UserError("data.balance: data.train lists sources: set balance in those that are to be balanced")
+        if self.sources and self.features is not None:
+            raise UserError("data.features: data.train lists sources, and features are stored of a single one")
         _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
         _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil", "dali"))
         _at_least("data.takedown_seconds", self.takedown_seconds, 0.01)
@@ -240,6 +248,8 @@ class EvalConfig:
     """Where the sets are, in place of the suite's ``root``."""
     batch: int = 64
     """Images per rank and forward pass."""
+    ema: bool = False
+    """Evaluate the moving average of the weights (``optim.ema_decay``) in place of the weights."""
     best: str | None = None
     """``<set>/<metric>`` whose largest value so far decides which checkpoint is kept as the best; null uses the leading
     metric of the first set that could be scored."""
@@ -313,6 +323,12 @@ class RunConfig:
         _at_least("micro_batch", self.micro_batch, 0)
         if self.profile.steps is not None and self.profile.steps[1] > self.steps:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
+        if self.data.features is not None and self.freeze.vision != "all":
+            raise UserError("data.features: features of images cannot change; set freeze.vision=all")
+        if self.data.features is not None and self.model.patch_dropout:
+            raise UserError("data.features and model.patch_dropout: features are of whole images; set only one")
+        if self.eval.ema and not self.optim.ema_decay:
+            raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
         if self.optim.decay_steps > self.steps:
             raise UserError(f"optim.decay_steps={self.optim.decay_steps}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:

@@ -79,6 +79,9 @@ class OptimConfig:
     text: TowerOptimConfig = field(default_factory=TowerOptimConfig)
     max_logit_scale: float = 100.0
     """Upper limit of the temperature's multiplier after every step, at most 100 (the recipe); the lower limit is 1."""
+    ema_decay: float = 0.0
+    """Keeps an fp32 moving average of the weights, ``ema = ema_decay ema + (1 - ema_decay) weights`` after every step,
+    such as 0.9999; it starts as the initial weights. 0 keeps none."""
     grad_clip: float = 0.0
     """Largest global gradient norm; 0 does not clip (the recipe)."""
 
@@ -93,7 +96,7 @@ class OptimConfig:
                 f"optim.decay_steps={self.decay_steps} with optim.schedule={self.schedule}: "
                 f"set a number of steps for wsd, and 0 for the others"
             )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1)")
         for tower in ("vision", "text"):

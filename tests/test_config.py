@@ -47,8 +47,9 @@ def test_round_trip(file):
 
 def test_a_tilde_is_the_home_folder_in_every_path(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
-    keys = ("output", "model.init_from", "data.tokenizer", "data.balance", "data.cache_dir", "eval.suite", "eval.root")
-    config = config_to_dict(load_config(file, [*(f"{key}=~/x" for key in keys)]))
+    data = ("data.tokenizer", "data.balance", "data.cache_dir", "data.features")
+    keys = ("output", "model.init_from", *data, "eval.suite", "eval.root")
+    config = config_to_dict(load_config(file, ["freeze.vision=all", *(f"{key}=~/x" for key in keys)]))
     for key in keys:
         section, _, name = key.rpartition(".")
         assert (config[section] if section else config)[name] == "/home/ann/x", key

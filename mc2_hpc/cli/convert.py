@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="results.json of `mc2 eval`, for the model card [the run's own]"
     )
+    parser.add_argument("--ema", action="store_true", help="the moving average of a checkpoint's weights")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         int8=arguments.int8,
         results=arguments.results,
+        ema=arguments.ema,
     )
     print(arguments.out)
     return 0

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="cache image features here [OUT/features]")
     parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="images encoded at a time [64]")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="encoders' precision [fp32]")
+    parser.add_argument("--ema", action="store_true", help="score the moving average of a checkpoint's weights")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,6 +58,7 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
         batch=arguments.batch,
         cache=cache,
         precision=arguments.precision,
+        ema=arguments.ema,
     )
     with progress() as report:
         results = run_suite(suite, encoder, report if ranks.is_first else None)
@@ -89,6 +91,7 @@ def _document(arguments: argparse.Namespace, encoder: Any, sets: Mapping[str, An
         "model": dataclasses.asdict(encoder.dual.facts),
         "identity": encoder.identity,
         "precision": arguments.precision,
+        "ema": arguments.ema,
         "eval_resize": encoder.dual.facts.resize,
         "version": __version__,
         "paper_columns": columns_of(sets),

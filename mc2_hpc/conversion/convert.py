@@ -41,6 +41,7 @@ def convert(
     dtype: str | None = None,
     int8: bool = False,
     results: Path | None = None,
+    ema: bool = False,
 ) -> Path:
     """Convert the model at ``source`` to the format ``to``, write it to the folder ``out`` and return ``out``.
 
@@ -55,6 +56,7 @@ def convert(
         dtype: ``fp32``, ``bf16`` or ``fp16``, of the weights of an open_clip or transformers folder; None is fp32.
         int8: quantise an ONNX model's weights to 8 bits.
         results: ``results.json`` of ``mc2 eval`` for the model card; None: the run's own evaluation, if there is one.
+        ema: take the moving average of the weights, which only checkpoints of ours may have.
 
     Raises:
         UserError: unknown format or source, ``out`` is not empty, the patch size does not divide ``image_size``, or the
@@ -70,11 +72,15 @@ def convert(
     kind = detect_format(source)
     if kind == Format.ONNX:
         raise UserError(f"{source}: an ONNX export cannot be converted; name the model that it was made from")
-    if kind == to and image_size is None and dtype is None:
+    if ema and kind != Format.OURS:
+        raise UserError(f"{source}: is in the format {kind}, which has no moving average of weights; leave out --ema")
+    if kind == to and image_size is None and dtype is None and not ema:
         raise UserError(f"{source}: is already in the format {to}; choose another --to, an --image-size or a --dtype")
     scores = read_scores(results) if results is not None else None
     with atomic_folder(out) as partial:
-        _write(source, kind, to, partial, image_size=image_size, dtype=dtype or "fp32", int8=int8, scores=scores)
+        _write(
+            source, kind, to, partial, image_size=image_size, dtype=dtype or "fp32", int8=int8, scores=scores, ema=ema
+        )
     logger.info("converted %s (%s) to %s (%s)", source, kind, out, to)
     return out
 
@@ -89,14 +95,17 @@ def _write(
     dtype: str,
     int8: bool,
     scores: list[Score] | None,
+    ema: bool,
 ) -> None:
     scratch = out / "scratch"
     scratch.mkdir()
     ours = resolve_checkpoint(source) if kind == Format.OURS else scratch / "imported"
-    found = find_provenance(source if kind != Format.OURS else ours)
+    found = find_provenance(source if kind != Format.OURS else ours, ema=ema)
     if kind != Format.OURS:
         ours.mkdir()
         IMPORTERS[kind](source, ours)
+    if ema:
+        ours = _average(ours, scratch / "averaged")
     if image_size is not None:
         ours = _resize(ours, image_size, scratch / "resized")
         found = msgspec.structs.replace(found, scores=[])  # they were another model's
@@ -114,6 +123,13 @@ def _write(
     if to != Format.OURS:
         write_model_card(out, Format(to), card, found, weights="int8" if int8 else dtype)
     shutil.rmtree(scratch)
+
+
+def _average(source: Path, out: Path) -> Path:
+    card, files, tokenizer = read_model(source, ema=True)
+    out.mkdir()
+    write_model(out, card, ((name, files.get_fp32(name)) for name in files.names()), tokenizer)
+    return out
 
 
 def _resize(source: Path, image_size: int, out: Path) -> Path:

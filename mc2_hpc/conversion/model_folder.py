@@ -11,6 +11,7 @@ from torch import Tensor
 from mc2_hpc.conversion.keys import our_shapes
 from mc2_hpc.data.card_tokenizer import tokenizer_file
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.average import weight_files
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import (
     TOKENIZER_FILE,
@@ -21,7 +22,6 @@ from mc2_hpc.models.weights import (
     write_card,
     write_tensors,
 )
-from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that exported weights may have, by their names in ``--dtype``."""
@@ -31,15 +31,16 @@ _MOST_SIZE = 10**9
 _SAVED = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_model(source: Path) -> tuple[ModelCard, TensorFiles, Path]:
-    """The card, the memory-mapped weights and the tokenizer file of a checkpoint or run folder.
+def read_model(source: Path, *, ema: bool = False) -> tuple[ModelCard, TensorFiles, Path]:
+    """The card, the memory-mapped weights (or their moving average) and the tokenizer file of a checkpoint or run
+    folder.
 
     Raises:
-        UserError: no checkpoint there, no tokenizer beside it, or weights that do not fit ``model.json``.
+        UserError: no checkpoint or average there, no tokenizer beside it, or weights that do not fit ``model.json``.
     """
     folder = resolve_checkpoint(source)
     card = read_card(folder)
-    files = UnwrappedTensorFiles(folder, "model")
+    files = weight_files(folder, ema=ema)
     check_names(str(folder), files.names(), our_shapes(card.arch), files)
     return card, files, tokenizer_file(folder)
 

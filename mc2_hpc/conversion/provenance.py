@@ -116,14 +116,17 @@ def write_provenance(folder: Path, found: Provenance) -> None:
     write_json(folder / PROVENANCE_FILE, msgspec.to_builtins(found))
 
 
-def find_provenance(folder: Path) -> Provenance:
+def find_provenance(folder: Path, *, ema: bool = False) -> Provenance:
     """What is known about the model in a checkpoint folder of ours or an exported folder.
 
     What cannot be read is left out with a warning, because the model itself is complete without it.
+
+    Args:
+        ema: whether the model is the moving average of the checkpoint's weights, which has scores of its own.
     """
     try:
         if (folder / "trainer.json").is_file():
-            return _of_run(folder)
+            return _of_run(folder, ema)
         if (folder / PROVENANCE_FILE).is_file():
             return read_json(folder / PROVENANCE_FILE, Provenance)
     except UserError as error:
@@ -144,10 +147,11 @@ def _leave_out(error: UserError) -> None:
     logger.warning("left out of the model card: %s", error)
 
 
-def _of_run(checkpoint: Path) -> Provenance:
+def _of_run(checkpoint: Path, ema: bool) -> Provenance:
     trainer = read_json(checkpoint / "trainer.json", _Trainer, cure="the checkpoint is damaged")
     model, data = (_section(trainer.config, name) for name in ("model", "data"))
     initial = model.get("init_from")
+    evaluated_ema = bool(_section(trainer.config, "eval").get("ema"))
     found = Provenance(
         step=trainer.step,
         samples_seen=trainer.samples_seen,
@@ -155,7 +159,7 @@ def _of_run(checkpoint: Path) -> Provenance:
         shards=trainer.shards,
         config={name: trainer.config[name] for name in _TOLD if name in trainer.config},
         versions=trainer.versions,
-        scores=_evaluated(checkpoint, trainer.step),
+        scores=_evaluated(checkpoint, trainer.step) if evaluated_ema == ema else [],
     )
     try:
         return _with_curation(found, data)

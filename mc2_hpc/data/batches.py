@@ -44,7 +44,7 @@ class Batch(Samples):
     """This rank's part of one step."""
 
     images: torch.Tensor
-    """uint8 ``(b, 3, S, S)``; pinned if there is a GPU."""
+    """uint8 ``(b, 3, S, S)``, or stored features, float32 ``(b, E)``; pinned if there is a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +56,7 @@ class Share(Samples):
     """A worker's part of a batch."""
 
     pixels: torch.Tensor
-    """uint8 ``(m, 3, S, S)``: the decoded images, in order."""
+    """uint8 ``(m, 3, S, S)``: the decoded images, in order; or stored features, float32 ``(m, E)``."""
     jpegs: Jpegs | None = None
     """The other images, with their places in the batch."""
 
@@ -96,7 +96,8 @@ def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Sampl
 def joined_pixels(shares: Sequence[Share], *, pin: bool) -> torch.Tensor:
     """The decoded images of all shares, in order."""
     num = sum(len(share.pixels) for share in shares)
-    pixels = torch.empty((num, *shares[0].pixels.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+    like = shares[0].pixels
+    pixels = torch.empty((num, *like.shape[1:]), dtype=like.dtype, pin_memory=pin)
     return torch.cat([share.pixels for share in shares], out=pixels)
 
 

@@ -80,13 +80,14 @@ class TrainLoader:
         num_workers = min(config.workers, len(own))
         if num_workers < config.workers:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
-        backend = resolve_backend(config.decode, "train")
+        # Where features are stored, nothing is decoded.
+        backend = resolve_backend(config.decode if config.features is None else "turbo", "train")
         self.sources = open_sources(config, urls=takedown is not None)
         """At least one; a single one has no name unless the config gives it one."""
         check_open_files(
             shards=len(own) * len(self.sources), workers=num_workers, prefetch=config.prefetch, world_size=world_size
         )
-        if backend != "dali":  # the size of a JPEG is not known in advance
+        if backend != "dali" and config.features is None:  # the size of a JPEG is not known in advance
             share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
             check_memory(share_bytes * max(1, num_workers))
             check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)

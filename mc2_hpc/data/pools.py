@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mc2_hpc.balancing.folder import BalanceFolder
 from mc2_hpc.config import DataConfig
 from mc2_hpc.data.caption_fields import CaptionFields
+from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.locations import ShardSet, find_shards
 from mc2_hpc.data.mixing import LanePosition, MixedLane, SourceDraws
 from mc2_hpc.data.shards import PLAIN, Extras, Probabilities
@@ -106,6 +107,7 @@ def make_pools(
     lanes: int,
     transform: Transform,
     reading: Callable[[int | None], None],
+    stored: StoredFeatures | None = None,
     takedown: Takedown | None = None,
 ) -> list[ShardPool]:
     """A pool for each source; ``reading`` is called with shard numbers counted over all sources."""
@@ -117,6 +119,7 @@ def make_pools(
             seed=source.seed,
             probs=source.probs,
             transform=transform,
+            stored=stored,
             name=source.label,
             source=source.name,
             takedown=takedown,

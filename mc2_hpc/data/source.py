@@ -12,6 +12,7 @@ from mc2_hpc.data.batches import Share
 from mc2_hpc.data.crop import EncodedCrop
 from mc2_hpc.data.dali import Jpegs
 from mc2_hpc.data.decode import TrainTransform, one_torch_thread
+from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.lanes import deal
 from mc2_hpc.data.limits import LARGER_SHARED_MEMORY, SHARED_MEMORY
 from mc2_hpc.data.mixing import LanePosition, MixedLane
@@ -65,7 +66,13 @@ class ShareSource(IterableDataset[Share | Failure]):
         self._config = config
         self._sources = sources
         self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend, config.max_image_pixels)
-        self._image_size = image_size
+        self._stored: StoredFeatures | None = None
+        if config.features is not None:
+            self._stored = StoredFeatures(config.features, [name for each in sources for name in each.shards.names])
+        self._image = torch.empty((3, image_size, image_size), dtype=torch.uint8)
+        """What one looks like."""
+        if self._stored is not None:
+            self._image = torch.empty(self._stored.width, dtype=torch.float32)
         self._tokenizer = tokenizer
         self._samples_per_lane = samples_per_lane
         self._takedown = takedown
@@ -78,6 +85,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             self._sources,
             lanes=self._config.lanes,
             transform=self._transform,
+            stored=self._stored,
             reading=reading,
             takedown=self._takedown,
         )
@@ -103,7 +111,6 @@ class ShareSource(IterableDataset[Share | Failure]):
         return source.shards.names[number - source.first]
 
     def _share(self, pools: Sequence[ShardPool], lanes: Mapping[int, Lane | MixedLane]) -> Share:
-        size = self._image_size
         num = len(lanes) * self._samples_per_lane
         pixels: torch.Tensor | None = None
         num_decoded = 0
@@ -116,7 +123,7 @@ class ShareSource(IterableDataset[Share | Failure]):
                     encoded[len(examples)] = example.image
                 else:
                     if pixels is None:  # most batches are entirely pixels or entirely JPEGs
-                        pixels = torch.empty((num - len(examples), 3, size, size), dtype=torch.uint8)
+                        pixels = self._image.new_empty(num - len(examples), *self._image.shape)
                     pixels[num_decoded] = example.image
                     num_decoded += 1
                 examples.append(example)
@@ -126,7 +133,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             skipped.update(pool.skipped)
             pool.skipped.clear()
         return Share(
-            pixels=pixels[:num_decoded] if pixels is not None else torch.empty((0, 3, size, size), dtype=torch.uint8),
+            pixels=pixels[:num_decoded] if pixels is not None else self._image.new_empty(0, *self._image.shape),
             jpegs=Jpegs.pack(encoded) if encoded else None,
             tokens=tokens,
             lengths=caption_lengths(tokens, self._tokenizer.eos_id),

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from mc2_hpc.data.crop import Encoded, EncodedCrop
+from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
 from mc2_hpc.data.skips import ShardError
@@ -106,6 +107,7 @@ class ShardPool:
         lanes, seed: as in the config.
         probs: entry probabilities for online balancing; None keeps one text of every image.
         transform: decodes an image.
+        stored: features in place of decoded images.
         name: of the data, for errors.
         source: name of the source that its samples are from.
         takedown: list of samples to leave out.
@@ -120,6 +122,7 @@ class ShardPool:
         seed: int,
         probs: Probabilities | None,
         transform: Transform,
+        stored: StoredFeatures | None = None,
         name: str,
         source: str = "",
         takedown: Takedown | None = None,
@@ -135,6 +138,7 @@ class ShardPool:
         self._seed = seed
         self._probs = probs
         self._transform = transform
+        self._stored = stored
         self._name = name
         self._source = source
         self._takedown = takedown
@@ -169,7 +173,11 @@ class ShardPool:
         self._reading(number)
         try:
             pair = self._read(shard, row, epoch)
-            image = self._transform(pair.image, shard.row_hashes()[row], epoch)
+            key_hash = shard.row_hashes()[row]
+            if self._stored is not None:
+                image: torch.Tensor | EncodedCrop = self._stored.read(shard.name, key_hash)
+            else:
+                image = self._transform(pair.image, key_hash, epoch)
         except Dropped as skip:
             log_skip(skip.reason, f"{shard.name}, row {row}", skip.detail)
             raise

@@ -107,13 +107,14 @@ class Encoder:
         batch: int = 64,
         cache: Path | None = None,
         precision: str = "fp32",
+        ema: bool = False,
     ) -> "Encoder":
         """The encoder of a model folder in any format (see :func:`open_dual_encoder`).
 
         Raises:
             UserError: no model can be loaded, or it cannot compute in that precision.
         """
-        dual = open_dual_encoder(source, ranks.device, eval_resize=eval_resize)
+        dual = open_dual_encoder(source, ranks.device, eval_resize=eval_resize, ema=ema)
         if precision != "fp32" and dual.facts.format == Format.ONNX:
             raise UserError(f"{source}: an ONNX model computes as it was exported; leave out --precision {precision}")
         return cls(dual, ranks, batch=batch, cache=cache, precision=precision)

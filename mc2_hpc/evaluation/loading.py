@@ -96,12 +96,19 @@ class Clip:
             raise UserError(f"{path or 'an image'}: cannot be read ({error.strerror or error})") from None
 
 
-def load(source: str | Path, device: str | torch.device | None = None, *, eval_resize: str | None = None) -> Clip:
+def load(
+    source: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    eval_resize: str | None = None,
+    ema: bool = False,
+) -> Clip:
     """Load a model: a checkpoint or run folder of ours, a folder of open_clip or transformers, or an ONNX export.
 
     Args:
         device: to run on; by default a GPU if there is one. ONNX exports run on the CPU.
         eval_resize: ``shortest``, ``squash`` or ``longest``, instead of the model's own way to its square input.
+        ema: take the moving average of a checkpoint's weights.
 
     Raises:
         UserError: no model can be loaded, or there is no such device.
@@ -110,7 +117,7 @@ def load(source: str | Path, device: str | torch.device | None = None, *, eval_r
         place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
         raise UserError(f"device={device!r}: {str(error).splitlines()[0]}") from None
-    return Clip(open_dual_encoder(source, place, eval_resize=eval_resize))
+    return Clip(open_dual_encoder(source, place, eval_resize=eval_resize, ema=ema))
 
 
 def _at_least_one(batch: int, count: int, what: str) -> None:

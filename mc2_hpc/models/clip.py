@@ -26,9 +26,13 @@ class Towers(nn.Module):
         self.vision = vision
         self.text = text
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """(B, 3, S, S) normalised images to (B, E) embeddings; unit-length and fp32 if ``normalize``."""
-        features = self.vision(images)
+    def encode_image(self, images: Tensor, normalize: bool = False, *, kept: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) normalised images to (B, E) embeddings; unit-length and fp32 if ``normalize``.
+
+        Args:
+            kept: (B, K) int64, the patches that are computed (see :class:`VisionTower`).
+        """
+        features = self.vision(images, kept)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False, *, lengths: Sequence[int] | None = None) -> Tensor:
@@ -137,7 +141,9 @@ def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:
     return model
 
 
-def flops_per_pair(arch: ClipArchitecture, text_length: int, frozen: Mapping[str, int] | None = None) -> int:
+def flops_per_pair(
+    arch: ClipArchitecture, text_length: int, frozen: Mapping[str, int] | None = None, *, num_patches: int | None = None
+) -> int:
     """Floating-point operations of a forward and backward pass over one image-text pair: 3 x the forward's, or 1 x for
     what is frozen.
 
@@ -148,9 +154,11 @@ def flops_per_pair(arch: ClipArchitecture, text_length: int, frozen: Mapping[str
     Args:
         text_length: tokens computed per caption.
         frozen: greatest frozen depth (:mod:`mc2_hpc.models.depth`) of ``vision`` and ``text``; below 0 for none.
+        num_patches: computed per image; None is all of them, 0 does not encode images.
     """
     vision, text = arch.vision, arch.text
-    num_patches = (vision.image_size // vision.patch_size) ** 2
+    if num_patches is None:
+        num_patches = (vision.image_size // vision.patch_size) ** 2
 
     def tower(name: str, length: int, width: int, mlp_width: int, layers: int, embedding: int) -> int:
         deepest = -1 if frozen is None else frozen[name]
@@ -159,6 +167,7 @@ def flops_per_pair(arch: ClipArchitecture, text_length: int, frozen: Mapping[str
         return sum(flops * (3 if depth > deepest else 1) for depth, flops in enumerate(forward))
 
     patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width
-    return tower("vision", num_patches + 1, vision.width, vision.mlp_width, vision.layers, patches) + tower(
-        "text", text_length, text.width, 4 * text.width, text.layers, 0
-    )
+    flops = tower("text", text_length, text.width, 4 * text.width, text.layers, 0)
+    if num_patches:
+        flops += tower("vision", num_patches + 1, vision.width, vision.mlp_width, vision.layers, patches)
+    return flops

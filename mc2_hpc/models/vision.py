@@ -1,11 +1,13 @@
 """The image tower: a pre-norm vision transformer with a class token.
 
-Shape suffixes: B batch, C colour channels, S image side, N patches, P numbers per patch, W width, E embedding.
+Shape suffixes: B batch, C colour channels, S image side, N patches, K kept patches, P numbers per patch, W width, E
+embedding.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mc2_hpc.models.fused import LayerNorm
@@ -36,11 +38,21 @@ class VisionTower(nn.Module):
         self.norm_post = LayerNorm(arch.width)
         self.projection = nn.Parameter(torch.empty(arch.width, embed_dim))
 
-    def forward(self, images_BCSS: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised images to (B, E); S is ``arch.image_size``."""
-        x_BNW = self.patch_embedding(self._patchify(images_BCSS))
+    def forward(self, images_BCSS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) normalised images to (B, E); S is ``arch.image_size``.
+
+        Args:
+            kept_BK: int64, the patches of each image that are computed, counted row by row; ``None`` is all of them.
+        """
+        patches_BNP = self._patchify(images_BCSS)
+        positions: Tensor = self.positional_embedding
+        if kept_BK is not None:
+            patches_BNP = patches_BNP.gather(1, kept_BK[..., None].expand(-1, -1, patches_BNP.shape[2]))
+            first_B11 = kept_BK.new_zeros(len(kept_BK), 1)  # the class token has the first position
+            positions = F.embedding(torch.cat([first_B11, kept_BK + 1], dim=1), positions)
+        x_BNW = self.patch_embedding(patches_BNP)
         class_B1W = self.class_embedding.to(x_BNW.dtype).expand(x_BNW.shape[0], 1, -1)
-        x_BNW = torch.cat([class_B1W, x_BNW], dim=1) + self.positional_embedding.to(x_BNW.dtype)
+        x_BNW = torch.cat([class_B1W, x_BNW], dim=1) + positions.to(x_BNW.dtype)
         x_BNW = self.transformer(self.norm_pre(x_BNW))
         return self.norm_post(x_BNW[:, 0]) @ self.projection
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.average import weight_files
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.tensor_files import TensorFiles
-from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.reading.files import read_text
 from mc2_hpc.reading.json_file import Count, File, Name, Size, read_json
 from mc2_hpc.storage import atomic_path, write_json
@@ -190,21 +190,23 @@ def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.
             )
 
 
-def load_clip(folder: str | Path, arch: ClipArchitecture | None = None) -> tuple[CLIP, ModelCard]:
+def load_clip(folder: str | Path, arch: ClipArchitecture | None = None, *, ema: bool = False) -> tuple[CLIP, ModelCard]:
     """Load a model through a memory map, on the CPU, in eval mode; wrappers' prefixes in names are removed.
 
     Args:
         folder: a checkpoint, or a run folder (its latest checkpoint).
         arch: the expected architecture; ``None`` uses that of ``model.json``.
+        ema: load the moving average of the weights.
 
     Raises:
-        UserError: no checkpoint, a damaged file, or weights that do not fit ``arch`` or are not floating-point numbers.
+        UserError: no checkpoint, no average, a damaged file, or weights that do not fit ``arch`` or are not
+            floating-point numbers.
     """
     folder = resolve_checkpoint(folder)
     card = read_card(folder)
     with torch.device("meta"):
         model = CLIP(arch or card.arch)
-    files = UnwrappedTensorFiles(folder, "model")
+    files = weight_files(folder, ema=ema)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_names(str(folder), files.names(), shapes, files)
     model.load_state_dict({name: files.get_fp32(name) for name in files.names()}, assign=True)

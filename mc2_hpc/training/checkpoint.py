@@ -6,6 +6,7 @@
         model.json, tokenizer.model              architecture and tokenizer (mc2_hpc.models.weights)
         model.00000-of-00004.safetensors ...     fp32 weights
         optimizer.00000-of-00004.safetensors ... AdamW moments, named <parameter>.<moment>
+        ema.00000-of-00004.safetensors ...       fp32 moving average of the trained weights, if the run keeps one
         trainer.json                             step, samples seen, data position, config, versions
         manifest.json                            size and SHA-256 of every file above
 

@@ -26,7 +26,7 @@ from mc2_hpc.training.deepspeed_config import deepspeed_config
 from mc2_hpc.training.freezing import freeze
 from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate
 from mc2_hpc.training.token_table import TABLE, TokenTable
-from mc2_hpc.training.tower_state import MOMENTS, TowerState, create_state
+from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState, average, create_state
 from mc2_hpc.training.votes import Votes
 
 
@@ -38,15 +38,21 @@ class TrainedTowers(Towers):
         self.precision = precision
 
     def forward(
-        self, images: Tensor | None, tokens: Tensor | None, lengths: Sequence[int] | None = None
+        self,
+        images: Tensor | None,
+        tokens: Tensor | None,
+        lengths: Sequence[int] | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(b, 3, S, S) uint8 and (b, L) int64 to two (b, E) unit-length features in fp32, or ``None`` to ``None``;
-        ``lengths`` as for the text tower."""
+        stored features of images remain as they are; ``lengths`` and ``kept`` as for the towers."""
         image = text = None
         # Inside the module, because the engine turns off any surrounding autocast that it did not set up itself.
-        if images is not None:
+        if images is not None and images.ndim == 2:
+            image = images
+        elif images is not None:
             with self.precision.autocast(images.device):
-                image = self.encode_image(normalise(images, self.precision.dtype), True)
+                image = self.encode_image(normalise(images, self.precision.dtype), True, kept=kept)
         if tokens is not None:
             with self.precision.autocast(tokens.device):
                 text = self.encode_text(tokens, True, lengths=lengths)
@@ -80,6 +86,8 @@ class Engine:
         self._clip = clip
         self._model_config = config.model
         self._max_norm = config.optim.grad_clip
+        self._ema_decay = config.optim.ema_decay
+        self._kinds = (*MOMENTS, EMA) if self._ema_decay else MOMENTS
         self._max_scale = math.log(config.optim.max_logit_scale)
         self.device = ranks.device
         self.num_micro = num_micro
@@ -104,7 +112,7 @@ class Engine:
             dist_init_required=False,
         )
         self._parameters = dict(self._engine.module.named_parameters())
-        self._towers = TowerState(self._optimizer, self.stage, self._parameters)
+        self._towers = TowerState(self._optimizer, self.stage, self._parameters, ema=self._ema_decay > 0)
         self._trained_table = self._table if self._table is not None and self._table.trained else None
         if self._trained_table is not None and self.stage > 0 and not self._computes_norm:
             add_to_norm(self._optimizer, self.stage, self._trained_table.gradient)
@@ -114,7 +122,7 @@ class Engine:
     def _adamw_of_scale(self, config: RunConfig) -> torch.optim.AdamW:
         groups = parameter_groups([("logit_scale", self.logit_scale)], self._clip.arch, config.optim)
         optimizer = adamw(groups, config.optim)
-        create_state(optimizer, self.logit_scale)
+        create_state(optimizer, self.logit_scale, ema=self._ema_decay > 0)
         return optimizer
 
     def look_up(self, tokens: Tensor) -> Tensor:
@@ -127,22 +135,25 @@ class Engine:
             self._table.look_up(tokens.cpu())
         return tokens.to(self.device, non_blocking=True)
 
-    def features(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def features(
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features of a micro-batch with a graph (see :class:`TrainedTowers`); one :meth:`backward` must follow."""
-        return self._engine(images, tokens, lengths)
+        return self._engine(images, tokens, lengths, kept)
 
     @torch.no_grad()
     def features_only(
-        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Features of a micro-batch without a graph."""
-        return self._engine.module(images, tokens, lengths)
+        return self._engine.module(images, tokens, lengths, kept)
 
     def backward_again(
         self,
         images: Tensor,
         tokens: Tensor,
         lengths: Sequence[int] | None,
+        kept: Tensor | None,
         image_grads: Tensor | None,
         text_grads: Tensor | None,
     ) -> None:
@@ -152,7 +163,7 @@ class Engine:
             image_grads, text_grads: (b, E); ``None`` for a tower that is frozen, which is not computed again.
         """
         image, text = self._engine(
-            images if image_grads is not None else None, tokens if text_grads is not None else None, lengths
+            images if image_grads is not None else None, tokens if text_grads is not None else None, lengths, kept
         )
         # The gradients of these inner products are those of the features.
         products = [(f * g).sum() for f, g in ((image, image_grads), (text, text_grads)) if g is not None]
@@ -197,6 +208,8 @@ class Engine:
                 self._trained_table.step(lr, norm)
         if self._scale_optimizer is not None:
             self._step_scale(self._scale_optimizer, shared[0] / dist.get_world_size(), lr)
+        if self._ema_decay:
+            self._average()
         return norm, shared[1:-1]
 
     def _step_scale(self, optimizer: torch.optim.AdamW, gradient: Tensor, lr: float) -> None:
@@ -207,6 +220,13 @@ class Engine:
         optimizer.zero_grad()
         with torch.no_grad():
             self.logit_scale.clamp_(0, self._max_scale)
+
+    def _average(self) -> None:
+        self._towers.average(self._ema_decay)
+        if self._trained_table is not None:
+            self._trained_table.average(self._ema_decay)
+        if self._scale_optimizer is not None:
+            average(self._scale_optimizer, [self.logit_scale], self._ema_decay)
 
     def _squared_norm(self) -> Tensor:
         """The square of the norm of the averaged gradients that this rank owns, 0-d, summed in fp64."""
@@ -235,12 +255,12 @@ class Engine:
 
     def state_names(self) -> list[tuple[str, str]]:
         """(kind, parameter name) of every state tensor; kind is ``weight`` or, if the parameter is trained, one of
-        :data:`MOMENTS`."""
-        trained = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        :data:`MOMENTS` or, with a moving average of the weights, :data:`EMA`."""
+        trained = {name: name in self._towers.trained for name in self._parameters}
         trained["logit_scale"] = self._scale_optimizer is not None
         if self._table is not None:
             trained[TABLE] = self._table.trained
-        return [(kind, name) for name in trained for kind in ("weight", *(MOMENTS if trained[name] else ()))]
+        return [(kind, name) for name in trained for kind in ("weight", *(self._kinds if trained[name] else ()))]
 
     def state_shape(self, name: str) -> torch.Size:
         """Full shape of a parameter, partitioned or not."""
@@ -274,17 +294,23 @@ class Engine:
         return self._scale_optimizer.state[self.logit_scale]
 
     @contextmanager
-    def whole_model(self) -> Iterator[CLIP]:
+    def whole_model(self, *, ema: bool = False) -> Iterator[CLIP]:
         """The model with its full current weights on every rank, for reading only. Collective.
 
         At stage 3 this is an fp32 copy that lives as long as the block; at lower stages, the trained model itself, with
         a copy of the token table if that is sharded over several ranks.
+
+        Args:
+            ema: the moving average of the weights, which is a copy at every stage.
         """
+        if ema:
+            yield self._gathered_copy(EMA)
+            return
         with self._table.whole() if self._table is not None and self.stage < 3 else nullcontext(), self._thawed():
-            model = self._clip if self.stage < 3 else self._gathered_copy()
-            with torch.no_grad():
-                model.logit_scale.copy_(self.logit_scale)
-            yield model
+            if self.stage < 3:
+                with torch.no_grad():
+                    self._clip.logit_scale.copy_(self.logit_scale)
+            yield self._clip if self.stage < 3 else self._gathered_copy("weight")
 
     @contextmanager
     def _thawed(self) -> Iterator[None]:
@@ -297,29 +323,34 @@ class Engine:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
 
-    def _gathered_copy(self) -> CLIP:
+    def _gathered_copy(self, kind: str) -> CLIP:
+        """An fp32 copy of the weights or, where there is one, of another kind of state. Collective."""
+        stored = set(self.state_names())
         with torch.device("meta"):
             model = CLIP(self._clip.arch)
         model = model.to_empty(device=self.device)
         model.set_backends(self._model_config, self.device.type)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(self._full("weight", name))
+                parameter.copy_(self._full(kind if (kind, name) in stored else "weight", name))
         return model
 
-    def load_moments(self, files: TensorFiles, step: int) -> None:
+    def load_moments(self, files: TensorFiles, step: int, averages: TensorFiles | None = None) -> None:
         """Restore AdamW's state after ``step`` steps from tensors named ``<parameter>.<moment>``.
 
         They may have been written by any number of ranks and at any stage. Not collective.
+
+        Args:
+            averages: the moving average by parameter name; without it, it begins as the current weights.
         """
         for kind, name in self.state_names():
-            if kind == "weight":
+            if kind == "weight" or (kind == EMA and averages is None):
                 continue
-            value = files.get(f"{name}.{kind}")
+            value = averages.get(name) if kind == EMA and averages is not None else files.get(f"{name}.{kind}")
             if name == "logit_scale":
                 self._scale_state()[kind].copy_(value)
             elif self._table is not None and name == TABLE:
-                self._table.load_moment(kind, value)
+                self._table.load(kind, value)
             else:
                 self._towers.load(kind, name, value)
         self._towers.resume(step)

@@ -82,13 +82,13 @@ class PeriodicEvaluation:
             self.best = (metric, value)
 
     def run(self, engine: Engine) -> Evaluation:
-        """Score the engine's weights on the suite. Collective.
+        """Score the engine's weights, or their moving average, on the suite. Collective.
 
         Raises:
             Interrupted: a rank was asked to stop; all ranks stop at the same batch.
         """
         begin = time.perf_counter()
-        with engine.whole_model() as model:
+        with engine.whole_model(ema=self._config.eval.ema) as model:
             # No identity, so nothing is cached: the next evaluation has other weights.
             dual = OurEncoder(model, self._card, self._tokenizer, eval_resize=self._suite.eval_resize)
             encoder = Encoder(

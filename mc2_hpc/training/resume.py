@@ -38,6 +38,7 @@ SAID = (
     "steps",
     "global_batch",
     "precision",
+    "model.patch_dropout",
     "freeze.vision",
     "freeze.text",
     "freeze.logit_scale",
@@ -50,6 +51,7 @@ SAID = (
     "optim.text.lr_scale",
     "optim.text.layer_decay",
     "optim.max_logit_scale",
+    "optim.ema_decay",
     "optim.beta1",
     "optim.beta2",
     "optim.eps",
@@ -59,11 +61,13 @@ SAID = (
     "data.balance",
     "data.crop_scale",
     "data.takedown",
+    "data.features",
 )
 """Settings that may change with a warning each: training continues, but differently from here on. More may be frozen,
 but not less: what was frozen has no AdamW state in the checkpoint."""
 
 ADDED: dict[str, Any] = {
+    "model.patch_dropout": 0.0,
     "freeze.logit_scale": False,
     "optim.schedule": "cosine",
     "optim.decay_steps": 0,
@@ -72,6 +76,7 @@ ADDED: dict[str, Any] = {
     "optim.text.lr_scale": 1.0,
     "optim.text.layer_decay": 1.0,
     "optim.max_logit_scale": 100.0,
+    "optim.ema_decay": 0.0,
 }
 """Settings that older versions did not have, and the value that they behaved as; not listed if that is null."""
 

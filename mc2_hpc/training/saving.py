@@ -23,10 +23,12 @@ from torch import Tensor
 
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.average import AVERAGE
 from mc2_hpc.models.weights import BEST, TOKENIZER_FILE, ModelCard, read_best, write_card, write_tensors
 from mc2_hpc.storage import atomic_path, file_sha256, fsync_file, fsync_folder, remove_folder, write_json
 from mc2_hpc.training.checkpoint_folders import LATEST, MANIFEST, TRAINER, complete_folders
 from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.tower_state import EMA
 
 logger = logging.getLogger(__name__)
 
@@ -169,11 +171,11 @@ class CheckpointWriter:
     def _copy_share(self, engine: Engine) -> dict[str, dict[str, Tensor]]:
         """Iterate over the full state and copy what this rank writes: {file prefix: {name: tensor}}.
 
-        The memory for the copies (12 bytes per parameter over all writers) is reused for every save: it is pinned on
-        GPU machines, and fresh pages cost more than the copy.
+        The memory for the copies (12 bytes per parameter over all writers, 16 with a moving average) is reused for
+        every save: it is pinned on GPU machines, and fresh pages cost more than the copy.
         """
         owner = _owners(engine, self._num_writers)
-        share: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        share: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in {_place(*key)[0]: None for key in owner}}
         on_gpu = engine.device.type == "cuda"
         for kind, name, tensor in engine.state(owner):
             if owner[kind, name] != self._ranks.rank:
@@ -183,7 +185,7 @@ class CheckpointWriter:
                 copy = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=on_gpu)
                 self._copies[kind, name] = copy
             copy.copy_(tensor, non_blocking=True)
-            prefix, key = ("model", name) if kind == "weight" else ("optimizer", f"{name}.{kind}")
+            prefix, key = _place(kind, name)
             share[prefix][key] = copy
         if on_gpu:
             torch.cuda.synchronize(engine.device)
@@ -261,6 +263,13 @@ class _Task:
         """Whether it ends within ``seconds``."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+
+def _place(kind: str, name: str) -> tuple[str, str]:
+    """The prefix of the files that a state tensor goes into, and its name there."""
+    if kind == "weight":
+        return "model", name
+    return (AVERAGE, name) if kind == EMA else ("optimizer", f"{name}.{kind}")
 
 
 def _owners(engine: Engine, num_writers: int) -> dict[tuple[str, str], int]:

@@ -71,8 +71,8 @@ class ContrastiveStep:
     With one micro-batch the loss is differentiated directly. With several, all features are first computed without
     graphs, and the loss of the *whole* batch gives the gradient of every feature. Each micro-batch is then encoded
     again and backpropagated with its share of these gradients. This is GradCache (Gao et al. 2021, arXiv 2101.06983):
-    the same loss and gradients as one large batch, at the cost of a second forward pass. The towers have no dropout, so
-    both passes compute the same features. A tower that is wholly frozen is not encoded again.
+    the same loss and gradients as one large batch, at the cost of a second forward pass. The patches that are computed
+    are given, so both passes compute the same features. A tower that is wholly frozen is not encoded again.
     """
 
     def __init__(
@@ -97,7 +97,13 @@ class ContrastiveStep:
         self._votes = votes
 
     def __call__(
-        self, images: Tensor, tokens: Tensor, lr: float, *, lengths: Sequence[int] | None = None
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        lr: float,
+        *,
+        lengths: Sequence[int] | None = None,
+        kept: Tensor | None = None,
     ) -> StepResult:
         """Encode (b, 3, S, S) uint8 images and (b, L) token ids, differentiate, update with learning rate ``lr``.
 
@@ -105,13 +111,14 @@ class ContrastiveStep:
 
         Args:
             lengths: of the captions, which are then computed without their padding.
+            kept: (b, K) int64, the patches of each image that are computed; ``None`` is all of them.
         """
         tokens = self._engine.look_up(tokens)
         if self._engine.num_micro == 1:
-            loss = self._loss(*self._engine.features(images, tokens, lengths))
+            loss = self._loss(*self._engine.features(images, tokens, lengths, kept))
             self._engine.backward(loss)
         else:
-            loss = self._cached(images, tokens, lengths)
+            loss = self._cached(images, tokens, lengths, kept)
         grad_norm, votes = self._engine.step(lr, self._votes())
         scale = self._engine.logit_scale.detach().exp()
         return StepResult(loss=loss.detach(), grad_norm=grad_norm, logit_scale=scale, votes=votes)
@@ -126,12 +133,13 @@ class ContrastiveStep:
             exchange=self._config.exchange,
         )
 
-    def _cached(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    def _cached(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None, kept: Tensor | None) -> Tensor:
         # tensor_split gives every rank the same number of pieces, whatever the size of its share.
         image_pieces, token_pieces = (whole.tensor_split(self._engine.num_micro) for whole in (images, tokens))
         rest = iter(lengths or ())
         length_pieces = [tuple(islice(rest, len(piece))) if lengths else None for piece in token_pieces]
-        pieces = list(zip(image_pieces, token_pieces, length_pieces, strict=True))
+        kept_pieces = [None] * self._engine.num_micro if kept is None else kept.tensor_split(self._engine.num_micro)
+        pieces = list(zip(image_pieces, token_pieces, length_pieces, kept_pieces, strict=True))
         encoded = [self._engine.features_only(*piece) for piece in pieces]
         image_features = torch.cat([image for image, _ in encoded]).requires_grad_(self._engine.trains_images)
         text_features = torch.cat([text for _, text in encoded]).requires_grad_(self._engine.trains_texts)

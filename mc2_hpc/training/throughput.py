@@ -22,6 +22,7 @@ from mc2_hpc.models.clip import flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.freezing import frozen_depths
+from mc2_hpc.training.patch_dropout import num_kept
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,8 @@ class ThroughputMeter:
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._arch = arch
         self._frozen = frozen_depths(arch, config.freeze)
+        every_patch = (arch.vision.image_size // arch.vision.patch_size) ** 2
+        self._num_patches = 0 if config.data.features is not None else num_kept(every_patch, config.model.patch_dropout)
         self._text_packing = config.model.text_packing
         self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
@@ -192,7 +195,7 @@ class ThroughputMeter:
         self._steps += 1
         lengths = batch.lengths if self._text_packing else [batch.tokens.shape[1]] * len(batch.keys)
         for length, num in Counter(lengths).items():
-            self._flops += flops_per_pair(self._arch, length, self._frozen) * num
+            self._flops += flops_per_pair(self._arch, length, self._frozen, num_patches=self._num_patches) * num
         self._languages.update(batch.langs)
         self._sources.update(batch.sources)
         self._fields.update(batch.fields)

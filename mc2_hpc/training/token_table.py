@@ -19,6 +19,7 @@ from mc2_hpc.training.clipping import clip_coefficient
 from mc2_hpc.training.optim import decays, lr_factor
 from mc2_hpc.training.row_adamw import RowAdamW
 from mc2_hpc.training.row_exchange import Plan, RowExchange
+from mc2_hpc.training.tower_state import EMA
 
 TABLE = "text.token_embedding.weight"
 """The table's name in a model's state."""
@@ -44,7 +45,9 @@ class TokenTable:
         self._rows: RowAdamW | None = None
         if self.trained:
             self._rows = RowAdamW(own_KW, config, weight_decay=decay)
-            self._state = self._rows.state
+            self._state = dict(self._rows.state)
+            if config.ema_decay:
+                self._state[EMA] = own_KW.clone()
         self._embedding = BatchEmbedding(self._exchange.layout.places)
         text.register_module("token_embedding", self._embedding)
         self._plan: Plan | None = None
@@ -76,20 +79,25 @@ class TokenTable:
         self._rows.step(self._plan.touched_T, self._plan.touched_on_host_T, grads_TW, lr * self._lr_factor)
         self.drop()
 
+    def average(self, decay: float) -> None:
+        """Move the average of this rank's rows on by a step."""
+        self._state[EMA].lerp_(self._state["weight"], 1 - decay)
+
     def drop(self) -> None:
         """Forget the step's rows and gradients without an update."""
         self._plan = self._used_UW = self._grads_TW = None
         self._embedding.clear()
 
     def full(self, kind: str, to: int | None = None) -> Tensor:
-        """The whole table or one of its moments, (V, W), on rank ``to`` or on all ranks; without rows on the others.
+        """The whole table, one of its moments or its average, (V, W), on rank ``to`` or on all; without rows on the
+        others.
 
         Collective. On one rank it is not a copy.
         """
         return self._exchange.gather(self._state[kind], to)
 
-    def load_moment(self, kind: str, full_VW: Tensor) -> None:
-        """Set this rank's rows of a moment; :meth:`resume` must follow."""
+    def load(self, kind: str, full_VW: Tensor) -> None:
+        """Set this rank's rows of a moment or the average; :meth:`resume` must follow."""
         self._state[kind].copy_(self._exchange.own_part(full_VW))
 
     def resume(self, num_steps: int) -> None:

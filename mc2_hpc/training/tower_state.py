@@ -5,7 +5,7 @@ the attribute names of its optimizers here (0.19). Frozen parameters have no sta
 partitioned like the others'.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+"""The kind of state that is the moving average of the weights; AdamW leaves it alone."""
 
 
-def create_state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
-    """Allocate what AdamW would allocate for ``tensor`` in its first step, filled with zeros.
+def create_state(optimizer: torch.optim.Optimizer, tensor: Tensor, *, ema: bool) -> None:
+    """Allocate what AdamW would allocate for ``tensor`` in its first step, filled with zeros; and its moving average,
+    which begins as ``tensor``.
 
     This makes memory run out at the start or not at all, and gives a checkpoint something to fill.
     """
@@ -24,13 +27,20 @@ def create_state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
         # Fused AdamW counts steps on the device, in fp32.
         "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
         **{kind: torch.zeros_like(tensor) for kind in MOMENTS},
+        **({EMA: tensor.detach().clone()} if ema else {}),
     }
+
+
+def average(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], decay: float) -> None:
+    """Move the averages of ``tensors`` on by a step."""
+    with torch.no_grad():
+        torch._foreach_lerp_([optimizer.state[tensor][EMA] for tensor in tensors], list(tensors), 1 - decay)
 
 
 class TowerState:
     """AdamW's state of the trained parameters, and the weights of all."""
 
-    def __init__(self, optimizer: Any, stage: int, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, optimizer: Any, stage: int, parameters: Mapping[str, nn.Parameter], *, ema: bool) -> None:
         """Create the state, which also lets DeepSpeed link every parameter to its own.
 
         On its own, DeepSpeed links all parameter groups after it has stepped the first, when the others have no state
@@ -39,15 +49,18 @@ class TowerState:
         Args:
             optimizer: DeepSpeed's, or torch's at stage 0.
             parameters: of the module that DeepSpeed trains, by name.
+            ema: keep a moving average of the trained ones.
         """
         self._stage, self._parameters = stage, parameters
-        self._inner, self._flats = optimizer, [p for p in parameters.values() if p.requires_grad]
+        self.trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        """Names of the parameters that have a state; evaluation lets the others require gradients too."""
+        self._inner, self._flats = optimizer, [parameters[name] for name in parameters if name in self.trained]
         if stage in (1, 2):
             self._inner, self._flats = optimizer.optimizer, optimizer.single_partition_of_fp32_groups
         elif stage == 3:
             self._inner, self._flats = optimizer.optimizer, optimizer.fp32_partitioned_groups_flat
         for tensor in self._flats:
-            create_state(self._inner, tensor)
+            create_state(self._inner, tensor, ema=ema)
         if stage in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -59,7 +72,7 @@ class TowerState:
         if kind == "weight":
             if self._stage < 3:
                 return parameter  # whole on every rank, and equal to the master copy
-            return safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+            return safe_get_full_fp32_param(parameter) if name in self.trained else _gathered(parameter)
         if self._stage == 0:
             return self._inner.state[parameter][kind]
         return safe_get_full_optimizer_state(parameter, kind)
@@ -86,6 +99,10 @@ class TowerState:
             safe_set_local_optimizer_state(parameter, piece, kind)
         else:
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
+
+    def average(self, decay: float) -> None:
+        """Move the average of the weights on by a step."""
+        average(self._inner, self._flats, decay)
 
     def resume(self, num_steps: int) -> None:
         """Continue after ``num_steps`` steps."""

@@ -16,6 +16,7 @@ from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.pools import epochs_in
 from mc2_hpc.distributed import Ranks, on_first_rank
+from mc2_hpc.models.average import AVERAGE, has_average
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import ModelCard
@@ -25,10 +26,12 @@ from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
 from mc2_hpc.training.freezing import check_frozen
 from mc2_hpc.training.host_copy import HostCopy
+from mc2_hpc.training.image_features import check_features
 from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
 from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.patch_dropout import PatchDropout
 from mc2_hpc.training.profiling import StepProfiler
 from mc2_hpc.training.progress import common_shards, restore_progress, saved_progress, warn_of_other_shards
 from mc2_hpc.training.resume import check_resume, warn_of_changes
@@ -124,6 +127,7 @@ class Trainer:
             warn_of_other_shards(checkpoint, self.loader.sources)
         clip = build_clip(arch, seed=config.seed)
         self._prepare_model(clip, checkpoint, source)
+        check_features(clip, config, ranks)
         self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))
         if checkpoint is not None:
             self._load_moments(checkpoint)
@@ -134,6 +138,7 @@ class Trainer:
             batches=rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks.world_size),
             votes=self._votes,
         )
+        self._patch_dropout = PatchDropout(config, arch, ranks.device)
         self._means = Means()
         self._save_policy = SavePolicy(
             every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
@@ -168,7 +173,8 @@ class Trainer:
         clip.set_backends(self.config.model, self.ranks.device.type)
 
     def _load_moments(self, checkpoint: Checkpoint) -> None:
-        self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step)
+        averages = TensorFiles(checkpoint.folder, AVERAGE) if has_average(checkpoint.folder) else None
+        self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step, averages)
 
     def train(self) -> None:
         """Train to ``config.steps``, saving and evaluating on the way and at the end. Collective.
@@ -222,7 +228,8 @@ class Trainer:
             lr = learning_rate(progress.step, total=config.steps, config=config.optim)
             images = batch.images.to(self.ranks.device, non_blocking=True)
             lengths = batch.lengths if config.model.text_packing else None
-            numbers = HostCopy(self._step(images, batch.tokens, lr, lengths=lengths).numbers())
+            kept = self._patch_dropout(batch.keys, progress.step)
+            numbers = HostCopy(self._step(images, batch.tokens, lr, lengths=lengths, kept=kept).numbers())
             # Waits until the previous step has finished, while the device has this one to work on.
             votes = agreed(
                 self._read(pending),

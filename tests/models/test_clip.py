@@ -196,3 +196,7 @@ def test_frozen_parts_count_once() -> None:
     assert len(set(saved[1:-1])) == 1 and min(saved) > 0
     frozen = flops_per_pair(arch, length, {"vision": layers + 1, "text": arch.text.layers + 1})
     assert 3 * frozen == counts[0]
+    # Without images, what is left is the text tower's.
+    assert (
+        flops_per_pair(arch, length) - flops_per_pair(arch, length, num_patches=0) == 3 * (counts[0] - counts[-1]) // 2
+    )

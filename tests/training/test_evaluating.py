@@ -3,12 +3,17 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from mc2_hpc.cli import main
 from mc2_hpc.config import load_config
+from mc2_hpc.conversion.convert import convert
 from mc2_hpc.errors import UserError
-from mc2_hpc.models.weights import resolve_checkpoint
+from mc2_hpc.evaluation.dual_encoders.ours import OurEncoder
+from mc2_hpc.models.average import AVERAGE
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import load_clip, resolve_checkpoint
 from mc2_hpc.training.stop import SAVED
 from tests.faults import matrix
 from tests.faults.diary import losses, state_hashes
@@ -128,14 +133,41 @@ def test_partitioned_weights_are_evaluated_whole(config, starter, suite, tmp_pat
     same_numbers(evaluations(tmp_path)[4]["sets"]["squares"], again["squares"])
 
 
-def test_frozen_weights_are_evaluated_too(config, starter, suite, tmp_path):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_frozen_weights_are_evaluated_too(config, starter, suite, tmp_path, stage):
     """Gradients between languages are those of all parameters, and training continues without them."""
-    assert train(config, tmp_path, starter, suite, "freeze.vision=all", "freeze.text=1", "steps=8") == 0
+    frozen = ["freeze.vision=all", "freeze.text=1", f"zero.stage={stage}", "zero.persist_below_elements=0"]
+    assert train(config, tmp_path, starter, suite, *frozen, "steps=8") == 0
     rows = evaluations(tmp_path)
     assert sorted(rows) == [4, 8]
     assert main(["eval", str(tmp_path / "run"), "--suite", str(suite), "--out", str(tmp_path / "eval")]) == 0
     again = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))["sets"]
     same_numbers(rows[8]["sets"]["squares"], again["squares"])
+
+
+def test_the_moving_average_is_evaluated_exported_and_resumed(config, starter, suite, tmp_path):
+    """A run stopped half-way ends with the same bits, and its average converts to a model like any other."""
+    options = ["optim.ema_decay=0.9", "eval.ema=true", "freeze.vision=1"]
+    for folder, stop_after in (("whole", None), ("halves", 6), ("halves", None)):
+        train(config, tmp_path / folder, starter, suite, *options, stop_after=stop_after)
+    last = [resolve_checkpoint(tmp_path / folder / "run") for folder in ("whole", "halves")]
+    for prefix in ("model", "optimizer", AVERAGE):
+        files = [TensorFiles(folder, prefix) for folder in last]
+        assert files[0].names() == files[1].names()
+        assert all(torch.equal(files[0].get(name), files[1].get(name)) for name in files[0].names())
+    assert "vision.class_embedding" not in TensorFiles(last[0], AVERAGE)
+    assert main(["eval", str(last[0]), "--ema", "--suite", str(suite), "--out", str(tmp_path / "eval")]) == 0
+    again = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))
+    same_numbers(evaluations(tmp_path / "whole")[STEPS]["sets"]["squares"], again["sets"]["squares"])
+    cpu = torch.device("cpu")
+    assert OurEncoder.load(last[0], cpu, None).identity != OurEncoder.load(last[0], cpu, None, ema=True).identity
+    assert main(["convert", str(last[0]), "--ema", "--to", "mc2", "--out", str(tmp_path / "average")]) == 0
+    found, expected = load_clip(tmp_path / "average")[0].state_dict(), load_clip(last[0], ema=True)[0].state_dict()
+    trained = load_clip(last[0])[0].state_dict()
+    assert found.keys() == expected.keys() == trained.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    same = {name for name in found if torch.equal(found[name], trained[name])}
+    assert same == {name for name in found if name not in TensorFiles(last[0], AVERAGE)}
 
 
 def test_a_signal_ends_an_evaluation_and_the_next_start_does_it(config, starter, suite, plain, tmp_path):
@@ -163,3 +195,16 @@ def test_bad_settings_are_one_line(config, suite, tmp_path, capsys):
     assert "has no such set; write <set>/<metric> with one of nowhere, squares" in capsys.readouterr().err
     assert main(["train", str(config), f"output={tmp_path}", "eval.suite=nowhere.yaml"]) == 2
     assert "nowhere.yaml: no such suite file" in capsys.readouterr().err
+    with pytest.raises(UserError, match="eval.ema=true: there is no moving average; set optim.ema_decay"):
+        load_config(config, ["eval.ema=true"])
+
+
+def test_a_model_without_an_average_is_one_line(plain, suite, tmp_path, capsys):
+    exported = convert(plain / "run", "open_clip", tmp_path / "exported")
+    words = {plain / "run": "step-00000012: has no moving average of its weights", exported: "in the format open_clip"}
+    for source, expected in words.items():
+        for command in (["eval", "--suite", str(suite)], ["convert", "--to", "hf", "--out", str(tmp_path / "out")]):
+            assert main([command[0], str(source), "--ema", *command[1:]]) == 2
+            lines = capsys.readouterr().err.splitlines()
+            assert len(lines) == 1 and expected in lines[0] and lines[0].endswith("leave out --ema"), lines
+    assert not (tmp_path / "out").exists()

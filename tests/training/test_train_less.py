@@ -30,6 +30,11 @@ FROZEN = {
 }
 
 
+def averaged(case: str) -> bool:
+    """Whether the case keeps a moving average of its weights."""
+    return "ema_decay" in worker.CASES[case].get("optim", {})
+
+
 @pytest.fixture(scope="module")
 def trained(ranks_of, tmp_path_factory):
     """The worker's folder and findings."""
@@ -57,7 +62,7 @@ def factor(case: str, name: str) -> float:
 
 @pytest.fixture(scope="module")
 def plain():
-    """``plain(case)``: rows and final model of torch's AdamW on one process, without an engine."""
+    """``plain(case)``: rows, final weights and their moving average, of torch's AdamW without an engine."""
     found = {}
 
     def train(case: str):
@@ -79,6 +84,7 @@ def _plain(case: str):
         groups.append({"params": [parameter], "weight_decay": decay, "factor": factor(case, name)})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=optim["eps"])
     towers = [group["params"][0] for group in groups if group["params"][0] is not model.logit_scale]
+    averages = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = []
     for step, (images, tokens) in enumerate(zero_worker.batches()[: worker.STEPS]):
         image, text, scale = model(normalise(images), tokens)
@@ -95,14 +101,16 @@ def _plain(case: str):
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(optim.get("max_logit_scale", 100)))
+            for name, tensor in model.state_dict().items():
+                averages[name].mul_(optim.get("ema_decay", 0)).add_(tensor, alpha=1 - optim.get("ema_decay", 0))
         rows.append([loss.item(), norm.item(), model.logit_scale.item()])
-    return torch.tensor(rows, dtype=torch.float64), model.state_dict()
+    return torch.tensor(rows, dtype=torch.float64), model.state_dict(), averages
 
 
-def final(trained, case, stage):
+def final(trained, case, stage, where=""):
     """The run's final state by kind and name."""
     state: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(trained[0] / f"{case} {stage}.safetensors").items():
+    for key, tensor in load_file(trained[0] / f"{case} {stage}{where}.safetensors").items():
         kind, _, name = key.partition("/")
         state.setdefault(kind, {})[name] = tensor
     return state
@@ -110,24 +118,35 @@ def final(trained, case, stage):
 
 @pytest.mark.parametrize("case, stage", CASES)
 def test_equals_plain_pytorch(trained, plain, case, stage):
-    """Losses, gradient norms and weights of four steps; also after resuming at another stage, in micro-batches with
-    recomputation."""
-    reference_rows, reference = plain(case)
+    """Losses, gradient norms, weights and their average after four steps; also resumed at another stage, in
+    micro-batches with recomputation."""
+    reference_rows, *reference = plain(case)
     found = trained[1][case][str(stage)]
-    for rows in (found["rows"], found["rows at another stage"]):
+    for rows in (found["rows"], found["rows elsewhere"]):
         numbers = torch.tensor(rows, dtype=torch.float64)
         tolerance = torch.tensor([1e-6, 5e-6, 1e-6])  # the norm's gradients are differences of large numbers
         error = (numbers - reference_rows[-len(rows) :]).abs() / reference_rows[-len(rows) :]
         assert (error <= tolerance).all(), error
-    weights = final(trained, case, stage)["weight"]
-    assert weights.keys() == reference.keys()
-    for name, expected in reference.items():
-        torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    for where in ("", " elsewhere"):
+        state = final(trained, case, stage, where)
+        assert state["weight"].keys() == reference[0].keys()
+        for kind, expected in zip(("weight", "ema"), reference, strict=True):
+            for name, tensor in state.get(kind, {}).items():
+                error = (tensor - expected[name]).abs().max()
+                assert error <= 1e-6, f"{kind} of {name}{where}: {error}"
 
 
 @pytest.mark.parametrize("case, stage", CASES)
 def test_resumes_bitwise(trained, case, stage):
     assert trained[1][case][str(stage)]["resumed bitwise"]
+
+
+@pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if averaged(case)])
+def test_the_average_is_a_whole_model(trained, case, stage):
+    """On every rank, with the weights themselves where they are frozen."""
+    assert trained[1][case][str(stage)]["whole average"]
+    state = final(trained, case, stage)
+    assert all(not torch.equal(tensor, state["weight"][name]) for name, tensor in state["ema"].items())
 
 
 @pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if case in FROZEN])
@@ -138,6 +157,8 @@ def test_frozen_weights_stay_and_have_no_state(trained, case, stage):
     for name, tensor in state["weight"].items():
         assert torch.equal(tensor, start[name]) == (name not in trained_names), name
     assert set(state["exp_avg"]) == set(state["exp_avg_sq"]) == trained_names
+    if averaged(case):
+        assert set(state["ema"]) == trained_names
 
 
 @pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if case in FROZEN])

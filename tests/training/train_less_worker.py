@@ -29,7 +29,7 @@ STEPS, HALF = 4, 2
 OPTIM: dict[str, Any] = {"lr": 1e-3, "warmup": 2, "eps": 1e-2}
 
 CASES: dict[str, dict[str, Any]] = {
-    "image tower": {"freeze": {"vision": "all"}, "optim": {"schedule": "constant"}},
+    "image tower": {"freeze": {"vision": "all"}, "optim": {"schedule": "constant", "ema_decay": 0.9}},
     "text tower and scale": {"freeze": {"text": "all", "logit_scale": True}},
     "blocks": {"freeze": {"vision": "1", "text": "0"}, "optim": {"grad_clip": 0.3}, "model": {"embedding": "dense"}},
     "learning rates": {
@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
             "schedule": "wsd",
             "decay_steps": 1,
             "max_logit_scale": 14.27,
+            "ema_decay": 0.5,
         }
     },
 }
@@ -81,7 +82,7 @@ class Run:
         self.config = config
         self.engine = Engine(clip, config, ranks, num_micro=num_micro)
         if saved is not None:
-            self.engine.load_moments(Saved(saved), HALF)  # type: ignore[arg-type]
+            self.engine.load_moments(Saved(saved), HALF, Averages(saved))  # type: ignore[arg-type]
         self._step = ContrastiveStep(self.engine, config.loss, feature_dtype=torch.float32)
         self._rows = zero_worker.share(ranks)
 
@@ -111,6 +112,13 @@ class Saved:
         return self._state[f"{kind}/{name}"]
 
 
+class Averages(Saved):
+    """A checkpoint's files of the moving average, in memory."""
+
+    def get(self, key: str) -> torch.Tensor:
+        return self._state[f"ema/{key}"]
+
+
 def compare(ranks: Ranks, case: str, stage: int, out: Path) -> dict[str, Any]:
     """Train in one go, and resumed half-way: with the same settings, and at another stage in two micro-batches."""
     config = configured(case, stage)
@@ -121,6 +129,11 @@ def compare(ranks: Ranks, case: str, stage: int, out: Path) -> dict[str, Any]:
     half = run.state()
     rows += run.train(HALF, STEPS)
     end = run.state()
+    with run.engine.whole_model(ema=True) as model:
+        whole = all(
+            torch.equal(tensor, end.get(f"ema/{name}", end[f"weight/{name}"]))
+            for name, tensor in model.state_dict().items()
+        )
     run.engine.close()
     resumed = Run(ranks, config, num_micro=1, saved=half)
     resumed_rows = resumed.train(HALF, STEPS)
@@ -128,12 +141,15 @@ def compare(ranks: Ranks, case: str, stage: int, out: Path) -> dict[str, Any]:
     resumed.engine.close()
     elsewhere = Run(ranks, configured(case, (stage + 1) % 4), num_micro=2, saved=half)
     rows_elsewhere = elsewhere.train(HALF, STEPS)
+    end_elsewhere = elsewhere.state()
     elsewhere.engine.close()
     if ranks.is_first:
         save_file(end, out / f"{case} {stage}.safetensors")
+        save_file(end_elsewhere, out / f"{case} {stage} elsewhere.safetensors")
     return {
         "rows": rows,
-        "rows at another stage": rows_elsewhere,
+        "rows elsewhere": rows_elsewhere,
+        "whole average": whole,
         "resumed bitwise": rows[HALF:] == resumed_rows
         and end.keys() == after.keys()
         and all(torch.equal(end[key], after[key]) for key in end),

@@ -21,16 +21,25 @@ _LOADERS: dict[Format, Callable[[Path, torch.device, str | None], DualEncoder]] 
 }
 
 
-def open_dual_encoder(source: str | Path, device: torch.device, *, eval_resize: str | None = None) -> DualEncoder:
+def open_dual_encoder(
+    source: str | Path, device: torch.device, *, eval_resize: str | None = None, ema: bool = False
+) -> DualEncoder:
     """The model at ``source``: our checkpoint or run folder, a folder of open_clip or transformers, or an ONNX export.
 
     Args:
         eval_resize: one of ``RESIZES``; None is the model's own.
+        ema: take the moving average of the weights, which only checkpoints of ours may have.
 
     Raises:
-        UserError: there is no model, its library is not installed or cannot load it, or it does not support the resize.
+        UserError: there is no model or no average, its library is not installed or cannot load it, or it does not
+            support the resize.
     """
     if eval_resize is not None and eval_resize not in RESIZES:
         raise UserError(f"eval_resize={eval_resize}: choose one of {', '.join(RESIZES)}")
     source = Path(source)
-    return _LOADERS[detect_format(source)](source, device, eval_resize)
+    kind = detect_format(source)
+    if not ema:
+        return _LOADERS[kind](source, device, eval_resize)
+    if kind != Format.OURS:
+        raise UserError(f"{source}: is in the format {kind}, which has no moving average of weights; leave out --ema")
+    return OurEncoder.load(source, device, eval_resize, ema=True)

@@ -13,6 +13,7 @@ from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, count_parameters, hash_files
+from mc2_hpc.models.average import AVERAGE
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, resolve_checkpoint
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
@@ -60,15 +61,20 @@ class OurEncoder:
         self._to_square = EvalTransform(vision.image_size, resize)
 
     @classmethod
-    def load(cls, source: Path, device: torch.device, eval_resize: str | None) -> "OurEncoder":
+    def load(cls, source: Path, device: torch.device, eval_resize: str | None, *, ema: bool = False) -> "OurEncoder":
         """
+        Args:
+            ema: take the moving average of the weights.
+
         Raises:
-            UserError: there is no checkpoint, or it has no tokenizer.
+            UserError: there is no checkpoint, or it has no tokenizer or no moving average.
         """
         folder = resolve_checkpoint(source)
-        model, card = load_clip(folder)
+        model, card = load_clip(folder, ema=ema)
         tokenizer = load_tokenizer(folder, card)
         files = [*folder.glob("model.*safetensors"), folder / TOKENIZER_FILE]
+        if ema:
+            files += folder.glob(f"{AVERAGE}.*safetensors")
         identity = hash_files(files, card, eval_resize or card.arch.eval_resize)
         step = _step(folder)
         return cls(model.to(device), card, tokenizer, eval_resize=eval_resize, identity=identity, step=step)

@@ -1,0 +1,27 @@
+"""``mc2 features``."""
+
+import argparse
+from pathlib import Path
+
+from mc2_hpc.cli.numbers import whole
+
+SUMMARY = "compute the image features of a run's data once, to train with a frozen image tower"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file of the run that is to read them from data.features")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that override the file's")
+    parser.add_argument("--batch", type=whole(1, 1 << 20), default=256, help="images encoded at a time [256]")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.config import load_config
+    from mc2_hpc.distributed import process_group
+    from mc2_hpc.training.image_features import compute_features
+
+    config = load_config(arguments.config, arguments.overrides)
+    with process_group() as ranks:
+        computed = compute_features(config, ranks, batch=arguments.batch)
+        if ranks.is_first:
+            print(f"{config.data.features}: {computed} shards computed")
+    return 0

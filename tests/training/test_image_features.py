@@ -1,0 +1,173 @@
+"""Features computed once: training from them equals training from the images, and what does not fit is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mc2_hpc.cli import main
+from mc2_hpc.config import load_config
+from mc2_hpc.data.loader import TrainLoader
+from mc2_hpc.data.packing import pack_pairs
+from mc2_hpc.distributed import process_group
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.presets import resolve
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import resolve_checkpoint, write_tensors
+from mc2_hpc.training.image_features import check_features
+from mc2_hpc.training.initial import tokenizer
+from tests.faults.tiny_run import PER_SHARD, draw_pairs, write_config, write_pool
+
+NUM_SAMPLES, NUM_BAD, STEPS = 256, 2, 7
+"""One epoch is nearly eight steps."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A frozen image tower, and a pool with images that are no images in two of its shards."""
+    folder = tmp_path_factory.mktemp("pool")
+    pool = write_pool(folder)
+    shutil.rmtree(pool.shards)
+    pairs = list(draw_pairs(NUM_SAMPLES))
+    for number in (70, 130):
+        pairs[number] = pairs[number]._replace(image=b"no image")
+    pack_pairs(pairs, pool.shards, pairs_per_shard=PER_SHARD)
+    values = {"steps": STEPS, "log_every": 1, "freeze": {"vision": "all"}, "seed": 3}
+    return write_config(folder / "run.yaml", pool, **values)
+
+
+@pytest.fixture(scope="module")
+def mc2(ranks_of, config):
+    """``mc2(ranks, command, *overrides)`` on the config."""
+
+    def run(ranks, command, *overrides, **options):
+        return ranks_of(ranks, "-m", "mc2_hpc.cli", command, config, *overrides, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def features(mc2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features") / "here"
+    assert f"{folder}: 4 shards computed" in mc2(2, "features", f"data.features={folder}", "--batch=24").stdout
+    return folder
+
+
+def rows(run):
+    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+
+
+def test_training_equals_the_online_run(mc2, features, tmp_path):
+    """An epoch: the same samples and skips, and the same losses and weights up to the order of sums."""
+    online, stored = tmp_path / "online", tmp_path / "stored"
+    mc2(2, "train", f"output={online}")
+    # On other numbers of ranks, in micro-batches, and resumed.
+    settings = f"output={stored}", f"data.features={features}", "checkpoint.every=3"
+    mc2(3, "train", *settings, "data.workers=1", "micro_batch=5")
+    shutil.rmtree(stored / "checkpoints" / f"step-{STEPS:08d}")
+    mc2(1, "train", *settings)
+    assert rows(stored).keys() == rows(online).keys() == set(range(1, STEPS + 1))
+    for step, expected in rows(online).items():
+        found = rows(stored)[step]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), step
+        assert found["skipped"] == expected["skipped"]
+    assert sum(expected["skipped"].values()) == NUM_BAD
+    folders = [resolve_checkpoint(run) for run in (online, stored)]
+    expected, found = (TensorFiles(folder, "model") for folder in folders)
+    assert expected.names() == found.names()
+    for name in expected.names():
+        if name.startswith("vision."):
+            assert torch.equal(found.get(name), expected.get(name))
+        elif not name.endswith("qkv.bias"):  # the keys' gradient is rounding noise
+            torch.testing.assert_close(found.get(name), expected.get(name), rtol=0, atol=1e-4)
+    positions = [json.loads((folder / "trainer.json").read_text())["position"] for folder in folders]
+    assert positions[0] == positions[1]
+
+
+def test_a_second_start_computes_only_what_is_missing(mc2, features, tmp_path):
+    folder = shutil.copytree(features, tmp_path / "features")
+    files = sorted(folder.glob("*.safetensors"))
+    before = [path.read_bytes() for path in files]
+    files[1].unlink()
+    (folder / f".{files[2].name}.partial").write_bytes(b"of a killed start")
+    assert f"{folder}: 1 shards computed" in mc2(1, "features", f"data.features={folder}", "--batch=24").stdout
+    assert [path.read_bytes() for path in files] == before
+
+
+def without_an_image(folder):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    write_tensors(path, {**tensors, "hashes": tensors["hashes"][1:], "features": tensors["features"][1:]})
+
+
+def other_types(folder):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    write_tensors(path, {**tensors, "features": tensors["features"].half()})
+
+
+def other_reasons(folder):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    reasons = torch.frombuffer(bytearray(b'{"0": "no reason"}'), dtype=torch.uint8)
+    write_tensors(path, {**load_file(path), "reasons": reasons})
+
+
+def cut_off(folder):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:100])
+
+
+REFUSED = {
+    "other weights": (["seed=4"], None, "features with image_tower .*, but this run has .*in another folder"),
+    "other crops": (
+        ["data.crop_scale=[0.5,1]"],
+        None,
+        r"features with crop_scale \(0.9, .* has \(0.5",
+    ),
+    "other data seed": (["data.seed=1"], None, "features with seed 0, but this run has 1"),
+    "trained tower": (["freeze.vision=1"], None, "features of images cannot change; set freeze.vision=all"),
+    "no features": ([], shutil.rmtree, "no image features there; compute them with mc2 features"),
+    "no features of a shard": (
+        [],
+        lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(),
+        "no features of 1 shards, such as .*run mc2 features again",
+    ),
+    "image without features": ([], without_an_image, "has an image without features, so it has changed since; remove"),
+    "other types": ([], other_types, "damaged image features; remove .* and run mc2 features again"),
+    "unknown reason": ([], other_reasons, "damaged image features .*; remove .* and run mc2 features again"),
+    "cut off": ([], cut_off, "cut off"),
+}
+
+
+@pytest.mark.parametrize("overrides, change, words", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(config, features, tmp_path, overrides, change, words):
+    folder = shutil.copytree(features, tmp_path / "features")
+    if change is not None:
+        change(folder)
+    with pytest.raises(UserError, match=words) as error:
+        run = load_config(config, [f"output={tmp_path / 'run'}", f"data.features={folder}", *overrides])
+        with process_group() as ranks:
+            arch = resolve(run.model)
+            tokens = tokenizer(run, None, arch, ranks)
+            clip = build_clip(arch, seed=run.seed)
+            check = {"global_batch": 32, "image_size": 32, "tokenizer": tokens, "rank": 0, "world_size": 1}
+            loader = TrainLoader(run.data, **check)
+            check_features(clip, run, ranks)
+            for _ in range(STEPS):
+                next(loader)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_computed_is_one_line(config, tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"")
+    cases = {
+        "file: cannot be written (File exists); name a folder": [f"data.features={tmp_path / 'file'}"],
+        "data.features is not set": [],
+        "decoded on the CPU; set data.decode=turbo": [f"data.features={tmp_path}", "data.decode=dali"],
+    }
+    for words, overrides in cases.items():
+        assert main(["features", str(config), *overrides]) == 2
+        assert words in capsys.readouterr().err
