@@ -1,7 +1,9 @@
 """Runs traces in processes of their own, because a trace changes global state of torch and DeepSpeed."""
 
+import logging
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,8 +21,12 @@ def in_processes(function: Callable[..., T], calls: Sequence[dict[str, Any]]) ->
         UserError: as ``function`` does.
         RuntimeError: a process died or took longer than :data:`SECONDS`.
     """
-    import deepspeed  # noqa: F401  # once for all forks
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and says so on standard output
+    import deepspeed  # here, once for all forks
 
+    deepspeed.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by deprecated names; users can do nothing about that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     context = multiprocessing.get_context("fork")
     with context.Pool(min(len(calls), os.cpu_count() or 1), maxtasksperchild=1) as pool:
         pending = [pool.apply_async(_caught, (function, arguments)) for arguments in calls]
