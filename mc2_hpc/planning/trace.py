@@ -26,6 +26,7 @@ from mc2_hpc.planning.imagined import imagined_rank
 from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.freezing import frozen_depths
 from mc2_hpc.training.step import ContrastiveStep, num_micro_batches
 from mc2_hpc.training.votes import Votes
 
@@ -88,9 +89,8 @@ class CountedEngine(Engine):
         parameters += [p.ds_tensor for p in self._parameters.values() if hasattr(p, "ds_tensor")]
         mark([*parameters, self.logit_scale], "parameters")
         if self._table is not None:
-            mark(
-                _tensors([self._table._state, vars(self._table._rows) if self._table._rows else ()]), "optimizer state"
-            )
+            rows = self._table._rows
+            mark(_tensors([self._table._state, vars(rows) if rows is not None else ()]), "optimizer state")
             mark((self._table._state["weight"],), "parameters")
 
 
@@ -211,6 +211,7 @@ def step_trace(
 ) -> StepTrace:
     """What was counted since the step began."""
     peak, timeline = counting.allocations.timeline()
+    frozen = frozen_depths(arch, config.freeze)
     lengths = captions.lengths if packs(config) else [captions.tokens.shape[1]] * len(captions.lengths)
     return StepTrace(
         world_size=world_size,
@@ -222,7 +223,7 @@ def step_trace(
         before=before,
         work=counting.work(),
         collectives=counting.collectives(),
-        model_flops=sum(flops_per_pair(arch, length) * num for length, num in Counter(lengths).items()),
+        model_flops=sum(flops_per_pair(arch, length, frozen) * num for length, num in Counter(lengths).items()),
         parameters=num_parameters(arch),
         loss_backend=backend,
     )
