@@ -104,6 +104,8 @@ def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
 
 def _rows(plan: "Plan") -> dict[str, str]:
     """Label and value of every line; a label with ``#`` is a heading."""
+    from mc2_hpc.planning.scaling import takes_over
+
     trace, step = plan.trace, plan.step
     rows = {f"#counted, per rank of {plan.gpus}:": ""}
     for category, size in trace.peak.by_category.items():
@@ -122,6 +124,10 @@ def _rows(plan: "Plan") -> dict[str, str]:
     rows["  exposed communication"] = f"{step.exposed * 1e3:,.1f} ms"
     rows["  step"] = f"{step.seconds * 1e3:,.1f} ms, MFU {plan.mfu:.0%}"
     rows["  pairs per second"] = f"{plan.pairs_per_second:,.0f}"
+    if plan.gpus > 1:
+        ends = [takes_over(plan.scaling(strong=strong)) for strong in (False, True)]
+        weak, strong = (f"{gpus:,}" if gpus is not None else "never" for gpus in ends)
+        rows["  network bounds from GPUs"] = f"{weak} weak, {strong} strong"
     rows["  run"] = f"{plan.days:,.1f} days + {1 / plan.goodput - 1:.1%} lost"
     rows["  GPU hours"] = f"{plan.gpu_hours:,.0f}"
     if plan.assumptions.price is not None:

@@ -287,6 +287,7 @@ def _imagine_gpu(stack: ExitStack) -> None:
         return autocast("cpu", *args, **kwargs)
 
     stack.enter_context(patch.object(torch, "autocast", autocast_on_cpu))
+    stack.enter_context(patch.object(torch.amp, "autocast", autocast_on_cpu))  # for recomputation
     stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *_: enabled("cpu")))
     stack.enter_context(patch.object(torch, "get_autocast_dtype", lambda *_: dtype("cpu")))
     stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: _CAPABILITY))

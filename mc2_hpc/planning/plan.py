@@ -1,7 +1,7 @@
 """A plan of a run: what a step needs and, for a GPU and a network, how long a run is predicted to take and to cost."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from mc2_hpc.planning.machines import Gpu, Network
 from mc2_hpc.planning.predict import StepTime, predict_step
 from mc2_hpc.planning.processes import in_processes
 from mc2_hpc.planning.records import StepTrace
+from mc2_hpc.planning.scaling import Point, scaling
 
 RESERVE_BYTES = 2 << 30
 """Memory of a GPU that a plan leaves to the CUDA context, NCCL and the allocator's fragments: an assumption. Between
@@ -117,6 +118,10 @@ class Plan:
         room = self.gpu.memory_bytes - RESERVE_BYTES - self.trace.peak.bytes
         return max(0, int(self.trace.pairs + room / per_pair)) if per_pair > 0 else None
 
+    def scaling(self, *, strong: bool) -> Iterator[Point]:
+        """The step at 1 to 4,096 GPUs; needs a trace of several GPUs, as one alone does not say what it would send."""
+        return scaling(self.trace, self.config, self.gpu, self.network, per_node=self.per_node, strong=strong)
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the config, for ``--json``."""
         return {
@@ -142,6 +147,10 @@ class Plan:
                 "checkpoint_stall_seconds": self.checkpoint_stall,
                 "fits": self.fits,
                 "pairs_that_fit": self.pairs_that_fit,
+            },
+            "scaling": {
+                name: [dataclasses.asdict(point) for point in self.scaling(strong=name == "strong")]
+                for name in (("weak", "strong") if self.gpus > 1 else ())
             },
             "checkpoint_bytes": self.checkpoint_bytes,
             "shard_bytes": self.config.steps * self.config.global_batch * self.assumptions.pair_bytes,

@@ -11,6 +11,7 @@ from mc2_hpc.planning.machines import read_gpu, read_network
 from mc2_hpc.planning.plan import RESERVE_BYTES, Assumptions, Plan
 from mc2_hpc.planning.predict import predict_step
 from mc2_hpc.planning.records import CATEGORIES, Collective, Moment, StepTrace, Work
+from mc2_hpc.planning.scaling import takes_over
 
 TERA, GIGA = 1e12, 1e9
 GPU = dataclasses.replace(
@@ -82,6 +83,18 @@ def test_a_node_alone_uses_its_own_links():
     step = predict_step(trace(world_size=8), CONFIG, GPU, NETWORK, per_node=8)
     assert step.exposed == pytest.approx(2 * 7 / 8 * 8 / 50)
     assert predict_step(trace(world_size=1), CONFIG, GPU, NETWORK, per_node=8).exposed == 0
+
+
+def test_scaling_keeps_the_traced_point_and_finds_where_the_network_takes_over():
+    found = plan()
+    weak, strong = (list(found.scaling(strong=strong)) for strong in (False, True))
+    (same,) = (point for point in weak if point.gpus == 16)
+    assert same in strong and same.seconds == pytest.approx(found.step.seconds)
+    assert same.pairs_per_second == pytest.approx(found.pairs_per_second)
+    assert [point.gpus for point in weak] == [2**power for power in range(13)]
+    assert [point.gpus for point in strong] == [2**power for power in range(11)]  # 1,024 pairs
+    assert weak[0].exposed == 0 and takes_over(iter(weak)) == 16  # 3 s of all-reduce, 2.5 s of kernels
+    assert strong[3].seconds == pytest.approx(2 * 2.5 + 2 * 7 / 8 * 8 / 50)  # 8 GPUs: twice the pairs of 16
 
 
 def test_days_money_and_goodput():
