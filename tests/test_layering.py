@@ -34,6 +34,7 @@ LAYERS = [
     {"mc2_hpc.conversion", "mc2_hpc.inspection", "mc2_hpc.vocabulary"},
     {"mc2_hpc.evaluation"},
     {"mc2_hpc.filters", "mc2_hpc.training"},
+    {"mc2_hpc.planning"},
     {"mc2_hpc.ablation", "mc2_hpc.quickstart", "mc2_hpc.doctor"},
     {"mc2_hpc.cli"},
 ]

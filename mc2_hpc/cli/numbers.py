@@ -35,6 +35,17 @@ def seconds(text: str) -> float:
     return found
 
 
+def amount(text: str) -> float:
+    """Reads a number above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{_brief(text)}: must be a number") from None
+    if not (math.isfinite(found) and found > 0):
+        raise ArgumentTypeError(f"{_brief(text)}: must be a number above 0")
+    return found
+
+
 def port(text: str) -> int:
     """Reads a TCP port number; 0 means any free port."""
     return whole(0, 65_535)(text)

@@ -56,7 +56,8 @@ class RowAdamW:
             moved = torch.ones_like(moved)  # AdamW then divides 0 by 0 in rows without a gradient
         self._moved = moved
         self._full = [[blocks[i] for i in moved.nonzero().flatten().tolist()] for blocks in self._blocks]
-        edges = torch.diff(moved.logical_not().int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero().flatten()
+        edge = torch.zeros(1, dtype=torch.int32)  # no moments before the first block, nor after the last
+        edges = torch.diff(moved.logical_not().int(), prepend=edge, append=edge).nonzero().flatten()
         self._decay_only = [
             self.state["weight"][first * self._rows_per_block : last * self._rows_per_block]
             for first, last in edges.view(-1, 2).tolist()

@@ -1,0 +1,148 @@
+"""``mc2 plan``."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
+from mc2_hpc.cli.numbers import amount, whole
+from mc2_hpc.errors import UserError
+
+if TYPE_CHECKING:
+    from mc2_hpc.planning.plan import Plan
+
+SUMMARY = "predict memory, time and cost of a training run, without a GPU"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that override the file's")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="plan two configs beside each other")
+    parser.add_argument("--gpus", type=whole(1, 65_536), default=8, help="number of GPUs [8]")
+    parser.add_argument("--per-node", type=whole(1, 1024), default=8, help="GPUs of a node [8]")
+    parser.add_argument("--gpu", default="h100", help="a100, h100, h200, b200 or a YAML file [h100]")
+    parser.add_argument("--network", help="hdr, ndr, ndr-b200 or a YAML file [that of the GPU's usual nodes]")
+    parser.add_argument("--price", type=amount, help="of a GPU hour, in any currency")
+    parser.add_argument("--caption-tokens", type=amount, default=18.0, help="mean tokens of a caption [18]")
+    parser.add_argument("--pair-bytes", type=amount, default=30_000.0, help="mean bytes of a stored pair [30000]")
+    parser.add_argument("--advise", action="store_true", help="also trace other settings, and say which gain most")
+    add_json_flag(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mc2_hpc.config import load_config
+    from mc2_hpc.planning.advise import alternatives, best_changes
+    from mc2_hpc.planning.machines import read_gpu, read_network
+    from mc2_hpc.planning.plan import Assumptions, make_plans
+
+    _check(arguments)
+    gpu, network = read_gpu(arguments.gpu), read_network(arguments.network, arguments.gpu)
+    names = [str(path) for path in arguments.compare or [arguments.config]]
+    configs = [load_config(name, arguments.overrides) for name in names]
+    others = alternatives(configs[0]) if arguments.advise else {}
+    plans = make_plans(
+        configs,
+        list(others.values()),
+        gpus=arguments.gpus,
+        per_node=arguments.per_node,
+        gpu_name=arguments.gpu,
+        gpu=gpu,
+        network=network,
+        assumptions=Assumptions(
+            caption_tokens=arguments.caption_tokens, pair_bytes=arguments.pair_bytes, price=arguments.price
+        ),
+    )
+    shown = plans[: len(configs)]
+    changes = best_changes(shown[0], list(zip(others, plans[len(configs) :], strict=True)))
+    if arguments.json:
+        values = [{"config": name, **plan.to_json()} for name, plan in zip(names, shown, strict=True)]
+        advice = [
+            {"change": name, "step_seconds": plan.step.seconds, "peak_bytes": plan.trace.peak.bytes}
+            for name, plan in changes
+        ]
+        write_result({"plans": values, "advice": advice if arguments.advise else None}, arguments.json)
+    if arguments.json != STDOUT:
+        _print(names, shown)
+        if arguments.advise:
+            _print_advice(shown[0], changes)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.compare is not None and arguments.config is not None and "=" in str(arguments.config):
+        arguments.overrides.insert(0, str(arguments.config))  # the first word that is not a flag
+        arguments.config = None
+    if (arguments.config is None) == (arguments.compare is None):
+        raise UserError("mc2 plan needs a config file, or --compare and two")
+    if arguments.compare and arguments.advise:
+        raise UserError("--advise is for one config: leave out --compare")
+    if arguments.gpus > arguments.per_node and arguments.gpus % arguments.per_node:
+        raise UserError(f"--gpus {arguments.gpus} is not a multiple of --per-node {arguments.per_node}")
+
+
+_GIB, _GB = 1 << 30, 1e9
+
+
+def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
+    columns = [_rows(plan) for plan in plans]
+    width = 26
+    if len(names) > 1:
+        print(" " * width + "".join(f"{Path(name).stem[:22]:>24}" for name in names))
+    for label in columns[0]:
+        if not label.startswith("#"):
+            print(f"{label:<{width}}" + "".join(f"{column.get(label, '-'):>24}" for column in columns))
+        else:
+            print(label.removeprefix("#"))
+    first = plans[0]
+    print(f"peaks: {first.gpu.source}")
+    print(f"fractions of them: {first.gpu.fractions_source}")
+    for name, plan in zip(names, plans, strict=True):
+        if not plan.fits:
+            print(f"{name} does not fit: a smaller micro_batch, recompute=full or a higher zero.stage needs less")
+
+
+def _rows(plan: "Plan") -> dict[str, str]:
+    """Label and value of every line; a label with ``#`` is a heading."""
+    from mc2_hpc.planning.scaling import takes_over
+
+    trace, step = plan.trace, plan.step
+    rows = {f"#counted, per rank of {plan.gpus}:": ""}
+    for category, size in trace.peak.by_category.items():
+        rows[f"  {category}"] = f"{size / _GIB:,.2f} GiB"
+    rows["  peak memory"] = f"{trace.peak.bytes / _GIB:,.2f} GiB, {trace.peak.phase}"
+    rows["  model, executed"] = f"{trace.model_flops / 1e12:,.1f}, {trace.executed_flops / 1e12:,.1f} TFLOP"
+    rows["  through memory"] = f"{trace.total().bytes / _GB:,.0f} GB"
+    if plan.pairs_that_fit is not None:
+        rows["  pairs per GPU, fit"] = f"{trace.pairs}, about {plan.pairs_that_fit:,}"
+    for kind in sorted({each.kind for each in trace.collectives if not each.host}):
+        size = sum(each.bytes for each in trace.collectives if each.kind == kind and not each.host)
+        rows[f"  {kind}"] = f"{size / _GB:,.3f} GB"
+    rows[f"#predicted, on {plan.gpu_name}:"] = ""
+    for kernels, seconds in step.compute.items():
+        rows[f"  {kernels}"] = f"{seconds * 1e3:,.1f} ms ({step.limits[kernels]})"
+    rows["  exposed communication"] = f"{step.exposed * 1e3:,.1f} ms"
+    rows["  step"] = f"{step.seconds * 1e3:,.1f} ms, MFU {plan.mfu:.0%}"
+    rows["  pairs per second"] = f"{plan.pairs_per_second:,.0f}"
+    if plan.gpus > 1:
+        ends = [takes_over(plan.scaling(strong=strong)) for strong in (False, True)]
+        weak, strong = (f"{gpus:,}" if gpus is not None else "never" for gpus in ends)
+        rows["  network bounds from GPUs"] = f"{weak} weak, {strong} strong"
+    rows["  run"] = f"{plan.days:,.1f} days + {1 / plan.goodput - 1:.1%} lost"
+    rows["  GPU hours"] = f"{plan.gpu_hours:,.0f}"
+    if plan.assumptions.price is not None:
+        rows["  cost"] = f"{plan.assumptions.price * plan.gpu_hours:,.0f}"
+    rows["  checkpoint, stall"] = f"{plan.checkpoint_bytes / _GB:,.1f} GB, {plan.checkpoint_stall:,.1f} s"
+    rows["  shards read"] = (
+        f"{plan.config.steps * plan.config.global_batch * plan.assumptions.pair_bytes / 1e12:,.1f} TB"
+    )
+    rows["  data rate"] = f"{plan.pairs_per_second * plan.assumptions.pair_bytes / _GB:,.2f} GB/s"
+    rows["  cores to decode"] = f"{plan.pairs_per_second / plan.assumptions.images_per_core:,.0f}"
+    return rows
+
+
+def _print_advice(plan: "Plan", changes: Sequence[tuple[str, "Plan"]]) -> None:
+    print("what to change (predicted):" if changes else "no single change is predicted to gain")
+    for name, other in changes:
+        gain = f"{plan.step.seconds / other.step.seconds - 1:+.1%}"
+        print(f"  {name:<24}{gain} pairs per second, peak {other.trace.peak.bytes / _GIB:,.1f} GiB")

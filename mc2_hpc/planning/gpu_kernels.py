@@ -1,0 +1,94 @@
+"""The kernels that a step would use on a GPU, in forms that can be traced: attention and the Triton loss."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mc2_hpc.config import RunConfig
+from mc2_hpc.kernels.contrastive.dispatch import choose_backend
+from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.layers import AttentionBackend
+from mc2_hpc.models.packed_attention import packed_by, torch_varlen
+from mc2_hpc.planning.counting import Counting
+from mc2_hpc.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+
+def _attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, *, causal: bool) -> Tensor:
+    """PyTorch's flash attention, or its memory-efficient one for fp32, as ``scaled_dot_product_attention`` chooses."""
+    if q_BHLD.dtype == torch.float32:
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(q_BHLD, k_BHLD, v_BHLD, None, True, 0.0, causal)
+        return found[0]
+    width = q_BHLD.shape[-1]
+    padding = (0, -width % 8)  # flash attention takes heads in multiples of 8
+    q, k, v = (F.pad(x, padding) if padding[1] else x for x in (q_BHLD, k_BHLD, v_BHLD))
+    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=width**-0.5)
+    return found[0][..., :width] if padding[1] else found[0]
+
+
+def gpu_attention(clip: CLIP) -> None:
+    """Compute attention as on a GPU of compute capability 8.0 or higher. xformers' kernels keep the same tensors."""
+    backend = AttentionBackend(_attend, torch_varlen(fallback=packed_by(_attend)))
+    for transformer in clip.transformers():
+        for block in transformer.blocks:
+            block.attention.backend = backend
+
+
+def imagine_triton(config: RunConfig, counting: Counting) -> RunConfig:
+    """Make Triton's kernels traceable; returns the config with the backends that are traced.
+
+    The kernels are replaced by a note of their flops and bytes; what they read and write is allocated as usual. Without
+    the package triton, PyTorch's operators are traced in their place, which keep more memory.
+    """
+    if find_spec("triton") is None:
+        logger.warning("the plan is without Triton's kernels: triton is not installed (pip install triton)")
+        model = dataclasses.replace(config.model, norm="torch", activation="torch")
+        return dataclasses.replace(config, model=model, loss=dataclasses.replace(config.loss, backend="tiled"))
+    from mc2_hpc.kernels.contrastive import triton_impl
+    from mc2_hpc.kernels.layer_norm import triton_impl as layer_norm
+    from mc2_hpc.kernels.quick_gelu import triton_impl as quick_gelu
+
+    triton_impl.statistics_kernel = triton_impl.gradient_kernel = _Logits(counting)
+    for module in (layer_norm, quick_gelu):
+        module.forward_kernel = module.backward_kernel = _Pass(counting)
+    return config
+
+
+def loss_backend(config: RunConfig) -> str:
+    """The loss that is traced, by name."""
+    if config.loss.backend != "auto":
+        return config.loss.backend
+    return choose_backend("auto", torch.device("cuda"), Precision(config.precision).dtype)
+
+
+class _Pass:
+    """In place of a Triton kernel that reads and writes each of its tensors once."""
+
+    def __init__(self, counting: Counting) -> None:
+        self._counting = counting
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *arguments: Any, **options: Any) -> None:
+        self._counting.add("other", flops=0, size=_bytes(arguments))
+
+
+def _bytes(arguments: Iterable[Any]) -> int:
+    return sum(each.numel() * each.element_size() for each in arguments if isinstance(each, Tensor))
+
+
+class _Logits(_Pass):
+    """In place of a Triton kernel over a tile of logits: one product, from features or from memory."""
+
+    def _launch(self, *arguments: Any, **options: Any) -> None:
+        images, texts, *rest = (getattr(each, "base", each) for each in arguments)
+        flops = 2.0 * len(texts) * images.numel() if images is not None else 0  # or the products are counted already
+        self._counting.add("products", flops=flops, size=_bytes((images, texts, *rest)))

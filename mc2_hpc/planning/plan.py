@@ -1,0 +1,231 @@
+"""A plan of a run: what a step needs and, for a GPU and a network, how long a run is predicted to take and to cost."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mc2_hpc.config import RunConfig
+from mc2_hpc.data.lanes import rank_batches
+from mc2_hpc.errors import UserError
+from mc2_hpc.models.presets import ClipArchitecture, resolve
+from mc2_hpc.planning.captions import MEAN_TOKENS, draw_captions
+from mc2_hpc.planning.machines import Gpu, Network
+from mc2_hpc.planning.predict import StepTime, predict_step
+from mc2_hpc.planning.processes import in_processes
+from mc2_hpc.planning.records import StepTrace
+from mc2_hpc.planning.scaling import Point, scaling
+
+RESERVE_BYTES = 2 << 30
+"""Memory of a GPU that a plan leaves to the CUDA context, NCCL and the allocator's fragments: an assumption. Between
+peak memory and peak reserved memory lie 2 to 8 GiB in docs/step.md."""
+STATE_BYTES = 12
+"""Of a checkpoint per parameter: the weight and AdamW's two moments in fp32."""
+IMAGES_PER_CORE = 300.0
+"""Decoded images per second and CPU core that a plan assumes; ``mc2 bench decode`` measures it."""
+IMAGE_BYTES = 30_000
+"""Bytes of a stored pair that a plan assumes; ``--pair-bytes`` sets it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What a plan cannot know from the config."""
+
+    caption_tokens: float = MEAN_TOKENS
+    pair_bytes: float = IMAGE_BYTES
+    images_per_core: float = IMAGES_PER_CORE
+    storage_bytes_per_second: float = 5e9
+    """To which checkpoints are written, all ranks together."""
+    host_bytes_per_second: float = 20e9
+    """Of a copy from a GPU to pinned host memory: most of PCIe 4.0 x16."""
+    gpu_failures_per_year: float = 0.17
+    """Interruptions of a run per GPU and year: those of Llama 3, 419 unexpected ones in 54 days on 16,384 GPUs
+    (arXiv 2407.21783, section 3.3.4)."""
+    restart_seconds: float = 600
+    price: float | None = None
+    """Of a GPU hour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The plan of a config on ``gpus`` GPUs. Times and costs are predictions."""
+
+    config: RunConfig
+    trace: StepTrace
+    gpu_name: str
+    gpu: Gpu
+    network: Network
+    per_node: int
+    step: StepTime
+    assumptions: Assumptions
+    smaller: StepTrace | None = None
+    """The step of half as many pairs per GPU."""
+
+    @property
+    def gpus(self) -> int:
+        return self.trace.world_size
+
+    @property
+    def pairs_per_second(self) -> float:
+        return self.config.global_batch / self.step.seconds
+
+    @property
+    def days(self) -> float:
+        """Of steps alone, without stalls and failures."""
+        return self.config.steps * self.step.seconds / 86_400
+
+    @property
+    def gpu_hours(self) -> float:
+        """With stalls and failures."""
+        return self.days / self.goodput * 24 * self.gpus
+
+    @property
+    def mfu(self) -> float:
+        """Of the model's own flops."""
+        return self.trace.model_flops / self.step.seconds / self.gpu.flops
+
+    @property
+    def fits(self) -> bool:
+        return self.trace.peak.bytes + RESERVE_BYTES <= self.gpu.memory_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return STATE_BYTES * self.trace.parameters
+
+    @property
+    def checkpoint_stall(self) -> float:
+        """Seconds that training waits for a save: the copy to host memory by up to 32 ranks (docs/training.md)."""
+        copied = self.checkpoint_bytes / min(self.gpus, 32) / self.assumptions.host_bytes_per_second
+        if self.config.checkpoint.background:
+            return copied
+        return copied + self.checkpoint_bytes / self.assumptions.storage_bytes_per_second
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time spent on steps that last: the rest goes to stalls, restarts, and steps trained again, half
+        the interval between two saves for each failure."""
+        between = self.config.checkpoint.every * self.step.seconds
+        lost = self.assumptions.restart_seconds + between / 2
+        failures = self.assumptions.gpu_failures_per_year * self.gpus / (365 * 86_400)
+        return 1 / (1 + self.checkpoint_stall / between + failures * lost)
+
+    @property
+    def pairs_that_fit(self) -> int | None:
+        """Pairs per GPU that its memory would hold: memory as a line through this trace and :attr:`smaller`."""
+        if self.smaller is None or self.smaller.pairs == self.trace.pairs:
+            return None
+        per_pair = (self.trace.peak.bytes - self.smaller.peak.bytes) / (self.trace.pairs - self.smaller.pairs)
+        room = self.gpu.memory_bytes - RESERVE_BYTES - self.trace.peak.bytes
+        return max(0, int(self.trace.pairs + room / per_pair)) if per_pair > 0 else None
+
+    def scaling(self, *, strong: bool) -> Iterator[Point]:
+        """The step at 1 to 4,096 GPUs; needs a trace of several GPUs, as one alone does not say what it would send."""
+        return scaling(self.trace, self.config, self.gpu, self.network, per_node=self.per_node, strong=strong)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the config, for ``--json``."""
+        return {
+            "gpus": self.gpus,
+            "gpu": {"name": self.gpu_name, **dataclasses.asdict(self.gpu)},
+            "network": dataclasses.asdict(self.network),
+            "per_node": self.per_node,
+            "assumptions": dataclasses.asdict(self.assumptions),
+            "counted": {
+                **dataclasses.asdict(self.trace),
+                "executed_flops": self.trace.executed_flops,
+                "peak_bytes": self.trace.peak.bytes,
+            },
+            "predicted": {
+                **dataclasses.asdict(self.step),
+                "step_seconds": self.step.seconds,
+                "pairs_per_second": self.pairs_per_second,
+                "mfu": self.mfu,
+                "days": self.days,
+                "gpu_hours": self.gpu_hours,
+                "money": None if self.assumptions.price is None else self.assumptions.price * self.gpu_hours,
+                "goodput": self.goodput,
+                "checkpoint_stall_seconds": self.checkpoint_stall,
+                "fits": self.fits,
+                "pairs_that_fit": self.pairs_that_fit,
+            },
+            "scaling": {
+                name: [dataclasses.asdict(point) for point in self.scaling(strong=name == "strong")]
+                for name in (("weak", "strong") if self.gpus > 1 else ())
+            },
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "shard_bytes": self.config.steps * self.config.global_batch * self.assumptions.pair_bytes,
+            "data_bytes_per_second": self.pairs_per_second * self.assumptions.pair_bytes,
+            "decode_cores": self.pairs_per_second / self.assumptions.images_per_core,
+        }
+
+
+def make_plans(
+    configs: Sequence[RunConfig],
+    others: Sequence[RunConfig] = (),
+    *,
+    gpus: int,
+    per_node: int,
+    gpu_name: str,
+    gpu: Gpu,
+    network: Network,
+    assumptions: Assumptions,
+) -> list[Plan]:
+    """Plans of several configs on the same machines, traced at the same time.
+
+    Args:
+        others: planned too, without :attr:`Plan.smaller`; their plans follow.
+
+    Raises:
+        UserError: a batch does not fit that number of GPUs, or only the model that a run starts from says its sizes.
+    """
+    every = [*configs, *others]
+    traced = [*every, *(_with_half(config, gpus) for config in configs)]
+    calls = [
+        {"config": each, "arch": _architecture(each), "gpus": gpus, "caption_tokens": assumptions.caption_tokens}
+        for each in traced
+    ]
+    traces = in_processes(trace_on_gpus, calls)
+    smaller = [*traces[len(every) :], *([None] * len(others))]
+    return [
+        Plan(
+            config=config,
+            trace=trace,
+            gpu_name=gpu_name,
+            gpu=gpu,
+            network=network,
+            per_node=per_node,
+            step=predict_step(trace, config, gpu, network, per_node=per_node),
+            assumptions=assumptions,
+            smaller=half,
+        )
+        for config, trace, half in zip(every, traces[: len(every)], smaller, strict=True)
+    ]
+
+
+def _with_half(config: RunConfig, gpus: int) -> RunConfig:
+    """The config with half as many pairs per GPU and micro-batch."""
+    pairs = max(1, max(rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=gpus)) // 2)
+    data = dataclasses.replace(config.data, lanes=gpus)
+    micro_batch = -(-config.micro_batch // 2)
+    return dataclasses.replace(config, global_batch=pairs * gpus, micro_batch=micro_batch, data=data)
+
+
+def _architecture(config: RunConfig) -> ClipArchitecture:
+    if config.model.preset is None and config.model.init_from is not None:
+        raise UserError("the plan does not read model.init_from: name its sizes with model.preset=...")
+    return resolve(config.model)
+
+
+def trace_on_gpus(config: RunConfig, arch: ClipArchitecture, gpus: int, caption_tokens: float) -> StepTrace:
+    """Trace a step on GPUs with drawn captions; in a process of its own."""
+    from mc2_hpc.planning.trace import trace_step
+
+    batches = rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=gpus)
+    captions = draw_captions(
+        batches,
+        mean=caption_tokens,
+        vocab_size=arch.text.vocab_size,
+        context_length=arch.text.context_length,
+        eos_id=arch.text.eos_id,
+    )
+    return trace_step(config, arch, captions, world_size=gpus, device_type="cuda")

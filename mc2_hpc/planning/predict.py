@@ -1,0 +1,91 @@
+"""Predicts the time of a traced step on a GPU and a network. Everything here is a prediction, not a measurement.
+
+Each class of kernels takes the larger of its flops over the achieved rate of products and its bytes over the achieved
+rate of memory. Collectives follow the ring formulas: the bytes that a rank sends, over the slowest link of the ring.
+
+What the step computes at the same time hides part of them: DeepSpeed reduces gradients during backward only at ZeRO 2
+and 3 (``overlap_comm``), and at ZeRO 3 gathers parameters during forward and backward; nothing else is hidden. At most
+the time of the phase itself can be hidden.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mc2_hpc.config import RunConfig
+from mc2_hpc.planning.machines import Gpu, Network
+from mc2_hpc.planning.records import Collective, StepTrace
+from mc2_hpc.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """A predicted step, in seconds."""
+
+    compute: Mapping[str, float]
+    """By class of kernels: the larger of flops and memory traffic."""
+    limits: Mapping[str, str]
+    """What limits each class: ``flops`` or ``memory``."""
+    communication: Mapping[str, float]
+    """By phase and kind, hidden or not."""
+    exposed: float
+    """Communication that computation does not hide."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.compute.values()) + self.exposed
+
+
+def predict_step(trace: StepTrace, config: RunConfig, gpu: Gpu, network: Network, *, per_node: int) -> StepTime:
+    """Predict the time of the step."""
+    compute: dict[str, float] = {}
+    limits: dict[str, str] = {}
+    by_phase: dict[str, float] = {}
+    for key, work in trace.work.items():
+        phase, kernels = key.split("/")
+        by_flops, by_memory = kernel_seconds(kernels, work.flops, work.bytes, config, gpu)
+        seconds = max(by_flops, by_memory)
+        compute[kernels] = compute.get(kernels, 0) + seconds
+        limits[kernels] = "flops" if by_flops > by_memory else limits.get(kernels, "memory")
+        by_phase[phase] = by_phase.get(phase, 0) + seconds
+    communication: dict[str, float] = {}
+    hideable: dict[str, float] = {}
+    exposed = 0.0
+    for collective in trace.collectives:
+        if collective.host:
+            continue  # exchanged before the step is launched, while the device computes the step before
+        seconds = collective_seconds(collective, trace.world_size, network, per_node=per_node)
+        name = f"{collective.phase}: {collective.kind}"
+        communication[name] = communication.get(name, 0) + seconds
+        if _is_hidden(collective, config.zero.stage):
+            hideable[collective.phase] = hideable.get(collective.phase, 0) + seconds
+        else:
+            exposed += seconds
+    exposed += sum(max(0.0, seconds - by_phase.get(phase, 0)) for phase, seconds in hideable.items())
+    return StepTime(compute=compute, limits=limits, communication=communication, exposed=exposed)
+
+
+def kernel_seconds(kernels: str, flops: float, size: float, config: RunConfig, gpu: Gpu) -> tuple[float, float]:
+    """Seconds of work of one class by its flops and by its bytes."""
+    peak = gpu.flops if Precision(config.precision) is Precision.BF16 else gpu.flops_fp32
+    fraction = gpu.attention if kernels == "attention" else gpu.products
+    return flops / (peak * fraction), size / (gpu.bytes_per_second * gpu.memory)
+
+
+def collective_seconds(collective: Collective, world_size: int, network: Network, *, per_node: int) -> float:
+    """Seconds of the messages of one kind, by a ring's formula."""
+    if world_size == 1:
+        return 0.0
+    rate = network.within_node if world_size <= per_node else network.between_nodes
+    return sent_bytes(collective, world_size) / (rate * network.achieved)
+
+
+def sent_bytes(collective: Collective, world_size: int) -> float:
+    """Bytes that a rank sends in a ring: (N - 1) / N of the buffer to gather or scatter, twice that to all-reduce."""
+    share = (world_size - 1) / world_size
+    return collective.bytes * {"all-reduce": 2 * share, "broadcast": 1.0, "send": 1.0}.get(collective.kind, share)
+
+
+def _is_hidden(collective: Collective, stage: int) -> bool:
+    if stage == 3:
+        return collective.phase in ("forward", "backward")
+    return stage == 2 and collective.phase == "backward"

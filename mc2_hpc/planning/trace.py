@@ -1,0 +1,246 @@
+"""Traces the real training step of a rank, of any size of model and number of ranks, without computing it.
+
+The product's own :class:`~mc2_hpc.training.engine.Engine`, :class:`~mc2_hpc.training.step.ContrastiveStep`, loss and
+DeepSpeed run on fake tensors (:mod:`mc2_hpc.planning.imagined`), and every operator that they dispatch is counted
+(:mod:`mc2_hpc.planning.counting`). Two steps are traced and the second is returned, as the first also allocates what
+lasts.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mc2_hpc.config import RunConfig
+from mc2_hpc.data.lanes import rank_batches
+from mc2_hpc.distributed import Ranks
+from mc2_hpc.models.clip import CLIP, flops_per_pair
+from mc2_hpc.models.presets import ClipArchitecture, num_parameters
+from mc2_hpc.planning.captions import Captions
+from mc2_hpc.planning.counting import Counting
+from mc2_hpc.planning.gpu_kernels import gpu_attention, imagine_triton, loss_backend
+from mc2_hpc.planning.imagined import imagined_rank
+from mc2_hpc.planning.records import StepTrace
+from mc2_hpc.precision import Precision
+from mc2_hpc.training.engine import Engine
+from mc2_hpc.training.freezing import frozen_depths
+from mc2_hpc.training.step import ContrastiveStep, num_micro_batches
+from mc2_hpc.training.votes import Votes
+
+logger = logging.getLogger(__name__)
+
+
+class CountedEngine(Engine):
+    """The engine, telling the counter which phase of a step it is in."""
+
+    def __init__(self, clip: CLIP, config: RunConfig, ranks: Ranks, *, num_micro: int, counting: Counting) -> None:
+        self._counting = counting
+        super().__init__(clip, config, ranks, num_micro=num_micro)
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        with self._counting.phase("look-up"):
+            return super().look_up(tokens)
+
+    def features(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        with self._counting.phase("forward"):
+            return super().features(images, tokens, lengths)
+
+    def features_only(
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        with self._counting.phase("forward"):
+            return super().features_only(images, tokens, lengths)
+
+    def backward_again(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        lengths: Sequence[int] | None,
+        image_grads: Tensor | None,
+        text_grads: Tensor | None,
+    ) -> None:
+        with self._counting.phase("forward"):
+            super().backward_again(images, tokens, lengths, image_grads, text_grads)
+
+    def backward(self, loss: Tensor) -> None:
+        with self._counting.phase("backward"):
+            super().backward(loss)
+
+    def step(self, lr: float, votes: Votes = Votes()) -> tuple[Tensor, Tensor]:  # noqa: B008  # it is a tuple
+        with self._counting.phase("update"):
+            return super().step(lr, votes)
+
+    def mark_state(self) -> None:
+        """Say what the memory of parameters, gradients and optimizer state is for."""
+        mark = self._counting.allocations.mark
+        for parameter in self._parameters.values():
+            # After DeepSpeed's own hook, which may have moved the gradient to a bucket.
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: mark(_tensors(p.grad), "gradients"))
+        # What the following marks leave of these are DeepSpeed's buckets.
+        mark(_tensors(vars(self._optimizer)), "communication buffers")
+        mark(_tensors([self._towers._inner.state, self._towers._flats]), "optimizer state")
+        if self._scale_optimizer is not None:
+            mark(_tensors(self._scale_optimizer.state), "optimizer state")
+        parameters = [p.data for p in self._parameters.values()]
+        parameters += [p.ds_tensor for p in self._parameters.values() if hasattr(p, "ds_tensor")]
+        mark([*parameters, self.logit_scale], "parameters")
+        if self._table is not None:
+            rows = self._table._rows
+            mark(_tensors([self._table._state, vars(rows) if rows is not None else ()]), "optimizer state")
+            mark((self._table._state["weight"],), "parameters")
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """Tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+class CountedStep(ContrastiveStep):
+    """The step, telling the counter when the loss and its backward pass begin and end."""
+
+    def count(self, counting: Counting) -> None:
+        """Set the counter."""
+        self._counting = counting
+
+    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        allocations = self._counting.allocations
+        with self._counting.phase("loss"):
+            loss = super()._loss(image_features, text_features)
+        around: list[str] = []
+
+        def enter(_: Tensor) -> None:
+            around.append(allocations.phase)
+            allocations.enter("loss")
+
+        def leave(_: Tensor) -> None:
+            if around:
+                allocations.enter(around.pop())
+
+        loss.register_hook(enter)
+        for features in (image_features, text_features):
+            if features.requires_grad:
+                features.register_hook(leave)
+        return loss
+
+
+def trace_step(
+    config: RunConfig, arch: ClipArchitecture, captions: Captions, *, world_size: int, device_type: str
+) -> StepTrace:
+    """Trace one step of rank 0.
+
+    Changes global state of torch and DeepSpeed for good: call it in a process of its own
+    (:func:`mc2_hpc.planning.processes.in_processes`).
+
+    Args:
+        captions: of the ranks.
+        device_type: ``cuda`` for a GPU, ``cpu`` for ranks on CPUs that talk through gloo.
+
+    Raises:
+        UserError: the batch does not fit the number of ranks.
+    """
+    num_micro = num_micro_batches(config, world_size)
+    with imagined_rank(device_type, world_size, captions.answer) as (ranks, counting):
+        clip = _empty_clip(arch, ranks.device)
+        backend = config.loss.backend
+        if device_type == "cuda":
+            config = imagine_triton(config, counting)
+            backend = loss_backend(config)
+            clip.set_norm(_traceable(config.model.norm), device_type)
+            clip.set_activation(config.model.activation, device_type)
+            clip.set_recompute(config.model.recompute)
+            gpu_attention(clip)
+        else:
+            clip.set_backends(config.model, device_type)
+        counting.attended = sum(length**2 for length in captions.lengths) / sum(captions.lengths)
+        counting.allocations.begin()
+        engine = CountedEngine(clip, config, ranks, num_micro=num_micro, counting=counting)
+        engine.mark_state()
+        step = counted_step(engine, config, world_size, counting)
+        for _ in range(2):
+            images = _images(captions, arch, ranks.device)
+            counting.allocations.see([images])
+            counting.begin()
+            step(images, captions.tokens, config.optim.lr, lengths=captions.lengths if packs(config) else None)
+            before = counting.allocations.by_category()
+            del images
+        return step_trace(counting, config, arch, captions, world_size, device_type, before, backend)
+
+
+def _traceable(norm: str) -> str:
+    """Apex's layer norm keeps what Triton's does."""
+    return "triton" if norm == "apex" else norm
+
+
+def packs(config: RunConfig) -> bool:
+    """Whether captions are computed without padding."""
+    return config.model.text_packing
+
+
+def counted_step(engine: Engine, config: RunConfig, world_size: int, counting: Counting) -> CountedStep:
+    """The step as the trainer builds it."""
+    step = CountedStep(
+        engine,
+        config.loss,
+        feature_dtype=Precision(config.precision).dtype,
+        batches=rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=world_size),
+    )
+    step.count(counting)
+    return step
+
+
+def step_trace(
+    counting: Counting,
+    config: RunConfig,
+    arch: ClipArchitecture,
+    captions: Captions,
+    world_size: int,
+    device_type: str,
+    before: dict[str, int],
+    backend: str,
+) -> StepTrace:
+    """What was counted since the step began."""
+    peak, timeline = counting.allocations.timeline()
+    frozen = frozen_depths(arch, config.freeze)
+    lengths = captions.lengths if packs(config) else [captions.tokens.shape[1]] * len(captions.lengths)
+    return StepTrace(
+        world_size=world_size,
+        device=device_type,
+        pairs=len(captions.lengths),
+        caption_tokens=sum(captions.lengths),
+        peak=peak,
+        timeline=timeline,
+        before=before,
+        work=counting.work(),
+        collectives=counting.collectives(),
+        model_flops=sum(flops_per_pair(arch, length, frozen) * num for length, num in Counter(lengths).items()),
+        parameters=num_parameters(arch),
+        loss_backend=backend,
+    )
+
+
+def _empty_clip(arch: ClipArchitecture, device: torch.device) -> CLIP:
+    """A model without values: nothing that is counted depends on them."""
+    with torch.device("meta"):
+        clip = CLIP(arch)
+    for module in clip.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device)))
+    return clip
+
+
+def _images(captions: Captions, arch: ClipArchitecture, device: torch.device) -> Tensor:
+    """This rank's images on the device."""
+    shape = (len(captions.lengths), 3, arch.vision.image_size, arch.vision.image_size)
+    return torch.empty(shape, device=device).to(torch.uint8)

@@ -1,0 +1,121 @@
+"""A real training step on CPU ranks, counted: what traces are compared with."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from mc2_hpc.config import RunConfig, config_from_dict
+from mc2_hpc.distributed import process_group
+from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.packed_captions import caption_lengths
+from mc2_hpc.models.presets import resolve
+from mc2_hpc.planning.captions import captions_of
+from mc2_hpc.planning.counting import Counting
+from mc2_hpc.planning.records import StepTrace
+from mc2_hpc.planning.trace import CountedEngine, counted_step, trace_step
+from mc2_hpc.training.step import num_micro_batches
+
+PAIRS = 8
+
+
+def tiny_config(*, world_size: int = 1, size: int = 1, pairs: int = PAIRS, **values: Any) -> RunConfig:
+    """A run of tiny models; ``size`` multiplies their widths and layers."""
+    model = {
+        "preset": "ViT-S-16-worldwide",
+        "embed_dim": 32 * size,
+        "vision": {"image_size": 32, "width": 64 * size, "layers": 1 + size, "head_width": 32},
+        "text": {"vocab_size": 800, "context_length": 24, "width": 48 * size, "heads": 3, "layers": 1 + size},
+        **values.pop("model", {}),
+    }
+    return config_from_dict(
+        {
+            "global_batch": pairs * world_size,
+            "precision": "fp32",
+            "model": model,
+            "data": {"lanes": world_size},
+            **values,
+        },
+        "test",
+    )
+
+
+def tokens_of(config: RunConfig, rank: int) -> torch.Tensor:
+    """(b, 24) token ids, with captions of very different lengths."""
+    text = config.model.text
+    generator = torch.Generator().manual_seed(rank)
+    tokens = torch.randint(3, text.vocab_size, (config.global_batch // config.data.lanes, 24), generator=generator)
+    tokens[torch.arange(len(tokens)), torch.randint(2, 24, (len(tokens),), generator=generator)] = 2
+    tokens[0, 1:] = torch.tensor([2] * 23)
+    tokens[-1] = torch.arange(3, 27)
+    tokens[-1, -1] = 2
+    return tokens
+
+
+def traced(config: RunConfig, world_size: int) -> StepTrace:
+    """The trace of rank 0's step, on CPU ranks."""
+    captions = captions_of([tokens_of(config, rank) for rank in range(world_size)], eos_id=2)
+    return trace_step(config, resolve(config.model), captions, world_size=world_size, device_type="cpu")
+
+
+def real(config: RunConfig) -> dict[str, Any]:
+    """This rank's real step: peak bytes, FlopCounterMode's flops, collectives as ``[kind, calls, bytes]``."""
+    arch = resolve(config.model)
+    with process_group(60) as ranks:
+        tokens = tokens_of(config, ranks.rank)
+        lengths = caption_lengths(tokens, 2)
+        counting = Counting(gloo=False)  # what gloo allocates is seen
+        with counting:
+            clip = build_clip(arch, seed=0)
+            clip.set_backends(config.model, "cpu")
+            engine = CountedEngine(
+                clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size), counting=counting
+            )
+            step = counted_step(engine, config, ranks.world_size, counting)
+            del clip
+
+            def run() -> None:
+                images = torch.zeros(len(tokens), 3, 32, 32, dtype=torch.uint8)
+                counting.begin()
+                step(images, tokens, 1e-4, lengths=lengths)
+
+            run()
+            run()
+            between = sum(counting.allocations.by_category().values())
+            collectives = sorted([c.kind, c.calls, c.bytes] for c in counting.collectives())
+            peak = counting.allocations.peak
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+            run()
+        with FlopCounterMode(display=False) as flops:
+            run()
+        dist.barrier()
+    return {
+        "peak": between + _peak_of(recorded),
+        "dispatched_peak": peak,
+        "flops": flops.get_total_flops(),
+        "collectives": collectives,
+    }
+
+
+def _peak_of(recorded: torch.profiler.profile) -> int:
+    """Most bytes of the CPU allocator above those at the start."""
+    assert recorded.profiler is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    cases = json.loads((folder / "cases.json").read_text())
+    # DeepSpeed's state is global, so each case has its own ranks.
+    found = real(tiny_config(**cases))
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
