@@ -42,13 +42,14 @@ def caption_columns(path: Path) -> list[str]:
     return found if {KEY, TEXT} <= set(found) else []
 
 
-def caption_table(path: Path, *, texts: Sequence[str] = ()) -> "pyarrow.Table | None":
+def caption_table(path: Path, *, texts: Sequence[str] = (), addresses: bool = False) -> "pyarrow.Table | None":
     """Columns ``key``, ``text`` (as bytes), ``lang`` and, if present, ``entries``; None if not a caption table.
 
     Integer keys become their decimal digits.
 
     Args:
         texts: other columns of text to read (as bytes) where the table has them.
+        addresses: also read the column ``source`` (as bytes) if it is text.
 
     Raises:
         UserError: cannot be read, or a column has the wrong type.
@@ -63,12 +64,16 @@ def caption_table(path: Path, *, texts: Sequence[str] = ()) -> "pyarrow.Table | 
 
     types = {KEY: pyarrow.string(), TEXT: pyarrow.large_binary(), LANG: pyarrow.string()}
     types[ENTRIES] = pyarrow.list_(pyarrow.uint32())
-    types = dict.fromkeys(texts, pyarrow.large_binary()) | types
-    columns = {name: kind for name, kind in column_types().items() if name in names and name in types}
+    types = dict.fromkeys((*texts, SOURCE), pyarrow.large_binary()) | types
+    ours = {KEY, TEXT, LANG, ENTRIES}
+    columns = {name: kind for name, kind in column_types().items() if name in names and name in ours}
     others = {name: STRINGS for name in texts if name not in columns}
     with open_parquet(path, columns, optional=others) as file:
-        there = [name for name in others if name in file.schema_arrow.names]
-        table = file.read([*columns, *there], use_threads=False)
+        schema = file.schema_arrow
+        more = {name for name in others if name in schema.names}
+        if addresses and schema.names.count(SOURCE) == 1 and STRINGS.accepts(schema.field(SOURCE).type):
+            more.add(SOURCE)
+        table = file.read([*columns, *sorted(more)], use_threads=False)
         if LANG not in names:
             table = table.append_column(LANG, pyarrow.nulls(len(table), pyarrow.string()))
         return pyarrow.table({name: table[name].cast(types[name]) for name in table.column_names})

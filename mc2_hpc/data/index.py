@@ -84,8 +84,7 @@ def open_index(path: Path, source: LocalFile, *, cache: Path, records: bool = Fa
 
     Args:
         cache: folder for indexes of tars whose own folder cannot be written.
-        records: include every record, which makes another index: otherwise, samples with a ``.txt`` have a record only
-            if it names a language.
+        records: include records beside a ``.txt`` that do not name a language, which makes another index.
 
     Raises:
         ShardError: the tar contains no samples, or is damaged (:func:`mc2_hpc.tar.list_members`).
@@ -106,8 +105,7 @@ def open_index(path: Path, source: LocalFile, *, cache: Path, records: bool = Fa
     if not listing.samples:
         raise ShardError(listing.describe_others())
     samples = list(listing.samples.values())
-    if not records:
-        _drop_idle_records(samples, source)
+    _drop_idle_records(samples, source, keep=records)
     keys = [sample.key for sample in samples]
     index = ShardIndex(keys, hash_keys(keys), _places(samples), dict(listing.drops), changed)
     if time.time_ns() - source.mtime_ns > _SETTLED_NS:
@@ -121,13 +119,14 @@ def _places_for(path: Path, cache: Path, suffix: str) -> Iterator[Path]:
     yield cache / "indexes" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.{suffix}"
 
 
-def _drop_idle_records(samples: list[Sample], source: ByteSource) -> None:
-    """Drop every ``.json`` beside a ``.txt`` that does not name a language, so that it is never read again."""
+def _drop_idle_records(samples: list[Sample], source: ByteSource, *, keep: bool) -> None:
+    """Drop each ``.json`` beside a ``.txt`` that is too large or, unless ``keep``, names no language."""
     for sample in samples:
         record = sample.record
-        if sample.caption is not None and record is not None:
-            if record.size > LARGEST_RECORD or not names_language(source.read(record.offset, record.size)):
-                sample.record = None
+        if sample.caption is None or record is None:
+            continue
+        if record.size > LARGEST_RECORD or not (keep or names_language(source.read(record.offset, record.size))):
+            sample.record = None
 
 
 def _places(samples: list[Sample]) -> npt.NDArray[np.int64]:

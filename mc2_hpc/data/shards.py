@@ -26,7 +26,7 @@ from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.samples import ByKey, Caption, captions_of, names_language, usable_text
+from mc2_hpc.samples import LARGEST_RECORD, ByKey, Caption, captions_of, names_language, usable_text
 from mc2_hpc.tar import ByteSource, LocalFile
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class Extras:
 
     @property
     def columns(self) -> list[str]:
-        """Of caption tables."""
-        return (self.fields.columns if self.fields is not None else []) + ([SOURCE] if self.urls else [])
+        """Columns of caption tables that are caption fields."""
+        return self.fields.columns if self.fields is not None else []
 
 
 PLAIN = Extras()
@@ -133,7 +133,7 @@ def open_shard(
     """
     try:
         source = LocalFile(path, pin)
-        table = caption_table(path.with_suffix(".parquet"), texts=extras.columns)
+        table = caption_table(path.with_suffix(".parquet"), texts=extras.columns, addresses=extras.urls)
         index = open_index(path, source, cache=cache or cache_folder(), records=extras.records)
     except UserError as error:
         raise ShardError(str(error)) from None
@@ -271,11 +271,12 @@ class CuratedShard:
         self.num_keys = len(self._image_keys)
         self._hashes = hash_keys(keys)
         self._images = ByKey(_places_of(index, "image"))
-        for column in extras.fields.columns if extras.fields is not None else []:
+        for column in extras.columns:
             if column not in table.column_names:
                 there = ", ".join(table.column_names)
                 raise UserError(f"{name}: the .parquet beside it has no column {column!r}, only {there}")
-        self._columns = {n: table[n].combine_chunks() for n in extras.columns if n in table.column_names}
+        more = [*extras.columns, SOURCE] if extras.urls and SOURCE in table.column_names else extras.columns
+        self._columns = {column: table[column].combine_chunks() for column in more}
         if extras != PLAIN:
             self._captions = ByKey(_places_of(index, "caption"))
             self._records = ByKey(_places_of(index, "record"))
@@ -316,7 +317,7 @@ class CuratedShard:
 
     def _payload(self, places: ByKey[tuple[int, int]], key: str) -> bytes | None:
         place = places.get(key)
-        return None if place is None else _read_payload(self._source, *place)
+        return None if place is None or place[1] > LARGEST_RECORD else _read_payload(self._source, *place)
 
     def read_captions(self, index: int) -> list[Caption]:
         key = self._image_keys[index]

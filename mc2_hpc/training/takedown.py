@@ -44,7 +44,6 @@ class TakedownWatch:
             UserError: no such list, a line that is not an entry, or a list that no longer begins with the lines that
                 the run has applied.
         """
-        self._ranks = ranks
         self._record: TakedownRecord | None = None
         self._growth: _Growth | None = None
         content: list[bytes | None] = [None]

@@ -95,7 +95,7 @@ class TakedownRecord:
             with atomic_path(self.folder / LIST) as temporary:
                 temporary.write_bytes(self.content)
             write_json(self.folder / VERSIONS, {"versions": msgspec.to_builtins(self.versions)})
-        except OSError as error:
+        except (OSError, UserError) as error:
             logger.error("%s is not up to date, so the proof is incomplete: %s", self.folder, error)
 
 

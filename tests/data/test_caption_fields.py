@@ -190,3 +190,22 @@ def test_a_column_that_is_not_text_makes_the_shard_unreadable(tmp_path: Path) ->
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"i"})])
     with pytest.raises(Exception, match="column 'score' is double, must be string"):
         open_shard(tmp_path / "0.tar", extras=Extras(CaptionFields({"parquet.score": 1.0})))
+
+
+def test_addresses_are_read_where_they_are_text(tmp_path: Path) -> None:
+    """A column of another kind that has that name does not make a shard unreadable."""
+    write_shard(tmp_path / "0.tar", [("a", {"jpg": b"i", "json": b'{"url": "http://record/a"}'}), ("b", {"jpg": b"i"})])
+    table = {"key": ["a", "b"], "text": ["x", "y"]}
+    for source, expected in ((["http://table/a", None], "http://table/a"), ([1, 2], "http://record/a")):
+        pq.write_table(pa.table({**table, "source": source}), tmp_path / "0.parquet")
+        shard = open_shard(tmp_path / "0.tar", extras=Extras(urls=True))
+        assert [shard.read(row, seed=0, epoch=0).url for row in range(2)] == [expected, ""]
+
+
+def test_a_record_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    record = b'{"synthetic": "x", "more": "' + bytes(2 << 20) + b'"}'
+    write_shard(tmp_path / "0.tar", [("a", {"jpg": b"i", "txt": b"alt", "json": record})])
+    assert set(read_all(open_shard(tmp_path / "0.tar", extras=Extras(FIELDS)))["a"]) == {("txt", "alt", "")}
+    pq.write_table(pa.table({"key": ["a"], "text": ["table"]}), tmp_path / "0.parquet")
+    fields = CaptionFields({"parquet.text": 0.5, "json.synthetic": 0.5})
+    assert set(read_all(open_shard(tmp_path / "0.tar", extras=Extras(fields)))["a"]) == {("parquet.text", "table", "")}
