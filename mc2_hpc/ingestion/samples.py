@@ -120,7 +120,7 @@ def _files(samples: Iterable[Sample], options: PackOptions, kept: _Kept) -> Iter
             if pairing_key(sample.key) in seen:
                 raise Dropped(Drop.IMAGE_REPEATED, f"key {sample.key}")
             data = sample.image()
-            captions = _usable(sample, kept)
+            captions, unusable = _usable(sample)
             data, extension = checked_image(data, sample.name, options.resize)
             name = f"{sample.key}.{extension}"
             if not fits_tar_name(name):
@@ -129,6 +129,8 @@ def _files(samples: Iterable[Sample], options: PackOptions, kept: _Kept) -> Iter
             kept.drop(sample, dropped)
             continue
         seen.add(pairing_key(sample.key))
+        for caption in unusable:
+            kept.drop(sample, caption)
         kept.images += 1
         kept.formats[extension] += 1
         kept.rows += [(sample.key, text, lang) for text, lang in captions]
@@ -146,8 +148,8 @@ def _check_key(key: str) -> None:
         raise Dropped(Drop.NAME_UNSAFE, "hidden, so readers of shards would ignore it")
 
 
-def _usable(sample: Sample, kept: _Kept) -> list[Caption]:
-    """The distinct captions that can be used, sorted.
+def _usable(sample: Sample) -> tuple[list[Caption], list[Dropped]]:
+    """The distinct captions that can be used, sorted, and why the others cannot.
 
     Raises:
         Dropped: there is none; the reason is that of the first.
@@ -166,9 +168,7 @@ def _usable(sample: Sample, kept: _Kept) -> list[Caption]:
             captions[caption.text] = caption
     if not captions:
         raise bad[0]
-    for dropped in bad:
-        kept.drop(sample, dropped)
-    return [captions[text] for text in sorted(captions)]
+    return [captions[text] for text in sorted(captions)], bad
 
 
 def checked_image(data: bytes, name: str, resize: int | None) -> tuple[bytes, str]:

@@ -107,7 +107,8 @@ def test_two_images_that_differ_in_their_extension(tmp_path):
 
 def test_damaged_rows_are_counted(tmp_path):
     rows = b"image,text\na.jpg,unquoted, comma\na.jpg,caf\xe9\na.jpg,good\na.jpg,good\na.jpg,\n,text\ngone.jpg,text\n"
-    write_files(tmp_path, {"a.jpg": picture(1), "t.csv": rows})
+    rows += b"cut.jpg,twice\ncut.jpg,twice\n"
+    write_files(tmp_path, {"a.jpg": picture(1), "cut.jpg": picture(2, size=(300, 300))[:500], "t.csv": rows})
     counters = pack(tmp_path / "t.csv", tmp_path / "out")
     assert read_back(tmp_path / "out") == {"a": (picture(1), [("good", "en")])}
     assert counters["drops"] == {
@@ -116,7 +117,8 @@ def test_damaged_rows_are_counted(tmp_path):
         "caption_repeated": 1,
         "caption_empty": 1,
         "image_missing": 2,
-    }
+        "image_truncated": 1,
+    }, "the captions of an image that is not kept do not count"
 
 
 def test_names_cannot_leave_the_folder(tmp_path):
