@@ -127,7 +127,7 @@ def _rows(plan: "Plan") -> dict[str, str]:
     if plan.gpus > 1:
         ends = [takes_over(plan.scaling(strong=strong)) for strong in (False, True)]
         weak, strong = (f"{gpus:,}" if gpus is not None else "never" for gpus in ends)
-        rows["  network bounds from GPUs"] = f"{weak} weak, {strong} strong"
+        rows["  network-bound from"] = f"{weak} weak, {strong} strong"
     rows["  run"] = f"{plan.days:,.1f} days + {1 / plan.goodput - 1:.1%} lost"
     rows["  GPU hours"] = f"{plan.gpu_hours:,.0f}"
     if plan.assumptions.price is not None:

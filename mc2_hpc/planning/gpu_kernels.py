@@ -57,7 +57,8 @@ def imagine_triton(config: RunConfig, counting: Counting) -> RunConfig:
 
     triton_impl.statistics_kernel = triton_impl.gradient_kernel = _Logits(counting)
     for module in (layer_norm, quick_gelu):
-        module.forward_kernel = module.backward_kernel = _Pass(counting)
+        for name in ("forward_kernel", "backward_kernel"):
+            setattr(module, name, _Pass(counting))
     return config
 
 

@@ -14,8 +14,9 @@ RESULTS = json.loads((Path(__file__).parents[2] / "benchmarks/results/step_count
 AFTER = {(row["ranks"], row["stage"]): row for row in RESULTS["rows"] if row["tree"] == "after"}
 RECOMPUTE = {(row["recompute"], row["stage"]): row for row in RESULTS["recompute_rows"]}
 PAIRS = RESULTS["config"]["pairs_per_rank"]
-CASES = [(384, 1, "full"), (384, 2, "full"), (384, 3, "full"), (1, 0, "full"), (1, 1, "full"), (1, 3, "full")]
-CASES += [(384, 1, "none"), (384, 1, "selective"), (384, 2, "selective"), (384, 3, "selective")]
+# ZeRO 3 on 384 ranks takes many minutes to trace (docs/planning.md).
+CASES = [(384, 1, "full"), (384, 2, "full"), (1, 0, "full"), (1, 1, "full"), (1, 2, "full"), (1, 3, "full")]
+CASES += [(384, 1, "none"), (384, 1, "selective"), (384, 2, "selective")]
 
 
 def h14(ranks, stage, recompute):
@@ -49,6 +50,7 @@ def test_h14(ranks, stage, recompute):
     assert trace.peak.bytes / 2**30 == pytest.approx(row["peak_gib"], rel=0.1)
     assert trace.total(kernels="products").flops / 1e12 == pytest.approx(row["products_tflop"], rel=0.01)
     assert trace.total(kernels="other").bytes / 1e9 == pytest.approx(row["traffic_gb"], rel=0.1)
-    if ranks > 1 and recompute == "full" and stage < 3:
-        sizes = {kind: sum(c.bytes for c in trace.collectives if c.kind == kind) / 1e9 for kind in ("all-reduce",)}
-        assert sizes["all-reduce"] == pytest.approx(row["all_reduced_gb"], abs=0.01)
+    if ranks > 1 and recompute == "full":
+        for kind, key in (("all-reduce", "all_reduced_gb"), ("reduce-scatter", "reduce_scattered_gb")):
+            size = sum(each.bytes for each in trace.collectives if each.kind == kind)
+            assert size / 1e9 == pytest.approx(row[key], abs=0.01)
