@@ -19,9 +19,9 @@ def add_action(actions: Any) -> None:
     parser.add_argument(
         "--max-check",
         type=whole(0, 192),
-        default=44,
+        default=40,
         metavar="BITS",
-        help="in which the 192 bits that confirm them may differ [44]",
+        help="in which the 192 bits that confirm them may differ [40]",
     )
     parser.set_defaults(action=_run)
 

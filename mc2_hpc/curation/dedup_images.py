@@ -20,7 +20,7 @@ import pyarrow as pa
 from mc2_hpc.curation.copies.codes import view_codes
 from mc2_hpc.curation.copies.hashes import CODES, IMAGES, Hash, read_images, write_codes, write_images
 from mc2_hpc.curation.copies.linking import CHECK_BITS, Entries
-from mc2_hpc.curation.copies.search import GROUPS, GroupCopies, SearchPart, rows_to_remove
+from mc2_hpc.curation.copies.search import GroupCopies, SearchPart, rows_to_remove
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import copy_without, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
@@ -34,9 +34,10 @@ from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import write_json
 
 SETTINGS = "dedup_images.json"
+HASHED, REMOVED = "hashes", "removed"
 PHASH = "phash"
-MAX_DISTANCE, MAX_CHECK = 6, 44
-"""Default bits of pHash and of its check: of 8,000 CIFAR-10 images, one group in thirty, by eye, is not of copies."""
+MAX_DISTANCE, MAX_CHECK = 6, 40
+"""Defaults: bits of 64 and of 192 in which codes of planted copies hardly ever differ (docs/images.md)."""
 _LARGEST_DISTANCE = 16
 """A search beyond it compares almost all pairs."""
 _FEWEST_PARTS, _MOST_PARTS = 16, 1000
@@ -51,7 +52,7 @@ class DedupStats(File):
 
 
 class _Groups(Foreign):
-    """``groups.json``."""
+    """Counters of grouping."""
 
     groups: Count
     largest_group: Count
@@ -64,7 +65,7 @@ def plan_dedup_images(
 
     Writes ``<shard>.tar`` and, if the shard has one, ``<shard>.parquet``; kept files keep their bytes. Of each group of
     copies, the one with the most pixels stays, then the largest file, then the first key: see
-    ``groups/copies/<shard>.csv``. A shard without any image left gets no files. Finished shards are skipped.
+    ``removed/<shard>.csv``. A shard without any image left gets no files. Finished shards are skipped.
 
     Args:
         pool: shards with images: tars beside Parquet files of captions, or plain WebDataset tars.
@@ -84,7 +85,7 @@ def plan_dedup_images(
     hashes = [_checked(Hash(PHASH, max_distance, max_check))]
     shards = {shard.name: _with_images(shard) for shard in list_pool(pool)}
     settings = {"hashes": {kind.name: asdict(kind) for kind in hashes}}
-    for folder in (out, out / "hashes"):
+    for folder in (out, out / HASHED):
         open_folder(folder, SETTINGS, settings, list(shards))
     stages = _stages(out, shards, hashes)
     return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[2]))
@@ -106,26 +107,28 @@ def _with_images(shard: PoolShard) -> PoolShard:
 
 def _stages(out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash]) -> list[Stage]:
     names = list(shards)
-    # Links number the images of all shards, so other shards make other links.
+    hashed, removed = out / HASHED, out / REMOVED
+    # Links number the images of all shards, so another set of shards has other links.
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    hashed, links, groups = out / "hashes", out / "search" / digest, out / "groups"
+    links = out / "search" / digest
+    others = tuple(path for path in links.parent.glob("[0-9a-f]" * len(digest)) if path != links)
     parts = {f"{part:03d}": part for part in range(min(max(_FEWEST_PARTS, len(names)), _MOST_PARTS))}
     search = SearchPart(hashed, links, names, hashes, len(parts))
-    group = GroupCopies(hashed, links, groups, names, list(parts))
+    group = GroupCopies(hashed, links, removed, names, list(parts))
     codes = [CODES.replace("{hash}", kind.name) for kind in hashes]
-    grouped = f"{digest}.{GROUPS}"
-    changed = (links, groups / grouped, out / "stats")
+    stats = out / "stats"
+    found = (*others, links / "groups.json", stats)
     return [
-        Stage("hash", hashed, shards, HashShard(hashed), (IMAGES, *codes, STATS), invalidates=changed),
-        Stage("search", out / "search", parts, search, (f"{digest}/{{shard}}.npy",), "parts", invalidates=changed[1:]),
-        Stage("group", groups, {grouped: None}, group, ("{shard}",), "tables", invalidates=changed[2:]),
+        Stage("hash", hashed, shards, HashShard(hashed), (IMAGES, *codes, STATS), invalidates=(links, *found)),
+        Stage("search", links.parent, parts, search, (f"{digest}/{{shard}}.npy",), "parts", invalidates=found),
+        Stage("group", links.parent, {"groups": None}, group, (f"{digest}/{{shard}}.json",), invalidates=(stats,)),
         Stage("write", out, shards, WriteShard(out), (STATS,)),
     ]
 
 
 def _result(out: Path, shards: list[str], grouping: Stage) -> dict[str, Any]:
-    (name,) = grouping.inputs
-    groups = read_json(grouping.folder / name, _Groups, cure=REDO)
+    path = grouping.folder / grouping.outputs[0].replace("{shard}", "groups")
+    groups = read_json(path, _Groups, cure=REDO)
     counters = sum_kept(out, shards, "images", DedupStats)
     return {**counters, "groups": groups.groups, "largest_group": groups.largest_group}
 
@@ -179,13 +182,13 @@ class WriteShard:
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
-        reasons = read_images(self.out / "hashes", name)["reason"].to_pylist()
-        for row in rows_to_remove(self.out / "groups", name).tolist():
+        reasons = read_images(self.out / HASHED, name)["reason"].to_pylist()
+        for row in rows_to_remove(self.out / REMOVED, name).tolist():
             reasons[row] = Drop.DUPLICATE_IMAGE
         with TarIndex(shard.images) as index:
             samples = _samples(index)
             if len(samples) != len(reasons):
-                stats = stats_path(self.out / "hashes", name)
+                stats = stats_path(self.out / HASHED, name)
                 raise UserError(f"{shard.images}: has changed since it was hashed; delete {stats} to hash it again")
             unwanted = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is not None]
             drops = Counter(reason for reason in reasons if reason is not None)

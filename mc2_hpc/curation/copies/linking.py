@@ -56,12 +56,11 @@ def collapse(entries: Entries, forest: Forest) -> Entries:
     entries, digests = entries[order], digests[order]
     is_same = digests[1:] == digests[:-1]
     at = np.flatnonzero(is_same)
-    for field in ("words", "mirrored"):  # equal digests of different codes are possible
-        differs = entries[field][at] != entries[field][at + 1]
-        is_same[at[differs.reshape(len(at), -1).any(axis=1)]] = False
+    one, other = entries[at], entries[at + 1]  # equal digests of different codes are possible
+    is_same[at] = (one["words"] == other["words"]).all(axis=1) & (one["mirrored"] == other["mirrored"])
     at = np.flatnonzero(is_same)
     join(forest, np.stack([entries["image"][at], entries["image"][at + 1]], axis=1).astype(np.int64))
-    return entries[np.concatenate([[True], ~is_same])] if len(entries) else entries
+    return entries[np.concatenate([[True], ~is_same])[: len(entries)]]
 
 
 def link(entries: Entries, mask: np.uint64, forest: Forest, *, max_distance: int, max_check: int) -> None:

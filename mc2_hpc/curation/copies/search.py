@@ -30,8 +30,8 @@ from mc2_hpc.storage import atomic_path, write_json
 
 CODES_AT_ONCE = 1 << 24
 """Codes in memory at a time, about 1.5 GB with what searching them needs."""
-GROUPS, COPIES, REPORT = "groups.json", "copies/{shard}.npy", "copies/{shard}.csv"
-"""Outputs of grouping: counters; per shard, the rows of the images to remove, and a table of them for people."""
+COPIES, REPORT = "{shard}.npy", "{shard}.csv"
+"""Per shard, the rows of the images to remove, and a table of them for people."""
 _HEADER = ("key", "kept", "kept_shard")
 _CURE = "delete its folder and run the same command again"
 
@@ -106,7 +106,9 @@ class GroupCopies:
 
     hashed: Path
     links: Path
+    """Folder of the links, and where counters are written at the end."""
     out: Path
+    """Folder of what to remove: :data:`COPIES` and :data:`REPORT`."""
     shards: list[str]
     parts: list[str]
 
@@ -123,7 +125,7 @@ class GroupCopies:
         members = self._ranked(first, roots, sizes[roots] > 1)
         self._write(members)
         groups = sizes[sizes > 1]
-        write_json(self.out / name, {"groups": len(groups), "largest_group": int(groups.max(initial=0))})
+        write_json(self.links / f"{name}.json", {"groups": len(groups), "largest_group": int(groups.max(initial=0))})
 
     def _ranked(
         self, first: npt.NDArray[np.int64], roots: npt.NDArray[np.int64], in_group: npt.NDArray[np.bool_]
