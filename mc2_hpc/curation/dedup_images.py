@@ -15,19 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from mc2_hpc.curation.copies.codes import view_codes
-from mc2_hpc.curation.copies.hashes import CODES, IMAGES, Hash, read_images, write_codes, write_images
-from mc2_hpc.curation.copies.linking import CHECK_BITS, Entries
-from mc2_hpc.curation.copies.search import GroupCopies, SearchPart, rows_to_remove
+from mc2_hpc.curation.copies.features import load_encoder
+from mc2_hpc.curation.copies.hashes import CODES, FEATURES, IMAGES, PHASH, PROJECTIONS, Hash, read_images
+from mc2_hpc.curation.copies.hashing import HashShard, samples_with_images
+from mc2_hpc.curation.copies.linking import CHECK_BITS
+from mc2_hpc.curation.copies.search import Centre, FeatureCodes, GroupCopies, SearchPart, rows_to_remove
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import copy_without, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
-from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.images import open_image
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.jobs.named import Named, to_plain
 from mc2_hpc.reading.json_file import Count, File, Foreign, read_json
 from mc2_hpc.samples import Sample
 from mc2_hpc.shard_paths import Names
@@ -35,9 +34,10 @@ from mc2_hpc.storage import write_json
 
 SETTINGS = "dedup_images.json"
 HASHED, REMOVED = "hashes", "removed"
-PHASH = "phash"
 MAX_DISTANCE, MAX_CHECK = 6, 40
-"""Defaults: bits of 64 and of 192 in which codes of planted copies hardly ever differ (docs/images.md)."""
+"""Defaults of pHash: bits of 64 and of 192 in which codes of planted copies hardly ever differ (docs/images.md)."""
+FEATURE_DISTANCE, FEATURE_CHECK = 10, 46
+"""Defaults of features, chosen likewise, with SSCD."""
 _LARGEST_DISTANCE = 16
 """A search beyond it compares almost all pairs."""
 _FEWEST_PARTS, _MOST_PARTS = 16, 1000
@@ -59,7 +59,14 @@ class _Groups(Foreign):
 
 
 def plan_dedup_images(
-    pool: Names, out: str | Path, *, max_distance: int = MAX_DISTANCE, max_check: int = MAX_CHECK
+    pool: Names,
+    out: str | Path,
+    *,
+    max_distance: int = MAX_DISTANCE,
+    max_check: int = MAX_CHECK,
+    features: Named | None = None,
+    feature_distance: int = FEATURE_DISTANCE,
+    feature_check: int = FEATURE_CHECK,
 ) -> Plan:
     """Copy a pool's shards without images that are copies of others.
 
@@ -69,8 +76,10 @@ def plan_dedup_images(
 
     Args:
         pool: shards with images: tars beside Parquet files of captions, or plain WebDataset tars.
-        max_distance: bits in which the 64-bit hashes of two copies may differ.
+        max_distance: bits in which the pHashes of some views of two copies may differ.
         max_check: bits in which the 192 bits that confirm them may differ.
+        features: an encoder (:func:`~mc2_hpc.curation.copies.features.parse_encoder`), to compare images by the hashes
+            of its features too; ``feature_distance`` and ``feature_check`` are the same for these.
 
     Returns:
         stages, whose result is counters: ``images_read``, ``images`` (kept), ``groups`` (of two or more copies), the
@@ -83,12 +92,15 @@ def plan_dedup_images(
     """
     out = Path(out).absolute()
     hashes = [_checked(Hash(PHASH, max_distance, max_check))]
+    if features is not None:
+        load_encoder(features)  # fail early
+        hashes.append(_checked(Hash(FEATURES, feature_distance, feature_check)))
     shards = {shard.name: _with_images(shard) for shard in list_pool(pool)}
-    settings = {"hashes": {kind.name: asdict(kind) for kind in hashes}}
+    settings = {"hashes": {kind.name: asdict(kind) for kind in hashes}, "encoder": to_plain(features)}
     for folder in (out, out / HASHED):
         open_folder(folder, SETTINGS, settings, list(shards))
-    stages = _stages(out, shards, hashes)
-    return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[2]))
+    stages = _stages(out, shards, hashes, features)
+    return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[-2]))
 
 
 def _checked(kind: Hash) -> Hash:
@@ -105,21 +117,30 @@ def _with_images(shard: PoolShard) -> PoolShard:
     return shard
 
 
-def _stages(out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash]) -> list[Stage]:
+def _stages(out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash], features: Named | None) -> list[Stage]:
     names = list(shards)
     hashed, removed = out / HASHED, out / REMOVED
-    # Links number the images of all shards, so another set of shards has other links.
+    # Links number the images of all shards, so another set of shards has other links, in another folder.
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     links = out / "search" / digest
     others = tuple(path for path in links.parent.glob("[0-9a-f]" * len(digest)) if path != links)
     parts = {f"{part:03d}": part for part in range(min(max(_FEWEST_PARTS, len(names)), _MOST_PARTS))}
-    search = SearchPart(hashed, links, names, hashes, len(parts))
+    folders = {PHASH: hashed, FEATURES: links}
+    search = SearchPart(hashed, links, names, [(folders[kind.name], kind) for kind in hashes], len(parts))
     group = GroupCopies(hashed, links, removed, names, list(parts))
-    codes = [CODES.replace("{hash}", kind.name) for kind in hashes]
     stats = out / "stats"
     found = (*others, links / "groups.json", stats)
+    written = [IMAGES, CODES.replace("{hash}", PHASH), *([PROJECTIONS] if features is not None else []), STATS]
+    stages = [Stage("hash", hashed, shards, HashShard(hashed, features), tuple(written), invalidates=(links, *found))]
+    if features is not None:
+        centre, codes = Centre(hashed, links, names), FeatureCodes(hashed, links)
+        files = (f"{digest}/{{shard}}.npy", f"{digest}/{CODES.replace('{hash}', FEATURES)}")
+        stages += [
+            Stage("centre", links.parent, {"centre": None}, centre, files[:1], invalidates=found),
+            Stage("feature codes", links.parent, dict.fromkeys(names), codes, files[1:], invalidates=found),
+        ]
     return [
-        Stage("hash", hashed, shards, HashShard(hashed), (IMAGES, *codes, STATS), invalidates=(links, *found)),
+        *stages,
         Stage("search", links.parent, parts, search, (f"{digest}/{{shard}}.npy",), "parts", invalidates=found),
         Stage("group", links.parent, {"groups": None}, group, (f"{digest}/{{shard}}.json",), invalidates=(stats,)),
         Stage("write", out, shards, WriteShard(out), (STATS,)),
@@ -131,42 +152,6 @@ def _result(out: Path, shards: list[str], grouping: Stage) -> dict[str, Any]:
     groups = read_json(path, _Groups, cure=REDO)
     counters = sum_kept(out, shards, "images", DedupStats)
     return {**counters, "groups": groups.groups, "largest_group": groups.largest_group}
-
-
-def _samples(index: TarIndex) -> list[Sample]:
-    """The samples of a tar that have an image, in order."""
-    return [sample for sample in index.listing.samples.values() if sample.image is not None]
-
-
-@dataclass(frozen=True)
-class HashShard:
-    """Hashes the images of one shard."""
-
-    out: Path
-
-    def __call__(self, name: str, shard: PoolShard) -> None:
-        assert shard.images is not None
-        rows: list[tuple[str, int, int, str | None]] = []
-        codes: list[Entries] = []
-        with TarIndex(shard.images) as index:
-            for sample in _samples(index):
-                assert sample.image is not None
-                data = index.read(sample.image)
-                key = sample.key.encode("utf-8", "replace").decode()
-                try:
-                    entries = view_codes(data)
-                    width, height = open_image(data).size
-                except Dropped as dropped:
-                    rows.append((key, 0, 0, str(dropped.reason)))
-                    continue
-                entries["image"] = len(rows)
-                codes.append(entries)
-                rows.append((key, width * height, len(data), None))
-        columns = zip(*rows, strict=True) if rows else ((), (), (), ())
-        table = pa.table(dict(zip(("key", "pixels", "bytes", "reason"), map(list, columns), strict=True)))
-        write_codes(self.out, name, PHASH, codes)
-        write_images(self.out, name, table)
-        write_json(stats_path(self.out, name), {"images_read": len(rows)})
 
 
 @dataclass(frozen=True)
@@ -186,7 +171,7 @@ class WriteShard:
         for row in rows_to_remove(self.out / REMOVED, name).tolist():
             reasons[row] = Drop.DUPLICATE_IMAGE
         with TarIndex(shard.images) as index:
-            samples = _samples(index)
+            samples = samples_with_images(index)
             if len(samples) != len(reasons):
                 stats = stats_path(self.out / HASHED, name)
                 raise UserError(f"{shard.images}: has changed since it was hashed; delete {stats} to hash it again")

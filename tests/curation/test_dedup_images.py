@@ -86,7 +86,9 @@ def test_one_of_each_group_stays_with_its_rows_and_bytes(tmp_path):
     with tarfile.open(tmp_path / "out" / "1.tar") as tar:
         assert tar.extractfile("f.jpg").read() == second["f"]
     settings = json.loads((tmp_path / "out" / "dedup_images.json").read_text())
-    assert settings["hashes"] == {"phash": {"name": "phash", "max_distance": 6, "max_check": 40}}
+    assert settings["encoder"] is None and settings["hashes"] == {
+        "phash": {"name": "phash", "max_distance": 6, "max_check": 40}
+    }
 
 
 def test_planted_copies_among_real_images(shared_data, tmp_path):

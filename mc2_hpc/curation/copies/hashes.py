@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from mc2_hpc.curation.copies.linking import ENTRY, Entries
@@ -13,7 +15,12 @@ from mc2_hpc.reading.files import check_regular
 from mc2_hpc.storage import atomic_path
 
 IMAGES, CODES = "images/{shard}.arrow", "codes/{hash}/{shard}.npy"
-"""Outputs of hashing a shard; :func:`read_images` and :func:`map_codes` read them."""
+"""Files of a shard; :func:`read_images` and :func:`map_codes` read them."""
+PROJECTIONS = "projections/{shard}.npy"
+"""Projections of a shard's features, int32, in the order of its images that have codes."""
+
+PHASH, FEATURES = "phash", "features"
+"""Names of the kinds of codes."""
 
 _CURE = "delete it and run the same command again"
 _COLUMNS = pa.schema(
@@ -65,8 +72,13 @@ def read_images(folder: Path, shard: str) -> pa.Table:
 
 def write_codes(folder: Path, shard: str, kind: str, entries: list[Entries]) -> None:
     """Write the codes of a shard's images, whose numbers are their rows in :func:`read_images`."""
-    with atomic_path(folder / CODES.format(hash=kind, shard=shard)) as temporary:
-        np.save(temporary, np.concatenate([np.zeros(0, ENTRY), *entries]), allow_pickle=False)
+    write_array(folder / CODES.format(hash=kind, shard=shard), np.concatenate([np.zeros(0, ENTRY), *entries]))
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an NPY file atomically."""
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
 
 
 def map_codes(folder: Path, shard: str, kind: str) -> Entries:
