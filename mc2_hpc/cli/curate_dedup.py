@@ -28,6 +28,12 @@ def add_action(actions: Any) -> None:
         metavar="BITS",
         help="in which the 192 bits that confirm them may differ [40]",
     )
+    add_feature_flags(parser)
+    parser.set_defaults(action=_run)
+
+
+def add_feature_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose an encoder; see :func:`encoder_of`."""
     group = parser.add_argument_group("features (docs/images.md)")
     group.add_argument(
         "--features",
@@ -36,10 +42,19 @@ def add_action(actions: Any) -> None:
         help="also compare features: of a CLIP model's folder, or of package.module.Class key=value ...",
     )
     group.add_argument(
-        "--feature-distance", type=whole(0, 16), default=10, metavar="BITS", help="like --max-distance [10]"
+        "--feature-distance",
+        type=whole(0, 16),
+        default=10,
+        metavar="BITS",
+        help="in which one of the four 64-bit hashes of two copies' features may differ [10]",
     )
-    group.add_argument("--feature-check", type=whole(0, 192), default=46, metavar="BITS", help="like --max-check [46]")
-    parser.set_defaults(action=_run)
+    group.add_argument(
+        "--feature-check",
+        type=whole(0, 192),
+        default=46,
+        metavar="BITS",
+        help="in which the other three may differ together [46]",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -16,10 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.curation.copies.features import load_encoder
-from mc2_hpc.curation.copies.hashes import CODES, FEATURES, IMAGES, PHASH, PROJECTIONS, Hash, read_images
+from mc2_hpc.curation.copies.hashes import (
+    CODES,
+    FEATURE_CHECK,
+    FEATURE_DISTANCE,
+    FEATURES,
+    IMAGES,
+    MAX_CHECK,
+    MAX_DISTANCE,
+    PHASH,
+    PROJECTIONS,
+    Hash,
+    checked_hash,
+    read_images,
+)
 from mc2_hpc.curation.copies.hashing import HashShard, samples_with_images
-from mc2_hpc.curation.copies.linking import CHECK_BITS
-from mc2_hpc.curation.copies.search import Centre, FeatureCodes, GroupCopies, SearchPart, rows_to_remove
+from mc2_hpc.curation.copies.search import FeatureCodes, GroupCopies, SearchPart, WriteCentre, rows_to_remove
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import copy_without, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
@@ -34,12 +46,6 @@ from mc2_hpc.storage import write_json
 
 SETTINGS = "dedup_images.json"
 HASHED, REMOVED = "hashes", "removed"
-MAX_DISTANCE, MAX_CHECK = 6, 40
-"""Defaults of pHash: bits of 64 and of 192 in which codes of planted copies hardly ever differ (docs/images.md)."""
-FEATURE_DISTANCE, FEATURE_CHECK = 10, 46
-"""Defaults of features, chosen likewise, with SSCD."""
-_LARGEST_DISTANCE = 16
-"""A search beyond it compares almost all pairs."""
 _FEWEST_PARTS, _MOST_PARTS = 16, 1000
 
 
@@ -91,24 +97,16 @@ def plan_dedup_images(
             if nothing was kept.
     """
     out = Path(out).absolute()
-    hashes = [_checked(Hash(PHASH, max_distance, max_check))]
+    hashes = [checked_hash(Hash(PHASH, max_distance, max_check))]
     if features is not None:
         load_encoder(features)  # fail early
-        hashes.append(_checked(Hash(FEATURES, feature_distance, feature_check)))
+        hashes.append(checked_hash(Hash(FEATURES, feature_distance, feature_check)))
     shards = {shard.name: _with_images(shard) for shard in list_pool(pool)}
     settings = {"hashes": {kind.name: asdict(kind) for kind in hashes}, "encoder": to_plain(features)}
     for folder in (out, out / HASHED):
         open_folder(folder, SETTINGS, settings, list(shards))
     stages = _stages(out, shards, hashes, features)
     return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[-2]))
-
-
-def _checked(kind: Hash) -> Hash:
-    if not 0 <= kind.max_distance <= _LARGEST_DISTANCE:
-        raise UserError(f"max_distance={kind.max_distance}: must be 0 to {_LARGEST_DISTANCE} of 64 bits")
-    if not 0 <= kind.max_check <= CHECK_BITS:
-        raise UserError(f"max_check={kind.max_check}: must be 0 to {CHECK_BITS} bits")
-    return kind
 
 
 def _with_images(shard: PoolShard) -> PoolShard:
@@ -133,7 +131,7 @@ def _stages(out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash], feat
     written = [IMAGES, CODES.replace("{hash}", PHASH), *([PROJECTIONS] if features is not None else []), STATS]
     stages = [Stage("hash", hashed, shards, HashShard(hashed, features), tuple(written), invalidates=(links, *found))]
     if features is not None:
-        centre, codes = Centre(hashed, links, names), FeatureCodes(hashed, links)
+        centre, codes = WriteCentre(hashed, links, names), FeatureCodes(hashed, links)
         files = (f"{digest}/{{shard}}.npy", f"{digest}/{CODES.replace('{hash}', FEATURES)}")
         stages += [
             Stage("centre", links.parent, {"centre": None}, centre, files[:1], invalidates=found),

@@ -211,9 +211,9 @@ def test_killed_run_is_continued(tmp_path, outputs):
 
 def test_bad_input_is_named(tmp_path):
     pool = write_pool(tmp_path / "pool", {"a": {"k": make_image(1)}})
-    with pytest.raises(UserError, match="max_distance=17: must be 0 to 16 of 64 bits"):
+    with pytest.raises(UserError, match="phash: max_distance=17 must be 0 to 16 of 64 bits"):
         plan_dedup_images(pool, tmp_path / "out", max_distance=17)
-    with pytest.raises(UserError, match="max_check=193: must be 0 to 192 bits"):
+    with pytest.raises(UserError, match="phash: max_check=193 must be 0 to 192 bits"):
         plan_dedup_images(pool, tmp_path / "out", max_check=193)
     jobs.run(plan_dedup_images(pool, tmp_path / "out"))
     with pytest.raises(UserError, match="made with another hashes"):

