@@ -28,6 +28,13 @@ def add_action(actions: Any) -> None:
         metavar="BITS",
         help="in which the 192 bits that confirm them may differ [40]",
     )
+    parser.add_argument(
+        "--memory-gb",
+        type=whole(1, 10_000),
+        default=2,
+        metavar="N",
+        help="memory for the codes in each worker of the search; the more, the fewer times they are read [2]",
+    )
     add_feature_flags(parser)
     parser.set_defaults(action=_run)
 
@@ -61,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.curation.dedup_images import plan_dedup_images
 
     engine = engine_of(arguments)
-    options = ("max_distance", "max_check", "feature_distance", "feature_check")
+    options = ("max_distance", "max_check", "feature_distance", "feature_check", "memory_gb")
     plan = plan_dedup_images(
         arguments.pool,
         arguments.out,

@@ -31,7 +31,14 @@ from mc2_hpc.curation.copies.hashes import (
     read_images,
 )
 from mc2_hpc.curation.copies.hashing import HashShard, samples_with_images
-from mc2_hpc.curation.copies.search import FeatureCodes, GroupCopies, SearchPart, WriteCentre, rows_to_remove
+from mc2_hpc.curation.copies.search import (
+    CODES_PER_GB,
+    FeatureCodes,
+    GroupCopies,
+    SearchPart,
+    WriteCentre,
+    rows_to_remove,
+)
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import copy_without, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
@@ -73,6 +80,7 @@ def plan_dedup_images(
     features: Named | None = None,
     feature_distance: int = FEATURE_DISTANCE,
     feature_check: int = FEATURE_CHECK,
+    memory_gb: int = 2,
 ) -> Plan:
     """Copy a pool's shards without images that are copies of others.
 
@@ -86,6 +94,7 @@ def plan_dedup_images(
         max_check: bits in which the 192 bits that confirm them may differ.
         features: an encoder (:func:`~mc2_hpc.curation.copies.features.parse_encoder`), to compare images by the hashes
             of its features too; ``feature_distance`` and ``feature_check`` are the same for these.
+        memory_gb: that the codes take in each worker of the search; the more, the fewer times they are read.
 
     Returns:
         stages, whose result is counters: ``images_read``, ``images`` (kept), ``groups`` (of two or more copies), the
@@ -105,7 +114,7 @@ def plan_dedup_images(
     settings = {"hashes": {kind.name: asdict(kind) for kind in hashes}, "encoder": to_plain(features)}
     for folder in (out, out / HASHED):
         open_folder(folder, SETTINGS, settings, list(shards))
-    stages = _stages(out, shards, hashes, features)
+    stages = _stages(out, shards, hashes, features, memory_gb * CODES_PER_GB)
     return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[-2]))
 
 
@@ -115,7 +124,9 @@ def _with_images(shard: PoolShard) -> PoolShard:
     return shard
 
 
-def _stages(out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash], features: Named | None) -> list[Stage]:
+def _stages(
+    out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash], features: Named | None, codes_at_once: int
+) -> list[Stage]:
     names = list(shards)
     hashed, removed = out / HASHED, out / REMOVED
     # Links number the images of all shards, so another set of shards has other links, in another folder.
@@ -124,7 +135,8 @@ def _stages(out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash], feat
     others = tuple(path for path in links.parent.glob("[0-9a-f]" * len(digest)) if path != links)
     parts = {f"{part:03d}": part for part in range(min(max(_FEWEST_PARTS, len(names)), _MOST_PARTS))}
     folders = {PHASH: hashed, FEATURES: links}
-    search = SearchPart(hashed, links, names, [(folders[kind.name], kind) for kind in hashes], len(parts))
+    kinds = [(folders[kind.name], kind) for kind in hashes]
+    search = SearchPart(hashed, links, names, kinds, len(parts), codes_at_once)
     group = GroupCopies(hashed, links, removed, names, list(parts))
     stats = out / "stats"
     found = (*others, links / "groups.json", stats)

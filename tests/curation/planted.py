@@ -57,6 +57,7 @@ def mirrored(image):
 KINDS = {
     "re-encoded": lambda image, rng: encoded(image, 30),
     "webp": lambda image, rng: encoded(image, 50, "WEBP"),
+    "grey": lambda image, rng: encoded(image.convert("L")),
     "half": lambda image, rng: encoded(image.resize((image.width // 2, image.height // 2))),
     "mirrored": lambda image, rng: encoded(mirrored(image)),
     "cropped": lambda image, rng: encoded(cropped(image, rng, 0.05)),

@@ -71,6 +71,14 @@ def test_some_table_holds_both_hashes_of_every_pair_within_the_radius(radius, nu
     assert num_bits.max() - num_bits.min() <= len(masks) ** 0.5 and len(masks) <= comb(64, radius) + 1
 
 
+def test_the_documented_numbers_of_tables():
+    """docs/images.md multiplies with them."""
+    documented = {(6, 10**6): (7, 9), (6, 10**9): (84, 21), (10, 10**6): (66, 10), (10, 10**9): (1001, 16)}
+    for (radius, num_hashes), (num_tables, num_bits) in documented.items():
+        masks = table_masks(radius, num_hashes)
+        assert (len(masks), np.bitwise_count(masks).min()) == (num_tables, num_bits)
+
+
 def test_a_million_hashes_of_which_few_are_near_each_other():
     """At this size, buckets are larger than one, and the tables others than for small sets."""
     rng = np.random.default_rng(1)

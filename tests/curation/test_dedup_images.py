@@ -18,7 +18,6 @@ from PIL import Image
 
 from mc2_hpc import jobs
 from mc2_hpc.curation import dedup_images
-from mc2_hpc.curation.copies import search
 from mc2_hpc.curation.dedup_images import plan_dedup_images
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local
@@ -92,7 +91,7 @@ def test_one_of_each_group_stays_with_its_rows_and_bytes(tmp_path):
 
 
 def test_planted_copies_among_real_images(shared_data, tmp_path):
-    """Recall and precision of the default settings, over seven kinds of copies."""
+    """Recall and precision of the default settings, over all kinds of copies."""
     originals = web_images(shared_data)
     planted = copies_of(originals)
     others = small_images(shared_data, 500)
@@ -129,8 +128,7 @@ def test_a_search_in_slices_finds_the_same(tmp_path, monkeypatch, outputs):
     images = {f"{seed}-{quality}": make_image(seed, quality=quality) for seed in range(4) for quality in (90, 30)}
     pool = write_pool(tmp_path / "pool", {"0": images})
     jobs.run(plan_dedup_images(pool, tmp_path / "whole"))
-    part = search.SearchPart
-    monkeypatch.setattr(dedup_images, "SearchPart", lambda *args: part(*args, codes_at_once=50))
+    monkeypatch.setattr(dedup_images, "CODES_PER_GB", 25)
     jobs.run(plan_dedup_images(pool, tmp_path / "sliced"))
     whole, sliced = (outputs(tmp_path / name) for name in ("whole", "sliced"))
     assert {name: data for name, data in whole.items() if not name.startswith("search/")} == {

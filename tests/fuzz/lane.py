@@ -236,7 +236,7 @@ def warm_up() -> None:
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     from mc2_hpc.ablation import run
-    from mc2_hpc.curation import decontaminate, deduplicate, extract  # noqa: F401
+    from mc2_hpc.curation import decontaminate, dedup_images, deduplicate, extract  # noqa: F401
     from mc2_hpc.curation import run as curation_run  # noqa: F401
     from mc2_hpc.curation.report import page  # noqa: F401
     from mc2_hpc.evaluation import search, suite  # noqa: F401

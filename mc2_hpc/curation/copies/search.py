@@ -37,8 +37,8 @@ from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
 from mc2_hpc.storage import atomic_path, write_json
 
-CODES_AT_ONCE = 1 << 24
-"""Codes in memory at a time, about 1.5 GB with what searching them needs."""
+CODES_PER_GB = 1 << 23
+"""Codes that a gigabyte holds, with what searching them needs."""
 COPIES, REPORT = "{shard}.npy", "{shard}.csv"
 """Per shard, the rows of the images to remove, and a table of them for people."""
 _HEADER = ("key", "kept", "kept_shard")
@@ -105,7 +105,8 @@ class SearchPart:
     hashes: list[tuple[Path, Hash]]
     """Each kind, and the folder of its codes."""
     parts: int
-    codes_at_once: int = CODES_AT_ONCE
+    codes_at_once: int = 2 * CODES_PER_GB
+    """Codes in memory at a time; the result does not depend on it."""
 
     def __call__(self, name: str, part: int) -> None:
         first = first_images(self.hashed, self.shards)
