@@ -40,7 +40,7 @@ from mc2_hpc.curation.copies.search import (
     rows_to_remove,
 )
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
-from mc2_hpc.curation.pool.copying import copy_without, key_of
+from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
@@ -110,18 +110,13 @@ def plan_dedup_images(
     if features is not None:
         load_encoder(features)  # fail early
         hashes.append(checked_hash(Hash(FEATURES, feature_distance, feature_check)))
-    shards = {shard.name: _with_images(shard) for shard in list_pool(pool)}
+    shards = {shard.name: shard for shard in list_pool(pool)}
+    check_elsewhere(shards.values(), out)
     settings = {"hashes": {kind.name: asdict(kind) for kind in hashes}, "encoder": to_plain(features)}
     for folder in (out, out / HASHED):
         open_folder(folder, SETTINGS, settings, list(shards))
     stages = _stages(out, shards, hashes, features, memory_gb * CODES_PER_GB)
     return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[-2]))
-
-
-def _with_images(shard: PoolShard) -> PoolShard:
-    if shard.images is None:
-        raise UserError(f"{shard.captions}: there is no {Path(shard.name).name}.tar with its images beside it")
-    return shard
 
 
 def _stages(

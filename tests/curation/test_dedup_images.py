@@ -158,6 +158,17 @@ def test_added_and_removed_shards_change_the_groups(tmp_path):
     write_pool(pool, {"a": {f"a{seed}": make_image(seed) for seed in range(2)}})
     jobs.run(plan_dedup_images(pool, tmp_path / "out"))
     assert kept_keys(tmp_path / "out") == {"a0", "a1", "b2", "b3"}
+    write_pool(pool, {"A": {f"A{seed}": make_image(seed) for seed in range(4)}})
+    jobs.run(plan_dedup_images(pool, tmp_path / "out"))
+    assert kept_keys(tmp_path / "out") == {f"A{seed}" for seed in range(4)}
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.*") if path.is_file()) == [
+        ".lock",
+        "A.parquet",
+        "A.tar",
+        "dedup_images.json",
+    ]
+    for path in [pool / "A.tar", pool / "A.parquet", *(tmp_path / "out").rglob("A.*")]:
+        path.unlink()
     for path in [pool / "a.tar", pool / "a.parquet", *(tmp_path / "out").rglob("a.*")]:
         path.unlink()
     result = jobs.run(plan_dedup_images(pool, tmp_path / "out"))
@@ -216,6 +227,9 @@ def test_bad_input_is_named(tmp_path):
     jobs.run(plan_dedup_images(pool, tmp_path / "out"))
     with pytest.raises(UserError, match="made with another hashes"):
         plan_dedup_images(pool, tmp_path / "out", max_distance=3)
+    for same in (pool, tmp_path / "out" / ".." / "pool"):
+        with pytest.raises(UserError, match="pool: holds the shards that are read; name another folder"):
+            plan_dedup_images(pool, same)
     (pool / "a.tar").unlink()
     with pytest.raises(UserError, match="a.parquet: there is no a.tar with its images"):
         plan_dedup_images(pool, tmp_path / "out2")
