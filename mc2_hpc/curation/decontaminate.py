@@ -225,7 +225,7 @@ class CleanShard:
             drops[Drop.IMAGE_UNDECODABLE] = len(images) - len(hashes)
             removed = self._matches(hashes, projections, name)
             unwanted = {key_of(member) for member in images if member not in hashes} | {row[0] for row in removed}
-            num_images = copy_without(shard, index, self.out, unwanted, drops)
+            num_images, _ = copy_without(shard, index, self.out, unwanted, drops)
         with atomic_path(_removed_path(self.out, name)) as temporary:
             _write_csv(temporary, removed)
         stats = {"images_read": len(images), "images": num_images, "removed": len(removed), "drops": dict(+drops)}

@@ -61,6 +61,8 @@ class DedupStats(File):
 
     images_read: Count
     images: Count
+    texts: Count
+    """Rows of the Parquet file; 0 for a plain tar."""
     drops: dict[str, Count]
 
 
@@ -97,9 +99,10 @@ def plan_dedup_images(
         memory_gb: that the codes take in each worker of the search; the more, the fewer times they are read.
 
     Returns:
-        stages, whose result is counters: ``images_read``, ``images`` (kept), ``groups`` (of two or more copies), the
-        size of the ``largest_group``, and ``drops`` by reason: ``duplicate_image``, those of images that cannot be
-        decoded, ``name_too_long`` (does not fit a ustar header), ``name_repeated`` (a second file of the same name)
+        stages, whose result is counters: ``images_read``; ``images`` and ``texts`` kept; ``groups`` of two or more
+        copies and the size of the ``largest_group``; and ``drops`` by reason: ``duplicate_image``, those of images that
+        cannot be decoded, ``name_too_long`` (does not fit a ustar header), ``name_repeated`` (a second file of the same
+        name)
 
     Raises:
         UserError: no pool, a shard without images, or a folder made with other settings; when the result is computed,
@@ -166,9 +169,10 @@ class WriteShard:
     out: Path
 
     def is_current(self, shard: str) -> bool:
-        """Whether the shard's tar exists, or no images are left in it."""
+        """Whether the shard's files exist, or no images are left in it."""
         stats = read_json(stats_path(self.out, shard), DedupStats, cure=REDO)
-        return stats.images == 0 or (self.out / f"{shard}.tar").is_file()
+        wanted = {"tar": stats.images, "parquet": stats.texts}
+        return all((self.out / f"{shard}.{kind}").is_file() for kind, count in wanted.items() if count)
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
@@ -182,8 +186,8 @@ class WriteShard:
                 raise UserError(f"{shard.images}: has changed since it was hashed; delete {stats} to hash it again")
             unwanted = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is not None]
             drops = Counter(reason for reason in reasons if reason is not None)
-            images = copy_without(shard, index, self.out, _names(unwanted), drops)
-        counters = {"images_read": len(samples), "images": images, "drops": dict(+drops)}
+            images, texts = copy_without(shard, index, self.out, _names(unwanted), drops)
+        counters = {"images_read": len(samples), "images": images, "texts": texts, "drops": dict(+drops)}
         write_json(stats_path(self.out, name), counters)
 
 

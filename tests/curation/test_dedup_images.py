@@ -73,6 +73,7 @@ def test_one_of_each_group_stays_with_its_rows_and_bytes(tmp_path):
     assert result == {
         "images_read": 8,
         "images": 5,
+        "texts": 10,
         "groups": 3,
         "largest_group": 2,
         "drops": {"duplicate_image": 3},
@@ -144,7 +145,7 @@ def test_plain_tars_and_undecodable_images(tmp_path):
     write_tar(tmp_path / "pool" / "deep" / "t.tar", [("d.img.jpg", make_image(1, quality=50)), ("d.txt", b"three")])
     result = jobs.run(plan_dedup_images(tmp_path / "pool", tmp_path / "out"))
     drops = {"duplicate_image": 1, "image_truncated": 1, "image_undecodable": 1}
-    assert result == {"images_read": 4, "images": 1, "groups": 1, "largest_group": 2, "drops": drops}
+    assert result == {"images_read": 4, "images": 1, "texts": 0, "groups": 1, "largest_group": 2, "drops": drops}
     assert members(tmp_path / "out" / "s.tar") == ["./a.jpg", "./a.txt"]
     assert not (tmp_path / "out" / "t.tar").exists()
 
@@ -190,8 +191,6 @@ def test_every_file_is_restored(tmp_path, outputs):
             (tmp_path / "out" / name).unlink()
             if name.startswith("removed/"):  # made together with this marker, which a kill leaves out
                 next((tmp_path / "out" / "search").glob("*/groups.json")).unlink()
-            if name.endswith(".parquet"):  # likewise
-                (tmp_path / "out" / "stats" / f"{name.removesuffix('.parquet')}.json").unlink()
             again()
             assert outputs(tmp_path / "out") == whole, name
 

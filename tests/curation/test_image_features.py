@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mc2_hpc import jobs
+from mc2_hpc.cli import main
 from mc2_hpc.curation.copies.features import (
     NUM_PROJECTIONS,
     feature_codes,
@@ -182,6 +184,24 @@ def test_benchmark_images_are_found_by_features(tmp_path):
     assert {key for key, row in rows.items() if row["hash"] == "phash"} == {"k5"}
     with pytest.raises(UserError, match="made with another features"):
         plan_decontaminate(shards, against, tmp_path / "out", features=encoder, feature_distance=5)
+
+
+def test_the_commands_take_an_encoder(tmp_path, capsys):
+    pool = write_pool(tmp_path / "pool", {"0": {f"k{seed}": make_image(seed) for seed in range(3)}})
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "0.jpg").write_bytes(make_image(0, quality=50))
+    words = ["curate", "decontaminate", str(pool), "--against", str(tmp_path / "benchmark"), "--workers", "1"]
+    words += ["--feature-distance", "0", "--features", f"{HERE}.Colours", "levels=3"]
+    assert main([*words, "--out", str(tmp_path / "clean")]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 2
+    words = ["curate", "dedup-images", str(tmp_path / "clean"), "--workers", "1", "--memory-gb", "1"]
+    words += ["--feature-check", "0", "--feature-distance", "0", "--features", f"{HERE}.Colours", "levels=3"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 2
+    encoder = json.loads((tmp_path / "out" / "dedup_images.json").read_text())["encoder"]
+    assert encoder == {"name": f"{HERE}.Colours", "arguments": {"levels": 3}}
+    assert main([*words[:3], "--out", str(tmp_path / "no"), "--features", "nowhere.Encoder"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @settings(deadline=None, max_examples=40)

@@ -32,9 +32,11 @@ def check_elsewhere(shards: Iterable[PoolShard], out: Path) -> None:
             raise UserError(f"--out {out}: holds the shards that are read; name another folder")
 
 
-def copy_without(shard: PoolShard, index: TarIndex, out: Path, keys: Collection[str], drops: Counter[str]) -> int:
+def copy_without(
+    shard: PoolShard, index: TarIndex, out: Path, keys: Collection[str], drops: Counter[str]
+) -> tuple[int, int]:
     """Write ``<shard>.tar`` and, if the shard has one, ``<shard>.parquet`` below ``out``, without the files and rows of
-    ``keys`` (file names up to the last dot); returns the number of images written.
+    ``keys`` (file names up to the last dot); returns the numbers of images and rows written.
 
     Files keep their bytes and order. A shard without images gets no files, and loses those of an earlier run.
     ``drops`` counts ``name_repeated`` and ``name_too_long``.
@@ -50,12 +52,15 @@ def copy_without(shard: PoolShard, index: TarIndex, out: Path, keys: Collection[
     if not num_images:
         for path in (tar, table):
             path.unlink(missing_ok=True)
-        return 0
+        return 0, 0
+    num_rows = 0
     if shard.captions is not None and is_caption_table(shard.captions):
-        write_matched(table, _rows_without(shard.captions, unwanted))
+        rows = _rows_without(shard.captions, unwanted)
+        num_rows = len(rows)
+        write_matched(table, rows)
     with atomic_path(tar) as temporary:
         write_tar(temporary, ((member.name, index.read(member)) for member in fitting))
-    return num_images
+    return num_images, num_rows
 
 
 def first_of_name(index: TarIndex) -> list[Member]:
