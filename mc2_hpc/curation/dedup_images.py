@@ -39,7 +39,8 @@ from mc2_hpc.curation.copies.search import (
     WriteCentre,
     rows_to_remove,
 )
-from mc2_hpc.curation.pool.captions import PoolShard, list_pool
+from mc2_hpc.curation.filtering.record import pool_filters
+from mc2_hpc.curation.pool.captions import DEDUP_SETTINGS, PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop
@@ -51,7 +52,6 @@ from mc2_hpc.samples import Sample
 from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import write_json
 
-SETTINGS = "dedup_images.json"
 HASHED, REMOVED = "hashes", "removed"
 _FEWEST_PARTS, _MOST_PARTS = 16, 1000
 
@@ -115,9 +115,11 @@ def plan_dedup_images(
         hashes.append(checked_hash(Hash(FEATURES, feature_distance, feature_check)))
     shards = {shard.name: shard for shard in list_pool(pool)}
     check_elsewhere(shards.values(), out)
-    settings = {"hashes": {kind.name: asdict(kind) for kind in hashes}, "encoder": to_plain(features)}
+    settings: dict[str, Any] = {"hashes": {kind.name: asdict(kind) for kind in hashes}, "encoder": to_plain(features)}
+    if earlier := pool_filters(list(shards.values())):
+        settings["pool_filters"] = earlier
     for folder in (out, out / HASHED):
-        open_folder(folder, SETTINGS, settings, list(shards))
+        open_folder(folder, DEDUP_SETTINGS, settings, list(shards))
     stages = _stages(out, shards, hashes, features, memory_gb * CODES_PER_GB)
     return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[-2]))
 

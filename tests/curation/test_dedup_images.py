@@ -19,8 +19,12 @@ from PIL import Image
 from mc2_hpc import jobs
 from mc2_hpc.curation import dedup_images
 from mc2_hpc.curation.dedup_images import plan_dedup_images
+from mc2_hpc.curation.filter import plan_filter
+from mc2_hpc.curation.filtering.record import pool_filters
+from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Local
+from mc2_hpc.jobs.named import Named
 from mc2_hpc.tar import write_tar
 from tests.curation.planted import KINDS, copies_of, encoded, mirrored, small_images, web_images
 from tests.holding import held
@@ -174,6 +178,21 @@ def test_added_and_removed_shards_change_the_groups(tmp_path):
         path.unlink()
     result = jobs.run(plan_dedup_images(pool, tmp_path / "out"))
     assert kept_keys(tmp_path / "out") == {f"b{seed}" for seed in range(4)} and result["groups"] == 4
+
+
+def test_limits_are_in_the_record_of_what_follows(tmp_path):
+    """A filtered pool's filters, and the removal of copies, are known to matching and to a second removal."""
+    pool = write_pool(tmp_path / "pool", {"0": {f"k{seed}": make_image(seed) for seed in range(3)}})
+    jobs.run(plan_filter(pool, tmp_path / "filtered", filters=[Named("mc2_hpc.filters.Size", {"least": 5})]))
+    jobs.run(plan_dedup_images(tmp_path / "filtered", tmp_path / "one", max_distance=5))
+    encoder = Named("tests.curation.test_image_features.Colours", {})
+    jobs.run(plan_dedup_images(tmp_path / "one", tmp_path / "two", features=encoder, feature_distance=0))
+    size, first, second = pool_filters(list_pool(tmp_path / "two"))
+    assert size["name"] == "mc2_hpc.filters.Size" and size["arguments"]["least"] == 5
+    pair = {"phash_max_distance": 5, "phash_max_check": 40}
+    assert first == {"name": "dedup-images", "arguments": pair, "sources": {}}
+    assert second["arguments"]["features_max_distance"] == 0
+    assert second["arguments"]["encoder"] == {"name": encoder.name, "arguments": {}}
 
 
 def test_every_file_is_restored(tmp_path, outputs):
