@@ -180,11 +180,30 @@ def plot_fetch(result: dict[str, Any], path: Path) -> None:
     _save(figure, "Fetching from a server on the same machine", result, path)
 
 
+@plot_style()
+def plot_dedup(result: dict[str, Any], path: Path) -> None:
+    """Hashes searched per second, every round a mark; recall of each kind of copy, a line per way to find them."""
+    figure, (left, right) = new_figure(12, 4.5, 1, 2)
+    search, copies = ([row for row in result["rows"] if row["what"] == what] for what in ("search", "copies"))
+    _bars(left, [row["who"] for row in search], [row["median"] for row in search], [row["samples"] for row in search])
+    left.set(yscale="log", ylabel="hashes / s", title=f"{result['config']['hashes']:,} hashes")
+    kinds = [name for name in copies[0] if name not in ("what", "who", "recall", "precision", "seconds")]
+    for row in copies:
+        label = f"{row['who']}, precision {row['precision']:.3f}"
+        right.plot(range(len(kinds)), [row[kind] for kind in kinds], "o-", alpha=0.7, label=label)
+    right.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+    right.set(ylabel="recall", title=result["config"]["images"])
+    right.set_ylim(0, 1.05)
+    right.legend()
+    _save(figure, "De-duplicating images", result, path)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "ablations": plot_ablations,
     "checkpoint": plot_checkpoint,
     "contrastive": plot_contrastive,
     "curation": plot_curation,
+    "dedup": plot_dedup,
     "eval": plot_eval,
     "fetch": plot_fetch,
     "loader": plot_loader,

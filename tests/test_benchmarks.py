@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import harness
 from benchmarks.harness import RESULTS, ROOT, own_command
-from benchmarks.plot import PLOTS, plot_checkpoint
+from benchmarks.plot import PLOTS, plot_checkpoint, plot_dedup
 
 ROWS = sorted(RESULTS.glob("*.json"))
 
@@ -79,3 +79,13 @@ def test_the_wait_for_a_checkpoint_is_measured(tmp_path):
     assert all(value > 0 for value in result["ratios"].values())
     plot_checkpoint(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_finding_copies_is_measured(tmp_path):
+    command = [*own_command("bench_dedup.py"), "--quick", "--json", str(tmp_path / "row.json")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=900)
+    result = json.loads((tmp_path / "row.json").read_text(encoding="utf-8"))
+    assert result["ratios"]["recall"] >= 0.99 and result["ratios"]["precision"] >= 0.99
+    assert result["ratios"]["hashes_per_second"] > 0
+    plot_dedup(result, tmp_path / "plot.png")

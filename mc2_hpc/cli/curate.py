@@ -57,6 +57,7 @@ def _add_sources(actions: Any) -> None:
         metavar="BITS",
         help="images that differ in at most this many of 64 bits count as the same [6]",
     )
+    curate_dedup.add_feature_flags(decontaminate)
 
 
 def _add_stages(actions: Any) -> None:
@@ -120,6 +121,8 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         sys.path.append(os.getcwd())  # for the user's own modules; a console script does not search it
         images = arguments.plan == "filter"
         arguments.filters = [parse_filter(words, images=images) for words in arguments.filters]
+    if hasattr(arguments, "features"):
+        arguments.features = curate_dedup.encoder_of(arguments.features)
     module = import_module(f"mc2_hpc.curation.{arguments.plan}")
     plan: Callable[..., Plan] = getattr(module, f"plan_{arguments.plan}")
     names = inspect.signature(plan).parameters

@@ -2,7 +2,8 @@
 
 Every training image is compared with every benchmark image by a 64-bit perceptual hash
 (:mod:`mc2_hpc.curation.pool.perceptual_hash`). Benchmark images are hashed whole and with 2.5 % and 5 % of their size
-cut from every edge, so that slightly cropped copies are found too. Mirrored or heavily cropped copies are not.
+cut from every edge, so that slightly cropped copies are found too. Mirrored or heavily cropped copies are found by the
+hash of an encoder's features (:mod:`mc2_hpc.curation.copies.features`), as in the recipe, if an encoder is given.
 """
 
 from __future__ import annotations
@@ -11,33 +12,35 @@ import csv
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from mc2_hpc.caption_tables import KEY, column_types, is_caption_table
-from mc2_hpc.curation.matched import write_matched
+from mc2_hpc.curation.copies.features import centre_of, feature_words, nearest_features
+from mc2_hpc.curation.copies.hashes import FEATURE_CHECK, FEATURE_DISTANCE, FEATURES, PHASH, Hash, checked_hash
+from mc2_hpc.curation.copies.hashing import FeatureBatches, encoder_of
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, first_of_name, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.curation.pool.perceptual_hash import Hashes, image_hashes, nearest
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.images import read_image_file
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.jobs.named import Named, to_plain
+from mc2_hpc.reading.arrays import open_npz
 from mc2_hpc.reading.files import check_regular
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
-from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
 from mc2_hpc.shard_paths import walk_files
 from mc2_hpc.storage import atomic_path, write_json
-from mc2_hpc.tar import Member, fits_tar_name, write_tar
+from mc2_hpc.tar import Member
 
 SETTINGS = "decontaminate.json"
 REPORT = "removed.csv"
@@ -46,21 +49,32 @@ MAX_DISTANCE = 6
 always the same image. At 8 bits many are not."""
 _CUTS = (0.0, 0.025, 0.05)
 _FILES_AT_ONCE = 1000
-_HEADER = ("key", "benchmark", "distance", "shard")
+_HEADER = ("key", "benchmark", "distance", "hash", "shard")
 
 
 def plan_decontaminate(
-    shards: str | Path, against: str | Path, out: str | Path, *, max_distance: int = MAX_DISTANCE
+    shards: str | Path,
+    against: str | Path,
+    out: str | Path,
+    *,
+    max_distance: int = MAX_DISTANCE,
+    features: Named | None = None,
+    feature_distance: int = FEATURE_DISTANCE,
+    feature_check: int = FEATURE_CHECK,
 ) -> Plan:
-    """Copy training shards without the images that are within ``max_distance`` bits of a benchmark image.
+    """Copy training shards without the images that are within ``max_distance`` bits of a benchmark image, or copies of
+    one by their features.
 
     Writes ``<shard>.tar`` and, if the shard has one, ``<shard>.parquet``, as packing does. A packed shard that loses
     nothing keeps its bytes; a shard that loses everything gets no files. ``removed.csv`` lists each removed key, the
-    nearest benchmark image, the distance between them and the shard. Finished shards are skipped.
+    nearest benchmark image, the distance between them (in bits of 64 by pHash, of 256 by features), by which of the two
+    it was found, and the shard. Finished shards are skipped.
 
     Args:
         shards: folder of training shards, written by packing or plain WebDataset tars.
         against: benchmark images: a folder, searched at any depth for image files and tars of them, or one tar.
+        features: an encoder (:func:`~mc2_hpc.curation.copies.features.parse_encoder`); the other two as in
+            :func:`~mc2_hpc.curation.dedup_images.plan_dedup_images`.
 
     Returns:
         stages, whose result is counters: ``images_read`` (of training), ``images`` (kept), ``removed``, and ``drops``
@@ -76,15 +90,18 @@ def plan_decontaminate(
         raise UserError("perceptual hashes need the imagehash package: pip install imagehash")
     if not 0 <= max_distance < 32:
         raise UserError(f"max_distance={max_distance}: must be 0 to 31 bits; unrelated images differ in about 32")
+    kind = None if features is None else checked_hash(Hash(FEATURES, feature_distance, feature_check))
     training = {shard.name: shard for shard in list_pool(Path(shards).absolute())}
-    if without := [name for name, shard in training.items() if shard.images is None]:
-        raise UserError(f"{Path(shards) / without[0]}.parquet: there is no {without[0]}.tar with its images beside it")
+    check_elsewhere(training.values(), out)
     units, listing = _benchmark_units(Path(against).absolute())
-    open_folder(out, SETTINGS, {"max_distance": max_distance, "against": listing}, list(training))
-    clean = CleanShard(out, list(units), max_distance)
+    settings = {"max_distance": max_distance, "against": listing}
+    if kind is not None:
+        settings |= {"encoder": to_plain(features), "features": asdict(kind)}
+    open_folder(out, SETTINGS, settings, list(training))
+    clean = CleanShard(out, list(units), max_distance, features, kind)
     report = WriteReport(out, list(training))
     stages = (
-        Stage("benchmark hashes", out / "benchmark", units, HashUnit(out), ("{shard}.npz",), unit="parts"),
+        Stage("benchmark hashes", out / "benchmark", units, HashUnit(out, features), ("{shard}.npz",), unit="parts"),
         Stage("decontaminate", out, training, clean, ("removed/{shard}.csv", STATS), invalidates=(out / REPORT,)),
         Stage("report of removals", out, {REPORT: None}, report, (REPORT,), unit="reports"),
     )
@@ -118,12 +135,16 @@ class HashUnit:
     """Hashes a part of the benchmark."""
 
     out: Path
+    encoder: Named | None
 
     def __call__(self, name: str, files: list[Path]) -> None:
         names, hashes = [], []
+        features = FeatureBatches(encoder_of(self.encoder))
         for image, read in _images_of(files):
             try:
-                hashes.append(image_hashes(read(), _CUTS))
+                data = read()
+                hashes.append(image_hashes(data, _CUTS))
+                features.add(data)
             except Dropped as error:
                 raise UserError(
                     f"{image}: this benchmark image cannot be decoded ({error}); fix or remove it, "
@@ -133,7 +154,8 @@ class HashUnit:
         if not names:
             raise UserError(f"{files[0]}: holds no benchmark images; remove it")
         with atomic_path(_hashes_path(self.out, name)) as temporary:
-            np.savez(temporary, names=np.array(names, np.str_), hashes=np.stack(hashes))
+            projections = features.projections()
+            np.savez(temporary, names=np.array(names, np.str_), hashes=np.stack(hashes), projections=projections)
 
 
 def _images_of(files: Sequence[Path]) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -141,26 +163,37 @@ def _images_of(files: Sequence[Path]) -> Iterator[tuple[str, Callable[[], bytes]
     for path in files:
         if path.suffix.lower() == ".tar":
             with TarIndex(path) as index:
-                for member in filter(_is_image, index.members):
+                for member in index.members:
+                    if not is_image_name(member.name):
+                        continue
                     yield f"{path}/{member.name}", partial(index.read, member)
         else:
             yield str(path), partial(read_image_file, path)
 
 
-def _is_image(member: Member) -> bool:
-    return is_image_name(member.name)
+class _Benchmark(NamedTuple):
+    """Hashes of all benchmark images."""
+
+    names: list[str]
+    hashes: Hashes
+    """``(len(names) * len(_CUTS),)``."""
+    centre: npt.NDArray[np.int64]
+    words: npt.NDArray[np.uint64]
+    """Bits of features, ``(len(names), WORDS)``; none without an encoder."""
 
 
 @lru_cache(maxsize=1)
-def _benchmark(out: Path, units: tuple[str, ...]) -> tuple[list[str], Hashes]:
-    """The image name of each benchmark hash, and the hashes: one per image and cut."""
+def _benchmark(out: Path, units: tuple[str, ...]) -> _Benchmark:
     names: list[str] = []
-    hashes: list[npt.NDArray[np.uint64]] = []
+    hashes: list[Hashes] = []
+    projections: list[npt.NDArray[np.int32]] = []
     for unit in units:
-        with np.load(_hashes_path(out, unit)) as file:
-            names += [name for name in file["names"].tolist() for _ in _CUTS]
-            hashes.append(file["hashes"].ravel())
-    return names, np.concatenate(hashes)
+        with open_npz(_hashes_path(out, unit), cure=f"delete {out} and run the same command again") as file:
+            names += file.read_texts("names")
+            hashes.append(file.read("hashes", np.uint64, ndim=2).ravel())
+            projections.append(file.read("projections", np.int32, ndim=2))
+    centre = centre_of(projections)
+    return _Benchmark(names, np.concatenate(hashes), centre, feature_words(np.concatenate(projections), centre))
 
 
 class _Images(Foreign):
@@ -176,6 +209,8 @@ class CleanShard:
     out: Path
     units: list[str]
     max_distance: int
+    encoder: Named | None
+    features: Hash | None
 
     def is_current(self, shard: str) -> bool:
         """Whether the shard's tar exists, or no images are left in it."""
@@ -184,57 +219,46 @@ class CleanShard:
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
         with TarIndex(shard.images) as index:
-            members = {member.name: member for member in reversed(index.members)}  # first of a name wins
-            files = [member for member in index.members if members[member.name] is member]
-            drops: Counter[str] = Counter({Drop.NAME_REPEATED: len(index.members) - len(files)})
-            hashes = self._hashes(index, files, drops)
-            removed = self._matches(hashes, name)
-            unwanted = {member for member in files if _is_image(member)} - hashes.keys()
-            keys = {_key(member) for member in unwanted} | {row[0] for row in removed}
-            kept = [member for member in files if _key(member) not in keys]
-            drops[Drop.NAME_TOO_LONG] = sum(not fits_tar_name(member.name) for member in kept)
-            kept = [member for member in kept if fits_tar_name(member.name)]
-            images = sum(map(_is_image, kept))
-            if images:
-                if shard.captions is not None and is_caption_table(shard.captions):
-                    write_matched(self.out / f"{name}.parquet", _rows_without(shard.captions, keys))
-                with atomic_path(self.out / f"{name}.tar") as temporary:
-                    write_tar(temporary, ((member.name, index.read(member)) for member in kept))
+            images = [member for member in first_of_name(index) if is_image_name(member.name)]
+            drops: Counter[str] = Counter()
+            hashes, projections = self._hashes(index, images)
+            drops[Drop.IMAGE_UNDECODABLE] = len(images) - len(hashes)
+            removed = self._matches(hashes, projections, name)
+            unwanted = {key_of(member) for member in images if member not in hashes} | {row[0] for row in removed}
+            num_images, _ = copy_without(shard, index, self.out, unwanted, drops)
         with atomic_path(_removed_path(self.out, name)) as temporary:
             _write_csv(temporary, removed)
-        num_read = len(hashes) + drops[Drop.IMAGE_UNDECODABLE]
-        stats = {"images_read": num_read, "images": images, "removed": len(removed), "drops": dict(+drops)}
+        stats = {"images_read": len(images), "images": num_images, "removed": len(removed), "drops": dict(+drops)}
         write_json(stats_path(self.out, name), stats)
 
-    def _hashes(self, index: TarIndex, files: list[Member], drops: Counter[str]) -> dict[Member, np.uint64]:
-        """Hash of each decodable image, by member."""
+    def _hashes(self, index: TarIndex, images: list[Member]) -> tuple[dict[Member, np.uint64], npt.NDArray[np.int32]]:
+        """Hash of each decodable image, by member, and their projections."""
         found = {}
-        for member in filter(_is_image, files):
-            try:
-                found[member] = image_hashes(index.read(member))[0]
-            except Dropped:
-                drops[Drop.IMAGE_UNDECODABLE] += 1
-        return found
+        features = FeatureBatches(encoder_of(self.encoder))
+        for member in images:
+            data = index.read(member)
+            with suppress(Dropped):
+                hash_of = image_hashes(data)[0]
+                features.add(data)
+                found[member] = hash_of
+        return found, features.projections()
 
-    def _matches(self, hashes: Mapping[Member, np.uint64], shard: str) -> list[tuple[str, str, int, str]]:
+    def _matches(
+        self, hashes: Mapping[Member, np.uint64], projections: npt.NDArray[np.int32], shard: str
+    ) -> list[tuple[str, str, int, str, str]]:
         """Rows of the report: images close to a benchmark image."""
-        names, against = _benchmark(self.out, tuple(self.units))
-        index, distance = nearest(np.array(list(hashes.values()), np.uint64), against)
-        return [
-            (_key(member), names[i], int(bits), shard)
-            for member, i, bits in zip(hashes, index, distance, strict=True)
-            if bits <= self.max_distance
-        ]
-
-
-def _key(member: Member) -> str:
-    return member.name.rpartition(".")[0]
-
-
-def _rows_without(path: Path, keys: set[str]) -> pa.Table:
-    with open_parquet(path, {KEY: column_types()[KEY]}, what="the rows of a training shard") as file:
-        table = file.read()
-        return table.filter(pc.invert(pc.is_in(table[KEY], pa.array(sorted(keys), table[KEY].type))))
+        benchmark = _benchmark(self.out, tuple(self.units))
+        index, distance = nearest(np.array(list(hashes.values()), np.uint64), benchmark.hashes)
+        index, kinds = index // len(_CUTS), np.where(distance <= self.max_distance, PHASH, "")
+        if self.features is not None:
+            limits = {"max_distance": self.features.max_distance, "max_check": self.features.max_check}
+            words = feature_words(projections, benchmark.centre)
+            by_features, bits = nearest_features(words, benchmark.words, **limits)
+            is_more = (by_features >= 0) & (kinds == "")
+            index, distance = np.where(is_more, by_features, index), np.where(is_more, bits, distance)
+            kinds = np.where(is_more, FEATURES, kinds)
+        rows = zip(hashes, index.tolist(), distance.tolist(), kinds.tolist(), strict=True)
+        return [(key_of(member), benchmark.names[i], bits, kind, shard) for member, i, bits, kind in rows if kind]
 
 
 def _removed_path(out: Path, shard: str) -> Path:

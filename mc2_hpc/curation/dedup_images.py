@@ -15,31 +15,44 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from mc2_hpc.curation.copies.codes import view_codes
-from mc2_hpc.curation.copies.hashes import CODES, IMAGES, Hash, read_images, write_codes, write_images
-from mc2_hpc.curation.copies.linking import CHECK_BITS, Entries
-from mc2_hpc.curation.copies.search import GROUPS, GroupCopies, SearchPart, rows_to_remove
-from mc2_hpc.curation.filtering.record import DEDUP_SETTINGS as SETTINGS
+from mc2_hpc.curation.copies.features import load_encoder
+from mc2_hpc.curation.copies.hashes import (
+    CODES,
+    FEATURE_CHECK,
+    FEATURE_DISTANCE,
+    FEATURES,
+    IMAGES,
+    MAX_CHECK,
+    MAX_DISTANCE,
+    PHASH,
+    PROJECTIONS,
+    Hash,
+    checked_hash,
+    read_images,
+)
+from mc2_hpc.curation.copies.hashing import HashShard, samples_with_images
+from mc2_hpc.curation.copies.search import (
+    CODES_PER_GB,
+    FeatureCodes,
+    GroupCopies,
+    SearchPart,
+    WriteCentre,
+    rows_to_remove,
+)
 from mc2_hpc.curation.filtering.record import pool_filters
-from mc2_hpc.curation.pool.captions import PoolShard, list_pool
-from mc2_hpc.curation.pool.copying import copy_without, key_of
+from mc2_hpc.curation.pool.captions import DEDUP_SETTINGS, PoolShard, list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, key_of
 from mc2_hpc.curation.pool.image_tars import TarIndex
-from mc2_hpc.drops import Drop, Dropped
+from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.images import open_image
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
+from mc2_hpc.jobs.named import Named, to_plain
 from mc2_hpc.reading.json_file import Count, File, Foreign, read_json
 from mc2_hpc.samples import Sample
 from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import write_json
 
-PHASH = "phash"
-MAX_DISTANCE, MAX_CHECK = 6, 44
-"""Default bits of pHash and of its check: of 8,000 CIFAR-10 images, one group in thirty, by eye, is not of copies."""
-_LARGEST_DISTANCE = 16
-"""A search beyond it compares almost all pairs."""
+HASHED, REMOVED = "hashes", "removed"
 _FEWEST_PARTS, _MOST_PARTS = 16, 1000
 
 
@@ -48,125 +61,107 @@ class DedupStats(File):
 
     images_read: Count
     images: Count
+    texts: Count
+    """Rows of the Parquet file; 0 for a plain tar."""
     drops: dict[str, Count]
 
 
 class _Groups(Foreign):
-    """``groups.json``."""
+    """Counters of grouping."""
 
     groups: Count
     largest_group: Count
 
 
 def plan_dedup_images(
-    pool: Names, out: str | Path, *, max_distance: int = MAX_DISTANCE, max_check: int = MAX_CHECK
+    pool: Names,
+    out: str | Path,
+    *,
+    max_distance: int = MAX_DISTANCE,
+    max_check: int = MAX_CHECK,
+    features: Named | None = None,
+    feature_distance: int = FEATURE_DISTANCE,
+    feature_check: int = FEATURE_CHECK,
+    memory_gb: int = 2,
 ) -> Plan:
     """Copy a pool's shards without images that are copies of others.
 
     Writes ``<shard>.tar`` and, if the shard has one, ``<shard>.parquet``; kept files keep their bytes. Of each group of
     copies, the one with the most pixels stays, then the largest file, then the first key: see
-    ``groups/copies/<shard>.csv``. A shard without any image left gets no files. Finished shards are skipped.
+    ``removed/<shard>.csv``. A shard without any image left gets no files. Finished shards are skipped.
 
     Args:
         pool: shards with images: tars beside Parquet files of captions, or plain WebDataset tars.
-        max_distance: bits in which the 64-bit hashes of two copies may differ.
+        max_distance: bits in which the pHashes of some views of two copies may differ.
         max_check: bits in which the 192 bits that confirm them may differ.
+        features: an encoder (:func:`~mc2_hpc.curation.copies.features.parse_encoder`), to compare images by the hashes
+            of its features too; ``feature_distance`` and ``feature_check`` are the same for these.
+        memory_gb: that the codes take in each worker of the search; the more, the fewer times they are read.
 
     Returns:
-        stages, whose result is counters: ``images_read``, ``images`` (kept), ``groups`` (of two or more copies), the
-        size of the ``largest_group``, and ``drops`` by reason: ``duplicate_image``, those of images that cannot be
-        decoded, ``name_too_long`` (does not fit a ustar header), ``name_repeated`` (a second file of the same name)
+        stages, whose result is counters: ``images_read``; ``images`` and ``texts`` kept; ``groups`` of two or more
+        copies and the size of the ``largest_group``; and ``drops`` by reason: ``duplicate_image``, those of images that
+        cannot be decoded, ``name_too_long`` (does not fit a ustar header), ``name_repeated`` (a second file of the same
+        name)
 
     Raises:
         UserError: no pool, a shard without images, or a folder made with other settings; when the result is computed,
             if nothing was kept.
     """
     out = Path(out).absolute()
-    hashes = [_checked(Hash(PHASH, max_distance, max_check))]
-    shards = {shard.name: _with_images(shard) for shard in list_pool(pool)}
-    settings: dict[str, Any] = {"hashes": {kind.name: asdict(kind) for kind in hashes}}
-    if filters := pool_filters(list(shards.values())):
-        settings["pool_filters"] = filters
-    for folder in (out, out / "hashes"):
-        open_folder(folder, SETTINGS, settings, list(shards))
-    stages = _stages(out, shards, hashes)
-    return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[2]))
+    hashes = [checked_hash(Hash(PHASH, max_distance, max_check))]
+    if features is not None:
+        load_encoder(features)  # fail early
+        hashes.append(checked_hash(Hash(FEATURES, feature_distance, feature_check)))
+    shards = {shard.name: shard for shard in list_pool(pool)}
+    check_elsewhere(shards.values(), out)
+    settings: dict[str, Any] = {"hashes": {kind.name: asdict(kind) for kind in hashes}, "encoder": to_plain(features)}
+    if earlier := pool_filters(list(shards.values())):
+        settings["pool_filters"] = earlier
+    for folder in (out, out / HASHED):
+        open_folder(folder, DEDUP_SETTINGS, settings, list(shards))
+    stages = _stages(out, shards, hashes, features, memory_gb * CODES_PER_GB)
+    return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[-2]))
 
 
-def _checked(kind: Hash) -> Hash:
-    if not 0 <= kind.max_distance <= _LARGEST_DISTANCE:
-        raise UserError(f"max_distance={kind.max_distance}: must be 0 to {_LARGEST_DISTANCE} of 64 bits")
-    if not 0 <= kind.max_check <= CHECK_BITS:
-        raise UserError(f"max_check={kind.max_check}: must be 0 to {CHECK_BITS} bits")
-    return kind
-
-
-def _with_images(shard: PoolShard) -> PoolShard:
-    if shard.images is None:
-        raise UserError(f"{shard.captions}: there is no {Path(shard.name).name}.tar with its images beside it")
-    return shard
-
-
-def _stages(out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash]) -> list[Stage]:
+def _stages(
+    out: Path, shards: Mapping[str, PoolShard], hashes: list[Hash], features: Named | None, codes_at_once: int
+) -> list[Stage]:
     names = list(shards)
-    # Links number the images of all shards, so other shards make other links.
+    hashed, removed = out / HASHED, out / REMOVED
+    # Links number the images of all shards, so another set of shards has other links, in another folder.
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    hashed, links, groups = out / "hashes", out / "search" / digest, out / "groups"
+    links = out / "search" / digest
+    others = tuple(path for path in links.parent.glob("[0-9a-f]" * len(digest)) if path != links)
     parts = {f"{part:03d}": part for part in range(min(max(_FEWEST_PARTS, len(names)), _MOST_PARTS))}
-    search = SearchPart(hashed, links, names, hashes, len(parts))
-    group = GroupCopies(hashed, links, groups, names, list(parts))
-    codes = [CODES.replace("{hash}", kind.name) for kind in hashes]
-    grouped = f"{digest}.{GROUPS}"
-    changed = (links, groups / grouped, out / "stats")
+    folders = {PHASH: hashed, FEATURES: links}
+    kinds = [(folders[kind.name], kind) for kind in hashes]
+    search = SearchPart(hashed, links, names, kinds, len(parts), codes_at_once)
+    group = GroupCopies(hashed, links, removed, names, list(parts))
+    stats = out / "stats"
+    found = (*others, links / "groups.json", stats)
+    written = [IMAGES, CODES.replace("{hash}", PHASH), *([PROJECTIONS] if features is not None else []), STATS]
+    stages = [Stage("hash", hashed, shards, HashShard(hashed, features), tuple(written), invalidates=(links, *found))]
+    if features is not None:
+        centre, codes = WriteCentre(hashed, links, names), FeatureCodes(hashed, links)
+        files = (f"{digest}/{{shard}}.npy", f"{digest}/{CODES.replace('{hash}', FEATURES)}")
+        stages += [
+            Stage("centre", links.parent, {"centre": None}, centre, files[:1], invalidates=found),
+            Stage("feature codes", links.parent, dict.fromkeys(names), codes, files[1:], invalidates=found),
+        ]
     return [
-        Stage("hash", hashed, shards, HashShard(hashed), (IMAGES, *codes, STATS), invalidates=changed),
-        Stage("search", out / "search", parts, search, (f"{digest}/{{shard}}.npy",), "parts", invalidates=changed[1:]),
-        Stage("group", groups, {grouped: None}, group, ("{shard}",), "tables", invalidates=changed[2:]),
+        *stages,
+        Stage("search", links.parent, parts, search, (f"{digest}/{{shard}}.npy",), "parts", invalidates=found),
+        Stage("group", links.parent, {"groups": None}, group, (f"{digest}/{{shard}}.json",), invalidates=(stats,)),
         Stage("write", out, shards, WriteShard(out), (STATS,)),
     ]
 
 
 def _result(out: Path, shards: list[str], grouping: Stage) -> dict[str, Any]:
-    (name,) = grouping.inputs
-    groups = read_json(grouping.folder / name, _Groups, cure=REDO)
+    path = grouping.folder / grouping.outputs[0].replace("{shard}", "groups")
+    groups = read_json(path, _Groups, cure=REDO)
     counters = sum_kept(out, shards, "images", DedupStats)
     return {**counters, "groups": groups.groups, "largest_group": groups.largest_group}
-
-
-def _samples(index: TarIndex) -> list[Sample]:
-    """The samples of a tar that have an image, in order."""
-    return [sample for sample in index.listing.samples.values() if sample.image is not None]
-
-
-@dataclass(frozen=True)
-class HashShard:
-    """Hashes the images of one shard."""
-
-    out: Path
-
-    def __call__(self, name: str, shard: PoolShard) -> None:
-        assert shard.images is not None
-        rows: list[tuple[str, int, int, str | None]] = []
-        codes: list[Entries] = []
-        with TarIndex(shard.images) as index:
-            for sample in _samples(index):
-                assert sample.image is not None
-                data = index.read(sample.image)
-                key = sample.key.encode("utf-8", "replace").decode()
-                try:
-                    entries = view_codes(data)
-                    width, height = open_image(data).size
-                except Dropped as dropped:
-                    rows.append((key, 0, 0, str(dropped.reason)))
-                    continue
-                entries["image"] = len(rows)
-                codes.append(entries)
-                rows.append((key, width * height, len(data), None))
-        columns = zip(*rows, strict=True) if rows else ((), (), (), ())
-        table = pa.table(dict(zip(("key", "pixels", "bytes", "reason"), map(list, columns), strict=True)))
-        write_codes(self.out, name, PHASH, codes)
-        write_images(self.out, name, table)
-        write_json(stats_path(self.out, name), {"images_read": len(rows)})
 
 
 @dataclass(frozen=True)
@@ -176,24 +171,25 @@ class WriteShard:
     out: Path
 
     def is_current(self, shard: str) -> bool:
-        """Whether the shard's tar exists, or no images are left in it."""
+        """Whether the shard's files exist, or no images are left in it."""
         stats = read_json(stats_path(self.out, shard), DedupStats, cure=REDO)
-        return stats.images == 0 or (self.out / f"{shard}.tar").is_file()
+        wanted = {"tar": stats.images, "parquet": stats.texts}
+        return all((self.out / f"{shard}.{kind}").is_file() for kind, count in wanted.items() if count)
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
-        reasons = read_images(self.out / "hashes", name)["reason"].to_pylist()
-        for row in rows_to_remove(self.out / "groups", name).tolist():
+        reasons = read_images(self.out / HASHED, name)["reason"].to_pylist()
+        for row in rows_to_remove(self.out / REMOVED, name).tolist():
             reasons[row] = Drop.DUPLICATE_IMAGE
         with TarIndex(shard.images) as index:
-            samples = _samples(index)
+            samples = samples_with_images(index)
             if len(samples) != len(reasons):
-                stats = stats_path(self.out / "hashes", name)
+                stats = stats_path(self.out / HASHED, name)
                 raise UserError(f"{shard.images}: has changed since it was hashed; delete {stats} to hash it again")
             unwanted = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is not None]
             drops = Counter(reason for reason in reasons if reason is not None)
-            images = copy_without(shard, index, self.out, _names(unwanted), drops)
-        counters = {"images_read": len(samples), "images": images, "drops": dict(+drops)}
+            images, texts = copy_without(shard, index, self.out, _names(unwanted), drops)
+        counters = {"images_read": len(samples), "images": images, "texts": texts, "drops": dict(+drops)}
         write_json(stats_path(self.out, name), counters)
 
 

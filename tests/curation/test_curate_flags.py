@@ -13,6 +13,7 @@ ACTIONS = {
     "deduplicate": ["pool"],
     "fetch": ["pool"],
     "filter": ["pool", "--filter", "a.B", "c=d"],
+    "dedup-images": ["pool"],
     "decontaminate": ["shards", "--against", "b"],
     "match": ["pool", "--metadata", "m"],
     "balance": ["matched", "--metadata", "m", "--t-en", "9"],

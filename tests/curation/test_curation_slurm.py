@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 
 from mc2_hpc import jobs
+from mc2_hpc.curation.dedup_images import plan_dedup_images
 from mc2_hpc.curation.run import plan_run
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import Slurm
+from mc2_hpc.jobs.named import Named
+from tests.curation.test_dedup_images import make_image, write_pool
 
 
 @pytest.fixture
@@ -59,3 +62,21 @@ def test_chain_of_array_jobs(slurm_cluster, pool, tmp_path, monkeypatch, caplog,
     monkeypatch.setitem(options, "partition", "none")
     with pytest.raises(UserError, match="match: sbatch refused the job"):
         curate(wait=True)
+
+
+@pytest.mark.slow
+def test_images_are_deduplicated_on_slurm(slurm_cluster, tmp_path, monkeypatch, outputs):
+    """Every stage is one array of the same chain; an added shard makes the search and the groups anew."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm_cluster.env[name])
+    monkeypatch.setattr("mc2_hpc.jobs.slurm_queue.POLL_S", 0.5)
+    engine = Slurm({"partition": slurm_cluster.partition, "time": "10"}, tasks=2, wait=True)
+    encoder = Named("tests.curation.test_image_features.Colours", {})
+    shards = {name: {f"{name}{seed}": make_image(seed) for seed in range(3)} for name in "bca"}
+    pool = write_pool(tmp_path / "pool", {name: shards[name] for name in "bc"})
+    for added in ({}, {"a": shards["a"]}):
+        write_pool(pool, added)
+        result = jobs.run(plan_dedup_images(pool, tmp_path / "out", features=encoder), engine)
+        here = tmp_path / f"here{len(added)}"
+        assert result == jobs.run(plan_dedup_images(pool, here, features=encoder))
+        assert outputs(tmp_path / "out") == outputs(here)

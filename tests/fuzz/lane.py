@@ -237,7 +237,7 @@ def warm_up() -> None:
 
     from mc2_hpc import filters  # noqa: F401
     from mc2_hpc.ablation import run
-    from mc2_hpc.curation import decontaminate, deduplicate, extract, filter  # noqa: F401
+    from mc2_hpc.curation import decontaminate, dedup_images, deduplicate, extract, filter  # noqa: F401
     from mc2_hpc.curation import run as curation_run  # noqa: F401
     from mc2_hpc.curation.report import page  # noqa: F401
     from mc2_hpc.evaluation import search, suite  # noqa: F401

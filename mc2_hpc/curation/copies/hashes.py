@@ -2,18 +2,32 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from mc2_hpc.curation.copies.linking import ENTRY, Entries
+from mc2_hpc.curation.copies.linking import CHECK_BITS, ENTRY, Entries
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.files import check_regular
 from mc2_hpc.storage import atomic_path
 
 IMAGES, CODES = "images/{shard}.arrow", "codes/{hash}/{shard}.npy"
-"""Outputs of hashing a shard; :func:`read_images` and :func:`map_codes` read them."""
+"""Files of a shard; :func:`read_images` and :func:`map_codes` read them."""
+PROJECTIONS = "projections/{shard}.npy"
+"""Projections of a shard's features, int32, in the order of its images that have codes."""
+
+PHASH, FEATURES = "phash", "features"
+"""Names of the kinds of codes."""
+
+MAX_DISTANCE, MAX_CHECK = 6, 40
+"""Defaults of pHash: bits of 64 and of 192 in which codes of planted copies hardly ever differ (docs/images.md)."""
+FEATURE_DISTANCE, FEATURE_CHECK = 10, 46
+"""Defaults of features, chosen likewise, with SSCD."""
+_LARGEST_DISTANCE = 16
+"""A search beyond it compares almost all pairs."""
 
 _CURE = "delete it and run the same command again"
 _COLUMNS = pa.schema(
@@ -30,6 +44,19 @@ class Hash:
     """Bits in which the 64-bit hashes of two copies may differ."""
     max_check: int
     """Bits in which the other 192 may."""
+
+
+def checked_hash(kind: Hash) -> Hash:
+    """The argument.
+
+    Raises:
+        UserError: limits out of range.
+    """
+    if not 0 <= kind.max_distance <= _LARGEST_DISTANCE:
+        raise UserError(f"{kind.name}: max_distance={kind.max_distance} must be 0 to {_LARGEST_DISTANCE} of 64 bits")
+    if not 0 <= kind.max_check <= CHECK_BITS:
+        raise UserError(f"{kind.name}: max_check={kind.max_check} must be 0 to {CHECK_BITS} bits")
+    return kind
 
 
 def write_images(folder: Path, shard: str, images: pa.Table) -> None:
@@ -65,8 +92,13 @@ def read_images(folder: Path, shard: str) -> pa.Table:
 
 def write_codes(folder: Path, shard: str, kind: str, entries: list[Entries]) -> None:
     """Write the codes of a shard's images, whose numbers are their rows in :func:`read_images`."""
-    with atomic_path(folder / CODES.format(hash=kind, shard=shard)) as temporary:
-        np.save(temporary, np.concatenate([np.zeros(0, ENTRY), *entries]), allow_pickle=False)
+    write_array(folder / CODES.format(hash=kind, shard=shard), np.concatenate([np.zeros(0, ENTRY), *entries]))
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an NPY file atomically."""
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
 
 
 def map_codes(folder: Path, shard: str, kind: str) -> Entries:

@@ -56,12 +56,11 @@ def collapse(entries: Entries, forest: Forest) -> Entries:
     entries, digests = entries[order], digests[order]
     is_same = digests[1:] == digests[:-1]
     at = np.flatnonzero(is_same)
-    for field in ("words", "mirrored"):  # equal digests of different codes are possible
-        differs = entries[field][at] != entries[field][at + 1]
-        is_same[at[differs.reshape(len(at), -1).any(axis=1)]] = False
+    one, other = entries[at], entries[at + 1]  # equal digests of different codes are possible
+    is_same[at] = (one["words"] == other["words"]).all(axis=1) & (one["mirrored"] == other["mirrored"])
     at = np.flatnonzero(is_same)
     join(forest, np.stack([entries["image"][at], entries["image"][at + 1]], axis=1).astype(np.int64))
-    return entries[np.concatenate([[True], ~is_same])] if len(entries) else entries
+    return entries[np.concatenate([[True], ~is_same])[: len(entries)]]
 
 
 def link(entries: Entries, mask: np.uint64, forest: Forest, *, max_distance: int, max_check: int) -> None:
@@ -106,7 +105,7 @@ def _generate_bit_count(typing: Any, word: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
-_bit_count: Any = intrinsic(_generate_bit_count)
+bit_count: Any = intrinsic(_generate_bit_count)
 """The number of bits set in an integer: one instruction."""
 
 
@@ -134,10 +133,10 @@ def _link_buckets(words, order, starts, entries, forest, max_distance, max_check
             word, others = words[first], words[first + 1 : end]
             nearest = np.int64(64)  # found before anything else, in a loop that the compiler vectorises
             for index in range(len(others)):
-                nearest = min(nearest, _bit_count(word ^ others[index]))
+                nearest = min(nearest, bit_count(word ^ others[index]))
             if nearest <= max_distance:
                 for index in range(len(others)):
-                    if _bit_count(word ^ others[index]) <= max_distance:
+                    if bit_count(word ^ others[index]) <= max_distance:
                         _link_pair(entries[order[first]], entries[order[first + 1 + index]], forest, max_check)
 
 
@@ -147,7 +146,7 @@ def _link_pair(one, other, forest, max_check):
         return
     check = 0
     for word in range(1, WORDS):
-        check += _bit_count(one.words[word] ^ other.words[word])
+        check += bit_count(one.words[word] ^ other.words[word])
     if check <= max_check:
         _unite(forest, np.int64(one.image), np.int64(other.image))
 

@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mc2_hpc.curation.copies.hashes import Hash, map_codes, read_images
+from mc2_hpc.curation.copies.features import NUM_PROJECTIONS, centre_of, feature_codes
+from mc2_hpc.curation.copies.hashes import (
+    FEATURES,
+    PROJECTIONS,
+    Hash,
+    map_codes,
+    read_images,
+    write_array,
+    write_codes,
+)
 from mc2_hpc.curation.copies.linking import (
     Entries,
     Forest,
@@ -28,10 +37,10 @@ from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
 from mc2_hpc.storage import atomic_path, write_json
 
-CODES_AT_ONCE = 1 << 24
-"""Codes in memory at a time, about 1.5 GB with what searching them needs."""
-GROUPS, COPIES, REPORT = "groups.json", "copies/{shard}.npy", "copies/{shard}.csv"
-"""Outputs of grouping: counters; per shard, the rows of the images to remove, and a table of them for people."""
+CODES_PER_GB = 1 << 23
+"""Codes that a gigabyte holds, with what searching them needs."""
+COPIES, REPORT = "{shard}.npy", "{shard}.csv"
+"""Per shard, the rows of the images to remove, and a table of them for people."""
 _HEADER = ("key", "kept", "kept_shard")
 _CURE = "delete its folder and run the same command again"
 
@@ -49,28 +58,68 @@ def first_images(hashed: Path, shards: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
+class WriteCentre:
+    """Writes the centre of the projections of all images."""
+
+    hashed: Path
+    out: Path
+    shards: list[str]
+
+    def __call__(self, name: str, value: None) -> None:
+        projections = (_map_projections(self.hashed, shard) for shard in self.shards)
+        write_array(self.out / f"{name}.npy", centre_of(projections))
+
+
+@dataclass(frozen=True)
+class FeatureCodes:
+    """Turns a shard's projections into codes."""
+
+    hashed: Path
+    out: Path
+    """Folder of the centre, and of the codes."""
+
+    def __call__(self, name: str, value: None) -> None:
+        centre = map_array(self.out / "centre.npy", np.int64, length=NUM_PROJECTIONS, cure=_CURE)
+        rows = np.flatnonzero(np.asarray(read_images(self.hashed, name)["reason"].is_null()))
+        projections = _map_projections(self.hashed, name)
+        if len(projections) != len(rows):
+            raise UserError(f"{self.hashed}: shard {name} has projections of other images; delete the folder")
+        write_codes(self.out, name, FEATURES, [feature_codes(projections, centre, rows)])
+
+
+def _map_projections(hashed: Path, shard: str) -> npt.NDArray[np.int32]:
+    path = hashed / PROJECTIONS.format(shard=shard)
+    projections = map_array(path, np.int32, ndim=2, cure=_CURE)
+    if projections.shape[1:] != (NUM_PROJECTIONS,):
+        raise UserError(f"{path}: not {NUM_PROJECTIONS} projections of each image; {_CURE}")
+    return projections
+
+
+@dataclass(frozen=True)
 class SearchPart:
     """Does one of ``parts`` equal shares of the search, and writes the links that it found."""
 
     hashed: Path
     out: Path
     shards: list[str]
-    hashes: list[Hash]
+    hashes: list[tuple[Path, Hash]]
+    """Each kind, and the folder of its codes."""
     parts: int
-    codes_at_once: int = CODES_AT_ONCE
+    codes_at_once: int = 2 * CODES_PER_GB
+    """Codes in memory at a time; the result does not depend on it."""
 
     def __call__(self, name: str, part: int) -> None:
         first = first_images(self.hashed, self.shards)
         if first[-1] >= 1 << 32:
             raise UserError(f"{self.hashed}: {first[-1]:,} images; divide the pool into parts of at most 4 billion")
         forest = new_forest(int(first[-1]))
-        for kind in self.hashes:
-            self._search(kind, part, first, forest)
-        with atomic_path(self.out / f"{name}.npy") as temporary:
-            np.save(temporary, links_of(forest), allow_pickle=False)
+        for folder, kind in self.hashes:
+            self._search([map_codes(folder, shard, kind.name) for shard in self.shards], first, kind, part, forest)
+        write_array(self.out / f"{name}.npy", links_of(forest))
 
-    def _search(self, kind: Hash, part: int, first: npt.NDArray[np.int64], forest: Forest) -> None:
-        codes = [map_codes(self.hashed, shard, kind.name) for shard in self.shards]
+    def _search(
+        self, codes: list[Entries], first: npt.NDArray[np.int64], kind: Hash, part: int, forest: Forest
+    ) -> None:
         num_codes = sum(map(len, codes))
         masks = table_masks(kind.max_distance, num_codes)
         slices = max(1, -(-num_codes // self.codes_at_once))
@@ -106,7 +155,9 @@ class GroupCopies:
 
     hashed: Path
     links: Path
+    """Folder of the links, and where counters are written at the end."""
     out: Path
+    """Folder of what to remove: :data:`COPIES` and :data:`REPORT`."""
     shards: list[str]
     parts: list[str]
 
@@ -123,7 +174,7 @@ class GroupCopies:
         members = self._ranked(first, roots, sizes[roots] > 1)
         self._write(members)
         groups = sizes[sizes > 1]
-        write_json(self.out / name, {"groups": len(groups), "largest_group": int(groups.max(initial=0))})
+        write_json(self.links / f"{name}.json", {"groups": len(groups), "largest_group": int(groups.max(initial=0))})
 
     def _ranked(
         self, first: npt.NDArray[np.int64], roots: npt.NDArray[np.int64], in_group: npt.NDArray[np.bool_]
@@ -156,8 +207,7 @@ class GroupCopies:
                 keys.take(pa.array(gone)).to_pylist(), keys.take(pa.array(kept)).to_pylist(), of_shard, strict=True
             )
             _write_csv(self.out / REPORT.format(shard=name), rows)
-            with atomic_path(self.out / COPIES.format(shard=name)) as temporary:
-                np.save(temporary, row[gone], allow_pickle=False)
+            write_array(self.out / COPIES.format(shard=name), row[gone])
 
 
 def rows_to_remove(folder: Path, shard: str) -> npt.NDArray[np.int64]:

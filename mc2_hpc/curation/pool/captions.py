@@ -32,6 +32,8 @@ FETCH_SETTINGS, OUTCOMES = "fetch.json", "fetched"
 """In a pool with fetched images: how they were fetched, and the folder of tables of what became of each key."""
 FILTER_SETTINGS, VERDICTS = "filter.json", "judged"
 """In a filtered pool: the filters, and the folder of tables of what became of each caption."""
+DEDUP_SETTINGS = "dedup_images.json"
+"""In a pool without copies of images: how they were found."""
 _TABLES = {FETCH_SETTINGS: OUTCOMES, FILTER_SETTINGS: VERDICTS}
 
 _NUL = pa.scalar("\0", pa.large_string())

@@ -1,7 +1,7 @@
 """Copying a shard without some of its images."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,34 @@ from mc2_hpc.curation.matched import write_matched
 from mc2_hpc.curation.pool.captions import PoolShard
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop
+from mc2_hpc.errors import UserError
 from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.samples import ByKey, is_image_name
 from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import Member, fits_tar_name, write_tar
 
 
-def copy_without(shard: PoolShard, index: TarIndex, out: Path, keys: Collection[str], drops: Counter[str]) -> int:
-    """Write ``<shard>.tar`` and, if the shard has one, ``<shard>.parquet`` below ``out``, without the files and rows of
-    ``keys`` (file names up to the last dot); returns the number of images written.
+def check_elsewhere(shards: Iterable[PoolShard], out: Path) -> None:
+    """Check that copies of shards with images would not replace them.
 
-    Files keep their bytes and order. A shard without images gets no files. ``drops`` counts ``name_repeated`` and
-    ``name_too_long``.
+    Raises:
+        UserError: a shard has no images, or would be replaced.
+    """
+    for shard in shards:
+        if shard.images is None:
+            raise UserError(f"{shard.captions}: there is no {Path(shard.name).name}.tar with its images beside it")
+        if shard.images.resolve() == (out / f"{shard.name}.tar").resolve():
+            raise UserError(f"--out {out}: holds the shards that are read; name another folder")
+
+
+def copy_without(
+    shard: PoolShard, index: TarIndex, out: Path, keys: Collection[str], drops: Counter[str]
+) -> tuple[int, int]:
+    """Write ``<shard>.tar`` and, if the shard has one, ``<shard>.parquet`` below ``out``, without the files and rows of
+    ``keys`` (file names up to the last dot); returns the numbers of images and rows written.
+
+    Files keep their bytes and order. A shard without images gets no files, and loses those of an earlier run.
+    ``drops`` counts ``name_repeated`` and ``name_too_long``.
     """
     unwanted = set(keys)
     files = first_of_name(index)
@@ -32,12 +48,19 @@ def copy_without(shard: PoolShard, index: TarIndex, out: Path, keys: Collection[
     fitting = [member for member in kept if fits_tar_name(member.name)]
     drops[Drop.NAME_TOO_LONG] += len(kept) - len(fitting)
     num_images = sum(is_image_name(member.name) for member in fitting)
-    if num_images:
-        if shard.captions is not None and is_caption_table(shard.captions):
-            write_matched(out / f"{shard.name}.parquet", _rows_without(shard.captions, unwanted))
-        with atomic_path(out / f"{shard.name}.tar") as temporary:
-            write_tar(temporary, ((member.name, index.read(member)) for member in fitting))
-    return num_images
+    tar, table = out / f"{shard.name}.tar", out / f"{shard.name}.parquet"
+    if not num_images:
+        for path in (tar, table):
+            path.unlink(missing_ok=True)
+        return 0, 0
+    num_rows = 0
+    if shard.captions is not None and is_caption_table(shard.captions):
+        rows = _rows_without(shard.captions, unwanted)
+        num_rows = len(rows)
+        write_matched(table, rows)
+    with atomic_path(tar) as temporary:
+        write_tar(temporary, ((member.name, index.read(member)) for member in fitting))
+    return num_images, num_rows
 
 
 def first_of_name(index: TarIndex) -> list[Member]:

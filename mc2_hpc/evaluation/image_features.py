@@ -1,0 +1,35 @@
+"""Features of images by any CLIP model, as curation takes them: ``mc2 curate dedup-images --features FOLDER``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mc2_hpc.data.decode import one_torch_thread
+from mc2_hpc.evaluation.loading import Clip, load
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """An encoder of images. On a CPU it runs on one thread, because there is a worker per core."""
+
+    model: str
+    """Anything that :func:`mc2_hpc.load` reads."""
+    device: str = ""
+    """To run on; by default a GPU if there is one."""
+
+    @cached_property
+    def _clip(self) -> Clip:
+        return load(self.model, self.device or None)
+
+    def encode(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        """Unit-length features ``(n, D)``."""
+        on_cpu = next(self._clip.model.parameters()).device.type == "cpu"
+        with one_torch_thread() if on_cpu else nullcontext():
+            return self._clip.encode_image(list(images)).numpy()
