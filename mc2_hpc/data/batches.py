@@ -12,6 +12,7 @@ import torch
 
 from mc2_hpc.data.dali import Jpegs
 from mc2_hpc.data.stream import Position
+from mc2_hpc.data.teacher import TeacherInputs, joined_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Samples:
     """Of every lane they come from, after these samples; saved in checkpoints."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples and shards skipped before them, by reason (``mc2_hpc.data.skips``)."""
+    teacher: TeacherInputs | None = None
+    """What a teacher sees of them; None without a teacher, or if it sees what the student sees."""
 
     def __post_init__(self) -> None:
         numbers = {len(self.tokens), len(self.lengths), len(self.keys), len(self.langs)}
@@ -82,6 +85,7 @@ def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Sampl
         langs=[lang for part in parts for lang in part.langs],
         position=position,
         skipped=dict(skipped),
+        teacher=joined_inputs([part.teacher for part in parts], pin=pin),
     )
 
 
@@ -102,6 +106,7 @@ def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] 
         langs=samples.langs,
         position=samples.position,
         skipped=samples.skipped if skipped is None else skipped,
+        teacher=samples.teacher,
     )
 
 

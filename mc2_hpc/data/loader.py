@@ -26,6 +26,7 @@ from mc2_hpc.data.lanes import check_ranks, deal
 from mc2_hpc.data.limits import check_memory, check_open_files, check_shared_memory
 from mc2_hpc.data.source import ShareSource
 from mc2_hpc.data.stream import Position
+from mc2_hpc.data.teacher import TeacherNeeds
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.data.workers import DataStalled, WorkerShares
@@ -47,6 +48,7 @@ class TrainLoader:
         rank, world_size: of this process among the training ranks.
         position: of every lane, as in batches and checkpoints (keys may be strings and values lists, as in JSON), or
             None to start. Lanes of other ranks are ignored, so one dict serves any number of ranks.
+        teacher: what it needs besides the student's images and token ids (:attr:`Samples.teacher`).
 
     Raises:
         UserError: bad sizes, no shards, no balance folder, or a position with other lanes; while iterating: data
@@ -64,6 +66,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         position: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]] | None = None,
+        teacher: TeacherNeeds | None = None,
     ) -> None:
         lanes = config.lanes
         if global_batch % lanes:
@@ -74,9 +77,14 @@ class TrainLoader:
         if num_workers < config.workers:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
         backend = resolve_backend(config.decode, "train")
+        teacher_size = 0
+        if teacher is not None:
+            teacher.check(backend)
+            teacher_size = teacher.image_size or 0
         check_open_files(lanes=len(own), workers=num_workers, prefetch=config.prefetch, world_size=world_size)
         if backend != "dali":  # the size of a JPEG is not known in advance
-            share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
+            image_bytes = 3 * (image_size**2 + teacher_size**2)
+            share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * image_bytes
             check_memory(share_bytes * max(1, num_workers))
             check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)
         source = ShareSource(
@@ -87,6 +95,7 @@ class TrainLoader:
             samples_per_lane=global_batch // lanes,
             positions=_own_positions(position, own, lanes),
             board=Board(max(1, num_workers)),
+            teacher=teacher,
         )
         self.shards = source.shards
         self.shard_names = [name.rpartition("/")[2] for name in source.shards.names]

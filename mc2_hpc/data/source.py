@@ -17,6 +17,7 @@ from mc2_hpc.data.limits import LARGER_SHARED_MEMORY, SHARED_MEMORY
 from mc2_hpc.data.locations import find_shards
 from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.stream import Example, Lane, Position, ShardPool
+from mc2_hpc.data.teacher import TeacherNeeds, TwoSizes
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.errors import UserError
@@ -50,12 +51,14 @@ class ShareSource(IterableDataset[Share | Failure]):
         samples_per_lane: int,
         positions: dict[int, Position],
         board: Board,
+        teacher: TeacherNeeds | None = None,
     ) -> None:
         """
         Args:
             samples_per_lane: that a batch takes.
             positions: where each lane begins.
             board: told which shard is being read.
+            teacher: what it needs besides the student's images and token ids.
         """
         self.positions = positions
         self.board = board
@@ -67,7 +70,15 @@ class ShareSource(IterableDataset[Share | Failure]):
         )
         self._config = config
         self._probs = BalanceFolder(config.balance) if config.balance is not None else None
-        self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend, config.max_image_pixels)
+        self._transform = TrainTransform(
+            image_size,
+            config.crop_scale,
+            config.seed,
+            backend,
+            config.max_image_pixels,
+            teacher_size=teacher.image_size if teacher is not None else None,
+        )
+        self._teacher = teacher
         self._image_size = image_size
         self._tokenizer = tokenizer
         self._samples_per_lane = samples_per_lane
@@ -106,18 +117,24 @@ class ShareSource(IterableDataset[Share | Failure]):
         num_decoded = 0
         examples: list[Example] = []
         encoded: dict[int, EncodedCrop] = {}
+        for_teacher: list[torch.Tensor] = []
         for lane in lanes.values():
             for _ in range(self._samples_per_lane):
                 example = next(lane)
-                if isinstance(example.image, EncodedCrop):
-                    encoded[len(examples)] = example.image
+                image = example.image
+                if isinstance(image, TwoSizes):
+                    for_teacher.append(image.teacher)
+                    image = image.student
+                if isinstance(image, EncodedCrop):
+                    encoded[len(examples)] = image
                 else:
                     if pixels is None:  # most batches are entirely pixels or entirely JPEGs
                         pixels = torch.empty((num - len(examples), 3, size, size), dtype=torch.uint8)
-                    pixels[num_decoded] = example.image
+                    pixels[num_decoded] = image
                     num_decoded += 1
                 examples.append(example)
-        tokens = self._tokenizer.encode([example.pair.text for example in examples])
+        texts = [example.pair.text for example in examples]
+        tokens = self._tokenizer.encode(texts)
         skipped = dict(pool.skipped)
         pool.skipped.clear()
         return Share(
@@ -129,6 +146,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             langs=[example.pair.lang for example in examples],
             position={number: lane.position for number, lane in lanes.items()},
             skipped=skipped,
+            teacher=self._teacher.inputs(texts, for_teacher) if self._teacher is not None else None,
         )
 
 
@@ -140,8 +158,9 @@ def _to_shared_memory(share: Share) -> None:
         NoSharedMemory: there is no room.
     """
     jpegs = vars(share.jpegs).values() if share.jpegs is not None else ()
+    for_teacher = share.teacher.tensors() if share.teacher is not None else ()
     try:
-        for tensor in (share.pixels, share.tokens, *jpegs):
+        for tensor in (share.pixels, share.tokens, *jpegs, *for_teacher):
             if tensor.numel():
                 tensor.share_memory_()
     except RuntimeError as error:

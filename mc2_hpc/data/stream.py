@@ -24,6 +24,7 @@ from mc2_hpc.data.crop import Encoded, EncodedCrop
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
 from mc2_hpc.data.skips import ShardError, log_skip
+from mc2_hpc.data.teacher import TwoSizes
 from mc2_hpc.draws import hash_keys, random_uint64
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
@@ -32,7 +33,7 @@ _PROBE_SAMPLES = 4096
 _PROBE_SHARDS = 64
 logger = logging.getLogger(__name__)
 
-Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop]
+Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop | TwoSizes]
 """Maps (encoded image, key hash, epoch) to the batch's image; raises Dropped."""
 
 
@@ -59,7 +60,7 @@ class Example:
     """One good sample, with caption and image ready for the batch."""
 
     pair: Pair
-    image: torch.Tensor | EncodedCrop
+    image: torch.Tensor | EncodedCrop | TwoSizes
 
 
 class Deck:

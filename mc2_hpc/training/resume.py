@@ -57,6 +57,9 @@ SAID = (
     "data.train",
     "data.balance",
     "data.crop_scale",
+    "distill.teacher",
+    "distill.weight",
+    "distill.scale",
 )
 """Settings that may change with a warning each: training continues, but differently from here on. More may be frozen,
 but not less: what was frozen has no AdamW state in the checkpoint."""

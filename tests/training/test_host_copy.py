@@ -76,6 +76,7 @@ def test_the_numbers_of_a_step_share_one_copy():
         grad_norm=torch.tensor(0.7),
         logit_scale=torch.tensor(14.3),
         votes=torch.tensor([1.0, 2.0]),
+        divergence=torch.tensor(0.3),
     )
     read = HostCopy(result.numbers()).read()
-    assert read == [float(torch.tensor(value)) for value in (0.1, 0.7, 14.3)] + [1.0, 2.0]
+    assert read == [float(torch.tensor(value)) for value in (0.1, 0.7, 14.3, 0.3)] + [1.0, 2.0]

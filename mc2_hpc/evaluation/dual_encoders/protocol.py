@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mc2_hpc.conversion.model_card import CARD_NAME
 from mc2_hpc.conversion.provenance import PROVENANCE_FILE
 from mc2_hpc.data.crop import Encoded
+from mc2_hpc.data.teacher import CaptionEncoder
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import check_regular
 from mc2_hpc.reading.tensors import read_header
@@ -82,6 +83,20 @@ class DualEncoder(Protocol):
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit-length float32 (B, D), on the model's device."""
+        ...
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Unit-length float32 (B, D) of uint8 (B, 3, S, S) RGB images of the model's size, both on its device. Not for
+        models that take images in their own shape."""
+        ...
+
+    @property
+    def captions(self) -> CaptionEncoder:
+        """Encodes texts for :meth:`encode_tokens`, in any process."""
+        ...
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Unit-length float32 (B, D) of int64 (B, K, L) from :attr:`captions`, both on the model's device."""
         ...
 
     def logits(self) -> tuple[float, float]:
