@@ -17,6 +17,7 @@ from mc2_hpc.distributed import Ranks, first_error
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
 from mc2_hpc.evaluation.dual_encoders.ours import OurEncoder
+from mc2_hpc.evaluation.dual_encoders.protocol import TeachingEncoder
 from mc2_hpc.kernels.contrastive import Teacher
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.precision import Precision
@@ -84,22 +85,28 @@ class DistillationTeacher:
         )
 
 
-def _load(config: RunConfig, ranks: Ranks) -> DualEncoder:
+def _load(config: RunConfig, ranks: Ranks) -> TeachingEncoder:
     assert config.distill is not None
     found: DualEncoder | None = None
     error: Exception | None = None
     try:
-        found = open_dual_encoder(config.distill.teacher, ranks.device)
-        if found.facts.resize == "patches":
-            raise UserError(f"{config.distill.teacher}: takes images in their own shape, so it cannot be a teacher")
+        found = _able_to_teach(config.distill.teacher, open_dual_encoder(config.distill.teacher, ranks.device))
     except Exception as failure:  # whatever it is, the other ranks must know
         error = failure
     first_error(error)
-    assert found is not None
+    assert isinstance(found, TeachingEncoder)
     found.model.requires_grad_(False)
     if isinstance(found, OurEncoder):
-        found.model.set_attention(config.model.attention, ranks.device.type)
+        found.model.set_backends(config.model, ranks.device.type)
     return found
+
+
+def _able_to_teach(name: str, model: DualEncoder) -> DualEncoder:
+    if not isinstance(model, TeachingEncoder):
+        raise UserError(f"{name}: a model of format {model.facts.format} cannot be a teacher; name the one it is from")
+    if model.facts.resize == "patches":
+        raise UserError(f"{name}: takes images in their own shape, so it cannot be a teacher")
+    return model
 
 
 def _same(one: Tokenizer, other: Tokenizer) -> bool:

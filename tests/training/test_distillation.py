@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from safetensors.torch import load_file
 from mc2_hpc.conversion.convert import convert
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.tokenizer import train_tokenizer
+from mc2_hpc.distributed import Ranks
+from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture, resolve
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_card, write_tensors
+from mc2_hpc.training import distillation
 from tests.faults.tiny_run import draw_pairs, write_config
 from tests.training import distill_worker as worker
 
@@ -174,6 +178,31 @@ def test_a_teacher_of_another_library_teaches_the_same(kind, ranks_of, config, t
     found, expected = last_row(tmp_path / "theirs"), last_row(tmp_path / "ours")
     for name in ("loss", "divergence", "grad_norm"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "names, resize, message",
+    [
+        (("encode_pixels",), "shortest", "model: a model of format onnx cannot be a teacher"),
+        (("encode_pixels", "encode_tokens", "captions"), "patches", "model: takes images in their own shape"),
+    ],
+)
+def test_models_that_cannot_teach_are_refused(names, resize, message, monkeypatch):
+    known = ("model", "tokenizer", "identity", "preprocess", "transform", "tokenize")
+    known += ("encode_images", "encode_texts", "logits", *names)
+    facts = SimpleNamespace(format="onnx", resize=resize)
+    model = SimpleNamespace(facts=facts, **dict.fromkeys(known, print))
+    monkeypatch.setattr(distillation, "open_dual_encoder", lambda *_: model)
+    monkeypatch.setattr(distillation, "first_error", raise_it)
+    config = worker.run_config("model")
+    ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=message):
+        distillation.DistillationTeacher(config, resolve(config.model), None, ranks)
+
+
+def raise_it(error):
+    if error is not None:
+        raise error
 
 
 def test_a_student_with_its_teachers_images_and_tokens(ranks_of, config, tmp_path):
