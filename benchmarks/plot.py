@@ -50,7 +50,8 @@ def plot_contrastive(result: dict[str, Any], path: Path) -> None:
         short_ticks(axis.xaxis)
         axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
         axis.legend()
-    _save(figure, "Contrastive loss, one process", result, path)
+    what = "Contrastive loss with a teacher" if result["name"] == "distillation" else "Contrastive loss"
+    _save(figure, f"{what}, one process", result, path)
 
 
 @plot_style()
@@ -185,6 +186,7 @@ PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "checkpoint": plot_checkpoint,
     "contrastive": plot_contrastive,
     "curation": plot_curation,
+    "distillation": plot_contrastive,
     "eval": plot_eval,
     "fetch": plot_fetch,
     "loader": plot_loader,
