@@ -31,7 +31,7 @@ class Samples:
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples and shards skipped before them, by reason (``mc2_hpc.data.skips``)."""
     teacher: TeacherInputs | None = None
-    """What a teacher sees of them; None without a teacher, or if it sees what the student sees."""
+    """What a teacher sees of them besides the student's images and token ids; None without a teacher."""
 
     def __post_init__(self) -> None:
         numbers = {len(self.tokens), len(self.lengths), len(self.keys), len(self.langs)}
