@@ -29,14 +29,15 @@ class StepResult:
     """The multiplier after the update, 0-d; ``grad_norm`` does not include its gradient."""
     votes: Tensor
     """Number of ranks that said yes to each of :class:`Votes`; read by :class:`VoteCounts`."""
-    divergence: Tensor
-    """Global mean divergence from the teacher, 0-d, part of ``loss``; 0 without a teacher."""
+    divergence: Tensor | None = None
+    """Global mean divergence from the teacher, 0-d, part of ``loss``; None without a teacher."""
 
     def numbers(self) -> Tensor:
-        """(4 + number of votes,) loss, gradient norm, logit scale, divergence and votes, in fp32 on the device of the
-        loss."""
-        grad_norm = self.grad_norm.to(self.loss.device, non_blocking=True)
-        scalars = (self.loss, grad_norm, self.logit_scale, self.divergence)
+        """Loss, gradient norm, logit scale, divergence from the teacher if there is one, and votes, in fp32 on the
+        device of the loss."""
+        scalars = [self.loss, self.grad_norm.to(self.loss.device, non_blocking=True), self.logit_scale]
+        if self.divergence is not None:
+            scalars.append(self.divergence)
         return torch.cat([*(number.float().reshape(1) for number in scalars), self.votes.float()])
 
 
@@ -130,8 +131,10 @@ class ContrastiveStep:
             loss=loss.detach(), grad_norm=grad_norm, logit_scale=scale, votes=votes, divergence=divergence
         )
 
-    def _loss(self, image_features: Tensor, text_features: Tensor, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
-        """The loss, and its divergence from the teacher without a gradient."""
+    def _loss(
+        self, image_features: Tensor, text_features: Tensor, teacher: Teacher | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the divergence from the teacher, if there is one, without a gradient."""
         image_features, text_features = image_features.to(self._feature_dtype), text_features.to(self._feature_dtype)
         scale = self._engine.logit_scale
         options: dict[str, Any] = {
@@ -140,14 +143,13 @@ class ContrastiveStep:
             "exchange": self._config.exchange,
         }
         if teacher is None:
-            loss = contrastive_loss(image_features, text_features, scale, **options)
-            return loss, torch.zeros_like(loss)
+            return contrastive_loss(image_features, text_features, scale, **options), None
         loss, terms = distilled_contrastive_loss(image_features, text_features, scale, teacher, **options)
         return loss, terms[1]
 
     def _cached(
         self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None, teacher: Teacher | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         # tensor_split gives every rank the same number of pieces, whatever the size of its share.
         image_pieces, token_pieces = (whole.tensor_split(self._engine.num_micro) for whole in (images, tokens))
         rest = iter(lengths or ())

@@ -309,7 +309,7 @@ class Trainer:
                     "step": pending.step,
                     "samples_seen": self.progress.samples_seen,
                     "loss": means["loss"],
-                    **({"divergence": means["divergence"]} if self.teacher is not None else {}),
+                    **{name: means[name] for name in ("divergence",) if name in means},
                     "logit_scale": logit_scale,
                     "lr": pending.lr,
                     "grad_norm": means["grad_norm"],
@@ -326,7 +326,8 @@ class Trainer:
         """Check that a step's numbers are finite; returns its votes."""
         if pending is None:
             return VoteCounts()
-        loss, grad_norm, logit_scale, divergence, *votes = pending.numbers.read()
+        loss, grad_norm, logit_scale, *rest = pending.numbers.read()
+        divergence, votes = ({}, rest) if self.teacher is None else ({"divergence": rest[0]}, rest[1:])
         for what, value in (("loss", loss), ("gradient norm", grad_norm), ("logit_scale", logit_scale)):
             # All are the same on every rank, so every rank stops at the same step.
             if not math.isfinite(value):
@@ -335,7 +336,7 @@ class Trainer:
                     f"{what} is {value} at step {pending.step}; last good checkpoint: "
                     f"{self.writer.last_good()}; keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
-        self._means.add(pending.step, loss=loss, grad_norm=grad_norm, divergence=divergence)
+        self._means.add(pending.step, loss=loss, grad_norm=grad_norm, **divergence)
         return VoteCounts.of(votes)
 
     def _save(self) -> None:
