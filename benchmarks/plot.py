@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations import as_tables
+from benchmarks.ablations import as_tables, data_of
 from benchmarks.harness import RESULTS
 from mc2_hpc.ablation.plot import DPI, draw_panel
 from mc2_hpc.pages.palette import LIGHT
@@ -161,7 +161,7 @@ def plot_ablations(result: dict[str, Any], path: Path) -> None:
         axis.set_visible(False)
     for axis, table in zip(axes, tables, strict=False):
         draw_panel(axis, table)
-    _save(figure, "Ablations on CIFAR-10 in ten languages", result, path)
+    _save(figure, f"Ablations on {data_of(result)}", result, path)
 
 
 def _save(figure: Any, title: str, result: dict[str, Any], path: Path) -> None:
