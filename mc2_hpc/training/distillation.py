@@ -5,6 +5,7 @@ otherwise, and if it has another tokenizer, the loader's workers make its inputs
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class DistillationTeacher:
         facts, captions = self._model.facts, self._model.captions
         same_images = facts.image_size == arch.vision.image_size
         same_tokens = isinstance(self._model, OurEncoder) and _same(self._model.tokenizer, tokenizer)
+        self._packs = same_tokens and config.model.text_packing
         self.needs = TeacherNeeds(
             image_size=None if same_images else facts.image_size, captions=None if same_tokens else captions
         )
@@ -76,13 +78,26 @@ class DistillationTeacher:
         size = self._config.micro_batch or max(1, len(images))
         with self._precision.autocast(self._device):
             image_parts = [self._model.encode_pixels(part) for part in images.split(size)]
-            text_parts = [self._model.encode_tokens(part) for part in tokens.split(size)]
+            text_parts = [
+                self._of_texts(part, batch.lengths[start : start + size])
+                for start, part in zip(range(0, len(tokens), size), tokens.split(size), strict=True)
+            ]
         return Teacher(
             torch.cat(image_parts).to(self._precision.dtype),
             torch.cat(text_parts).to(self._precision.dtype),
             scale=self._config.scale,
             weight=self._config.weight,
         )
+
+    def _of_texts(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """
+        Args:
+            lengths: of the captions in the student's token ids.
+        """
+        if self._packs:
+            assert isinstance(self._model, OurEncoder)
+            return self._model.encode_tokens(tokens, lengths)
+        return self._model.encode_tokens(tokens)
 
 
 def _load(config: RunConfig, ranks: Ranks) -> TeachingEncoder:

@@ -209,6 +209,8 @@ def test_a_student_with_its_teachers_images_and_tokens(ranks_of, config, tmp_pat
     train(ranks_of, config, tmp_path / "teacher", "steps=2", "distill=null", processes=1)
     assert "divergence" not in last_row(tmp_path / "teacher")
     options = ["steps=2", f"distill.teacher={tmp_path / 'teacher'}", "model.vision.width=32", "model.embed_dim=16"]
-    log = train(ranks_of, config, tmp_path / "student", *options, processes=1).stderr
+    log = train(ranks_of, config, tmp_path / "packed", *options, processes=1).stderr
     assert "32 pixels, the student's token ids" in log
-    assert last_row(tmp_path / "student")["divergence"] > 0
+    train(ranks_of, config, tmp_path / "padded", *options, "model.text_packing=false", processes=1)
+    packed, padded = (last_row(tmp_path / name)["divergence"] for name in ("packed", "padded"))
+    assert packed == pytest.approx(padded, rel=1e-4) and packed > 0

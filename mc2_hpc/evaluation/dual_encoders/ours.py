@@ -110,8 +110,9 @@ class OurEncoder:
     def captions(self) -> OurCaptions:
         return OurCaptions(self.tokenizer)
 
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens[:, 0], normalize=True).float()
+    def encode_tokens(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """As in the protocol; with the ``lengths`` of the captions, without computing their padding."""
+        return self.model.encode_text(tokens[:, 0], normalize=True, lengths=lengths).float()
 
     def logits(self) -> tuple[float, float]:
         return float(self.model.logit_scale.detach().float().exp()), 0.0
