@@ -30,6 +30,7 @@ lint: .venv/dev
 bench: .venv/dev
 	$(BIN)/mc2 bench train --json benchmarks/results/train.json
 	$(BIN)/mc2 bench contrastive --json benchmarks/results/contrastive.json
+	$(BIN)/mc2 bench distillation --json benchmarks/results/distillation.json
 	$(BIN)/mc2 bench loader --json benchmarks/results/loader.json
 	$(BIN)/mc2 bench curation --json benchmarks/results/curation.json
 	$(BIN)/mc2 bench fetch --json benchmarks/results/fetch.json
@@ -49,6 +50,8 @@ soak: .venv/dev
 # DATA: folder with CIFAR-10 and the Babel-ImageNet labels (docs/ablations.md).
 ablations: .venv/dev
 	$(BIN)/python -m benchmarks.ablations $(DATA) --json benchmarks/results/ablations.json
+	$(BIN)/mc2 quickstart
+	$(BIN)/python -m benchmarks.ablations --quickstart runs/quickstart --json benchmarks/results/distillation_ablation.json
 	$(MAKE) plots
 
 plots: .venv/dev

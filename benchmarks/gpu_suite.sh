@@ -41,7 +41,8 @@ correct() {
 }
 
 loss() {
-    timeout 170 "$PYTHON" -m benchmarks.bench_contrastive --json "${STEM}_loss.json"
+    timeout 170 "$PYTHON" -m benchmarks.bench_contrastive --json "${STEM}_loss.json" || return 1
+    timeout 120 "$PYTHON" -m benchmarks.bench_distillation --json "${STEM}_distillation.json"
 }
 
 step() {

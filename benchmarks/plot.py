@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations import as_tables
+from benchmarks.ablations import as_tables, data_of
 from benchmarks.harness import RESULTS
 from mc2_hpc.ablation.plot import DPI, draw_panel
 from mc2_hpc.pages.palette import LIGHT
@@ -50,7 +50,8 @@ def plot_contrastive(result: dict[str, Any], path: Path) -> None:
         short_ticks(axis.xaxis)
         axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
         axis.legend()
-    _save(figure, "Contrastive loss, one process", result, path)
+    what = "Contrastive loss with a teacher" if result["name"] == "distillation" else "Contrastive loss"
+    _save(figure, f"{what}, one process", result, path)
 
 
 @plot_style()
@@ -160,7 +161,7 @@ def plot_ablations(result: dict[str, Any], path: Path) -> None:
         axis.set_visible(False)
     for axis, table in zip(axes, tables, strict=False):
         draw_panel(axis, table)
-    _save(figure, "Ablations on CIFAR-10 in ten languages", result, path)
+    _save(figure, f"Ablations on {data_of(result)}", result, path)
 
 
 def _save(figure: Any, title: str, result: dict[str, Any], path: Path) -> None:
@@ -204,6 +205,7 @@ PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "contrastive": plot_contrastive,
     "curation": plot_curation,
     "dedup": plot_dedup,
+    "distillation": plot_contrastive,
     "eval": plot_eval,
     "fetch": plot_fetch,
     "loader": plot_loader,

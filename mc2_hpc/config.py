@@ -219,6 +219,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A teacher whose similarities of each batch the model learns besides the pairs themselves."""
+
+    teacher: PathName = ""
+    """Any model that evaluation reads: a run or checkpoint, an open_clip folder or a transformers folder. Its image
+    size, tokenizer and width may differ from the student's."""
+    weight: float = 1.0
+    """Of the divergence from the teacher, relative to the contrastive loss."""
+    scale: float = 200.0
+    """The teacher's logits are this times its cosines; its inverse temperature."""
+    micro_batch: int = 0
+    """Pairs that the teacher encodes at a time; 0 encodes a rank's whole share."""
+
+    def __post_init__(self) -> None:
+        if not self.teacher.strip():
+            raise UserError("distill.teacher: is not set; name a model, or leave out the section distill")
+        for name in ("weight", "scale"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"distill.{name}={getattr(self, name)}: must be positive")
+        _at_least("distill.micro_batch", self.micro_batch, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the state is saved, and how many checkpoints are kept."""
 
@@ -309,6 +332,8 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig | None = None
+    """Null trains without a teacher."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -325,6 +350,8 @@ class RunConfig:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
         if self.data.features is not None and self.freeze.vision != "all":
             raise UserError("data.features: features of images cannot change; set freeze.vision=all")
+        if self.data.features is not None and self.distill is not None:
+            raise UserError("data.features and distill: a teacher needs the images; set only one")
         if self.data.features is not None and self.model.patch_dropout:
             raise UserError("data.features and model.patch_dropout: features are of whole images; set only one")
         if self.eval.ema and not self.optim.ema_decay:

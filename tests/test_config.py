@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict, load_config
+from mc2_hpc.config import DistillConfig, RunConfig, config_from_dict, config_to_dict, load_config
 from mc2_hpc.conversion.open_clip import config as open_clip_config
 from mc2_hpc.data.decode import resolve_backend
 from mc2_hpc.errors import UserError
@@ -48,7 +48,7 @@ def test_round_trip(file):
 def test_a_tilde_is_the_home_folder_in_every_path(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     data = ("data.tokenizer", "data.balance", "data.cache_dir", "data.features")
-    keys = ("output", "model.init_from", *data, "eval.suite", "eval.root")
+    keys = ("output", "model.init_from", *data, "eval.suite", "eval.root", "distill.teacher")
     config = config_to_dict(load_config(file, ["freeze.vision=all", *(f"{key}=~/x" for key in keys)]))
     for key in keys:
         section, _, name = key.rpartition(".")
@@ -151,6 +151,19 @@ def test_high_resolution_stages_start_from_a_shipped_run():
         assert stage.steps * stage.global_batch == pytest.approx(1e9, rel=0.01)
 
 
+@pytest.mark.parametrize("size", ["l14", "b16", "s16"])
+def test_distilled_students_are_shipped_runs_with_a_teacher(size):
+    runs = {path.stem: load_config(path) for path in SHIPPED}
+    student, alone = runs[f"distill_{size}_from_h14"], runs[f"vit_{size}_worldwide"]
+    assert dataclasses.replace(student, output=alone.output, distill=None) == alone
+    assert student.distill is not None and (student.distill.weight, student.distill.scale) == (1.0, 200.0)
+    teacher = runs["vit_h14_worldwide"]
+    assert student.distill.teacher == teacher.output
+    # So it sees the student's own images and token ids.
+    assert resolve(student.model).vision.image_size == resolve(teacher.model).vision.image_size
+    assert student.data.tokenizer == teacher.data.tokenizer
+
+
 def test_b32_is_metaclips():
     """Its betas and weight decay are those of MetaCLIP, not of the released H/14."""
     optim = load_config(next(path for path in SHIPPED if path.stem == "vit_b32_worldwide")).optim
@@ -171,3 +184,16 @@ def test_yaml_numbers_are_numbers():
     """YAML 1.1 reads 4e-4 as a string: the shipped files write 4.0e-4."""
     for path in SHIPPED:
         assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8"))["optim"]["lr"], float)
+
+
+def test_a_section_that_may_be_missing_can_be_set_part_by_part_and_removed(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("distill: {teacher: runs/h14, weight: 2}\n", encoding="utf-8")
+    assert load_config(path).distill == DistillConfig(teacher="runs/h14", weight=2.0)
+    assert load_config(path, ["distill.scale=100"]).distill == DistillConfig(teacher="runs/h14", weight=2, scale=100)
+    assert load_config(path, ["distill=null"]).distill is None
+    path.write_text("steps: 3\n", encoding="utf-8")
+    assert load_config(path).distill is None
+    assert load_config(path, ["distill.teacher=a"]).distill == DistillConfig(teacher="a")
+    with pytest.raises(UserError, match="data: is a section of keys"):
+        load_config(path, ["data=null"])

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mc2_hpc.ablation.addresses import address
+from mc2_hpc.ablation.addresses import address, content
 from mc2_hpc.ablation.prepare import Prepared, PreparedTokenizer
 from mc2_hpc.ablation.settings import REDUCTIONS, Ablation, Column, Row
 from mc2_hpc.config import config_from_dict, config_to_dict, yaml_text
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.weights import is_checkpoint, resolve_checkpoint
 from mc2_hpc.reading.json_file import Foreign, read_json
 from mc2_hpc.storage import atomic_path, write_json
 
@@ -64,8 +65,10 @@ def plan_run(
     values["seed"] = values["data"]["seed"] = seed
     values["data"]["tokenizer_style"] = row.tokenizer.style
     values["model"]["text"] |= {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    # Paths do not affect the result, so the address leaves them out.
+    # Paths do not affect the result, so the address leaves them out; a teacher's content does.
     decisive = copy.deepcopy(values)
+    if row.config.distill is not None:
+        decisive["distill"]["teacher"] = _model_content(Path(row.config.distill.teacher))
     del decisive["output"]
     for name in ("train", "balance", "tokenizer"):
         del decisive["data"][name]
@@ -95,6 +98,11 @@ def plan_run(
         ],
         pairs=config.steps * config.global_batch,
     )
+
+
+def _model_content(source: Path) -> str:
+    """Digest of a model's folder; of a run's newest checkpoint alone."""
+    return content(resolve_checkpoint(source) if is_checkpoint(source) else source)
 
 
 class _Scores(Foreign):

@@ -12,6 +12,7 @@ import torch
 
 from mc2_hpc.data.dali import Jpegs
 from mc2_hpc.data.mixing import LanePosition
+from mc2_hpc.data.teacher import TeacherInputs, joined_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Samples:
     """Samples by caption field, as ``<source>/<field>``, of sources with several (``mc2_hpc.data.caption_fields``)."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples and shards skipped before them, by reason (``mc2_hpc.data.skips``)."""
+    teacher: TeacherInputs | None = None
+    """What a teacher sees of them besides the student's images and token ids; None without a teacher."""
 
     def __post_init__(self) -> None:
         numbers = {len(self.tokens), *map(len, (self.lengths, self.keys, self.langs, self.sources))}
@@ -90,6 +93,7 @@ def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Sampl
         position=position,
         fields=dict(fields),
         skipped=dict(skipped),
+        teacher=joined_inputs([part.teacher for part in parts], pin=pin),
     )
 
 
@@ -113,6 +117,7 @@ def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] 
         position=samples.position,
         fields=samples.fields,
         skipped=samples.skipped if skipped is None else skipped,
+        teacher=samples.teacher,
     )
 
 

@@ -16,7 +16,7 @@ are not applied, as in open_clip. Transparency is dropped.
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mc2_hpc.data.crop import Box, Encoded, EncodedCrop, dct_scaled, random_crop
+from mc2_hpc.data.teacher import TwoSizes
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.images import MAX_PIXELS, load_rgb, open_image
@@ -66,20 +67,36 @@ class TrainTransform:
     """
 
     def __init__(
-        self, image_size: int, crop_scale: tuple[float, float], seed: int, backend: str, max_pixels: int = MAX_PIXELS
+        self,
+        image_size: int,
+        crop_scale: tuple[float, float],
+        seed: int,
+        backend: str,
+        max_pixels: int = MAX_PIXELS,
+        *,
+        teacher_size: int | None = None,
     ) -> None:
+        """
+        Args:
+            teacher_size: also resize every crop to this size, for a teacher; not with ``dali``.
+        """
         self._size = image_size
+        self._teacher_size = teacher_size
         self._scale = crop_scale
         self._seed = seed
         self._backend = backend
         self._max_pixels = max_pixels
 
-    def __call__(self, data: Encoded, key_hash: np.uint64, epoch: int) -> torch.Tensor | EncodedCrop:
-        """uint8 ``(3, size, size)``: the crop chosen by (seed, epoch, key); or a JPEG with its crop."""
+    def __call__(self, data: Encoded, key_hash: np.uint64, epoch: int) -> torch.Tensor | EncodedCrop | TwoSizes:
+        """uint8 ``(3, size, size)``: the crop chosen by (seed, epoch, key), in two sizes for a teacher; or a JPEG with
+        its crop."""
 
         def choose(height: int, width: int) -> Box:
             return random_crop(height, width, key_hash=key_hash, seed=self._seed, epoch=epoch, scale=self._scale)
 
+        if self._teacher_size is not None:
+            sizes = (self._size, self._teacher_size)
+            return TwoSizes(*crop_and_resize_to_each(data, choose, sizes, self._backend, self._max_pixels))
         if self._backend != "dali":
             return crop_and_resize(data, choose, self._size, self._backend, self._max_pixels)
         shape = _jpeg_shape(data)
@@ -135,20 +152,33 @@ def crop_and_resize(
     Raises:
         Dropped: the image is damaged, in an unknown format, or too large.
     """
+    return crop_and_resize_to_each(data, choose, (size,), backend, max_pixels)[0]
+
+
+def crop_and_resize_to_each(
+    data: Encoded,
+    choose: Callable[[int, int], Box],
+    sizes: Sequence[int],
+    backend: str,
+    max_pixels: int = MAX_PIXELS,
+) -> list[torch.Tensor]:
+    """:func:`crop_and_resize` to several sizes, decoding once: at the scale that the largest of them needs."""
     if backend == "pil":
         image = open_image(data, max_pixels=max_pixels)
         box = choose(image.height, image.width)
-        corners = (box.left, box.top, box.left + box.width, box.top + box.height)
-        return _to_tensor(load_rgb(image).crop(corners).resize((size, size), Image.Resampling.BICUBIC))
+        crop = load_rgb(image).crop((box.left, box.top, box.left + box.width, box.top + box.height))
+        return [_to_tensor(crop.resize((size, size), Image.Resampling.BICUBIC)) for size in sizes]
     shape = _jpeg_shape(data)
     if shape is not None and _fits(shape, max_pixels):
         box = choose(*shape)
-        eighths, box = dct_scaled(box, size) if backend == "turbo" else (8, box)
+        eighths, box = dct_scaled(box, max(sizes)) if backend == "turbo" else (8, box)
         rgb = _decode_jpeg(data, shape, eighths)
         if rgb is not None:
-            return _resize(rgb, Box(*(side * eighths // 8 for side in box)), size, size)
+            box = Box(*(side * eighths // 8 for side in box))
+            return [_resize(rgb, box, size, size) for size in sizes]
     rgb = _read(data, max_pixels)
-    return _resize(rgb, choose(rgb.shape[0], rgb.shape[1]), size, size)
+    box = choose(rgb.shape[0], rgb.shape[1])
+    return [_resize(rgb, box, size, size) for size in sizes]
 
 
 def decode_pil(data: Encoded) -> Image.Image:

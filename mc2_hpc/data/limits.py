@@ -16,7 +16,7 @@ _OWN_FILES = 32
 """For the interpreter, torch, logs and a checkpoint."""
 _FILES_PER_WORKER = 8
 """Pipes and sentinels, in the rank."""
-_TENSORS_PER_SHARE = 6
+_TENSORS_PER_SHARE = 7
 """Upper bound; each keeps a file open while it is shared."""
 
 

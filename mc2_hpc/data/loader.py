@@ -30,6 +30,7 @@ from mc2_hpc.data.pools import open_sources
 from mc2_hpc.data.source import ShareSource
 from mc2_hpc.data.stream import Position
 from mc2_hpc.data.takedown import Takedown
+from mc2_hpc.data.teacher import TeacherNeeds
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.data.workers import DataStalled, WorkerShares
@@ -53,6 +54,7 @@ class TrainLoader:
             start. Lanes of other ranks are ignored, so one dict serves any number of ranks. Sources that it does not
             have begin at their start.
         takedown: list of samples to leave out; None: there will not be one.
+        teacher: what it needs besides the student's images and token ids (:attr:`Samples.teacher`).
 
     Raises:
         UserError: bad sizes, no shards, no balance folder, or a position with other lanes; while iterating: data
@@ -71,6 +73,7 @@ class TrainLoader:
         world_size: int,
         position: Mapping[int, Any] | Mapping[str, Any] | None = None,
         takedown: Takedown | None = None,
+        teacher: TeacherNeeds | None = None,
     ) -> None:
         lanes = config.lanes
         if global_batch % lanes:
@@ -82,18 +85,23 @@ class TrainLoader:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
         # Where features are stored, nothing is decoded.
         backend = resolve_backend(config.decode if config.features is None else "turbo", "train")
+        teacher_size = 0
+        if teacher is not None:
+            teacher.check(backend)
+            teacher_size = teacher.image_size or 0
         self.sources = open_sources(config, urls=takedown is not None)
         """At least one; a single one has no name unless the config gives it one."""
         check_open_files(
             shards=len(own) * len(self.sources), workers=num_workers, prefetch=config.prefetch, world_size=world_size
         )
         if backend != "dali" and config.features is None:  # the size of a JPEG is not known in advance
-            share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * 3 * image_size**2
+            image_bytes = 3 * (image_size**2 + teacher_size**2)
+            share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * image_bytes
             check_memory(share_bytes * max(1, num_workers))
             check_shared_memory(share_bytes, workers=num_workers, prefetch=config.prefetch)
         self._config, self._own, self._rank = config, own, rank
         self._tokenizer, self._image_size, self._backend = tokenizer, image_size, backend
-        self._samples_per_lane, self._num_workers = global_batch // lanes, num_workers
+        self._samples_per_lane, self._num_workers, self._teacher = global_batch // lanes, num_workers, teacher
         self._begin(position, takedown)
 
     def _begin(self, position: Mapping[int, Any] | Mapping[str, Any] | None, takedown: Takedown | None) -> None:
@@ -108,6 +116,7 @@ class TrainLoader:
             positions=_own_positions(position, self._own, config.lanes, [source.name for source in self.sources]),
             board=Board(max(1, self._num_workers)),
             takedown=takedown,
+            teacher=self._teacher,
         )
         self._shares = WorkerShares(
             source,

@@ -9,14 +9,19 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """Per RGB channel in [0, 1]; OpenAI CLIP's values, as in the recipe."""
 
 
-def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``(images / 255 - MEAN) / STD`` of uint8 ``(b, 3, H, W)``, computed in float32 and returned as ``dtype``."""
-    mean, std = _constants(images.device)
-    return images.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
+Channels = tuple[float, float, float]
+
+
+def normalise(
+    images: torch.Tensor, dtype: torch.dtype = torch.float32, *, mean: Channels = MEAN, std: Channels = STD
+) -> torch.Tensor:
+    """``(images / 255 - mean) / std`` of uint8 ``(b, 3, H, W)``, computed in float32 and returned as ``dtype``."""
+    means, stds = _constants(images.device, mean, std)
+    return images.to(torch.float32).div_(255).sub_(means).div_(stds).to(dtype)
 
 
 @lru_cache(maxsize=16)
-def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _constants(device: torch.device, mean: Channels, std: Channels) -> tuple[torch.Tensor, torch.Tensor]:
     # Cached, because creating them would copy from host to device, and wait for it, in every step.
     shape = (1, 3, 1, 1)
-    return torch.tensor(MEAN, device=device).view(shape), torch.tensor(STD, device=device).view(shape)
+    return torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)

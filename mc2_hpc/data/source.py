@@ -20,6 +20,7 @@ from mc2_hpc.data.pools import OpenSource, make_lane, make_pools
 from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.stream import Example, Lane, ShardPool
 from mc2_hpc.data.takedown import Takedown
+from mc2_hpc.data.teacher import TeacherNeeds, TwoSizes
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.errors import UserError
@@ -52,6 +53,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         positions: dict[int, LanePosition],
         board: Board,
         takedown: Takedown | None = None,
+        teacher: TeacherNeeds | None = None,
     ) -> None:
         """
         Args:
@@ -60,12 +62,21 @@ class ShareSource(IterableDataset[Share | Failure]):
             positions: where each lane begins.
             board: told which shard is being read.
             takedown: list of samples to leave out.
+            teacher: what it needs besides the student's images and token ids.
         """
         self.positions = positions
         self.board = board
         self._config = config
         self._sources = sources
-        self._transform = TrainTransform(image_size, config.crop_scale, config.seed, backend, config.max_image_pixels)
+        self._transform = TrainTransform(
+            image_size,
+            config.crop_scale,
+            config.seed,
+            backend,
+            config.max_image_pixels,
+            teacher_size=teacher.image_size if teacher is not None else None,
+        )
+        self._teacher = teacher
         self._stored: StoredFeatures | None = None
         if config.features is not None:
             self._stored = StoredFeatures(config.features, [name for each in sources for name in each.shards.names])
@@ -116,18 +127,24 @@ class ShareSource(IterableDataset[Share | Failure]):
         num_decoded = 0
         examples: list[Example] = []
         encoded: dict[int, EncodedCrop] = {}
+        for_teacher: list[torch.Tensor] = []
         for lane in lanes.values():
             for _ in range(self._samples_per_lane):
                 example = next(lane)
-                if isinstance(example.image, EncodedCrop):
-                    encoded[len(examples)] = example.image
+                image = example.image
+                if isinstance(image, TwoSizes):
+                    for_teacher.append(image.teacher)
+                    image = image.student
+                if isinstance(image, EncodedCrop):
+                    encoded[len(examples)] = image
                 else:
                     if pixels is None:  # most batches are entirely pixels or entirely JPEGs
                         pixels = self._image.new_empty(num - len(examples), *self._image.shape)
-                    pixels[num_decoded] = example.image
+                    pixels[num_decoded] = image
                     num_decoded += 1
                 examples.append(example)
-        tokens = self._tokenizer.encode([example.pair.text for example in examples])
+        texts = [example.pair.text for example in examples]
+        tokens = self._tokenizer.encode(texts)
         skipped: Counter[str] = Counter()
         for pool in pools:
             skipped.update(pool.skipped)
@@ -143,6 +160,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             position={number: lane.position for number, lane in lanes.items()},
             fields=dict(Counter(f"{each.source}/{each.pair.field}" for each in examples if each.pair.field)),
             skipped=dict(skipped),
+            teacher=self._teacher.inputs(texts, for_teacher) if self._teacher is not None else None,
         )
 
 
@@ -154,8 +172,9 @@ def _to_shared_memory(share: Share) -> None:
         NoSharedMemory: there is no room.
     """
     jpegs = vars(share.jpegs).values() if share.jpegs is not None else ()
+    for_teacher = share.teacher.tensors() if share.teacher is not None else ()
     try:
-        for tensor in (share.pixels, share.tokens, *jpegs):
+        for tensor in (share.pixels, share.tokens, *jpegs, *for_teacher):
             if tensor.numel():
                 tensor.share_memory_()
     except RuntimeError as error:

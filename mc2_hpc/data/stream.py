@@ -26,6 +26,7 @@ from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.shards import Pair, Probabilities, Shard
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.takedown import Takedown
+from mc2_hpc.data.teacher import TwoSizes
 from mc2_hpc.draws import hash_keys, random_uint64
 from mc2_hpc.drops import Drop, Dropped, log_skip
 from mc2_hpc.errors import UserError
@@ -34,7 +35,7 @@ _PROBE_SAMPLES = 4096
 _PROBE_SHARDS = 64
 logger = logging.getLogger(__name__)
 
-Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop]
+Transform = Callable[[Encoded, np.uint64, int], torch.Tensor | EncodedCrop | TwoSizes]
 """Maps (encoded image, key hash, epoch) to the batch's image; raises Dropped."""
 
 
@@ -61,7 +62,7 @@ class Example:
     """One good sample, with caption and image ready for the batch."""
 
     pair: Pair
-    image: torch.Tensor | EncodedCrop
+    image: torch.Tensor | EncodedCrop | TwoSizes
     source: str = ""
     """Name of the source that it is from; empty if the run has a single one without a name."""
 
@@ -175,7 +176,7 @@ class ShardPool:
             pair = self._read(shard, row, epoch)
             key_hash = shard.row_hashes()[row]
             if self._stored is not None:
-                image: torch.Tensor | EncodedCrop = self._stored.read(shard.name, key_hash)
+                image: torch.Tensor | EncodedCrop | TwoSizes = self._stored.read(shard.name, key_hash)
             else:
                 image = self._transform(pair.image, key_hash, epoch)
         except Dropped as skip:

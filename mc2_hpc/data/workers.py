@@ -166,7 +166,9 @@ def _start_fork_server() -> None:
 
 
 def prepare_worker(worker: int) -> None:
-    """Called first in a worker: make sure that it ends with its trainer."""
+    """Called first in a worker: make sure that it ends with its trainer, and that a teacher's tokenizer computes in one
+    thread, because the workers provide the parallelism."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
 

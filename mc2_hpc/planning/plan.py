@@ -176,9 +176,12 @@ def make_plans(
         others: planned too, without :attr:`Plan.smaller`; their plans follow.
 
     Raises:
-        UserError: a batch does not fit that number of GPUs, or only the model that a run starts from says its sizes.
+        UserError: a batch does not fit that number of GPUs, a setting is not planned, or only the model that a run
+            starts from says its sizes.
     """
     every = [*configs, *others]
+    for config in every:
+        _check_planned(config)
     traced = [*every, *(_with_half(config, gpus) for config in configs)]
     calls = [
         {"config": each, "arch": _architecture(each), "gpus": gpus, "caption_tokens": assumptions.caption_tokens}
@@ -208,6 +211,17 @@ def _with_half(config: RunConfig, gpus: int) -> RunConfig:
     data = dataclasses.replace(config.data, lanes=gpus)
     micro_batch = -(-config.micro_batch // 2)
     return dataclasses.replace(config, global_batch=pairs * gpus, micro_batch=micro_batch, data=data)
+
+
+def _check_planned(config: RunConfig) -> None:
+    for cure, is_set in (
+        ("distill=null", config.distill is not None),
+        ("data.features=null", config.data.features is not None),
+        ("model.patch_dropout=0", config.model.patch_dropout > 0),
+    ):
+        if is_set:
+            key = cure.partition("=")[0]
+            raise UserError(f"{key}: a plan does not know what it costs or saves; plan the run without it: {cure}")
 
 
 def _architecture(config: RunConfig) -> ClipArchitecture:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.distributed import Ranks
+from mc2_hpc.kernels.contrastive import Teacher
 from mc2_hpc.models.clip import CLIP, flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture, num_parameters
 from mc2_hpc.planning.captions import Captions
@@ -44,26 +45,29 @@ class CountedEngine(Engine):
         with self._counting.phase("look-up"):
             return super().look_up(tokens)
 
-    def features(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        with self._counting.phase("forward"):
-            return super().features(images, tokens, lengths)
-
-    def features_only(
-        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None
+    def features(
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         with self._counting.phase("forward"):
-            return super().features_only(images, tokens, lengths)
+            return super().features(images, tokens, lengths, kept)
+
+    def features_only(
+        self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        with self._counting.phase("forward"):
+            return super().features_only(images, tokens, lengths, kept)
 
     def backward_again(
         self,
         images: Tensor,
         tokens: Tensor,
         lengths: Sequence[int] | None,
+        kept: Tensor | None,
         image_grads: Tensor | None,
         text_grads: Tensor | None,
     ) -> None:
         with self._counting.phase("forward"):
-            super().backward_again(images, tokens, lengths, image_grads, text_grads)
+            super().backward_again(images, tokens, lengths, kept, image_grads, text_grads)
 
     def backward(self, loss: Tensor) -> None:
         with self._counting.phase("backward"):
@@ -113,10 +117,12 @@ class CountedStep(ContrastiveStep):
         """Set the counter."""
         self._counting = counting
 
-    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+    def _loss(
+        self, image_features: Tensor, text_features: Tensor, teacher: Teacher | None
+    ) -> tuple[Tensor, Tensor | None]:
         allocations = self._counting.allocations
         with self._counting.phase("loss"):
-            loss = super()._loss(image_features, text_features)
+            loss, divergence = super()._loss(image_features, text_features, teacher)
         around: list[str] = []
 
         def enter(_: Tensor) -> None:
@@ -131,7 +137,7 @@ class CountedStep(ContrastiveStep):
         for features in (image_features, text_features):
             if features.requires_grad:
                 features.register_hook(leave)
-        return loss
+        return loss, divergence
 
 
 def trace_step(

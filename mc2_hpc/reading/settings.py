@@ -116,9 +116,11 @@ def _with_override(kind: type, tree: Section, word: str) -> Section:
         raise UserError(f"{place}: write it as key.sub=value")
     if re.search(r"\[[^\]]*\]$", key):
         raise UserError(f"{place}: set the list as a whole: {key.partition('[')[0]}=[first, second]")
-    target = _type_at(kind, parts, place)
+    allowed = _type_at(kind, parts, place)
+    target = _without_none(allowed)
     node: Node = Argument(text, place)
-    if dataclasses.is_dataclass(target) or typing.get_origin(target) in _MAPPINGS:
+    is_section = dataclasses.is_dataclass(target) or typing.get_origin(target) in _MAPPINGS
+    if is_section and not (target is not allowed and _is_null(node)):
         node = _flow(Argument(text, place), key)
         if not isinstance(node, Section):
             raise UserError(f"{place}: {key}: is a section of keys: write {key}.sub=value or {key}={{sub: value}}")
@@ -153,7 +155,7 @@ def _type_at(kind: Any, parts: Sequence[str], place: str) -> Any:
             kind = typing.get_args(kind)[1]
         else:
             raise UserError(f"{place}: {'.'.join(parts[:number])} is a value, not a section of keys")
-    return _without_none(kind)
+    return kind
 
 
 # ---- values

@@ -62,6 +62,9 @@ SAID = (
     "data.crop_scale",
     "data.takedown",
     "data.features",
+    "distill.teacher",
+    "distill.weight",
+    "distill.scale",
 )
 """Settings that may change with a warning each: training continues, but differently from here on. More may be frozen,
 but not less: what was frozen has no AdamW state in the checkpoint."""

@@ -101,8 +101,8 @@ def ended(state: RunState, name: Name, *, message: str = "") -> RunState:
 
 
 def write_state(folder: Path, state: RunState) -> None:
-    """Write ``state.json`` atomically. A run does not need it, so a full disk is only logged."""
+    """Write ``state.json`` atomically. A run does not need it, so a full disk or a folder of its name is only logged."""
     try:
         write_json(folder / STATE, msgspec.to_builtins(state))
-    except OSError as error:
+    except (OSError, UserError) as error:
         logger.warning("%s is not up to date: %s", folder / STATE, error)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from mc2_hpc.config import LossConfig, RunConfig
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.errors import UserError
-from mc2_hpc.kernels.contrastive import contrastive_loss
+from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss
 from mc2_hpc.kernels.contrastive.dispatch import choose_backend
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.votes import Votes
@@ -28,10 +29,15 @@ class StepResult:
     """The multiplier after the update, 0-d; ``grad_norm`` does not include its gradient."""
     votes: Tensor
     """Number of ranks that said yes to each of :class:`Votes`; read by :class:`VoteCounts`."""
+    divergence: Tensor | None = None
+    """Global mean divergence from the teacher, 0-d, part of ``loss``; None without a teacher."""
 
     def numbers(self) -> Tensor:
-        """(3 + number of votes,) loss, gradient norm, logit scale and votes, in fp32 on the device of the loss."""
-        scalars = (self.loss, self.grad_norm.to(self.loss.device, non_blocking=True), self.logit_scale)
+        """Loss, gradient norm, logit scale, divergence from the teacher if there is one, and votes, in fp32 on the
+        device of the loss."""
+        scalars = [self.loss, self.grad_norm.to(self.loss.device, non_blocking=True), self.logit_scale]
+        if self.divergence is not None:
+            scalars.append(self.divergence)
         return torch.cat([*(number.float().reshape(1) for number in scalars), self.votes.float()])
 
 
@@ -104,6 +110,7 @@ class ContrastiveStep:
         *,
         lengths: Sequence[int] | None = None,
         kept: Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> StepResult:
         """Encode (b, 3, S, S) uint8 images and (b, L) token ids, differentiate, update with learning rate ``lr``.
 
@@ -112,28 +119,44 @@ class ContrastiveStep:
         Args:
             lengths: of the captions, which are then computed without their padding.
             kept: (b, K) int64, the patches of each image that are computed; ``None`` is all of them.
+            teacher: its features of these pairs, in the type of the features that enter the loss.
         """
         tokens = self._engine.look_up(tokens)
         if self._engine.num_micro == 1:
-            loss = self._loss(*self._engine.features(images, tokens, lengths, kept))
+            loss, divergence = self._loss(*self._engine.features(images, tokens, lengths, kept), teacher)
             self._engine.backward(loss)
         else:
-            loss = self._cached(images, tokens, lengths, kept)
+            loss, divergence = self._cached(images, tokens, lengths, kept, teacher)
         grad_norm, votes = self._engine.step(lr, self._votes())
         scale = self._engine.logit_scale.detach().exp()
-        return StepResult(loss=loss.detach(), grad_norm=grad_norm, logit_scale=scale, votes=votes)
-
-    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        return contrastive_loss(
-            image_features.to(self._feature_dtype),
-            text_features.to(self._feature_dtype),
-            self._engine.logit_scale,
-            batches=self._batches,
-            backend=self._config.backend,
-            exchange=self._config.exchange,
+        return StepResult(
+            loss=loss.detach(), grad_norm=grad_norm, logit_scale=scale, votes=votes, divergence=divergence
         )
 
-    def _cached(self, images: Tensor, tokens: Tensor, lengths: Sequence[int] | None, kept: Tensor | None) -> Tensor:
+    def _loss(
+        self, image_features: Tensor, text_features: Tensor, teacher: Teacher | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the divergence from the teacher, if there is one, without a gradient."""
+        image_features, text_features = image_features.to(self._feature_dtype), text_features.to(self._feature_dtype)
+        scale = self._engine.logit_scale
+        options: dict[str, Any] = {
+            "batches": self._batches,
+            "backend": self._config.backend,
+            "exchange": self._config.exchange,
+        }
+        if teacher is None:
+            return contrastive_loss(image_features, text_features, scale, **options), None
+        loss, terms = distilled_contrastive_loss(image_features, text_features, scale, teacher, **options)
+        return loss, terms[1]
+
+    def _cached(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        lengths: Sequence[int] | None,
+        kept: Tensor | None,
+        teacher: Teacher | None,
+    ) -> tuple[Tensor, Tensor | None]:
         # tensor_split gives every rank the same number of pieces, whatever the size of its share.
         image_pieces, token_pieces = (whole.tensor_split(self._engine.num_micro) for whole in (images, tokens))
         rest = iter(lengths or ())
@@ -143,12 +166,12 @@ class ContrastiveStep:
         encoded = [self._engine.features_only(*piece) for piece in pieces]
         image_features = torch.cat([image for image, _ in encoded]).requires_grad_(self._engine.trains_images)
         text_features = torch.cat([text for _, text in encoded]).requires_grad_(self._engine.trains_texts)
-        loss = self._loss(image_features, text_features)
+        loss, divergence = self._loss(image_features, text_features, teacher)
         loss.backward()
         image_grads, text_grads = (self._shares(features) for features in (image_features, text_features))
         for piece, image_grad, text_grad in zip(pieces, image_grads, text_grads, strict=True):
             self._engine.backward_again(*piece, image_grad, text_grad)
-        return loss
+        return loss, divergence
 
     def _shares(self, features: Tensor) -> Sequence[Tensor | None]:
         """The gradient of each micro-batch's features; ``None`` if their tower is frozen."""

@@ -22,6 +22,7 @@ from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import ModelCard
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
+from mc2_hpc.training.distillation import DistillationTeacher
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
 from mc2_hpc.training.freezing import check_frozen
@@ -108,6 +109,7 @@ class Trainer:
             self.evaluation = PeriodicEvaluation(config, self.card, self.tokenizer, ranks, self.stop)
             if checkpoint is not None:
                 self.evaluation.restore_best(folder)
+        self.teacher = None if config.distill is None else DistillationTeacher(config, arch, self.tokenizer, ranks)
         self.progress, position = restore_progress(checkpoint, is_first=ranks.is_first)
         self.takedown = TakedownWatch(config.data, ranks, self.output, step=self.progress.step)
         self.takedown.record(step=self.progress.step, progress=saved_progress(checkpoint))
@@ -120,6 +122,7 @@ class Trainer:
             world_size=ranks.world_size,
             position=position,
             takedown=self.takedown.takedown,
+            teacher=self.teacher.needs if self.teacher is not None else None,
         )
         self.shards = common_shards(self.loader.sources)
         on_first_rank(ranks, self._check_enough_data)
@@ -229,7 +232,9 @@ class Trainer:
             images = batch.images.to(self.ranks.device, non_blocking=True)
             lengths = batch.lengths if config.model.text_packing else None
             kept = self._patch_dropout(batch.keys, progress.step)
-            numbers = HostCopy(self._step(images, batch.tokens, lr, lengths=lengths, kept=kept).numbers())
+            teacher = self.teacher.features(batch, images) if self.teacher is not None else None
+            result = self._step(images, batch.tokens, lr, lengths=lengths, kept=kept, teacher=teacher)
+            numbers = HostCopy(result.numbers())
             # Waits until the previous step has finished, while the device has this one to work on.
             votes = agreed(
                 self._read(pending),
@@ -338,6 +343,7 @@ class Trainer:
                     "step": pending.step,
                     "samples_seen": progress.samples_seen,
                     "loss": means["loss"],
+                    **{name: means[name] for name in ("divergence",) if name in means},
                     "logit_scale": logit_scale,
                     "lr": pending.lr,
                     "grad_norm": means["grad_norm"],
@@ -354,7 +360,8 @@ class Trainer:
         """Check that a step's numbers are finite; returns its votes."""
         if pending is None:
             return VoteCounts()
-        loss, grad_norm, logit_scale, *votes = pending.numbers.read()
+        loss, grad_norm, logit_scale, *rest = pending.numbers.read()
+        divergence, votes = ({}, rest) if self.teacher is None else ({"divergence": rest[0]}, rest[1:])
         for what, value in (("loss", loss), ("gradient norm", grad_norm), ("logit_scale", logit_scale)):
             # All are the same on every rank, so every rank stops at the same step.
             if not math.isfinite(value):
@@ -363,7 +370,7 @@ class Trainer:
                     f"{what} is {value} at step {pending.step}; last good checkpoint: "
                     f"{self.writer.last_good()}; keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
-        self._means.add(pending.step, loss=loss, grad_norm=grad_norm)
+        self._means.add(pending.step, loss=loss, grad_norm=grad_norm, **divergence)
         return VoteCounts.of(votes)
 
     def _save(self) -> None:

@@ -97,12 +97,16 @@ def test_what_is_only_printed_may_be_left_out(tmp_path, ablation_file):
     assert (found.title, found.mirrors, found.finding) == ("mine", "", "")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("digits/*.yaml")])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files_can_be_read(path, data, tmp_path, monkeypatch):
     suite = yaml.safe_load((data / "suite.yaml").read_text(encoding="utf-8"))
-    suite["sets"] = dict.fromkeys(("cifar10", "cifar10_rare_names"), suite["sets"]["colours"])
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    suite["sets"] = dict.fromkeys(("cifar10", "cifar10_rare_names", "numbers"), suite["sets"]["colours"])
+    name = Path(yaml.safe_load(path.read_text(encoding="utf-8"))["suite"]).name
+    (tmp_path / name).write_text(yaml.safe_dump(suite))
     monkeypatch.chdir(CONFIGS.parents[1])
     found = load_ablation(path, [f"data.root={tmp_path}"])
-    assert found.suite == tmp_path / "suite.yaml" and found.data.pool == f"{tmp_path}/pool"
+    assert found.suite == tmp_path / name and found.data.pool == f"{tmp_path}/pool"
     assert len(found.rows) >= 2 and len(found.seeds) >= 3 and all(row.paper for row in found.rows)

@@ -71,7 +71,7 @@ def test_the_limit_of_files_is_raised_as_far_as_it_goes(few_files: Callable[...,
 
 def test_too_few_files_are_one_line(few_files: Callable[..., object], make_loader: Callable[..., TrainLoader]) -> None:
     few_files(64, 64)
-    with pytest.raises(UserError, match=r"^at most 64 files may be open .* needs up to 85: .*`ulimit -n 1024`"):
+    with pytest.raises(UserError, match=r"^at most 64 files may be open .* needs up to 91: .*`ulimit -n 1024`"):
         make_loader(workers=2)
     make_loader(workers=0)
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,29 @@ def test_features_are_open_clips(folder, open_clip, image_folder):
     assert encoder.facts.format == "open_clip" and encoder.facts.vision_width == 768
     assert encoder.facts.image_size == pixels.shape[-1] and encoder.facts.patch_size in (16, 32)
     assert encoder.facts.context_length == tokenizer.context_length
+
+
+def assert_teaches_the_same(encoder, files):
+    """Squares of pixels and token ids, made in another process, have the features of images and texts."""
+    side = encoder.facts.image_size
+    squares = [Image.open(file).convert("RGB").resize((side, side)) for file in files]
+    pixels = torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares])
+    captions = pickle.loads(pickle.dumps(encoder.captions))
+    tokens = torch.cat([captions(TEXTS), captions(TEXTS)])
+    assert tokens.shape[:2] == (2 * len(TEXTS), len(captions.pads))
+    with torch.no_grad():
+        found, expected = encoder.encode_pixels(pixels), encoder.encode_images(list(map(encoder.preprocess, squares)))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        words = encoder.encode_texts(TEXTS)
+        torch.testing.assert_close(encoder.encode_tokens(tokens), torch.cat([words, words]), atol=1e-5, rtol=0)
+        wider = torch.tensor(captions.pads)[None, :, None].expand(len(tokens), -1, 1)
+        if tokens.shape[2] < encoder.facts.context_length:
+            padded = encoder.encode_tokens(torch.cat([tokens, wider], 2))
+            torch.testing.assert_close(padded, torch.cat([words, words]), atol=1e-5, rtol=0)
+
+
+def test_an_open_clip_teacher(folder, image_folder):
+    assert_teaches_the_same(open_dual_encoder(folder, CPU), sorted(image_folder.iterdir()))
 
 
 def test_numbers_are_clip_benchmarks(folder, open_clip, ranks, image_folder):
@@ -343,6 +367,15 @@ def test_features_are_transformers_own(theirs, transformers, image_folder):
     scale, bias = encoder.logits()
     assert scale == pytest.approx(model.logit_scale.exp().item())
     assert bias == pytest.approx(getattr(model, "logit_bias", torch.zeros(1)).item())
+
+
+def test_a_transformers_teacher(theirs, image_folder):
+    folder, *_, kind = theirs
+    encoder = open_dual_encoder(folder, CPU)
+    if kind == "siglip2":
+        assert encoder.facts.resize == "patches"  # no teacher
+        return
+    assert_teaches_the_same(encoder, sorted(image_folder.iterdir()))
 
 
 def test_transformers_images_can_be_resized_otherwise(theirs):

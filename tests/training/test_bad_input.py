@@ -59,6 +59,9 @@ CASES = {
     "part of a block": (["freeze.text=half"], ["freeze.text=half", "a number of blocks"]),
     "nothing to train": (["freeze.vision=all", "freeze.text=all"], ["freeze.vision=all", "unfreeze one"]),
     "no such init": (["model.init_from=/nowhere/model"], ["/nowhere/model", "no checkpoint"]),
+    "no such teacher": (["distill.teacher=/nowhere/model"], ["/nowhere/model", "no such folder"]),
+    "a teacher without a name": (["distill.weight=2"], ["distill.teacher: is not set"]),
+    "a teacher without weight": (["distill.teacher=x", "distill.weight=0"], ["distill.weight=0.0: must be positive"]),
     "micro-batches": (["micro_batch=-1"], ["micro_batch=-1"]),
 }
 

@@ -70,12 +70,15 @@ def test_reading_a_copy_waits_for_nothing_that_came_later():
     assert copy.read() == [1.0] * 4 and later.read() == [2.0]
 
 
-def test_the_numbers_of_a_step_share_one_copy():
+@pytest.mark.parametrize("divergence", [None, 0.3])
+def test_the_numbers_of_a_step_share_one_copy(divergence):
     result = StepResult(
         loss=torch.tensor(0.1),
         grad_norm=torch.tensor(0.7),
         logit_scale=torch.tensor(14.3),
         votes=torch.tensor([1.0, 2.0]),
+        divergence=None if divergence is None else torch.tensor(divergence),
     )
     read = HostCopy(result.numbers()).read()
-    assert read == [float(torch.tensor(value)) for value in (0.1, 0.7, 14.3)] + [1.0, 2.0]
+    scalars = [0.1, 0.7, 14.3] if divergence is None else [0.1, 0.7, 14.3, divergence]
+    assert read == [float(torch.tensor(value)) for value in scalars] + [1.0, 2.0]

@@ -42,7 +42,8 @@ def resume(tiny_pool, tmp_path):
 
 def test_every_key_of_the_table_is_a_setting(tiny_pool, tmp_path):
     """No key is in both tables, and a renamed setting fails here."""
-    config = config_to_dict(load_config(write_config(tmp_path / "run.yaml", tiny_pool)))
+    path = write_config(tmp_path / "run.yaml", tiny_pool, distill={"teacher": "runs/teacher"})
+    config = config_to_dict(load_config(path))
     for key in (*FIXED, *SAID, *ADDED):
         found = config
         for part in key.split("."):
@@ -79,6 +80,15 @@ def test_a_checkpoint_from_before_recompute_resumes(resume):
     del model["recompute"]
     model["activation_checkpointing"] = True
     assert resume() == resume("model.recompute=full") == []
+
+
+def test_a_run_may_get_and_lose_its_teacher(resume):
+    lines = ["distill.teacher None -> old", "distill.weight None -> 1.0", "distill.scale None -> 200.0"]
+    assert resume("distill.teacher=old") == lines
+    resume.checkpoint.trainer["config"]["distill"] = {"teacher": "old", "weight": 1.0, "scale": 200.0, "micro_batch": 0}
+    assert resume("distill={teacher: old, micro_batch: 8}") == []
+    assert resume("distill={teacher: new, weight: 2}") == ["distill.teacher old -> new", "distill.weight 1.0 -> 2.0"]
+    assert resume()[0] == "distill.teacher old -> None"
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,9 @@ HANDED_OVER = {
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: "/".join(path.parts[-2:]))
 def test_nothing_is_unpickled(path):
-    """No pickle, marshal, shelve, joblib or ``numpy.load(allow_pickle=True)`` in the product, and one ``torch.load``,
-    of tensors alone, for released weights; except for what the job driver passes to its own tasks, as datatrove's
-    executors do."""
+    """No pickle, marshal, shelve, joblib or ``numpy.load(allow_pickle=True)`` in the product, and ``torch.load``
+    only of tensors, in two places, for released weights; except for what the job driver passes to its own tasks, as
+    datatrove's executors do."""
     if path in HANDED_OVER:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -141,5 +141,6 @@ def test_nothing_is_unpickled(path):
             called = ast.unparse(node.func)
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
             if called == "torch.load":
-                assert path.name == "torch_file.py" and keywords.get("weights_only") == "True", f"line {node.lineno}"
+                assert path.name in ("torch_file.py", "mtcnn.py"), f"line {node.lineno}"
+                assert keywords.get("weights_only") == "True", f"line {node.lineno}"
             assert keywords.get("allow_pickle") in (None, "False"), f"line {node.lineno}: {called}"

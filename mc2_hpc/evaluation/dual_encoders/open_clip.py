@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import decode_pil
+from mc2_hpc.data.normalise import normalise
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders.protocol import (
     ModelFacts,
@@ -64,6 +65,22 @@ TEXT_TOWERS: dict[str, dict[str, Any]] = {
 """Configs of text towers that open_clip would otherwise read from the Hub by name."""
 
 
+class OpenClipCaptions:
+    """Token ids alone, in rows of a fixed width. Another process reads the tokenizer from the folder again."""
+
+    pads = (0,)
+
+    def __init__(self, source: Path, tokenizer: Any = None) -> None:
+        self._source = source
+        self._tokenizer = _load_tokenizer(source) if tokenizer is None else tokenizer
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return OpenClipCaptions, (self._source,)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self._tokenizer(list(texts))[:, None]
+
+
 class OpenClipEncoder:
     """An open_clip model; preprocessed images are float32 (3, S, S), normalised."""
 
@@ -81,15 +98,15 @@ class OpenClipEncoder:
                 model, transform = open_clip.create_model_from_pretrained(
                     name, device=device, image_resize_mode=eval_resize
                 )
-                tokenizer = open_clip.get_tokenizer(name)
             except Exception as error:  # a bad folder can cause many kinds of errors
                 raise cannot_load(source, "open_clip", error) from None
         self.model: nn.Module = model.eval()
-        self.tokenizer = tokenizer
+        self.tokenizer = _load_tokenizer(source)
+        self._source = source
         self._transform = transform
         self._device = device
         self.identity = hash_files(folder_files(source), open_clip.__version__, eval_resize)
-        self.facts = _facts(model, tokenizer)
+        self.facts = _facts(model, self.tokenizer)
 
     def preprocess(self, image: Encoded | Image.Image) -> Tensor:
         return self.transform(image if isinstance(image, Image.Image) else decode_pil(image))
@@ -101,17 +118,41 @@ class OpenClipEncoder:
         return self.tokenizer(list(texts))
 
     def encode_images(self, images: Sequence[Tensor]) -> Tensor:
-        features = self.model.encode_image(torch.stack(list(images)).to(self._device))  # type: ignore[operator]
-        return F.normalize(features.float(), dim=-1)
+        return self._of_images(torch.stack(list(images)).to(self._device))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        preprocess: Any = self.model.visual.preprocess_cfg  # type: ignore[union-attr]
+        mean, std = (tuple(preprocess[name]) for name in ("mean", "std"))
+        return self._of_images(normalise(pixels, mean=mean, std=std))
+
+    def _of_images(self, images: Tensor) -> Tensor:
+        return F.normalize(self.model.encode_image(images).float(), dim=-1)  # type: ignore[operator]
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        features = self.model.encode_text(self.tokenize(texts).to(self._device))  # type: ignore[operator]
-        return F.normalize(features.float(), dim=-1)
+        return self.encode_tokens(self.captions(texts).to(self._device))
+
+    @property
+    def captions(self) -> OpenClipCaptions:
+        return OpenClipCaptions(self._source, self.tokenizer)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        return F.normalize(self.model.encode_text(tokens[:, 0]).float(), dim=-1)  # type: ignore[operator]
 
     def logits(self) -> tuple[float, float]:
         scale, bias = self.model.logit_scale, getattr(self.model, "logit_bias", None)
         assert isinstance(scale, Tensor)
         return float(scale.detach().float().exp()), 0.0 if bias is None else float(bias.detach().float())
+
+
+def _load_tokenizer(source: Path) -> Any:
+    open_clip = import_open_clip()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return open_clip.get_tokenizer(f"local-dir:{_linked(source, _config(source), Path(scratch))}")
+        except UserError:
+            raise
+        except Exception as error:  # a bad folder can cause many kinds of errors
+            raise cannot_load(source, "open_clip", error) from None
 
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]

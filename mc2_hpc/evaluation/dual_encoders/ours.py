@@ -1,6 +1,7 @@
 """A checkpoint or run folder of ours."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,20 @@ from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, resolve
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
 
 _TRAINER = "trainer.json"
+
+
+@dataclass(frozen=True)
+class OurCaptions:
+    """Token ids alone."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def pads(self) -> tuple[int]:
+        return (self.tokenizer.pad_id,)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self.tokenizer.encode(texts)[:, None]
 
 
 class OurEncoder:
@@ -89,11 +104,21 @@ class OurEncoder:
         return self.tokenizer.encode(texts)
 
     def encode_images(self, images: Sequence[Tensor]) -> Tensor:
-        batch = torch.stack(list(images)).to(self._device)
-        return self.model.encode_image(normalise(batch), normalize=True).float()
+        return self.encode_pixels(torch.stack(list(images)).to(self._device))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(normalise(pixels), normalize=True).float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenize(texts).to(self._device), normalize=True).float()
+        return self.encode_tokens(self.captions(texts).to(self._device))
+
+    @property
+    def captions(self) -> OurCaptions:
+        return OurCaptions(self.tokenizer)
+
+    def encode_tokens(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """As in the protocol; with the ``lengths`` of the captions, without computing their padding."""
+        return self.model.encode_text(tokens[:, 0], normalize=True, lengths=lengths).float()
 
     def logits(self) -> tuple[float, float]:
         return float(self.model.logit_scale.detach().float().exp()), 0.0

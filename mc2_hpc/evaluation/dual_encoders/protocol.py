@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mc2_hpc.conversion.model_card import CARD_NAME
 from mc2_hpc.conversion.provenance import PROVENANCE_FILE
 from mc2_hpc.data.crop import Encoded
+from mc2_hpc.data.teacher import CaptionEncoder
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import check_regular
 from mc2_hpc.reading.tensors import read_header
@@ -86,6 +87,25 @@ class DualEncoder(Protocol):
 
     def logits(self) -> tuple[float, float]:
         """Scale and bias that turn a cosine into the model's logit; the bias is 0 if the model has none."""
+        ...
+
+
+@runtime_checkable
+class TeachingEncoder(DualEncoder, Protocol):
+    """One that also encodes what another model's data loader makes for it, on the device of that model."""
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Unit-length float32 (B, D) of uint8 (B, 3, S, S) RGB images of the model's size, both on its device. Not for
+        models that take images in their own shape."""
+        ...
+
+    @property
+    def captions(self) -> CaptionEncoder:
+        """Encodes texts for :meth:`encode_tokens`, in any process."""
+        ...
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Unit-length float32 (B, D) of int64 (B, K, L) from :attr:`captions`, both on the model's device."""
         ...
 
 

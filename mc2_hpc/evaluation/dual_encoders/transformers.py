@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mc2_hpc.conversion.peers import import_transformers
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import decode_pil
+from mc2_hpc.data.normalise import normalise
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders.protocol import (
     ModelFacts,
@@ -46,6 +47,36 @@ class _Config(Foreign):
     model_type: str
 
 
+class TransformersCaptions:
+    """The inputs of the family's text tower. Another process reads the tokenizer from the folder again."""
+
+    def __init__(self, source: Path, family: _Family, context_length: int, tokenizer: Any = None) -> None:
+        self._known = source, family, context_length
+        self._family, self._context_length = family, context_length
+        if tokenizer is None:
+            tokenizer = _loaded(import_transformers().AutoTokenizer, source)
+        self._tokenizer = tokenizer
+        fill = {"input_ids": int(tokenizer.pad_token_id or 0), "attention_mask": 0}
+        self.pads = [fill[name] for name in family.inputs]
+
+    def __reduce__(self) -> tuple[type, tuple[Path, _Family, int]]:
+        return TransformersCaptions, self._known
+
+    def by_name(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """(len(texts), width) each."""
+        tokens = self._tokenizer(
+            list(texts),
+            padding=self._family.padding,
+            truncation=True,
+            max_length=self._context_length,
+            return_tensors="pt",
+        )
+        return {name: tokens[name] for name in self._family.inputs}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return torch.stack(list(self.by_name(texts).values()), dim=1)
+
+
 class TransformersEncoder:
     """A transformers model; preprocessed images are the image processor's tensors by name, without a batch."""
 
@@ -69,6 +100,7 @@ class TransformersEncoder:
         self._device = device
         config: Any = self.model.config
         self._context_length = int(config.text_config.max_position_embeddings)
+        self.captions = TransformersCaptions(source, self._family, self._context_length, self.tokenizer)
         self._options = _resize_options(source, self._processor, _image_size(config, self._processor), eval_resize)
         self.identity = hash_files(folder_files(source), transformers.__version__, eval_resize)
         self.facts = ModelFacts(
@@ -89,21 +121,21 @@ class TransformersEncoder:
         return {name: tensor[0] for name, tensor in inputs.items()}
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        tokens = self.tokenizer(
-            list(texts),
-            padding=self._family.padding,
-            truncation=True,
-            max_length=self._context_length,
-            return_tensors="pt",
-        )
-        return {name: tokens[name] for name in self._family.inputs}
+        return self.captions.by_name(texts)
 
     def encode_images(self, images: Sequence[dict[str, Tensor]]) -> Tensor:
         inputs = {name: torch.stack([image[name] for image in images]).to(self._device) for name in images[0]}
         return _unit(self.model.get_image_features, inputs)  # type: ignore[arg-type]
 
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        mean, std = (tuple(map(float, values)) for values in (self._processor.image_mean, self._processor.image_std))
+        return _unit(self.model.get_image_features, {"pixel_values": normalise(pixels, mean=mean, std=std)})  # type: ignore[arg-type]
+
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        inputs = {name: tensor.to(self._device) for name, tensor in self.tokenize(texts).items()}
+        return self.encode_tokens(self.captions(texts).to(self._device))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        inputs = dict(zip(self._family.inputs, tokens.unbind(1), strict=True))
         return _unit(self.model.get_text_features, inputs)  # type: ignore[arg-type]
 
     def logits(self) -> tuple[float, float]:

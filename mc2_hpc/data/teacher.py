@@ -1,0 +1,104 @@
+"""What a teacher sees of a batch, where that differs from what the student sees.
+
+A teacher of another image size gets the same crop of every image, resized from the same pixels to its own size. A
+teacher with another tokenizer gets its own token ids. Both are made by the loader's workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from mc2_hpc.errors import UserError
+
+
+class TwoSizes(NamedTuple):
+    """A crop resized to the student's and to the teacher's size, uint8 ``(3, size, size)`` each."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+
+
+class CaptionEncoder(Protocol):
+    """Token ids of captions as a model takes them; sent to the worker processes, so it must be picklable."""
+
+    @property
+    def pads(self) -> Sequence[int]:
+        """What fills a row of each input of the text tower after the caption; K values."""
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """int64 ``(len(texts), K, width)``: K inputs of the text tower, such as token ids and an attention mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherInputs:
+    """Of some samples, in their order."""
+
+    pixels: torch.Tensor | None
+    """uint8 ``(b, 3, T, T)``; None: the student's images."""
+    tokens: torch.Tensor | None
+    """int64 ``(b, K, width)``; None: the student's token ids."""
+    pads: Sequence[int] = ()
+    """Of the K inputs."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that there are."""
+        return [tensor for tensor in (self.pixels, self.tokens) if tensor is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherNeeds:
+    """How workers make :class:`TeacherInputs`."""
+
+    image_size: int | None = None
+    """T; None: the student's images serve the teacher too."""
+    captions: CaptionEncoder | None = None
+    """None: the student's token ids serve the teacher too."""
+
+    def check(self, decode: str) -> None:
+        """
+        Raises:
+            UserError: the decode backend cannot resize a crop to two sizes.
+        """
+        if self.image_size is not None and decode == "dali":
+            raise UserError(
+                "data.decode=dali resizes to one size, but distill.teacher takes images of "
+                f"{self.image_size} pixels: choose turbo, or a teacher of the student's image size"
+            )
+
+    def inputs(self, texts: Sequence[str], images: Sequence[torch.Tensor]) -> TeacherInputs:
+        """The inputs of samples with these captions, and these images in the teacher's size, if it has its own."""
+        return TeacherInputs(
+            pixels=None if self.image_size is None else torch.stack(list(images)),
+            tokens=None if self.captions is None else self.captions(texts),
+            pads=() if self.captions is None else self.captions.pads,
+        )
+
+
+def joined_inputs(parts: Sequence[TeacherInputs | None], *, pin: bool) -> TeacherInputs | None:
+    """The inputs of all parts, in order; in pinned memory if requested. None if there is no teacher."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    pixels = [part.pixels for part in known if part.pixels is not None]
+    tokens = [part.tokens for part in known if part.tokens is not None]
+    return TeacherInputs(
+        pixels=_pinned(torch.cat(pixels), pin) if pixels else None,
+        tokens=_pinned(_joined_tokens(tokens, known[0].pads), pin) if tokens else None,
+        pads=known[0].pads,
+    )
+
+
+def _joined_tokens(parts: Sequence[torch.Tensor], pads: Sequence[int]) -> torch.Tensor:
+    num, width = sum(map(len, parts)), max(part.shape[2] for part in parts)
+    joined = torch.tensor(pads, dtype=torch.int64)[None, :, None].repeat(num, 1, width)
+    first = 0
+    for part in parts:
+        joined[first : first + len(part), :, : part.shape[2]] = part
+        first += len(part)
+    return joined
+
+
+def _pinned(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
+    return tensor.pin_memory() if pin else tensor
