@@ -101,7 +101,7 @@ def ended(state: RunState, name: Name, *, message: str = "") -> RunState:
 
 
 def write_state(folder: Path, state: RunState) -> None:
-    """Write ``state.json`` atomically. A run does not need it, so a full disk or a folder of its name is only logged."""
+    """Write ``state.json`` atomically. A run does not need it, so a full disk or a folder there is only logged."""
     try:
         write_json(folder / STATE, msgspec.to_builtins(state))
     except (OSError, UserError) as error:
