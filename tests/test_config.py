@@ -47,12 +47,14 @@ def test_round_trip(file):
 
 def test_a_tilde_is_the_home_folder_in_every_path(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
-    data = ("data.tokenizer", "data.balance", "data.cache_dir", "data.features")
-    keys = ("output", "model.init_from", *data, "eval.suite", "eval.root", "distill.teacher")
-    config = config_to_dict(load_config(file, ["freeze.vision=all", *(f"{key}=~/x" for key in keys)]))
-    for key in keys:
-        section, _, name = key.rpartition(".")
-        assert (config[section] if section else config)[name] == "/home/ann/x", key
+    data = ("data.tokenizer", "data.balance", "data.cache_dir", "data.takedown")
+    keys = ("output", "model.init_from", *data, "eval.suite", "eval.root")
+    for more in ("data.features", "distill.teacher"):  # which do not go together
+        overrides = ["freeze.vision=all", *(f"{key}=~/x" for key in (*keys, more))]
+        config = config_to_dict(load_config(file, overrides))
+        for key in (*keys, more):
+            section, _, name = key.rpartition(".")
+            assert (config[section] if section else config)[name] == "/home/ann/x", key
     assert load_config(file, ["output=runs/~x"]).output == "runs/~x"
 
 
@@ -197,3 +199,9 @@ def test_a_section_that_may_be_missing_can_be_set_part_by_part_and_removed(tmp_p
     assert load_config(path, ["distill.teacher=a"]).distill == DistillConfig(teacher="a")
     with pytest.raises(UserError, match="data: is a section of keys"):
         load_config(path, ["data=null"])
+
+
+def test_a_teacher_needs_images_and_not_their_features(file):
+    overrides = ["freeze.vision=all", "data.features=/f", "distill.teacher=/t"]
+    with pytest.raises(UserError, match="data.features and distill: a teacher needs the images"):
+        load_config(file, overrides)

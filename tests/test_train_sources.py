@@ -77,3 +77,15 @@ def test_each_source_has_its_own_balance(mix: Path) -> None:
 def test_weights_from_python_are_checked_too(weight: float) -> None:
     with pytest.raises(UserError, match="weight=(nan|inf): must be above 0"):
         TrainSource(name="a", path="/a", weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.features=/f", "data.features: data.train lists sources, and features are stored of a single one"),
+        ("data.balance=/b", "data.balance: data.train lists sources"),
+    ],
+)
+def test_settings_that_do_not_go_with_a_mix(mix: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(mix, ["freeze.vision=all", override])

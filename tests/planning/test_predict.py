@@ -8,7 +8,7 @@ from mc2_hpc.config import config_from_dict
 from mc2_hpc.errors import UserError
 from mc2_hpc.planning.advise import alternatives, best_changes
 from mc2_hpc.planning.machines import read_gpu, read_network
-from mc2_hpc.planning.plan import RESERVE_BYTES, Assumptions, Plan
+from mc2_hpc.planning.plan import RESERVE_BYTES, Assumptions, Plan, make_plans
 from mc2_hpc.planning.predict import predict_step
 from mc2_hpc.planning.records import CATEGORIES, Collective, Moment, StepTrace, Work
 from mc2_hpc.planning.scaling import takes_over
@@ -140,3 +140,18 @@ def test_a_gpu_of_a_file(tmp_path):
     path.write_text(values + "products: 1.5\nattention: 0.5\nmemory: 0.5\nfractions_source: measured\n")
     with pytest.raises(UserError, match="products=1.5"):
         read_gpu(str(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "cure"),
+    [
+        ({"distill": {"teacher": "/t"}}, "distill=null"),
+        ({"model": {"patch_dropout": 0.5}}, "model.patch_dropout=0"),
+        ({"data": {"features": "/f"}, "freeze": {"vision": "all"}}, "data.features=null"),
+    ],
+)
+def test_a_setting_that_is_not_planned_is_refused(values, cure):
+    config = config_from_dict({"global_batch": 1024, **values}, "test")
+    machine = {"gpus": 8, "per_node": 8, "gpu_name": "test", "gpu": GPU, "network": NETWORK}
+    with pytest.raises(UserError, match=f"does not know .* without it: {cure}$"):
+        make_plans([config], **machine, assumptions=Assumptions())
