@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from mc2_hpc.curation.pool.language_codes import is_in_languages, split_codes
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.named import Named, constructor_types, describe, from_plain, import_object, to_plain
+from mc2_hpc.jobs.named import Named, constructor_options, describe, from_plain, import_object
 
 _FORM = "--filter package.module.Class key=value key=value ..."
 _METHOD = "drop_reasons"
@@ -54,17 +54,8 @@ def parse_filter(words: Sequence[str], *, images: bool = False) -> Named:
         UserError: malformed words, an unknown class, or options that it does not have.
     """
     name, *options = words
-    kind = _filter_class(name, images)
-    types = constructor_types(kind)
-    arguments = {}
-    for word in options:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"--filter {name} {word}: write it as {_FORM}; other arguments come before --filter")
-        if key not in types:
-            raise UserError(f"--filter {name} {word}: no option {key!r}; it has {', '.join(types) or 'none'}")
-        arguments[key] = to_plain(from_plain(value, types[key], f"--filter {name} {word}", strict=False))
-    named = Named(name, arguments)
+    form = f"{_FORM}; other arguments come before --filter"
+    named = Named(name, constructor_options(_filter_class(name, images), options, f"--filter {name}", form=form))
     load_filter(named, images=images)
     return named
 

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -102,6 +102,28 @@ def constructor_types(kind: type) -> dict[str, Any]:
         return dict.fromkeys(inspect.signature(kind).parameters, Any)
     empty = inspect.Parameter.empty
     return {key: Any if one.annotation is empty else one.annotation for key, one in parameters.items()}
+
+
+def constructor_options(kind: type, words: Sequence[str], where: str, *, form: str) -> dict[str, Any]:
+    """Plain arguments for a constructor from ``key=value`` words, of the types that it declares.
+
+    Args:
+        where: the flag and the class, for errors.
+        form: how the flag is written.
+
+    Raises:
+        UserError: a word of another form, an unknown option, or a value of the wrong type.
+    """
+    types = constructor_types(kind)
+    arguments = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{where} {word}: write it as {form}")
+        if key not in types:
+            raise UserError(f"{where} {word}: no option {key!r}; it has {', '.join(types) or 'none'}")
+        arguments[key] = to_plain(from_plain(value, types[key], f"{where} {word}", strict=False))
+    return arguments
 
 
 def type_of_input(work: Callable[..., Any]) -> Any:

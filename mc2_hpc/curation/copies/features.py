@@ -23,7 +23,7 @@ from mc2_hpc.curation.copies.codes import pack_bits
 from mc2_hpc.curation.copies.linking import ENTRY, WORDS, Entries, bit_count
 from mc2_hpc.draws import hash_keys, random_uint64
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.named import Named, constructor_types, describe, from_plain, import_object, to_plain
+from mc2_hpc.jobs.named import Named, constructor_options, describe, import_object
 
 CLIP = "mc2_hpc.evaluation.image_features.ClipFeatures"
 """The encoder for folders of models."""
@@ -53,16 +53,7 @@ def parse_encoder(words: Sequence[str]) -> Named:
     kind = import_object(name)
     if not isinstance(kind, type) or not callable(getattr(kind, "encode", None)):
         raise UserError(f"--features {name}: an encoder is a class with a method encode(images); see docs/images.md")
-    types = constructor_types(kind)
-    arguments = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"--features {name} {option}: write it as {_FORM}")
-        if key not in types:
-            raise UserError(f"--features {name} {option}: no option {key!r}; it has {', '.join(types) or 'none'}")
-        arguments[key] = to_plain(from_plain(value, types[key], f"--features {name} {option}", strict=False))
-    return Named(name, arguments)
+    return Named(name, constructor_options(kind, options, f"--features {name}", form=_FORM))
 
 
 def load_encoder(named: Named) -> Encoder:
