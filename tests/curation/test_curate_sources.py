@@ -56,7 +56,7 @@ def test_decontaminate(tmp_path, capsys):
     flags = ["--against", str(tmp_path / "test.tar"), "--workers", "1", "--out", str(tmp_path / "out")]
     assert main(["curate", "decontaminate", str(tmp_path / "shards"), *flags]) == 0
     assert json.loads(capsys.readouterr().out)["removed"] == 1
-    assert (tmp_path / "out" / "removed.csv").read_text().splitlines()[1] == f"k,{tmp_path}/test.tar/x.jpg,0,a"
+    assert (tmp_path / "out" / "removed.csv").read_text().splitlines()[1] == f"k,{tmp_path}/test.tar/x.jpg,0,phash,a"
 
 
 @pytest.mark.parametrize(

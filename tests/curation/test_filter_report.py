@@ -12,6 +12,7 @@ from PIL import Image
 
 from mc2_hpc import jobs
 from mc2_hpc.cli import main
+from mc2_hpc.curation.copies.hashes import MAX_CHECK, MAX_DISTANCE
 from mc2_hpc.curation.dedup_images import plan_dedup_images
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.report.sheets import SHEETS
@@ -159,10 +160,14 @@ def test_limits_reach_the_data_card(tmp_path, capsys):
     run = tmp_path / "run"
     read = {name: json.loads((run / name).read_text()) for name in ("matched/match.json", "shards/pack.json")}
     for settings in (read["matched/match.json"], read["shards/pack.json"]["matched"]):
-        assert [one["arguments"]["least"] for one in settings["pool_filters"]] == [20, None]
+        assert [one["arguments"].get("least") for one in settings["pool_filters"]] == [20, None, None]
+        assert settings["pool_filters"][2]["arguments"] == {
+            "phash_max_check": MAX_CHECK,
+            "phash_max_distance": MAX_DISTANCE,
+        }
     sources = json.loads((run / "balance" / "balance.json").read_text())["sources"]
     names = [one["name"].rpartition(".")[2] for one in sources["filters"]]
-    assert names == ["Size", "Aspect", "Length"]
+    assert names == ["Size", "Aspect", "dedup-images", "Length"]
     page = (run / "report" / "curation.html").read_text(encoding="utf-8")
     for text in ("mc2_hpc.filters.Size least=20", "mc2_hpc.filters.Aspect most=3", "Length min_characters=2"):
         assert text in page
@@ -180,5 +185,5 @@ def test_matching_refuses_a_pool_filtered_otherwise_or_damaged(tmp_path):
     with pytest.raises(UserError, match="match.json: this folder was made with another pool_filters"):
         plan_match(tmp_path / "out", tmp_path / "metadata", tmp_path / "matched")
     (tmp_path / "out" / "filter.json").write_text("{")
-    with pytest.raises(UserError, match="filter.json: .*make the pool again"):
+    with pytest.raises(UserError, match="filter.json: .*filter the pool again into another folder"):
         plan_match(tmp_path / "out", tmp_path / "metadata", tmp_path / "matched")

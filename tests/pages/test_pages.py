@@ -134,4 +134,4 @@ TEMPLATES = sorted(Path(pages.__file__).parents[1].rglob("templates/*.html"))
 def test_no_template_turns_escaping_off(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\|\s*safe\b|autoescape", text)
-    assert len(TEMPLATES) == 6
+    assert len(TEMPLATES) == 9

@@ -74,10 +74,8 @@ def train(config: RunConfig, ranks: Ranks, *, num_micro: int) -> tuple[list[list
         images, tokens, teacher_images, teacher_tokens = (tensor[own] for tensor in tensors)
         lengths = caption_lengths(tokens, 2)
         inputs = TeacherInputs(pixels=teacher_images, tokens=teacher_tokens[:, None], pads=(1,))
-        names = [""] * len(images)
-        batch = Batch(
-            images=images, tokens=tokens, lengths=lengths, keys=names, langs=names, position={}, teacher=inputs
-        )
+        names = {key: [""] * len(images) for key in ("keys", "langs", "sources")}
+        batch = Batch(images=images, tokens=tokens, lengths=lengths, **names, position={}, teacher=inputs)
         lr = learning_rate(number, total=zero_worker.STEPS, config=config.optim)
         result = step(images, tokens, lr, lengths=lengths, teacher=teacher.features(batch, images))
         numbers = (result.loss, result.divergence, result.grad_norm, engine.logit_scale)
