@@ -1,5 +1,6 @@
 """A real training step on CPU ranks, counted: what traces are compared with."""
 
+import gc
 import json
 import os
 import sys
@@ -86,6 +87,7 @@ def real(config: RunConfig) -> dict[str, Any]:
 
             run()
             run()
+            gc.collect()  # what is in cycles would be freed at any time, during the measured step or after it
             between = sum(counting.allocations.by_category().values())
             collectives = sorted([c.kind, c.calls, c.bytes] for c in counting.collectives())
             peak = counting.allocations.peak
