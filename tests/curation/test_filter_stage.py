@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -339,6 +340,7 @@ def test_the_examples_of_the_docs(pool, tmp_path, monkeypatch, capsys):
     pool.rename(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_filters", raising=False)  # of the other page with an example
     importlib.invalidate_caches()
     assert main([*command.strip().removeprefix("mc2 ").split(), "--workers", "2"]) == 0
     counters = json.loads(capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -308,6 +309,7 @@ def test_the_example_of_the_docs(make_pool, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_filters.py").write_text(code, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_filters", raising=False)  # of the other page with an example
     importlib.invalidate_caches()
     words = command.strip().removeprefix("mc2 ").split()
     assert main([*words, "--workers", "2"]) == 0
