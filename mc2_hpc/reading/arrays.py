@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.reading.files import check_regular, open_regular, shown
+from mc2_hpc.reading.files import check_regular, open_regular, raise_open_files, shown
 
 # NumPy parses headers as Python, so a bad header can raise any of these.
 _UNREADABLE = (
@@ -37,6 +37,7 @@ def map_array(
         UserError: no such file, damaged, or wrong type, number of dimensions or length.
     """
     size = check_regular(path)
+    raise_open_files()  # every map keeps its file open, and a table per language can be more than the usual 1,024
     tail = f"; {cure}" if cure else ""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
