@@ -11,7 +11,7 @@ from mc2_hpc.config import DataConfig
 from mc2_hpc.data.batches import Share
 from mc2_hpc.data.crop import EncodedCrop
 from mc2_hpc.data.dali import Jpegs
-from mc2_hpc.data.decode import TrainTransform, one_torch_thread
+from mc2_hpc.data.decode import TrainTransform
 from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.lanes import deal
 from mc2_hpc.data.limits import LARGER_SHARED_MEMORY, SHARED_MEMORY
@@ -25,6 +25,7 @@ from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.packed_captions import caption_lengths
+from mc2_hpc.threads import one_torch_thread
 
 
 class NoSharedMemory(Exception):

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mc2_hpc.data.decode import one_torch_thread
 from mc2_hpc.evaluation.loading import Clip, load
+from mc2_hpc.threads import one_torch_thread
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class ClipScore(ScoreFilter):
 
     def scores(self, rows: pa.Table, images: Sequence[PoolImage]) -> npt.NDArray[np.float32]:
         """See :class:`ScoreFilter`."""
-        from mc2_hpc.data.decode import one_torch_thread
+        from mc2_hpc.threads import one_torch_thread
 
         clip = _load(self.model, self.device)
         on_cpu = next(clip.model.parameters()).device.type == "cpu"

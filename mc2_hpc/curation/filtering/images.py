@@ -65,7 +65,7 @@ class PoolImage:
             pixels: RGB, upright.
             change: what was done, in the form of a reason, such as ``faces_blurred``.
         """
-        stored = encoded(pixels)
+        stored = encoded(np.asarray(pixels))
         self.data, self.width, self.height = stored.data, stored.width, stored.height
         self.name = f"{self.key}.{stored.extension}"
         self.change = change
