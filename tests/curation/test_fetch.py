@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import io
 import json
+import os
+import ssl
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trustme
 from PIL import Image
 
 from mc2_hpc import jobs
@@ -226,6 +229,34 @@ def test_what_is_sent(server, tmp_path):
     assert "cookie" not in sent and "referer" not in sent
     fetch(tmp_path / "pool", tmp_path / "named", user_agent="me/1.0 (+https://example.org)")
     assert server.seen["/x?a=%C3%A9&b"]["user-agent"] == "me/1.0 (+https://example.org)"
+
+
+def test_certificates_are_checked(tmp_path):
+    """An image comes over TLS only if the authority is known and the certificate is for the host."""
+    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    command = [
+        sys.executable,
+        "-m",
+        "mc2_hpc.cli",
+        "curate",
+        "fetch",
+        tmp_path / "pool",
+        "--allow-addresses",
+        LOOPBACK[0],
+    ]
+    with running(ImageServer(tls)) as server:
+        address = server.image("/x", encoded())
+        write_pool(tmp_path / "pool", {"x": address, "other": address.replace("127.0.0.1", "localhost")})
+        for out, known in (("known", {"SSL_CERT_FILE": f"{tmp_path / 'authority.pem'}"}), ("unknown", {})):
+            environment = {**os.environ, **known}
+            done = subprocess.run(
+                [*command, "--out", tmp_path / out], env=environment, capture_output=True, text=True, timeout=240
+            )
+            assert (done.returncode == 0) == bool(known), done.stderr
+    assert reasons(tmp_path / "known") == {"x": None, "other": "host_unreachable"}
+    assert reasons(tmp_path / "unknown") == dict.fromkeys(("x", "other"), "host_unreachable")
 
 
 def test_an_unreachable_network_is_an_error_rather_than_drops(tmp_path, monkeypatch):
