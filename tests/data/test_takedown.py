@@ -224,6 +224,15 @@ def test_a_restart_continues_exactly_without_what_is_now_listed(workers: int, lo
     assert uninterrupted == keys_of(load(sources, None), 4)
 
 
+def test_after_a_restart_that_fails_nothing_comes(load, sources: list[TrainSource]) -> None:
+    """Neither the rest of what was prepared with the old list, nor the data from its start."""
+    loader = load(sources, listing())
+    batch = next(loader)
+    with pytest.raises(UserError, match="lanes cannot change during a run"):
+        loader.restart({lane: batch.position[lane] for lane in (0, 1)}, listing())
+    assert list(loader) == []
+
+
 def test_when_everything_is_listed_the_run_ends_with_one_line(load, sources: list[TrainSource]) -> None:
     takedown = listing(*({"key": f"a{number}"} for number in range(NUM)))
     with pytest.raises(UserError, match="no sample can be used; everything was skipped: taken_down 48"):
