@@ -107,8 +107,8 @@ class ModelConfig:
         _choose("model.norm", self.norm, ("auto", "torch", "triton", "apex"))
         _choose("model.activation", self.activation, ("auto", "torch", "triton"))
         for key in ("norm", "activation"):
-            if self.compile and getattr(self, key) == "triton":
-                raise UserError(f"model.{key}=triton: torch.compile fuses torch's own; set model.{key}=torch")
+            if self.compile and (kernel := getattr(self, key)) not in ("auto", "torch"):
+                raise UserError(f"model.{key}={kernel}: torch.compile fuses torch's own; set model.{key}=torch")
         _choose("model.recompute", self.recompute, ("none", "selective", "full"))
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"model.patch_dropout={self.patch_dropout}: must be in [0, 1)")
@@ -173,6 +173,8 @@ class DataConfig:
             raise UserError("data.features: data.train lists sources, and features are stored of a single one")
         _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
         _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil", "dali"))
+        if self.features is not None and self.decode == "dali":
+            raise UserError("data.features and data.decode=dali: features are of images decoded on the CPU; set turbo")
         _at_least("data.takedown_seconds", self.takedown_seconds, 0.01)
         _at_least("data.lanes", self.lanes, 1)
         _at_least("data.workers", self.workers, 0)
@@ -352,8 +354,8 @@ class RunConfig:
             raise UserError("data.features: features of images cannot change; set freeze.vision=all")
         if self.data.features is not None and self.distill is not None:
             raise UserError("data.features and distill: a teacher needs the images; set only one")
-        if self.data.features is not None and self.model.patch_dropout:
-            raise UserError("data.features and model.patch_dropout: features are of whole images; set only one")
+        if self.model.patch_dropout and self.freeze.vision == "all":
+            raise UserError("model.patch_dropout and freeze.vision=all: no part of the image tower is trained; set one")
         if self.eval.ema and not self.optim.ema_decay:
             raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
         if self.optim.decay_steps > self.steps:

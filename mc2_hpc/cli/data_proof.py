@@ -52,7 +52,8 @@ def _lines(proof: "Proof") -> list[str]:
     lines += [f"  {entry}: names no sample" for entry in proof.without_sample[:_MOST_SHOWN]]
     if len(proof.without_sample) > _MOST_SHOWN:
         lines.append(f"  ... and {len(proof.without_sample) - _MOST_SHOWN:,} more entries that name no sample")
-    lines += [f"  cannot be read now: {shown(name)}" for name in proof.unreadable[:_MOST_SHOWN]]
+    unreadable = [f"  cannot be read now: {shown(name)}: {why}" for name, why in proof.unreadable.items()]
+    lines += unreadable[:_MOST_SHOWN]
     lines.append(
         f"  places of listed samples in the order since then: {proof.left_out:,}; left out by the run: "
         f"{proof.counted:,}"

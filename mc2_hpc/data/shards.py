@@ -85,6 +85,8 @@ class Shard(Protocol):
     """Members of the tar that were left out, by reason."""
     changed: bool
     """Whether it was rewritten since it was last listed."""
+    num_bytes: int
+    """Size of its tar."""
     num_keys: int
     row_keys: list[str]
     """The key of each row."""
@@ -156,6 +158,7 @@ class PlainShard:
         self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
+        self.num_bytes = source.size
         self.num_keys = len(index.keys)
         self._source = source
         self.row_keys = index.keys
@@ -249,6 +252,7 @@ class CuratedShard:
         self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
+        self.num_bytes = source.size
         self._source = source
         try:
             keys: list[str] = table["key"].to_pylist()

@@ -53,6 +53,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         samples_per_lane: int,
         positions: dict[int, LanePosition],
         board: Board,
+        stored: StoredFeatures | None = None,
         takedown: Takedown | None = None,
         teacher: TeacherNeeds | None = None,
     ) -> None:
@@ -62,6 +63,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             samples_per_lane: that a batch takes.
             positions: where each lane begins.
             board: told which shard is being read.
+            stored: features in place of decoded images.
             takedown: list of samples to leave out.
             teacher: what it needs besides the student's images and token ids.
         """
@@ -78,13 +80,11 @@ class ShareSource(IterableDataset[Share | Failure]):
             teacher_size=teacher.image_size if teacher is not None else None,
         )
         self._teacher = teacher
-        self._stored: StoredFeatures | None = None
-        if config.features is not None:
-            self._stored = StoredFeatures(config.features, [name for each in sources for name in each.shards.names])
+        self._stored = stored
         self._image = torch.empty((3, image_size, image_size), dtype=torch.uint8)
         """What one looks like."""
-        if self._stored is not None:
-            self._image = torch.empty(self._stored.width, dtype=torch.float32)
+        if stored is not None:
+            self._image = torch.empty(stored.width, dtype=torch.float32)
         self._tokenizer = tokenizer
         self._samples_per_lane = samples_per_lane
         self._takedown = takedown

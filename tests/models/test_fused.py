@@ -131,7 +131,10 @@ def test_a_model_with_gelu_needs_no_quick_gelu():
     assert not any(isinstance(layer, QuickGELU) for layer in model.modules())
 
 
-@pytest.mark.parametrize("key", ["norm", "activation"])
-def test_fused_kernels_do_not_go_into_compiled_blocks(key):
-    with pytest.raises(UserError, match=f"model.{key}=triton: torch.compile fuses torch's own"):
-        ModelConfig(compile=True, **{key: "triton"})
+@pytest.mark.parametrize("key, kernel", [("norm", "triton"), ("norm", "apex"), ("activation", "triton")])
+def test_fused_kernels_do_not_go_into_compiled_blocks(key, kernel):
+    with pytest.raises(
+        UserError, match=f"model.{key}={kernel}: torch.compile fuses torch's own; set model.{key}=torch"
+    ):
+        ModelConfig(compile=True, **{key: kernel})
+    assert getattr(ModelConfig(compile=True, **{key: "torch"}), key) == "torch"

@@ -120,8 +120,12 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_resume(ranks_of, module_co
     assert all(torch.equal(two.get(name), resumed.get(name)) for name in two.names())
 
 
-def test_bad_shares_are_refused(module_config, tmp_path):
+def test_bad_shares_are_refused(module_config):
     with pytest.raises(UserError, match=r"model.patch_dropout=1.0: must be in \[0, 1\)"):
         load_config(module_config, ["model.patch_dropout=1"])
-    with pytest.raises(UserError, match="features are of whole images; set only one"):
-        load_config(module_config, ["model.patch_dropout=0.5", f"data.features={tmp_path}", "freeze.vision=all"])
+
+
+def test_nothing_is_dropped_for_a_tower_that_is_not_trained(module_config):
+    with pytest.raises(UserError, match="freeze.vision=all: no part of the image tower is trained; set one"):
+        load_config(module_config, ["model.patch_dropout=0.5", "freeze.vision=all"])
+    assert load_config(module_config, ["model.patch_dropout=0.5", "freeze.vision=1"]).model.patch_dropout == 0.5
