@@ -26,10 +26,10 @@ class ClipFeatures:
 
     @cached_property
     def _clip(self) -> Clip:
-        return load(self.model, self.device or None)
+        with one_torch_thread():  # the number of threads that onnxruntime starts here
+            return load(self.model, self.device or None)
 
     def encode(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
         """Unit-length features ``(n, D)``."""
-        on_cpu = next(self._clip.model.parameters()).device.type == "cpu"
-        with one_torch_thread() if on_cpu else nullcontext():
+        with one_torch_thread() if self._clip.device.type == "cpu" else nullcontext():
             return self._clip.encode_image(list(images)).numpy()

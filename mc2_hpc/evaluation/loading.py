@@ -35,6 +35,11 @@ class Clip:
         return self.dual.model
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: ONNX exports run on the CPU wherever other models would."""
+        return self.dual.device
+
+    @property
     def tokenizer(self) -> Any:
         """The library's own tokenizer; :meth:`tokenize` calls it with the model's options."""
         return self.dual.tokenizer

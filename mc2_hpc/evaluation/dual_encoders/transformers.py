@@ -97,7 +97,7 @@ class TransformersEncoder:
         self.model: nn.Module = _loaded(transformers.AutoModel, source, dtype=torch.float32).to(device).eval()
         self.tokenizer = _loaded(transformers.AutoTokenizer, source)
         self._processor = _loaded(transformers.AutoImageProcessor, source)
-        self._device = device
+        self.device = device
         config: Any = self.model.config
         self._context_length = int(config.text_config.max_position_embeddings)
         self.captions = TransformersCaptions(source, self._family, self._context_length, self.tokenizer)
@@ -124,7 +124,7 @@ class TransformersEncoder:
         return self.captions.by_name(texts)
 
     def encode_images(self, images: Sequence[dict[str, Tensor]]) -> Tensor:
-        inputs = {name: torch.stack([image[name] for image in images]).to(self._device) for name in images[0]}
+        inputs = {name: torch.stack([image[name] for image in images]).to(self.device) for name in images[0]}
         return _unit(self.model.get_image_features, inputs)  # type: ignore[arg-type]
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class TransformersEncoder:
         return _unit(self.model.get_image_features, {"pixel_values": normalise(pixels, mean=mean, std=std)})  # type: ignore[arg-type]
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        return self.encode_tokens(self.captions(texts).to(self._device))
+        return self.encode_tokens(self.captions(texts).to(self.device))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         inputs = dict(zip(self._family.inputs, tokens.unbind(1), strict=True))
