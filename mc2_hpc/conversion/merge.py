@@ -82,7 +82,7 @@ def merged(sources: Sequence[Source], shares: Sequence[float]) -> Callable[[str]
 def write_merged(sources: Sequence[Source], shares: Sequence[float], out: Path) -> None:
     """Write a merged model as a checkpoint folder of ours, completely or not at all.
 
-    In memory there are one file's tensors (about 1 GiB) and those that make the next one.
+    In memory there are one file's tensors (1 GiB, or a single larger one) and those that make the next one.
 
     Raises:
         UserError: ``out`` is not empty, or a weight cannot be read.
