@@ -225,8 +225,8 @@ class DistillConfig:
     """A teacher whose similarities of each batch the model learns besides the pairs themselves."""
 
     teacher: PathName = ""
-    """Any model that evaluation reads: a run or checkpoint, an open_clip folder or a transformers folder. Its image
-    size, tokenizer and width may differ from the student's."""
+    """A run or checkpoint, an open_clip folder or a transformers folder, of a model of square images. Its image size,
+    tokenizer and width may differ from the student's."""
     weight: float = 1.0
     """Of the divergence from the teacher, relative to the contrastive loss."""
     scale: float = 200.0

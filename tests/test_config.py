@@ -166,6 +166,22 @@ def test_distilled_students_are_shipped_runs_with_a_teacher(size):
     assert student.data.tokenizer == teacher.data.tokenizer
 
 
+def test_the_mix_is_the_b32_run_on_other_data():
+    runs = {path.stem: load_config(path) for path in SHIPPED}
+    mix, alone = runs["vit_b32_worldwide_mix"], runs["vit_b32_worldwide"]
+    same = {name: getattr(alone.data, name) for name in ("train", "balance", "takedown")}
+    assert dataclasses.replace(mix, output=alone.output, data=dataclasses.replace(mix.data, **same)) == alone
+
+
+def test_fused_kernels_are_named_where_the_model_can_use_them():
+    for path in SHIPPED:
+        config = load_config(path)
+        quick_gelu = resolve(config.model).quick_gelu
+        assert (config.model.norm, config.model.activation) == ("triton", "triton" if quick_gelu else "auto"), path.name
+        without = "model.norm=torch" + " model.activation=torch" * quick_gelu
+        assert f"data.decode=turbo loss.backend=tiled {without}\n" in path.read_text(encoding="utf-8"), path.name
+
+
 def test_b32_is_metaclips():
     """Its betas and weight decay are those of MetaCLIP, not of the released H/14."""
     optim = load_config(next(path for path in SHIPPED if path.stem == "vit_b32_worldwide")).optim
