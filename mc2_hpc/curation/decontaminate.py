@@ -212,7 +212,7 @@ class CleanShard:
     encoder: Named | None
     features: Hash | None
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's tar exists, or no images are left in it."""
         return (self.out / f"{shard}.tar").is_file() or read_json(stats_path(self.out, shard), _Images).images == 0
 

@@ -170,7 +170,7 @@ class WriteShard:
 
     out: Path
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's files exist, or no images are left in it."""
         stats = read_json(stats_path(self.out, shard), DedupStats, cure=REDO)
         wanted = {"tar": stats.images, "parquet": stats.texts}

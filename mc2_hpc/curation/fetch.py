@@ -89,7 +89,7 @@ class FetchShard:
     out: Path
     options: FetchOptions
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's files exist, or it has no images."""
         if read_json(stats_path(self.out, shard), FetchStats, cure=REDO).images == 0:
             return True

@@ -111,7 +111,7 @@ class FilterShard:
     def _identifier(self) -> LanguageIdentifier:
         return make_identifier(self.language_id)
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's files exist, or it has no images."""
         if read_json(stats_path(self.out, shard), FilterStats, cure=REDO).images == 0:
             return True

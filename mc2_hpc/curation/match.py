@@ -113,7 +113,7 @@ class BuildTables:
     out: Path
     mode: str
 
-    def is_current(self, lang: str) -> bool:
+    def is_current(self, lang: str, value: object) -> bool:
         """Whether the tables are in this version's format."""
         return is_saved(tables_folder(self.out, lang))
 

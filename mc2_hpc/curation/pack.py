@@ -75,7 +75,7 @@ class PackShard:
     matched: Path
     out: Path
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's files exist, or it has no images."""
         if read_json(stats_path(self.out, shard), PackStats, cure=REDO).images == 0:
             return True

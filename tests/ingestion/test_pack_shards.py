@@ -209,3 +209,33 @@ def test_another_source_needs_another_folder(tmp_path):
     pq.write_table(pa.table({"image": [picture(3)], "text": ["z"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="made with another files"):
         pack(tmp_path / "a.parquet", tmp_path / "out")
+
+
+def test_a_tar_or_table_that_was_written_again_is_packed_again(tmp_path):
+    """Not mixed with shards of the old one; the other tar stays as it is packed."""
+    for name in ("one", "two"):
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.jpg", picture(1)), (f"{name}.txt", b"a cat")])
+    source = str(tmp_path / "*.tar")
+    pack(source, tmp_path / "out")
+    before = (tmp_path / "out" / "one.tar").stat().st_mtime_ns
+    write_tar(tmp_path / "two.tar", [("two.jpg", picture(2)), ("two.txt", b"a dog")])
+    pack(source, tmp_path / "out")
+    found = {"one": (picture(1), [("a cat", "en")]), "two": (picture(2), [("a dog", "en")])}
+    assert read_back(tmp_path / "out") == found
+    pq.write_table(pa.table({"key": ["two"], "text": ["a bird"]}), tmp_path / "two.parquet")
+    pack(source, tmp_path / "out")
+    assert read_back(tmp_path / "out") == {**found, "two": (picture(2), [("a bird", "en")])}
+    assert (tmp_path / "out" / "one.tar").stat().st_mtime_ns == before
+
+
+def test_rows_of_the_same_size_are_packed_again(tmp_path):
+    def write(text):
+        table = pa.table({"image": [picture(1)], "text": [text]})
+        with pa.ipc.new_stream(tmp_path / "t.arrow", table.schema) as stream:
+            stream.write_table(table)
+
+    write("a cat")
+    pack(tmp_path / "t.arrow", tmp_path / "out")
+    write("a dog")
+    pack(tmp_path / "t.arrow", tmp_path / "out")
+    assert read_back(tmp_path / "out") == {"000000000": (picture(1), [("a dog", "en")])}
