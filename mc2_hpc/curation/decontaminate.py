@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mc2_hpc.curation.copies.features import centre_of, feature_words, nearest_features
+from mc2_hpc.curation.copies.features import centre_of, encoder_settings, feature_words, nearest_features
 from mc2_hpc.curation.copies.hashes import FEATURE_CHECK, FEATURE_DISTANCE, FEATURES, PHASH, Hash, checked_hash
 from mc2_hpc.curation.copies.hashing import FeatureBatches, encoder_of
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
@@ -33,7 +33,7 @@ from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.images import read_image_file
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
-from mc2_hpc.jobs.named import Named, to_plain
+from mc2_hpc.jobs.named import Named
 from mc2_hpc.reading.arrays import open_npz
 from mc2_hpc.reading.files import check_regular
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
@@ -94,9 +94,9 @@ def plan_decontaminate(
     training = {shard.name: shard for shard in list_pool(Path(shards).absolute())}
     check_elsewhere(training.values(), out)
     units, listing = _benchmark_units(Path(against).absolute())
-    settings = {"max_distance": max_distance, "against": listing}
+    settings: dict[str, Any] = {"max_distance": max_distance, "against": listing}
     if kind is not None:
-        settings |= {"encoder": to_plain(features), "features": asdict(kind)}
+        settings |= {**encoder_settings(features), "features": asdict(kind)}
     open_folder(out, SETTINGS, settings, list(training))
     clean = CleanShard(out, list(units), max_distance, features, kind)
     report = WriteReport(out, list(training))

@@ -143,8 +143,12 @@ def ask(name: str, one: Any, rows: pa.Table, *images: Any) -> pa.Array:
     return reasons
 
 
-def sources_of(name: str, one: Any) -> dict[str, str]:
-    """Digests of the files that a filter reads, by name: what its method ``sources`` returns, if it has one.
+def sources_of(where: str, one: Any) -> dict[str, str]:
+    """Digests of the files that a filter or an encoder reads, by name: what its method ``sources`` returns, if it has
+    one.
+
+    Args:
+        where: the flag and the class, for errors.
 
     Raises:
         UserError: a file cannot be used, or the method raised.
@@ -153,9 +157,9 @@ def sources_of(name: str, one: Any) -> dict[str, str]:
     try:
         return {str(file): str(digest) for file, digest in find().items()} if find is not None else {}
     except UserError as error:
-        raise UserError(f"--filter {name}: {error}") from None
-    except Exception as error:  # whatever the filter does
-        raise UserError(f"--filter {name}: sources raised {describe(error)}") from error
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:  # whatever the method does
+        raise UserError(f"{where}: sources raised {describe(error)}") from error
 
 
 def counted(reasons: pa.Array | pa.ChunkedArray) -> dict[str, int]:

@@ -88,7 +88,7 @@ def plan_match(
         "language_id": make_identifier(language_id).name,
     }
     if filters:
-        sources = [sources_of(named.name, load_filter(named)) for named in filters]
+        sources = [sources_of(f"--filter {named.name}", load_filter(named)) for named in filters]
         settings["filters"] = to_plain(list(filters))
         if any(sources):
             settings["filter_sources"] = sources

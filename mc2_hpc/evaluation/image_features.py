@@ -33,3 +33,12 @@ class ClipFeatures:
         on_cpu = next(self._clip.model.parameters()).device.type == "cpu"
         with one_torch_thread() if on_cpu else nullcontext():
             return self._clip.encode_image(list(images)).numpy()
+
+    def sources(self) -> dict[str, str]:
+        """The digest of the model and its image transform. Loaded on the CPU, so that the process that starts workers
+        holds no GPU.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        return {"model": load(self.model, "cpu").dual.identity}

@@ -236,6 +236,40 @@ def test_killed_run_is_continued(tmp_path, outputs):
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
+def test_a_tar_that_was_written_again_is_hashed_again(tmp_path):
+    """The same keys with other images: nothing of the old ones decides what goes."""
+    pool = write_pool(tmp_path / "pool", {"0": {"a": make_image(0), "b": make_image(0, quality=50)}})
+    assert jobs.run(plan_dedup_images(pool, tmp_path / "out"))["images"] == 1
+    write_pool(pool, {"0": {"a": make_image(1), "b": make_image(2)}})
+    result = jobs.run(plan_dedup_images(pool, tmp_path / "out"))
+    assert result["images"] == 2 and result["groups"] == 0 and kept_keys(tmp_path / "out") == {"a", "b"}
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+def test_a_tar_that_changes_while_it_is_compared_is_an_error(tmp_path, keep_time):
+    """By size and time of the tar, or by the sizes of its images if both are as they were."""
+    images = {"a": make_image(0), "b": make_image(1, quality=30)}
+    pool = write_pool(tmp_path / "pool", {"0": images})
+    jobs.run(plan_dedup_images(pool, tmp_path / "out"))
+    times = (pool / "0.tar").stat()
+    write_tar(pool / "0.tar", [("a.jpg", images["b"]), ("b.jpg", images["a"])])
+    if keep_time:
+        os.utime(pool / "0.tar", ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert (pool / "0.tar").stat().st_size == times.st_size
+    (shard,) = list_pool(pool)
+    with pytest.raises(UserError, match=r"0.tar: has changed since it was hashed; run the same command again"):
+        dedup_images.WriteShard(tmp_path / "out")("0", shard)
+
+
+def test_a_large_jpeg_ranks_by_all_its_pixels(tmp_path, monkeypatch):
+    """Training decodes it at a smaller scale, but it is still the larger copy."""
+    pool = write_pool(tmp_path / "pool", {"0": {"a": make_image(0, (192, 128)), "b": make_image(0, (288, 192))}})
+    monkeypatch.setattr("mc2_hpc.images.open_image.__kwdefaults__", {"max_pixels": 200 * 150})
+    monkeypatch.setattr("mc2_hpc.images.image_size.__kwdefaults__", {"max_pixels": 200 * 150})
+    jobs.run(plan_dedup_images(pool, tmp_path / "out"))
+    assert report(tmp_path / "out") == {"a": "b"}
+
+
 def test_bad_input_is_named(tmp_path):
     pool = write_pool(tmp_path / "pool", {"a": {"k": make_image(1)}})
     with pytest.raises(UserError, match="phash: max_distance=17 must be 0 to 16 of 64 bits"):
@@ -248,18 +282,13 @@ def test_bad_input_is_named(tmp_path):
     for same in (pool, tmp_path / "out" / ".." / "pool"):
         with pytest.raises(UserError, match="pool: holds the shards that are read; name another folder"):
             plan_dedup_images(pool, same)
+    (tmp_path / "out" / "hashes" / "images" / "a.arrow").write_bytes(b"damaged")
+    (tmp_path / "out" / "stats" / "a.json").unlink()
+    with pytest.raises(UserError, match="a.arrow: not readable .*; delete it and run the same command again"):
+        jobs.run(plan_dedup_images(pool, tmp_path / "out"))
     (pool / "a.tar").unlink()
     with pytest.raises(UserError, match="a.parquet: there is no a.tar with its images"):
         plan_dedup_images(pool, tmp_path / "out2")
     write_tar(tmp_path / "b.tar", [("x.jpg", b"no"), ("y.jpg", b"no")])
     with pytest.raises(UserError, match=r"nothing was kept \(images 0\): image_undecodable 2"):
         jobs.run(plan_dedup_images(tmp_path / "b.tar", tmp_path / "out3"))
-    (tmp_path / "out3" / "stats" / "b.json").unlink()
-    write_tar(tmp_path / "b.tar", [("x.jpg", b"no")])
-    with pytest.raises(UserError, match="b.tar: has changed since it was hashed; delete .*hashes/stats/b.json"):
-        jobs.run(plan_dedup_images(tmp_path / "b.tar", tmp_path / "out3"))
-    (tmp_path / "out" / "hashes" / "images" / "a.arrow").write_bytes(b"damaged")
-    (tmp_path / "out" / "stats" / "a.json").unlink()
-    write_pool(pool, {"a": {"k": make_image(1)}})
-    with pytest.raises(UserError, match="a.arrow: not readable .*; delete it and run the same command again"):
-        jobs.run(plan_dedup_images(pool, tmp_path / "out"))

@@ -48,8 +48,8 @@ class OpenFilter(NamedTuple):
         """What decides its verdicts, for the record: name, all options, and digests of files."""
         arguments = dict(self.named.arguments or {})
         if is_dataclass(self.filter):  # also the options that were not given, and absolute paths
-            arguments |= {one.name: to_plain(getattr(self.filter, one.name)) for one in fields(self.filter)}
-        return {"name": self.name, "arguments": arguments, "sources": sources_of(self.name, self.filter)}
+            arguments |= {one.name: to_plain(getattr(self.filter, one.name)) for one in fields(self.filter) if one.init}
+        return {"name": self.name, "arguments": arguments, "sources": sources_of(f"--filter {self.name}", self.filter)}
 
 
 def open_filters(filters: Iterable[Named]) -> list[OpenFilter]:
