@@ -180,6 +180,8 @@ def test_a_line_without_end_is_one_line(tmp_path, name):
             "image,text\nhttps://example.org/a.jpg,x\n",
             "has addresses, such as https://example.org/a.jpg;.*fetch",
         ),
+        ("image,text\n,x\na.jpg,x\nHTTPS://example.org/a.jpg,x\n", "has addresses, such as HTTPS://example.org/a.jpg;"),
+        ("image,text\n", r"nothing was kept"),
         ('image,text\na.jpg,"never closed\n' + "x\n" * 700_000, "line [0-9]+: field larger .*check the quotes"),
         ("", "name the right column with --image-column; its columns are none"),
         ("image,text\nb.jpg,x\n", r"nothing was kept \(images 0\): image_missing 1"),
