@@ -26,7 +26,7 @@ from mc2_hpc.curation.copies.features import centre_of, encoder_settings, featur
 from mc2_hpc.curation.copies.hashes import FEATURE_CHECK, FEATURE_DISTANCE, FEATURES, PHASH, Hash, checked_hash
 from mc2_hpc.curation.copies.hashing import FeatureBatches, encoder_of
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
-from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, first_of_name, key_of
+from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, first_of_name, key_of, require_images
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.curation.pool.perceptual_hash import Hashes, image_hashes, nearest
 from mc2_hpc.drops import Drop, Dropped
@@ -92,6 +92,7 @@ def plan_decontaminate(
         raise UserError(f"max_distance={max_distance}: must be 0 to 31 bits; unrelated images differ in about 32")
     kind = None if features is None else checked_hash(Hash(FEATURES, feature_distance, feature_check))
     training = {shard.name: shard for shard in list_pool(Path(shards).absolute())}
+    require_images(training.values())
     check_elsewhere(training.values(), out)
     units, listing = _benchmark_units(Path(against).absolute())
     settings: dict[str, Any] = {"max_distance": max_distance, "against": listing}

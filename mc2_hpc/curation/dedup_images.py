@@ -44,7 +44,7 @@ from mc2_hpc.curation.copies.search import (
 )
 from mc2_hpc.curation.filtering.record import pool_filters
 from mc2_hpc.curation.pool.captions import DEDUP_SETTINGS, PoolShard, list_pool
-from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, key_of
+from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, key_of, require_images
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
@@ -116,6 +116,7 @@ def plan_dedup_images(
     if features is not None:
         hashes.append(checked_hash(Hash(FEATURES, feature_distance, feature_check)))
     shards = {shard.name: shard for shard in list_pool(pool)}
+    require_images(shards.values())
     check_elsewhere(shards.values(), out)
     settings: dict[str, Any] = {"hashes": {kind.name: asdict(kind) for kind in hashes}, **encoder_settings(features)}
     if earlier := pool_filters(list(shards.values())):

@@ -15,7 +15,7 @@ images are in :mod:`mc2_hpc.curation.filtering`.
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from mc2_hpc.curation.pool.language_codes import is_in_languages, split_codes
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.named import Named, constructor_options, describe, from_plain, import_object
+from mc2_hpc.jobs.named import Named, constructor_options, describe, from_plain, import_object, to_plain
 
 _FORM = "--filter package.module.Class key=value key=value ..."
 _METHOD = "drop_reasons"
@@ -141,6 +141,18 @@ def ask(name: str, one: Any, rows: pa.Table, *images: Any) -> pa.Array:
     for reason in reasons.drop_null().unique().to_pylist():
         check_reason(name, reason)
     return reasons
+
+
+def complete(named: Named, one: Any) -> Named:
+    """A filter with all its options: also those that were not given, and paths as its constructor made them.
+
+    Args:
+        one: an instance of it.
+    """
+    arguments = dict(named.arguments or {})
+    if is_dataclass(one):
+        arguments |= {field.name: to_plain(getattr(one, field.name)) for field in fields(one) if field.init}
+    return Named(named.name, arguments)
 
 
 def sources_of(where: str, one: Any) -> dict[str, str]:

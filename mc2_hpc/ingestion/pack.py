@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
 from mc2_hpc.ingestion.columns import Columns
@@ -85,7 +86,9 @@ def plan_pack(
     inputs: Mapping[str, Any]
     work: PackFiles | PackTar | PackRows
     if found.kind is Kind.TARS:
-        inputs = {shard.name: shard.images for shard in list_pool(source) if shard.images is not None}
+        pool = list_pool(source)
+        check_elsewhere(pool, out)
+        inputs = {shard.name: shard.images for shard in pool if shard.images is not None}
         work = PackTar(out, options)
     elif found.kind is Kind.ROWS:
         parts = cut_rows(list(found.files), columns, images_per_shard)

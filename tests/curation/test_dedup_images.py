@@ -23,7 +23,7 @@ from mc2_hpc.curation.filter import plan_filter
 from mc2_hpc.curation.filtering.record import pool_filters
 from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import Local
+from mc2_hpc.jobs import Local, Ray
 from mc2_hpc.jobs.named import Named
 from mc2_hpc.tar import write_tar
 from tests.curation.planted import KINDS, copies_of, encoded, mirrored, small_images, web_images
@@ -141,6 +141,20 @@ def test_a_search_in_slices_finds_the_same(tmp_path, monkeypatch, outputs):
     }
 
 
+def test_ray_gives_the_same_bytes(tmp_path, outputs):
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'mc2_hpc[ray]')")
+    images = {f"{seed}-{quality}": make_image(seed, quality=quality) for seed in range(4) for quality in (90, 30)}
+    keys = sorted(images)
+    parts = {"x": {key: images[key] for key in keys[:3]}, "y": {key: images[key] for key in keys[3:]}}
+    pool = write_pool(tmp_path / "pool", parts)
+    counters = [
+        jobs.run(plan_dedup_images(pool, tmp_path / name), engine)
+        for name, engine in (("local", Local(1)), ("ray", Ray(workers=2, tasks=2)))
+    ]
+    assert counters[0] == counters[1] and counters[0]["groups"] == 4
+    assert outputs(tmp_path / "local") == outputs(tmp_path / "ray")
+
+
 def test_plain_tars_and_undecodable_images(tmp_path):
     """Captions go with their image; what cannot be decoded is dropped by reason; a shard without images vanishes."""
     (tmp_path / "pool" / "deep").mkdir(parents=True)
@@ -152,6 +166,23 @@ def test_plain_tars_and_undecodable_images(tmp_path):
     assert result == {"images_read": 4, "images": 1, "texts": 0, "groups": 1, "largest_group": 2, "drops": drops}
     assert members(tmp_path / "out" / "s.tar") == ["./a.jpg", "./a.txt"]
     assert not (tmp_path / "out" / "t.tar").exists()
+
+
+def test_rows_go_with_an_image_whose_name_is_too_long(tmp_path):
+    name = "k" * 100 + "/" + "k" * 97
+    images = {"a": make_image(0), name: make_image(1)}
+    (tmp_path / "pool").mkdir()
+    with tarfile.open(tmp_path / "pool" / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, data in images.items():
+            for file, content in ((f"{key}.jpeg", data), (f"{key}.x", b"more")):
+                info = tarfile.TarInfo(file)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    pq.write_table(pa.table({"key": ["a", name], "text": ["one", "two"]}), tmp_path / "pool" / "0.parquet")
+    result = jobs.run(plan_dedup_images(tmp_path / "pool", tmp_path / "out"))
+    assert result["drops"] == {"name_too_long": 1} and result["images"] == result["texts"] == 1
+    assert members(tmp_path / "out" / "0.tar") == ["a.jpeg", "a.x"]
+    assert pq.read_table(tmp_path / "out" / "0.parquet")["key"].to_pylist() == ["a"]
 
 
 def test_added_and_removed_shards_change_the_groups(tmp_path):
