@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,21 @@ def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def fingerprint(paths: Iterable[Path | None]) -> str:
+    """Hex digest of the sizes and modification times of files, whose contents are not read; it changes when one of them
+    is written again, appears or disappears."""
+    stamps = "".join(f"{_stamp(path)}\n" for path in paths)
+    return hashlib.sha256(stamps.encode()).hexdigest()
+
+
+def _stamp(path: Path | None) -> str:
+    try:
+        status = path.stat() if path is not None else None
+    except (OSError, ValueError, RuntimeError):  # a null byte in the name; a circle of links
+        return "unreadable"
+    return "none" if status is None else f"{status.st_size} {status.st_mtime_ns}"
 
 
 def file_sha256(path: str | Path) -> str:

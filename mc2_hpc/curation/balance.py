@@ -131,7 +131,7 @@ class SetThresholds:
     t_en: int | None
     root: Path
 
-    def is_current(self, name: str) -> bool:
+    def is_current(self, name: str, value: object) -> bool:
         """Whether ``thresholds.json`` was made from these counts and this ``t_en``."""
         marker = self._marker()
         if not (marker.is_file() and self.root.is_file()):

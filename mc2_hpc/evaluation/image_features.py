@@ -33,3 +33,12 @@ class ClipFeatures:
         """Unit-length features ``(n, D)``."""
         with one_torch_thread() if self._clip.device.type == "cpu" else nullcontext():
             return self._clip.encode_image(list(images)).numpy()
+
+    def sources(self) -> dict[str, str]:
+        """The digest of the model and its image transform. Loaded on the CPU, so that the process that starts workers
+        holds no GPU.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        return {"model": load(self.model, "cpu").dual.identity}

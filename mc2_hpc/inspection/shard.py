@@ -18,7 +18,7 @@ from mc2_hpc.data.stream import Part, ShardPool
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.images import open_image, thumbnail
+from mc2_hpc.images import image_size, open_image, thumbnail
 
 EPOCH = 0
 _TEXTS_AT_ONCE = 4096
@@ -158,9 +158,8 @@ class ShardReader:
             return
         found.kept += 1
         pair = example.pair
-        image = open_image(pair.image)
-        found.formats[(image.format or "?").lower()] += 1
-        width, height = image.size
+        found.formats[(open_image(pair.image).format or "?").lower()] += 1
+        width, height = image_size(pair.image)
         found.short_sides[min(width, height)] += 1
         found.turned += is_turned(bytes(pair.image))
         if len(found.pictures) < self._options.pictures:

@@ -132,9 +132,10 @@ def test_drops_are_counted_in_stats_balance_and_report(pool, listed, module, tmp
     drops = {"listed_word": 4 * 3, "too_long": 4 * (27 - 4)}
     assert result["match"]["drops"] == result["balance"]["drops"] == drops
     assert (result["match"]["rows"], result["match"]["captions"]) == (120, {"en": 16})
+    defaults = {"min_characters": 0, "min_words": 0, "max_words": None}  # recorded too: they decide as much
     assert read_json(tmp_path / "out" / "matched" / "match.json", ANYTHING)["filters"] == [
-        {"name": f"{module}.Words", "arguments": {"words": "words.txt"}},
-        {"name": LENGTH, "arguments": {"max_characters": 11}},
+        {"name": f"{module}.Words", "arguments": {"words": "words.txt", "lang": "", "loudly": False}},
+        {"name": LENGTH, "arguments": {"max_characters": 11, **defaults}},
     ]
     page = (tmp_path / "out" / "report" / "curation.html").read_text(encoding="utf-8")
     assert "listed_word" in page and "too_long" in page

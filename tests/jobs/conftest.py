@@ -27,7 +27,7 @@ class Copy(Touch):
     def __call__(self, shard: str, source: Path | None) -> None:
         (self.folder / shard).write_text(source.read_text())
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         return (self.folder / shard).read_text() == (self.folder / "source").read_text()
 """
 

@@ -12,6 +12,7 @@ from mc2_hpc.curation.copies.linking import CHECK_BITS, ENTRY, Entries
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.files import check_regular
+from mc2_hpc.reading.json_file import Count, Foreign
 from mc2_hpc.storage import atomic_path
 
 IMAGES, CODES = "images/{shard}.arrow", "codes/{hash}/{shard}.npy"
@@ -33,6 +34,14 @@ _CURE = "delete it and run the same command again"
 _COLUMNS = pa.schema(
     [("key", pa.large_string()), ("pixels", pa.int64()), ("bytes", pa.int64()), ("reason", pa.large_string())]
 )
+
+
+class HashStats(Foreign):
+    """``stats/<shard>.json`` of hashed images."""
+
+    images_read: Count
+    made_of: str = ""
+    """:func:`~mc2_hpc.storage.fingerprint` of the tar when it was hashed."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mc2_hpc.curation.copies.hashes import (
     FEATURES,
     PROJECTIONS,
     Hash,
+    HashStats,
     map_codes,
     read_images,
     write_array,
@@ -34,7 +35,7 @@ from mc2_hpc.curation.copies.tables import table_masks
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import stats_path
 from mc2_hpc.reading.arrays import map_array
-from mc2_hpc.reading.json_file import Count, Foreign, read_json
+from mc2_hpc.reading.json_file import read_json
 from mc2_hpc.storage import atomic_path, write_json
 
 CODES_PER_GB = 1 << 23
@@ -45,15 +46,9 @@ _HEADER = ("key", "kept", "kept_shard")
 _CURE = "delete its folder and run the same command again"
 
 
-class _Hashed(Foreign):
-    """The part of a hashed shard's counters that is needed to number its images."""
-
-    images_read: Count
-
-
 def first_images(hashed: Path, shards: Sequence[str]) -> npt.NDArray[np.int64]:
     """The number of each shard's first image among all, ``(shards + 1,)``; the last is the number of images."""
-    counts = [read_json(stats_path(hashed, name), _Hashed).images_read for name in shards]
+    counts = [read_json(stats_path(hashed, name), HashStats).images_read for name in shards]
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 

@@ -14,7 +14,7 @@ import simplejpeg
 from PIL import features
 
 from mc2_hpc.drops import Drop, Dropped
-from mc2_hpc.images import MAX_PIXELS, load_rgb, open_image
+from mc2_hpc.images import MAX_PIXELS, image_size, load_rgb, open_image
 
 EXTENSIONS = {
     "JPEG": "jpg",
@@ -77,9 +77,9 @@ def store(body: bytes, longest: int | None) -> StoredImage:
         small = _small_jpeg(body, shape, longest)
         if small is not None:
             return small
-    opened = _opened(body)
-    width, height = _reduced(opened.width, opened.height, longest)
+    _opened(body)  # raises if it is nothing to store
     image = open_image(body)
+    width, height = _reduced(image.width, image.height, longest)
     image.draft(None, (width, height))  # affects only JPEG
     upright = load_rgb(image, upright=True)
     if upright.size != image.size:  # turned by a quarter
@@ -134,7 +134,7 @@ def _opened(body: bytes) -> StoredImage:
     extension = EXTENSIONS.get(image.format or "")
     if extension is None:
         raise Dropped(Drop.NOT_AN_IMAGE, f"{image.format}")
-    return StoredImage(body, extension, image.width, image.height)
+    return StoredImage(body, extension, *image_size(body))
 
 
 def _unknown(body: bytes) -> Dropped | None:
