@@ -18,6 +18,7 @@ from torch import Tensor
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.average import weight_files
 from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.lora import Adapters, AdaptersFile
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.reading.files import read_text
@@ -36,6 +37,8 @@ class ModelCard:
     arch: ClipArchitecture
     tokenizer_style: str
     """``xlmv``, ``mt5`` or ``gemma`` (see ``mc2_hpc.data.tokenizer``); the model file is ``tokenizer.model``."""
+    lora: Adapters | None = None
+    """Adapters beside the weights; the file leaves it out if there are none."""
 
 
 class _Vision(File):
@@ -69,6 +72,7 @@ class _Card(File):
 
     arch: _Architecture
     tokenizer_style: Literal["xlmv", "mt5", "gemma"]
+    lora: AdaptersFile | None = None
 
 
 class _Best(File):
@@ -81,7 +85,10 @@ class _Best(File):
 
 def write_card(folder: Path, card: ModelCard) -> None:
     """Write ``model.json`` into ``folder``."""
-    write_json(folder / CARD_FILE, dataclasses.asdict(card))
+    values = dataclasses.asdict(card)
+    if card.lora is None:
+        del values["lora"]
+    write_json(folder / CARD_FILE, values)
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -105,7 +112,8 @@ def read_card(folder: Path) -> ModelCard:
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return ModelCard(arch=arch, tokenizer_style=card.tokenizer_style)
+    lora = None if card.lora is None else card.lora.adapters()
+    return ModelCard(arch=arch, tokenizer_style=card.tokenizer_style, lora=lora)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -191,7 +199,8 @@ def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.
 
 
 def load_clip(folder: str | Path, arch: ClipArchitecture | None = None, *, ema: bool = False) -> tuple[CLIP, ModelCard]:
-    """Load a model through a memory map, on the CPU, in eval mode; wrappers' prefixes in names are removed.
+    """Load a model through a memory map, on the CPU, in eval mode; wrappers' prefixes in names are removed, and
+    adapters are folded.
 
     Args:
         folder: a checkpoint, or a run folder (its latest checkpoint).
@@ -210,4 +219,4 @@ def load_clip(folder: str | Path, arch: ClipArchitecture | None = None, *, ema: 
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_names(str(folder), files.names(), shapes, files)
     model.load_state_dict({name: files.get_fp32(name) for name in files.names()}, assign=True)
-    return model.eval(), card
+    return model.eval(), dataclasses.replace(card, lora=None)
