@@ -34,6 +34,11 @@ class Adapters:
     vision: bool
     text: bool
 
+    def __str__(self) -> str:
+        """As settings of a run."""
+        values = (f"{key}: {str(value).lower()}" for key, value in vars(self).items())
+        return f"lora={{{', '.join(values)}}}"
+
     @property
     def towers(self) -> list[str]:
         """The towers that are adapted."""

@@ -1,7 +1,8 @@
 """A model on disk: ``model.json`` describes it, ``model.*.safetensors`` hold its weights, beside a tokenizer file.
 
 Training, import, evaluation and conversion share this part of the checkpoint format. Weights are fp32 and named as in
-``CLIP.state_dict()``; each is stored complete in one of the files, whatever the number of ranks that wrote them.
+``CLIP.state_dict()``; each is stored complete in one of the files, whatever the number of ranks that wrote them. A run
+that trains adapters (:mod:`mc2_hpc.models.lora`) stores them beside its weights.
 """
 
 import dataclasses

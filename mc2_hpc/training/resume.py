@@ -154,7 +154,7 @@ def _check_frozen(checkpoint: Checkpoint, config: RunConfig, card: ModelCard) ->
 
 def _check_adapters(checkpoint: Checkpoint, before: ModelCard, now: ModelCard) -> None:
     if before.lora != now.lora:
-        old, new = ("no lora" if card.lora is None else f"lora={vars(card.lora)}" for card in (before, now))
+        old, new = (str(card.lora or "no lora") for card in (before, now))
         raise UserError(
             f"{checkpoint.folder}: trained with {old}, now it is {new}: keep it, or start a new run from its weights, "
             f"in which adapters are folded: model.init_from={checkpoint.folder} with another output"
