@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mc2_hpc.config_optim import FreezeConfig, OptimConfig
+from mc2_hpc.config_optim import FreezeConfig, LoraConfig, OptimConfig
 from mc2_hpc.errors import UserError
 from mc2_hpc.precision import Precision
 from mc2_hpc.reading.checks import at_least as _at_least
@@ -24,6 +24,7 @@ from mc2_hpc.train_sources import TrainSource, check_mix
 
 __all__ = [
     "FreezeConfig",
+    "LoraConfig",
     "OptimConfig",
     "RunConfig",
     "config_from_dict",
@@ -331,6 +332,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    lora: LoraConfig | None = None
+    """Null trains the weights themselves."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -350,6 +353,7 @@ class RunConfig:
         _at_least("micro_batch", self.micro_batch, 0)
         if self.profile.steps is not None and self.profile.steps[1] > self.steps:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
+        self._check_lora()
         if self.data.features is not None and self.freeze.vision != "all":
             raise UserError("data.features: features of images cannot change; set freeze.vision=all")
         if self.data.features is not None and self.distill is not None:
@@ -364,6 +368,21 @@ class RunConfig:
             raise UserError(
                 f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "
                 f"choose a number of lanes that divides it"
+            )
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        for tower in ("vision", "text"):
+            if getattr(self.lora, tower) and getattr(self.freeze, tower) is not None:
+                raise UserError(
+                    f"lora.{tower}=true and freeze.{tower}={getattr(self.freeze, tower)}: an adapted tower is frozen "
+                    f"except for its adapters; set lora.{tower}=false or freeze.{tower}=null"
+                )
+        if self.lora.text and self.model.new_tokenizer:
+            raise UserError(
+                "lora.text=true and model.new_tokenizer=true: the token table would stay that of another tokenizer; "
+                "set lora.text=false"
             )
 
 

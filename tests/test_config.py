@@ -217,6 +217,24 @@ def test_a_section_that_may_be_missing_can_be_set_part_by_part_and_removed(tmp_p
         load_config(path, ["data=null"])
 
 
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["lora.rank=0"], "lora.rank=0: must be at least 1"),
+        (["lora.alpha=0"], "lora.alpha=0.0: must be positive"),
+        (["lora={vision: false, text: false}"], "leaves no tower to adapt; leave out the section lora"),
+        (["lora={}", "freeze.text=1"], "lora.text=true and freeze.text=1: an adapted tower is frozen except for"),
+        (["lora={}", "freeze.vision=all", "data.features=/f"], "lora.vision=true and freeze.vision=all"),
+        (["lora={}", "model.new_tokenizer=true"], "the token table would stay that of another tokenizer"),
+    ],
+)
+def test_adapters_that_cannot_be_trained_are_refused(file, overrides, words):
+    with pytest.raises(UserError) as error:
+        load_config(file, overrides)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert load_config(file, ["lora={vision: false}", "freeze.vision=all", "data.features=/f"]).lora is not None
+
+
 def test_a_teacher_needs_images_and_not_their_features(file):
     overrides = ["freeze.vision=all", "data.features=/f", "distill.teacher=/t"]
     with pytest.raises(UserError, match="data.features and distill: a teacher needs the images"):

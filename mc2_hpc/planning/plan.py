@@ -218,6 +218,7 @@ def _check_planned(config: RunConfig) -> None:
         ("distill=null", config.distill is not None),
         ("data.features=null", config.data.features is not None),
         ("model.patch_dropout=0", config.model.patch_dropout > 0),
+        ("lora=null", config.lora is not None),
     ):
         if is_set:
             key = cure.partition("=")[0]

@@ -19,11 +19,12 @@ from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, Towers
+from mc2_hpc.models.lora import add_adapters
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
 from mc2_hpc.training.deepspeed_config import deepspeed_config
-from mc2_hpc.training.freezing import freeze
+from mc2_hpc.training.freezing import adapters_of, freeze
 from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate
 from mc2_hpc.training.token_table import TABLE, TokenTable
 from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState, average, create_state
@@ -85,6 +86,7 @@ class Engine:
         self._computes_norm = self.stage in (1, 2) and config.optim.grad_clip == 0
         self._clip = clip
         self._model_config = config.model
+        self._adapters = adapters_of(config)
         self._max_norm = config.optim.grad_clip
         self._ema_decay = config.optim.ema_decay
         self._kinds = (*MOMENTS, EMA) if self._ema_decay else MOMENTS
@@ -328,6 +330,8 @@ class Engine:
         stored = set(self.state_names())
         with torch.device("meta"):
             model = CLIP(self._clip.arch)
+            if self._adapters is not None:
+                add_adapters(model, self._adapters)
         model = model.to_empty(device=self.device)
         model.set_backends(self._model_config, self.device.type)
         with torch.no_grad():

@@ -117,6 +117,7 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
             f"to other rows of the token table; set data.tokenizer={own}, or start from scratch with another output"
         )
     _check_frozen(checkpoint, config, card)
+    _check_adapters(checkpoint, old_card, card)
     pairs = {key: (_lookup(before, key, ADDED.get(key)), _lookup(now, key)) for key in SAID}
     changed = [key for key, (old, new) in pairs.items() if old != new]
     lines = []
@@ -148,6 +149,15 @@ def _check_frozen(checkpoint: Checkpoint, config: RunConfig, card: ModelCard) ->
         raise UserError(
             f"{source}: trained with {key}={value}, so it has no AdamW state of what is to be trained now; "
             f"keep {value}, or start a new run from its weights: model.init_from={source} with another output"
+        )
+
+
+def _check_adapters(checkpoint: Checkpoint, before: ModelCard, now: ModelCard) -> None:
+    if before.lora != now.lora:
+        old, new = (str(card.lora or "no lora") for card in (before, now))
+        raise UserError(
+            f"{checkpoint.folder}: trained with {old}, now it is {new}: keep it, or start a new run from its weights, "
+            f"in which adapters are folded: model.init_from={checkpoint.folder} with another output"
         )
 
 

@@ -21,7 +21,7 @@ from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.precision import Precision
-from mc2_hpc.training.freezing import frozen_depths
+from mc2_hpc.training.freezing import adapters_of, frozen_depths
 from mc2_hpc.training.patch_dropout import num_kept
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,8 @@ class ThroughputMeter:
         self._frozen = frozen_depths(arch, config.freeze)
         every_patch = (arch.vision.image_size // arch.vision.patch_size) ** 2
         self._num_patches = 0 if config.data.features is not None else num_kept(every_patch, config.model.patch_dropout)
+        adapters = adapters_of(config)
+        self._ranks = {} if adapters is None else dict.fromkeys(adapters.towers, adapters.rank)
         self._text_packing = config.model.text_packing
         self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
@@ -195,7 +197,8 @@ class ThroughputMeter:
         self._steps += 1
         lengths = batch.lengths if self._text_packing else [batch.tokens.shape[1]] * len(batch.keys)
         for length, num in Counter(lengths).items():
-            self._flops += flops_per_pair(self._arch, length, self._frozen, num_patches=self._num_patches) * num
+            each = flops_per_pair(self._arch, length, self._frozen, num_patches=self._num_patches, ranks=self._ranks)
+            self._flops += each * num
         self._languages.update(batch.langs)
         self._sources.update(batch.sources)
         self._fields.update(batch.fields)

@@ -18,6 +18,7 @@ from mc2_hpc.data.pools import epochs_in
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.average import AVERAGE, has_average
 from mc2_hpc.models.clip import CLIP, build_clip
+from mc2_hpc.models.lora import add_adapters, init_adapters
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import ModelCard
 from mc2_hpc.precision import Precision
@@ -25,7 +26,7 @@ from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpo
 from mc2_hpc.training.distillation import DistillationTeacher
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
-from mc2_hpc.training.freezing import check_frozen
+from mc2_hpc.training.freezing import adapters_of, check_frozen
 from mc2_hpc.training.host_copy import HostCopy
 from mc2_hpc.training.image_features import check_features
 from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
@@ -96,7 +97,7 @@ class Trainer:
         arch = architecture(config, source)
         check_frozen(arch, config)
         self.tokenizer = tokenizer(config, source, arch, ranks)
-        self.card = ModelCard(arch=arch, tokenizer_style=self.tokenizer.style)
+        self.card = ModelCard(arch=arch, tokenizer_style=self.tokenizer.style, lora=adapters_of(config))
         if checkpoint is not None:
             changes = check_resume(checkpoint, config, self.card, self.tokenizer)
             if ranks.is_first:
@@ -168,11 +169,14 @@ class Trainer:
             )
 
     def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None, source: Source | None) -> None:
+        if checkpoint is None and source is not None:
+            load_initial_weights(clip, source)
+        if self.card.lora is not None:
+            add_adapters(clip, self.card.lora)
+            init_adapters(clip, seed=self.config.seed)
         if checkpoint is not None:
             load_weights(clip, checkpoint.folder)
             logger.info("resuming %s after step %d", checkpoint.folder, checkpoint.step)
-        elif source is not None:
-            load_initial_weights(clip, source)
         clip.set_backends(self.config.model, self.ranks.device.type)
 
     def _load_moments(self, checkpoint: Checkpoint) -> None:

@@ -147,6 +147,7 @@ def test_a_gpu_of_a_file(tmp_path):
     [
         ({"distill": {"teacher": "/t"}}, "distill=null"),
         ({"model": {"patch_dropout": 0.5}}, "model.patch_dropout=0"),
+        ({"lora": {"rank": 4}}, "lora=null"),
         ({"data": {"features": "/f"}, "freeze": {"vision": "all"}}, "data.features=null"),
     ],
 )
