@@ -249,7 +249,9 @@ class CheckpointConfig:
     """When the state is saved, and how many checkpoints are kept."""
 
     every: int = 2000
-    """Steps between saves; the last step is always saved."""
+    """Steps between saves."""
+    last: bool = True
+    """Save the last step too; false is for measurements, whose weights nobody needs."""
     keep: int = 2
     """How many of the newest checkpoints to keep."""
     resume: bool = True

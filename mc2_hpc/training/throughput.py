@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.batches import Batch
@@ -26,6 +27,8 @@ from mc2_hpc.training.patch_dropout import num_kept
 
 logger = logging.getLogger(__name__)
 
+DATA_WAIT = "data wait"
+"""Name of the ranges in a profile in which the step waits for its batch."""
 _MOST_LANGUAGES = 20
 """Largest number of languages in a row."""
 
@@ -173,9 +176,10 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside counts as waiting for data."""
+        """Time spent inside counts as waiting for data, in a profile too (as :data:`DATA_WAIT`)."""
         begin = time.perf_counter()
-        yield
+        with record_function(DATA_WAIT):
+            yield
         self._wait += time.perf_counter() - begin
 
     @contextmanager

@@ -145,7 +145,10 @@ class Trainer:
         self._patch_dropout = PatchDropout(config, arch, ranks.device)
         self._means = Means()
         self._save_policy = SavePolicy(
-            every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
+            every=config.checkpoint.every,
+            last_step=config.steps,
+            background=config.checkpoint.background,
+            save_last=config.checkpoint.last,
         )
 
     def _votes(self) -> Votes:
