@@ -59,8 +59,8 @@ class ClipScore(ScoreFilter):
 
 @lru_cache(maxsize=2)
 def _load(model: str, device: str) -> Clip:
-    from mc2_hpc.threads import one_torch_thread
     from mc2_hpc.evaluation.loading import load
+    from mc2_hpc.threads import one_torch_thread
 
     with one_torch_thread():  # the number of threads that onnxruntime starts here
         return load(model, device or None)
