@@ -70,6 +70,8 @@ class _TrainerFile(Foreign):
     shards: _SavedShards | None = None
     sources: dict[str, _SavedShards] = {}
     """In place of ``shards`` in a mix."""
+    teacher: Sha256 | None = None
+    """Of the teacher's files."""
 
 
 @dataclass(frozen=True, kw_only=True)

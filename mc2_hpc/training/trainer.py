@@ -36,7 +36,7 @@ from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.patch_dropout import PatchDropout
 from mc2_hpc.training.profiling import StepProfiler
 from mc2_hpc.training.progress import common_shards, restore_progress, saved_progress, warn_of_other_shards
-from mc2_hpc.training.resume import check_resume, warn_of_changes
+from mc2_hpc.training.resume import check_resume, teacher_changes, warn_of_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, check_loss, num_micro_batches
@@ -110,10 +110,11 @@ class Trainer:
             self.evaluation = PeriodicEvaluation(config, self.card, self.tokenizer, ranks, self.stop)
             if checkpoint is not None:
                 self.evaluation.restore_best(folder)
-        self.teacher = None if config.distill is None else DistillationTeacher(config, arch, self.tokenizer, ranks)
+        num_micro = num_micro_batches(config, ranks.world_size)
         self.progress, position = restore_progress(checkpoint, is_first=ranks.is_first)
         self.takedown = TakedownWatch(config.data, ranks, self.output, step=self.progress.step)
         self.takedown.record(step=self.progress.step, progress=saved_progress(checkpoint))
+        self.teacher = self._load_teacher(checkpoint)
         self.loader = TrainLoader(
             config.data,
             global_batch=config.global_batch,
@@ -132,7 +133,7 @@ class Trainer:
         clip = build_clip(arch, seed=config.seed)
         self._prepare_model(clip, checkpoint, source)
         check_features(clip, config, ranks)
-        self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))
+        self.engine = Engine(clip, config, ranks, num_micro=num_micro)
         if checkpoint is not None:
             self._load_moments(checkpoint)
         self._step = ContrastiveStep(
@@ -150,6 +151,14 @@ class Trainer:
             background=config.checkpoint.background,
             save_last=config.checkpoint.last,
         )
+
+    def _load_teacher(self, checkpoint: Checkpoint | None) -> DistillationTeacher | None:
+        if self.config.distill is None:
+            return None
+        teacher = DistillationTeacher(self.config, self.card.arch, self.tokenizer, self.ranks)
+        if checkpoint is not None and self.ranks.is_first:
+            warn_of_changes(checkpoint, teacher_changes(checkpoint, teacher.identity))
+        return teacher
 
     def _votes(self) -> Votes:
         return Votes(
@@ -390,6 +399,7 @@ class Trainer:
                 **self.progress.gathered(),
                 **self.shards,
                 **self.takedown.described(),
+                **({"teacher": self.teacher.identity} if self.teacher is not None else {}),
                 "config": config_to_dict(self.config),
                 "world_size": self.ranks.world_size,
                 "versions": {name: version(name) for name in _PACKAGES},

@@ -15,7 +15,7 @@ from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card, write_c
 from mc2_hpc.training.checkpoint import Checkpoint
 from mc2_hpc.training.freezing import adapters_of
 from mc2_hpc.training.optim import learning_rate
-from mc2_hpc.training.resume import ADDED, FIXED, SAID, SCHEDULE, check_resume, warn_of_changes
+from mc2_hpc.training.resume import ADDED, FIXED, SAID, SCHEDULE, check_resume, teacher_changes, warn_of_changes
 from tests.faults.tiny_run import write_config
 
 
@@ -181,6 +181,26 @@ def test_the_adapters_stay_as_they_are(resume, before, overrides, words):
     with pytest.raises(UserError, match="start a new run from its weights, in which adapters are folded") as error:
         resume(*overrides, lora=adapters_of(resume.load(*overrides)))
     assert words in str(error.value)
+
+
+def test_what_was_frozen_is_known_by_the_old_models_blocks(resume):
+    """Two: in a model of one block, ``freeze.vision=2`` would mean nothing. Other blocks are found with the weights."""
+    resume.checkpoint.trainer["config"]["freeze"]["vision"] = "2"
+    with pytest.raises(UserError, match="trained with freeze.vision=2,"):
+        resume("model.vision.layers=1")
+    assert resume("model.vision.layers=3", "freeze.vision=2") == []
+    resume.checkpoint.trainer["config"]["freeze"]["vision"] = "all"
+    assert resume("model.vision.layers=1", "freeze.vision=all") == []
+
+
+def test_another_teacher_behind_the_same_name_is_reported(resume):
+    checkpoint = resume.checkpoint
+    assert teacher_changes(checkpoint, "a" * 64) == []  # from before it was saved
+    checkpoint.trainer["teacher"] = "a" * 64
+    assert teacher_changes(checkpoint, "a" * 64) == []
+    assert teacher_changes(checkpoint, "b" * 64) == [
+        "SHA-256 of the teacher's files aaaaaaaaaaaa... -> bbbbbbbbbbbb..."
+    ]
 
 
 def test_another_schedule_is_reported(resume):

@@ -59,3 +59,6 @@ def test_votes_of_three_ranks(counts, voted_in, expected):
 def test_counts_are_read_by_name():
     assert Votes._fields == VoteCounts._fields
     assert VoteCounts.of([1.0, 2.0, 3.0]) == VoteCounts(stop=1, written=2, listed=3)
+    for counts in ([1.0, 2.0], [0.5, 1.0, 2.0, 3.0]):  # of a step that also has, or lacks, a divergence
+        with pytest.raises(ValueError, match="values to unpack"):
+            VoteCounts.of(counts)

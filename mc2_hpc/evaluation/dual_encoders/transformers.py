@@ -34,7 +34,7 @@ class _Family:
     padding: str
     """Of texts: to the ``longest`` in a batch, or to ``max_length``, as in SigLIP's training."""
     inputs: tuple[str, ...]
-    """Of the text tower. SigLIP also attends to the padding."""
+    """Of the text tower, as far as the tokenizer gives them. SigLIP attends to the padding, so it takes no mask."""
 
 
 _CLIP = _Family("longest", ("input_ids", "attention_mask"))
@@ -56,8 +56,10 @@ class TransformersCaptions:
         if tokenizer is None:
             tokenizer = _loaded(import_transformers().AutoTokenizer, source)
         self._tokenizer = tokenizer
+        self.inputs = [name for name in family.inputs if name in tokenizer.model_input_names]
+        """Names of the text tower's."""
         fill = {"input_ids": int(tokenizer.pad_token_id or 0), "attention_mask": 0}
-        self.pads = [fill[name] for name in family.inputs]
+        self.pads = [fill[name] for name in self.inputs]
 
     def __reduce__(self) -> tuple[type, tuple[Path, _Family, int]]:
         return TransformersCaptions, self._known
@@ -71,7 +73,7 @@ class TransformersCaptions:
             max_length=self._context_length,
             return_tensors="pt",
         )
-        return {name: tokens[name] for name in self._family.inputs}
+        return {name: tokens[name] for name in self.inputs}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return torch.stack(list(self.by_name(texts).values()), dim=1)
@@ -135,7 +137,7 @@ class TransformersEncoder:
         return self.encode_tokens(self.captions(texts).to(self.device))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        inputs = dict(zip(self._family.inputs, tokens.unbind(1), strict=True))
+        inputs = dict(zip(self.captions.inputs, tokens.unbind(1), strict=True))
         return _unit(self.model.get_text_features, inputs)  # type: ignore[arg-type]
 
     def logits(self) -> tuple[float, float]:
