@@ -120,6 +120,7 @@ class WriteSheets:
         before.wanted(example for sheet in sheets for example in sheet.dropped)
         after.wanted([*changed, *(example for sheet in sheets for example in sheet.kept)])
         for shard in shards:
+            assert shard.images is not None
             before.read(shard.name, shard.images)
             after.read(shard.name, self.out / f"{shard.name}.tar")
         stats = sum_stats(self.out, [shard.name for shard in shards], FilterStats)
@@ -177,9 +178,9 @@ class _Pictures:
         for example in examples:
             self._keys[example.shard].add(example.key)
 
-    def read(self, shard: str, tar: Path | None) -> None:
+    def read(self, shard: str, tar: Path) -> None:
         """Read those of a shard that are wanted."""
-        if shard not in self._keys or tar is None:
+        if shard not in self._keys:
             return
         with TarIndex(tar) as index:
             images, _, _ = writable_images(index.listing, sorted(self._keys[shard]))
