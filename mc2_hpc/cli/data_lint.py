@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _show(found: "Lint") -> None:
     from mc2_hpc.drops import MEANINGS, Drop
     from mc2_hpc.inspection.lint import quantile
+    from mc2_hpc.reading.files import shown
 
     data = found.findings
     print(f"shards      {data.shards:,}, {len(data.unreadable):,} of them unreadable")
@@ -78,7 +79,9 @@ def _show(found: "Lint") -> None:
         if count:
             print(f"skipped     {reason} {count:,}: {MEANINGS[Drop(reason)]}")
     total = data.captions.total()
-    shares = [f"{lang or '(none)'} {count / total:.1%}" for lang, count in data.captions.most_common(_LANGUAGES_SHOWN)]
+    shares = [
+        f"{shown(lang) or '(none)'} {count / total:.1%}" for lang, count in data.captions.most_common(_LANGUAGES_SHOWN)
+    ]
     more = len(data.captions) - len(shares)
     print(f"captions    {total:,}: {', '.join(shares)}{f' and {more} more languages' if more > 0 else ''}")
     for reason, count in data.bad_captions.most_common():
@@ -95,10 +98,10 @@ def _show(found: "Lint") -> None:
         )
     for lang, lengths in sorted(data.tokens.items(), key=lambda item: -item[1].total())[:_LANGUAGES_SHOWN]:
         print(
-            f"tokens      {lang or '(none)'}: median {quantile(lengths, 0.5)}, longest {max(lengths)}, "
+            f"tokens      {shown(lang) or '(none)'}: median {quantile(lengths, 0.5)}, longest {max(lengths)}, "
             f"{found.truncated(lang):.1%} of {lengths.total():,} captions have more than {found.room}"
         )
     if found.num_repeated:
         print(f"repeated    keys in more than one shard: {found.num_repeated:,}")
         for one in found.repeated[:3]:
-            print(f"            {one.key} in {', '.join(one.shards[:3])}")
+            print(f"            {shown(one.key)} in {', '.join(map(shown, one.shards[:3]))}")

@@ -40,10 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _show(sample: "ShownSample") -> None:
     from mc2_hpc.reading.files import shown
 
-    print(f"{shown(sample.key)}  ({sample.shard})")
+    print(f"{shown(sample.key)}  ({shown(sample.shard)})")
     if sample.format:
         print(f"  {sample.format} {sample.width} x {sample.height}, {sample.size:,} bytes")
     for text, lang in sample.captions:
-        print(f"  {lang or '-':<5} {shown(text)}")
+        print(f"  {shown(lang) or '-':<5} {shown(text)}")
     for problem in sample.problems:
         print(f"  skipped: {shown(problem)}")

@@ -56,6 +56,7 @@ from mc2_hpc.shard_paths import Names
 from mc2_hpc.storage import fingerprint, write_json
 
 HASHED, REMOVED = "hashes", "removed"
+_GROUPING = "group"
 _FEWEST_PARTS, _MOST_PARTS = 16, 1000
 
 
@@ -124,7 +125,8 @@ def plan_dedup_images(
     for folder in (out, out / HASHED):
         open_folder(folder, DEDUP_SETTINGS, settings, list(shards))
     stages = _stages(out, shards, hashes, features, memory_gb * CODES_PER_GB)
-    return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[-2]))
+    grouping = next(stage for stage in stages if stage.name == _GROUPING)
+    return Plan(tuple(stages), result=lambda: _result(out, list(shards), grouping))
 
 
 def _stages(
@@ -155,7 +157,7 @@ def _stages(
     return [
         *stages,
         Stage("search", links.parent, parts, search, (f"{digest}/{{shard}}.npy",), "parts", invalidates=found),
-        Stage("group", links.parent, {"groups": None}, group, (f"{digest}/{{shard}}.json",), invalidates=(stats,)),
+        Stage(_GROUPING, links.parent, {"groups": None}, group, (f"{digest}/{{shard}}.json",), invalidates=(stats,)),
         Stage("write", out, shards, WriteShard(out), (STATS,)),
     ]
 

@@ -38,8 +38,6 @@ Row = dict[str, Any]
 def deal(listing: pa.Table, images_per_shard: int) -> Iterator[tuple[str, pa.Table]]:
     """Names of shards and their rows of ``listing``, sorted by key, image and caption."""
     encoded = listing["key"].combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):  # a table without rows may have no chunk
-        return
     keys = encoded.dictionary
     count = -(-len(keys) // images_per_shard)
     places = np.empty(len(keys), np.int64)

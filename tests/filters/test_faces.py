@@ -117,6 +117,15 @@ def test_faces_are_blurred_and_other_images_keep_their_bytes(pool, module, tmp_p
     assert {row["change"] for row in verdicts(tmp_path / "out")} == {None, "faces_blurred"}
 
 
+def test_the_same_limit_blurs_what_it_would_drop(pool, module, tmp_path):
+    """A face exactly as confident as the limit is one for neither filter."""
+    most = 200 / 255
+    run_filter(pool, tmp_path / "drop", Named(DROP, {"detector": f"{module}.Red", "most": most}))
+    run_filter(pool, tmp_path / "blur", Named(BLUR, {"detector": f"{module}.Red", "least": most}))
+    assert set(in_tar(pool / "0.tar")) - set(in_tar(tmp_path / "drop" / "0.tar")) == {"255.png"}
+    assert {row["key"] for row in verdicts(tmp_path / "blur") if row["change"]} == {"255"}
+
+
 def test_the_bytes_are_the_same_again(pool, module, tmp_path, outputs):
     blur = Named(BLUR, {"detector": f"{module}.Red", "least": 0.5})
     for out in ("a", "b"):
