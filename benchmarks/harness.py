@@ -23,6 +23,7 @@ from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 ROOT = Path(__file__).parents[1]
 """The folder in which ``python -m benchmarks.<module>`` works."""
 RESULTS = ROOT / "benchmarks" / "results"
+_STARTED = time.perf_counter()
 _NOT_ROWS = ":(exclude)benchmarks/results"
 
 
@@ -83,6 +84,21 @@ def alternate(
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def announce(text: str) -> None:
+    """Say on stderr what begins, with the time since the start of the program."""
+    print(f"{time.perf_counter() - _STARTED:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def announced(text: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, announced each time."""
+
+    def announcing() -> object:
+        announce(text)
+        return call()
+
+    return announcing
 
 
 def _synchronize() -> None:

@@ -108,8 +108,11 @@ def _write(
     if ema or read_card(ours).lora is not None:
         ours = _plain(ours, scratch / "plain", ema=ema)
     if image_size is not None:
+        before = read_card(ours).arch.vision.image_size
         ours = _resize(ours, image_size, scratch / "resized")
-        found = msgspec.structs.replace(found, scores=[])  # they were another model's
+        trained = found.trained_size or before
+        # The scores were another model's.
+        found = msgspec.structs.replace(found, scores=[], trained_size=trained if trained != image_size else None)
     if scores is not None:
         found = msgspec.structs.replace(found, scores=scores)
     card = read_card(ours)

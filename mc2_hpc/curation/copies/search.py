@@ -25,6 +25,7 @@ from mc2_hpc.curation.copies.linking import (
     Forest,
     bucket_hashes,
     collapse,
+    collapse_crowded,
     join,
     link,
     links_of,
@@ -119,17 +120,17 @@ class SearchPart:
         masks = table_masks(kind.max_distance, num_codes)
         slices = max(1, -(-num_codes // self.codes_at_once))
         tasks = range(part, len(masks) * slices, self.parts)
-        everything = _gather(codes, first, masks[0], 0, 1, forest) if slices == 1 and len(tasks) else None
+        everything = collapse(_gather(codes, first, masks[0], 0, 1), forest) if slices == 1 and len(tasks) else None
         for task in tasks:
             mask, number = masks[task // slices], task % slices
-            entries = everything if everything is not None else _gather(codes, first, mask, number, slices, forest)
+            entries = everything
+            if entries is None:  # a slice serves one mask alone: collapsing all of it would cost more than the search
+                entries = collapse_crowded(_gather(codes, first, mask, number, slices), mask, forest)
             link(entries, mask, forest, max_distance=kind.max_distance, max_check=kind.max_check)
 
 
-def _gather(
-    codes: list[Entries], first: npt.NDArray[np.int64], mask: np.uint64, number: int, slices: int, forest: Forest
-) -> Entries:
-    """The distinct codes in one of ``slices`` slices, which keep together the hashes that agree in ``mask``."""
+def _gather(codes: list[Entries], first: npt.NDArray[np.int64], mask: np.uint64, number: int, slices: int) -> Entries:
+    """The codes in one of ``slices`` slices, which keep together the hashes that agree in ``mask``."""
     found = []
     for start, of_shard in zip(first[:-1], codes, strict=True):
         if slices > 1:
@@ -138,7 +139,7 @@ def _gather(
         of_shard = np.array(of_shard)  # from the file to memory
         of_shard["image"] += np.uint32(start)
         found.append(of_shard)
-    return collapse(np.concatenate(found), forest)
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True)
