@@ -3,12 +3,9 @@
 import csv
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +25,7 @@ from mc2_hpc.jobs.named import Named
 from mc2_hpc.tar import write_tar
 from tests.curation.planted import KINDS, copies_of, encoded, mirrored, small_images, web_images
 from tests.holding import held
-
-WAIT_S = 240
+from tests.killing import WAIT_S, kill_when
 
 
 def make_image(seed, size=(96, 64), quality=90):
@@ -254,13 +250,7 @@ def test_killed_run_is_continued(tmp_path, outputs):
     command += ["--out", str(tmp_path / "out")]
     hashed = tmp_path / "out" / "hashes" / "stats"
     with held(pool / "3.tar"):
-        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + WAIT_S
-        while not hashed.is_dir() or len(list(hashed.glob("[0-9].json"))) < 3:
-            assert driver.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait()
+        kill_when(command, lambda: len(list(hashed.glob("[0-9].json"))) == 3)
     before = {path: path.stat().st_mtime_ns for path in hashed.glob("[0-9].json")}
     subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
     assert {path: path.stat().st_mtime_ns for path in before} == before

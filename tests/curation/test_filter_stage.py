@@ -95,13 +95,10 @@ class NoMethod:
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch) -> str:
+def module(tmp_path, monkeypatch, module_of) -> str:
     """Name of a module of filters in the working folder."""
-    name = f"image_filters_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module_of(MODULE)
 
 
 def plain(color: tuple[int, int, int], size: tuple[int, int] = (32, 32), kind: str = "PNG", **options) -> bytes:
@@ -330,9 +327,8 @@ def test_two_scores_need_two_names_and_scores_are_finite(module, tmp_path):
         run_filter(pool, tmp_path / "out", Named(f"{module}.Told", {"least": 1}))
 
 
-def test_the_examples_filters(tmp_path, monkeypatch):
+def test_the_examples_filters(tmp_path, examples):
     """The filters in examples/ are loaded by name, and each of their reasons occurs."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
     images = {"noise.jpg": encoded(), "plain.png": plain((9, 9, 9)), "pixel.png": plain((9, 9, 9), (1, 1))}
     rows = [(name.partition(".")[0], "a caption", "en") for name in images]
     pool = write_shard(tmp_path / "pool", "0", images, rows)

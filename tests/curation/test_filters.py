@@ -82,13 +82,10 @@ not_a_class = len
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch) -> str:
+def module(tmp_path, monkeypatch, module_of) -> str:
     """Name of a module of filters in the working folder, where ``mc2`` finds user modules."""
-    name = f"filters_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module_of(MODULE)
 
 
 @pytest.fixture
@@ -141,9 +138,8 @@ def test_drops_are_counted_in_stats_balance_and_report(pool, listed, module, tmp
     assert "listed_word" in page and "too_long" in page
 
 
-def test_the_examples_filter(monkeypatch):
+def test_the_examples_filter(examples):
     """The filter in examples/ is loaded by name, and each of its reasons occurs."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
     one = parse_filter(["caption_filters.NoAdvertisements", "most_prices=1"]).load()
     texts = ["a red car", "a red car for $5", "from $5 to 7 €", "red cars, buy now"]
     assert one.drop_reasons(pa.table({"text": texts})) == [None, None, "price", "call_to_buy"]

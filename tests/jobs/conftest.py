@@ -33,9 +33,6 @@ class Copy(Touch):
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch):
+def work(module_of):
     """A user's module, in a folder that only this process searches."""
-    name = f"work_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(WORK)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return importlib.import_module(name)
+    return importlib.import_module(module_of(WORK))
