@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption-tokens", type=amount, default=18.0, help="mean tokens of a caption [18]")
     parser.add_argument("--pair-bytes", type=amount, default=30_000.0, help="mean bytes of a stored pair [30000]")
     parser.add_argument("--advise", action="store_true", help="also trace other settings, and say which gain most")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots")
     parser.add_argument(
         "--calibrate",
         type=Path,
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.config import load_config
+    from mc2_hpc.pages.plots import require_plotting
     from mc2_hpc.planning.advise import alternatives, best_changes
     from mc2_hpc.planning.machines import read_gpu, read_network, usual_network
     from mc2_hpc.planning.plan import Assumptions, Plan, make_plans
@@ -49,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.calibrate:
         return plan_calibrate.run(arguments)
     _check(arguments)
+    if arguments.html is not None:
+        require_plotting("the page of a plan needs", "curation")
     gpu = read_gpu(arguments.gpu)
     network_name = arguments.network or usual_network(arguments.gpu, gpu)
     network = read_network(network_name)
@@ -75,6 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     answered = dict(zip(others, outcomes, strict=True))
     changes = best_changes(plans[0], [(name, plan) for name, plan in answered.items() if isinstance(plan, Plan)])
     failed = {name: str(error) for name, error in answered.items() if isinstance(error, Exception)}
+    if arguments.html is not None:
+        from mc2_hpc.planning.page import write_plan_page
+
+        write_plan_page(arguments.html, names, plans)
     if arguments.json:
         values = [{"config": name, **plan.to_json()} for name, plan in zip(names, plans, strict=True)]
         advice = [

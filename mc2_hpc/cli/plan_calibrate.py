@@ -14,7 +14,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.planning.machines import read_gpu, read_network, usual_network
     from mc2_hpc.planning.processes import TraceError
 
-    if arguments.config is not None or arguments.compare is not None or arguments.advise:
+    if arguments.config is not None or arguments.compare is not None or arguments.advise or arguments.html:
         raise UserError("--calibrate takes runs only; plan with the file that it writes: mc2 plan CONFIG --gpu FILE")
     gpu = read_gpu(arguments.gpu)
     network = read_network(arguments.network or usual_network(arguments.gpu, gpu))

@@ -1,6 +1,6 @@
 """The plan's peak memory beside the one a run measures: computed while the run starts, and logged once.
 
-The plan is traced in a new process of the lowest priority on one core, which sees no GPU. It never waits for anything
+The plan is traced in a new process of lower priority on one core, which sees no GPU. It never waits for anything
 of the run, and the run never waits for it: the line comes with the first row of metrics that finds the plan finished.
 Whatever goes wrong with it is one line too.
 """
@@ -105,7 +105,7 @@ def _plan() -> None:
     """The process: a config and the ranks as JSON on standard input; the peak, or why there is none, on its output."""
     end_with_parent()
     signal.alarm(round(SECONDS))
-    os.nice(19)
+    os.nice(5)
     from mc2_hpc.planning import child  # noqa: F401  # first: it sets the process up
     from mc2_hpc.planning.plan import trace_drawn
 
