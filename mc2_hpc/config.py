@@ -311,6 +311,9 @@ class LogConfig:
 
     wandb: bool = False
     """Also to Weights & Biases, whose own environment variables (``WANDB_PROJECT``, ``WANDB_MODE``, ...) apply."""
+    planned_peak: bool = True
+    """On GPUs, log once how much memory ``mc2 plan`` predicts beside what was measured. A process of lower
+    priority computes it while the run starts, in about half a minute on one core."""
 
 
 @dataclass(frozen=True, kw_only=True)

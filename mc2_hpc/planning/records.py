@@ -87,6 +87,8 @@ class StepTrace:
     """Of the model's own products, forward and backward, without recomputation."""
     parameters: int
     """Of the whole model."""
+    checkpoint_bytes: int
+    """Of a save: every weight in fp32 and, of those that are trained, AdamW's moments and a moving average."""
     loss_backend: str
     """The one traced."""
 

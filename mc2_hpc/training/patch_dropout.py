@@ -23,6 +23,13 @@ def num_kept(num_patches: int, share: float) -> int:
     return max(1, int(num_patches * (1 - share)))
 
 
+def num_patches(config: RunConfig, arch: ClipArchitecture) -> int:
+    """Patches of an image that a step computes; 0 with stored features."""
+    if config.data.features is not None:
+        return 0
+    return num_kept(num_image_positions(arch) - 1, config.model.patch_dropout)
+
+
 def kept_patches(keys: Sequence[str], *, num_patches: int, share: float, seed: int, step: int) -> Tensor:
     """The patches that each sample keeps in ``step``, in ascending order: (B, K) int64 on the host."""
     with np.errstate(over="ignore"):

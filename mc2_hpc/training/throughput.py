@@ -23,7 +23,7 @@ from mc2_hpc.models.clip import flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.freezing import adapters_of, frozen_depths
-from mc2_hpc.training.patch_dropout import num_kept
+from mc2_hpc.training.patch_dropout import num_patches
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,17 @@ def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes of tensors on the device at a time since :func:`reset_peak_memory`; ``None`` where none is counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the peak anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """One rank's counts since the previous row."""
@@ -97,6 +108,10 @@ class Interval:
     """Samples by ``<source>/<caption field>``, where there are several."""
     epochs: Mapping[str, float] = field(default_factory=dict)
     """Epochs since the run began, by source of a mix, summed over this rank's lanes."""
+    caption_tokens: int
+    """Of all captions, with begin and end and without padding."""
+    peak_memory: int | None
+    """Most bytes of tensors on the device at a time (:func:`peak_memory`)."""
 
 
 def gather(own: Interval, ranks: Ranks) -> list[Interval] | None:
@@ -121,13 +136,21 @@ def rates(intervals: Sequence[Interval], *, global_batch: int, lanes: int = 1) -
         "mfu": sum(each.flops for each in intervals) / first.seconds / sum(each.peak for each in intervals),
         "data_wait": sum(each.wait_seconds / each.seconds for each in intervals) / len(intervals),
         "checkpoint_stall_seconds": max(each.stall_seconds for each in intervals),
+        "caption_tokens": sum(each.caption_tokens for each in intervals) / (first.steps * global_batch),
         "language_share": {
             lang: count / languages.total()
             for lang, count in sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:_MOST_LANGUAGES]
         },
         "skipped": dict(sorted(skipped.items())),
+        **_memory(intervals),
         **_of_mix(intervals, lanes),
     }
+
+
+def _memory(intervals: Sequence[Interval]) -> dict[str, int]:
+    """The column that only devices with a measured peak have: that of the fullest rank."""
+    measured = [each.peak_memory for each in intervals if each.peak_memory is not None]
+    return {"peak_memory_bytes": max(measured)} if measured else {}
 
 
 def _of_mix(intervals: Sequence[Interval], lanes: int) -> dict[str, Any]:
@@ -154,11 +177,11 @@ class ThroughputMeter:
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._arch = arch
         self._frozen = frozen_depths(arch, config.freeze)
-        every_patch = (arch.vision.image_size // arch.vision.patch_size) ** 2
-        self._num_patches = 0 if config.data.features is not None else num_kept(every_patch, config.model.patch_dropout)
+        self._num_patches = num_patches(config, arch)
         adapters = adapters_of(config)
         self._ranks = {} if adapters is None else dict.fromkeys(adapters.towers, adapters.rank)
         self._text_packing = config.model.text_packing
+        self._device = device
         self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
 
@@ -170,6 +193,8 @@ class ThroughputMeter:
         self._wait = 0.0
         self._stall = 0.0
         self._paused = 0.0
+        self._caption_tokens = 0
+        reset_peak_memory(self._device)
         self._languages: Counter[str] = Counter()
         self._sources: Counter[str] = Counter()
         self._fields: Counter[str] = Counter()
@@ -203,6 +228,7 @@ class ThroughputMeter:
         for length, num in Counter(lengths).items():
             each = flops_per_pair(self._arch, length, self._frozen, num_patches=self._num_patches, ranks=self._ranks)
             self._flops += each * num
+        self._caption_tokens += sum(batch.lengths)
         self._languages.update(batch.langs)
         self._sources.update(batch.sources)
         self._fields.update(batch.fields)
@@ -221,6 +247,8 @@ class ThroughputMeter:
             sources=self._sources,
             fields=self._fields,
             epochs=epochs,
+            caption_tokens=self._caption_tokens,
+            peak_memory=peak_memory(self._device),
         )
         self.start()
         return found

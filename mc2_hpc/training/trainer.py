@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -72,11 +73,18 @@ class _Pending:
 class Trainer:
     """One training run, on this process's rank."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        stop: StopRequest | None = None,
+        after_row: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
         """Build model, engine and loader, and load the newest checkpoint if the config says to resume. Collective.
 
         Args:
             stop: checked in every step for a request to save and stop; ``None``: there will be none.
+            after_row: called with every row of metrics once it is written, on the first rank.
 
         Raises:
             UserError: config, data, tokenizer and checkpoint do not fit together.
@@ -85,6 +93,7 @@ class Trainer:
         self.ranks = ranks
         self.output = Path(config.output)
         self.stop = stop or StopRequest()
+        self._after_row = after_row
         check_loss(config.loss, ranks.device)
         self._profiler = StepProfiler(config, ranks)
         folder = self.output / "checkpoints"
@@ -354,18 +363,19 @@ class Trainer:
         intervals = gather(meter.interval(progress.skipped, epochs), self.ranks)
         means, (_, _, logit_scale, *_) = self._means.take(), pending.numbers.read()
         if log is not None and intervals is not None:
-            log.write(
-                {
-                    "step": pending.step,
-                    "samples_seen": progress.samples_seen,
-                    "loss": means["loss"],
-                    **{name: means[name] for name in ("divergence",) if name in means},
-                    "logit_scale": logit_scale,
-                    "lr": pending.lr,
-                    "grad_norm": means["grad_norm"],
-                    **rates(intervals, global_batch=config.global_batch, lanes=config.data.lanes),
-                }
-            )
+            row = {
+                "step": pending.step,
+                "samples_seen": progress.samples_seen,
+                "loss": means["loss"],
+                **{name: means[name] for name in ("divergence",) if name in means},
+                "logit_scale": logit_scale,
+                "lr": pending.lr,
+                "grad_norm": means["grad_norm"],
+                **rates(intervals, global_batch=config.global_batch, lanes=config.data.lanes),
+            }
+            log.write(row)
+            if self._after_row is not None:
+                self._after_row(row)
 
     def _count(self, batch: Batch) -> None:
         self.progress.samples_seen += self.config.global_batch

@@ -99,7 +99,7 @@ def test_skips_are_those_of_all_ranks(config, runs):
 
 def interval(**changes):
     values = {"steps": 10, "seconds": 2.0, "flops": 400, "peak": 1000.0, "wait_seconds": 0.2, "stall_seconds": 0.0}
-    counts = {"languages": Counter(en=30), "skipped": Counter()}
+    counts = {"languages": Counter(en=30), "skipped": Counter(), "caption_tokens": 400, "peak_memory": None}
     return Interval(**{**values, **counts, **changes})
 
 
@@ -111,6 +111,7 @@ def test_rates_over_unequal_ranks():
         stall_seconds=0.7,
         languages=Counter(de=50),
         skipped=Counter(caption_empty=3),
+        caption_tokens=800,
     )
     found = rates([interval(skipped=Counter(caption_empty=1, read_error=2)), second], global_batch=8)
     assert found == {
@@ -119,9 +120,16 @@ def test_rates_over_unequal_ranks():
         "mfu": 600 / 2 / 2000,
         "data_wait": pytest.approx((0.1 + 0.5) / 2),
         "checkpoint_stall_seconds": 0.7,
+        "caption_tokens": 1200 / 80,
         "language_share": {"de": 50 / 80, "en": 30 / 80},
         "skipped": {"caption_empty": 4, "read_error": 2},
     }
+
+
+def test_the_peak_is_that_of_the_fullest_rank():
+    found = rates([interval(peak_memory=5), interval(peak_memory=7)], global_batch=8)
+    assert found["peak_memory_bytes"] == 7
+    assert "peak_memory_bytes" not in rates([interval()], global_batch=8)
 
 
 def test_columns_of_a_mix_cover_unequal_ranks():
