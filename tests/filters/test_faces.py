@@ -13,6 +13,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.filters.faces import blurred
 from mc2_hpc.filters.mtcnn import Mtcnn, _nms
 from mc2_hpc.jobs.named import Named
+from tests.curation import planted
 from tests.curation.filtered_pool import in_tar, run_filter, verdicts, write_shard
 from tests.curation.image_server import encoded
 
@@ -169,12 +170,6 @@ def mtcnn(wheel, monkeypatch) -> Mtcnn:
         del sys.modules[name]
 
 
-def jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
 def test_mtcnn_finds_the_faces_of_a_photograph(mtcnn, photos):
     image = photos[f"{PEOPLE}.jpg"]
     (faces,) = mtcnn.detect([image])
@@ -190,7 +185,7 @@ def test_mtcnn_finds_the_faces_of_a_photograph(mtcnn, photos):
 
 def test_mtcnn_blurs_so_that_it_finds_nothing_left(mtcnn, photos, tmp_path):
     names = [f"{PEOPLE}.jpg", "000000009.jpg"]
-    data = {name: jpeg(photos[name]) for name in names}
+    data = {name: planted.encoded(photos[name], 95) for name in names}
     pool = write_shard(tmp_path / "pool", "0", data, [(name[:-4], "a picture", "en") for name in names])
     counters = run_filter(pool, tmp_path / "blurred", Named(BLUR, {}))
     assert counters["changes"] == {"faces_blurred": 1}

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from mc2_hpc.config import load_config
 from mc2_hpc.conversion.convert import convert
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.teacher import TeacherNeeds
@@ -20,8 +21,17 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders import open_dual_encoder
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture, resolve
-from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_card, write_tensors
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import (
+    TOKENIZER_FILE,
+    ModelCard,
+    load_clip,
+    resolve_checkpoint,
+    write_card,
+    write_tensors,
+)
 from mc2_hpc.training import distillation
+from tests.faults.diary import rows
 from tests.faults.tiny_run import draw_pairs, write_config
 from tests.training import distill_worker as worker
 
@@ -138,7 +148,8 @@ def train(ranks_of, config, run, *overrides, processes=2):
 
 
 def last_row(run):
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    found = rows(run)
+    return found[max(found)]
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +168,10 @@ def test_a_run_with_a_teacher_resumes_bitwise_and_saves_the_student_alone(ranks_
     log = train(ranks_of, config, tmp_path / "run").stderr
     assert "48 pixels, its own token ids" in log
     weights = load_clip(tmp_path / "run")[0].state_dict()
-    assert sum(tensor.numel() for tensor in weights.values()) == sum(
-        tensor.numel() for tensor in build_clip(load_clip(tmp_path / "run")[1].arch, seed=0).state_dict().values()
-    )
+    alone = build_clip(resolve(load_config(config).model), seed=0).state_dict()
+    assert {name: tensor.shape for name, tensor in weights.items()} == {n: tensor.shape for n, tensor in alone.items()}
+    saved = TensorFiles(resolve_checkpoint(tmp_path / "run"), "optimizer").names()
+    assert {name.rpartition(".")[0] for name in saved} == alone.keys()
     trainer = json.loads((tmp_path / "run/checkpoints/step-00000006/trainer.json").read_text())
     assert trainer["teacher"] == open_dual_encoder(teacher, torch.device("cpu")).identity
     row = last_row(tmp_path / "run")

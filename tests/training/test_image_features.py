@@ -26,6 +26,7 @@ from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import resolve_checkpoint, write_tensors
 from mc2_hpc.training.image_features import check_features
 from mc2_hpc.training.initial import tokenizer
+from tests.faults.diary import rows
 from tests.faults.tiny_run import PER_SHARD, draw_pairs, write_config, write_pool
 
 NUM_SAMPLES, NUM_BAD, STEPS = 256, 2, 7
@@ -61,10 +62,6 @@ def features(mc2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "here"
     assert f"{folder}: 4 shards computed" in mc2(2, "features", f"data.features={folder}", "--batch=24").stdout
     return folder
-
-
-def rows(run):
-    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
 
 
 def test_training_equals_the_online_run(mc2, features, tmp_path):

@@ -13,7 +13,7 @@ from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.training.metrics import Means, MetricsLog, progress_line
 from mc2_hpc.training.throughput import Interval, rates
 from tests.faults import matrix
-from tests.faults.diary import kept_samples
+from tests.faults.diary import kept_samples, rows
 from tests.faults.tiny_run import TinyPool, draw_pairs, write_config, write_pool
 
 STEPS, EVERY = 12, 4
@@ -48,13 +48,8 @@ def runs(config, fork_server, tmp_path_factory):
     return folders
 
 
-def rows(folder):
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {row["step"]: row for row in map(json.loads, lines)}
-
-
 def test_numbers_of_steps_are_means_over_the_interval(runs):
-    each, few = rows(runs[1]), rows(runs[EVERY])
+    each, few = rows(runs[1] / "run"), rows(runs[EVERY] / "run")
     assert sorted(few) == [4, 8, 12]
     for step, row in few.items():
         for name in ("loss", "grad_norm"):
@@ -66,7 +61,7 @@ def test_numbers_of_steps_are_means_over_the_interval(runs):
 
 def test_languages_are_those_of_all_ranks(runs):
     taken = kept_samples(runs[EVERY])
-    for step, row in rows(runs[EVERY]).items():
+    for step, row in rows(runs[EVERY] / "run").items():
         langs = Counter(lang_of(key) for s in range(step - EVERY + 1, step + 1) for key in taken[s])
         assert langs.total() == EVERY * 32
         assert row["language_share"] == {lang: count / langs.total() for lang, count in langs.most_common()}
@@ -91,7 +86,7 @@ def test_skips_are_those_of_all_ranks(config, runs):
         for counts, loader in zip(own, loaders, strict=True):
             counts.update(next(loader).skipped)
         if step % EVERY == 0:
-            assert rows(runs[EVERY])[step]["skipped"] == dict(own[0] + own[1])
+            assert rows(runs[EVERY] / "run")[step]["skipped"] == dict(own[0] + own[1])
     assert own[0] and own[1]
     for loader in loaders:
         loader.close()

@@ -1,6 +1,5 @@
 """Patch dropout: which patches are kept, what is computed of them, and runs on any number of ranks."""
 
-import json
 import shutil
 
 import numpy as np
@@ -14,6 +13,7 @@ from mc2_hpc.models.presets import resolve
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import resolve_checkpoint
 from mc2_hpc.training.patch_dropout import kept_patches, num_kept
+from tests.faults.diary import rows
 from tests.training import zero_worker
 
 KEYS = [f"{number:06d}" for number in range(400)]
@@ -94,10 +94,6 @@ def test_operations_are_those_of_the_kept_patches(clip):
     whole, half, none = (flops_per_pair(clip.arch, 8, num_patches=num) for num in (None, 8, 0))
     assert flops_per_pair(clip.arch, 8, num_patches=16) == whole
     assert 0.4 < (half - none) / (whole - none) < 0.6
-
-
-def rows(run):
-    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
 
 
 def test_runs_are_the_same_on_any_number_of_ranks_and_resume(ranks_of, module_config, tmp_path):

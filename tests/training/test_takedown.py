@@ -10,17 +10,12 @@ from mc2_hpc.training.stop import SAVED
 from mc2_hpc.training.takedown_proof import prove
 from mc2_hpc.training.takedown_record import TakedownRecord
 from tests.faults import matrix
-from tests.faults.diary import kept_samples, losses
+from tests.faults.diary import kept_samples, losses, saved_trainer
 from tests.faults.tiny_run import BATCH, SAMPLES, write_config
 
 STEPS, EVERY = 36, 10
 FIRST = {f"{number:06d}" for number in range(3, SAMPLES, 50)}
 SECOND = {f"{number:06d}" for number in range(7, SAMPLES, 20)}
-
-
-@pytest.fixture(scope="module")
-def starter(fork_server):
-    return matrix.Starter(fork_server)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +52,6 @@ def versions(folder: Path) -> list[tuple[int, int]]:
     return [(version.step, version.lines) for version in TakedownRecord(folder / "run").versions]
 
 
-def trainer(folder: Path, step: int) -> dict[str, Any]:
-    return json.loads((folder / "run" / "checkpoints" / f"step-{step:08d}" / "trainer.json").read_text())
-
-
 def check_against_record(folder: Path) -> None:
     """After each version's step none of its keys was trained on, and what a run skipped is what it met."""
     taken = kept_samples(folder)
@@ -87,7 +78,7 @@ def test_a_list_that_grows_holds_from_the_recorded_step_on(config, starter, tmp_
     seen_before = {key for done, keys in taken.items() if done <= step for key in keys}
     assert not FIRST & seen_before and SECOND & seen_before
     assert f"{len(SECOND)} new lines, in force after step {step}" in (tmp_path / "log").read_text()
-    saved = trainer(tmp_path, STEPS)
+    saved = saved_trainer(tmp_path, STEPS)
     assert saved["takedown"]["lines"] == second
     assert saved["skipped"]["taken_down"] > 2 * len(FIRST)
     assert (tmp_path / "run" / "takedown" / "list.jsonl").read_bytes() == (tmp_path / "list.jsonl").read_bytes()
