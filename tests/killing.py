@@ -26,7 +26,7 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
     deadline = time.monotonic() + WAIT_S
     while not reached():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"{process.args}: not there after {WAIT_S} s"
+        assert time.monotonic() < deadline, f"not there after {WAIT_S} s: {process.args!r}"
         time.sleep(0.05)
 
 
