@@ -154,8 +154,9 @@ class ThroughputMeter:
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._arch = arch
         self._frozen = frozen_depths(arch, config.freeze)
-        every_patch = (arch.vision.image_size // arch.vision.patch_size) ** 2
-        self._num_patches = 0 if config.data.features is not None else num_kept(every_patch, config.model.patch_dropout)
+        self._num_patches = 0
+        if config.data.features is None:
+            self._num_patches = num_kept(arch.vision.num_patches, config.model.patch_dropout)
         adapters = adapters_of(config)
         self._ranks = {} if adapters is None else dict.fromkeys(adapters.towers, adapters.rank)
         self._text_packing = config.model.text_packing
