@@ -165,7 +165,7 @@ def flops_per_pair(
     """
     vision, text = arch.vision, arch.text
     if num_patches is None:
-        num_patches = (vision.image_size // vision.patch_size) ** 2
+        num_patches = vision.num_patches
 
     def tower(name: str, length: int, width: int, mlp_width: int, layers: int, embedding: int) -> int:
         if rank := (ranks or {}).get(name):

@@ -94,7 +94,6 @@ class Engine:
         self.device = ranks.device
         self.num_micro = num_micro
         freeze(clip, config.freeze)
-        self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
         self.trains_images, self.trains_texts = (
             any(p.requires_grad for p in tower.parameters()) for tower in (clip.vision, clip.text)
         )
@@ -103,6 +102,8 @@ class Engine:
         self.logit_scale = nn.Parameter(scale, requires_grad=not config.freeze.logit_scale)
         self._scale_optimizer = self._adamw_of_scale(config) if self.logit_scale.requires_grad else None
         self._table = TokenTable(clip, config.optim, ranks) if config.model.embedding == "sharded" else None
+        # Without a table that is dealt to the ranks, which would keep all of it in memory.
+        self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
         towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
         num_parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(

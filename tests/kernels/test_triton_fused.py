@@ -48,6 +48,15 @@ def test_layer_norm_equals_float64(shape, dtype):
         close(found, true, 1e-5, size=rows)
 
 
+@pytest.mark.parametrize("function", [lambda x: layer_norm(x, x[0].detach(), x[1].detach()), quick_gelu])
+def test_second_derivatives_are_refused(function):
+    """Instead of being zero: the kernels' backward passes have none."""
+    x = normal(3, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_layer_norm_of_frozen_parameters():
     """Then only the input's gradient is computed, and it is the same."""
     x, dy = normal(6, 40).requires_grad_(), normal(6, 40, seed=1)

@@ -162,6 +162,13 @@ def test_resumes_bitwise(trained, case, stage):
     assert trained[1][case][str(stage)]["resumed bitwise"]
 
 
+@pytest.mark.parametrize("case, stage", CASES)
+def test_a_table_that_is_dealt_to_the_ranks_is_not_kept_whole(trained, case, stage):
+    """Not even a frozen one, by the list of frozen parameters that evaluation thaws."""
+    dense = worker.configured(case, stage).model.embedding == "dense"
+    assert trained[1][case][str(stage)]["keeps the whole table"] == dense
+
+
 @pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if averaged(case)])
 def test_the_average_is_a_whole_model(trained, case, stage):
     """On every rank, with the weights themselves where they are frozen."""

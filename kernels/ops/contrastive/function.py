@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .shared_batch import SharedBatch
-from .statistics import DistilledStatistics, Statistics
+from .statistics import DistilledStatistics, Statistics, finite
 from .teacher import Teacher, side_by_side
 from .tiles import TileFactory, paired_dots
 
@@ -52,7 +52,7 @@ class ContrastiveLoss(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> Tensor:
         found = _forward(ctx, image.contiguous(), text.contiguous(), logit_scale, plan, image.shape[1])
         local = _cross_entropies(found.row_lse, found.col_lse, found.pairs) / (2 * plan.shared.global_batch)
-        return _finite(plan.shared.sum(local).to(found.pairs.dtype))
+        return finite(plan.shared.sum(local).to(found.pairs.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -77,7 +77,7 @@ class DistilledContrastiveLoss(torch.autograd.Function):
                 (found.rows.divergence() + found.columns.divergence()).double().sum(),
             )
         )
-        terms = _finite(plan.shared.sum(local / (2 * plan.shared.global_batch)))
+        terms = finite(plan.shared.sum(local / (2 * plan.shared.global_batch)))
         ctx.factor = 1 + teacher.weight
         loss = (terms[0] + teacher.weight * terms[1]).to(found.pairs.dtype)
         terms = terms.to(found.pairs.dtype)
@@ -118,10 +118,6 @@ def _cross_entropies(row_lse: Tensor, col_lse: Tensor, pairs: Tensor) -> Tensor:
     """Sum over the own rows and columns, in fp64."""
     # The terms may be large while their differences are small: subtract before summing.
     return ((row_lse - pairs) + (col_lse - pairs)).double().sum()
-
-
-def _finite(loss: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(loss), loss, torch.nan)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

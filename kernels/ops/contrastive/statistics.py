@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def finite(loss: Tensor) -> Tensor:
+    """The loss, with NaN in place of infinities: what overflows is no number of any size."""
+    return torch.where(torch.isfinite(loss), loss, torch.nan)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """The running log-sum-exp of n series, kept as ``log(total) + maximum``.

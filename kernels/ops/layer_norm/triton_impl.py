@@ -88,6 +88,7 @@ class TritonLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, weight, mean_R, scale_R = ctx.saved_tensors
         dy = gradients[0].contiguous()
