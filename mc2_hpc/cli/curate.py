@@ -117,8 +117,9 @@ def _add(actions: Any, name: str, summary: str, *parents: argparse.ArgumentParse
 def _plan(arguments: argparse.Namespace) -> "Plan":
     if getattr(arguments, "filters", None) or "." in getattr(arguments, "language_id", ""):
         from mc2_hpc.curation.filters import parse_filter
+        from mc2_hpc.jobs.named import extend_search_path
 
-        sys.path.append(os.getcwd())  # for the user's own modules; a console script does not search it
+        extend_search_path([os.getcwd()])  # for the user's own modules; a console script does not search it
         images = arguments.plan == "filter"
         arguments.filters = [parse_filter(words, images=images) for words in arguments.filters]
     if hasattr(arguments, "features"):

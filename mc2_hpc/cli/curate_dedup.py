@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from mc2_hpc.cli.curate_engine import engine_flags, engine_of, run_plan
@@ -82,8 +81,9 @@ def _run(arguments: argparse.Namespace) -> int:
 def encoder_of(words: list[str] | None) -> "Named | None":
     """The encoder that the words of ``--features`` name."""
     from mc2_hpc.curation.copies.features import parse_encoder
+    from mc2_hpc.jobs.named import extend_search_path
 
     if not words:
         return None
-    sys.path.append(os.getcwd())  # for the user's own modules; a console script does not search it
+    extend_search_path([os.getcwd()])  # for the user's own modules; a console script does not search it
     return parse_encoder(words)
