@@ -35,7 +35,7 @@ from mc2_hpc.images import read_image_file
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.jobs.named import Named
 from mc2_hpc.reading.arrays import open_npz
-from mc2_hpc.reading.files import check_regular
+from mc2_hpc.reading.files import check_regular, shown
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
 from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
 from mc2_hpc.shard_paths import walk_files
@@ -148,7 +148,7 @@ class HashUnit:
                 features.add(data)
             except Dropped as error:
                 raise UserError(
-                    f"{image}: this benchmark image cannot be decoded ({error}); fix or remove it, "
+                    f"{shown(image)}: this benchmark image cannot be decoded ({error}); fix or remove it, "
                     f"then delete {self.out} and rerun the command"
                 ) from None
             names.append(image)
