@@ -3,6 +3,7 @@
 Nothing here imports torch; curation and training share it.
 """
 
+import csv
 import errno
 import fcntl
 import hashlib
@@ -12,13 +13,17 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import open_regular
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +95,33 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON with sorted keys, atomically: the same value gives the same bytes."""
     with atomic_path(path) as temporary:
         temporary.write_text(to_json_text(value), encoding="utf-8")
+
+
+def write_array(path: str | Path, array: "npt.NDArray[Any]") -> None:
+    """Write an NPY file atomically."""
+    import numpy as np
+
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
+
+
+def write_table(path: str | Path, table: "pa.Table") -> None:
+    """Write a table as Parquet atomically; the same rows give the same bytes."""
+    import pyarrow.parquet as pq
+
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically. Names of files that are not UTF-8 keep their bytes."""
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def to_json_text(value: Any) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -35,11 +35,11 @@ from mc2_hpc.images import read_image_file
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.jobs.named import Named
 from mc2_hpc.reading.arrays import open_npz
-from mc2_hpc.reading.files import check_regular
+from mc2_hpc.reading.files import check_regular, shown
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
 from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
 from mc2_hpc.shard_paths import walk_files
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import atomic_path, write_csv, write_json
 from mc2_hpc.tar import Member
 
 SETTINGS = "decontaminate.json"
@@ -148,7 +148,7 @@ class HashUnit:
                 features.add(data)
             except Dropped as error:
                 raise UserError(
-                    f"{image}: this benchmark image cannot be decoded ({error}); fix or remove it, "
+                    f"{shown(image)}: this benchmark image cannot be decoded ({error}); fix or remove it, "
                     f"then delete {self.out} and rerun the command"
                 ) from None
             names.append(image)
@@ -227,8 +227,7 @@ class CleanShard:
             removed = self._matches(hashes, projections, name)
             unwanted = {key_of(member) for member in images if member not in hashes} | {row[0] for row in removed}
             num_images, _ = copy_without(shard, index, self.out, unwanted, drops)
-        with atomic_path(_removed_path(self.out, name)) as temporary:
-            _write_csv(temporary, removed)
+        write_csv(_removed_path(self.out, name), _HEADER, removed)
         stats = {"images_read": len(images), "images": num_images, "removed": len(removed), "drops": dict(+drops)}
         write_json(stats_path(self.out, name), stats)
 
@@ -274,15 +273,8 @@ class WriteReport:
     shards: list[str]
 
     def __call__(self, name: str, value: None) -> None:
-        with atomic_path(self.out / REPORT) as temporary:
-            _write_csv(temporary, (row for shard in self.shards for row in _read_csv(_removed_path(self.out, shard))))
-
-
-def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_HEADER)
-        writer.writerows(rows)
+        rows = (row for shard in self.shards for row in _read_csv(_removed_path(self.out, shard)))
+        write_csv(self.out / REPORT, _HEADER, rows)
 
 
 def _read_csv(path: Path) -> Iterator[Sequence[str]]:

@@ -22,7 +22,7 @@ from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_
 from mc2_hpc.reading.json_file import Count, File, read_json
 from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.shard_paths import Names
-from mc2_hpc.storage import atomic_path, remove_folder, write_json
+from mc2_hpc.storage import atomic_path, remove_folder, write_json, write_table
 from mc2_hpc.tar import write_tar
 
 _OUTCOMES = f"{OUTCOMES}/{{shard}}.parquet"
@@ -119,8 +119,7 @@ class FetchShard:
                 with atomic_path(self.out / f"{name}.tar") as temporary:
                     write_tar(temporary, ledger.images())
                 texts = _write_captions(self.out / f"{name}.parquet", captions, kept["key"])
-            with atomic_path(self.out / OUTCOMES / f"{name}.parquet") as temporary:
-                pq.write_table(outcomes, temporary, compression="zstd")
+            write_table(self.out / OUTCOMES / f"{name}.parquet", outcomes)
             drops.update(counted(outcomes["reason"]))
             stats = {
                 "rows": rows,

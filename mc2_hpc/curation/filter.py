@@ -17,7 +17,6 @@ from mc2_hpc.curation.deduplicate import distinct
 from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.curation.filtering.judge import Judge, OpenFilter, open_filters
 from mc2_hpc.curation.filtering.record import FilterStats, pool_filters
-from mc2_hpc.curation.filtering.verdicts import write_table
 from mc2_hpc.curation.pool.captions import FILTER_SETTINGS, VERDICTS, PoolShard, iter_captions, list_pool
 from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
@@ -35,7 +34,7 @@ from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_
 from mc2_hpc.jobs.named import Named
 from mc2_hpc.reading.json_file import read_json
 from mc2_hpc.shard_paths import Names
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import atomic_path, write_json, write_table
 from mc2_hpc.tar import Member, write_tar
 
 _VERDICTS = f"{VERDICTS}/{{shard}}.parquet"

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mc2_hpc.data.shards import Shard
 from mc2_hpc.drops import Drop, Dropped
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.models.weights import write_tensors
 from mc2_hpc.reading.json_file import File, Sha256, Size, read_json
 from mc2_hpc.reading.tensors import read_header
@@ -152,7 +152,7 @@ def write_features(
     try:
         write_tensors(path, tensors)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
 class StoredFeatures:
@@ -228,7 +228,7 @@ def _open(path: Path, width: int) -> _OfShard:
         named = msgspec.json.decode(bytes(reasons.numpy()), type=dict[str, Drop])
         rows = {int(row): reason for row, reason in named.items()}
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged image features ({str(error).splitlines()[0]}); {_again(path)}") from None
+        raise UserError(f"{path}: damaged image features ({first_line(error)}); {_again(path)}") from None
     return _OfShard(hashes.numpy().view(np.uint64), features, rows, int(num_bytes))
 
 

@@ -23,7 +23,7 @@ from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.data.teacher import TeacherNeeds, TwoSizes
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.models.packed_captions import caption_lengths
 from mc2_hpc.threads import one_torch_thread
 
@@ -179,5 +179,5 @@ def _to_shared_memory(share: Share) -> None:
             if tensor.numel():
                 tensor.share_memory_()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise NoSharedMemory(f"{SHARED_MEMORY} is full ({reason}): {LARGER_SHARED_MEMORY}") from None

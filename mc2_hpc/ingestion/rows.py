@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mc2_hpc.drops import Drop, Dropped
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.ingestion.columns import Columns
 from mc2_hpc.ingestion.image_files import ImageFolder
 from mc2_hpc.ingestion.samples import Sample
@@ -99,8 +99,7 @@ def _open_stream(file: Path) -> Iterator[pa.RecordBatchReader]:
         with pa.memory_map(str(file)) as source:
             yield pa.ipc.open_stream(source)
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{shown(file)}: cannot be read as an Arrow stream ({shown(reason)})") from None
+        raise UserError(f"{shown(file)}: cannot be read as an Arrow stream ({shown(first_line(error))})") from None
 
 
 def part_samples(part: RowsPart, columns: Columns, folder: ImageFolder) -> Iterator[Sample]:

@@ -17,7 +17,6 @@ from mc2_hpc.curation.copies.hashes import (
     PHASH,
     PROJECTIONS,
     HashStats,
-    write_array,
     write_codes,
     write_images,
 )
@@ -30,7 +29,7 @@ from mc2_hpc.jobs import REDO, stats_path
 from mc2_hpc.jobs.named import Named, from_plain, to_plain
 from mc2_hpc.reading.json_file import read_json
 from mc2_hpc.samples import Sample
-from mc2_hpc.storage import fingerprint, write_json
+from mc2_hpc.storage import fingerprint, write_array, write_json
 
 _BATCH, _BATCH_PIXELS = 32, 1 << 26
 """Images that are encoded together: so many, or fewer if they are large."""

@@ -1,7 +1,6 @@
 """The search for copies among all shards, in independent parts, and the choice of the copy that stays."""
 
-import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from mc2_hpc.curation.copies.hashes import (
     HashStats,
     map_codes,
     read_images,
-    write_array,
     write_codes,
 )
 from mc2_hpc.curation.copies.linking import (
@@ -37,7 +35,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import stats_path
 from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.json_file import read_json
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import write_array, write_csv, write_json
 
 CODES_PER_GB = 1 << 23
 """Codes that a gigabyte holds, with what searching them needs."""
@@ -202,17 +200,10 @@ class GroupCopies:
             rows = zip(
                 keys.take(pa.array(gone)).to_pylist(), keys.take(pa.array(kept)).to_pylist(), of_shard, strict=True
             )
-            _write_csv(self.out / REPORT.format(shard=name), rows)
+            write_csv(self.out / REPORT.format(shard=name), _HEADER, rows)
             write_array(self.out / COPIES.format(shard=name), row[gone])
 
 
 def rows_to_remove(folder: Path, shard: str) -> npt.NDArray[np.int64]:
     """The rows, in :func:`~mc2_hpc.curation.copies.hashes.read_images`, of images whose copy stays elsewhere."""
     return map_array(folder / COPIES.format(shard=shard), np.int64, cure=_CURE)
-
-
-def _write_csv(path: Path, rows: Iterator[Sequence[str]]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_HEADER)
-        writer.writerows(rows)

@@ -189,7 +189,3 @@ def _read_tar_captions(path: Path) -> Iterator[tuple[pa.Table, Counter[str]]]:
 
 def _is_unsafe_caption(member: Member) -> bool:
     return escapes(member.name) and member.name.lower().endswith((f".{CAPTION_EXTENSION}", f".{RECORD_EXTENSION}"))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import shown
 from mc2_hpc.samples import (
     JPEG_EXTENSIONS,
     LARGEST_RECORD,
@@ -55,7 +56,9 @@ class TarIndex:
         try:
             return self._file.read(member.offset, member.size)
         except OSError as error:
-            raise UserError(f"{self.path}: {member.name} cannot be read ({error}); fetch or write it again") from None
+            raise UserError(
+                f"{self.path}: {shown(member.name)} cannot be read ({error}); fetch or write it again"
+            ) from None
 
     def captions_of(self, sample: Sample) -> list[Caption]:
         """The captions of a sample that has a caption or a record, see :func:`mc2_hpc.samples.captions_of`. No more of
