@@ -19,8 +19,9 @@ from mc2_hpc.planning.scaling import Point, scaling
 RESERVE_BYTES = 2 << 30
 """Memory of a GPU that a plan leaves to the CUDA context, NCCL and the allocator's fragments: an assumption. Between
 peak memory and peak reserved memory lie 2 to 8 GiB in docs/step.md."""
-STATE_BYTES = 12
-"""Of a checkpoint per parameter: the weight and AdamW's two moments in fp32."""
+STATE_BYTES, AVERAGE_BYTES = 12, 4
+"""Of a checkpoint per parameter, in fp32: the weight and AdamW's two moments; and the weights' moving average, which
+``optim.ema_decay`` keeps."""
 IMAGES_PER_CORE = 300.0
 """Decoded images per second and CPU core that a plan assumes; ``mc2 bench decode`` measures it."""
 IMAGE_BYTES = 30_000
@@ -90,7 +91,8 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return STATE_BYTES * self.trace.parameters
+        average = AVERAGE_BYTES if self.config.optim.ema_decay else 0
+        return (STATE_BYTES + average) * self.trace.parameters
 
     @property
     def checkpoint_stall(self) -> float:
