@@ -111,6 +111,35 @@ def own_command(file: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{Path(file).stem}"]
 
 
+def peak_memory(file: str, name: str, batch: int, device: str, call: Callable[[], object]) -> int:
+    """Peak memory of a call in bytes, without its inputs.
+
+    On a CPU the benchmark ``file`` prints it in a separate process: ``--peak-memory NAME BATCH THREADS``.
+
+    Raises:
+        RuntimeError: (for example ``OutOfMemoryError``) the call does not run.
+    """
+    if device == "cpu":
+        command = [*own_command(file), "--peak-memory", name, str(batch), str(torch.get_num_threads())]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1800).stdout)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    finally:
+        torch.cuda.empty_cache()
+
+
+def print_peak_memory(call_of: Callable[[int], Callable[[], object]], batch: int, threads: int) -> None:
+    """Print the peak growth of the resident set during the call for a batch size; only in a separate process."""
+    torch.set_num_threads(threads)
+    call_of(64)()  # lets libraries initialise
+    call = call_of(batch)
+    print(resident_growth(call))
+
+
 def resident_growth(call: Callable[[], object]) -> int:
     """Peak growth of this process's resident set during the call, in bytes; only meaningful in a separate process."""
     before = _status_bytes("VmRSS")

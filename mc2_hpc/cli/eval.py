@@ -15,17 +15,21 @@ SUMMARY = "score a model on a suite of sets, or on image-text shards"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="checkpoint or run folder; or a folder of open_clip, transformers or ONNX"
+        "checkpoint", type=Path, help="a checkpoint or run, or a folder of open_clip, transformers or ONNX"
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", type=Path, metavar="FILE", help="YAML file of evaluation sets (configs/eval/)")
     what.add_argument("--shards", metavar="WHERE", help="image-text shards for retrieval, named as in data.train")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that override the suite's")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md, report.html here")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that override those of the suite"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md and report.html here")
     add_json_flag(parser)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="cache image features here [OUT/features]")
     parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="images encoded at a time [64]")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="encoders' precision [fp32]")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the encoders [fp32]"
+    )
     parser.add_argument("--ema", action="store_true", help="score the moving average of a checkpoint's weights")
 
 

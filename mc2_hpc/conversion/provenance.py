@@ -173,7 +173,7 @@ def find_provenance(folder: Path, *, ema: bool = False) -> Provenance:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """The numbers of a ``results.json`` of ``mc2 eval``, means over languages.
+    """The numbers of a ``results.json`` of ``mc2 eval``, means over languages, in the order of their names.
 
     Raises:
         UserError: it is missing or of another form.
@@ -335,6 +335,6 @@ def _evaluated(checkpoint: Path, step: int) -> list[Score]:
 def _scores(results: _Results) -> list[Score]:
     return [
         Score(set=name, metric=metric, value=value)
-        for name, entry in results.sets.items()
-        for metric, value in entry.mean.items()
+        for name, entry in sorted(results.sets.items())
+        for metric, value in sorted(entry.mean.items())
     ]

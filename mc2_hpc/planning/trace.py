@@ -6,7 +6,6 @@ DeepSpeed run on fake tensors (:mod:`mc2_hpc.planning.imagined`), and every oper
 lasts.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,8 +30,6 @@ from mc2_hpc.training.freezing import frozen_depths
 from mc2_hpc.training.patch_dropout import num_patches
 from mc2_hpc.training.step import ContrastiveStep, num_micro_batches
 from mc2_hpc.training.votes import Votes
-
-logger = logging.getLogger(__name__)
 
 
 class CountedEngine(Engine):

@@ -14,7 +14,7 @@ import yaml
 from mc2_hpc.cli import main
 from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict
 from mc2_hpc.conversion.convert import convert
-from mc2_hpc.conversion.provenance import _TOLD, Provenance, find_provenance
+from mc2_hpc.conversion.provenance import _TOLD, Provenance, find_provenance, read_scores
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders.protocol import folder_files
 from mc2_hpc.models.clip import CLIP
@@ -134,6 +134,10 @@ def test_scores_are_of_this_model(run: Path, tmp_path: Path) -> None:
     arguments = ["--to", "hf", "--image-size", "40", "--results", str(results), "--out", str(tmp_path / "scored")]
     assert main(["convert", str(run), *arguments]) == 0
     assert "| cifar10 | top1 | 50.0 |" in card(tmp_path / "scored")[1].splitlines()
+    sets = {"b": {"mean": {"top5": 0.75, "top1": 0.5}}, "a": {"mean": {"top1": 0.25}}}
+    results.write_text(json.dumps({"sets": sets}))
+    scores = [(score.set, score.metric) for score in read_scores(results)]
+    assert scores == [("a", "top1"), ("b", "top1"), ("b", "top5")]  # as evaluations.jsonl and results.json may differ
     results.write_text('{"sets": 3}')
     with pytest.raises(UserError, match=r"results.json: not results.json of `mc2 eval`: \$.sets: expected an object"):
         convert(run, "hf", tmp_path / "no", results=results)
