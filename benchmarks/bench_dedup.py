@@ -45,7 +45,8 @@ from mc2_hpc.tar import write_tar
 from tests.curation.planted import KINDS, captioned, copies_of, cropped, encoded, small_images, web_images
 
 RADIUS = 6
-_SHARDS = 8
+_SHARD = 125_000
+"""Hashes of a shard."""
 _PARTS = 16
 _LIMIT_S = 900
 _MEMORY_AT_ONCE = 1 << 20
@@ -93,8 +94,8 @@ def draw_hashes(number: int) -> npt.NDArray[np.uint64]:
 
 def write_hashes(folder: Path, hashes: npt.NDArray[np.uint64]) -> list[str]:
     """Files as hashing shards writes them; returns the shards' names."""
-    names = [f"{shard:05d}" for shard in range(_SHARDS)]
-    for name, part in zip(names, np.array_split(hashes, _SHARDS), strict=True):
+    names = [f"{shard:05d}" for shard in range(-(-len(hashes) // _SHARD))]
+    for name, part in zip(names, np.array_split(hashes, len(names)), strict=True):
         entries = np.zeros(len(part), ENTRY)
         entries["words"][:, 0], entries["image"] = part, np.arange(len(part))
         write_codes(folder, name, PHASH, [entries])

@@ -93,8 +93,13 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON with sorted keys, atomically: the same value gives the same bytes."""
+    write_text(path, to_json_text(value))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(to_json_text(value), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_array(path: str | Path, array: "npt.NDArray[Any]") -> None:

@@ -51,7 +51,7 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
     from mc2_hpc.evaluation.paper import reported
     from mc2_hpc.evaluation.results import markdown, write_report
     from mc2_hpc.evaluation.suite import run_suite, to_json
-    from mc2_hpc.storage import atomic_path, write_json
+    from mc2_hpc.storage import write_json, write_text
     from mc2_hpc.terminal import progress
 
     cache = arguments.cache or (arguments.out / "features" if arguments.out else None)
@@ -78,8 +78,7 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
             write_result(found, arguments.json)
         if arguments.out:
             write_json(arguments.out / "results.json", found)
-            with atomic_path(arguments.out / "results.md") as temporary:
-                temporary.write_text(table, encoding="utf-8")
+            write_text(arguments.out / "results.md", table)
     if not any(result.scores for result in results):
         raise UserError(f"{arguments.suite or arguments.shards}: none of the sets could be scored; see the table above")
     return 0

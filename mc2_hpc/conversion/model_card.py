@@ -12,7 +12,7 @@ from mc2_hpc.conversion.provenance import Curation, Provenance, Shards
 from mc2_hpc.models.formats import Format
 from mc2_hpc.models.presets import num_parameters
 from mc2_hpc.models.weights import ModelCard
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_text
 
 CARD_NAME = "README.md"
 _MISSING = "TO BE FILLED IN"
@@ -52,8 +52,7 @@ def write_model_card(out: Path, to: Format, card: ModelCard, found: Provenance, 
         to: the folder's format.
         weights: type of the stored weights, such as ``bf16``.
     """
-    with atomic_path(out / CARD_NAME) as temporary:
-        temporary.write_text(model_card(to, card, found, weights=weights), encoding="utf-8")
+    write_text(out / CARD_NAME, model_card(to, card, found, weights=weights))
 
 
 def model_card(to: Format, card: ModelCard, found: Provenance, *, weights: str) -> str:

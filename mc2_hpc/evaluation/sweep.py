@@ -30,7 +30,7 @@ from mc2_hpc.evaluation.suite import Report, Suite, run_suite, to_json
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.pages.plots import new_figure, plot_style, png
 from mc2_hpc.reading.json_file import ANYTHING, File, Foreign, read_json
-from mc2_hpc.storage import atomic_path, file_sha256, write_json
+from mc2_hpc.storage import atomic_path, file_sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +104,7 @@ def run_sweep(
         scored = {alpha: read_json(_path(folder, alpha), _Scored, cure=f"remove {folder}") for alpha in alphas}
         found.update(_result(sources, scored, list(suite.sets)))
         write_json(out / RESULT, found)
-        _write_text(out / "sweep.md", markdown(found))
+        write_text(out / "sweep.md", markdown(found))
         with plot_style(), atomic_path(out / "sweep.png") as temporary:
             temporary.write_bytes(png(draw(found), 120))
 
@@ -195,8 +195,3 @@ def draw(found: Mapping[str, Any]) -> "Figure":
     axes.set_ylabel("per cent")
     axes.legend()
     return figure
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -66,6 +66,12 @@ def plan(**values):
     )
 
 
+def test_a_checkpoint_has_the_average_where_it_is_kept():
+    averaged = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, ema_decay=0.999))
+    assert (plan().checkpoint_bytes, plan(config=averaged).checkpoint_bytes) == (12 * 10**9, 16 * 10**9)
+    assert plan(config=averaged).checkpoint_stall == pytest.approx(plan().checkpoint_stall * 4 / 3)
+
+
 def test_a_step_is_the_larger_of_flops_and_traffic_plus_what_is_not_hidden():
     step = predict_step(trace(), CONFIG, GPU, NETWORK, per_node=8)
     assert step.compute == pytest.approx({"products": 1.0, "other": 0.5, "attention": 1.0})

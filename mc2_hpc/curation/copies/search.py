@@ -1,6 +1,6 @@
 """The search for copies among all shards, in independent parts, and the choice of the copy that stays."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,26 +108,30 @@ class SearchPart:
             raise UserError(f"{self.hashed}: {first[-1]:,} images; divide the pool into parts of at most 4 billion")
         forest = new_forest(int(first[-1]))
         for folder, kind in self.hashes:
-            self._search([map_codes(folder, shard, kind.name) for shard in self.shards], first, kind, part, forest)
+            self._search(folder, first, kind, part, forest)
         write_array(self.out / f"{name}.npy", links_of(forest))
 
-    def _search(
-        self, codes: list[Entries], first: npt.NDArray[np.int64], kind: Hash, part: int, forest: Forest
-    ) -> None:
-        num_codes = sum(map(len, codes))
+    def _search(self, folder: Path, first: npt.NDArray[np.int64], kind: Hash, part: int, forest: Forest) -> None:
+        def codes() -> Iterator[Entries]:
+            # One shard at a time: pages of a file that is mapped count as the process's memory.
+            return (map_codes(folder, shard, kind.name) for shard in self.shards)
+
+        num_codes = sum(map(len, codes()))
         masks = table_masks(kind.max_distance, num_codes)
         slices = max(1, -(-num_codes // self.codes_at_once))
         tasks = range(part, len(masks) * slices, self.parts)
-        everything = collapse(_gather(codes, first, masks[0], 0, 1), forest) if slices == 1 and len(tasks) else None
+        everything = collapse(_gather(codes(), first, masks[0], 0, 1), forest) if slices == 1 and len(tasks) else None
         for task in tasks:
             mask, number = masks[task // slices], task % slices
             entries = everything
             if entries is None:  # a slice serves one mask alone: collapsing all of it would cost more than the search
-                entries = collapse_crowded(_gather(codes, first, mask, number, slices), mask, forest)
+                entries = collapse_crowded(_gather(codes(), first, mask, number, slices), mask, forest)
             link(entries, mask, forest, max_distance=kind.max_distance, max_check=kind.max_check)
 
 
-def _gather(codes: list[Entries], first: npt.NDArray[np.int64], mask: np.uint64, number: int, slices: int) -> Entries:
+def _gather(
+    codes: Iterator[Entries], first: npt.NDArray[np.int64], mask: np.uint64, number: int, slices: int
+) -> Entries:
     """The codes in one of ``slices`` slices, which keep together the hashes that agree in ``mask``."""
     found = []
     for start, of_shard in zip(first[:-1], codes, strict=True):

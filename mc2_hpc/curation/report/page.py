@@ -13,7 +13,7 @@ from mc2_hpc.curation.report.findings import Findings, gather
 from mc2_hpc.curation.report.plots import draw_plots, require_matplotlib
 from mc2_hpc.pages import render
 from mc2_hpc.pages.reasons import reason_rows
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import atomic_path, write_text
 
 _ROWS = 25
 _CARDS = 12
@@ -37,8 +37,7 @@ def write_report(run: str | Path, metadata: str | Path) -> Path:
     for name, plot in plots.items():
         with atomic_path(folder / f"{name}.png") as temporary:
             temporary.write_bytes(plot.png)
-    with atomic_path(folder / "curation.html") as temporary:
-        temporary.write_text(render_page(findings, {n: plot.svg for n, plot in plots.items()}), encoding="utf-8")
+    write_text(folder / "curation.html", render_page(findings, {n: plot.svg for n, plot in plots.items()}))
     return folder / "curation.html"
 
 
