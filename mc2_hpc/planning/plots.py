@@ -11,6 +11,7 @@ from mc2_hpc.pages.palette import LIGHT, SERIES
 from mc2_hpc.pages.plots import new_figure, plot_style, short_ticks, svg
 from mc2_hpc.planning.plan import RESERVE_BYTES, Plan
 from mc2_hpc.planning.records import CATEGORIES
+from mc2_hpc.planning.scaling import MOST_GPUS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,7 +102,7 @@ def _scaling(plan: Plan) -> Figure:
     axes.axvline(plan.gpus, color=LIGHT["rule"], linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.margins(x=0.12)
+    axes.set_xlim(0.8, 1.25 * MOST_GPUS)
     for axis in (axes.xaxis, axes.yaxis):
         short_ticks(axis)
     axes.xaxis.set_major_formatter(_whole)

@@ -31,8 +31,9 @@ def test_a_plan_with_advice(config_file, tmp_path):
     assert first["gpus"] == 16 and first["counted"]["world_size"] == 16
     assert 0 < first["predicted"]["step_seconds"] < 1 and first["predicted"]["money"] > 0
     assert first["predicted"]["pairs_that_fit"] > 8
-    assert "predicted, on h100" in done.stdout and "what to change" in done.stdout
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith(("peaks", "fractions")))
+    assert "predicted, on h100 and ndr" in done.stdout and "what to change" in done.stdout
+    sources = ("peaks", "fractions", "network ")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith(sources))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The planned peak beside the measured one in a run's log. The measurement, which a CPU does not have, is injected."""
 
+import dataclasses
 import logging
 import re
 import subprocess
@@ -44,10 +45,10 @@ def test_a_run_logs_it_once(tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch, caplog):
-    """As on a device that counts its memory; the log's lines."""
+    """As on a device that counts its memory; has the log's lines."""
     monkeypatch.setattr(module, "peak_memory", lambda device: 1 << 30)
     caplog.set_level(logging.INFO, logger=module.__name__)
-    return caplog.messages
+    return caplog
 
 
 def say(config):
@@ -59,32 +60,34 @@ def say(config):
 
 def test_a_refused_plan_is_one_line_with_the_reason(measured):
     say(config_from_dict({"distill": {"teacher": "/t"}}))
-    (line,) = measured
+    (line,) = measured.messages
     assert line.startswith("no planned peak of memory: distill: a plan does not know")
 
 
 def test_a_plan_that_dies_is_one_line(measured, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     say(config_from_dict({}))
-    assert measured == ["no planned peak of memory: exit code 1"]
+    assert measured.messages == ["no planned peak of memory: exit code 1"]
 
 
 def test_a_plan_that_cannot_start_is_one_line(measured, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with planned_peak(config_from_dict({}), CPU) as after_row:
         assert after_row is None
-    assert len(measured) == 1 and "/no/such/python" in measured[0]
+    (line,) = measured.messages
+    assert "/no/such/python" in line
 
 
 def test_a_run_does_not_wait_for_it(measured):
     with planned_peak(config_from_dict({}), CPU) as after_row:
         after_row({"step": 1, "peak_memory_bytes": 1 << 30})
-    assert not measured and after_row._process.returncode is not None
+    assert not measured.messages and after_row._process.returncode is not None
 
 
 def test_who_plans(measured, monkeypatch):
     """Nobody who was told not to, no other rank, and no device whose memory is not counted."""
-    off, second = config_from_dict({"log": {"planned_peak": False}}), Ranks(1, 2, 1, torch.device("cpu"))
+    off = config_from_dict({"log": {"planned_peak": False}})
+    second = dataclasses.replace(CPU, rank=1, world_size=2, local_rank=1)
     for config, ranks in ((off, CPU), (config_from_dict({}), second)):
         with planned_peak(config, ranks) as after_row:
             assert after_row is None

@@ -136,7 +136,7 @@ def test_changes_are_sorted_by_gain_and_must_fit():
 
 
 def test_an_unknown_gpu_gets_one_line_with_the_known_ones():
-    with pytest.raises(UserError, match=r"--gpu h900: choose one of a100, h100, h200, b200, or a YAML file"):
+    with pytest.raises(UserError, match=r"--gpu h900: choose one of a100, h100, h200, b200, cpu, or a YAML file"):
         read_gpu("h900")
 
 
