@@ -130,7 +130,7 @@ def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
         print(f"network {first.network_name}: {first.network.source}; {first.network.achieved_source}")
     for name, plan in zip(names, plans, strict=True):
         if not plan.fits:
-            print(f"{name} does not fit: a smaller micro_batch, recompute=full or a higher zero.stage needs less")
+            print(f"{name} does not fit: {plan.cure}")
 
 
 def _rows(plan: "Plan") -> dict[str, str]:

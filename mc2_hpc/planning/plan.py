@@ -113,6 +113,19 @@ class Plan:
         room = self.gpu.memory_bytes - RESERVE_BYTES - self.trace.peak.bytes
         return max(0, int(self.trace.pairs + room / per_pair)) if per_pair > 0 else None
 
+    @property
+    def cure(self) -> str:
+        """What would make the step fit, as far as :attr:`smaller` tells; empty if it fits."""
+        if self.fits:
+            return ""
+        fit, pairs = self.pairs_that_fit or 0, self.trace.pairs
+        full = "" if self.config.model.recompute == "full" else "model.recompute=full, "
+        if fit == 0:
+            return f"not even one pair per GPU does: set {full}a higher zero.stage, or plan for a larger --gpu"
+        micro_batch = max(1, (self.config.micro_batch or pairs) * fit // pairs)
+        gpus = -(-self.config.global_batch // fit)
+        return f"about {fit:,} of {pairs:,} pairs per GPU do: set {full}micro_batch={micro_batch}, or use {gpus:,} GPUs"
+
     def scaling(self, *, strong: bool) -> Iterator[Point]:
         """The step at 1 to 4,096 GPUs; needs a trace of several GPUs, as one alone does not say what it would send."""
         return scaling(self.trace, self.config, self.gpu, self.network, per_node=self.per_node, strong=strong)

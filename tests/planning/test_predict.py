@@ -124,6 +124,20 @@ def test_which_pairs_fit():
     assert found.fits and not plan(trace=trace(peak=79 << 30)).fits
 
 
+def test_what_would_fit():
+    large = dataclasses.replace(plan(trace=trace(peak=100 << 30)), smaller=trace(peak=60 << 30, pairs=32))
+    fit = large.pairs_that_fit
+    assert 0 < fit < 64
+    gpus = -(-1024 // fit)
+    assert (
+        large.cure
+        == f"about {fit} of 64 pairs per GPU do: set model.recompute=full, micro_batch={fit}, or use {gpus} GPUs"
+    )
+    nothing = dataclasses.replace(large, smaller=trace(peak=99 << 30, pairs=32))
+    assert nothing.cure.startswith("not even one pair per GPU does: set model.recompute=full, a higher zero.stage")
+    assert not plan().cure
+
+
 def test_changes_are_sorted_by_gain_and_must_fit():
     found = alternatives(CONFIG)
     assert set(found) == {"model.recompute=selective", "model.recompute=full", "zero.stage=2"}
