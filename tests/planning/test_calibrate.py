@@ -5,8 +5,10 @@ import json
 
 import pytest
 
+from mc2_hpc.cli import main
 from mc2_hpc.config import config_to_dict
 from mc2_hpc.errors import UserError
+from mc2_hpc.planning import calibrate as calibrating
 from mc2_hpc.planning.calibrate import Measured, calibrate, read_measured, write_machine
 from mc2_hpc.planning.machines import read_gpu, read_network, usual_network
 from mc2_hpc.planning.predict import predict_step
@@ -99,3 +101,16 @@ def test_a_run_that_does_not_tell_gets_one_line(run):
     path.write_text('{"step": 1}\n' * 6)
     with pytest.raises(UserError, match="steps_per_second"):
         read_measured(path)
+
+
+def test_the_command_writes_files_for_the_next_plan(run, monkeypatch, capsys):
+    monkeypatch.setattr(calibrating, "trace_measured", lambda runs, device_type: [trace(world_size=4) for _ in runs])
+    rows = run / "metrics.jsonl"
+    assert main(["plan", "--calibrate", str(rows), "--gpu", "h100", "--json", str(run / "fit.json")]) == 0
+    said = capsys.readouterr().out
+    assert f"plan with --gpu {run / 'gpu.yaml'} --network {run / 'network.yaml'}" in said
+    fit = json.loads((run / "fit.json").read_text())
+    assert fit["step_seconds"] == [{"run": str(rows), "measured": 1.0, "fitted": pytest.approx(1.0, rel=1e-3)}]
+    gpu = read_gpu(fit["files"]["gpu"])
+    assert gpu.flops == read_gpu("h100").flops and gpu.products == fit["fractions"]["products"]
+    assert main(["plan", "run.yaml", "--calibrate", str(rows)]) == 2
