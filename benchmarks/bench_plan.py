@@ -43,7 +43,7 @@ BASE = {"layers": 4, "global_batch": 64, "micro_batch": 0}
 """What the fractions are fitted to."""
 OTHERS = [{"micro_batch": 16}, {"global_batch": 128}, {"global_batch": 32}, {"layers": 8}, {"layers": 2}]
 QUICK_BASE, QUICK_OTHERS = {"layers": 1, "global_batch": 16, "micro_batch": 0}, [{"micro_batch": 8}]
-STEPS = {False: 12, True: 5}
+STEPS, LOG_EVERY = {False: 18, True: 8}, {False: 3, True: 2}
 RECIPE = "configs/train/vit_h14_worldwide.yaml"
 RECIPE_GPUS = 384
 PAPERS = "ViT-H/14, a week on 256 A100 for 12.8 billion pairs of English (MetaCLIP, arXiv 2309.16671)"
@@ -123,7 +123,7 @@ def _train(folder: Path, pool: TinyPool, setting: dict[str, int], quick: bool) -
         pool,
         output=str(folder / "run"),
         steps=STEPS[quick],
-        log_every=1,
+        log_every=LOG_EVERY[quick],
         global_batch=setting["global_batch"],
         micro_batch=setting["micro_batch"],
         model={
