@@ -1,15 +1,18 @@
 """Traces at full size against what was counted on PyTorch's own CUDA allocator and launch path (docs/step.md)."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks.bench_plan import recipe
 from mc2_hpc.config import config_from_dict
 from mc2_hpc.planning.plan import trace_drawn
 from mc2_hpc.planning.processes import in_processes
 
-RESULTS = json.loads((Path(__file__).parents[2] / "benchmarks/results/step_counts.json").read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+RESULTS = json.loads((ROOT / "benchmarks/results/step_counts.json").read_text(encoding="utf-8"))
 AFTER = {(row["ranks"], row["stage"]): row for row in RESULTS["rows"] if row["tree"] == "after"}
 RECOMPUTE = {(row["recompute"], row["stage"]): row for row in RESULTS["recompute_rows"]}
 PAIRS = RESULTS["config"]["pairs_per_rank"]
@@ -53,3 +56,20 @@ def test_h14(ranks, stage, recompute):
         for kind, key in (("all-reduce", "all_reduced_gb"), ("reduce-scatter", "reduce_scattered_gb")):
             size = sum(each.bytes for each in trace.collectives if each.kind == kind)
             assert size / 1e9 == pytest.approx(row[key], abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_recipe():
+    """The table of docs/planning.md, and its distance from what a paper says."""
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    rows = recipe()
+    for row in rows:
+        shown = re.search(rf"^\| {row['gpu']} \| ([\d.]+) \| ([\d.]+) \| ([\d,]+) \|$", page, flags=re.M)
+        step, days, hours = (float(text.replace(",", "")) for text in shown.groups())
+        assert step == pytest.approx(row["predicted_step_seconds"], abs=0.006)
+        assert days == pytest.approx(row["predicted_days"], abs=0.06)
+        assert hours == pytest.approx(row["predicted_gpu_hours_per_billion_pairs"], abs=0.6)
+    papers = rows[0]["papers_gpu_hours_per_billion_pairs"]
+    assert f"{papers:,.0f} GPU hours per 10^9" in page
+    assert 0.7 < rows[0]["predicted_gpu_hours_per_billion_pairs"] / papers < 0.8  # "about a quarter below"
