@@ -117,10 +117,10 @@ def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
     columns = [_rows(plan) for plan in plans]
     width = 26
     if len(names) > 1:
-        print(" " * width + "".join(f"{Path(name).stem[:22]:>24}" for name in names))
+        print(" " * width + "".join(f"{Path(name).stem[:24]:>26}" for name in names))
     for label in columns[0]:
         if not label.startswith("#"):
-            print(f"{label:<{width}}" + "".join(f"{column.get(label, '-'):>24}" for column in columns))
+            print(f"{label:<{width}}" + "".join(f"{column.get(label, '-'):>26}" for column in columns))
         else:
             print(label.removeprefix("#"))
     first = plans[0]
@@ -140,9 +140,10 @@ def _rows(plan: "Plan") -> dict[str, str]:
     trace, step = plan.trace, plan.step
     rows = {f"#counted, per rank of {plan.gpus}:": ""}
     for category, size in trace.peak.by_category.items():
-        rows[f"  {category}"] = f"{size / _GIB:,.2f} GiB"
-    rows["  peak memory"] = f"{trace.peak.bytes / _GIB:,.2f} GiB, {trace.peak.phase}"
-    rows["  model, executed"] = f"{trace.model_flops / 1e12:,.1f}, {trace.executed_flops / 1e12:,.1f} TFLOP"
+        rows[f"  {category}"] = _memory(size)
+    rows["  peak memory"] = f"{_memory(trace.peak.bytes)}, {trace.peak.phase}"
+    scale, unit = (1e12, "TFLOP") if trace.model_flops >= 1e11 else (1e9, "GFLOP")
+    rows["  model, executed"] = f"{trace.model_flops / scale:,.1f}, {trace.executed_flops / scale:,.1f} {unit}"
     rows["  through memory"] = f"{trace.total().bytes / _GB:,.0f} GB"
     if plan.pairs_that_fit is not None:
         rows["  pairs per GPU, fit"] = f"{trace.pairs}, about {plan.pairs_that_fit:,}"
@@ -154,7 +155,8 @@ def _rows(plan: "Plan") -> dict[str, str]:
     for kernels, seconds in step.compute.items():
         rows[f"  {kernels}"] = f"{seconds * 1e3:,.1f} ms ({step.limits[kernels]})"
     rows["  exposed communication"] = f"{step.exposed * 1e3:,.1f} ms"
-    rows["  step"] = f"{step.seconds * 1e3:,.1f} ms, MFU {plan.mfu:.0%}"
+    mfu = f", MFU {plan.mfu:.0%}" if plan.gpu.device == "cuda" else ""  # the peak of a CPU is no data sheet's
+    rows["  step"] = f"{step.seconds * 1e3:,.1f} ms{mfu}"
     rows["  pairs per second"] = f"{plan.pairs_per_second:,.0f}"
     if plan.gpus > 1:
         ends = [takes_over(plan.scaling(strong=strong)) for strong in (False, True)]
@@ -171,6 +173,10 @@ def _rows(plan: "Plan") -> dict[str, str]:
     rows["  data rate"] = f"{plan.pairs_per_second * plan.assumptions.pair_bytes / _GB:,.2f} GB/s"
     rows["  cores to decode"] = f"{plan.pairs_per_second / plan.assumptions.images_per_core:,.0f}"
     return rows
+
+
+def _memory(size: float) -> str:
+    return f"{size / _GIB:,.2f} GiB" if size >= _GIB / 10 or size == 0 else f"{size / 2**20:,.1f} MiB"
 
 
 def _print_advice(plan: "Plan", changes: Sequence[tuple[str, "Plan"]], failed: Mapping[str, str]) -> None:
