@@ -30,7 +30,7 @@ class Fitting:
         self._peaks: dict[str, int] = {}
         self._roomy: bool | None = None
         self.unknown = self._why_unknown()
-        """Why the plan cannot tell; empty if it can. Then nothing is left out, and running out of memory is a result."""
+        """Why the plan cannot tell, so that nothing is left out and running out of memory is a result; or empty."""
 
     def _why_unknown(self) -> str:
         if self._machine.memory_bytes is None:
@@ -105,9 +105,8 @@ class Fitting:
             settings.append({**leanest, "global_batch": pairs // 2 * ranks, "data.lanes": ranks})
         whole, *half = self.peaks(settings)
         needs = f"needs {whole / _GIB:.2f} GiB per rank, and a rank has {self._room() / _GIB:.2f}"
-        start = (
-            f"global_batch={self._config.global_batch} does not fit {ranks} rank(s): even {' '.join(text_of(leanest))}"
-        )
+        lean = " ".join(text_of(leanest)) or "the config as it is"
+        start = f"global_batch={self._config.global_batch} does not fit {ranks} rank(s): {lean}"
         slope = (whole - half[0]) / (pairs - pairs // 2) if half else 0.0
         fit = int(pairs - (whole - self._room()) / slope) if slope > 0 else 0
         if fit < 1:

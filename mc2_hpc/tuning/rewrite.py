@@ -1,4 +1,4 @@
-"""A config's text with other values of some settings, and everything else as it was written: comments, order, quotes."""
+"""A config's text with other values of some settings, and everything else as it was written: comments, order."""
 
 import json
 from collections.abc import Sequence

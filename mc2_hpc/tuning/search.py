@@ -1,4 +1,4 @@
-"""Which settings are tried, and for how many steps: moves of one setting each, then combinations, by successive halving.
+"""Which settings are tried, for how many steps: moves of one setting each, then combinations, by successive halving.
 
 The first trials are the config as it is given and the defaults of this package; the faster one is the start. Then come
 moves from it, ordered by what its step waits for. The moves that gain are combined, and half as many settings as before

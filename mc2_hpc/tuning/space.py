@@ -187,8 +187,10 @@ def _trades(config: RunConfig) -> list[Settings]:
 
 
 def moves(config: RunConfig, machine: Machine, waits: Breakdown) -> list[Settings]:
-    """Changes of one setting each (or a trade of two), ordered by what the step of ``config`` waits for: each cause gets
-    a share of the first places that is proportional to its share of the step."""
+    """Changes of one setting each (or a trade of two), ordered by what the step of ``config`` waits for.
+
+    Each cause gets a share of the first places that is proportional to its share of the step.
+    """
     offered: list[tuple[Settings, tuple[Cause, ...]]] = [(trade, ("compute",)) for trade in _trades(config)]
     for each in TUNED:
         offered += [({each.key: value}, each.helps) for value in each.values(config, machine)]
@@ -206,7 +208,7 @@ def moves(config: RunConfig, machine: Machine, waits: Breakdown) -> list[Setting
 
 
 def shipped(config: RunConfig, machine: Machine) -> Settings:
-    """What differs from the defaults of all tuned settings, with a decoding process for each core that no rank needs."""
+    """The defaults of all tuned settings where they differ, and a decoding process per core that no rank needs."""
     standard = RunConfig()
     values = {key: setting(standard, key) for key in KEYS}
     values["data.workers"] = min(_most_workers(config, machine), max(1, machine.cores_per_rank - 1))

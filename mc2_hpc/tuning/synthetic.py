@@ -25,8 +25,8 @@ _DIFFERENT = 64
 _MOST_PAIRS = 8192
 _WORDS = (
     "red blue green old new small large white black wooden house street river mountain cat dog horse bird tree garden "
-    "car train bridge market table chair book window door kitchen beach boat sky cloud sun snow winter summer woman man "
-    "child family city village photo of the a in on with near under two three people walking sitting standing"
+    "car train bridge market table chair book window door kitchen beach boat sky cloud sun snow winter summer woman "
+    "man child family city village photo of the a in on with near under two three people walking sitting standing"
 ).split()
 _FEWEST, _MOST = 6, 18
 """Words of a caption."""
@@ -43,9 +43,7 @@ def synthetic_data(config: RunConfig, folder: Path, *, ranks: int) -> Settings:
         UserError: the run reads stored features, which nothing here generates.
     """
     if config.data.features is not None:
-        raise UserError(
-            "--synthetic: the config trains from data.features: compute them first, or set data.features=null"
-        )
+        raise UserError("--synthetic generates images, and the config reads data.features: set data.features=null")
     number = max(config.data.lanes, min(config.global_batch, _MOST_PAIRS))
     home = folder / f"{number}-{ranks}-{config.data.tokenizer_style}"
     if not is_complete(home):

@@ -2,7 +2,7 @@
 
 <trial>/trial.yaml    the run's config with the trial's settings, its number of steps, and a profile of the last two
 <trial>/run/          output of ``mc2 train``: metrics.jsonl, state.json, profile/
-<trial>/train.log     of all ranks
+<trial>/train.log     of all ranks; on Slurm, <trial>/run/slurm-<job>.log
 
 A trial saves, evaluates and sends nothing. Its steps are a warm-up, which fills the workers' queues, the measured ones,
 and two under the profiler, which are not in the rate.
@@ -28,7 +28,7 @@ from mc2_hpc.reading.files import read_tail, shown
 from mc2_hpc.reading.json_file import Count, Foreign
 from mc2_hpc.storage import atomic_path, exclusive_folder, remove_folder
 from mc2_hpc.training.launch import end_with_parent
-from mc2_hpc.training.log_errors import last_error
+from mc2_hpc.training.log_errors import last_error, newest_log
 from mc2_hpc.training.run_state import read_state
 from mc2_hpc.tuning.breakdown import Breakdown, read_profile, split_step
 from mc2_hpc.tuning.record import Status, TrialResult
@@ -112,7 +112,8 @@ class Trial:
 
     @property
     def log(self) -> Path:
-        return self.folder / "train.log"
+        """Of all ranks: what Slurm wrote, or else ours."""
+        return newest_log(self.folder / "run") or self.folder / "train.log"
 
     def prepare(self) -> None:
         """Write the config in a new folder; what an earlier, killed attempt left there is removed."""
@@ -156,7 +157,7 @@ def _train(trial: Trial, bound: float) -> int | None:
     """Run the trial's processes; returns their exit code, or None if they were stopped at ``bound``."""
     command = [sys.executable, "-m", "mc2_hpc.cli", "train", str(trial.yaml), "--processes", str(trial.ranks)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    with open(trial.log, "ab") as log:
+    with open(trial.folder / "train.log", "ab") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
