@@ -85,8 +85,9 @@ def _with_value(text: str, keys: Sequence[str], value: str) -> str:
             begin, end = found[1].start_mark.index, found[1].end_mark.index
             space = "" if begin and text[begin - 1] in " \n" else " "
             return text[:begin] + space + value + text[end:]
-        indent = found[1].value[0][0].start_mark.column if isinstance(found[1], yaml.MappingNode) else indent
         node = found[1]
+        if isinstance(node, yaml.MappingNode) and node.value:
+            indent = node.value[0][0].start_mark.column
     return text
 
 

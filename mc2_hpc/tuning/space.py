@@ -189,7 +189,8 @@ def _trades(config: RunConfig) -> list[Settings]:
 def moves(config: RunConfig, machine: Machine, waits: Breakdown) -> list[Settings]:
     """Changes of one setting each (or a trade of two), ordered by what the step of ``config`` waits for.
 
-    Each cause gets a share of the first places that is proportional to its share of the step.
+    Each cause gets a share of the first places that is proportional to its share of the step, and the second value of a
+    setting comes later than the first of others.
     """
     offered: list[tuple[Settings, tuple[Cause, ...]]] = [(trade, ("compute",)) for trade in _trades(config)]
     for each in TUNED:
@@ -202,7 +203,9 @@ def moves(config: RunConfig, machine: Machine, waits: Breakdown) -> list[Setting
             continue
         if is_valid(config, move, machine):
             value, cause = max((float(getattr(waits, cause)) / (1 + counts[cause]), cause) for cause in helps)
-            counts[cause] += 1
+            before = sum(move.keys() == other.keys() for _, other in worth)
+            counts[cause] += before == 0
+            value /= 1 + 2 * before
             worth.append((value, move))
     return [move for _, move in sorted(worth, key=lambda each: -each[0])]  # stable: equal ones in the table's order
 
