@@ -19,7 +19,7 @@ from mc2_hpc.tuning.breakdown import CAUSES, Breakdown, Cause
 from mc2_hpc.tuning.machines import Machine
 
 _MOST_PREFETCH = 8
-_MOST_PASSES = 16
+_MOST_PASSES = 8
 """Of a step, to fit into memory: beyond it little more is saved, and tracing takes long."""
 _BUCKETS = (500_000_000, 50_000_000)
 

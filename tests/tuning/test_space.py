@@ -89,10 +89,10 @@ def test_leaner_settings_end_in_small_passes(config, machine):
     found = leaner(config, machine)
     assert found[0] == {"model.recompute": "selective"}
     sizes = [each["micro_batch"] for each in found if "micro_batch" in each]
-    assert sizes == [8, 4, 2, 1] and found[-1]["zero.stage"] == 3
+    assert sizes == [8, 4, 2] and found[-1]["zero.stage"] == 3
     large = with_settings(config, {"global_batch": 8 * 4096})
     last = leaner(large, machine)[-1]["micro_batch"]
-    assert 4 * 4096 / last <= 16  # passes, because more take long to trace and save little
+    assert 4 * 4096 / last <= 8  # passes, because more take long to trace and save little
 
 
 def test_the_fattest_settings_are_a_config(config, machine):
