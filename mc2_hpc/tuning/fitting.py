@@ -102,11 +102,8 @@ class Fitting:
         pairs = max(rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks))
         settings: list[Settings] = [leanest]
         if pairs > 1:
-            half_of = {
-                "global_batch": pairs // 2 * ranks,
-                "micro_batch": -(-config.micro_batch // 2),
-                "data.lanes": ranks,
-            }
+            half_of = {"global_batch": pairs // 2 * ranks, "data.lanes": ranks}
+            half_of["micro_batch"] = -(-config.micro_batch // 2)
             settings.append({**leanest, **half_of})
         whole, *half = self.peaks(settings)
         needs = f"needs {whole / _GIB:.2f} GiB per rank, and a rank has {self._room() / _GIB:.2f}"
