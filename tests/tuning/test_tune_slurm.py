@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,7 +17,7 @@ SLURM = ["--slurm", "nodes=2", "gpus=0", "ranks=1", "cpus=1"]
 
 def test_a_trial_is_a_job_that_is_not_requeued(module_config, tmp_path, capsys):
     words = ["tune", str(module_config), "--out", str(tmp_path / "out"), "--minutes", "7", "--dry-run"]
-    assert main([*words, "--slurm", "nodes=4", "gpus=8", "partition=p", "data.lanes=32"]) == 0
+    assert main([*words, "data.lanes=32", "--slurm", "nodes=4", "gpus=8", "partition=p"]) == 0
     script = capsys.readouterr().out
     for line in ("nodes=4", "gpus-per-node=8", "ntasks-per-node=8", "partition=p", "time=12", "job-name=mc2-tune"):
         assert f"#SBATCH --{line}\n" in script
@@ -70,7 +69,6 @@ def test_trials_are_jobs_and_a_killed_search_finds_its_own(command, slurm_cluste
     assert found["machine"]["ranks"] == 2 and [trial["status"] for trial in found["trials"]] == ["ok", "ok"]
     assert all(trial["waits"]["network"] > 0 for trial in found["trials"])
     assert slurm_cluster.job(job)["Requeue"] == "0"
-    begin = time.monotonic()
     again = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and "Slurm job" not in again.stderr, (again.stderr, time.monotonic() - begin)
+    assert again.returncode == 0 and "Slurm job" not in again.stderr, again.stderr
     assert again.stdout == result.stdout
