@@ -7,8 +7,8 @@ from typing import Any
 from mc2_hpc.config import RunConfig, config_to_dict, with_settings
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.errors import UserError
-from mc2_hpc.planning.plan import check_planned, planned_architecture, trace_on_ranks
-from mc2_hpc.planning.processes import in_processes
+from mc2_hpc.planning.plan import check_planned, planned_architecture, trace_drawn
+from mc2_hpc.planning.processes import TraceError, in_processes
 from mc2_hpc.tuning.machines import Machine
 from mc2_hpc.tuning.space import Settings, fattest, leaner, text_of
 
@@ -50,25 +50,29 @@ class Fitting:
         calls = [
             {
                 "config": config,
-                "arch": planned_architecture(config),
                 "ranks": self._machine.ranks,
                 "caption_tokens": self._caption_tokens,
                 "device_type": self._machine.device_type,
             }
             for config in new.values()
         ]
-        traces = in_processes(trace_on_ranks, calls) if calls else []
+        traces = in_processes(trace_drawn, calls) if calls else []
         self._peaks |= {key: trace.peak.bytes for key, trace in zip(new, traces, strict=True)}
         return [self._peaks[key] for key in keys]
 
     def that_fit(self, settings: Sequence[Settings]) -> list[Settings]:
         """Those that fit, in order; all of them if the plan cannot tell."""
-        if self.unknown or not settings or self._all_fit():
+        if self.unknown or not settings:
             return list(settings)
-        room = self._room()
+        try:
+            peaks = [0 for _ in settings] if self._all_fit() else self.peaks(settings)
+        except TraceError as error:
+            self.unknown = str(error)
+            logger.warning("memory is no longer planned: %s", error)
+            return list(settings)
         kept = []
-        for each, peak in zip(settings, self.peaks(settings), strict=True):
-            if peak <= room:
+        for each, peak in zip(settings, peaks, strict=True):
+            if peak <= self._room():
                 kept.append(each)
             else:
                 logger.info("not tried, because it needs %.1f GiB per rank: %s", peak / _GIB, " ".join(text_of(each)))

@@ -1,16 +1,23 @@
 """What the machine of a run offers: the ranks' device, memory and cores, and the packages that some settings need."""
 
+import dataclasses
 import importlib.util
+import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import torch
 
+from mc2_hpc.errors import UserError
 from mc2_hpc.kernels.triton_launch import triton_obstacle
 from mc2_hpc.planning.plan import RESERVE_BYTES
 from mc2_hpc.reading.files import read_text
 
+_EXAMINE_S = 300
+"""Longest wait for a process that looks at its machine: it imports torch."""
 HOST_RESERVE_BYTES = 1 << 30
 """Memory of a rank on a CPU that is not in its trace: Python, PyTorch, DeepSpeed and the decoding processes."""
 
@@ -39,11 +46,26 @@ class Machine:
         return max(1, self.cores // self.ranks_per_node)
 
 
-def this_machine(ranks: int | None) -> Machine:
+def examine(ranks: int | None) -> Machine:
     """This machine with that many ranks; None is one per GPU, or a single one without GPUs.
 
-    Initialises CUDA: call it in a process of its own.
+    Another process looks, so that this one holds no memory of a GPU while trials run.
+
+    Raises:
+        UserError: the GPU cannot be used.
     """
+    command = [sys.executable, "-m", "mc2_hpc.tuning.machines", *([] if ranks is None else [str(ranks)])]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_EXAMINE_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"this machine's device does not answer within {_EXAMINE_S} s; try `mc2 doctor`") from None
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"this machine's device cannot be used: {reason}; try `mc2 doctor`")
+    return Machine(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def _this_machine(ranks: int | None) -> Machine:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     ranks = ranks or max(1, gpus)
     if gpus:
@@ -98,3 +120,7 @@ def _available_bytes() -> int | None:
         return None
     found = next((line.split() for line in lines if line.startswith("MemAvailable:")), None)
     return int(found[1]) * 1024 if found is not None else None
+
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(_this_machine(int(sys.argv[1]) if len(sys.argv) > 1 else None))))

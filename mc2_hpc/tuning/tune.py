@@ -24,11 +24,10 @@ from mc2_hpc.data.lanes import check_ranks
 from mc2_hpc.data.pools import open_sources
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
-from mc2_hpc.planning.processes import in_processes
 from mc2_hpc.storage import exclusive_folder
 from mc2_hpc.training.step import num_micro_batches
 from mc2_hpc.tuning.fitting import Fitting
-from mc2_hpc.tuning.machines import Machine, this_machine
+from mc2_hpc.tuning.machines import Machine, examine
 from mc2_hpc.tuning.record import Record, TrialResult, run_hash, trial_key
 from mc2_hpc.tuning.search import Search
 from mc2_hpc.tuning.space import Settings, text_of
@@ -118,7 +117,7 @@ def tune(
         raise UserError("mc2 tune starts its own processes: run it outside of a launched job (WORLD_SIZE is set)")
     given = load_config(path, list(overrides))
     with exclusive_folder(out):
-        machine = machine or in_processes(this_machine, [{"ranks": ranks}])[0]
+        machine = machine or examine(ranks)
         config = given
         _check(given, machine, synthetic=synthetic)
         if synthetic:
