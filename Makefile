@@ -40,6 +40,7 @@ bench: .venv/dev
 	$(BIN)/mc2 bench checkpoint --json benchmarks/results/checkpoint.json
 	$(BIN)/mc2 bench faults --json benchmarks/results/faults.json
 	$(BIN)/mc2 bench eval --json benchmarks/results/eval.json
+	$(BIN)/mc2 bench tune --json benchmarks/results/tune.json
 	$(BIN)/mc2 bench kernels --json benchmarks/results/kernels.json
 	$(MAKE) plots
 

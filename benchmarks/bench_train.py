@@ -43,7 +43,7 @@ def run(quick: bool) -> dict[str, Any]:
     """Samples per second of both programs, run alternately, at both sizes of the token table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        vocab_size = _make_data(folder, num_images=256 if quick else 2048)
+        vocab_size = make_data(folder, num_images=256 if quick else 2048)
         # (what, rows of the token table, rounds, steps, pairs per process)
         sizes = [
             ("train", vocab_size, *((1, 4, 8) if quick else (3, 20, 64))),
@@ -87,7 +87,7 @@ def _measure(
     return rows, statistics.median(a / b for a, b in zip(rates["ours"], rates["open_clip"], strict=True))
 
 
-def _make_data(folder: Path, num_images: int) -> int:
+def make_data(folder: Path, num_images: int) -> int:
     """Write 640x480 crops of scikit-learn's two photographs with quickstart captions; returns the vocabulary size."""
     from sklearn.datasets import load_sample_images
 
@@ -134,8 +134,9 @@ def _launch(*arguments: str | Path) -> str:
     return output
 
 
-def _ours(output: Path, folder: Path, vocab_size: int, steps: int, batch: int, log_every: int) -> float:
-    config = {
+def run_values(output: Path, folder: Path, vocab_size: int, steps: int, batch: int, log_every: int) -> dict[str, Any]:
+    """Our run's config as plain values; the data are those of :func:`make_data`."""
+    return {
         "output": str(output),
         "steps": steps,
         "global_batch": batch * PROCESSES,
@@ -157,7 +158,15 @@ def _ours(output: Path, folder: Path, vocab_size: int, steps: int, batch: int, l
         "zero": {"stage": 1},
         "checkpoint": {"every": steps},
     }
-    path = folder / "ours.yaml"
+
+
+def _ours(output: Path, folder: Path, vocab_size: int, steps: int, batch: int, log_every: int) -> float:
+    return train_rate(run_values(output, folder, vocab_size, steps, batch, log_every), folder)
+
+
+def train_rate(config: dict[str, Any], folder: Path) -> float:
+    """Samples per second of ``mc2 train`` in both processes, without the first rows."""
+    path, output = folder / "ours.yaml", Path(config["output"])
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     _launch("-m", "mc2_hpc.cli", "train", path)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -199,6 +199,16 @@ def plot_dedup(result: dict[str, Any], path: Path) -> None:
     _save(figure, "De-duplicating images", result, path)
 
 
+@plot_style()
+def plot_tune(result: dict[str, Any], path: Path) -> None:
+    """Samples per second with the tuned settings and with those of the benchmarks' own configs, every round a mark."""
+    figure, (axis,) = new_figure(7, 4)
+    rows = result["rows"]
+    _bars(axis, [row["who"] for row in rows], [row["median"] for row in rows], [row["samples"] for row in rows])
+    axis.set(ylabel="samples per second")
+    _save(figure, "What mc2 tune finds, and hand-written settings", result, path)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "ablations": plot_ablations,
     "checkpoint": plot_checkpoint,
@@ -211,6 +221,7 @@ PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "loader": plot_loader,
     "scale_curation": plot_scale,
     "train": plot_train,
+    "tune": plot_tune,
 }
 
 

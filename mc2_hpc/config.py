@@ -7,6 +7,8 @@ the file and the key. A parsed config is read-only (frozen dataclasses): mutable
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ __all__ = [
     "config_to_dict",
     "load_config",
     "read_yaml",
+    "setting",
     "typed",
+    "with_settings",
     "yaml_text",
 ]
 
@@ -404,6 +408,27 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def config_from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
     """Build a config from plain values, such as those in a checkpoint's ``trainer.json``; errors name ``source``."""
     return typed(RunConfig, values, source=source)
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """The config with other values of some settings, by ``key.sub``.
+
+    Raises:
+        UserError: a value that is out of range, or that does not go with the others; names ``source``.
+    """
+    values = config_to_dict(config)
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        section = values
+        for each in sections:
+            section = section[each]
+        section[name] = value
+    return config_from_dict(values, source)
+
+
+def setting(config: RunConfig, key: str) -> Any:
+    """The value of ``key.sub``."""
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ LAYERS = [
     {"mc2_hpc.evaluation"},
     {"mc2_hpc.filters", "mc2_hpc.training"},
     {"mc2_hpc.planning"},
-    {"mc2_hpc.ablation", "mc2_hpc.quickstart", "mc2_hpc.doctor"},
+    {"mc2_hpc.ablation", "mc2_hpc.quickstart", "mc2_hpc.doctor", "mc2_hpc.tuning"},
     {"mc2_hpc.cli"},
 ]
 NO_TORCH = {"mc2_hpc.metadata", "mc2_hpc.jobs", "mc2_hpc.balancing", "mc2_hpc.curation", "mc2_hpc.ingestion"}

@@ -27,6 +27,7 @@ from mc2_hpc.cli import (
     status,
     tokenizer,
     train,
+    tune,
 )
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import shown
@@ -40,6 +41,7 @@ COMMANDS = {
     "tokenizer": tokenizer,
     "features": features,
     "plan": plan,
+    "tune": tune,
     "train": train,
     "status": status,
     "eval": eval,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict
+from mc2_hpc.config import RunConfig, setting, with_settings
 from mc2_hpc.planning.plan import Plan
 
 MOST = 3
@@ -21,15 +21,9 @@ def alternatives(config: RunConfig) -> dict[str, RunConfig]:
     found = {}
     for key, choices in _CHOICES.items():
         for choice in choices:
-            values = config_to_dict(config)
-            *sections, name = key.split(".")
-            section = values
-            for each in sections:
-                section = section[each]
-            if section[name] != choice:
-                section[name] = choice
+            if setting(config, key) != choice:
                 shown = str(choice).lower() if isinstance(choice, bool) else choice
-                found[f"{key}={shown}"] = config_from_dict(values, "alternative")
+                found[f"{key}={shown}"] = with_settings(config, {key: choice}, "alternative")
     return found
 
 

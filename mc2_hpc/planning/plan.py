@@ -193,7 +193,7 @@ def make_plans(
         TraceError: a trace failed.
     """
     for config in configs:
-        _check_planned(config)
+        check_planned(config)
     traced = [*configs, *(_with_half(config, gpus) for config in configs), *others]
     common = {"ranks": gpus, "caption_tokens": assumptions.caption_tokens, "device_type": gpu.device}
     calls = [{"config": each, **common} for each in traced]
@@ -236,7 +236,11 @@ def _with_half(config: RunConfig, gpus: int) -> RunConfig:
     return dataclasses.replace(config, global_batch=pairs * gpus, micro_batch=micro_batch, data=data)
 
 
-def _check_planned(config: RunConfig) -> None:
+def check_planned(config: RunConfig) -> None:
+    """
+    Raises:
+        UserError: the config has a setting whose cost no trace knows.
+    """
     for key, what, is_set in (
         ("distill", "a teacher costs", config.distill is not None),
         ("lora", "adapters cost or save", config.lora is not None),
@@ -245,7 +249,11 @@ def _check_planned(config: RunConfig) -> None:
             raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {key}=null")
 
 
-def _architecture(config: RunConfig) -> ClipArchitecture:
+def planned_architecture(config: RunConfig) -> ClipArchitecture:
+    """
+    Raises:
+        UserError: only the model that the run starts from says its sizes.
+    """
     if config.model.preset is None and config.model.init_from is not None:
         raise UserError("the plan does not read model.init_from: name its sizes with model.preset=...")
     return resolve(config.model)
@@ -262,8 +270,8 @@ def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_typ
     """
     from mc2_hpc.planning.trace import trace_step
 
-    _check_planned(config)
-    arch = _architecture(config)
+    check_planned(config)
+    arch = planned_architecture(config)
     batches = rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks)
     captions = draw_captions(
         batches,

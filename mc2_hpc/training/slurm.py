@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mc2_hpc.config import RunConfig, load_config
@@ -59,26 +60,52 @@ def fill_script(config: RunConfig, arguments: Sequence[str], options: Mapping[st
     check_text("output", config.output)
     if not config.checkpoint.resume:
         raise UserError("--slurm with checkpoint.resume=false: each start of the job would start the run from scratch")
-    script = (scripts_folder() / "train.sbatch").read_text(encoding="utf-8")
-    header = header_of(script)
-    of_gres = num_gpus("gres", options.get("gres", ""))
-    gpus = of_gres or num_gpus("gpus", options.get("gpus", header[GPUS]))
-    if gpus == 0 and "ranks" not in options:
-        raise UserError("--slurm gpus=0: how many ranks per node? add ranks=N")
+    script = _shipped()
+    shape = shape_of(options)
     values = {
         "job-name": Path(config.output).name,
         "output": f"{config.output.replace('%', '%%')}/slurm-%j.log",
-        "ntasks-per-node": str(gpus),
+        "ntasks-per-node": str(shape.ranks_per_node),
         "cpus-per-task": str(config.data.workers + 2),
         **{KEYS.get(key, key): value for key, value in options.items() if key != "env"},
     }
-    if of_gres:
+    if num_gpus("gres", options.get("gres", "")):
         values[GPUS] = "0"  # gres requests them already
-    ranks = int(values.get("nodes", header["nodes"])) * int(values["ntasks-per-node"])
-    check_ranks(ranks, config.data.lanes, where="--slurm: ")
+    check_ranks(shape.ranks, config.data.lanes, where="--slurm: ")
     for argument in arguments:
         check_text("mc2 train", argument)
     return fill_in(script, values, arguments, environment=options.get("env"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobShape:
+    """The nodes and ranks of a training job."""
+
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def shape_of(options: Mapping[str, str]) -> JobShape:
+    """The shape of the job that :func:`fill_script` makes of these options.
+
+    Raises:
+        UserError: neither GPUs nor a number of ranks are given.
+    """
+    header = header_of(_shipped())
+    gpus = num_gpus("gres", options.get("gres", "")) or num_gpus("gpus", options.get("gpus", header[GPUS]))
+    if gpus == 0 and "ranks" not in options:
+        raise UserError("--slurm gpus=0: how many ranks per node? add ranks=N")
+    nodes, ranks = int(options.get("nodes", header["nodes"])), int(options.get("ranks", gpus))
+    return JobShape(nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus)
+
+
+def _shipped() -> str:
+    return (scripts_folder() / "train.sbatch").read_text(encoding="utf-8")
 
 
 class Starts(File):
