@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from mc2_hpc.config_optim import FreezeConfig, LoraConfig, OptimConfig
+from mc2_hpc.config_stages import StageConfig, check_stages, total_steps
 from mc2_hpc.errors import UserError
 from mc2_hpc.precision import Precision
 from mc2_hpc.reading.checks import at_least as _at_least
@@ -320,13 +321,19 @@ class LogConfig:
     priority computes it while the run starts, in about half a minute on one core."""
 
 
+_RECIPE_STEPS = 391_136
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
     output: PathName = "runs/default"
     """Folder for logs and checkpoints."""
-    steps: int = 391_136
+    steps: int = _RECIPE_STEPS
+    """Length of the run; with ``stages``, the sum of theirs."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Parts of the run with settings of their own (``mc2_hpc.config_stages``), trained one after another."""
     global_batch: int = 75_264
     """Pairs per step, over all ranks: the contrastive loss sees all of them at once."""
     micro_batch: int = 0
@@ -359,6 +366,11 @@ class RunConfig:
         _choose("precision", self.precision, tuple(Precision))
         for name in ("steps", "global_batch", "log_every"):
             _at_least(name, getattr(self, name), 1)
+        if self.stages:
+            total = total_steps(self.stages, self.global_batch)
+            if self.steps not in (_RECIPE_STEPS, total):
+                raise UserError(f"steps={self.steps}: the stages have {total}; leave out steps")
+            object.__setattr__(self, "steps", total)  # frozen once it is made
         _at_least("micro_batch", self.micro_batch, 0)
         if self.profile.steps is not None and self.profile.steps[1] > self.steps:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
@@ -378,6 +390,8 @@ class RunConfig:
                 f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "
                 f"choose a number of lanes that divides it"
             )
+        if self.stages:
+            check_stages(self)
 
     def _check_lora(self) -> None:
         if self.lora is None:

@@ -57,7 +57,7 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
     from mc2_hpc.training.lost_rank import LostRankError, naming_the_wait
     from mc2_hpc.training.run_folder import exclusive_run, recorded_start
     from mc2_hpc.training.stop import LOST_RANK, SAVED, Stopped
-    from mc2_hpc.training.trainer import NonFiniteError, SaveError, Trainer
+    from mc2_hpc.training.trainer import NonFiniteError, SaveError, train_run
 
     # DeepSpeed calls collectives by deprecated names; users can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -67,7 +67,7 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
             logging.getLogger("mc2_hpc").setLevel(logging.INFO if ranks.is_first else logging.WARNING)
             with exclusive_run(Path(config.output), ranks), recorded_start(config, ranks):
                 with planned_peak(config, ranks) as after_row:
-                    Trainer(config, ranks, stop, after_row).train()
+                    train_run(config, ranks, stop, after_row)
     except (NonFiniteError, SaveError) as error:
         print(f"mc2: {error}", file=sys.stderr)
         return 1

@@ -241,12 +241,13 @@ def check_planned(config: RunConfig) -> None:
     Raises:
         UserError: the config has a setting whose cost no trace knows.
     """
-    for key, what, is_set in (
-        ("distill", "a teacher costs", config.distill is not None),
-        ("lora", "adapters cost or save", config.lora is not None),
+    for key, what, is_set, cure in (
+        ("distill", "a teacher costs", config.distill is not None, "distill=null"),
+        ("lora", "adapters cost or save", config.lora is not None, "lora=null"),
+        ("stages", "each of them costs", bool(config.stages), "stages=[], with the settings of one"),
     ):
         if is_set:
-            raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {key}=null")
+            raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {cure}")
 
 
 def planned_architecture(config: RunConfig) -> ClipArchitecture:

@@ -19,12 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP
-from mc2_hpc.models.weights import check_names
+from mc2_hpc.models.positions import IMAGE_POSITIONS, RESIZED, TEXT_POSITIONS, num_image_positions
+from mc2_hpc.models.presets import ClipArchitecture
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import check_names, read_card
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.reading.json_file import Count, File, Foreign, Sha256, read_fields, read_json
 from mc2_hpc.storage import file_sha256
@@ -150,13 +154,26 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load_weights(clip: CLIP, folder: Path) -> None:
-    """Copy a checkpoint's weights into ``clip``.
+    """Copy a checkpoint's weights into ``clip``, tables of positions as :func:`copy_weights` does.
 
     Raises:
         UserError: they belong to another model.
     """
-    files = UnwrappedTensorFiles(folder, "model")
+    copy_weights(clip, UnwrappedTensorFiles(folder, "model"), read_card(folder).arch, str(folder))
+
+
+def copy_weights(clip: CLIP, files: TensorFiles, stored: ClipArchitecture, source: str) -> None:
+    """Copy weights of the architecture ``stored`` into ``clip``, with tables of positions interpolated to its image
+    size and context length.
+
+    Raises:
+        UserError: they belong to another model; the message begins with ``source``.
+    """
     state = clip.state_dict()
-    check_names(str(folder), files.names(), {name: tensor.shape for name, tensor in state.items()}, files)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    rows = {IMAGE_POSITIONS: num_image_positions(stored), TEXT_POSITIONS: stored.text.context_length}
+    tables = {name: torch.Size((num_rows, shapes[name][1])) for name, num_rows in rows.items()}
+    check_names(source, files.names(), {**shapes, **tables}, files)
     for name, tensor in state.items():
-        tensor.copy_(files.get_fp32(name))
+        weight = files.get_fp32(name)
+        tensor.copy_(RESIZED[name](weight, tensor.shape[0]) if name in RESIZED else weight)

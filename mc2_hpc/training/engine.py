@@ -20,6 +20,7 @@ from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, Towers
 from mc2_hpc.models.lora import add_adapters
+from mc2_hpc.models.positions import RESIZED
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
@@ -352,6 +353,10 @@ class Engine:
             if kind == "weight" or (kind == EMA and averages is None):
                 continue
             value = averages.get(name) if kind == EMA and averages is not None else files.get(f"{name}.{kind}")
+            if name in RESIZED and value.shape != self.state_shape(name):
+                if kind != EMA:
+                    continue  # the moments of an interpolated table begin at zero again
+                value = RESIZED[name](value.float(), self.state_shape(name)[0])
             if name == "logit_scale":
                 self._scale_state()[kind].copy_(value)
             elif self._table is not None and name == TABLE:

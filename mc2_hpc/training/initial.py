@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig
@@ -23,11 +22,11 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.models.average import weight_files
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.formats import Format, detect_format
-from mc2_hpc.models.positions import IMAGE_POSITIONS, RESIZED, TEXT_POSITIONS, describe_resizing, num_image_positions
+from mc2_hpc.models.positions import describe_resizing
 from mc2_hpc.models.presets import ClipArchitecture, resolve
-from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, check_names, read_card, resolve_checkpoint
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card, resolve_checkpoint
 from mc2_hpc.storage import atomic_path, file_sha256, remove_folder
-from mc2_hpc.training.checkpoint import Checkpoint
+from mc2_hpc.training.checkpoint import Checkpoint, copy_weights
 
 logger = logging.getLogger(__name__)
 
@@ -103,15 +102,7 @@ def load_initial_weights(clip: CLIP, source: Source) -> None:
         UserError: they belong to another model.
     """
     old, new = source.card.arch, clip.arch
-    files = weight_files(source.folder)
-    state = clip.state_dict()
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    rows = {IMAGE_POSITIONS: num_image_positions(old), TEXT_POSITIONS: old.text.context_length}
-    stored = {name: torch.Size((num_rows, shapes[name][1])) for name, num_rows in rows.items()}
-    check_names(source.name, files.names(), {**shapes, **stored}, files)
-    for name, tensor in state.items():
-        weight = files.get_fp32(name)
-        tensor.copy_(RESIZED[name](weight, tensor.shape[0]) if name in RESIZED else weight)
+    copy_weights(clip, weight_files(source.folder), old, source.name)
     logger.info("%s", "; ".join([f"initial weights from {source.name}", *describe_resizing(old, new)]))
     if old.quick_gelu != new.quick_gelu:
         names = {True: "QuickGELU", False: "GELU"}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mc2_hpc.config import OptimConfig
+from mc2_hpc.config_stages import RunStage
 from mc2_hpc.models.depth import depth_of, num_layers, tower_of
 from mc2_hpc.models.presets import ClipArchitecture
 
@@ -55,6 +56,12 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
     """Set the run's learning rate in groups of :func:`parameter_groups`. Their weight decay is relative to it too."""
     for group in groups:
         group["lr"] = lr * group["lr_factor"]
+
+
+def stage_learning_rate(step: int, stage: RunStage) -> float:
+    """That of the run's ``step`` (counted from 0), which is in ``stage``."""
+    begin, total = stage.schedule
+    return learning_rate(step - begin, total=total, config=stage.config.optim)
 
 
 def learning_rate(step: int, *, total: int, config: OptimConfig) -> float:

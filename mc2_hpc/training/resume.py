@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict
+from mc2_hpc.config_stages import RunStage, run_stages, stage_after
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.positions import describe_resizing
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card
 from mc2_hpc.storage import file_sha256
 from mc2_hpc.training.checkpoint import Checkpoint
 from mc2_hpc.training.freezing import frozen_depths
-from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.optim import stage_learning_rate
 from mc2_hpc.training.resume_sources import source_changes
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ FIXED = {
     "model.vision.head_width": _MEANING,
     "model.text.heads": _MEANING,
     "model.text.eos_id": _MEANING,
+    "model.text.context_length": "only model.init_from interpolates the text tower's positions",
     "data.tokenizer_style": _MEANING,
 }
 """Settings that must not change, with the reason. Sizes are listed only if no weight's shape depends on them; the
@@ -89,15 +92,18 @@ SCHEDULE = ("steps", "optim.lr", "optim.warmup", "optim.schedule", "optim.decay_
 
 
 def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tokenizer: Tokenizer) -> list[str]:
-    """Allowed differences from the run that wrote the checkpoint, one line each.
+    """Allowed differences between the step that wrote the checkpoint and the next one, one line each.
 
     Args:
+        config: of the whole run.
         card, tokenizer: of this start.
 
     Raises:
         UserError: something differs that must not.
     """
-    before, now = checkpoint.trainer["config"], config_to_dict(config)
+    old_stage, stage = _stage_before(checkpoint), stage_after(config, checkpoint.step)
+    before = checkpoint.trainer["config"] if old_stage is None else config_to_dict(old_stage.config)
+    now = config_to_dict(stage.config)
     old_card = read_card(checkpoint.folder)
     for key, why in FIXED.items():
         if key.startswith("model."):
@@ -117,16 +123,16 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
             f"{tokenizer.model_file}: not the tokenizer that {checkpoint.folder} was trained with: captions would map "
             f"to other rows of the token table; set data.tokenizer={own}, or start from scratch with another output"
         )
-    _check_frozen(checkpoint, config, old=old_card.arch, new=card.arch)
+    _check_frozen(checkpoint, stage.config, old=old_card.arch, new=card.arch)
     _check_adapters(checkpoint, old_card, card)
     pairs = {key: (_lookup(before, key, ADDED.get(key)), _lookup(now, key)) for key in SAID}
     changed = [key for key, (old, new) in pairs.items() if old != new]
-    lines = []
+    lines = describe_resizing(old_card.arch, card.arch)
     for key in changed:
         old, new = pairs[key]
         lines += source_changes(old, new) if key == "data.train" else [f"{key} {old} -> {new}"]
     if set(changed) & set(SCHEDULE):
-        lines.append(_jump(checkpoint, before, config))
+        lines.append(_jump(checkpoint, before, old_stage, stage))
     return lines
 
 
@@ -142,10 +148,23 @@ def teacher_changes(checkpoint: Checkpoint, identity: str) -> list[str]:
     return [f"SHA-256 of the teacher's files {before[:12]}... -> {identity[:12]}..."]
 
 
-def warn_of_changes(checkpoint: Checkpoint, lines: list[str]) -> None:
-    """Log the differences that :func:`check_resume` found."""
+def report_changes(checkpoint: Checkpoint, lines: list[str], config: RunConfig) -> None:
+    """Log the differences that :func:`check_resume` found: a warning each, unless the run's stages are their cause."""
+    before, now = checkpoint.trainer["config"], config_to_dict(config)
+    as_planned = all(_lookup(before, key) == _lookup(now, key) for key in (*SAID, "stages"))
     for line in lines:
-        logger.warning("not as in %s: %s", checkpoint.folder.name, line)
+        if config.stages and as_planned:
+            logger.info("from here on: %s", line)
+        else:
+            logger.warning("not as in %s: %s", checkpoint.folder.name, line)
+
+
+def _stage_before(checkpoint: Checkpoint) -> RunStage | None:
+    """The stage that trained a checkpoint's last step; None if its run has none."""
+    before = checkpoint.trainer["config"]
+    if not before.get("stages"):
+        return None
+    return stage_after(config_from_dict(before, source=str(checkpoint.folder)), checkpoint.step - 1)
 
 
 def _check_frozen(checkpoint: Checkpoint, config: RunConfig, *, old: ClipArchitecture, new: ClipArchitecture) -> None:
@@ -178,13 +197,12 @@ def _check_adapters(checkpoint: Checkpoint, before: ModelCard, now: ModelCard) -
         )
 
 
-def _jump(checkpoint: Checkpoint, before: Mapping[str, Any], config: RunConfig) -> str:
+def _jump(checkpoint: Checkpoint, before: Mapping[str, Any], old_stage: RunStage | None, stage: RunStage) -> str:
     step = checkpoint.step
-    old = config_from_dict(
-        {key: before[key] for key in ("steps", "optim") if key in before}, source=str(checkpoint.folder)
-    )
-    last = learning_rate(step - 1, total=old.steps, config=old.optim)
-    following = learning_rate(step, total=config.steps, config=config.optim)
+    if old_stage is None:
+        values = {key: before[key] for key in ("steps", "optim") if key in before}
+        (old_stage,) = run_stages(config_from_dict(values, source=str(checkpoint.folder)))
+    last, following = stage_learning_rate(step - 1, old_stage), stage_learning_rate(step, stage)
     return f"learning rate {last:.1e} in step {step} -> {following:.1e} in step {step + 1}"
 
 

@@ -53,11 +53,13 @@ class SavePolicy:
     every: int
     """Steps between saves."""
     last_step: int
-    """Of the run."""
+    """The last step of the run or of one of its stages."""
     background: bool
     """Whether training continues while files are written."""
     save_last: bool = True
     """Whether the last step is saved whatever ``every`` is; a run that is asked to stop always saves."""
+    is_final: bool = True
+    """Whether no stage follows."""
 
     def after(self, step: int, votes: Agreed, *, busy: bool) -> SaveActions:
         """What to do after ``step``; ``busy``: a save is in progress."""
@@ -68,5 +70,5 @@ class SavePolicy:
             begin=votes.stop or (last and self.save_last) or step % self.every == 0,
             finish=ends or not self.background,
             must_succeed=ends,
-            leave=votes.stop and not last,
+            leave=votes.stop and not (last and self.is_final),
         )

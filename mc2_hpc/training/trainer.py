@@ -1,5 +1,6 @@
 """The training loop: data, steps, metrics, checkpoints, and a clean stop on signals and non-finite numbers."""
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig, config_to_dict
+from mc2_hpc.config_stages import stage_after
 from mc2_hpc.data.batches import Batch
 from mc2_hpc.data.enough import check_enough
 from mc2_hpc.data.lanes import rank_batches
@@ -33,11 +36,11 @@ from mc2_hpc.training.image_features import check_features
 from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
 from mc2_hpc.training.lost_rank import naming_the_wait
 from mc2_hpc.training.metrics import Means, MetricsLog
-from mc2_hpc.training.optim import learning_rate
+from mc2_hpc.training.optim import stage_learning_rate
 from mc2_hpc.training.patch_dropout import PatchDropout
 from mc2_hpc.training.profiling import StepProfiler
 from mc2_hpc.training.progress import common_shards, restore_progress, saved_progress, warn_of_other_shards
-from mc2_hpc.training.resume import check_resume, teacher_changes, warn_of_changes
+from mc2_hpc.training.resume import check_resume, report_changes, teacher_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, check_loss, num_micro_batches
@@ -47,6 +50,8 @@ from mc2_hpc.training.throughput import ThroughputMeter, gather, rates
 from mc2_hpc.training.votes import VoteCounts, Votes
 
 logger = logging.getLogger(__name__)
+
+AfterRow = Callable[[Mapping[str, Any]], None]
 
 _PACKAGES = ("mc2_hpc", "torch", "deepspeed", "numpy", "sentencepiece", "simplejpeg")
 
@@ -70,15 +75,41 @@ class _Pending:
     keys: Sequence[str]
 
 
+def train_run(
+    config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, after_row: AfterRow | None = None
+) -> None:
+    """Train a run through all its stages. Collective.
+
+    Every stage resumes from the checkpoint that the one before it ends with, exactly as a new start would.
+
+    Args:
+        stop, after_row: as for :class:`Trainer`.
+
+    Raises:
+        UserError: config, data, tokenizer and checkpoint do not fit together.
+        NonFiniteError, Stopped, SaveError, LostRankError: as for :meth:`Trainer.train`.
+    """
+    while True:
+        trainer = Trainer(config, ranks, stop, after_row)
+        trainer.train()
+        if trainer.stage.is_last:
+            return
+        trainer.engine.close()
+        del trainer
+        gc.collect()  # DeepSpeed's hooks and the model refer to each other
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 class Trainer:
-    """One training run, on this process's rank."""
+    """One training run or, if it has stages, the one that is due, on this process's rank."""
 
     def __init__(
         self,
         config: RunConfig,
         ranks: Ranks,
         stop: StopRequest | None = None,
-        after_row: Callable[[Mapping[str, Any]], None] | None = None,
+        after_row: AfterRow | None = None,
     ) -> None:
         """Build model, engine and loader, and load the newest checkpoint if the config says to resume. Collective.
 
@@ -89,7 +120,8 @@ class Trainer:
         Raises:
             UserError: config, data, tokenizer and checkpoint do not fit together.
         """
-        self.config = config
+        self.run_config = config
+        """The whole run's settings."""
         self.ranks = ranks
         self.output = Path(config.output)
         self.stop = stop or StopRequest()
@@ -98,7 +130,10 @@ class Trainer:
         self._profiler = StepProfiler(config, ranks)
         folder = self.output / "checkpoints"
         checkpoint = newest_checkpoint(folder, ranks) if config.checkpoint.resume else None
-        with initial_source(config, checkpoint, ranks) as source:
+        self.stage = stage_after(config, checkpoint.step if checkpoint is not None else 0)
+        self.config = self.stage.config
+        """The stage's settings."""
+        with initial_source(self.config, checkpoint, ranks) as source:
             self._build(checkpoint, source)
 
     def _build(self, checkpoint: Checkpoint | None, source: Source | None) -> None:
@@ -108,9 +143,9 @@ class Trainer:
         self.tokenizer = tokenizer(config, source, arch, ranks)
         self.card = ModelCard(arch=arch, tokenizer_style=self.tokenizer.style, lora=adapters_of(config))
         if checkpoint is not None:
-            changes = check_resume(checkpoint, config, self.card, self.tokenizer)
+            changes = check_resume(checkpoint, self.run_config, self.card, self.tokenizer)
             if ranks.is_first:
-                warn_of_changes(checkpoint, changes)
+                report_changes(checkpoint, changes, self.run_config)
         self.writer = CheckpointWriter(
             folder, ranks, keep=config.checkpoint.keep, newest=checkpoint.step if checkpoint else -1
         )
@@ -156,9 +191,10 @@ class Trainer:
         self._means = Means()
         self._save_policy = SavePolicy(
             every=config.checkpoint.every,
-            last_step=config.steps,
+            last_step=self.stage.end,
             background=config.checkpoint.background,
-            save_last=config.checkpoint.last,
+            save_last=config.checkpoint.last or not self.stage.is_last,  # the next stage starts from it
+            is_final=self.stage.is_last,
         )
 
     def _load_teacher(self, checkpoint: Checkpoint | None) -> DistillationTeacher | None:
@@ -166,7 +202,7 @@ class Trainer:
             return None
         teacher = DistillationTeacher(self.config, self.card.arch, self.tokenizer, self.ranks)
         if checkpoint is not None and self.ranks.is_first:
-            warn_of_changes(checkpoint, teacher_changes(checkpoint, teacher.identity))
+            report_changes(checkpoint, teacher_changes(checkpoint, teacher.identity), self.run_config)
         return teacher
 
     def _votes(self) -> Votes:
@@ -205,7 +241,7 @@ class Trainer:
         self.engine.load_moments(TensorFiles(checkpoint.folder, "optimizer"), checkpoint.step, averages)
 
     def train(self) -> None:
-        """Train to ``config.steps``, saving and evaluating on the way and at the end. Collective.
+        """Train to the end of the stage, saving and evaluating on the way and at the end. Collective.
 
         Raises:
             NonFiniteError: the loss, gradient norm or ``logit_scale`` is NaN or infinite; names the step, its keys and
@@ -214,7 +250,7 @@ class Trainer:
             SaveError: the last save failed. (After an earlier failure, training continues to the next save.)
             LostRankError: another rank is lost; names the step that waited for it.
         """
-        done = self.progress.step >= self.config.steps
+        done = self.progress.step >= self.stage.end
         if done and self.evaluation is None:
             logger.info("nothing to do: %s already has %d steps", self.output, self.config.steps)
             return
@@ -239,7 +275,7 @@ class Trainer:
 
     def _open_log(self) -> MetricsLog:
         config = self.config
-        wandb_config = config_to_dict(config) if config.log.wandb else None
+        wandb_config = config_to_dict(self.run_config) if config.log.wandb else None
         return MetricsLog(
             self.output, total_steps=config.steps, first_step=self.progress.step, wandb_config=wandb_config
         )
@@ -249,11 +285,13 @@ class Trainer:
         pending: _Pending | None = None
         batches = iter(self.loader)
         meter.start()
-        while progress.step < config.steps:
+        if self.stage.count > 1:
+            logger.info("stage %d of %d, to step %d", self.stage.number, self.stage.count, self.stage.end)
+        while progress.step < self.stage.end:
             self._profiler.begin(progress.step + 1)
             with meter.waiting():
                 batch = next(batches)
-            lr = learning_rate(progress.step, total=config.steps, config=config.optim)
+            lr = stage_learning_rate(progress.step, self.stage)
             images = batch.images.to(self.ranks.device, non_blocking=True)
             lengths = batch.lengths if config.model.text_packing else None
             kept = self._patch_dropout(batch.keys, progress.step)
@@ -271,14 +309,14 @@ class Trainer:
             self._count(batch)
             meter.count(batch)
             pending = _Pending(progress.step, lr, numbers, batch.keys)
-            if progress.step % config.log_every == 0 or progress.step == config.steps:
+            if progress.step % config.log_every == 0 or progress.step == self.stage.end:
                 self._log_row(pending, meter, log)
             with meter.stalled():
                 self._checkpoint(pending, votes)
             with meter.paused():
                 self._profiler.end(progress.step)
                 self._evaluate(log, pending)
-                if votes.listed and progress.step < config.steps:
+                if votes.listed and progress.step < self.stage.end:
                     self._renew_takedown()
 
     def _renew_takedown(self) -> None:
@@ -410,7 +448,7 @@ class Trainer:
                 **self.shards,
                 **self.takedown.described(),
                 **({"teacher": self.teacher.identity} if self.teacher is not None else {}),
-                "config": config_to_dict(self.config),
+                "config": config_to_dict(self.run_config),
                 "world_size": self.ranks.world_size,
                 "versions": {name: version(name) for name in _PACKAGES},
             },

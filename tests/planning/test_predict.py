@@ -1,6 +1,7 @@
 """Predictions from a trace given by hand, and the tables they use."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -165,10 +166,15 @@ def test_a_gpu_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "cure"), [({"distill": {"teacher": "/t"}}, "distill=null"), ({"lora": {"rank": 4}}, "lora=null")]
+    ("values", "cure"),
+    [
+        ({"distill": {"teacher": "/t"}}, "distill=null"),
+        ({"lora": {"rank": 4}}, "lora=null"),
+        ({"stages": [{"steps": 8}]}, "stages=[], with the settings of one"),
+    ],
 )
 def test_a_setting_that_is_not_planned_is_refused(values, cure):
     config = config_from_dict({"global_batch": 1024, **values}, "test")
     machine = {"gpus": 8, "per_node": 8, "gpu_name": "test", "gpu": GPU, "network_name": "test", "network": NETWORK}
-    with pytest.raises(UserError, match=f"does not know .* without it: {cure}$"):
+    with pytest.raises(UserError, match=f"does not know .* without it: {re.escape(cure)}$"):
         make_plans([config], **machine, assumptions=Assumptions())

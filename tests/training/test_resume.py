@@ -15,7 +15,7 @@ from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card, write_c
 from mc2_hpc.training.checkpoint import Checkpoint
 from mc2_hpc.training.freezing import adapters_of
 from mc2_hpc.training.optim import learning_rate
-from mc2_hpc.training.resume import ADDED, FIXED, SAID, SCHEDULE, check_resume, teacher_changes, warn_of_changes
+from mc2_hpc.training.resume import ADDED, FIXED, SAID, SCHEDULE, check_resume, report_changes, teacher_changes
 from tests.faults.tiny_run import write_config
 
 
@@ -118,7 +118,7 @@ def test_the_jump_of_the_learning_rate_is_reported(resume, caplog):
     assert following > 9 * last
     assert lines == ["steps 8 -> 16", f"learning rate {last:.1e} in step 8 -> {following:.1e} in step 9"]
     with caplog.at_level(logging.WARNING):
-        warn_of_changes(resume.checkpoint, lines)
+        report_changes(resume.checkpoint, lines, resume.load())
     assert "not as in step-00000008: steps 8 -> 16" in caplog.text
 
 

@@ -1,5 +1,7 @@
 """When a run saves, waits and stops: only the decisions, without a trainer."""
 
+import dataclasses
+
 import pytest
 
 from mc2_hpc.training.save_policy import Agreed, SaveActions, SavePolicy, agreed
@@ -28,6 +30,12 @@ CASES = {
 def test_actions_after_a_step(step, votes, busy, expected):
     policy = SavePolicy(every=10, last_step=25, background=True)
     assert policy.after(step, votes, busy=busy) == expected
+
+
+def test_asked_to_stop_in_the_last_step_of_a_stage_no_other_begins():
+    policy = SavePolicy(every=10, last_step=25, background=True, is_final=False)
+    assert policy.after(25, NOTHING, busy=False) == LAST
+    assert policy.after(25, STOP, busy=False) == dataclasses.replace(LAST, leave=True)
 
 
 def test_in_the_foreground_every_save_is_waited_for():
