@@ -383,6 +383,13 @@ class RunConfig:
             raise UserError("model.patch_dropout and freeze.vision=all: no part of the image tower is trained; set one")
         if self.eval.ema and not self.optim.ema_decay:
             raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
+        if self.optim.matrices == "muon" and self.zero.stage == 3:
+            raise UserError(
+                "optim.matrices=muon and zero.stage=3: Muon needs whole matrices, and stage 3 divides every one; "
+                "set zero.stage to 0, 1 or 2"
+            )
+        if self.optim.matrices == "muon" and self.lora is not None:
+            raise UserError("optim.matrices=muon and lora: Muon is for the matrices themselves; set only one")
         if self.optim.decay_steps > self.steps:
             raise UserError(f"optim.decay_steps={self.optim.decay_steps}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:

@@ -84,9 +84,13 @@ class TowerOptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with the recipe's groups, and the schedule of its learning rate."""
+    """AdamW with the recipe's groups, or Muon for matrices, and the schedule of the learning rate."""
 
+    matrices: str = "adamw"
+    """What updates the matrices of the blocks: ``adamw``, like everything else (the recipe), or ``muon``."""
+    muon_momentum: float = 0.95
     lr: float = 4e-4
+    """Of Muon as well, whose updates are scaled to the size of AdamW's."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-6
@@ -113,13 +117,14 @@ class OptimConfig:
             at_least(f"optim.{name}", getattr(self, name), 0)
         if not 1 <= self.max_logit_scale <= 100:
             raise UserError(f"optim.max_logit_scale={self.max_logit_scale}: must be in [1, 100]")
+        choose("optim.matrices", self.matrices, ("adamw", "muon"))
         choose("optim.schedule", self.schedule, ("cosine", "constant", "wsd"))
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise UserError(
                 f"optim.decay_steps={self.decay_steps} with optim.schedule={self.schedule}: "
                 f"set a number of steps for wsd, and 0 for the others"
             )
-        for name in ("beta1", "beta2", "ema_decay"):
+        for name in ("beta1", "beta2", "ema_decay", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1)")
         for tower in ("vision", "text"):

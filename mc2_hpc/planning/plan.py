@@ -245,6 +245,7 @@ def check_planned(config: RunConfig) -> None:
         ("distill", "a teacher costs", config.distill is not None, "distill=null"),
         ("lora", "adapters cost or save", config.lora is not None, "lora=null"),
         ("stages", "each of them costs", bool(config.stages), "stages=[], with the settings of one"),
+        ("optim.matrices", "Muon costs", config.optim.matrices == "muon", "optim.matrices=adamw"),
     ):
         if is_set:
             raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {cure}")

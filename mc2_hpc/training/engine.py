@@ -2,7 +2,8 @@
 
 DeepSpeed partitions the towers but not ``logit_scale``: a scalar gains nothing from it, has to stay in fp32 and is
 clamped after every step. So each rank keeps an identical copy, updated by the same AdamW with the same gradient. With
-``model.embedding: sharded`` the token table is not DeepSpeed's either (:mod:`mc2_hpc.training.token_table`).
+``model.embedding: sharded`` the token table is not DeepSpeed's either (:mod:`mc2_hpc.training.token_table`), and with
+``optim.matrices: muon`` neither are the matrices of the blocks (:mod:`mc2_hpc.training.muon`).
 """
 
 import logging
@@ -23,9 +24,10 @@ from mc2_hpc.models.lora import add_adapters
 from mc2_hpc.models.positions import RESIZED
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
-from mc2_hpc.training.clipping import add_to_norm, clip_replicated
+from mc2_hpc.training.clipping import add_to_norm, clip_coefficient, clip_replicated
 from mc2_hpc.training.deepspeed_config import deepspeed_config
 from mc2_hpc.training.freezing import adapters_of, freeze
+from mc2_hpc.training.muon import MOMENTUM, MuonMatrices, is_muons
 from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate
 from mc2_hpc.training.token_table import TABLE, TokenTable
 from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState, average, create_state
@@ -106,22 +108,39 @@ class Engine:
         # Without a table that is dealt to the ranks, which would keep all of it in memory.
         self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
         towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
-        num_parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
+        named = {name: p for name, p in towers.named_parameters() if p.requires_grad}
+        self._matrices: MuonMatrices | None = None
+        if config.optim.matrices == "muon":
+            matrices = {name: named.pop(name) for name in list(named) if is_muons(name)}
+            self._matrices = MuonMatrices(matrices, clip.arch, config.optim, ranks)
+        num_parameters = sum(parameter.numel() for parameter in named.values())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=towers,
-            optimizer=adamw(parameter_groups(towers.named_parameters(), clip.arch, config.optim), config.optim),
+            optimizer=adamw(parameter_groups(named.items(), clip.arch, config.optim), config.optim),
             config=deepspeed_config(
                 config, num_micro=num_micro, num_parameters=num_parameters, on_gpu=self.device.type == "cuda"
             ),
             dist_init_required=False,
         )
         self._parameters = dict(self._engine.module.named_parameters())
-        self._towers = TowerState(self._optimizer, self.stage, self._parameters, ema=self._ema_decay > 0)
+        others = {
+            name: p for name, p in self._parameters.items() if self._matrices is None or name not in self._matrices
+        }
+        self._towers = TowerState(self._optimizer, self.stage, others, ema=self._ema_decay > 0)
         self._trained_table = self._table if self._table is not None and self._table.trained else None
-        if self._trained_table is not None and self.stage > 0 and not self._computes_norm:
-            add_to_norm(self._optimizer, self.stage, self._trained_table.gradient)
+        if self._has_others and self.stage > 0 and not self._computes_norm:
+            add_to_norm(self._optimizer, self.stage, self._others)
         if config.model.compile:
             clip.compile_blocks()
+
+    @property
+    def _has_others(self) -> bool:
+        return self._trained_table is not None or self._matrices is not None
+
+    def _others(self) -> list[Tensor]:
+        """The averaged gradients that this rank owns and DeepSpeed does not have, but for the scale's."""
+        rows = [] if self._trained_table is None else [self._trained_table.gradient()]
+        return rows if self._matrices is None else [*rows, *self._matrices.gradients()]
 
     def _adamw_of_scale(self, config: RunConfig) -> torch.optim.AdamW:
         groups = parameter_groups([("logit_scale", self.logit_scale)], self._clip.arch, config.optim)
@@ -193,6 +212,8 @@ class Engine:
         """
         if self._trained_table is not None:
             self._trained_table.reduce()
+        if self._matrices is not None:
+            self._matrices.reduce(averaged=self.stage == 0)
         shared = torch.zeros(2 + len(votes), device=self.device)
         if self._scale_optimizer is not None:
             assert self.logit_scale.grad is not None
@@ -205,11 +226,17 @@ class Engine:
         dist.all_reduce(shared)
         set_learning_rate(self._optimizer.param_groups, lr)
         norm = self._step_towers(shared[-1])
+        skipped = self.stage > 0 and self._optimizer.overflow  # DeepSpeed skips the update if the norm is not finite
         if self._table is not None:
-            if self._trained_table is None or (self.stage > 0 and self._optimizer.overflow):
-                self._table.drop()  # DeepSpeed skips the update if the norm is not finite
+            if self._trained_table is None or skipped:
+                self._table.drop()
             else:
                 self._trained_table.step(lr, norm)
+        if self._matrices is not None:
+            if skipped:
+                self._matrices.drop()
+            else:
+                self._matrices.step(lr, clip_coefficient(norm, self._max_norm) if self._max_norm > 0 else None)
         if self._scale_optimizer is not None:
             self._step_scale(self._scale_optimizer, shared[0] / dist.get_world_size(), lr)
         if self._ema_decay:
@@ -229,18 +256,19 @@ class Engine:
         self._towers.average(self._ema_decay)
         if self._trained_table is not None:
             self._trained_table.average(self._ema_decay)
+        if self._matrices is not None:
+            self._matrices.average(self._ema_decay)
         if self._scale_optimizer is not None:
             average(self._scale_optimizer, [self.logit_scale], self._ema_decay)
 
     def _squared_norm(self) -> Tensor:
         """The square of the norm of the averaged gradients that this rank owns, 0-d, summed in fp64."""
         owned = [grad for group in self._optimizer.averaged_gradients.values() for grad in group]
-        if self._trained_table is not None:
-            owned.append(self._trained_table.gradient())
+        owned += self._others()
         return torch.stack(torch._foreach_norm(owned, 2, torch.float64)).square().sum()
 
     def _step_towers(self, squared_norm: Tensor) -> Tensor:
-        """DeepSpeed's step; returns the global gradient norm, which includes a sharded table's gradient.
+        """DeepSpeed's step; returns the global gradient norm, of all but the scale's.
 
         Args:
             squared_norm: its square, where the engine computes it.
@@ -252,19 +280,21 @@ class Engine:
             return torch.as_tensor(self._engine.get_global_grad_norm())
         # Without ZeRO the engine leaves the averaged gradients on the parameters and computes no norm.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        rows = None if self._trained_table is None else self._trained_table.gradient()
-        norm = clip_replicated(gradients, rows, self._max_norm)
+        norm = clip_replicated(gradients, self._others() if self._has_others else None, self._max_norm)
         self._engine.step()
         return norm
 
     def state_names(self) -> list[tuple[str, str]]:
         """(kind, parameter name) of every state tensor; kind is ``weight`` or, if the parameter is trained, one of
-        :data:`MOMENTS` or, with a moving average of the weights, :data:`EMA`."""
-        trained = {name: name in self._towers.trained for name in self._parameters}
-        trained["logit_scale"] = self._scale_optimizer is not None
+        :data:`MOMENTS`, :data:`MOMENTUM` if Muon trains it, or, with a moving average of the weights, :data:`EMA`."""
+        kinds = {name: self._kinds if name in self._towers.trained else () for name in self._parameters}
+        if self._matrices is not None:
+            of_matrices = (MOMENTUM, *(kind for kind in self._kinds if kind == EMA))
+            kinds |= {name: of_matrices for name in kinds if name in self._matrices}
+        kinds["logit_scale"] = self._kinds if self._scale_optimizer is not None else ()
         if self._table is not None:
-            trained[TABLE] = self._table.trained
-        return [(kind, name) for name in trained for kind in ("weight", *(self._kinds if trained[name] else ()))]
+            kinds[TABLE] = self._kinds if self._table.trained else ()
+        return [(kind, name) for name in kinds for kind in ("weight", *kinds[name])]
 
     def state_shape(self, name: str) -> torch.Size:
         """Full shape of a parameter, partitioned or not."""
@@ -272,6 +302,8 @@ class Engine:
             return self.logit_scale.shape
         if self._table is not None and name == TABLE:
             return self._table.shape
+        if self._matrices is not None and name in self._matrices:
+            return self._matrices.shape(name)
         return self._towers.shape(name)
 
     def state(self, receivers: Mapping[tuple[str, str], int] | None = None) -> Iterator[tuple[str, str, Tensor]]:
@@ -291,6 +323,8 @@ class Engine:
             return self.logit_scale if kind == "weight" else self._scale_state()[kind]
         if self._table is not None and name == TABLE:
             return self._table.full(kind, to)
+        if self._matrices is not None and name in self._matrices:
+            return self._matrices.full(kind, name)
         return self._towers.full(kind, name)
 
     def _scale_state(self) -> dict[str, Tensor]:
@@ -361,6 +395,8 @@ class Engine:
                 self._scale_state()[kind].copy_(value)
             elif self._table is not None and name == TABLE:
                 self._table.load(kind, value)
+            elif self._matrices is not None and name in self._matrices:
+                self._matrices.load(kind, name, value)
             else:
                 self._towers.load(kind, name, value)
         self._towers.resume(step)

@@ -34,6 +34,7 @@ FIXED = {
     "model.text.eos_id": _MEANING,
     "model.text.context_length": "only model.init_from interpolates the text tower's positions",
     "data.tokenizer_style": _MEANING,
+    "optim.matrices": "the checkpoint has another optimizer's state",
 }
 """Settings that must not change, with the reason. Sizes are listed only if no weight's shape depends on them; the
 others are checked when the weights are loaded. The content of ``data.tokenizer`` must not change either."""
@@ -61,6 +62,7 @@ SAID = (
     "optim.eps",
     "optim.weight_decay",
     "optim.grad_clip",
+    "optim.muon_momentum",
     "data.train",
     "data.balance",
     "data.crop_scale",
@@ -76,6 +78,8 @@ but not less: what was frozen has no AdamW state in the checkpoint."""
 ADDED: dict[str, Any] = {
     "model.patch_dropout": 0.0,
     "freeze.logit_scale": False,
+    "optim.matrices": "adamw",
+    "optim.muon_momentum": 0.95,
     "optim.schedule": "cosine",
     "optim.decay_steps": 0,
     "optim.vision.lr_scale": 1.0,
@@ -111,7 +115,7 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
         elif key == "data.tokenizer_style":
             values = [old_card.tokenizer_style, card.tokenizer_style]
         else:
-            values = [_lookup(before, key), _lookup(now, key)]
+            values = [_lookup(before, key, ADDED.get(key)), _lookup(now, key)]
         if values[0] != values[1]:
             raise UserError(
                 f"{checkpoint.folder}: trained with {key}={values[0]}, now it is {values[1]}: {why}; "

@@ -60,6 +60,8 @@ def test_more_steps_change_nothing_before_the_decay():
         ({"schedule": "linear"}, "choose one of cosine, constant, wsd"),
         ({"schedule": "wsd"}, "optim.decay_steps=0 with optim.schedule=wsd: set a number of steps"),
         ({"decay_steps": 5}, "optim.decay_steps=5 with optim.schedule=cosine: .* 0 for the others"),
+        ({"matrices": "sgd"}, "choose one of adamw, muon"),
+        ({"matrices": "muon", "muon_momentum": 1.0}, r"optim.muon_momentum=1.0: must be in \[0, 1\)"),
         ({"max_logit_scale": 101.0}, r"optim.max_logit_scale=101.0: must be in \[1, 100\]"),
         ({"text": {"lr_scale": 0.0}}, "optim.text.lr_scale=0.0: must be above 0; to train nothing, set freeze.text"),
         ({"vision": {"layer_decay": -1.0}}, "optim.vision.layer_decay=-1.0: must be above 0"),
@@ -68,6 +70,15 @@ def test_more_steps_change_nothing_before_the_decay():
 def test_settings_that_cannot_be(values, words):
     with pytest.raises(UserError, match=words):
         config_from_dict({"optim": values})
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [({"zero": {"stage": 3}}, "Muon needs whole matrices"), ({"lora": {}}, "Muon is for the matrices themselves")],
+)
+def test_what_muon_cannot_train_is_refused(other, words):
+    with pytest.raises(UserError, match=words):
+        config_from_dict({"optim": {"matrices": "muon"}, **other})
 
 
 def test_a_decay_longer_than_the_run_is_refused():

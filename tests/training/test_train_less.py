@@ -18,7 +18,7 @@ from tests.training import zero_worker
 
 pytestmark = pytest.mark.timeout(600)
 RANKS = 2
-CASES = [(case, stage) for case in worker.CASES for stage in range(4)]
+CASES = [(case, stage) for case in worker.CASES for stage in worker.stages(case)]
 
 # Written out, so that the product's own rule is not what it is compared with.
 IMAGE_EMBEDDINGS = ("vision.patch", "vision.class", "vision.pos", "vision.norm_pre")
@@ -29,11 +29,18 @@ FROZEN = {
     "blocks": (*IMAGE_EMBEDDINGS, "vision.transformer.blocks.0.", *TEXT_EMBEDDINGS),
     "adapters": ("vision.", "text."),
     "adapters of the text tower": ("vision.", "text.", "logit_scale"),
+    "muon of the text tower": ("vision.",),
 }
+MATRICES = ("qkv.weight", "out.weight", "fc.weight", "proj.weight")
 
 
 def is_frozen(case: str, name: str) -> bool:
     return name.startswith(FROZEN.get(case, ())) and "lora" not in name
+
+
+def is_matrix(case: str, name: str) -> bool:
+    """Whether Muon trains it."""
+    return case.startswith("muon") and name.endswith(MATRICES) and not is_frozen(case, name)
 
 
 def averaged(case: str) -> bool:
@@ -51,6 +58,8 @@ def trained(ranks_of, tmp_path_factory):
 
 def learning_rate(case: str, step: int) -> float:
     """Written out: warm-up over 2 of 5 steps, then the case's schedule."""
+    if case.startswith("muon"):
+        return [1e-4, 2e-4, 2e-4, 1.5e-4, 0.5e-4][step]
     if case in ("image tower", "learning rates", "adapters of the text tower"):
         return [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3][step]
     return [0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.25e-3][step]
@@ -60,6 +69,8 @@ def factor(case: str, name: str) -> float:
     """Written out: that of a parameter's learning rate."""
     if case == "adapters of the text tower":
         return 0.5 ** (2 - int(name.split("blocks.")[1][0]))
+    if case == "muon of the text tower":
+        return 0.5 if name.startswith("text.") else 1.0
     if case != "learning rates" or name == "logit_scale":
         return 1.0
     scale, decay = (0.5, 0.7) if name.startswith("vision.") else (2.0, 0.9)
@@ -71,12 +82,13 @@ def factor(case: str, name: str) -> float:
 
 @pytest.fixture(scope="module")
 def plain():
-    """``plain(case)``: rows, final weights and their moving average, of torch's AdamW without an engine."""
+    """``plain(case)``: rows, final weights and their moving average, of torch's AdamW and Muon without an engine."""
     found = {}
 
     def train(case: str):
         if case not in found:
-            found[case] = _plain(case)
+            with worker.muon_in_fp32():
+                found[case] = _plain(case)
         return found[case]
 
     return train
@@ -89,18 +101,33 @@ def _plain(case: str):
     parameters = dict(model.named_parameters())
     parameters |= {name: start[name].clone().requires_grad_() for name in start if "lora" in name}
     lora = worker.CASES[case].get("lora", {})
+    # Muon's matrices, queries, keys and values apart.
+    split = {
+        name: [piece.clone().requires_grad_() for piece in (start[name].chunk(3) if "qkv" in name else [start[name]])]
+        for name in parameters
+        if is_matrix(case, name)
+    }
+    muons = [{"params": pieces, "factor": factor(case, name)} for name, pieces in split.items()]
     groups = []
     for name, parameter in parameters.items():
-        if is_frozen(case, name):
+        if is_frozen(case, name) or name in split:
             continue
         decay = 0.1 if parameter.ndim >= 2 and "norm" not in name and "bias" not in name else 0.0
         groups.append({"params": [parameter], "weight_decay": decay, "factor": factor(case, name)})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=optim["eps"])
-    towers = [group["params"][0] for group in groups if group["params"][0] is not model.logit_scale]
+    optimizers: list[torch.optim.Optimizer] = [optimizer]
+    if muons:
+        momentum = optim.get("muon_momentum", 0.95)
+        optimizers.append(torch.optim.Muon(muons, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+    towers = [p for group in (*groups, *muons) for p in group["params"] if p is not model.logit_scale]
+
+    def whole(name):
+        return torch.cat(split[name]) if name in split else parameters[name]
+
     averages = {name: tensor.detach().clone() for name, tensor in parameters.items()}
     rows = []
     for step, (images, tokens) in enumerate(zero_worker.batches()[: worker.STEPS]):
-        weights = {}
+        weights = {name: whole(name) for name in split}
         for name, parameter in parameters.items():
             if name.endswith("lora_A"):
                 layer = name.removesuffix(".lora_A")
@@ -112,20 +139,22 @@ def _plain(case: str):
         logits = scale.exp() * image @ text.T
         labels = torch.arange(len(logits))
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        optimizer.zero_grad()
+        for each in optimizers:
+            each.zero_grad()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in towers])
         if optim.get("grad_clip"):
             torch.nn.utils.clip_grads_with_norm_(towers, optim["grad_clip"], norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(case, step) * group["factor"]
-        optimizer.step()
+        for each in optimizers:
+            for group in each.param_groups:
+                group["lr"] = learning_rate(case, step) * group["factor"]
+            each.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(optim.get("max_logit_scale", 100)))
-            for name, tensor in parameters.items():
-                averages[name].mul_(optim.get("ema_decay", 0)).add_(tensor, alpha=1 - optim.get("ema_decay", 0))
+            for name in parameters:
+                averages[name].mul_(optim.get("ema_decay", 0)).add_(whole(name), alpha=1 - optim.get("ema_decay", 0))
         rows.append([loss.item(), norm.item(), model.logit_scale.item()])
-    return torch.tensor(rows, dtype=torch.float64), {name: p.detach() for name, p in parameters.items()}, averages
+    return torch.tensor(rows, dtype=torch.float64), {name: whole(name).detach() for name in parameters}, averages
 
 
 def final(trained, case, stage, where=""):
@@ -184,7 +213,9 @@ def test_frozen_weights_stay_and_have_no_state(trained, case, stage):
     trained_names = {name for name in start if not is_frozen(case, name)}
     for name, tensor in state["weight"].items():
         assert torch.equal(tensor, start[name]) == (name not in trained_names), name
-    assert set(state["exp_avg"]) == set(state["exp_avg_sq"]) == trained_names
+    matrices = {name for name in trained_names if is_matrix(case, name)}
+    assert set(state["exp_avg"]) == set(state["exp_avg_sq"]) == trained_names - matrices
+    assert set(state.get("momentum_buffer", {})) == matrices
     if averaged(case):
         assert set(state["ema"]) == trained_names
 
