@@ -16,7 +16,7 @@ from mc2_hpc.training.token_table import TABLE
 from tests.training import train_less_worker as worker
 from tests.training import zero_worker
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 RANKS = 2
 CASES = [(case, stage) for case in worker.CASES for stage in worker.stages(case)]
 
@@ -52,7 +52,7 @@ def averaged(case: str) -> bool:
 def trained(ranks_of, tmp_path_factory):
     """The worker's folder and findings."""
     folder = tmp_path_factory.mktemp("train_less")
-    ranks_of(RANKS, worker.__file__, folder)
+    ranks_of(RANKS, worker.__file__, folder, timeout=800)
     return folder, json.loads((folder / "found.json").read_text())
 
 
