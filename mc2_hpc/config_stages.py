@@ -13,18 +13,40 @@ A stage's keys have the meaning that they have at the top of the file, and overr
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import Field, dataclass, field, replace
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from mc2_hpc.config_optim import OptimConfig
 from mc2_hpc.errors import UserError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-    from mc2_hpc.config import RunConfig
+class _Settings(Protocol):
+    """Any dataclass."""
 
-Settings = TypeVar("Settings", bound="DataclassInstance")
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+class StagedRun(_Settings, Protocol):
+    """What this module needs of a run's settings (``mc2_hpc.config.RunConfig``)."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def stages(self) -> "Sequence[StageConfig]": ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def checkpoint(self) -> Any: ...
+
+
+Settings = TypeVar("Settings", bound=_Settings)
+Run = TypeVar("Run", bound=StagedRun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +134,10 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunStage:
+class RunStage(Generic[Run]):
     """One stage of a run, or a whole run that has none."""
 
-    config: "RunConfig"
+    config: Run
     """The run's settings with the stage's; ``steps`` are the whole run's, and ``stages`` is empty."""
     number: int
     """Counted from 1."""
@@ -144,7 +166,7 @@ def total_steps(stages: Sequence[StageConfig], global_batch: int) -> int:
     return sum(stage.num_steps(global_batch) for stage in stages)
 
 
-def run_stages(config: "RunConfig") -> list[RunStage]:
+def run_stages(config: Run) -> list[RunStage[Run]]:
     """The stages of a run, in order; a run without any is a single one.
 
     Raises:
@@ -155,13 +177,13 @@ def run_stages(config: "RunConfig") -> list[RunStage]:
     return list(_stages(config))
 
 
-def stage_after(config: "RunConfig", step: int) -> RunStage:
+def stage_after(config: Run, step: int) -> RunStage[Run]:
     """The stage that trains the step after ``step`` steps of a run; the last one if there is no such step."""
     stages = run_stages(config)
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
-def _stages(config: "RunConfig") -> Iterator[RunStage]:
+def _stages(config: Run) -> Iterator[RunStage[Run]]:
     begin = 0
     for number, stage in enumerate(config.stages, start=1):
         end = begin + stage.num_steps(config.global_batch)
@@ -182,7 +204,7 @@ def _stages(config: "RunConfig") -> Iterator[RunStage]:
         begin = end
 
 
-def _applied(config: "RunConfig", stage: StageConfig) -> "RunConfig":
+def _applied(config: Run, stage: StageConfig) -> Run:
     model = _overridden(config.model, patch_dropout=stage.model.patch_dropout, recompute=stage.model.recompute)
     vision = _overridden(config.model.vision, image_size=stage.model.vision.image_size)
     return replace(
@@ -199,7 +221,7 @@ def _overridden(settings: Settings, **values: object) -> Settings:
     return replace(settings, **{key: value for key, value in values.items() if value is not None})
 
 
-def check_stages(config: "RunConfig") -> None:
+def check_stages(config: StagedRun) -> None:
     """
     Raises:
         UserError: the stages do not go together with each other or with the run's settings.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mc2_hpc.config import OptimConfig
+from mc2_hpc.config import OptimConfig, RunConfig
 from mc2_hpc.config_stages import RunStage
 from mc2_hpc.models.depth import depth_of, num_layers, tower_of
 from mc2_hpc.models.presets import ClipArchitecture
@@ -58,7 +58,7 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def stage_learning_rate(step: int, stage: RunStage) -> float:
+def stage_learning_rate(step: int, stage: RunStage[RunConfig]) -> float:
     """That of the run's ``step`` (counted from 0), which is in ``stage``."""
     begin, total = stage.schedule
     return learning_rate(step - begin, total=total, config=stage.config.optim)

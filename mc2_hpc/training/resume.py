@@ -163,7 +163,7 @@ def report_changes(checkpoint: Checkpoint, lines: list[str], config: RunConfig) 
             logger.warning("not as in %s: %s", checkpoint.folder.name, line)
 
 
-def _stage_before(checkpoint: Checkpoint) -> RunStage | None:
+def _stage_before(checkpoint: Checkpoint) -> RunStage[RunConfig] | None:
     """The stage that trained a checkpoint's last step; None if its run has none."""
     before = checkpoint.trainer["config"]
     if not before.get("stages"):
@@ -201,7 +201,9 @@ def _check_adapters(checkpoint: Checkpoint, before: ModelCard, now: ModelCard) -
         )
 
 
-def _jump(checkpoint: Checkpoint, before: Mapping[str, Any], old_stage: RunStage | None, stage: RunStage) -> str:
+def _jump(
+    checkpoint: Checkpoint, before: Mapping[str, Any], old_stage: RunStage[RunConfig] | None, stage: RunStage[RunConfig]
+) -> str:
     step = checkpoint.step
     if old_stage is None:
         values = {key: before[key] for key in ("steps", "optim") if key in before}
