@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from benchmarks.harness import ROOT, main, own_command, spread
+from benchmarks.harness import ROOT, Rows, main, own_command, spread
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks, process_group
@@ -63,7 +63,7 @@ def run(quick: bool) -> dict[str, Any]:
     """Rows of all contenders that run here (``quick``: the first two), and our best rate relative to open_clip's."""
     cuda = torch.cuda.is_available()
     start = time.monotonic()
-    rows, missing = [], {}
+    rows, missing = Rows(), {}
     names = (tuple(SETTINGS) if cuda else ON_CPU)[: 2 if quick else None]
     for number, name in enumerate(names, 1):
         if time.monotonic() - start > SECONDS_IN_ALL:

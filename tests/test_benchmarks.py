@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from benchmarks import harness
-from benchmarks.harness import RESULTS, ROOT, own_command
+from benchmarks.harness import RESULTS, ROOT, Rows, own_command
 from benchmarks.plot import PLOTS, plot_checkpoint, plot_dedup
 
 ROWS = sorted(RESULTS.glob("*.json"))
@@ -17,6 +17,7 @@ def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["rows"] and result["env"]["commit"] and result["env"]["machine"]
     assert not result.get("quick"), "a quick run is not for quoting"
+    assert not result.get("unfinished"), "a run that was cut short"
     if result["name"] in PLOTS:
         plot = tmp_path / "plot.png"
         PLOTS[result["name"]](result, plot)
@@ -56,6 +57,27 @@ def test_the_gpu_suite_refuses_a_part_it_does_not_have(tmp_path):
         command, env={"OUT": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
     )
     assert result.returncode == 1 and "nonsense: no such part" in result.stderr
+
+
+def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
+    """A run that ends early has those that it measured, and they are not taken for a whole run."""
+    path = tmp_path / "row.json"
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--json", str(path)])
+    monkeypatch.setattr(Rows, "write", None)
+
+    def run(quick):
+        rows = Rows()
+        rows.append({"who": "first"})
+        rows += [{"who": "second"}]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found["rows"] == rows and found["unfinished"] and found["env"]["machine"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.main("some", run)
+    assert [row["who"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["first", "second"]
+    harness.main("some", lambda quick: {"config": {}, "rows": Rows(), "ratios": {}})
+    assert "unfinished" not in json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
