@@ -208,12 +208,20 @@ class ZeroConfig:
 class LossConfig:
     """The contrastive loss over the global batch."""
 
+    kind: str = "softmax"
+    """``softmax`` (CLIP's, the recipe), or ``sigmoid`` (SigLIP's), which also learns the bias ``logit_bias``."""
     backend: str = "auto"
     """``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (table in ``mc2_hpc.kernels.contrastive``)."""
     exchange: str = "all_gather"
     """How ranks see each other's features: ``all_gather``, or ``ring`` (memory independent of the number of ranks)."""
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the model has a ``logit_bias``."""
+        return self.kind == "sigmoid"
+
     def __post_init__(self) -> None:
+        _choose("loss.kind", self.kind, ("softmax", "sigmoid"))
         _choose("loss.backend", self.backend, ("auto", "triton", "tiled", "reference"))
         _choose("loss.exchange", self.exchange, ("all_gather", "ring"))
 
@@ -352,6 +360,8 @@ class RunConfig:
             raise UserError("data.features: features of images cannot change; set freeze.vision=all")
         if self.data.features is not None and self.distill is not None:
             raise UserError("data.features and distill: a teacher needs the images; set only one")
+        if self.distill is not None and self.loss.kind != "softmax":
+            raise UserError(f"loss.kind={self.loss.kind} and distill: a teacher is compared by softmax; set only one")
         if self.data.features is not None and self.model.patch_dropout:
             raise UserError("data.features and model.patch_dropout: features are of whole images; set only one")
         if self.eval.ema and not self.optim.ema_decay:

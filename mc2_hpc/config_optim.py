@@ -68,7 +68,7 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-6
     weight_decay: float = 0.1
-    """Applied to matrices only, not to gains, biases or logit_scale."""
+    """Applied to matrices only, not to gains, biases, logit_scale or logit_bias."""
     warmup: int = 2000
     """Steps of linear warm-up."""
     schedule: str = "cosine"

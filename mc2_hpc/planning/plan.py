@@ -227,7 +227,7 @@ def _check_planned(config: RunConfig) -> None:
 def _architecture(config: RunConfig) -> ClipArchitecture:
     if config.model.preset is None and config.model.init_from is not None:
         raise UserError("the plan does not read model.init_from: name its sizes with model.preset=...")
-    return resolve(config.model)
+    return resolve(config.model, logit_bias=config.loss.has_bias)
 
 
 def trace_on_gpus(config: RunConfig, arch: ClipArchitecture, gpus: int, caption_tokens: float) -> StepTrace:

@@ -1,8 +1,9 @@
 """DeepSpeed for the two towers: ZeRO stages 0-3 behind one interface, and the state by parameter name.
 
-DeepSpeed partitions the towers but not ``logit_scale``: a scalar gains nothing from it, has to stay in fp32 and is
-clamped after every step. So each rank keeps an identical copy, updated by the same AdamW with the same gradient. With
-``model.embedding: sharded`` the token table is not DeepSpeed's either (:mod:`mc2_hpc.training.token_table`).
+DeepSpeed partitions the towers but not ``logit_scale`` and ``logit_bias``: a scalar gains nothing from it and has to
+stay in fp32, and the scale is clamped after every step. So each rank keeps identical copies, updated by the same AdamW
+with the same gradients. With ``model.embedding: sharded`` the token table is not DeepSpeed's either
+(:mod:`mc2_hpc.training.token_table`).
 """
 
 import logging
@@ -19,6 +20,7 @@ from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, Towers
+from mc2_hpc.models.depth import tower_of
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
@@ -97,9 +99,12 @@ class Engine:
             any(p.requires_grad for p in tower.parameters()) for tower in (clip.vision, clip.text)
         )
         """Whether any parameter of the tower is trained."""
-        scale = clip.logit_scale.detach().to(self.device, torch.float32, copy=True)
-        self.logit_scale = nn.Parameter(scale, requires_grad=not config.freeze.logit_scale)
-        self._scale_optimizer = self._adamw_of_scale(config) if self.logit_scale.requires_grad else None
+        self._scalars = {name: self._own_scalar(p) for name, p in clip.named_parameters() if tower_of(name) is None}
+        self.logit_scale = self._scalars["logit_scale"]
+        self.logit_bias = self._scalars.get("logit_bias")
+        """Of the sigmoid loss."""
+        self._trained_scalars = {name: p for name, p in self._scalars.items() if p.requires_grad}
+        self._scalar_optimizer = self._adamw_of_scalars(config) if self._trained_scalars else None
         self._table = TokenTable(clip, config.optim, ranks) if config.model.embedding == "sharded" else None
         towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
         num_parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
@@ -119,10 +124,14 @@ class Engine:
         if config.model.compile:
             clip.compile_blocks()
 
-    def _adamw_of_scale(self, config: RunConfig) -> torch.optim.AdamW:
-        groups = parameter_groups([("logit_scale", self.logit_scale)], self._clip.arch, config.optim)
-        optimizer = adamw(groups, config.optim)
-        create_state(optimizer, self.logit_scale, ema=self._ema_decay > 0)
+    def _own_scalar(self, parameter: nn.Parameter) -> nn.Parameter:
+        copy = parameter.detach().to(self.device, torch.float32, copy=True)
+        return nn.Parameter(copy, requires_grad=parameter.requires_grad)
+
+    def _adamw_of_scalars(self, config: RunConfig) -> torch.optim.AdamW:
+        optimizer = adamw(parameter_groups(self._trained_scalars.items(), self._clip.arch, config.optim), config.optim)
+        for scalar in self._trained_scalars.values():
+            create_state(optimizer, scalar, ema=self._ema_decay > 0)
         return optimizer
 
     def look_up(self, tokens: Tensor) -> Tensor:
@@ -180,22 +189,23 @@ class Engine:
         """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to its limits.
 
         Args:
-            votes: this rank's answers to questions that all ranks ask. They share the all-reduce of the scale's
-                gradient, so they need no extra communication.
+            votes: this rank's answers to questions that all ranks ask. They share the all-reduce of the scalars'
+                gradients, so they need no extra communication.
 
         Returns:
-            The global norm of all averaged gradients but the scale's before clipping, a 0-d tensor, and the number of
+            The global norm of all averaged gradients but the scalars' before clipping, a 0-d tensor, and the number of
             ranks that said yes to each vote, (len(votes),).
         """
         if self._trained_table is not None:
             self._trained_table.reduce()
-        shared = torch.zeros(2 + len(votes), device=self.device)
-        if self._scale_optimizer is not None:
-            assert self.logit_scale.grad is not None
-            shared[0] = self.logit_scale.grad
+        num_scalars = len(self._trained_scalars)
+        shared = torch.zeros(num_scalars + len(votes) + 1, device=self.device)
+        for number, scalar in enumerate(self._trained_scalars.values()):
+            assert scalar.grad is not None
+            shared[number] = scalar.grad
         if self._computes_norm:
             shared[-1] = self._squared_norm()
-        for number, vote in enumerate(votes, start=1):
+        for number, vote in enumerate(votes, start=num_scalars):
             if vote:
                 shared[number].fill_(1)  # a kernel on the device: a copy from the host would synchronise
         dist.all_reduce(shared)
@@ -206,15 +216,16 @@ class Engine:
                 self._table.drop()  # DeepSpeed skips the update if the norm is not finite
             else:
                 self._trained_table.step(lr, norm)
-        if self._scale_optimizer is not None:
-            self._step_scale(self._scale_optimizer, shared[0] / dist.get_world_size(), lr)
+        if self._scalar_optimizer is not None:
+            self._step_scalars(self._scalar_optimizer, shared[:num_scalars] / dist.get_world_size(), lr)
         if self._ema_decay:
             self._average()
-        return norm, shared[1:-1]
+        return norm, shared[num_scalars:-1]
 
-    def _step_scale(self, optimizer: torch.optim.AdamW, gradient: Tensor, lr: float) -> None:
-        assert self.logit_scale.grad is not None
-        self.logit_scale.grad.copy_(gradient)
+    def _step_scalars(self, optimizer: torch.optim.AdamW, gradients: Tensor, lr: float) -> None:
+        for scalar, gradient in zip(self._trained_scalars.values(), gradients.unbind(), strict=True):
+            assert scalar.grad is not None
+            scalar.grad.copy_(gradient)
         set_learning_rate(optimizer.param_groups, lr)
         optimizer.step()
         optimizer.zero_grad()
@@ -225,8 +236,8 @@ class Engine:
         self._towers.average(self._ema_decay)
         if self._trained_table is not None:
             self._trained_table.average(self._ema_decay)
-        if self._scale_optimizer is not None:
-            average(self._scale_optimizer, [self.logit_scale], self._ema_decay)
+        if self._scalar_optimizer is not None:
+            average(self._scalar_optimizer, list(self._trained_scalars.values()), self._ema_decay)
 
     def _squared_norm(self) -> Tensor:
         """The square of the norm of the averaged gradients that this rank owns, 0-d, summed in fp64."""
@@ -257,15 +268,15 @@ class Engine:
         """(kind, parameter name) of every state tensor; kind is ``weight`` or, if the parameter is trained, one of
         :data:`MOMENTS` or, with a moving average of the weights, :data:`EMA`."""
         trained = {name: name in self._towers.trained for name in self._parameters}
-        trained["logit_scale"] = self._scale_optimizer is not None
+        trained |= {name: name in self._trained_scalars for name in self._scalars}
         if self._table is not None:
             trained[TABLE] = self._table.trained
         return [(kind, name) for name in trained for kind in ("weight", *(self._kinds if trained[name] else ()))]
 
     def state_shape(self, name: str) -> torch.Size:
         """Full shape of a parameter, partitioned or not."""
-        if name == "logit_scale":
-            return self.logit_scale.shape
+        if name in self._scalars:
+            return self._scalars[name].shape
         if self._table is not None and name == TABLE:
             return self._table.shape
         return self._towers.shape(name)
@@ -283,15 +294,15 @@ class Engine:
             yield kind, name, self._full(kind, name, to).detach()
 
     def _full(self, kind: str, name: str, to: int | None = None) -> Tensor:
-        if name == "logit_scale":
-            return self.logit_scale if kind == "weight" else self._scale_state()[kind]
+        if name in self._scalars:
+            return self._scalars[name] if kind == "weight" else self._scalar_state(name)[kind]
         if self._table is not None and name == TABLE:
             return self._table.full(kind, to)
         return self._towers.full(kind, name)
 
-    def _scale_state(self) -> dict[str, Tensor]:
-        assert self._scale_optimizer is not None
-        return self._scale_optimizer.state[self.logit_scale]
+    def _scalar_state(self, name: str) -> dict[str, Tensor]:
+        assert self._scalar_optimizer is not None
+        return self._scalar_optimizer.state[self._scalars[name]]
 
     @contextmanager
     def whole_model(self, *, ema: bool = False) -> Iterator[CLIP]:
@@ -309,7 +320,8 @@ class Engine:
         with self._table.whole() if self._table is not None and self.stage < 3 else nullcontext(), self._thawed():
             if self.stage < 3:
                 with torch.no_grad():
-                    self._clip.logit_scale.copy_(self.logit_scale)
+                    for name, scalar in self._scalars.items():
+                        self._clip.get_parameter(name).copy_(scalar)
             yield self._clip if self.stage < 3 else self._gathered_copy("weight")
 
     @contextmanager
@@ -347,15 +359,15 @@ class Engine:
             if kind == "weight" or (kind == EMA and averages is None):
                 continue
             value = averages.get(name) if kind == EMA and averages is not None else files.get(f"{name}.{kind}")
-            if name == "logit_scale":
-                self._scale_state()[kind].copy_(value)
+            if name in self._scalars:
+                self._scalar_state(name)[kind].copy_(value)
             elif self._table is not None and name == TABLE:
                 self._table.load(kind, value)
             else:
                 self._towers.load(kind, name, value)
         self._towers.resume(step)
-        if self._scale_optimizer is not None:
-            self._scale_state()["step"].fill_(step)
+        for name in self._trained_scalars:
+            self._scalar_state(name)["step"].fill_(step)
         if self._trained_table is not None:
             self._trained_table.resume(step)
 

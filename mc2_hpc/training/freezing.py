@@ -44,6 +44,6 @@ def freeze(clip: CLIP, config: FreezeConfig) -> None:
     for name, parameter in clip.named_parameters():
         tower = tower_of(name)
         if tower is None:
-            parameter.requires_grad_(not config.logit_scale)
+            parameter.requires_grad_(name != "logit_scale" or not config.logit_scale)
         else:
             parameter.requires_grad_(depth_of(name, num_layers(clip.arch, tower)) > deepest[tower])

@@ -92,7 +92,8 @@ def _convert(source: Path, out: Path) -> None:
 
 def architecture(config: RunConfig, source: Source | None) -> ClipArchitecture:
     """The architecture of the preset or source, with the sizes that the config overrides."""
-    return resolve(config.model, source.card.arch if source is not None else None)
+    initial = source.card.arch if source is not None else None
+    return resolve(config.model, initial, logit_bias=config.loss.has_bias)
 
 
 def load_initial_weights(clip: CLIP, source: Source) -> None:
@@ -107,12 +108,28 @@ def load_initial_weights(clip: CLIP, source: Source) -> None:
     state = clip.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
     rows = {IMAGE_POSITIONS: num_image_positions(old), TEXT_POSITIONS: old.text.context_length}
-    stored = {name: torch.Size((num_rows, shapes[name][1])) for name, num_rows in rows.items()}
-    check_names(source.name, files.names(), {**shapes, **stored}, files)
+    stored = shapes | {name: torch.Size((num_rows, shapes[name][1])) for name, num_rows in rows.items()}
+    if old.logit_bias:
+        stored["logit_bias"] = torch.Size(())
+    else:
+        stored.pop("logit_bias", None)
+    check_names(source.name, files.names(), stored, files)
     for name, tensor in state.items():
+        if name not in stored:
+            continue  # a bias that the source does not have starts as in a new model
         weight = files.get_fp32(name)
         tensor.copy_(RESIZED[name](weight, tensor.shape[0]) if name in RESIZED else weight)
     logger.info("%s", "; ".join([f"initial weights from {source.name}", *describe_resizing(old, new)]))
+    if old.logit_bias != new.logit_bias:
+        begins = "logit_bias begins anew" if new.logit_bias else "its logit_bias is left out, which softmax ignores"
+        losses = {True: "sigmoid", False: "softmax"}
+        logger.warning(
+            "%s was trained with loss.kind=%s, and this run trains with %s: %s",
+            source.name,
+            losses[old.logit_bias],
+            losses[new.logit_bias],
+            begins,
+        )
     if old.quick_gelu != new.quick_gelu:
         names = {True: "QuickGELU", False: "GELU"}
         logger.warning(

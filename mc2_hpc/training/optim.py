@@ -16,13 +16,13 @@ _NO_DECAY_MARKS = ("norm", "bias", "logit_scale")
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies: to matrices (embedding tables and positional embeddings too), never to gains,
-    biases, the class embedding or ``logit_scale`` (open_clip's grouping, which the recipe keeps)."""
+    biases, ``logit_bias``, the class embedding or ``logit_scale`` (open_clip's grouping, which the recipe keeps)."""
     return parameter.ndim >= 2 and not any(mark in name for mark in _NO_DECAY_MARKS)
 
 
 def lr_factor(name: str, arch: ClipArchitecture, config: OptimConfig) -> float:
     """What a parameter's learning rate is relative to the run's, by its name in ``CLIP.state_dict()``; 1 for
-    ``logit_scale``."""
+    ``logit_scale`` and ``logit_bias``."""
     tower = tower_of(name)
     if tower is None:
         return 1.0

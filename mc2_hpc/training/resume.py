@@ -30,6 +30,7 @@ FIXED = {
     "model.text.heads": _MEANING,
     "model.text.eos_id": _MEANING,
     "data.tokenizer_style": _MEANING,
+    "loss.kind": "the model would lose or lack its logit_bias",
 }
 """Settings that must not change, with the reason. Sizes are listed only if no weight's shape depends on them; the
 others are checked when the weights are loaded. The content of ``data.tokenizer`` must not change either."""
@@ -70,6 +71,7 @@ SAID = (
 but not less: what was frozen has no AdamW state in the checkpoint."""
 
 ADDED: dict[str, Any] = {
+    "loss.kind": "softmax",
     "model.patch_dropout": 0.0,
     "freeze.logit_scale": False,
     "optim.schedule": "cosine",
@@ -104,7 +106,7 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
         elif key == "data.tokenizer_style":
             values = [old_card.tokenizer_style, card.tokenizer_style]
         else:
-            values = [_lookup(before, key), _lookup(now, key)]
+            values = [_lookup(before, key, ADDED.get(key)), _lookup(now, key)]
         if values[0] != values[1]:
             raise UserError(
                 f"{checkpoint.folder}: trained with {key}={values[0]}, now it is {values[1]}: {why}; "

@@ -29,7 +29,9 @@ def compile_table(tmp_path, *options: str) -> list[dict]:
 def test_kernels_of_bf16_training_compile_for_every_architecture(tmp_path):
     rows = compile_table(tmp_path, "--quick")
     architectures = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-    contrastive = [f"contrastive_{kind}{name}" for kind in ("", "distilled_") for name in ("statistics", "gradient")]
+    contrastive = [
+        f"contrastive_{kind}{name}" for kind in ("", "distilled_", "sigmoid_") for name in ("statistics", "gradient")
+    ]
     fused = ("layer_norm_forward", "layer_norm_backward", "quick_gelu_forward", "quick_gelu_backward")
     assert {(row["kernel"], row["arch"], row["tensor_core"]) for row in rows} == {
         *((kernel, arch, instruction) for kernel in contrastive for arch, instruction in architectures.items()),

@@ -68,7 +68,7 @@ class OnnxEncoder:
         self.model: nn.Module = nn.ModuleDict(
             {"image": Graph(source / image.file, image.input), "text": Graph(source / text.file, text.input)}
         ).eval()
-        self._scale = facts.logit_scale
+        self._scale, self._bias = facts.logit_scale, facts.logit_bias
         self.identity = hash_files(folder_files(source), eval_resize)
         self.facts = ModelFacts(
             format="onnx",
@@ -94,7 +94,7 @@ class OnnxEncoder:
         return self._run("text", self.tokenize(texts))
 
     def logits(self) -> tuple[float, float]:
-        return self._scale, 0.0
+        return self._scale, self._bias
 
     def _run(self, tower: str, inputs: Tensor) -> Tensor:
         graph: Any = self.model[tower]  # type: ignore[index]
