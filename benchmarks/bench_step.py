@@ -48,11 +48,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     f"{PEER}_compiled": {"recompute": "full", "compile": True},
     "ours_selective": {"attention": "sdpa", "recompute": "selective"},
     "ours_unfused": {"attention": "sdpa", "recompute": "selective", "norm": "torch", "activation": "torch"},
+    "ours_apex": {"attention": "sdpa", "recompute": "selective", "norm": "apex"},
+    "ours_deepspeed_adam": {"attention": "sdpa", "recompute": "selective"},
     "ours_xformers": {"attention": "xformers", "recompute": "full"},
     "ours_keeping_activations": {"attention": "sdpa", "recompute": "none"},
     f"{PEER}_keeping_activations": {"recompute": "none"},
 }
 """Values of the ``model`` section of a run's config, by contender, the most informative first."""
+
+OPTIMIZERS = {"ours_apex": "apex", "ours_deepspeed_adam": "deepspeed"}
+"""``optim.backend`` of the contenders for which it is not torch."""
 
 ON_CPU = ("ours_sdpa", PEER, "ours_keeping_activations", f"{PEER}_keeping_activations")
 
@@ -130,6 +135,7 @@ def _run_config(name: str, quick: bool) -> RunConfig:
         "precision": sizes["precision"],
         "model": {"preset": sizes["preset"], **SETTINGS[name], **text},
         "data": {"lanes": 1},
+        "optim": {"backend": OPTIMIZERS.get(name, "torch")},
         "zero": {"stage": 1},
     }
     return config_from_dict(values, "benchmark")

@@ -366,6 +366,11 @@ class RunConfig:
             raise UserError("data.features and model.patch_dropout: features are of whole images; set only one")
         if self.eval.ema and not self.optim.ema_decay:
             raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
+        if self.optim.backend == "apex" and self.zero.stage == 3:
+            raise UserError(
+                "optim.backend=apex and zero.stage=3: apex counts the steps of a group of parameters, which stage 3 "
+                "updates in pieces; set optim.backend=deepspeed or torch"
+            )
         if self.optim.decay_steps > self.steps:
             raise UserError(f"optim.decay_steps={self.optim.decay_steps}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:

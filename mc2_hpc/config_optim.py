@@ -63,6 +63,9 @@ class TowerOptimConfig:
 class OptimConfig:
     """AdamW with the recipe's groups, and the schedule of its learning rate."""
 
+    backend: str = "torch"
+    """What updates the towers' weights: ``torch`` (its fused AdamW), ``deepspeed`` or ``apex`` (their ``FusedAdam``, on
+    a GPU). A sharded token table and the scalars have their own updates."""
     lr: float = 4e-4
     beta1: float = 0.9
     beta2: float = 0.95
@@ -90,6 +93,7 @@ class OptimConfig:
             at_least(f"optim.{name}", getattr(self, name), 0)
         if not 1 <= self.max_logit_scale <= 100:
             raise UserError(f"optim.max_logit_scale={self.max_logit_scale}: must be in [1, 100]")
+        choose("optim.backend", self.backend, ("torch", "deepspeed", "apex"))
         choose("optim.schedule", self.schedule, ("cosine", "constant", "wsd"))
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise UserError(

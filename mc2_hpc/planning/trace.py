@@ -6,6 +6,7 @@ DeepSpeed run on fake tensors (:mod:`mc2_hpc.planning.imagined`), and every oper
 lasts.
 """
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -170,7 +171,7 @@ def trace_step(
             clip.set_backends(config.model, device_type)
         counting.attended = sum(length**2 for length in captions.lengths) / sum(captions.lengths)
         counting.allocations.begin()
-        engine = CountedEngine(clip, config, ranks, num_micro=num_micro, counting=counting)
+        engine = CountedEngine(clip, _with_torch_adamw(config), ranks, num_micro=num_micro, counting=counting)
         engine.mark_state()
         step = counted_step(engine, config, world_size, counting)
         for _ in range(2):
@@ -186,6 +187,11 @@ def trace_step(
 def _traceable(norm: str) -> str:
     """Apex's layer norm keeps what Triton's does."""
     return "triton" if norm == "apex" else norm
+
+
+def _with_torch_adamw(config: RunConfig) -> RunConfig:
+    """Every ``optim.backend`` keeps the same state, and passes over it once."""
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, backend="torch"))
 
 
 def packs(config: RunConfig) -> bool:

@@ -26,7 +26,7 @@ from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
 from mc2_hpc.training.deepspeed_config import deepspeed_config
 from mc2_hpc.training.freezing import freeze
-from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate
+from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate, tower_optimizer
 from mc2_hpc.training.token_table import TABLE, TokenTable
 from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState, average, create_state
 from mc2_hpc.training.votes import Votes
@@ -72,7 +72,7 @@ class Engine:
             num_micro: backward passes per step.
 
         Raises:
-            UserError: a tower has fewer blocks than are to be frozen.
+            UserError: a tower has fewer blocks than are to be frozen, or the optimizer does not run here.
         """
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         import deepspeed
@@ -110,7 +110,9 @@ class Engine:
         num_parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=towers,
-            optimizer=adamw(parameter_groups(towers.named_parameters(), clip.arch, config.optim), config.optim),
+            optimizer=tower_optimizer(
+                parameter_groups(towers.named_parameters(), clip.arch, config.optim), config.optim, self.device.type
+            ),
             config=deepspeed_config(
                 config, num_micro=num_micro, num_parameters=num_parameters, on_gpu=self.device.type == "cuda"
             ),
