@@ -89,7 +89,7 @@ def train(
     rows = []
     for number, (images, tokens) in enumerate(batches()):
         lr = learning_rate(number, total=STEPS, config=config.optim)
-        images, tokens = images[share(ranks)], tokens[share(ranks)]
+        images, tokens = images[share(ranks)].to(ranks.device), tokens[share(ranks)]
         result = step(images, tokens, lr, lengths=caption_lengths(tokens, 2) if packed else None)
         scalars = [scalar for scalar in (engine.logit_scale, engine.logit_bias) if scalar is not None]
         rows.append([float(number.detach()) for number in (result.loss, result.grad_norm, *scalars)])
