@@ -32,7 +32,8 @@ def test_kernels_of_bf16_training_compile_for_every_architecture(tmp_path):
     contrastive = [
         f"contrastive_{kind}{name}" for kind in ("", "distilled_", "sigmoid_") for name in ("statistics", "gradient")
     ]
-    fused = ("layer_norm_forward", "layer_norm_backward", "quick_gelu_forward", "quick_gelu_backward")
+    norms = ("layer_norm", "add_layer_norm", "quick_gelu")
+    fused = [f"{name}_{way}" for name in norms for way in ("forward", "backward")]
     assert {(row["kernel"], row["arch"], row["tensor_core"]) for row in rows} == {
         *((kernel, arch, instruction) for kernel in contrastive for arch, instruction in architectures.items()),
         *((kernel, arch, None) for kernel in fused for arch in architectures),

@@ -73,20 +73,24 @@ class _Traffic(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("what", "forward", "backward"), [("norm", 20, 24), ("activation", 14, 28)])
+@pytest.mark.parametrize(
+    ("what", "forward", "backward"),
+    [("layer norm", 20, 24), ("quick-GELU", 14, 28), ("addition and layer norm", 26, 30)],
+)
 def test_what_torch_moves_is_what_the_docs_say(what, forward, backward):
     x, dy = normal(6, 8).bfloat16().requires_grad_(), normal(6, 8, seed=3).bfloat16()
     weight, bias = normal(8, seed=1).requires_grad_(), normal(8, seed=2).requires_grad_()
     with _Traffic(x.numel()) as traffic:
         # CUDA's autocast casts a norm's input to fp32, the CPU's does not.
-        y = torch_norm(x.float(), weight, bias, 1e-5).to(x.dtype) if what == "norm" else torch_quick_gelu(x)
+        total = x + dy if what.startswith("addition") else x
+        y = torch_quick_gelu(x) if what == "quick-GELU" else torch_norm(total.float(), weight, bias, 1e-5).to(x.dtype)
     assert traffic.per_value == forward
     with _Traffic(x.numel()) as traffic:
-        torch.autograd.grad(y, x, dy)
+        torch.autograd.grad((y, total) if total is not x else y, x, (dy, dy) if total is not x else dy)
     assert traffic.per_value == backward
-    label = {"norm": "layer norm", "activation": "quick-GELU"}[what]
+    kernel = "8 + 8" if what.startswith("addition") else "4 + 6"
     page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
-    assert f"| {label} | {forward} + {backward} | 4 + 6 |" in page
+    assert f"| {what} | {forward} + {backward} | {kernel} |" in page
 
 
 @pytest.fixture
