@@ -78,10 +78,16 @@ def share(ranks: Ranks) -> slice:
 
 
 def train(
-    config: RunConfig, ranks: Ranks, *, num_micro: int, recompute: str, packed: bool
+    config: RunConfig, ranks: Ranks, *, num_micro: int, recompute: str, packed: bool, backends: bool = False
 ) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
-    """(loss, gradient norm, logit scale, and bias if there is one) of every step, and the final weights by name."""
+    """(loss, gradient norm, logit scale, and bias if there is one) of every step, and the final weights by name.
+
+    Args:
+        backends: compute as the config says, not with PyTorch's operators.
+    """
     clip = build_clip(resolve(config.model, logit_bias=config.loss.has_bias), seed=0)
+    if backends:
+        clip.set_backends(config.model, ranks.device.type)
     clip.set_recompute(recompute)
     engine = Engine(clip, config, ranks, num_micro=num_micro)
     dtype = Precision(config.precision).dtype
