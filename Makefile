@@ -34,6 +34,9 @@ bench: .venv/dev
 	$(BIN)/mc2 bench loader --json benchmarks/results/loader.json
 	$(BIN)/mc2 bench curation --json benchmarks/results/curation.json
 	$(BIN)/mc2 bench fetch --json benchmarks/results/fetch.json
+	$(BIN)/mc2 bench dedup --json benchmarks/results/dedup.json
+	$(BIN)/mc2 bench plan --json benchmarks/results/plan.json
+	$(BIN)/mc2 bench train_less --json benchmarks/results/train_less.json
 	$(BIN)/mc2 bench checkpoint --json benchmarks/results/checkpoint.json
 	$(BIN)/mc2 bench faults --json benchmarks/results/faults.json
 	$(BIN)/mc2 bench eval --json benchmarks/results/eval.json

@@ -14,7 +14,7 @@ setup(
     package_data={
         "mc2_hpc": ["py.typed"],
         "mc2_hpc.metadata": ["languages.tsv"],
-        "mc2_hpc.planning": ["*.yaml"],
+        "mc2_hpc.planning": ["*.yaml", "templates/*"],
         "mc2_hpc.slurm_scripts": ["*.sbatch", "*.sh"],
         **{
             f"mc2_hpc.{package}": ["templates/*"]

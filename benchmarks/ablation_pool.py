@@ -29,7 +29,7 @@ from mc2_hpc.evaluation.tasks import ClassTexts
 from mc2_hpc.metadata.files import write_entries
 from mc2_hpc.quickstart.captions import NOISE
 from mc2_hpc.quickstart.pool import zipf
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import atomic_path, write_text
 
 # CIFAR-10's classes, most frequent in the pool first, and the ImageNet classes that belong to each.
 IMAGENET_CLASSES = {
@@ -118,8 +118,7 @@ def make(shared: Path, out: Path, *, images: int = 14_000, test: int = 4_000, sh
         captions += len(rows)
     with atomic_path(out / "test.parquet") as temporary:
         pq.write_table(pq.read_table(shared / "cifar10-test.parquet").slice(0, test), temporary)
-    with atomic_path(out / "suite.yaml") as temporary:
-        temporary.write_text(yaml_text(suite(out, names, forms)), encoding="utf-8")
+    write_text(out / "suite.yaml", yaml_text(suite(out, names, forms)))
     return captions
 
 

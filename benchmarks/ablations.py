@@ -76,7 +76,9 @@ def main() -> None:
         tables = ablate(files, [f"data.root={data}"], arguments.work, jobs=arguments.jobs, report=report)
     print(markdown(tables))
     if arguments.json:
-        command = f"mc2 ablate configs/ablations/{pattern} --out runs/ablations --jobs 2"
+        command = (
+            f"mc2 ablate configs/ablations/{pattern} data.root={data} --out {arguments.work} --jobs {arguments.jobs}"
+        )
         write_result(as_result(tables, command, name), arguments.json)
 
 

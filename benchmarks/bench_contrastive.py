@@ -11,7 +11,6 @@ is left out.
 """
 
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from statistics import median
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import ROOT, Rows, alternate, main, own_command, resident_growth, spread
+from benchmarks.harness import Rows, alternate, main, peak_memory, print_peak_memory, spread
 from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss, sigmoid_loss
 from mc2_hpc.kernels.contrastive.dispatch import WORKSPACE_BYTES
@@ -165,11 +164,11 @@ def measure(
     batch: int, device: str, losses: dict[str, Loss], missing: dict[str, str], *, rounds: int, ceiling: float
 ) -> list[dict[str, Any]]:
     """A row for each contender that runs at this batch size; the reasons for others are added to ``missing``."""
-    image, text, scale = inputs(batch, device)
+    tensors = inputs(batch, device)
     memory = {}
     for name in losses:
         try:
-            memory[name] = peak_memory(name, batch, device, losses, (image, text, scale))
+            memory[name] = peak_memory(__file__, name, batch, device, both(losses[name], tensors))
         except RuntimeError as error:  # out of memory, or a peer's limits; our own loss must run
             if name == "ours":
                 raise
@@ -177,15 +176,12 @@ def measure(
     fitting = {name: losses[name] for name in memory}
 
     def forward(loss: Loss) -> Callable[[], object]:
-        return lambda: loss(image, text, scale)
-
-    def both(loss: Loss) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(loss(image, text, scale), (image, text, scale))
+        return lambda: loss(*tensors)
 
     # On a GPU the memory measurement was the first call at this size; a CPU needs no warm-up for large batches.
     warmup = 1 if batch <= 4_096 else 0
     forward_seconds = alternate({n: forward(loss) for n, loss in fitting.items()}, rounds=rounds, warmup=warmup)
-    both_seconds = alternate({n: both(loss) for n, loss in fitting.items()}, rounds=rounds, warmup=warmup)
+    both_seconds = alternate({n: both(loss, tensors) for n, loss in fitting.items()}, rounds=rounds, warmup=warmup)
     rows = []
     for name in fitting:
         total, first = median(both_seconds[name]), median(forward_seconds[name])
@@ -214,38 +210,9 @@ def measure_launches(batch: int, missing: dict[str, str], *, rounds: int, ceilin
     return measure(batch, "cuda", losses, missing, rounds=rounds, ceiling=ceiling)
 
 
-def peak_memory(
-    name: str, batch: int, device: str, losses: dict[str, Loss], tensors: tuple[Tensor, Tensor, Tensor]
-) -> int:
-    """Peak memory of forward and backward in bytes, without the features.
-
-    Raises ``RuntimeError`` (for example ``OutOfMemoryError``) if the loss does not run.
-    """
-    if device == "cpu":
-        command = [*own_command(__file__), "--peak-memory", name, str(batch), str(torch.get_num_threads())]
-        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1800).stdout)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    try:
-        torch.autograd.grad(losses[name](*tensors), tensors)
-        return torch.cuda.max_memory_allocated() - before
-    finally:
-        torch.cuda.empty_cache()
-
-
-def print_peak_memory(name: str, batch: int, threads: int) -> None:
-    """Print the peak growth of the resident set; must run in a separate process."""
-    torch.set_num_threads(threads)
-    loss = contenders("cpu")[0][name]
-
-    def step(size: int) -> None:
-        tensors = inputs(size, "cpu")
-        grown = resident_growth(lambda: torch.autograd.grad(loss(*tensors), tensors))
-        print(grown, file=sys.stderr if size < batch else sys.stdout)
-
-    step(64)  # lets libraries initialise
-    step(batch)
+def both(loss: Loss, tensors: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+    """A call of forward and backward."""
+    return lambda: torch.autograd.grad(loss(*tensors), tensors)
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -265,6 +232,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak-memory"]:
-        print_peak_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        loss = contenders("cpu")[0][sys.argv[2]]
+        print_peak_memory(lambda batch: both(loss, inputs(batch, "cpu")), int(sys.argv[3]), int(sys.argv[4]))
     else:
         main("contrastive", run)

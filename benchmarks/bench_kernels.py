@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.fused_kernel_cases import FusedCase, fused_cases
+from benchmarks.fused_kernel_cases import ElementwiseCase, fused_cases
 from benchmarks.harness import Rows, main
 from mc2_hpc.kernels.contrastive import triton_distillation, triton_impl, triton_sigmoid
 from mc2_hpc.kernels.contrastive.launch import LAUNCHES, Launch, launch_for
@@ -118,7 +118,7 @@ def compile_source(case: Case) -> ASTSource:
     return ASTSource(kernel, signature, constexprs, aligned)
 
 
-def examine(case: Case | FusedCase) -> dict[str, Any]:
+def examine(case: Case | ElementwiseCase) -> dict[str, Any]:
     """Compile a case and read its machine code."""
     source = compile_source(case) if isinstance(case, Case) else case.compile_source()
     options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
@@ -149,7 +149,7 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([str(tool), option, path], capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def breaches(row: dict[str, Any], case: Case | FusedCase) -> list[str]:
+def breaches(row: dict[str, Any], case: Case | ElementwiseCase) -> list[str]:
     """The problems of a row, if any."""
     where = f"{row['kernel']} {row['variant']} {row['arch']}"
     found = []

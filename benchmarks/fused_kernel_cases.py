@@ -36,8 +36,8 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class FusedCase:
-    """One way a kernel is compiled."""
+class ElementwiseCase:
+    """One way a kernel of a layer norm or of quick-GELU is compiled."""
 
     name: str
     arch: int
@@ -83,10 +83,10 @@ class FusedCase:
         return ASTSource(kernel, signature, constexprs, aligned)
 
 
-def fused_cases(architectures: tuple[int, ...], quick: bool) -> Iterator[FusedCase]:
+def fused_cases(architectures: tuple[int, ...], quick: bool) -> Iterator[ElementwiseCase]:
     """Every kernel on every architecture; ``quick`` keeps bf16 and the image tower's width."""
     for name in KERNELS:
         for arch in architectures:
             for dtype in ("bf16",) if quick else ("bf16", "fp16", "fp32"):
                 for width in WIDTHS[:1] if quick or name.startswith("quick_gelu") else WIDTHS:
-                    yield FusedCase(name, arch, dtype, width)
+                    yield ElementwiseCase(name, arch, dtype, width)

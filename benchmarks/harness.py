@@ -23,6 +23,7 @@ from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 ROOT = Path(__file__).parents[1]
 """The folder in which ``python -m benchmarks.<module>`` works."""
 RESULTS = ROOT / "benchmarks" / "results"
+_STARTED = time.perf_counter()
 _NOT_ROWS = ":(exclude)benchmarks/results"
 
 
@@ -85,6 +86,21 @@ def alternate(
     return seconds
 
 
+def announce(text: str) -> None:
+    """Say on stderr what begins, with the time since the start of the program."""
+    print(f"{time.perf_counter() - _STARTED:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def announced(text: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, announced each time."""
+
+    def announcing() -> object:
+        announce(text)
+        return call()
+
+    return announcing
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -93,6 +109,35 @@ def _synchronize() -> None:
 def own_command(file: str) -> list[str]:
     """The command that runs a benchmark's ``__file__`` in :data:`ROOT`, for measurements in a separate process."""
     return [sys.executable, "-m", f"benchmarks.{Path(file).stem}"]
+
+
+def peak_memory(file: str, name: str, batch: int, device: str, call: Callable[[], object]) -> int:
+    """Peak memory of a call in bytes, without its inputs.
+
+    On a CPU the benchmark ``file`` prints it in a separate process: ``--peak-memory NAME BATCH THREADS``.
+
+    Raises:
+        RuntimeError: (for example ``OutOfMemoryError``) the call does not run.
+    """
+    if device == "cpu":
+        command = [*own_command(file), "--peak-memory", name, str(batch), str(torch.get_num_threads())]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1800).stdout)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    finally:
+        torch.cuda.empty_cache()
+
+
+def print_peak_memory(call_of: Callable[[int], Callable[[], object]], batch: int, threads: int) -> None:
+    """Print the peak growth of the resident set during the call for a batch size; only in a separate process."""
+    torch.set_num_threads(threads)
+    call_of(64)()  # lets libraries initialise
+    call = call_of(batch)
+    print(resident_growth(call))
 
 
 def resident_growth(call: Callable[[], object]) -> int:

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mc2_hpc.storage import file_sha256
+
 
 @dataclass(frozen=True)
 class OnnxEncoder:
@@ -32,6 +34,10 @@ class OnnxEncoder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         return onnxruntime.InferenceSession(str(self.model), options)
+
+    def sources(self) -> dict[str, str]:
+        """The digest of the model, which is recorded with the result. Refuses a missing model before any work."""
+        return {self.model.name: file_sha256(self.model)}
 
     def encode(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
         """Features ``(n, D)``."""

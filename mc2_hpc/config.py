@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mc2_hpc.config_optim import FreezeConfig, OptimConfig
+from mc2_hpc.config_optim import FreezeConfig, LoraConfig, OptimConfig
 from mc2_hpc.errors import UserError
 from mc2_hpc.precision import Precision
 from mc2_hpc.reading.checks import at_least as _at_least
@@ -24,6 +24,7 @@ from mc2_hpc.train_sources import TrainSource, check_mix
 
 __all__ = [
     "FreezeConfig",
+    "LoraConfig",
     "OptimConfig",
     "RunConfig",
     "config_from_dict",
@@ -107,8 +108,8 @@ class ModelConfig:
         _choose("model.norm", self.norm, ("auto", "torch", "triton", "apex"))
         _choose("model.activation", self.activation, ("auto", "torch", "triton"))
         for key in ("norm", "activation"):
-            if self.compile and getattr(self, key) == "triton":
-                raise UserError(f"model.{key}=triton: torch.compile fuses torch's own; set model.{key}=torch")
+            if self.compile and (kernel := getattr(self, key)) not in ("auto", "torch"):
+                raise UserError(f"model.{key}={kernel}: torch.compile fuses torch's own; set model.{key}=torch")
         _choose("model.recompute", self.recompute, ("none", "selective", "full"))
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"model.patch_dropout={self.patch_dropout}: must be in [0, 1)")
@@ -173,6 +174,8 @@ class DataConfig:
             raise UserError("data.features: data.train lists sources, and features are stored of a single one")
         _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
         _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil", "dali"))
+        if self.features is not None and self.decode == "dali":
+            raise UserError("data.features and data.decode=dali: features are of images decoded on the CPU; set turbo")
         _at_least("data.takedown_seconds", self.takedown_seconds, 0.01)
         _at_least("data.lanes", self.lanes, 1)
         _at_least("data.workers", self.workers, 0)
@@ -231,8 +234,8 @@ class DistillConfig:
     """A teacher whose similarities of each batch the model learns besides the pairs themselves."""
 
     teacher: PathName = ""
-    """Any model that evaluation reads: a run or checkpoint, an open_clip folder or a transformers folder. Its image
-    size, tokenizer and width may differ from the student's."""
+    """A run or checkpoint, an open_clip folder or a transformers folder, of a model of square images. Its image size,
+    tokenizer and width may differ from the student's."""
     weight: float = 1.0
     """Of the divergence from the teacher, relative to the contrastive loss."""
     scale: float = 200.0
@@ -254,7 +257,9 @@ class CheckpointConfig:
     """When the state is saved, and how many checkpoints are kept."""
 
     every: int = 2000
-    """Steps between saves; the last step is always saved."""
+    """Steps between saves."""
+    last: bool = True
+    """Save the last step too; false is for measurements, whose weights nobody needs."""
     keep: int = 2
     """How many of the newest checkpoints to keep."""
     resume: bool = True
@@ -314,6 +319,9 @@ class LogConfig:
 
     wandb: bool = False
     """Also to Weights & Biases, whose own environment variables (``WANDB_PROJECT``, ``WANDB_MODE``, ...) apply."""
+    planned_peak: bool = True
+    """On GPUs, log once how much memory ``mc2 plan`` predicts beside what was measured. A process of lower
+    priority computes it while the run starts, in about half a minute on one core."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +345,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    lora: LoraConfig | None = None
+    """Null trains the weights themselves."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -356,14 +366,15 @@ class RunConfig:
         _at_least("micro_batch", self.micro_batch, 0)
         if self.profile.steps is not None and self.profile.steps[1] > self.steps:
             raise UserError(f"profile.steps={list(self.profile.steps)}: the run has only {self.steps} steps")
+        self._check_lora()
         if self.data.features is not None and self.freeze.vision != "all":
             raise UserError("data.features: features of images cannot change; set freeze.vision=all")
         if self.data.features is not None and self.distill is not None:
             raise UserError("data.features and distill: a teacher needs the images; set only one")
         if self.distill is not None and self.loss.kind != "softmax":
             raise UserError(f"loss.kind={self.loss.kind} and distill: a teacher is compared by softmax; set only one")
-        if self.data.features is not None and self.model.patch_dropout:
-            raise UserError("data.features and model.patch_dropout: features are of whole images; set only one")
+        if self.model.patch_dropout and self.freeze.vision == "all":
+            raise UserError("model.patch_dropout and freeze.vision=all: no part of the image tower is trained; set one")
         if self.eval.ema and not self.optim.ema_decay:
             raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
         if self.optim.backend == "apex" and self.zero.stage == 3:
@@ -377,6 +388,21 @@ class RunConfig:
             raise UserError(
                 f"global_batch={self.global_batch} is not a multiple of data.lanes={self.data.lanes}: "
                 f"choose a number of lanes that divides it"
+            )
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        for tower in ("vision", "text"):
+            if getattr(self.lora, tower) and getattr(self.freeze, tower) is not None:
+                raise UserError(
+                    f"lora.{tower}=true and freeze.{tower}={getattr(self.freeze, tower)}: an adapted tower is frozen "
+                    f"except for its adapters; set lora.{tower}=false or freeze.{tower}=null"
+                )
+        if self.lora.text and self.model.new_tokenizer:
+            raise UserError(
+                "lora.text=true and model.new_tokenizer=true: the token table would stay that of another tokenizer; "
+                "set lora.text=false"
             )
 
 

@@ -46,6 +46,29 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (``mc2_hpc.models.lora``) on attention and MLP of every block. The other weights of an adapted
+    tower stay as they start."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    """The product of the adapters counts ``alpha / rank`` times."""
+    vision: bool = True
+    """Adapt the image tower; false trains it whole, or as ``freeze.vision`` says."""
+    text: bool = True
+    """Likewise for the text tower."""
+
+    def __post_init__(self) -> None:
+        at_least("lora.rank", self.rank, 1)
+        if self.alpha <= 0:
+            raise UserError(f"lora.alpha={self.alpha}: must be positive")
+        if not (self.vision or self.text):
+            raise UserError(
+                "lora.vision=false and lora.text=false: leaves no tower to adapt; leave out the section lora"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TowerOptimConfig:
     """One tower's learning rates, relative to ``optim.lr``."""
 

@@ -1,6 +1,5 @@
 """Process group, rank and world size, the same whether the process was launched by torchrun, by srun or alone."""
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,8 +11,6 @@ import torch
 import torch.distributed as dist
 
 from mc2_hpc.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600
 """No collective waits longer than this many seconds for a missing rank."""

@@ -6,3 +6,9 @@ class UserError(ValueError):
 
     The command line prints the message and exits with code 2; library callers may catch it as ``ValueError``.
     """
+
+
+def first_line(error: BaseException, *, most: int = 200) -> str:
+    """The first line of an error's message, in at most ``most`` characters; its type if it has no message."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:most]

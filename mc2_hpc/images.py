@@ -64,8 +64,24 @@ def open_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> Ima
     Raises:
         Dropped: unknown format, damaged, or too large.
     """
+    return _opened(data, max_pixels)[0]
+
+
+def image_size(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of an image as it is stored, by its header: before its orientation tag is applied, and before
+    :func:`open_image` reduces a large JPEG.
+
+    Raises:
+        Dropped: see :func:`open_image`.
+    """
+    return _opened(data, max_pixels)[1]
+
+
+def _opened(data: bytes | memoryview, max_pixels: int) -> tuple[Image.Image, tuple[int, int]]:
+    """An image by its header, reduced to at most ``max_pixels`` if it is a JPEG, and its size before that."""
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        size = image.size
         if max_pixels < image.width * image.height <= REDUCED * max_pixels:
             scale = 2 if image.width * image.height <= 4 * max_pixels else 4
             image.draft(None, (image.width // scale, image.height // scale))  # affects only JPEG
@@ -77,7 +93,7 @@ def open_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> Ima
         raise _damage(bytes(data[:2]), error) from None
     if image.width * image.height > max_pixels:
         raise Dropped(Drop.IMAGE_TOO_LARGE, f"{image.width}x{image.height}")
-    return image
+    return image, size
 
 
 def load_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:

@@ -220,21 +220,36 @@ def _up_to_first_dot(key: str) -> str:
 def captions_of(caption: bytes | None, record: bytes | None) -> list[Caption]:
     """The captions of a sample from its ``.txt`` and its ``.json``; at least one, none of them empty.
 
-    A ``.txt`` is one caption and takes precedence over the record, which then gives only its language. A record has its
-    caption under ``caption``, else ``text``, or several under ``captions`` or ``texts``: a list of strings, or of
-    ``[kind, text]`` as MetaCLIP writes them. ``lang`` is the language of all of them.
+    A ``.txt`` is one caption and takes precedence over the record, which then gives only its language; a record that
+    cannot be read gives none. Without a ``.txt``, a record has its caption under ``caption``, else ``text``, or several
+    under ``captions`` or ``texts``: a list of strings, or of ``[kind, text]`` as MetaCLIP writes them. ``lang`` is the
+    language of all of them.
 
     Raises:
         Dropped: there is no usable caption.
     """
-    fields = parse_record(record) if record is not None else {}
-    lang = fields.get("lang")
-    lang = lang if isinstance(lang, str) else ""
     if caption is not None:
-        return [Caption(usable_text(caption), lang)]
+        return [Caption(usable_text(caption), _language_beside(record))]
+    fields = parse_record(record) if record is not None else {}
+    lang = _language_in(fields)
     names = ("caption", "text", "captions", "texts")
     found: Any = next((fields[name] for name in names if name in fields), [])
     return [Caption(text, lang) for text in usable_texts(found)]
+
+
+def _language_in(fields: dict[str, Any]) -> str:
+    lang = fields.get("lang")
+    return lang if isinstance(lang, str) else ""
+
+
+def _language_beside(record: bytes | None) -> str:
+    """The language that the record beside a ``.txt`` names. Damage to the record does not cost the caption."""
+    if record is None or not names_language(record):
+        return ""
+    try:
+        return _language_in(parse_record(record))
+    except Dropped:
+        return ""
 
 
 def usable_texts(value: Any) -> list[str]:
@@ -273,7 +288,7 @@ def usable_text(raw: bytes) -> str:
         Dropped: too large, not UTF-8, or nothing but white space.
     """
     if len(raw) > LARGEST_RECORD:
-        raise Dropped(Drop.CAPTION_NOT_UTF8, f"{len(raw):,} bytes are not a caption")
+        raise Dropped(Drop.CAPTION_NOT_UTF8, f"more than {LARGEST_RECORD:,} bytes are not a caption")
     try:
         text = raw.decode().removeprefix("\ufeff").strip()
     except UnicodeDecodeError as error:
@@ -290,7 +305,7 @@ def parse_record(raw: bytes) -> dict[str, Any]:
         Dropped: not UTF-8, not a JSON object, too large, or nested too deeply.
     """
     if len(raw) > LARGEST_RECORD:
-        raise Dropped(Drop.CAPTION_NOT_JSON, f"{len(raw):,} bytes")
+        raise Dropped(Drop.CAPTION_NOT_JSON, f"more than {LARGEST_RECORD:,} bytes")
     try:
         value = json.loads(raw.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
@@ -302,9 +317,9 @@ def parse_record(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def names_language(record: bytes | None) -> bool:
+def names_language(record: bytes) -> bool:
     """Whether a record may name a language, and so matters beside a ``.txt``; any other is never parsed there."""
-    return record is not None and len(record) <= LARGEST_RECORD and b'"lang"' in record
+    return len(record) <= LARGEST_RECORD and b'"lang"' in record
 
 
 def is_unicode(text: str) -> bool:

@@ -3,6 +3,7 @@
 Nothing here imports torch; curation and training share it.
 """
 
+import csv
 import errno
 import fcntl
 import hashlib
@@ -12,13 +13,17 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import open_regular
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +93,40 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON with sorted keys, atomically: the same value gives the same bytes."""
+    write_text(path, to_json_text(value))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(to_json_text(value), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_array(path: str | Path, array: "npt.NDArray[Any]") -> None:
+    """Write an NPY file atomically."""
+    import numpy as np
+
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
+
+
+def write_table(path: str | Path, table: "pa.Table") -> None:
+    """Write a table as Parquet atomically; the same rows give the same bytes."""
+    import pyarrow.parquet as pq
+
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically. Names of files that are not UTF-8 keep their bytes."""
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def to_json_text(value: Any) -> str:
@@ -165,6 +202,21 @@ def exclusive_folder(folder: Path, *, wait_s: float = 30) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def fingerprint(paths: Iterable[Path | None]) -> str:
+    """Hex digest of the sizes and modification times of files, whose contents are not read; it changes when one of them
+    is written again, appears or disappears."""
+    stamps = "".join(f"{_stamp(path)}\n" for path in paths)
+    return hashlib.sha256(stamps.encode()).hexdigest()
+
+
+def _stamp(path: Path | None) -> str:
+    try:
+        status = path.stat() if path is not None else None
+    except (OSError, ValueError, RuntimeError):  # a null byte in the name; a circle of links
+        return "unreadable"
+    return "none" if status is None else f"{status.st_size} {status.st_mtime_ns}"
 
 
 def file_sha256(path: str | Path) -> str:

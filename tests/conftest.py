@@ -134,6 +134,27 @@ def parse_page() -> Callable[[str], ParsedPage]:
     return parse
 
 
+@pytest.fixture
+def examples(monkeypatch) -> Path:
+    """The folder of examples, whose modules can be imported."""
+    folder = Path(__file__).resolve().parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+@pytest.fixture
+def module_of(tmp_path, monkeypatch) -> Callable[[str], str]:
+    """``module_of(code)``: the name of a user's module in the test's folder, which this process alone searches."""
+
+    def write(code: str) -> str:
+        name = f"module_of_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return name
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def outputs() -> Callable[[Path], dict[str, bytes]]:
     """``outputs(folder)``: the bytes of every file below it by relative path, without logs and hidden files."""

@@ -64,7 +64,7 @@ def serve(control: socket.socket) -> list[str] | None:
                 report = socket.socket(fileno=files.pop())
                 for file in files:
                     os.close(file)
-                report.send(str(pid).encode())
+                _send(report, pid)
                 ready.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, report))
 
 
@@ -79,10 +79,14 @@ def _forget_others(ready: selectors.BaseSelector) -> None:
 def _report_end(pid: int, report: socket.socket) -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with report:
-        try:
-            report.send(str(code).encode())
-        except BrokenPipeError:
-            pass  # nobody waits for it anymore
+        _send(report, code)
+
+
+def _send(report: socket.socket, number: int) -> None:
+    try:
+        report.send(str(number).encode())
+    except BrokenPipeError:
+        pass  # nobody waits for it anymore
 
 
 def _become(request: dict[str, Any], files: list[int]) -> list[str]:

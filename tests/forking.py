@@ -79,7 +79,9 @@ class Forked:
 
 def _read_number(report: socket.socket, timeout: float | None) -> int | None:
     """The next message from the server; ``None`` if there is none in time."""
-    if not select.select([report], [], [], timeout)[0]:
+    messages = select.poll()  # not select.select, which refuses descriptors above 1,023
+    messages.register(report, select.POLLIN)
+    if not messages.poll(None if timeout is None else timeout * 1000):
         return None
     message = report.recv(64)
     if not message:

@@ -166,6 +166,22 @@ def test_distilled_students_are_shipped_runs_with_a_teacher(size):
     assert student.data.tokenizer == teacher.data.tokenizer
 
 
+def test_the_mix_is_the_b32_run_on_other_data():
+    runs = {path.stem: load_config(path) for path in SHIPPED}
+    mix, alone = runs["vit_b32_worldwide_mix"], runs["vit_b32_worldwide"]
+    same = {name: getattr(alone.data, name) for name in ("train", "balance", "takedown")}
+    assert dataclasses.replace(mix, output=alone.output, data=dataclasses.replace(mix.data, **same)) == alone
+
+
+def test_fused_kernels_are_named_where_the_model_can_use_them():
+    for path in SHIPPED:
+        config = load_config(path)
+        quick_gelu = resolve(config.model).quick_gelu
+        assert (config.model.norm, config.model.activation) == ("triton", "triton" if quick_gelu else "auto"), path.name
+        without = "model.norm=torch" + " model.activation=torch" * quick_gelu
+        assert f"data.decode=turbo loss.backend=tiled {without}\n" in path.read_text(encoding="utf-8"), path.name
+
+
 def test_b32_is_metaclips():
     """Its betas and weight decay are those of MetaCLIP, not of the released H/14."""
     optim = load_config(next(path for path in SHIPPED if path.stem == "vit_b32_worldwide")).optim
@@ -199,6 +215,24 @@ def test_a_section_that_may_be_missing_can_be_set_part_by_part_and_removed(tmp_p
     assert load_config(path, ["distill.teacher=a"]).distill == DistillConfig(teacher="a")
     with pytest.raises(UserError, match="data: is a section of keys"):
         load_config(path, ["data=null"])
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["lora.rank=0"], "lora.rank=0: must be at least 1"),
+        (["lora.alpha=0"], "lora.alpha=0.0: must be positive"),
+        (["lora={vision: false, text: false}"], "leaves no tower to adapt; leave out the section lora"),
+        (["lora={}", "freeze.text=1"], "lora.text=true and freeze.text=1: an adapted tower is frozen except for"),
+        (["lora={}", "freeze.vision=all", "data.features=/f"], "lora.vision=true and freeze.vision=all"),
+        (["lora={}", "model.new_tokenizer=true"], "the token table would stay that of another tokenizer"),
+    ],
+)
+def test_adapters_that_cannot_be_trained_are_refused(file, overrides, words):
+    with pytest.raises(UserError) as error:
+        load_config(file, overrides)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert load_config(file, ["lora={vision: false}", "freeze.vision=all", "data.features=/f"]).lora is not None
 
 
 def test_a_teacher_needs_images_and_not_their_features(file):

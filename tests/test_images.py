@@ -9,7 +9,7 @@ from PIL import Image
 
 from mc2_hpc.config import DataConfig
 from mc2_hpc.drops import Drop, Dropped
-from mc2_hpc.images import MAX_PIXELS, REDUCED, load_rgb, open_image
+from mc2_hpc.images import MAX_PIXELS, REDUCED, image_size, load_rgb, open_image
 
 GREYS = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
 COLOURS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
@@ -64,6 +64,10 @@ def test_a_large_jpeg_is_read_at_a_smaller_scale():
     assert load_rgb(open_image(data, max_pixels=400 * 300)).size == (400, 300)
     assert load_rgb(open_image(data, max_pixels=200 * 150)).size == (200, 150)
     assert load_rgb(open_image(data, max_pixels=200 * 150 - 1)).size == (100, 75)
+    assert image_size(data, max_pixels=200 * 150 - 1) == (400, 300), "as it is stored"
+    with pytest.raises(Dropped) as caught:
+        image_size(data, max_pixels=400 * 300 // REDUCED - 1)
+    assert caught.value.reason is Drop.IMAGE_TOO_LARGE
     with pytest.raises(Dropped) as caught:
         open_image(data, max_pixels=400 * 300 // REDUCED - 1)
     assert caught.value.reason is Drop.IMAGE_TOO_LARGE

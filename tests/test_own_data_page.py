@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.faults.tiny_run import COLOURS, FARBEN
+
 ROOT = Path(__file__).parents[1]
-COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black"]
-FARBEN = ["rotes", "hellgrünes", "blaues", "gelbes", "türkises", "violettes", "weißes", "schwarzes"]
 COMMAND_S = 600
 
 
@@ -24,12 +24,16 @@ def commands(page: Path, heading: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-SIX = commands(ROOT / "docs" / "own_data.md", "# Your own images and captions")
+@pytest.fixture(scope="module")
+def six():
+    """The page's first commands."""
+    found = commands(ROOT / "docs" / "own_data.md", "# Your own images and captions")
+    assert len(found) == 6
+    return found
 
 
-def test_the_readme_has_the_same_commands():
-    assert commands(ROOT / "README.md", "## Your own data") == SIX
-    assert len(SIX) == 6
+def test_the_readme_has_the_same_commands(six):
+    assert commands(ROOT / "README.md", "## Your own data") == six
 
 
 @pytest.fixture
@@ -62,11 +66,11 @@ def run(fork_server, folder: Path, words: list[str], *more: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_six_commands_and_curation(fork_server, folder):
+def test_six_commands_and_curation(fork_server, folder, six):
     """Training is cut short; every other command is as written."""
     curation = commands(ROOT / "docs" / "own_data.md", "## With curation")
     outputs = {}
-    for words in SIX + curation:
+    for words in six + curation:
         more = ["steps=2"] if words[1] == "train" else []
         outputs[" ".join(words[1:3])] = run(fork_server, folder, words, *more)
     assert json.loads(outputs["data pack"])["images"] == 64
@@ -81,8 +85,8 @@ def test_six_commands_and_curation(fork_server, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_six_commands_train_a_model_that_finds_the_image(fork_server, folder):
-    for words in SIX:
+def test_six_commands_train_a_model_that_finds_the_image(fork_server, folder, six):
+    for words in six:
         out = run(fork_server, folder, words)
         if words[1] == "search":
             best = re.findall(r"photos/(\d\d)\.jpg", out)[0]

@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+from mc2_hpc.models.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "step_counts.json").read_text(encoding="utf-8"))
@@ -78,6 +81,45 @@ def test_the_table_of_fused_kernels_is_the_rows():
             assert [float(number) for number in cell.replace(",", "").split(" → ")] == [row[key] for row in pair]
         assert pair[0]["products_tflop"] == pair[1]["products_tflop"]
     assert max(rows[1, kind, "triton"]["traffic_gb"] / rows[1, kind, "torch"]["traffic_gb"] for kind in KINDS) < 0.4
+
+
+def test_what_is_left_of_the_traffic_is_the_rows():
+    """The table has the numbers in their order; they add up to the row of that stage."""
+    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    counts = dict(RESULTS["fused_breakdown_gb"])
+    step = {key: counts.pop(key) for key in ("ranks", "stage", "recompute")} | {"kernels_of_blocks": "triton"}
+    table = page[page.index(f"with `{step['recompute']}` at ZeRO {step['stage']}:") : page.index("## What remains")]
+    assert [float(number) for number in re.findall(r"\d+\.\d", table)] == list(counts.values())
+    (row,) = (row for row in RESULTS["fused_rows"] if step.items() <= row.items())
+    total = counts.pop("total")
+    assert row["traffic_gb"] == round(total) and 0.98 * total < sum(counts.values()) < total
+    assert f"{round(counts['add'] + counts['sum'])} GB that could be part of their neighbours' passes" in page
+
+
+def test_the_traffic_of_fused_kernels_follows_from_the_sizes():
+    """In bf16 forward reads and writes 2 bytes per value, and runs twice with ``selective``; backward reads 4 and
+    writes 2. Norms outside of blocks, and numbers per row, are within the tolerance."""
+    counts, config = RESULTS["fused_breakdown_gb"], RESULTS["config"]
+    arch = PRESETS[config["model"]]
+    patches = config["pairs_per_rank"] * ((arch.vision.image_size // arch.vision.patch_size) ** 2 + 1)
+    vision, text = arch.vision.layers * patches, arch.text.layers * config["caption_tokens_fused"]
+    for kernel, values in (
+        ("quick_gelu", vision * arch.vision.mlp_width + text * 4 * arch.text.width),
+        ("layer_norm", 2 * (vision * arch.vision.width + text * arch.text.width)),
+    ):
+        assert counts[f"{kernel}_forward"] == pytest.approx(8 * values / 1e9, rel=0.03)
+        assert counts[f"{kernel}_backward"] == pytest.approx(6 * values / 1e9, rel=0.03)
+
+
+def test_the_config_names_the_peaks_that_were_counted():
+    text = (ROOT / "configs" / "train" / "vit_h14_worldwide.yaml").read_text(encoding="utf-8")
+    stage = yaml.safe_load(text)["zero"]["stage"]
+    peaks = {
+        row["recompute"]: round(row["peak_gib"])
+        for row in RESULTS["fused_rows"]
+        if row["stage"] == stage and row["kernels_of_blocks"] == "triton"
+    }
+    assert f"{peaks['selective']} GiB per rank by count, full {peaks['full']} GiB (docs/step.md)" in text
 
 
 def test_the_table_of_recomputation_is_the_rows(counted):

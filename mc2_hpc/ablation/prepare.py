@@ -34,7 +34,7 @@ from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries
 from mc2_hpc.metadata.languages import known_code
 from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.shard_paths import list_shards
-from mc2_hpc.storage import atomic_path, is_complete, mark_complete, write_json
+from mc2_hpc.storage import atomic_path, is_complete, mark_complete, write_array, write_json
 
 ENGLISH = "en"
 
@@ -162,8 +162,7 @@ def _balance_alike(balance: Path, matched: Path, out: Path) -> None:
     for lang in given:
         counts = given.counts(lang)
         for kind, array in (("counts", counts), ("probs", entry_probabilities(counts, t))):
-            with atomic_path(out / kind / f"{lang}.npy") as temporary:
-                np.save(temporary, array, allow_pickle=False)
+            write_array(out / kind / f"{lang}.npy", array)
         report["languages"][lang] |= {
             "entries_head": int((counts > t).sum()),
             "tail_mass": threshold_to_mass(counts, t),

@@ -19,7 +19,7 @@ from mc2_hpc.ablation.tables import markdown, table_row
 from mc2_hpc.ablation.training_runs import TrainingRun, plan_run, read_columns
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.suite import load_suite
-from mc2_hpc.storage import atomic_path, exclusive_folder, write_json
+from mc2_hpc.storage import exclusive_folder, write_json, write_text
 
 Report = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, what was just done)."""
@@ -57,8 +57,7 @@ def ablate(
             run_all(missing, jobs, lambda done, total, title: report("runs", done, total, title))
         tables = [_table(ablation, rows) for ablation, rows in zip(ablations, planned, strict=True)]
         write_json(out / "ablations.json", {"ablations": tables})
-        with atomic_path(out / "ablations.md") as temporary:
-            temporary.write_text(markdown(tables), encoding="utf-8")
+        write_text(out / "ablations.md", markdown(tables))
         for table in tables:
             draw(table, out / f"{table['name']}.png")
     return tables

@@ -19,7 +19,7 @@ from mc2_hpc.config import config_from_dict, config_to_dict, yaml_text
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.weights import is_checkpoint, resolve_checkpoint
 from mc2_hpc.reading.json_file import Foreign, read_json
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import write_json, write_text
 
 _EVAL_BATCH = 256
 
@@ -83,8 +83,7 @@ def plan_run(
     config = config_from_dict(values, f"{ablation.name}: {row.name}")
     title = f"{ablation.name}: {row.name}, seed {seed}"
     write_json(folder / "settings.json", {"title": title, **settings})
-    with atomic_path(folder / "train.yaml") as temporary:
-        temporary.write_text(yaml_text(values), encoding="utf-8")
+    write_text(folder / "train.yaml", yaml_text(values))
     scores = folder / f"eval-{suite}"
     mc2 = [sys.executable, "-m", "mc2_hpc.cli"]
     evaluation = ["--suite", str(ablation.suite), "--out", str(scores), "--batch", str(_EVAL_BATCH)]

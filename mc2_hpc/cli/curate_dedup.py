@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from mc2_hpc.cli.curate_engine import engine_flags, engine_of, run_plan
@@ -15,25 +14,29 @@ if TYPE_CHECKING:
 def add_action(actions: Any) -> None:
     """Add the action and its flags."""
     parser = actions.add_parser(
-        "dedup-images", parents=[engine_flags()], help="keep one of the images that are copies of each other"
+        "dedup-images", parents=[engine_flags()], help="remove copies of images, keeping one image of each group"
     )
-    parser.add_argument("pool", help="folder of <shard>.tar, with <shard>.parquet or captions inside")
+    parser.add_argument("pool", help="folder of <shard>.tar files, with captions inside or in <shard>.parquet")
     parser.add_argument(
-        "--max-distance", type=whole(0, 16), default=6, metavar="BITS", help="in which 64-bit hashes may differ [6]"
+        "--max-distance",
+        type=whole(0, 16),
+        default=6,
+        metavar="BITS",
+        help="most bits in which the 64-bit hashes of two copies differ [6]",
     )
     parser.add_argument(
         "--max-check",
         type=whole(0, 192),
         default=40,
         metavar="BITS",
-        help="in which the 192 bits that confirm them may differ [40]",
+        help="most bits in which the 192 bits that confirm a copy differ [40]",
     )
     parser.add_argument(
         "--memory-gb",
         type=whole(1, 10_000),
         default=2,
         metavar="N",
-        help="memory for the codes in each worker of the search; the more, the fewer times they are read [2]",
+        help="memory for hashes in each search worker, in GB; with more, the search reads them fewer times [2]",
     )
     add_feature_flags(parser)
     parser.set_defaults(action=_run)
@@ -46,21 +49,21 @@ def add_feature_flags(parser: argparse.ArgumentParser) -> None:
         "--features",
         nargs="+",
         metavar=("MODEL", "key=value"),
-        help="also compare features: of a CLIP model's folder, or of package.module.Class key=value ...",
+        help="also compare image features, from the folder of a CLIP model or from package.module.Class key=value ...",
     )
     group.add_argument(
         "--feature-distance",
         type=whole(0, 16),
         default=10,
         metavar="BITS",
-        help="in which one of the four 64-bit hashes of two copies' features may differ [10]",
+        help="most bits in which one of the four 64-bit hashes of two copies' features differs [10]",
     )
     group.add_argument(
         "--feature-check",
         type=whole(0, 192),
         default=46,
         metavar="BITS",
-        help="in which the other three may differ together [46]",
+        help="most bits in which the other three differ in total [46]",
     )
 
 
@@ -82,8 +85,9 @@ def _run(arguments: argparse.Namespace) -> int:
 def encoder_of(words: list[str] | None) -> "Named | None":
     """The encoder that the words of ``--features`` name."""
     from mc2_hpc.curation.copies.features import parse_encoder
+    from mc2_hpc.jobs.named import extend_search_path
 
     if not words:
         return None
-    sys.path.append(os.getcwd())  # for the user's own modules; a console script does not search it
+    extend_search_path([os.getcwd()])  # for the user's own modules; a console script does not search it
     return parse_encoder(words)

@@ -31,7 +31,7 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
         "--tasks",
         type=whole(1),
         metavar="N",
-        help="tasks that the shards are divided into [slurm, ray: one per shard, <= 1000]",
+        help="number of tasks to divide the shards into [slurm, ray: one per shard, at most 1000]",
     )
     group.add_argument(
         "--slurm",
@@ -42,7 +42,7 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
         help="submit as Slurm jobs: partition=P time=T, cpus_per_task, mem_per_cpu_gb, max_array_size, and sbatch's "
         "options (docs/slurm.md)",
     )
-    group.add_argument("--wait", action="store_true", help="slurm: wait until the jobs have ended")
+    group.add_argument("--wait", action="store_true", help="with slurm, wait until the jobs have ended")
 
 
 def engine_of(arguments: argparse.Namespace) -> "Engine":

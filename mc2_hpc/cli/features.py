@@ -9,8 +9,10 @@ SUMMARY = "compute the image features of a run's data once, to train with a froz
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file of the run that is to read them from data.features")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that override the file's")
+    parser.add_argument("config", type=Path, help="YAML file of the run, which names their folder as data.features")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that override those of the file"
+    )
     parser.add_argument("--batch", type=whole(1, 1 << 20), default=256, help="images encoded at a time [256]")
 
 

@@ -16,20 +16,26 @@ _MOST_ALPHAS = 1000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "models", nargs="+", type=Path, help="checkpoints or runs of ours, open_clip or transformers folders"
+        "models", nargs="+", type=Path, help="checkpoints or runs, or folders of open_clip or transformers"
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--alpha",
         type=alphas,
         metavar="SHARE",
-        help="two models: share of the first one, from 0 to 1; with --suite also START:STOP:STEP",
+        help="share of the first of two models, from 0 to 1; with --suite also several, or START:STOP:STEP",
     )
-    how.add_argument("--shares", type=numbers, metavar="S,S,...", help="a share for each model [the same for all]")
-    parser.add_argument("--suite", type=Path, metavar="FILE", help="score every alpha on this suite instead of writing")
-    parser.add_argument("--out", type=Path, required=True, help="new model folder; with --suite, folder of results")
+    how.add_argument("--shares", type=numbers, metavar="S,S,...", help="share of each model [equal shares]")
+    parser.add_argument(
+        "--suite", type=Path, metavar="FILE", help="score every alpha on this suite instead of writing a model"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="new folder for the model, or with --suite for the results"
+    )
     parser.add_argument("--batch", type=whole(1, 1 << 20), default=64, help="images encoded at a time [64]")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="encoders' precision [fp32]")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the encoders [fp32]"
+    )
 
 
 def alphas(text: str) -> list[float]:

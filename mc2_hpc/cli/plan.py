@@ -1,10 +1,12 @@
 """``mc2 plan``."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mc2_hpc.cli import plan_calibrate
 from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
 from mc2_hpc.cli.numbers import amount, whole
 from mc2_hpc.errors import UserError
@@ -21,51 +23,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="plan two configs beside each other")
     parser.add_argument("--gpus", type=whole(1, 65_536), default=8, help="number of GPUs [8]")
     parser.add_argument("--per-node", type=whole(1, 1024), default=8, help="GPUs of a node [8]")
-    parser.add_argument("--gpu", default="h100", help="a100, h100, h200, b200 or a YAML file [h100]")
-    parser.add_argument("--network", help="hdr, ndr, ndr-b200 or a YAML file [that of the GPU's usual nodes]")
+    parser.add_argument("--gpu", default="h100", help="a100, h100, h200, b200, cpu or a YAML file [h100]")
+    parser.add_argument("--network", help="hdr, ndr, ndr-b200, loopback or a YAML file [that of the GPU's usual nodes]")
     parser.add_argument("--price", type=amount, help="of a GPU hour, in any currency")
     parser.add_argument("--caption-tokens", type=amount, default=18.0, help="mean tokens of a caption [18]")
     parser.add_argument("--pair-bytes", type=amount, default=30_000.0, help="mean bytes of a stored pair [30000]")
     parser.add_argument("--advise", action="store_true", help="also trace other settings, and say which gain most")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        nargs="+",
+        metavar="RUN/metrics.jsonl",
+        help="fit what --gpu and --network achieve to the steps of these runs, and write files for the next plan",
+    )
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.config import load_config
+    from mc2_hpc.pages.plots import require_plotting
     from mc2_hpc.planning.advise import alternatives, best_changes
-    from mc2_hpc.planning.machines import read_gpu, read_network
-    from mc2_hpc.planning.plan import Assumptions, make_plans
+    from mc2_hpc.planning.machines import read_gpu, read_network, usual_network
+    from mc2_hpc.planning.plan import Assumptions, Plan, make_plans
+    from mc2_hpc.planning.processes import TraceError
 
+    if arguments.calibrate:
+        return plan_calibrate.run(arguments)
     _check(arguments)
-    gpu, network = read_gpu(arguments.gpu), read_network(arguments.network, arguments.gpu)
+    if arguments.html is not None:
+        require_plotting("the page of a plan needs", "curation")
+    gpu = read_gpu(arguments.gpu)
+    network_name = arguments.network or usual_network(arguments.gpu, gpu)
+    network = read_network(network_name)
     names = [str(path) for path in arguments.compare or [arguments.config]]
     configs = [load_config(name, arguments.overrides) for name in names]
     others = alternatives(configs[0]) if arguments.advise else {}
-    plans = make_plans(
-        configs,
-        list(others.values()),
-        gpus=arguments.gpus,
-        per_node=arguments.per_node,
-        gpu_name=arguments.gpu,
-        gpu=gpu,
-        network=network,
-        assumptions=Assumptions(
-            caption_tokens=arguments.caption_tokens, pair_bytes=arguments.pair_bytes, price=arguments.price
-        ),
-    )
-    shown = plans[: len(configs)]
-    changes = best_changes(shown[0], list(zip(others, plans[len(configs) :], strict=True)))
+    try:
+        plans, outcomes = make_plans(
+            configs,
+            list(others.values()),
+            gpus=arguments.gpus,
+            per_node=arguments.per_node,
+            gpu_name=arguments.gpu,
+            gpu=gpu,
+            network_name=network_name,
+            network=network,
+            assumptions=Assumptions(
+                caption_tokens=arguments.caption_tokens, pair_bytes=arguments.pair_bytes, price=arguments.price
+            ),
+        )
+    except TraceError as error:
+        print(f"mc2: {error}", file=sys.stderr)
+        return 1
+    answered = dict(zip(others, outcomes, strict=True))
+    changes = best_changes(plans[0], [(name, plan) for name, plan in answered.items() if isinstance(plan, Plan)])
+    failed = {name: str(error) for name, error in answered.items() if isinstance(error, Exception)}
+    if arguments.html is not None:
+        from mc2_hpc.planning.page import write_plan_page
+
+        write_plan_page(arguments.html, names, plans)
     if arguments.json:
-        values = [{"config": name, **plan.to_json()} for name, plan in zip(names, shown, strict=True)]
+        values = [{"config": name, **plan.to_json()} for name, plan in zip(names, plans, strict=True)]
         advice = [
             {"change": name, "step_seconds": plan.step.seconds, "peak_bytes": plan.trace.peak.bytes}
             for name, plan in changes
         ]
-        write_result({"plans": values, "advice": advice if arguments.advise else None}, arguments.json)
+        advised = {"changes": advice, "failed": failed} if arguments.advise else None
+        write_result({"plans": values, "advice": advised}, arguments.json)
     if arguments.json != STDOUT:
-        _print(names, shown)
+        _print(names, plans)
         if arguments.advise:
-            _print_advice(shown[0], changes)
+            _print_advice(plans[0], changes, failed)
     return 0
 
 
@@ -97,9 +126,11 @@ def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
     first = plans[0]
     print(f"peaks: {first.gpu.source}")
     print(f"fractions of them: {first.gpu.fractions_source}")
+    if first.gpus > 1:
+        print(f"network {first.network_name}: {first.network.source}; {first.network.achieved_source}")
     for name, plan in zip(names, plans, strict=True):
         if not plan.fits:
-            print(f"{name} does not fit: a smaller micro_batch, recompute=full or a higher zero.stage needs less")
+            print(f"{name} does not fit: {plan.cure}")
 
 
 def _rows(plan: "Plan") -> dict[str, str]:
@@ -118,7 +149,8 @@ def _rows(plan: "Plan") -> dict[str, str]:
     for kind in sorted({each.kind for each in trace.collectives if not each.host}):
         size = sum(each.bytes for each in trace.collectives if each.kind == kind and not each.host)
         rows[f"  {kind}"] = f"{size / _GB:,.3f} GB"
-    rows[f"#predicted, on {plan.gpu_name}:"] = ""
+    network = f" and {plan.network_name}" if plan.gpus > 1 else ""
+    rows[f"#predicted, on {plan.gpu_name}{network}:"] = ""
     for kernels, seconds in step.compute.items():
         rows[f"  {kernels}"] = f"{seconds * 1e3:,.1f} ms ({step.limits[kernels]})"
     rows["  exposed communication"] = f"{step.exposed * 1e3:,.1f} ms"
@@ -132,7 +164,7 @@ def _rows(plan: "Plan") -> dict[str, str]:
     rows["  GPU hours"] = f"{plan.gpu_hours:,.0f}"
     if plan.assumptions.price is not None:
         rows["  cost"] = f"{plan.assumptions.price * plan.gpu_hours:,.0f}"
-    rows["  checkpoint, stall"] = f"{plan.checkpoint_bytes / _GB:,.1f} GB, {plan.checkpoint_stall:,.1f} s"
+    rows["  checkpoint, stall"] = f"{plan.trace.checkpoint_bytes / _GB:,.1f} GB, {plan.checkpoint_stall:,.1f} s"
     rows["  shards read"] = (
         f"{plan.config.steps * plan.config.global_batch * plan.assumptions.pair_bytes / 1e12:,.1f} TB"
     )
@@ -141,8 +173,10 @@ def _rows(plan: "Plan") -> dict[str, str]:
     return rows
 
 
-def _print_advice(plan: "Plan", changes: Sequence[tuple[str, "Plan"]]) -> None:
+def _print_advice(plan: "Plan", changes: Sequence[tuple[str, "Plan"]], failed: Mapping[str, str]) -> None:
     print("what to change (predicted):" if changes else "no single change is predicted to gain")
     for name, other in changes:
         gain = f"{plan.step.seconds / other.step.seconds - 1:+.1%}"
         print(f"  {name:<24}{gain} pairs per second, peak {other.trace.peak.bytes / _GIB:,.1f} GiB")
+    for name, reason in failed.items():
+        print(f"  {name:<24}not planned: {reason}")

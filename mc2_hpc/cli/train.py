@@ -53,6 +53,7 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
     config = load_config(arguments.config, arguments.overrides)
     from mc2_hpc.data.workers import DataStalled
     from mc2_hpc.distributed import process_group
+    from mc2_hpc.planning.planned_peak import planned_peak
     from mc2_hpc.training.lost_rank import LostRankError, naming_the_wait
     from mc2_hpc.training.run_folder import exclusive_run, recorded_start
     from mc2_hpc.training.stop import LOST_RANK, SAVED, Stopped
@@ -65,7 +66,8 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
         with naming_the_wait(rank, lambda: "while starting"), process_group(arguments.timeout) as ranks:
             logging.getLogger("mc2_hpc").setLevel(logging.INFO if ranks.is_first else logging.WARNING)
             with exclusive_run(Path(config.output), ranks), recorded_start(config, ranks):
-                Trainer(config, ranks, stop).train()
+                with planned_peak(config, ranks) as after_row:
+                    Trainer(config, ranks, stop, after_row).train()
     except (NonFiniteError, SaveError) as error:
         print(f"mc2: {error}", file=sys.stderr)
         return 1

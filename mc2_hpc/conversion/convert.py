@@ -74,7 +74,8 @@ def convert(
         raise UserError(f"{source}: an ONNX export cannot be converted; name the model that it was made from")
     if ema and kind != Format.OURS:
         raise UserError(f"{source}: is in the format {kind}, which has no moving average of weights; leave out --ema")
-    if kind == to and image_size is None and dtype is None and not ema:
+    adapted = kind == Format.OURS and read_card(resolve_checkpoint(source)).lora is not None
+    if kind == to and image_size is None and dtype is None and not ema and not adapted:
         raise UserError(f"{source}: is already in the format {to}; choose another --to, an --image-size or a --dtype")
     scores = read_scores(results) if results is not None else None
     with atomic_folder(out) as partial:
@@ -104,11 +105,14 @@ def _write(
     if kind != Format.OURS:
         ours.mkdir()
         IMPORTERS[kind](source, ours)
-    if ema:
-        ours = _average(ours, scratch / "averaged")
+    if ema or read_card(ours).lora is not None:
+        ours = _plain(ours, scratch / "plain", ema=ema)
     if image_size is not None:
+        before = read_card(ours).arch.vision.image_size
         ours = _resize(ours, image_size, scratch / "resized")
-        found = msgspec.structs.replace(found, scores=[])  # they were another model's
+        trained = found.trained_size or before
+        # The scores were another model's.
+        found = msgspec.structs.replace(found, scores=[], trained_size=trained if trained != image_size else None)
     if scores is not None:
         found = msgspec.structs.replace(found, scores=scores)
     card = read_card(ours)
@@ -125,8 +129,9 @@ def _write(
     shutil.rmtree(scratch)
 
 
-def _average(source: Path, out: Path) -> Path:
-    card, files, tokenizer = read_model(source, ema=True)
+def _plain(source: Path, out: Path, *, ema: bool) -> Path:
+    """The weights of a checkpoint or their moving average, with adapters folded, as a model folder."""
+    card, files, tokenizer = read_model(source, ema=ema)
     out.mkdir()
     write_model(out, card, ((name, files.get_fp32(name)) for name in files.names()), tokenizer)
     return out

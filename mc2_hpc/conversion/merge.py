@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 from torch import Tensor
 
@@ -82,7 +83,7 @@ def merged(sources: Sequence[Source], shares: Sequence[float]) -> Callable[[str]
 def write_merged(sources: Sequence[Source], shares: Sequence[float], out: Path) -> None:
     """Write a merged model as a checkpoint folder of ours, completely or not at all.
 
-    In memory there are one file's tensors (about 1 GiB) and those that make the next one.
+    In memory there are one file's tensors (1 GiB, or a single larger one), the next sum, and a product for it.
 
     Raises:
         UserError: ``out`` is not empty, or a weight cannot be read.
@@ -155,13 +156,18 @@ def _sizes(arch: ClipArchitecture) -> dict[str, object]:
 
 
 def _same_tokenizer(a: Path, b: Path) -> bool:
-    """Whether two sentencepiece files have the same pieces and normalisation; how they were trained does not matter."""
+    """Whether two sentencepiece files turn every text into the same pieces; how they were trained does not matter."""
     return file_sha256(a) == file_sha256(b) or _segmentation(a) == _segmentation(b)
 
 
 def _segmentation(path: Path) -> tuple[object, ...]:
+    """Everything in a sentencepiece file that decides into which pieces a text is divided."""
     proto = sentencepiece_proto.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(read_bytes(path, most=MOST_BYTES))
-    spec = proto.normalizer_spec
-    options = (spec.add_dummy_prefix, spec.remove_extra_whitespaces, spec.escape_whitespaces)
-    return [(p.piece, p.score, p.type) for p in proto.pieces], spec.precompiled_charsmap, options
+    try:
+        proto.ParseFromString(read_bytes(path, most=MOST_BYTES))
+    except DecodeError:
+        raise UserError(f"{path}: not a sentencepiece model") from None
+    spec, trainer = proto.normalizer_spec, proto.trainer_spec
+    normalising = (spec.add_dummy_prefix, spec.remove_extra_whitespaces, spec.escape_whitespaces)
+    dividing = (trainer.model_type, trainer.byte_fallback, trainer.treat_whitespace_as_suffix)
+    return [(p.piece, p.score, p.type) for p in proto.pieces], spec.precompiled_charsmap, normalising, dividing

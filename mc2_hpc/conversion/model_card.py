@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from mc2_hpc.conversion.provenance import Provenance
+from mc2_hpc.conversion.provenance import Curation, Provenance, Shards
 from mc2_hpc.models.formats import Format
 from mc2_hpc.models.presets import num_parameters
 from mc2_hpc.models.weights import ModelCard
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_text
 
 CARD_NAME = "README.md"
 _MISSING = "TO BE FILLED IN"
@@ -52,8 +52,7 @@ def write_model_card(out: Path, to: Format, card: ModelCard, found: Provenance, 
         to: the folder's format.
         weights: type of the stored weights, such as ``bf16``.
     """
-    with atomic_path(out / CARD_NAME) as temporary:
-        temporary.write_text(model_card(to, card, found, weights=weights), encoding="utf-8")
+    write_text(out / CARD_NAME, model_card(to, card, found, weights=weights))
 
 
 def model_card(to: Format, card: ModelCard, found: Provenance, *, weights: str) -> str:
@@ -118,19 +117,40 @@ def _training(found: Provenance) -> list[str]:
         rows.append(("pairs seen", f"{found.samples_seen:,}"))
     if found.initial is not None:
         rows.append(("started from", found.initial))
-    if found.shards is not None:
-        rows.append(("data", f"{found.shards.count:,} shards, SHA-256 of their names {found.shards.sha256}"))
-    if found.balance is not None:
-        threshold = f", English's threshold {found.t_en:,}" if found.t_en is not None else ""
-        rows.append(("balance", f"SHA-256 of balance.json {found.balance}{threshold}"))
+    if found.teacher is not None:
+        settings = ", ".join(f"{name} {value}" for name, value in sorted(found.teacher.settings.items()))
+        rows.append(("teacher", f"{found.teacher.name} ({settings})" if settings else found.teacher.name))
+    if found.ema:
+        rows.append(("weights", "the moving average over the steps"))
+    if found.trained_size is not None:
+        rows.append(("images in training", f"{found.trained_size} px; the table of positions was interpolated"))
+    rows += _data(found, found.shards, "")
+    for source in found.sources:
+        rows += _data(source, source.shards, f" of {source.name}")
+        if source.weight is not None:
+            rows.append((f"weight of {source.name}", f"{source.weight:g}"))
+        if source.captions:
+            shares = ", ".join(f"{name} {share:g}" for name, share in sorted(source.captions.items()))
+            rows.append((f"captions of {source.name}", shares))
     rows += [(name, value) for name, value in sorted(found.versions.items())]
     lines = _table(("", ""), rows) if rows else ["Not recorded in the folder that this model was exported from."]
-    if found.metadata:
-        lines += ["", "Metadata:", "", *_table(("language", "SHA-256"), sorted(found.metadata.items()))]
+    for title, of in (("Metadata", found), *((f"Metadata of {source.name}", source) for source in found.sources)):
+        if of.metadata:
+            lines += ["", f"{title}:", "", *_table(("language", "SHA-256"), sorted(of.metadata.items()))]
     if found.config:
         settings = yaml.safe_dump(found.config, allow_unicode=True).strip().replace("```", "'''")
         lines += ["", "Settings:", "", "```yaml", settings, "```"]
     return lines
+
+
+def _data(of: Curation, shards: Shards | None, suffix: str) -> list[tuple[str, str]]:
+    rows = []
+    if shards is not None:
+        rows.append((f"data{suffix}", f"{shards.count:,} shards, SHA-256 of their names {shards.sha256}"))
+    if of.balance is not None:
+        threshold = f", English's threshold {of.t_en:,}" if of.t_en is not None else ""
+        rows.append((f"balance{suffix}", f"SHA-256 of balance.json {of.balance}{threshold}"))
+    return rows
 
 
 def _evaluation(found: Provenance, weights: str) -> list[str]:

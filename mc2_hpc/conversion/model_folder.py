@@ -1,5 +1,6 @@
 """Reading and writing our model folders for conversion, with one tensor in memory at a time."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,8 +33,8 @@ _SAVED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_model(source: Path, *, ema: bool = False) -> tuple[ModelCard, TensorFiles, Path]:
-    """The card, the memory-mapped weights (or their moving average) and the tokenizer file of a checkpoint or run
-    folder.
+    """The card, the memory-mapped weights (or their moving average) with adapters folded, and the tokenizer file of a
+    checkpoint or run folder.
 
     Raises:
         UserError: no checkpoint or average there, no tokenizer beside it, or weights that do not fit ``model.json``.
@@ -42,7 +43,7 @@ def read_model(source: Path, *, ema: bool = False) -> tuple[ModelCard, TensorFil
     card = read_card(folder)
     files = weight_files(folder, ema=ema)
     check_names(str(folder), files.names(), our_shapes(card.arch), files)
-    return card, files, tokenizer_file(folder)
+    return dataclasses.replace(card, lora=None), files, tokenizer_file(folder)
 
 
 def rounded(files: TensorFiles, dtype: torch.dtype) -> Callable[[str], Tensor]:

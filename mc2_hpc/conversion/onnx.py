@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mc2_hpc.conversion.model_folder import read_model
-from mc2_hpc.conversion.onnx_facts import OPSET, onnx_facts
+from mc2_hpc.conversion.onnx_facts import OPSET, check_graphs, onnx_facts
 from mc2_hpc.conversion.peers import import_onnx
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.formats import ONNX_CONFIG
@@ -61,6 +61,7 @@ def export(checkpoint: Path, out: Path, *, int8: bool) -> None:
     shutil.rmtree(plain)
     shutil.copyfile(tokenizer_file, out / facts.text.tokenizer.file)
     write_json(out / ONNX_CONFIG, msgspec.to_builtins(facts))
+    check_graphs(out, facts)
 
 
 class _UnitLength(nn.Module):

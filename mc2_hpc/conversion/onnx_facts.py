@@ -8,12 +8,17 @@ from typing import Literal
 
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.data.tokenizer import STYLES
+from mc2_hpc.errors import UserError
 from mc2_hpc.models.formats import ONNX_CONFIG
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard
 from mc2_hpc.reading.json_file import Count, File, Name, Size, read_json
+from mc2_hpc.reading.onnx_file import Graph, GraphTensor, read_graph
 
 OPSET = 18
 """Version of ONNX's operators: onnxruntime 1.14 and later run it."""
+EXTRA = "onnx"
+"""Of this package, with what exporting and running these folders needs."""
+CURE = "export the model again"
 
 Cleaning = Literal["lower_case", "drop_ascii_punctuation", "collapse_white_space"]
 
@@ -137,4 +142,54 @@ def read_onnx_facts(folder: Path) -> OnnxFacts:
     Raises:
         UserError: the file is missing or damaged.
     """
-    return read_json(folder / ONNX_CONFIG, OnnxFacts, cure="export the model again")
+    return read_json(folder / ONNX_CONFIG, OnnxFacts, cure=CURE)
+
+
+def check_graphs(folder: Path, facts: OnnxFacts) -> None:
+    """Check that the graphs of a folder are those that its facts describe.
+
+    Raises:
+        UserError: onnx is not installed, a graph cannot be read, its operators have another version, its input or
+            output has another name, type or shape, or its weights are in a file of another name.
+    """
+    image, text = facts.image, facts.text
+    for tower, kind, shape in (
+        (image, "FLOAT", (None, 3, image.size, image.size)),
+        (text, "INT64", (None, None)),
+    ):
+        path = folder / tower.file
+        graph = read_graph(path, extra=EXTRA, cure=CURE)
+        wrong = _difference(graph, facts, tower, kind, shape)
+        if wrong:
+            raise UserError(f"{path}: {wrong}; {CURE}")
+
+
+def _difference(
+    graph: Graph, facts: OnnxFacts, tower: ImageFacts | TextFacts, kind: str, shape: tuple[int | None, ...]
+) -> str:
+    """In what a graph differs from the facts; empty if in nothing. A size of None varies."""
+    if graph.opset != facts.opset:
+        return f"its operators are of version {graph.opset}, not {facts.opset} as {ONNX_CONFIG} says"
+    for end, found, name, numbers, sizes in (
+        ("input", graph.inputs, tower.input, kind, shape),
+        ("output", graph.outputs, tower.output, "FLOAT", (None, facts.embed_dim)),
+    ):
+        if len(found) != 1 or not _fits(found[0], name, numbers, sizes):
+            wanted = f"{name}: {numbers} {_shown(sizes)}"
+            there = ", ".join(f"{one.name}: {one.kind} {_shown(one.shape)}" for one in found)[:200]
+            return f"its {end} is {there or 'missing'}, not {wanted} as {ONNX_CONFIG} says"
+    others = [path.name for path in graph.data if path.name != f"{tower.file}.data"]
+    return f"its weights are in {others[0]}, not {tower.file}.data" if others else ""
+
+
+def _fits(found: GraphTensor, name: str, kind: str, sizes: tuple[int | None, ...]) -> bool:
+    if (found.name, found.kind, len(found.shape)) != (name, kind, len(sizes)):
+        return False
+    return all(
+        isinstance(there, str) if wanted is None else there == wanted
+        for there, wanted in zip(found.shape, sizes, strict=True)
+    )
+
+
+def _shown(sizes: tuple[int | str | None, ...]) -> str:
+    return f"({', '.join(str(size) if size else '*' for size in sizes)})"

@@ -76,15 +76,6 @@ def import_onnx() -> None:
         _import(name, extra="onnx")
 
 
-def import_onnxruntime() -> ModuleType:
-    """The ``onnxruntime`` module.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    return _import("onnxruntime", extra="onnx")
-
-
 def _import(name: str, *, extra: str = "eval") -> ModuleType:
     try:
         return importlib.import_module(name)

@@ -43,7 +43,7 @@ from mc2_hpc.jobs import REDO, Plan, Stage, sum_stats
 from mc2_hpc.metadata.files import metadata_files, read_entries
 from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.json_file import Count, File, Sha256, Size, read_fields, read_json
-from mc2_hpc.storage import atomic_path, file_sha256, write_json
+from mc2_hpc.storage import file_sha256, write_array, write_json
 
 ENGLISH = "en"
 _REPORT = "balance.json"
@@ -131,7 +131,7 @@ class SetThresholds:
     t_en: int | None
     root: Path
 
-    def is_current(self, name: str) -> bool:
+    def is_current(self, name: str, value: object) -> bool:
         """Whether ``thresholds.json`` was made from these counts and this ``t_en``."""
         marker = self._marker()
         if not (marker.is_file() and self.root.is_file()):
@@ -171,8 +171,8 @@ class SetThresholds:
         """Write a language's arrays and return its row of the report."""
         t = t_en if lang == ENGLISH else mass_to_threshold(counts, p)
         path = self.out / "counts" / f"{lang}.npy"
-        _write_array(path, counts)
-        _write_array(self.out / "probs" / f"{lang}.npy", entry_probabilities(counts, t))
+        write_array(path, counts)
+        write_array(self.out / "probs" / f"{lang}.npy", entry_probabilities(counts, t))
         return {
             "t": t,
             "counts_sha256": file_sha256(path),
@@ -181,11 +181,6 @@ class SetThresholds:
             "entries_head": int((counts > t).sum()),
             "tail_mass": threshold_to_mass(counts, t),
         }
-
-
-def _write_array(path: Path, array: npt.NDArray) -> None:
-    with atomic_path(path) as temporary:
-        np.save(temporary, array, allow_pickle=False)
 
 
 def _keep_only(folder: Path, languages: set[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -22,24 +22,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mc2_hpc.curation.copies.features import centre_of, feature_words, nearest_features
+from mc2_hpc.curation.copies.features import centre_of, encoder_settings, feature_words, nearest_features
 from mc2_hpc.curation.copies.hashes import FEATURE_CHECK, FEATURE_DISTANCE, FEATURES, PHASH, Hash, checked_hash
 from mc2_hpc.curation.copies.hashing import FeatureBatches, encoder_of
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
-from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, first_of_name, key_of
+from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, first_of_name, key_of, require_images
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.curation.pool.perceptual_hash import Hashes, image_hashes, nearest
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.images import read_image_file
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept
-from mc2_hpc.jobs.named import Named, to_plain
+from mc2_hpc.jobs.named import Named
 from mc2_hpc.reading.arrays import open_npz
-from mc2_hpc.reading.files import check_regular
+from mc2_hpc.reading.files import check_regular, shown
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
 from mc2_hpc.samples import IMAGE_EXTENSIONS, is_image_name
 from mc2_hpc.shard_paths import walk_files
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import atomic_path, write_csv, write_json
 from mc2_hpc.tar import Member
 
 SETTINGS = "decontaminate.json"
@@ -92,11 +92,12 @@ def plan_decontaminate(
         raise UserError(f"max_distance={max_distance}: must be 0 to 31 bits; unrelated images differ in about 32")
     kind = None if features is None else checked_hash(Hash(FEATURES, feature_distance, feature_check))
     training = {shard.name: shard for shard in list_pool(Path(shards).absolute())}
+    require_images(training.values())
     check_elsewhere(training.values(), out)
     units, listing = _benchmark_units(Path(against).absolute())
-    settings = {"max_distance": max_distance, "against": listing}
+    settings: dict[str, Any] = {"max_distance": max_distance, "against": listing}
     if kind is not None:
-        settings |= {"encoder": to_plain(features), "features": asdict(kind)}
+        settings |= {**encoder_settings(features), "features": asdict(kind)}
     open_folder(out, SETTINGS, settings, list(training))
     clean = CleanShard(out, list(units), max_distance, features, kind)
     report = WriteReport(out, list(training))
@@ -147,7 +148,7 @@ class HashUnit:
                 features.add(data)
             except Dropped as error:
                 raise UserError(
-                    f"{image}: this benchmark image cannot be decoded ({error}); fix or remove it, "
+                    f"{shown(image)}: this benchmark image cannot be decoded ({error}); fix or remove it, "
                     f"then delete {self.out} and rerun the command"
                 ) from None
             names.append(image)
@@ -212,7 +213,7 @@ class CleanShard:
     encoder: Named | None
     features: Hash | None
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's tar exists, or no images are left in it."""
         return (self.out / f"{shard}.tar").is_file() or read_json(stats_path(self.out, shard), _Images).images == 0
 
@@ -226,8 +227,7 @@ class CleanShard:
             removed = self._matches(hashes, projections, name)
             unwanted = {key_of(member) for member in images if member not in hashes} | {row[0] for row in removed}
             num_images, _ = copy_without(shard, index, self.out, unwanted, drops)
-        with atomic_path(_removed_path(self.out, name)) as temporary:
-            _write_csv(temporary, removed)
+        write_csv(_removed_path(self.out, name), _HEADER, removed)
         stats = {"images_read": len(images), "images": num_images, "removed": len(removed), "drops": dict(+drops)}
         write_json(stats_path(self.out, name), stats)
 
@@ -273,15 +273,8 @@ class WriteReport:
     shards: list[str]
 
     def __call__(self, name: str, value: None) -> None:
-        with atomic_path(self.out / REPORT) as temporary:
-            _write_csv(temporary, (row for shard in self.shards for row in _read_csv(_removed_path(self.out, shard))))
-
-
-def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_HEADER)
-        writer.writerows(rows)
+        rows = (row for shard in self.shards for row in _read_csv(_removed_path(self.out, shard)))
+        write_csv(self.out / REPORT, _HEADER, rows)
 
 
 def _read_csv(path: Path) -> Iterator[Sequence[str]]:

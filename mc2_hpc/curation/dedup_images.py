@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mc2_hpc.curation.copies.features import load_encoder
+import pyarrow as pa
+
+from mc2_hpc.curation.copies.features import encoder_settings
 from mc2_hpc.curation.copies.hashes import (
     CODES,
     FEATURE_CHECK,
@@ -27,10 +29,11 @@ from mc2_hpc.curation.copies.hashes import (
     PHASH,
     PROJECTIONS,
     Hash,
+    HashStats,
     checked_hash,
     read_images,
 )
-from mc2_hpc.curation.copies.hashing import HashShard, samples_with_images
+from mc2_hpc.curation.copies.hashing import HashShard, samples_with_images, text_of
 from mc2_hpc.curation.copies.search import (
     CODES_PER_GB,
     FeatureCodes,
@@ -41,18 +44,19 @@ from mc2_hpc.curation.copies.search import (
 )
 from mc2_hpc.curation.filtering.record import pool_filters
 from mc2_hpc.curation.pool.captions import DEDUP_SETTINGS, PoolShard, list_pool
-from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, key_of
+from mc2_hpc.curation.pool.copying import check_elsewhere, copy_without, key_of, require_images
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
-from mc2_hpc.jobs.named import Named, to_plain
+from mc2_hpc.jobs.named import Named
 from mc2_hpc.reading.json_file import Count, File, Foreign, read_json
 from mc2_hpc.samples import Sample
 from mc2_hpc.shard_paths import Names
-from mc2_hpc.storage import write_json
+from mc2_hpc.storage import fingerprint, write_json
 
 HASHED, REMOVED = "hashes", "removed"
+_GROUPING = "group"
 _FEWEST_PARTS, _MOST_PARTS = 16, 1000
 
 
@@ -111,17 +115,18 @@ def plan_dedup_images(
     out = Path(out).absolute()
     hashes = [checked_hash(Hash(PHASH, max_distance, max_check))]
     if features is not None:
-        load_encoder(features)  # fail early
         hashes.append(checked_hash(Hash(FEATURES, feature_distance, feature_check)))
     shards = {shard.name: shard for shard in list_pool(pool)}
+    require_images(shards.values())
     check_elsewhere(shards.values(), out)
-    settings: dict[str, Any] = {"hashes": {kind.name: asdict(kind) for kind in hashes}, "encoder": to_plain(features)}
+    settings: dict[str, Any] = {"hashes": {kind.name: asdict(kind) for kind in hashes}, **encoder_settings(features)}
     if earlier := pool_filters(list(shards.values())):
         settings["pool_filters"] = earlier
     for folder in (out, out / HASHED):
         open_folder(folder, DEDUP_SETTINGS, settings, list(shards))
     stages = _stages(out, shards, hashes, features, memory_gb * CODES_PER_GB)
-    return Plan(tuple(stages), result=lambda: _result(out, list(shards), stages[-2]))
+    grouping = next(stage for stage in stages if stage.name == _GROUPING)
+    return Plan(tuple(stages), result=lambda: _result(out, list(shards), grouping))
 
 
 def _stages(
@@ -152,7 +157,7 @@ def _stages(
     return [
         *stages,
         Stage("search", links.parent, parts, search, (f"{digest}/{{shard}}.npy",), "parts", invalidates=found),
-        Stage("group", links.parent, {"groups": None}, group, (f"{digest}/{{shard}}.json",), invalidates=(stats,)),
+        Stage(_GROUPING, links.parent, {"groups": None}, group, (f"{digest}/{{shard}}.json",), invalidates=(stats,)),
         Stage("write", out, shards, WriteShard(out), (STATS,)),
     ]
 
@@ -170,7 +175,7 @@ class WriteShard:
 
     out: Path
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's files exist, or no images are left in it."""
         stats = read_json(stats_path(self.out, shard), DedupStats, cure=REDO)
         wanted = {"tar": stats.images, "parquet": stats.texts}
@@ -178,19 +183,32 @@ class WriteShard:
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
-        reasons = read_images(self.out / HASHED, name)["reason"].to_pylist()
+        hashed = read_images(self.out / HASHED, name)
+        reasons = hashed["reason"].to_pylist()
         for row in rows_to_remove(self.out / REMOVED, name).tolist():
             reasons[row] = Drop.DUPLICATE_IMAGE
         with TarIndex(shard.images) as index:
             samples = samples_with_images(index)
-            if len(samples) != len(reasons):
-                stats = stats_path(self.out / HASHED, name)
-                raise UserError(f"{shard.images}: has changed since it was hashed; delete {stats} to hash it again")
+            if not self._is_as_hashed(name, shard, samples, hashed):
+                raise UserError(f"{shard.images}: has changed since it was hashed; run the same command again")
             unwanted = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is not None]
             drops = Counter(reason for reason in reasons if reason is not None)
             images, texts = copy_without(shard, index, self.out, _names(unwanted), drops)
         counters = {"images_read": len(samples), "images": images, "texts": texts, "drops": dict(+drops)}
         write_json(stats_path(self.out, name), counters)
+
+    def _is_as_hashed(self, name: str, shard: PoolShard, samples: list[Sample], hashed: pa.Table) -> bool:
+        """Whether the shard's images are those that were hashed, by the tar as a whole and by the key and size of
+        each."""
+        stats = read_json(stats_path(self.out / HASHED, name), HashStats, cure=REDO)
+        if stats.made_of != fingerprint((shard.images,)):
+            return False
+        images = [(text_of(one.key), one.image.size) for one in samples if one.image is not None]
+        facts = zip(hashed["key"].to_pylist(), hashed["bytes"].to_pylist(), hashed["reason"].to_pylist(), strict=True)
+        return len(images) == len(hashed) and all(
+            key == known and (reason is not None or size == known_size)
+            for (key, size), (known, known_size, reason) in zip(images, facts, strict=True)
+        )
 
 
 def _names(samples: list[Sample]) -> set[str]:

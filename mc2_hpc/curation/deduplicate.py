@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
 from mc2_hpc.draw_kernels import hash_column
@@ -26,7 +25,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import STATS, Plan, Stage, open_folder, stats_path, sum_kept, sum_stats
 from mc2_hpc.reading.json_file import Foreign, Size, read_json
 from mc2_hpc.reading.parquet_file import open_parquet
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import atomic_path, write_json, write_table
 
 SETTINGS = "deduplicate.json"
 
@@ -209,8 +208,7 @@ class GatherShard:
             table = pa.table({column: kept[column].cast(pa.string()) for column in kept.column_names})
         except pa.ArrowInvalid:
             raise UserError(f"{self.out / name}: more than 2 GB of text in one shard; use more shards") from None
-        with atomic_path(self.out / f"{name}.parquet") as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        write_table(self.out / f"{name}.parquet", table)
         drops = {Drop.CAPTION_REPEATED: len(rows) - len(kept)} if len(kept) < len(rows) else {}
         write_json(stats_path(self.out, name), {"kept": len(kept), "images": images, "drops": drops})
 

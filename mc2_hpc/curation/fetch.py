@@ -16,12 +16,13 @@ from mc2_hpc.caption_tables import KEY, SOURCE, column_types
 from mc2_hpc.curation.fetching.options import FetchOptions
 from mc2_hpc.curation.filters import counted
 from mc2_hpc.curation.pool.captions import FETCH_SETTINGS, OUTCOMES, PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.reading.json_file import Count, File, read_json
 from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.shard_paths import Names
-from mc2_hpc.storage import atomic_path, remove_folder, write_json
+from mc2_hpc.storage import atomic_path, remove_folder, write_json, write_table
 from mc2_hpc.tar import write_tar
 
 _OUTCOMES = f"{OUTCOMES}/{{shard}}.parquet"
@@ -64,7 +65,9 @@ def plan_fetch(pool: Names, out: str | Path, options: FetchOptions | None = None
     if find_spec("aiohttp") is None:
         raise UserError("fetching images needs aiohttp: pip install 'mc2_hpc[fetch]'")
     options = options or FetchOptions()
-    shards = {shard.name: _addresses_only(shard) for shard in list_pool(pool)}
+    found = list_pool(pool)
+    shards = {shard.name: _addresses_only(shard) for shard in found}
+    check_elsewhere(found, out)
     open_folder(out, FETCH_SETTINGS, options.settings(), list(shards))
     stage = Stage("fetch", out, shards, FetchShard(out, options), (_OUTCOMES, STATS))
     return Plan((stage,), result=lambda: _finish(out, list(shards)))
@@ -89,7 +92,7 @@ class FetchShard:
     out: Path
     options: FetchOptions
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's files exist, or it has no images."""
         if read_json(stats_path(self.out, shard), FetchStats, cure=REDO).images == 0:
             return True
@@ -116,8 +119,7 @@ class FetchShard:
                 with atomic_path(self.out / f"{name}.tar") as temporary:
                     write_tar(temporary, ledger.images())
                 texts = _write_captions(self.out / f"{name}.parquet", captions, kept["key"])
-            with atomic_path(self.out / OUTCOMES / f"{name}.parquet") as temporary:
-                pq.write_table(outcomes, temporary, compression="zstd")
+            write_table(self.out / OUTCOMES / f"{name}.parquet", outcomes)
             drops.update(counted(outcomes["reason"]))
             stats = {
                 "rows": rows,

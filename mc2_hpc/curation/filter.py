@@ -17,8 +17,8 @@ from mc2_hpc.curation.deduplicate import distinct
 from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.curation.filtering.judge import Judge, OpenFilter, open_filters
 from mc2_hpc.curation.filtering.record import FilterStats, pool_filters
-from mc2_hpc.curation.filtering.verdicts import write_table
 from mc2_hpc.curation.pool.captions import FILTER_SETTINGS, VERDICTS, PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
 from mc2_hpc.curation.pool.language_id import (
     DEFAULT_IDENTIFIER,
@@ -34,7 +34,7 @@ from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_
 from mc2_hpc.jobs.named import Named
 from mc2_hpc.reading.json_file import read_json
 from mc2_hpc.shard_paths import Names
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import atomic_path, write_json, write_table
 from mc2_hpc.tar import Member, write_tar
 
 _VERDICTS = f"{VERDICTS}/{{shard}}.parquet"
@@ -74,6 +74,7 @@ def plan_filter(
     if Path(language_id).is_file():
         language_id = Path(language_id).absolute()
     shards = {shard.name: _with_images(shard) for shard in list_pool(pool)}
+    check_elsewhere(shards.values(), out)
     recorded = [one.settings() for one in opened]
     settings: dict[str, Any] = {"filters": recorded, "language_id": make_identifier(language_id).name}
     if earlier := pool_filters(list(shards.values())):
@@ -111,7 +112,7 @@ class FilterShard:
     def _identifier(self) -> LanguageIdentifier:
         return make_identifier(self.language_id)
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's files exist, or it has no images."""
         if read_json(stats_path(self.out, shard), FilterStats, cure=REDO).images == 0:
             return True
@@ -119,6 +120,8 @@ class FilterShard:
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
+        for kind in ("tar", "parquet"):  # of an earlier run, which this one may replace by nothing
+            (self.out / f"{name}.{kind}").unlink(missing_ok=True)
         num_rows, rows, drops = self._rows(shard)
         judge = Judge(self._filters, rows)
         with TarIndex(shard.images) as index:

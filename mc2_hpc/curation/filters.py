@@ -15,7 +15,7 @@ images are in :mod:`mc2_hpc.curation.filtering`.
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from mc2_hpc.curation.pool.language_codes import is_in_languages, split_codes
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.named import Named, constructor_options, describe, from_plain, import_object
+from mc2_hpc.jobs.named import Named, constructor_options, describe, from_plain, import_object, to_plain
 
 _FORM = "--filter package.module.Class key=value key=value ..."
 _METHOD = "drop_reasons"
@@ -143,8 +143,24 @@ def ask(name: str, one: Any, rows: pa.Table, *images: Any) -> pa.Array:
     return reasons
 
 
-def sources_of(name: str, one: Any) -> dict[str, str]:
-    """Digests of the files that a filter reads, by name: what its method ``sources`` returns, if it has one.
+def complete(named: Named, one: Any) -> Named:
+    """A filter with all its options: also those that were not given, and paths as its constructor made them.
+
+    Args:
+        one: an instance of it.
+    """
+    arguments = dict(named.arguments or {})
+    if is_dataclass(one):
+        arguments |= {field.name: to_plain(getattr(one, field.name)) for field in fields(one) if field.init}
+    return Named(named.name, arguments)
+
+
+def sources_of(where: str, one: Any) -> dict[str, str]:
+    """Digests of the files that a filter or an encoder reads, by name: what its method ``sources`` returns, if it has
+    one.
+
+    Args:
+        where: the flag and the class, for errors.
 
     Raises:
         UserError: a file cannot be used, or the method raised.
@@ -153,9 +169,9 @@ def sources_of(name: str, one: Any) -> dict[str, str]:
     try:
         return {str(file): str(digest) for file, digest in find().items()} if find is not None else {}
     except UserError as error:
-        raise UserError(f"--filter {name}: {error}") from None
-    except Exception as error:  # whatever the filter does
-        raise UserError(f"--filter {name}: sources raised {describe(error)}") from error
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:  # whatever the method does
+        raise UserError(f"{where}: sources raised {describe(error)}") from error
 
 
 def counted(reasons: pa.Array | pa.ChunkedArray) -> dict[str, int]:

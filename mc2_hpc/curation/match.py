@@ -16,7 +16,7 @@ import pyarrow as pa
 from mc2_hpc.balancing import csr
 from mc2_hpc.curation.counts import Sparse, add_sparse, count_votes, write_votes
 from mc2_hpc.curation.filtering.record import pool_filters
-from mc2_hpc.curation.filters import Filter, apply_filters, load_filter, sources_of
+from mc2_hpc.curation.filters import Filter, apply_filters, complete, load_filter, sources_of
 from mc2_hpc.curation.matched import (
     MERGED,
     OUTPUTS,
@@ -88,8 +88,10 @@ def plan_match(
         "language_id": make_identifier(language_id).name,
     }
     if filters:
-        sources = [sources_of(named.name, load_filter(named)) for named in filters]
-        settings["filters"] = to_plain(list(filters))
+        opened = [load_filter(named) for named in filters]
+        sources = [sources_of(f"--filter {named.name}", one) for named, one in zip(filters, opened, strict=True)]
+        filters = [complete(named, one) for named, one in zip(filters, opened, strict=True)]
+        settings["filters"] = to_plain(filters)
         if any(sources):
             settings["filter_sources"] = sources
     if of_pool := pool_filters(list(shards.values())):
@@ -113,7 +115,7 @@ class BuildTables:
     out: Path
     mode: str
 
-    def is_current(self, lang: str) -> bool:
+    def is_current(self, lang: str, value: object) -> bool:
         """Whether the tables are in this version's format."""
         return is_saved(tables_folder(self.out, lang))
 

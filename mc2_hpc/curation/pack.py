@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from mc2_hpc.curation.matched import planned_settings, read_matched, read_settings, write_matched
 from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
@@ -60,7 +61,9 @@ def plan_pack(pool: Names, matched: str | Path, out: str | Path, *, after_match:
     """
     matched, out = Path(matched).absolute(), Path(out).absolute()
     settings = planned_settings(matched) if after_match else read_settings(matched)
-    in_pool = {shard.name: shard.images for shard in list_pool(pool)}
+    found = list_pool(pool)
+    check_elsewhere(found, out)
+    in_pool = {shard.name: shard.images for shard in found}
     shards = settings.pop("shards")
     open_folder(out, SETTINGS, {"matched": settings}, shards)
     tars = {name: in_pool.get(name) for name in shards}
@@ -75,7 +78,7 @@ class PackShard:
     matched: Path
     out: Path
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         """Whether the shard's files exist, or it has no images."""
         if read_json(stats_path(self.out, shard), PackStats, cure=REDO).images == 0:
             return True

@@ -21,6 +21,7 @@ from mc2_hpc.curation.counts import VotesFile, dense
 from mc2_hpc.curation.matched import counts_path, entries_of, matched_batches, read_settings, rows_by_language
 from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import metadata_files, read_entries
+from mc2_hpc.storage import file_sha256
 
 TAIL_MASSES = (RECIPE_TAIL_MASS, 0.12, 0.25, 0.5)
 """The recipe's share of matches in the tail, which is proposed, and larger ones, which keep more."""
@@ -39,6 +40,8 @@ class Outcome:
     """English captions that match an entry."""
     expected_texts: float
     """How many of them an epoch would keep, if each were the one drawn for its image."""
+    metadata_sha256: str
+    """Of English's ``en.json``, whose entries were counted."""
 
     def to_dict(self) -> dict[str, Any]:
         """The figures by name, for JSON."""
@@ -54,9 +57,13 @@ def propose(matched: str | Path, metadata: str | Path, tail_masses: Sequence[flo
         UserError: unfinished or foreign input, or no English caption matched.
     """
     matched, files = Path(matched), metadata_files(Path(metadata))
-    shards = read_settings(matched)["shards"]
+    settings = read_settings(matched)
+    shards = settings["shards"]
     if ENGLISH not in files:
         raise UserError(f"{metadata}: no {ENGLISH}.json; the threshold is that of English")
+    digest = file_sha256(files[ENGLISH])
+    if settings["metadata"].get(ENGLISH) != digest:
+        raise UserError(f"{metadata}: not the metadata {matched} was matched with; name that one, or match again")
     counts = np.zeros(len(read_entries(files[ENGLISH])), np.uint64)
     for shard in shards:
         with VotesFile(counts_path(matched, shard)) as votes:
@@ -74,6 +81,7 @@ def propose(matched: str | Path, metadata: str | Path, tail_masses: Sequence[flo
             entries_matched=int((counts > 0).sum()),
             texts=texts,
             expected_texts=kept,
+            metadata_sha256=digest,
         )
         for t, kept in zip(thresholds, expected, strict=True)
     ]

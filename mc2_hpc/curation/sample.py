@@ -36,7 +36,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import REDO, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.json_file import read_json
-from mc2_hpc.storage import atomic_path, file_sha256, write_json
+from mc2_hpc.storage import file_sha256, write_array, write_json
 
 _CHECKED_KEYS = 1 << 20
 _logger = logging.getLogger(__name__)
@@ -158,8 +158,7 @@ class SampleShard:
         hashes = np.sort(hash_column(keys.combine_chunks()))
         highest = np.uint64(min(int(self.checked_share * 2**64), 2**64 - 1))
         checked = hashes[: np.searchsorted(hashes, highest, side="right")]
-        with atomic_path(_keys_path(self.out, name)) as temporary:
-            np.save(temporary, checked, allow_pickle=False)
+        write_array(_keys_path(self.out, name), checked)
 
 
 def _keys_path(out: Path, shard: str) -> Path:

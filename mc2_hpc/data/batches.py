@@ -12,7 +12,7 @@ import torch
 
 from mc2_hpc.data.dali import Jpegs
 from mc2_hpc.data.mixing import LanePosition
-from mc2_hpc.data.teacher import TeacherInputs, joined_inputs
+from mc2_hpc.data.teacher import TeacherInputs, joined_images, joined_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +99,7 @@ def joined_samples(parts: Sequence[Samples], *, pad_id: int, pin: bool) -> Sampl
 
 def joined_pixels(shares: Sequence[Share], *, pin: bool) -> torch.Tensor:
     """The decoded images of all shares, in order."""
-    num = sum(len(share.pixels) for share in shares)
-    like = shares[0].pixels
-    pixels = torch.empty((num, *like.shape[1:]), dtype=like.dtype, pin_memory=pin)
-    return torch.cat([share.pixels for share in shares], out=pixels)
+    return joined_images([share.pixels for share in shares], pin=pin)
 
 
 def batch_of(samples: Samples, images: torch.Tensor, *, skipped: dict[str, int] | None = None) -> Batch:

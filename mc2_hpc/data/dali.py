@@ -20,8 +20,9 @@ import simplejpeg
 import torch
 
 from mc2_hpc.data.crop import Box, EncodedCrop
-from mc2_hpc.data.decode import crop_and_resize, one_torch_thread
+from mc2_hpc.data.decode import crop_and_resize
 from mc2_hpc.drops import Dropped, log_skip
+from mc2_hpc.threads import one_torch_thread
 
 IN_FLIGHT = 2
 """Batches to submit before receiving the first, so that the pipeline is never idle."""

@@ -16,8 +16,7 @@ are not applied, as in open_clip. Transparency is dropped.
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -184,17 +183,6 @@ def crop_and_resize_to_each(
 def decode_pil(data: Encoded) -> Image.Image:
     """The whole image decoded by Pillow, RGB, as other libraries' transforms expect it. Raises Dropped."""
     return load_rgb(open_image(data))
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Limit torch to one thread: an image is too small to split, and waking other threads costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _read(data: Encoded, max_pixels: int) -> _RGB:

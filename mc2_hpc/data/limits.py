@@ -1,11 +1,11 @@
 """Limits to check before workers start: open files and shared memory. A problem is reported at once, in one line."""
 
 import os
-import resource
 import shutil
 from pathlib import Path
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.files import raise_open_files
 
 SHARED_MEMORY = Path("/dev/shm")
 LARGER_SHARED_MEMORY = (
@@ -18,18 +18,6 @@ _FILES_PER_WORKER = 8
 """Pipes and sentinels, in the rank."""
 _TENSORS_PER_SHARE = 7
 """Upper bound; each keeps a file open while it is shared."""
-
-
-def raise_open_files() -> int:
-    """Raise the open file limit of this process and its children to the hard limit; returns the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= hard > 0:
-        return soft if soft != resource.RLIM_INFINITY else 1 << 62
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ValueError, OSError):  # a hard limit that the system does not accept
-        return soft
-    return hard if hard != resource.RLIM_INFINITY else 1 << 62
 
 
 def check_open_files(*, shards: int, workers: int, prefetch: int, world_size: int) -> None:

@@ -23,6 +23,7 @@ from mc2_hpc.data.batches import Batch, join
 from mc2_hpc.data.dali import DaliDecoder
 from mc2_hpc.data.dali_batches import decoded_by_dali
 from mc2_hpc.data.decode import resolve_backend
+from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.lanes import check_ranks, deal
 from mc2_hpc.data.limits import check_memory, check_open_files, check_shared_memory
 from mc2_hpc.data.mixing import LanePosition, from_plain, in_sources, place_in
@@ -57,8 +58,8 @@ class TrainLoader:
         teacher: what it needs besides the student's images and token ids (:attr:`Samples.teacher`).
 
     Raises:
-        UserError: bad sizes, no shards, no balance folder, or a position with other lanes; while iterating: data
-            without a single usable sample, or with fewer samples than lanes.
+        UserError: bad sizes, no shards, no balance folder, no stored features, or a position with other lanes; while
+            iterating: data without a single usable sample, or with fewer samples than lanes.
         DataStalled: while iterating.
     """
 
@@ -83,18 +84,21 @@ class TrainLoader:
         num_workers = min(config.workers, len(own))
         if num_workers < config.workers:
             logger.info("rank %d: %d data workers, not %d: it has no more lanes", rank, len(own), config.workers)
-        # Where features are stored, nothing is decoded.
-        backend = resolve_backend(config.decode if config.features is None else "turbo", "train")
+        backend = resolve_backend(config.decode, "train")
         teacher_size = 0
         if teacher is not None:
             teacher.check(backend)
             teacher_size = teacher.image_size or 0
         self.sources = open_sources(config, urls=takedown is not None)
         """At least one; a single one has no name unless the config gives it one."""
+        self._stored: StoredFeatures | None = None
+        if config.features is not None:
+            names = [name for source in self.sources for name in source.shards.names]
+            self._stored = StoredFeatures(config.features, names)
         check_open_files(
             shards=len(own) * len(self.sources), workers=num_workers, prefetch=config.prefetch, world_size=world_size
         )
-        if backend != "dali" and config.features is None:  # the size of a JPEG is not known in advance
+        if backend != "dali" and self._stored is None:  # the size of a JPEG is not known in advance
             image_bytes = 3 * (image_size**2 + teacher_size**2)
             share_bytes = -(-len(own) // max(1, num_workers)) * (global_batch // lanes) * image_bytes
             check_memory(share_bytes * max(1, num_workers))
@@ -102,6 +106,7 @@ class TrainLoader:
         self._config, self._own, self._rank = config, own, rank
         self._tokenizer, self._image_size, self._backend = tokenizer, image_size, backend
         self._samples_per_lane, self._num_workers, self._teacher = global_batch // lanes, num_workers, teacher
+        self._batches: Iterator[Batch] = iter(())
         self._begin(position, takedown)
 
     def _begin(self, position: Mapping[int, Any] | Mapping[str, Any] | None, takedown: Takedown | None) -> None:
@@ -115,6 +120,7 @@ class TrainLoader:
             samples_per_lane=self._samples_per_lane,
             positions=_own_positions(position, self._own, config.lanes, [source.name for source in self.sources]),
             board=Board(max(1, self._num_workers)),
+            stored=self._stored,
             takedown=takedown,
             teacher=self._teacher,
         )
@@ -127,7 +133,6 @@ class TrainLoader:
         )
         pin = torch.cuda.is_available()
         pad_id = self._tokenizer.pad_id
-        self._batches: Iterator[Batch]
         if self._backend == "dali":
             decoder = DaliDecoder(
                 image_size=self._image_size,
@@ -147,7 +152,11 @@ class TrainLoader:
         return next(self._batches)
 
     def restart(self, position: Mapping[int, LanePosition], takedown: Takedown) -> None:
-        """Continue at ``position`` with another takedown list; batches that workers have prepared are discarded."""
+        """Continue at ``position`` with another takedown list; batches that workers have prepared are discarded.
+
+        If it raises, the loader has no more batches.
+        """
+        self._batches = iter(())
         self.close()
         self._begin(position, takedown)
 

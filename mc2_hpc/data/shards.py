@@ -26,7 +26,7 @@ from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.samples import LARGEST_RECORD, ByKey, Caption, captions_of, names_language, usable_text
+from mc2_hpc.samples import LARGEST_RECORD, ByKey, Caption, captions_of, usable_text
 from mc2_hpc.tar import ByteSource, LocalFile
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class Shard(Protocol):
     """Members of the tar that were left out, by reason."""
     changed: bool
     """Whether it was rewritten since it was last listed."""
+    num_bytes: int
+    """Size of its tar."""
     num_keys: int
     row_keys: list[str]
     """The key of each row."""
@@ -156,6 +158,7 @@ class PlainShard:
         self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
+        self.num_bytes = source.size
         self.num_keys = len(index.keys)
         self._source = source
         self.row_keys = index.keys
@@ -181,7 +184,7 @@ class PlainShard:
         if self._extras.fields is not None:
             field, chosen = self._extras.fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
             return Pair(self.row_keys[row], image, chosen, reader.lang(), field, url)
-        captions = captions_of(text, record if text is None or names_language(record) else None)
+        captions = captions_of(text, record)
         caption = captions[0]
         if len(captions) > 1:
             keys = np.repeat(self._hashes[row], len(captions))
@@ -212,7 +215,7 @@ class PlainShard:
             raise Dropped(Drop.IMAGE_MISSING)
         start = begin if size >= 0 else 0  # of the single read that covers all files
         caption, record = (
-            _read_payload(self._source, start + first, end - first) if first >= 0 else None
+            _read_payload(self._source, start + first, min(end - first, LARGEST_RECORD + 1)) if first >= 0 else None
             for first, end in zip(texts[::2], texts[1::2], strict=True)
         )
         return captions_of(caption, record)
@@ -249,6 +252,7 @@ class CuratedShard:
         self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
+        self.num_bytes = source.size
         self._source = source
         try:
             keys: list[str] = table["key"].to_pylist()

@@ -11,7 +11,7 @@ from mc2_hpc.config import DataConfig
 from mc2_hpc.data.batches import Share
 from mc2_hpc.data.crop import EncodedCrop
 from mc2_hpc.data.dali import Jpegs
-from mc2_hpc.data.decode import TrainTransform, one_torch_thread
+from mc2_hpc.data.decode import TrainTransform
 from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.lanes import deal
 from mc2_hpc.data.limits import LARGER_SHARED_MEMORY, SHARED_MEMORY
@@ -23,8 +23,9 @@ from mc2_hpc.data.takedown import Takedown
 from mc2_hpc.data.teacher import TeacherNeeds, TwoSizes
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.watch import Board
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.models.packed_captions import caption_lengths
+from mc2_hpc.threads import one_torch_thread
 
 
 class NoSharedMemory(Exception):
@@ -52,6 +53,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         samples_per_lane: int,
         positions: dict[int, LanePosition],
         board: Board,
+        stored: StoredFeatures | None = None,
         takedown: Takedown | None = None,
         teacher: TeacherNeeds | None = None,
     ) -> None:
@@ -61,6 +63,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             samples_per_lane: that a batch takes.
             positions: where each lane begins.
             board: told which shard is being read.
+            stored: features in place of decoded images.
             takedown: list of samples to leave out.
             teacher: what it needs besides the student's images and token ids.
         """
@@ -77,13 +80,11 @@ class ShareSource(IterableDataset[Share | Failure]):
             teacher_size=teacher.image_size if teacher is not None else None,
         )
         self._teacher = teacher
-        self._stored: StoredFeatures | None = None
-        if config.features is not None:
-            self._stored = StoredFeatures(config.features, [name for each in sources for name in each.shards.names])
+        self._stored = stored
         self._image = torch.empty((3, image_size, image_size), dtype=torch.uint8)
         """What one looks like."""
-        if self._stored is not None:
-            self._image = torch.empty(self._stored.width, dtype=torch.float32)
+        if stored is not None:
+            self._image = torch.empty(stored.width, dtype=torch.float32)
         self._tokenizer = tokenizer
         self._samples_per_lane = samples_per_lane
         self._takedown = takedown
@@ -178,5 +179,5 @@ def _to_shared_memory(share: Share) -> None:
             if tensor.numel():
                 tensor.share_memory_()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise NoSharedMemory(f"{SHARED_MEMORY} is full ({reason}): {LARGER_SHARED_MEMORY}") from None

@@ -176,7 +176,7 @@ class ShardPool:
             pair = self._read(shard, row, epoch)
             key_hash = shard.row_hashes()[row]
             if self._stored is not None:
-                image: torch.Tensor | EncodedCrop | TwoSizes = self._stored.read(shard.name, key_hash)
+                image: torch.Tensor | EncodedCrop | TwoSizes = self._stored.read(shard, key_hash)
             else:
                 image = self._transform(pair.image, key_hash, epoch)
         except Dropped as skip:

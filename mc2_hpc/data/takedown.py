@@ -15,7 +15,7 @@ not read yet: somebody may be writing it.
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,8 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_bytes, shown
 from mc2_hpc.reading.json_file import File, Sha256, parse_json
 
-_MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 30
+"""Largest list, and record of a run's list, that is read."""
 _CURE = 'write one of {"key": "..."}, {"sha256": "..."} and {"url": "..."} per line'
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1 << 16)]
 
@@ -60,7 +61,7 @@ def read_list(path: str | Path) -> bytes:
     Raises:
         UserError: no such file, or a line is not an entry.
     """
-    content = whole_lines(read_bytes(path, most=_MOST_BYTES))
+    content = whole_lines(read_bytes(path, most=MOST_BYTES))
     for _ in entries_of(content, path):
         pass
     return content
@@ -102,42 +103,49 @@ class Takedown:
     """Sorted :func:`~mc2_hpc.draws.hash_keys` of the listed keys, in each of their spellings."""
     digests: frozenset[bytes]
     """SHA-256 of the listed images."""
-    addresses: re.Pattern[str] | None
-    """Matches the listed addresses, in lower case."""
+    addresses: frozenset[str]
+    """The listed addresses without ``*``, in lower case: looking one up takes as long however many there are."""
+    patterns: re.Pattern[str] | None
+    """Matches the addresses that those with ``*`` stand for, in lower case."""
 
     @classmethod
     def of(cls, content: bytes) -> "Takedown":
         """From the lines of a list, which have been checked."""
         keys: list[str] = []
         digests: list[bytes] = []
+        addresses: list[str] = []
         patterns: list[str] = []
         for entry in entries_of(content, "takedown list"):
             if entry.key is not None:
                 keys.append(entry.key)
             elif entry.sha256 is not None:
                 digests.append(bytes.fromhex(entry.sha256))
-            elif entry.url is not None:
+            elif entry.url is not None and "*" in entry.url:
                 patterns.append(".*".join(map(re.escape, entry.url.lower().split("*"))))
+            elif entry.url is not None:
+                addresses.append(entry.url.lower())
         spelled = keys + [unicodedata.normalize(form, key) for form in ("NFC", "NFD") for key in keys]
         return cls(
             key_hashes=np.unique(hash_keys(spelled)),
             digests=frozenset(digests),
-            addresses=re.compile("|".join(patterns), re.DOTALL) if patterns else None,
+            addresses=frozenset(addresses),
+            patterns=_any_of(patterns),
         )
 
     def joined(self, other: "Takedown") -> "Takedown":
         """What either names."""
-        patterns = [each.addresses.pattern for each in (self, other) if each.addresses is not None]
+        patterns = [each.patterns.pattern for each in (self, other) if each.patterns is not None]
         return Takedown(
             key_hashes=np.union1d(self.key_hashes, other.key_hashes),
             digests=self.digests | other.digests,
-            addresses=re.compile("|".join(patterns), re.DOTALL) if patterns else None,
+            addresses=self.addresses | other.addresses,
+            patterns=_any_of(patterns),
         )
 
     @property
     def looks_inside(self) -> bool:
         """Whether it has entries other than keys, for which a sample must be read."""
-        return bool(self.digests) or self.addresses is not None
+        return bool(self.digests or self.addresses) or self.patterns is not None
 
     def lists_key(self, key_hash: np.uint64) -> bool:
         """Whether a key with this hash is listed."""
@@ -146,6 +154,13 @@ class Takedown:
 
     def lists_content(self, image: Encoded, url: str) -> bool:
         """Whether an image with these bytes, or from this address, is listed."""
-        if self.addresses is not None and url and self.addresses.fullmatch(url.lower()):
+        if url and self._lists_address(url.lower()):
             return True
         return bool(self.digests) and hashlib.sha256(image).digest() in self.digests
+
+    def _lists_address(self, url: str) -> bool:
+        return url in self.addresses or (self.patterns is not None and self.patterns.fullmatch(url) is not None)
+
+
+def _any_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(patterns), re.DOTALL) if patterns else None

@@ -21,7 +21,7 @@ class TwoSizes(NamedTuple):
 
 
 class CaptionEncoder(Protocol):
-    """Token ids of captions as a model takes them; sent to the worker processes, so it must be picklable."""
+    """Turns captions into the inputs of a model's text tower; sent to the worker processes, so it must be picklable."""
 
     @property
     def pads(self) -> Sequence[int]:
@@ -33,17 +33,17 @@ class CaptionEncoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInputs:
-    """Of some samples, in their order."""
+    """A teacher's own images and token ids of some samples, in their order; B samples, K inputs of its text tower."""
 
     pixels: torch.Tensor | None
-    """uint8 ``(b, 3, T, T)``; None: the student's images."""
+    """uint8 ``(B, 3, T, T)``; None: the student's images."""
     tokens: torch.Tensor | None
-    """int64 ``(b, K, width)``; None: the student's token ids."""
+    """int64 ``(B, K, width)``; None: the student's token ids."""
     pads: Sequence[int] = ()
-    """Of the K inputs."""
+    """What fills a row of each of the K inputs after the caption; empty without ``tokens``."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """Those that there are."""
+        """The images and the token ids, or those of them that it has."""
         return [tensor for tensor in (self.pixels, self.tokens) if tensor is not None]
 
 
@@ -84,21 +84,24 @@ def joined_inputs(parts: Sequence[TeacherInputs | None], *, pin: bool) -> Teache
     pixels = [part.pixels for part in known if part.pixels is not None]
     tokens = [part.tokens for part in known if part.tokens is not None]
     return TeacherInputs(
-        pixels=_pinned(torch.cat(pixels), pin) if pixels else None,
-        tokens=_pinned(_joined_tokens(tokens, known[0].pads), pin) if tokens else None,
+        pixels=joined_images(pixels, pin=pin) if pixels else None,
+        tokens=_joined_tokens(tokens, known[0].pads, pin=pin) if tokens else None,
         pads=known[0].pads,
     )
 
 
-def _joined_tokens(parts: Sequence[torch.Tensor], pads: Sequence[int]) -> torch.Tensor:
+def joined_images(parts: Sequence[torch.Tensor], *, pin: bool) -> torch.Tensor:
+    """The images of all parts, at least one, in order; copied once, into pinned memory if requested."""
+    num, like = sum(map(len, parts)), parts[0]
+    return torch.cat(list(parts), out=torch.empty((num, *like.shape[1:]), dtype=like.dtype, pin_memory=pin))
+
+
+def _joined_tokens(parts: Sequence[torch.Tensor], pads: Sequence[int], *, pin: bool) -> torch.Tensor:
     num, width = sum(map(len, parts)), max(part.shape[2] for part in parts)
-    joined = torch.tensor(pads, dtype=torch.int64)[None, :, None].repeat(num, 1, width)
+    joined = torch.empty((num, len(pads), width), dtype=torch.int64, pin_memory=pin)
+    joined.copy_(torch.tensor(pads)[None, :, None])
     first = 0
     for part in parts:
         joined[first : first + len(part), :, : part.shape[2]] = part
         first += len(part)
     return joined
-
-
-def _pinned(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
-    return tensor.pin_memory() if pin else tensor

@@ -29,7 +29,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.reading.files import read_bytes
 from mc2_hpc.storage import atomic_path
 
@@ -206,7 +206,7 @@ def _load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         loaded = model.LoadFromSerializedProto(read_bytes(path, most=MOST_BYTES))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a sentencepiece model ({first_line(error)})") from None
     if not loaded or model.get_piece_size() == 0:
         raise UserError(f"{path}: not a sentencepiece model")
     return model

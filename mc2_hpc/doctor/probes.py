@@ -264,19 +264,25 @@ PROBES: dict[str, Probe] = {
         version=_package("sentencepiece", cure="pip install sentencepiece"), check=_sentencepiece, process=_LIGHT
     ),
     "open_clip": Probe(
-        version=_package("open_clip_torch", cure="optional: pip install 'mc2_hpc[eval]' (to check conversions)"),
+        version=_package(
+            "open_clip_torch", cure="optional: pip install 'mc2_hpc[eval]' (to evaluate models of open_clip)"
+        ),
         check=_open_clip,
         process="open_clip",
         slow=True,
     ),
     "transformers": Probe(
-        version=_package("transformers", cure="optional: pip install 'mc2_hpc[eval]' (to convert to transformers)"),
+        version=_package(
+            "transformers", cure="optional: pip install 'mc2_hpc[eval]' (to evaluate models of transformers)"
+        ),
         check=_transformers,
         process="transformers",
         slow=True,
     ),
     "onnxruntime": Probe(
-        version=_package("onnxruntime", cure="optional: pip install 'mc2_hpc[onnx]' (to export to ONNX)"),
+        version=_package(
+            "onnxruntime", cure="optional: pip install 'mc2_hpc[onnx]' (to export to ONNX, and to run such models)"
+        ),
         check=_onnxruntime,
         process="onnxruntime",
     ),
@@ -292,7 +298,7 @@ PROBES: dict[str, Probe] = {
         process=_LIGHT,
     ),
     "imagehash": Probe(
-        version=_package("imagehash", cure=f"{_CURATION} (to remove benchmark images)"),
+        version=_package("imagehash", cure=f"{_CURATION} (to remove benchmark images and copies of images)"),
         check=_imagehash,
         process=_LIGHT,
     ),

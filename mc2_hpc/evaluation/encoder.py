@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mc2_hpc.data.decode import one_torch_thread
 from mc2_hpc.distributed import Ranks, first_error
 from mc2_hpc.drops import Drop, Dropped, log_skip
 from mc2_hpc.errors import UserError
@@ -29,6 +28,7 @@ from mc2_hpc.evaluation.dual_encoders.protocol import encode_texts, finite
 from mc2_hpc.evaluation.images import Images
 from mc2_hpc.models.formats import Format
 from mc2_hpc.models.weights import write_tensors
+from mc2_hpc.threads import one_torch_thread
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mc2_hpc.data.decode import one_torch_thread
 from mc2_hpc.evaluation.loading import Clip, load
+from mc2_hpc.threads import one_torch_thread
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,19 @@ class ClipFeatures:
 
     @cached_property
     def _clip(self) -> Clip:
-        return load(self.model, self.device or None)
+        with one_torch_thread():  # the number of threads that onnxruntime starts here
+            return load(self.model, self.device or None)
 
     def encode(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
         """Unit-length features ``(n, D)``."""
-        on_cpu = next(self._clip.model.parameters()).device.type == "cpu"
-        with one_torch_thread() if on_cpu else nullcontext():
+        with one_torch_thread() if self._clip.device.type == "cpu" else nullcontext():
             return self._clip.encode_image(list(images)).numpy()
+
+    def sources(self) -> dict[str, str]:
+        """The digest of the model and its image transform. Loaded on the CPU, so that the process that starts workers
+        holds no GPU.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        return {"model": load(self.model, "cpu").dual.identity}

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mc2_hpc.drops import Dropped
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.evaluation.dual_encoders import DualEncoder, open_dual_encoder
 from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, encode_texts, finite
 from mc2_hpc.images import read_image_file
@@ -33,6 +33,11 @@ class Clip:
     def model(self) -> nn.Module:
         """The library's own model, in eval mode."""
         return self.dual.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: ONNX exports run on the CPU wherever other models would."""
+        return self.dual.device
 
     @property
     def tokenizer(self) -> Any:
@@ -116,7 +121,7 @@ def load(
     try:
         place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
-        raise UserError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device={device!r}: {first_line(error)}") from None
     return Clip(open_dual_encoder(source, place, eval_resize=eval_resize, ema=ema))
 
 

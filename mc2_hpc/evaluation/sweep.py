@@ -8,6 +8,7 @@
 ``alpha`` is the share of the first model.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -28,8 +29,8 @@ from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.evaluation.suite import Report, Suite, run_suite, to_json
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.pages.plots import new_figure, plot_style, png
-from mc2_hpc.reading.json_file import File, Foreign, read_json
-from mc2_hpc.storage import atomic_path, file_sha256, write_json
+from mc2_hpc.reading.json_file import ANYTHING, File, Foreign, read_json
+from mc2_hpc.storage import atomic_path, file_sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,17 +77,22 @@ def run_sweep(
     """
     folder = out / "alphas"
     on_first_rank(ranks, lambda: _claim(folder, _digest(sources, suite, precision)))
-    todo = [alpha for alpha in alphas if not _is_scored(_path(folder, alpha), suite)]
+    scored_before = {alpha: _scored(_path(folder, alpha)) for alpha in alphas}
     first_error(None)  # all ranks have looked before the first one writes
     first = sources[0]
     tokenizer = Tokenizer(first.tokenizer, first.card.tokenizer_style, first.card.arch.text.context_length)
     model = build_clip(first.card.arch, seed=0).eval().to(ranks.device)
-    for alpha in todo:
+    for alpha, before in scored_before.items():
+        lacking = {name: config for name, config in suite.sets.items() if name not in before}
+        if not lacking:
+            continue
         get = merged(sources, (alpha, 1 - alpha))
         for name, tensor in model.state_dict().items():
             tensor.copy_(get(name))
         dual = OurEncoder(model, first.card, tokenizer, eval_resize=suite.eval_resize)
-        sets = to_json(run_suite(suite, Encoder(dual, ranks, batch=batch, precision=precision), progress))
+        encoder = Encoder(dual, ranks, batch=batch, precision=precision)
+        found_now = to_json(run_suite(dataclasses.replace(suite, sets=lacking), encoder, progress))
+        sets = {name: (before | found_now)[name] for name in suite.sets}
         if not any(entry.get("mean") for entry in sets.values()):
             raise UserError("none of the suite's sets could be scored; see the warnings above")
         if ranks.is_first:
@@ -98,7 +104,7 @@ def run_sweep(
         scored = {alpha: read_json(_path(folder, alpha), _Scored, cure=f"remove {folder}") for alpha in alphas}
         found.update(_result(sources, scored, list(suite.sets)))
         write_json(out / RESULT, found)
-        _write_text(out / "sweep.md", markdown(found))
+        write_text(out / "sweep.md", markdown(found))
         with plot_style(), atomic_path(out / "sweep.png") as temporary:
             temporary.write_bytes(png(draw(found), 120))
 
@@ -127,12 +133,14 @@ def _path(folder: Path, alpha: float) -> Path:
     return folder / f"{alpha!r}.json"
 
 
-def _is_scored(path: Path, suite: Suite) -> bool:
-    """Whether an alpha has scores of every set; a set that was missing may be there now."""
+def _scored(path: Path) -> dict[str, Mapping[str, Any]]:
+    """The sets that an alpha has scores of, as in its file; a set that was missing may be there now."""
     if not path.is_file():
-        return False
-    scored = read_json(path, _Scored, cure=f"remove {path}").sets
-    return all(name in scored and scored[name].mean for name in suite.sets)
+        return {}
+    cure = f"remove {path}"
+    scored = read_json(path, _Scored, cure=cure).sets
+    whole: Mapping[str, Mapping[str, Any]] = read_json(path, ANYTHING, cure=cure)["sets"]
+    return {name: entry for name, entry in whole.items() if scored[name].mean}
 
 
 def _line(sets: Mapping[str, Mapping[str, Any]]) -> str:
@@ -187,8 +195,3 @@ def draw(found: Mapping[str, Any]) -> "Figure":
     axes.set_ylabel("per cent")
     axes.legend()
     return figure
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

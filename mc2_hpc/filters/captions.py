@@ -15,7 +15,7 @@ from mc2_hpc.curation.matched import rows_by_language
 from mc2_hpc.curation.matching.matcher import Matcher
 from mc2_hpc.curation.pool.language_codes import is_in_languages, split_codes
 from mc2_hpc.errors import UserError
-from mc2_hpc.metadata.languages import known_code
+from mc2_hpc.metadata.languages import is_language_code, known_code
 from mc2_hpc.reading.files import read_text
 from mc2_hpc.storage import file_sha256
 
@@ -60,6 +60,9 @@ class Words:
         object.__setattr__(self, "lists", Path(self.lists).absolute())
         if not self._files():
             raise UserError(f"{self.lists}: no file, and no folder of <lang>.txt files")
+        for lang, path in self._files().items():
+            if lang != _EVERY_LANGUAGE and not is_language_code(lang):
+                raise UserError(f"{path}: {lang!r} is not the code of a language; name it <lang>.txt, or move it away")
 
     def drop_reasons(self, rows: pa.Table) -> pa.Array:
         """See :class:`~mc2_hpc.curation.filters.Filter`."""

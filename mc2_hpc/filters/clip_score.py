@@ -39,12 +39,11 @@ class ClipScore(ScoreFilter):
 
     def scores(self, rows: pa.Table, images: Sequence[PoolImage]) -> npt.NDArray[np.float32]:
         """See :class:`ScoreFilter`."""
-        from mc2_hpc.data.decode import one_torch_thread
+        from mc2_hpc.threads import one_torch_thread
 
         clip = _load(self.model, self.device)
-        on_cpu = next(clip.model.parameters()).device.type == "cpu"
         number = {image: n for n, image in enumerate(dict.fromkeys(images))}
-        with one_torch_thread() if on_cpu else nullcontext():
+        with one_torch_thread() if clip.device.type == "cpu" else nullcontext():
             of_images = clip.encode_image([image.pixels for image in number]).numpy()
             of_texts = clip.encode_text(rows["text"].to_pylist()).numpy()
         return np.einsum("nd,nd->n", of_images[[number[image] for image in images]], of_texts)
@@ -61,5 +60,7 @@ class ClipScore(ScoreFilter):
 @lru_cache(maxsize=2)
 def _load(model: str, device: str) -> Clip:
     from mc2_hpc.evaluation.loading import load
+    from mc2_hpc.threads import one_torch_thread
 
-    return load(model, device or None)
+    with one_torch_thread():  # the number of threads that onnxruntime starts here
+        return load(model, device or None)

@@ -66,7 +66,7 @@ class BlurFaces:
     detector: str = _MTCNN
     """A class with the methods of :class:`FaceDetector`."""
     least: float = _CONFIDENCE
-    """Confidence from which something counts as a face."""
+    """Confidence above which something counts as a face, as with ``most`` of :class:`DropFaces`."""
     margin: float = 0.2
     """How much wider than its box the blurred region of a face is at each edge, as a share of the box."""
 
@@ -78,7 +78,7 @@ class BlurFaces:
         """See :class:`~mc2_hpc.curation.filtering.images.ImageFilter`."""
         each = list(dict.fromkeys(images))
         for image, faces in zip(each, detect(self.detector, each), strict=True):
-            boxes = [box for *box, confidence in faces.tolist() if confidence >= self.least]
+            boxes = [box for *box, confidence in faces.tolist() if confidence > self.least]
             if boxes:
                 image.replace(blurred(image.pixels, boxes, self.margin), "faces_blurred")
         return [None] * len(rows)

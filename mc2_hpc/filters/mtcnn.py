@@ -38,7 +38,7 @@ class Mtcnn:
 
     def detect(self, images: Sequence[Image.Image]) -> list[npt.NDArray[np.float64]]:
         """See :class:`~mc2_hpc.filters.faces.FaceDetector`."""
-        from mc2_hpc.data.decode import one_torch_thread
+        from mc2_hpc.threads import one_torch_thread
 
         with one_torch_thread():
             return [self._faces(image) for image in images]

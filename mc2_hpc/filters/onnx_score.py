@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +15,12 @@ from PIL import Image, ImageOps
 
 from mc2_hpc.curation.filtering.images import PoolImage, ScoreFilter, per_image
 from mc2_hpc.errors import UserError
-from mc2_hpc.reading.files import check_regular, shown
+from mc2_hpc.reading.files import shown
+from mc2_hpc.reading.onnx_file import open_session, read_graph, runs_on_gpu
 from mc2_hpc.storage import file_sha256
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_EXTRA = "filter"
 _GPU_BATCH = 16
 _LARGEST = 4096
 """Side of a model's input, in pixels."""
@@ -72,13 +72,14 @@ class OnnxScore(ScoreFilter):
         return per_image(images, self._largest(network.run(inputs)).tolist())
 
     def sources(self) -> dict[str, str]:
-        """The digest of the model.
+        """The digest of the model, and of files that hold its weights.
 
         Raises:
             UserError: it cannot be loaded, or is not a model of images.
         """
         _open(self.model, self.size)
-        return {self.model.name: file_sha256(self.model)}
+        files = [self.model, *read_graph(self.model, extra=_EXTRA).data]
+        return {path.name: file_sha256(path) for path in files}
 
     def _prepared(self, image: Image.Image, network: _Network) -> npt.NDArray[Any]:
         size, method = (network.width, network.height), Image.Resampling.BILINEAR
@@ -148,21 +149,7 @@ class _Network(NamedTuple):
 @lru_cache(maxsize=4)
 def _open(path: Path, size: int) -> _Network:
     """Load a model and find out what it takes."""
-    if find_spec("onnxruntime") is None:
-        raise UserError("ONNX models need onnxruntime: pip install 'mc2_hpc[filter]'")
-    import onnxruntime
-
-    check_regular(path)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    providers = [name for name in _PROVIDERS if name in onnxruntime.get_available_providers()]
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime has an exception of its own for each of its error codes
-        raise UserError(
-            f"{shown(path)}: cannot be loaded as ONNX ({shown(' '.join(str(error).split())[:200])})"
-        ) from None
+    session = open_session(path, threads=1, extra=_EXTRA, gpu=True)
     inputs = session.get_inputs()
     shape = inputs[0].shape if inputs else []
     if len(inputs) != 1 or len(shape) != 4 or 3 not in (shape[1], shape[3]) or inputs[0].type not in _FLOATS:
@@ -175,6 +162,5 @@ def _open(path: Path, size: int) -> _Network:
         raise UserError(f"{shown(path)}: takes images of any size; give size=PIXELS")
     if size and (height, width) != (size, size):
         raise UserError(f"{shown(path)}: takes images of {width}x{height} pixels, not size={size}")
-    on_gpu = session.get_providers()[0] == _PROVIDERS[0]
-    batch = shape[0] if isinstance(shape[0], int) else _GPU_BATCH if on_gpu else 1
+    batch = shape[0] if isinstance(shape[0], int) else _GPU_BATCH if runs_on_gpu(session) else 1
     return _Network(session, _FLOATS[inputs[0].type], channels_first, height, width, batch)

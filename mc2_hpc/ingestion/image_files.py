@@ -75,7 +75,7 @@ class ImageFolder:
 
         def captions() -> list[Caption | Dropped]:
             if any(files):
-                return list(captions_of(*(_read_text(self.path / name) if name else None for name in files)))
+                return [*_captions_in(*(self.path / name if name else None for name in files))]
             return [usable(row["text"], row["lang"] or "") for row in rows if row["text"] is not None]
 
         return Sample(key, image, lambda: self.read(image), captions)
@@ -87,6 +87,18 @@ def split_by_image(rows: Iterable[Row]) -> list[list[Row]]:
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)
     return list(by_image.values())
+
+
+def _captions_in(caption: Path | None, record: Path | None) -> list[Caption]:
+    """The captions in the files of a sample; a record that cannot be read beside a caption is ignored."""
+    text = _read_text(caption) if caption else None
+    try:
+        fields = _read_text(record) if record else None
+    except Dropped:
+        if text is None:
+            raise
+        fields = None
+    return captions_of(text, fields)
 
 
 def _read_text(path: Path) -> bytes:

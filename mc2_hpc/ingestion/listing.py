@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mc2_hpc.draw_kernels import hash_column
 from mc2_hpc.reading.parquet_file import open_parquet
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_table
 
 SCHEMA = pa.schema(
     {
@@ -38,8 +37,6 @@ Row = dict[str, Any]
 def deal(listing: pa.Table, images_per_shard: int) -> Iterator[tuple[str, pa.Table]]:
     """Names of shards and their rows of ``listing``, sorted by key, image and caption."""
     encoded = listing["key"].combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):  # a table without rows may have no chunk
-        return
     keys = encoded.dictionary
     count = -(-len(keys) // images_per_shard)
     places = np.empty(len(keys), np.int64)
@@ -54,8 +51,7 @@ def deal(listing: pa.Table, images_per_shard: int) -> Iterator[tuple[str, pa.Tab
 
 def write_listing(path: Path, rows: pa.Table) -> None:
     """Write the rows of a shard; the same rows give the same bytes."""
-    with atomic_path(path) as temporary:
-        pq.write_table(rows.combine_chunks(), temporary, compression="zstd")
+    write_table(path, rows.combine_chunks())
 
 
 def read_listing(path: Path) -> Iterator[tuple[str, list[Row]]]:

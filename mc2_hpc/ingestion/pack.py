@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
 from mc2_hpc.ingestion.columns import Columns
@@ -26,7 +27,7 @@ from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_
 from mc2_hpc.jobs.named import to_plain
 from mc2_hpc.reading.json_file import Foreign, read_json
 from mc2_hpc.shard_paths import Names
-from mc2_hpc.storage import file_sha256
+from mc2_hpc.storage import file_sha256, fingerprint
 
 SETTINGS = "data_pack.json"
 IMAGES_PER_SHARD = 1000
@@ -49,7 +50,8 @@ def plan_pack(
     """Write ``<shard>.tar`` with the images and ``<shard>.parquet`` with their captions (``key``, ``text``, ``lang``).
 
     Images keep their bytes, unless ``options.resize`` is set, and are decoded once, so that none is stored that
-    training would skip. Files and tables are listed here; shards whose content is already packed are skipped.
+    training would skip. Files and tables are listed here. Shards that are already packed are skipped, unless a file
+    that they are made of was written again since.
 
     Args:
         source: see :mod:`mc2_hpc.ingestion.source`.
@@ -84,7 +86,9 @@ def plan_pack(
     inputs: Mapping[str, Any]
     work: PackFiles | PackTar | PackRows
     if found.kind is Kind.TARS:
-        inputs = {shard.name: shard.images for shard in list_pool(source) if shard.images is not None}
+        pool = list_pool(source)
+        check_elsewhere(pool, out)
+        inputs = {shard.name: shard.images for shard in pool if shard.images is not None}
         work = PackTar(out, options)
     elif found.kind is Kind.ROWS:
         parts = cut_rows(list(found.files), columns, images_per_shard)
@@ -147,9 +151,9 @@ class PackFiles:
     folder: ImageFolder
     options: PackOptions
 
-    def is_current(self, shard: str) -> bool:
-        """Whether the shard was packed by the listing as it is now."""
-        return _is_packed(self.out, shard, file_sha256(_listing(self.out, shard)))
+    def is_current(self, shard: str, listing: Path) -> bool:
+        """Whether the shard was packed by the listing, of the files as they are now."""
+        return _is_packed(self.out, shard, self._made_of(listing))
 
     def __call__(self, name: str, listing: Path) -> None:
         samples = (
@@ -157,8 +161,18 @@ class PackFiles:
             for key, rows_of_key in read_listing(listing)
             for rows in split_by_image(rows_of_key)
         )
-        made_of = file_sha256(listing)
+        made_of = self._made_of(listing)
         write_samples(self.out, name, samples, self.options, drops=Counter(), made_of=made_of)
+
+    def _made_of(self, listing: Path) -> str:
+        named = (
+            row[file]
+            for _, rows in read_listing(listing)
+            for row in rows
+            for file in ("image", "caption_file", "record_file")
+        )
+        files = (None if name is None else self.folder.path / name for name in dict.fromkeys(named))
+        return f"{file_sha256(listing)} {fingerprint(files)}"
 
 
 @dataclass(frozen=True)
@@ -168,15 +182,20 @@ class PackTar:
     out: Path
     options: PackOptions
 
-    def is_current(self, shard: str) -> bool:
-        """Whether the shard is packed."""
-        return _is_packed(self.out, shard, "")
+    def is_current(self, shard: str, tar: Path) -> bool:
+        """Whether the shard was packed of the tar, and the table beside it, as they are now."""
+        return _is_packed(self.out, shard, self._made_of(tar))
 
     def __call__(self, name: str, tar: Path) -> None:
         drops: Counter[str] = Counter()
+        made_of = self._made_of(tar)
         with TarIndex(tar) as index:
             samples = tar_samples(name, tar, index, drops)
-            write_samples(self.out, name, samples, self.options, drops=drops, made_of="")
+            write_samples(self.out, name, samples, self.options, drops=drops, made_of=made_of)
+
+    @staticmethod
+    def _made_of(tar: Path) -> str:
+        return fingerprint((tar, tar.with_suffix(".parquet")))
 
 
 @dataclass(frozen=True)
@@ -188,10 +207,15 @@ class PackRows:
     columns: Columns
     options: PackOptions
 
-    def is_current(self, shard: str) -> bool:
-        """Whether the shard is packed."""
-        return _is_packed(self.out, shard, "")
+    def is_current(self, shard: str, part: RowsPart) -> bool:
+        """Whether the shard was packed of the same part of the file as it is now."""
+        return _is_packed(self.out, shard, self._made_of(part))
 
     def __call__(self, name: str, part: RowsPart) -> None:
+        made_of = self._made_of(part)
         samples = part_samples(part, self.columns, self.folder)
-        write_samples(self.out, name, samples, self.options, drops=Counter(), made_of="")
+        write_samples(self.out, name, samples, self.options, drops=Counter(), made_of=made_of)
+
+    @staticmethod
+    def _made_of(part: RowsPart) -> str:
+        return f"{fingerprint((part.file,))} {part.begin} {part.end}"

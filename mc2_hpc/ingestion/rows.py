@@ -6,7 +6,7 @@ read; nothing of the ``datasets`` package runs, and no file is unpickled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mc2_hpc.drops import Drop, Dropped
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.ingestion.columns import Columns
 from mc2_hpc.ingestion.image_files import ImageFolder
 from mc2_hpc.ingestion.samples import Sample
@@ -32,13 +32,13 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class RowsPart:
-    """Consecutive record batches (Arrow) or row groups (Parquet) of a file."""
+    """Consecutive rows of a file: the samples that begin in one of them."""
 
     file: Path
     begin: int
     end: int
     first_row: int
-    """The number of the first row in the whole source."""
+    """The number of the row ``begin`` in the whole source."""
 
 
 def is_image_type(kind: pa.DataType) -> bool:
@@ -68,31 +68,27 @@ def row_columns(schema: pa.Schema, columns: Columns, where: Path) -> Columns:
 
 
 def cut_rows(files: list[Path], columns: Columns, images_per_shard: int) -> Iterator[RowsPart]:
-    """Parts with at least ``images_per_shard`` rows, except for the last of each file.
+    """Parts of ``images_per_shard`` rows; the last of each file may have fewer.
 
     Raises:
         UserError: a file cannot be read, or lacks a column.
     """
     first_row = 0
     for file in files:
-        begin = rows = 0
-        sizes = _sizes(file, columns)
-        for number, size in enumerate(sizes, start=1):
-            rows += size
-            if rows >= images_per_shard or (number == len(sizes) and rows):
-                yield RowsPart(file, begin, number, first_row)
-                begin, first_row, rows = number, first_row + rows, 0
+        num_rows = _num_rows(file, columns)
+        for begin in range(0, num_rows, images_per_shard):
+            yield RowsPart(file, begin, min(begin + images_per_shard, num_rows), first_row + begin)
+        first_row += num_rows
 
 
-def _sizes(file: Path, columns: Columns) -> list[int]:
-    """The number of rows of each record batch or row group."""
+def _num_rows(file: Path, columns: Columns) -> int:
     if file.suffix.lower() == ".parquet":
         with open_parquet(file) as parquet:
             row_columns(parquet.schema_arrow, columns, file)
-            return [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+            return parquet.metadata.num_rows
     with _open_stream(file) as stream:
         row_columns(stream.schema, columns, file)
-        return [len(batch) for batch in stream]
+        return sum(len(batch) for batch in stream)
 
 
 @contextmanager
@@ -103,12 +99,12 @@ def _open_stream(file: Path) -> Iterator[pa.RecordBatchReader]:
         with pa.memory_map(str(file)) as source:
             yield pa.ipc.open_stream(source)
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{shown(file)}: cannot be read as an Arrow stream ({shown(reason)})") from None
+        raise UserError(f"{shown(file)}: cannot be read as an Arrow stream ({shown(first_line(error))})") from None
 
 
 def part_samples(part: RowsPart, columns: Columns, folder: ImageFolder) -> Iterator[Sample]:
-    """The samples of a part, in order. Adjacent rows with the same key and image are one sample.
+    """The samples that begin in a part, in order. Adjacent rows with the same key and image are one sample, also where
+    the part ends between them.
 
     Args:
         folder: of the images that rows name by path alone.
@@ -116,14 +112,22 @@ def part_samples(part: RowsPart, columns: Columns, folder: ImageFolder) -> Itera
     Raises:
         UserError: the file cannot be read.
     """
-    numbered = enumerate(_rows(part, columns), start=part.first_row)
-    for (key, _, _), group in groupby(numbered, key=lambda row: _identity(row[0], *row[1])):
-        yield _sample(key, [(fields, used) for _, (fields, used) in group], folder)
+    begin = max(0, part.begin - 1)  # the row before tells whether the first sample began there
+    numbered = enumerate(_rows(part.file, begin, columns), start=part.first_row - part.begin + begin)
+    for (key, _), group in groupby(numbered, key=lambda row: _identity(row[0], *row[1])):
+        first, row = next(group)
+        if first >= part.first_row + part.end - part.begin:
+            return
+        if first >= part.first_row:
+            yield _sample(key, [row, *(row for _, row in group)], folder)
 
 
-def _identity(number: int, fields: dict[str, Any], used: Columns) -> tuple[str, bytes | None, str | None]:
+def _identity(number: int, fields: dict[str, Any], used: Columns) -> tuple[str, bytes | str | None]:
+    """The key and the image of a row: its bytes or, if it has none, its path. Beside bytes, a path is only a name that
+    the image once had."""
     key = fields.get(used.key) if used.key else f"{number:09d}"
-    return ("" if key is None else str(key), *_image(fields, used))
+    data, path = _image(fields, used)
+    return "" if key is None else str(key), path if data is None else data
 
 
 def _image(fields: dict[str, Any], used: Columns) -> tuple[bytes | None, str | None]:
@@ -151,30 +155,45 @@ def _sample(key: str, rows: list[tuple[dict[str, Any], Columns]], folder: ImageF
     return Sample(key, path or "", image, captions)
 
 
-def _rows(part: RowsPart, columns: Columns) -> Iterator[tuple[dict[str, Any], Columns]]:
-    for batch, used in _batches(part, columns):
+def _rows(file: Path, begin: int, columns: Columns) -> Iterator[tuple[dict[str, Any], Columns]]:
+    """The rows of a file from row ``begin``."""
+    for batch, used in _batches(file, begin, columns):
         try:
             batch.validate(full=True)  # before a value is read: offsets may point anywhere
         except pa.ArrowInvalid as error:
-            raise UserError(f"{shown(part.file)}: damaged ({shown(str(error))})") from None
+            raise UserError(f"{shown(file)}: damaged ({shown(str(error))})") from None
         for begin in range(0, len(batch), _ROWS):
             for fields in batch.slice(begin, _ROWS).to_pylist():
                 yield fields, used
 
 
-def _batches(part: RowsPart, columns: Columns) -> Iterator[tuple[pa.RecordBatch, Columns]]:
-    if part.file.suffix.lower() == ".parquet":
-        with open_parquet(part.file) as parquet:
-            used = row_columns(parquet.schema_arrow, columns, part.file)
-            yield from ((batch, used) for batch in _row_groups(parquet, part, used))
+def _batches(file: Path, begin: int, columns: Columns) -> Iterator[tuple[pa.RecordBatch, Columns]]:
+    if file.suffix.lower() == ".parquet":
+        # Buffered and without pre-buffering: otherwise a row group of any size is read whole.
+        with open_parquet(file, buffer_size=1 << 20, pre_buffer=False) as parquet:
+            used = row_columns(parquet.schema_arrow, columns, file)
+            groups, begin = _groups_from(parquet, begin)
+            batches = parquet.iter_batches(_ROWS, row_groups=groups, columns=used.all())
+            yield from ((batch, used) for batch in _from_row(batches, begin))
     else:
-        with _open_stream(part.file) as stream:
-            used = row_columns(stream.schema, columns, part.file)
-            for number, batch in enumerate(stream):
-                if part.begin <= number < part.end:
-                    yield batch.select(used.all()), used
+        with _open_stream(file) as stream:
+            used = row_columns(stream.schema, columns, file)
+            yield from ((batch.select(used.all()), used) for batch in _from_row(stream, begin))
 
 
-def _row_groups(parquet: pq.ParquetFile, part: RowsPart, used: Columns) -> Iterator[pa.RecordBatch]:
-    groups = range(part.begin, part.end)
-    return parquet.iter_batches(_ROWS, row_groups=list(groups), columns=used.all())
+def _groups_from(parquet: pq.ParquetFile, begin: int) -> tuple[list[int], int]:
+    """The row groups from the one that holds row ``begin``, and that row's number within the first of them."""
+    for number in range(parquet.num_row_groups):
+        size = parquet.metadata.row_group(number).num_rows
+        if begin < size:
+            return list(range(number, parquet.num_row_groups)), begin
+        begin -= size
+    return [], 0
+
+
+def _from_row(batches: Iterable[pa.RecordBatch], begin: int) -> Iterator[pa.RecordBatch]:
+    """The batches without their first ``begin`` rows."""
+    for batch in batches:
+        if begin < len(batch):
+            yield batch.slice(begin)
+        begin = max(0, begin - len(batch))

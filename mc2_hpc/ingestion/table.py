@@ -24,6 +24,7 @@ from mc2_hpc.samples import LARGEST_RECORD, is_unicode, parse_record
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
 _ROWS = 1 << 16
 _DELIMITERS = "\t,;|"
+_SCHEMES = ("http://", "https://", "s3://")
 _LONGEST_LINE = 4 * LARGEST_RECORD
 
 Fields = dict[str, Any]
@@ -67,12 +68,12 @@ def _piece(rows: list[tuple[Any, ...]]) -> pa.Table:
 def _rows(path: Path, columns: Columns, images: Path, drops: Counter[str]) -> Iterator[tuple[Any, ...]]:
     """``(key, image, text, lang)`` of every caption of a table."""
     read = _READERS.get(path.suffix.lower(), _csv)
-    for number, (fields, used) in enumerate(read(path, columns, drops)):
+    for fields, used in read(path, columns, drops):
         name = fields.get(used.image)
         if not isinstance(name, str) or not name.strip() or not is_unicode(name):
             drops[Drop.IMAGE_MISSING] += 1
             continue
-        if number == 0 and name.startswith(("http://", "https://", "s3://")):
+        if name.lstrip().lower().startswith(_SCHEMES):
             raise UserError(
                 f"{shown(path)}: column {used.image!r} has addresses, such as {shown(name[:80])}; write them as "
                 "`source` of a pool and fetch the images with `mc2 curate fetch` (docs/images.md)"

@@ -11,7 +11,7 @@ from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.ingestion.samples import Sample
-from mc2_hpc.samples import ByKey, Caption, captions_of
+from mc2_hpc.samples import ByKey, Caption
 from mc2_hpc.samples import Sample as Members
 from mc2_hpc.tar import Member
 
@@ -36,8 +36,12 @@ def tar_samples(name: str, tar: Path, index: TarIndex, drops: Counter[str]) -> I
 
 def _of_members(index: TarIndex, sample: Members) -> Sample:
     def captions() -> list[Caption | Dropped]:
-        parts = (_read(index, member) if member is not None else None for member in (sample.caption, sample.record))
-        return [*captions_of(*parts)] if sample.caption or sample.record else []
+        if sample.caption is None and sample.record is None:
+            return []
+        try:
+            return [*index.captions_of(sample)]
+        except UserError as error:
+            raise Dropped(Drop.READ_ERROR, str(error)) from None
 
     return Sample(sample.key, sample.image.name if sample.image else "", _image(index, sample.image), captions)
 

@@ -18,12 +18,10 @@ from mc2_hpc.data.locations import ShardSet, find_shards
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.data.workers import prepare_worker
 from mc2_hpc.errors import UserError
-from mc2_hpc.inspection.shard import Findings, LintOptions, ShardReader
+from mc2_hpc.inspection.shard import PICTURES, Findings, LintOptions, ShardReader
 from mc2_hpc.shard_paths import Names
 from mc2_hpc.terminal import log_to_stderr
 
-PICTURES = 24
-"""Pictures on the page."""
 _REPEATED_SHOWN = 10
 
 KeyHashes = npt.NDArray[np.uint64]
@@ -101,6 +99,8 @@ def lint(
 ) -> Lint:
     """Read every sample as the first epoch of a run without balancing would, and every other caption too.
 
+    In memory: counters, a bounded number of examples, and 8 bytes per key.
+
     Args:
         data: like ``data.train``, see :mod:`mc2_hpc.data.locations`.
         workers: processes.
@@ -118,15 +118,15 @@ def lint(
         room = Tokenizer(options.tokenizer, options.tokenizer_style, options.context_length).room
     if with_pictures:
         options = replace(options, pictures=-(-PICTURES // num_shards))
-    found: dict[int, Findings] = {}
+    waiting: dict[int, Findings] = {}
     hashes: dict[int, KeyHashes] = {}
-    for number, findings, keys in _read_all(shards, options, min(workers, num_shards)):
-        found[number], hashes[number] = findings, keys
-        if progress:
-            progress(len(found), num_shards, shards.names[number].rpartition("/")[2])
     total = Findings()
-    for number in range(num_shards):  # in order, so that the result does not depend on the workers
-        total.add(found.pop(number))
+    for number, findings, keys in _read_all(shards, options, min(workers, num_shards)):
+        waiting[number], hashes[number] = findings, keys
+        while total.shards in waiting:  # in order, so that the result does not depend on the workers
+            total.add(waiting.pop(total.shards))
+        if progress:
+            progress(len(hashes), num_shards, shards.names[number].rpartition("/")[2])
     repeated_hashes, examples = _repeated(shards, [hashes[number] for number in range(num_shards)])
     return Lint(total, repeated_hashes, examples, options, room)
 
@@ -143,7 +143,7 @@ def _read_all(shards: ShardSet, options: LintOptions, workers: int) -> Iterator[
         futures = {pool.submit(_read_one, number): number for number in numbers}
         try:
             for future in as_completed(futures):
-                yield futures[future], *future.result()
+                yield futures.pop(future), *future.result()  # which holds what was found as long as it exists
         except BrokenProcessPool:
             raise UserError("a worker was killed, perhaps for lack of memory; use fewer --workers") from None
         finally:

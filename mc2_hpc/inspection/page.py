@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mc2_hpc.drops import MEANINGS
-from mc2_hpc.inspection.lint import PICTURES, Lint, quantile
+from mc2_hpc.inspection.lint import Lint, quantile
 from mc2_hpc.inspection.show import ShownSample
 from mc2_hpc.pages import data_uri, write_page
+from mc2_hpc.pages.reasons import reason_rows
 
 _PACKAGE = "mc2_hpc.inspection"
-_MEANINGS = {str(reason): meaning for reason, meaning in MEANINGS.items()}
 _ROWS = 40
 _BANDS = (0, 32, 64, 128, 224, 336, 512, 1024, 2048)
 
@@ -21,8 +20,8 @@ def write_lint_page(path: Path, data: str, lint: Lint) -> Path:
         "data": data,
         "found": found,
         "lint": lint,
-        "skipped": _reasons(found.skipped),
-        "bad_captions": _reasons(found.bad_captions),
+        "skipped": reason_rows(found.skipped, found.images),
+        "bad_captions": reason_rows(found.bad_captions, found.images),
         "captions": found.captions.total(),
         "languages": found.captions.most_common(_ROWS),
         "num_languages": len(found.captions),
@@ -32,7 +31,7 @@ def write_lint_page(path: Path, data: str, lint: Lint) -> Path:
             for lang, lengths in sorted(found.tokens.items(), key=lambda item: -item[1].total())
         ],
         "rows": _ROWS,
-        "pictures": [(picture, data_uri(picture.jpeg, "image/jpeg")) for picture in found.pictures[:PICTURES]],
+        "pictures": [(picture, data_uri(picture.jpeg, "image/jpeg")) for picture in found.pictures],
     }
     return write_page(path, _PACKAGE, "lint.html", values)
 
@@ -41,14 +40,6 @@ def write_samples_page(path: Path, data: str, samples: Sequence[ShownSample]) ->
     """Write samples to ``path``; returns it."""
     shown = [(sample, data_uri(sample.jpeg, "image/jpeg") if sample.jpeg else "") for sample in samples]
     return write_page(path, _PACKAGE, "samples.html", {"data": data, "samples": shown})
-
-
-def _reasons(counts: dict[str, int]) -> list[tuple[str, str, int]]:
-    return [
-        (reason, _MEANINGS.get(reason, ""), count)
-        for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        if count
-    ]
 
 
 def _bands(sides: dict[int, int]) -> list[tuple[str, int, float]]:

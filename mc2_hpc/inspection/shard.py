@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from mc2_hpc.config import DataConfig
 from mc2_hpc.curation.fetching.stored import is_turned
+from mc2_hpc.curation.pool.language_codes import OTHER_CODES
 from mc2_hpc.data.decode import TrainTransform, resolve_backend
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.remote import CannotReach
@@ -18,13 +19,17 @@ from mc2_hpc.data.stream import Part, ShardPool
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.images import open_image, thumbnail
+from mc2_hpc.images import image_size, open_image, thumbnail
 
 EPOCH = 0
 _TEXTS_AT_ONCE = 4096
 _THUMBNAIL = 240
-_SKIPPED_SHOWN = 2
-"""Skipped samples of each reason that a shard names."""
+_SKIPPED_SHOWN, _MOST_SKIPPED = 2, 40
+"""Skipped samples of each reason that are named: of a shard, and of all."""
+_MOST_LANGUAGES, _LONGEST_CODE = 1000, 40
+"""A column may hold something else than codes of languages."""
+PICTURES = 24
+"""Pictures on the page."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,6 @@ class LintOptions:
     """What is looked at; picklable."""
 
     seed: int = 0
-    decode: str = "auto"
     image_size: int = 224
     tokenizer: Path | None = None
     tokenizer_style: str = "xlmv"
@@ -78,7 +82,7 @@ class Findings:
     skipped: Counter[str] = field(default_factory=Counter)
     """By reason, as a run's metrics count them in its first epoch."""
     captions: Counter[str] = field(default_factory=Counter)
-    """Usable captions of each language, drawn in the epoch or not."""
+    """Usable captions of each language (:meth:`language`), drawn in the epoch or not."""
     bad_captions: Counter[str] = field(default_factory=Counter)
     """Images of which a caption cannot be used, by reason."""
     short_sides: Counter[int] = field(default_factory=Counter)
@@ -89,19 +93,32 @@ class Findings:
     tokens: dict[str, Counter[int]] = field(default_factory=dict)
     """Captions of each language by their number of tokens, special tokens not counted."""
     skips: list[Skip] = field(default_factory=list)
+    """The first ones of each reason."""
     pictures: list[Picture] = field(default_factory=list)
+    """The first :data:`PICTURES`."""
+
+    def language(self, lang: str) -> str:
+        """The name under which a language is counted: its code or, after a thousand others, :data:`OTHER_CODES`."""
+        lang = lang[:_LONGEST_CODE]
+        return lang if lang in self.captions or len(self.captions) < _MOST_LANGUAGES else OTHER_CODES
 
     def add(self, more: "Findings") -> None:
         """Add what was found in other shards."""
         for name in ("shards", "images", "kept", "turned"):
             setattr(self, name, getattr(self, name) + getattr(more, name))
-        for name in ("skipped", "captions", "bad_captions", "short_sides", "formats"):
+        for name in ("skipped", "bad_captions", "short_sides", "formats"):
             getattr(self, name).update(getattr(more, name))
         self.unreadable |= more.unreadable
-        self.skips += more.skips
-        self.pictures += more.pictures
+        named = Counter(skip.reason for skip in self.skips)
+        for skip in more.skips:
+            named[skip.reason] += 1
+            if named[skip.reason] <= _MOST_SKIPPED:
+                self.skips.append(skip)
+        self.pictures += more.pictures[: PICTURES - len(self.pictures)]
+        for lang, count in more.captions.items():
+            self.captions[self.language(lang)] += count
         for lang, lengths in more.tokens.items():
-            self.tokens.setdefault(lang, Counter()).update(lengths)
+            self.tokens.setdefault(self.language(lang), Counter()).update(lengths)
 
 
 class ShardReader:
@@ -115,7 +132,7 @@ class ShardReader:
             options.image_size,
             defaults.crop_scale,
             options.seed,
-            resolve_backend(options.decode, "train"),
+            resolve_backend(defaults.decode, "train"),
             defaults.max_image_pixels,
         )
         self._pool = ShardPool(shards, lanes=1, seed=options.seed, probs=None, transform=transform, name="the data")
@@ -158,9 +175,8 @@ class ShardReader:
             return
         found.kept += 1
         pair = example.pair
-        image = open_image(pair.image)
-        found.formats[(image.format or "?").lower()] += 1
-        width, height = image.size
+        found.formats[(open_image(pair.image).format or "?").lower()] += 1
+        width, height = image_size(pair.image)
         found.short_sides[min(width, height)] += 1
         found.turned += is_turned(bytes(pair.image))
         if len(found.pictures) < self._options.pictures:
@@ -177,7 +193,8 @@ class ShardReader:
                 if dropped.reason != Drop.IMAGE_MISSING:
                     found.bad_captions[dropped.reason] += 1
                 continue
-            for text, lang in captions:
+            for text, code in captions:
+                lang = found.language(code)
                 found.captions[lang] += 1
                 if self._tokenizer is not None:
                     waiting = texts.setdefault(lang, [])

@@ -11,7 +11,7 @@ from mc2_hpc.data.stream import Deck
 from mc2_hpc.draws import random_uint64
 from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.images import load_rgb, open_image, thumbnail
+from mc2_hpc.images import image_size, load_rgb, open_image, thumbnail
 from mc2_hpc.samples import Caption, pairing_key
 from mc2_hpc.shard_paths import Names
 
@@ -119,8 +119,8 @@ def _sample(shard: Shard, key: str, index: int) -> ShownSample:
         problems.append(str(dropped))
     try:
         data = shard.read_image(index)
-        image = open_image(data)
-        facts = {"format": image.format or "", "width": image.width, "height": image.height, "size": len(data)}
+        image, (width, height) = open_image(data), image_size(data)
+        facts = {"format": image.format or "", "width": width, "height": height, "size": len(data)}
         load_rgb(image)
         small = thumbnail(data, _THUMBNAIL)
     except Dropped as dropped:

@@ -31,8 +31,8 @@ class Work(Protocol):
 class ChecksOutputs(Protocol):
     """Work that also checks the contents of its outputs to decide whether a shard is done."""
 
-    def is_current(self, shard: str) -> bool:
-        """Whether the existing outputs are what the work would write."""
+    def is_current(self, shard: str, value: Any, /) -> bool:
+        """Whether the existing outputs are what the work would write for the input ``value``."""
         ...
 
 
@@ -67,7 +67,7 @@ class Stage:
         """Whether all outputs of the shard exist and are current."""
         if not has_outputs(self.folder, self.outputs, shard):
             return False
-        return self.work.is_current(shard) if isinstance(self.work, ChecksOutputs) else True
+        return self.work.is_current(shard, self.inputs[shard]) if isinstance(self.work, ChecksOutputs) else True
 
     def undone(self) -> list[str]:
         """Names of the shards that are not done, in order."""

@@ -128,6 +128,19 @@ def code_of_tag(tag: str) -> str | None:
     return None
 
 
+def is_language_code(tag: str) -> bool:
+    """Whether a tag names a language: one with a row, :data:`OTHER`, or any other that BCP 47 has registered."""
+    if tag == OTHER or code_of_tag(tag) is not None:
+        return True
+    from langcodes import Language as Tag
+    from langcodes import LanguageTagError
+
+    try:
+        return Tag.get(tag).is_valid()
+    except LanguageTagError:
+        return False
+
+
 def known_code(tag: str | None, known: Collection[str]) -> str | None:
     """The language in ``known`` (a metadata folder's languages) that a pool's ``tag`` refers to; None if there is none.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.lora import folded
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 
@@ -19,17 +20,17 @@ def has_average(folder: Path) -> bool:
     return any(folder.glob(f"{AVERAGE}.*safetensors"))
 
 
-def weight_files(folder: Path, *, ema: bool = False) -> UnwrappedTensorFiles:
-    """The weights of a checkpoint of ours, or their moving average.
+def weight_files(folder: Path, *, ema: bool = False) -> TensorFiles:
+    """The weights of a checkpoint of ours, or their moving average; adapters (:mod:`mc2_hpc.models.lora`) are folded.
 
     Raises:
-        UserError: there are no weights, or no average.
+        UserError: there are no weights, or no average, or the adapters do not fit ``model.json``.
     """
     if not ema:
-        return UnwrappedTensorFiles(folder, "model")
+        return folded(UnwrappedTensorFiles(folder, "model"))
     if not has_average(folder):
         raise UserError(f"{folder}: has no moving average of its weights (optim.ema_decay); leave out --ema")
-    return _AveragedTensorFiles(folder)
+    return folded(_AveragedTensorFiles(folder))
 
 
 class _AveragedTensorFiles(UnwrappedTensorFiles):

@@ -150,25 +150,38 @@ def build_clip(arch: ClipArchitecture, *, seed: int) -> CLIP:
 
 
 def flops_per_pair(
-    arch: ClipArchitecture, text_length: int, frozen: Mapping[str, int] | None = None, *, num_patches: int | None = None
+    arch: ClipArchitecture,
+    text_length: int,
+    frozen: Mapping[str, int] | None = None,
+    *,
+    num_patches: int | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> int:
     """Floating-point operations of a forward and backward pass over one image-text pair: 3 x the forward's, or 1 x for
     what is frozen.
 
     Counts the matrix products of the blocks (2 flops per multiply-add: 4 W^2 for attention projections, 2 W M for the
     MLP, and 2 L W for scores and values, causal or not), the patch embedding and the projections; the token look-up is
-    free.
+    free. The products with the weights of an adapted tower count 2 x: no gradient of the weights is computed, nor, in
+    the first block's projection, of its input.
 
     Args:
         text_length: tokens computed per caption.
         frozen: greatest frozen depth (:mod:`mc2_hpc.models.depth`) of ``vision`` and ``text``; below 0 for none.
         num_patches: computed per image; None is all of them, 0 does not encode images.
+        ranks: of the adapters (:mod:`mc2_hpc.models.lora`) of ``vision`` and ``text``, if it is adapted.
     """
     vision, text = arch.vision, arch.text
     if num_patches is None:
-        num_patches = (vision.image_size // vision.patch_size) ** 2
+        num_patches = vision.num_patches
 
     def tower(name: str, length: int, width: int, mlp_width: int, layers: int, embedding: int) -> int:
+        if rank := (ranks or {}).get(name):
+            products = 2 * length * (4 * width**2 + 2 * width * mlp_width)
+            adapters = 2 * length * rank * (4 * width + 2 * width + 2 * (width + mlp_width))
+            attention = 4 * length**2 * width
+            whole = layers * (2 * products + 3 * (attention + adapters))
+            return embedding + whole - 2 * length * (3 * width**2 + rank * width) + 2 * 2 * width * arch.embed_dim
         deepest = -1 if frozen is None else frozen[name]
         block = 2 * length * (4 * width**2 + 2 * width * mlp_width + 2 * length * width)
         forward = [embedding, *[block] * layers, 2 * width * arch.embed_dim]

@@ -17,7 +17,7 @@ IMAGE_POSITIONS, TEXT_POSITIONS = "vision.positional_embedding", "text.positiona
 
 def num_image_positions(arch: ClipArchitecture) -> int:
     """Rows of the image tower's table: the class token and the patches."""
-    return 1 + (arch.vision.image_size // arch.vision.patch_size) ** 2
+    return 1 + arch.vision.num_patches
 
 
 def image_positions(table_NW: Tensor, num_rows: int) -> Tensor:
@@ -57,9 +57,7 @@ RESIZED = {IMAGE_POSITIONS: image_positions, TEXT_POSITIONS: text_positions}
 def describe_resizing(old: ClipArchitecture, new: ClipArchitecture) -> list[str]:
     """What the tables of positions of ``old`` are interpolated to in ``new``, for the log."""
     said = []
-    (old_side, old_grid), (new_side, new_grid) = (
-        (arch.vision.image_size, arch.vision.image_size // arch.vision.patch_size) for arch in (old, new)
-    )
+    (old_side, old_grid), (new_side, new_grid) = ((arch.vision.image_size, arch.vision.grid) for arch in (old, new))
     if old_grid != new_grid:
         patches = f"({old_grid} x {old_grid} patches) to {new_side} px ({new_grid} x {new_grid})"
         said.append(f"image positions: {old_side} px {patches}")

@@ -31,6 +31,16 @@ class VisionArchitecture:
     """Channels per attention head; divides ``width``."""
     mlp_width: int
 
+    @property
+    def grid(self) -> int:
+        """Patches along a side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image."""
+        return self.grid**2
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextArchitecture:
@@ -91,13 +101,12 @@ class ClipArchitecture:
 def num_parameters(arch: ClipArchitecture) -> int:
     """Number of parameters of a model, from its sizes alone."""
     vision, text = arch.vision, arch.text
-    num_patches = (vision.image_size // vision.patch_size) ** 2
 
     def blocks(layers: int, width: int, mlp_width: int) -> int:
         """Per block: two norms, attention's 4 matrices and the MLP's 2, all with biases."""
         return layers * (4 * width + 4 * width * (width + 1) + width * mlp_width * 2 + mlp_width + width)
 
-    image_tower = (3 * vision.patch_size**2 + 1 + num_patches + 1 + 4 + arch.embed_dim) * vision.width
+    image_tower = (3 * vision.patch_size**2 + 1 + vision.num_patches + 1 + 4 + arch.embed_dim) * vision.width
     text_tower = (text.vocab_size + text.context_length + 2 + arch.embed_dim) * text.width
     return (
         image_tower

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.reading.tensors import TensorInfo, read_header
 from mc2_hpc.reading.torch_file import read_torch_file
 
@@ -79,7 +79,7 @@ class TensorFiles:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise UserError(f"{path}: damaged safetensors file ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path}: damaged safetensors file ({first_line(error)})") from None
 
     def get_fp32(self, name: str) -> Tensor:
         """One tensor as fp32: half precision is widened exactly, and fp64 is rounded; logged once per type.

@@ -21,11 +21,10 @@ class VisionTower(nn.Module):
     def __init__(self, arch: VisionArchitecture, embed_dim: int, *, quick_gelu: bool) -> None:
         super().__init__()
         self.arch = arch
-        num_patches = (arch.image_size // arch.patch_size) ** 2
         # A convolution whose stride equals its kernel size is a matrix product over patches.
         self.patch_embedding = nn.Linear(3 * arch.patch_size**2, arch.width, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(arch.width))
-        self.positional_embedding = nn.Parameter(torch.empty(num_patches + 1, arch.width))
+        self.positional_embedding = nn.Parameter(torch.empty(arch.num_patches + 1, arch.width))
         self.norm_pre = LayerNorm(arch.width)
         self.transformer = Transformer(
             arch.width,
@@ -57,7 +56,7 @@ class VisionTower(nn.Module):
         return self.norm_post(x_BNW[:, 0]) @ self.projection
 
     def _patchify(self, images_BCSS: Tensor) -> Tensor:
-        grid, side = self.arch.image_size // self.arch.patch_size, self.arch.patch_size
+        grid, side = self.arch.grid, self.arch.patch_size
         if images_BCSS.shape[1:] != (3, self.arch.image_size, self.arch.image_size):
             raise ValueError(
                 f"images of shape {tuple(images_BCSS.shape)}: this model takes "

@@ -1,7 +1,8 @@
 """A model on disk: ``model.json`` describes it, ``model.*.safetensors`` hold its weights, beside a tokenizer file.
 
 Training, import, evaluation and conversion share this part of the checkpoint format. Weights are fp32 and named as in
-``CLIP.state_dict()``; each is stored complete in one of the files, whatever the number of ranks that wrote them.
+``CLIP.state_dict()``; each is stored complete in one of the files, whatever the number of ranks that wrote them. A run
+that trains adapters (:mod:`mc2_hpc.models.lora`) stores them beside its weights.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from torch import Tensor
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.average import weight_files
 from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.lora import Adapters, AdaptersFile
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.reading.files import read_text
@@ -36,6 +38,8 @@ class ModelCard:
     arch: ClipArchitecture
     tokenizer_style: str
     """``xlmv``, ``mt5`` or ``gemma`` (see ``mc2_hpc.data.tokenizer``); the model file is ``tokenizer.model``."""
+    lora: Adapters | None = None
+    """Adapters beside the weights; the file leaves it out if there are none."""
 
 
 class _Vision(File):
@@ -70,6 +74,7 @@ class _Card(File):
 
     arch: _Architecture
     tokenizer_style: Literal["xlmv", "mt5", "gemma"]
+    lora: AdaptersFile | None = None
 
 
 class _Best(File):
@@ -82,7 +87,10 @@ class _Best(File):
 
 def write_card(folder: Path, card: ModelCard) -> None:
     """Write ``model.json`` into ``folder``."""
-    write_json(folder / CARD_FILE, dataclasses.asdict(card))
+    values = dataclasses.asdict(card)
+    if card.lora is None:
+        del values["lora"]
+    write_json(folder / CARD_FILE, values)
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -106,7 +114,8 @@ def read_card(folder: Path) -> ModelCard:
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return ModelCard(arch=arch, tokenizer_style=card.tokenizer_style)
+    lora = None if card.lora is None else card.lora.adapters()
+    return ModelCard(arch=arch, tokenizer_style=card.tokenizer_style, lora=lora)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -192,7 +201,8 @@ def check_names(source: str, found: Iterable[str], expected: Mapping[str, torch.
 
 
 def load_clip(folder: str | Path, arch: ClipArchitecture | None = None, *, ema: bool = False) -> tuple[CLIP, ModelCard]:
-    """Load a model through a memory map, on the CPU, in eval mode; wrappers' prefixes in names are removed.
+    """Load a model through a memory map, on the CPU, in eval mode; wrappers' prefixes in names are removed, and
+    adapters are folded.
 
     Args:
         folder: a checkpoint, or a run folder (its latest checkpoint).
@@ -211,4 +221,4 @@ def load_clip(folder: str | Path, arch: ClipArchitecture | None = None, *, ema: 
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_names(str(folder), files.names(), shapes, files)
     model.load_state_dict({name: files.get_fp32(name) for name in files.names()}, assign=True)
-    return model.eval(), card
+    return model.eval(), dataclasses.replace(card, lora=None)

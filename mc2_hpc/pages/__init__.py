@@ -16,7 +16,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader, Stric
 
 from mc2_hpc.pages.numbers import duration, grouped, percent, scientific, short_number, short_share
 from mc2_hpc.pages.palette import DARK, LIGHT
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_text
 
 
 def render(package: str, template: str, values: Mapping[str, object]) -> str:
@@ -36,8 +36,7 @@ def render(package: str, template: str, values: Mapping[str, object]) -> str:
 def write_page(path: Path, package: str, template: str, values: Mapping[str, object]) -> Path:
     """Write :func:`render`'s text to ``path`` atomically; returns ``path``."""
     text = render(package, template, values)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

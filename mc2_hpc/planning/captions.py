@@ -55,7 +55,11 @@ def captions_of(batches: Sequence[Tensor], eos_id: int) -> Captions:
 def draw_captions(
     batches: Sequence[int], *, mean: float, vocab_size: int, context_length: int, eos_id: int, seed: int = 0
 ) -> Captions:
-    """Captions of ranks with these numbers of pairs."""
+    """Captions of ranks with these numbers of pairs.
+
+    Args:
+        mean: tokens per caption; no caption is longer than the context.
+    """
     rng = np.random.default_rng(seed)
     own = _lengths(batches[0], mean, context_length)
     weights = 1.0 / np.arange(_SPECIAL, vocab_size + _SPECIAL)
@@ -69,7 +73,8 @@ def draw_captions(
         drawn = ids(length - 1)
         row[: length - 1] = np.where(drawn == eos_id, vocab_size - 1, drawn)
     asked = [np.unique(tokens)]
-    asked += [np.unique(np.append(ids(round(pairs * mean)), eos_id)) for pairs in batches[1:]]
+    clipped = sum(own) / len(own)
+    asked += [np.unique(np.append(ids(round(pairs * clipped)), eos_id)) for pairs in batches[1:]]
     return Captions(
         tokens=torch.from_numpy(tokens), lengths=own, asked=[each[each % len(batches) == 0] for each in asked]
     )

@@ -68,8 +68,10 @@ class Imagining(Counting):
     def to_device(self, tensor: Tensor) -> Tensor:
         """A copy of a real host tensor on the imagined device."""
         self.depth += 1
-        fake = self._fake.from_tensor(tensor).clone()
-        self.depth -= 1
+        try:
+            fake = self._fake.from_tensor(tensor).clone()
+        finally:
+            self.depth -= 1
         self.allocations.see([fake])
         return fake
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mc2_hpc.config import read_yaml, typed
 from mc2_hpc.errors import UserError
+from mc2_hpc.reading.checks import choose
 from mc2_hpc.reading.yaml_file import Section
 
 _HERE = Path(__file__).parent
@@ -14,8 +15,10 @@ _DEFAULT_NETWORKS = {"a100": "hdr", "b200": "ndr-b200"}
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One row of the table, or a file of ``--gpu``."""
+    """One row of the table, or a file of ``--gpu``: a GPU, or what a rank has of a CPU."""
 
+    device: str = "cuda"
+    """``cuda`` or ``cpu``: what a step is traced for."""
     flops: float
     """Peak of bf16 products, dense, per second."""
     flops_fp32: float
@@ -32,6 +35,7 @@ class Gpu:
     fractions_source: str
 
     def __post_init__(self) -> None:
+        choose("device", self.device, ("cuda", "cpu"))
         for name in ("flops", "flops_fp32", "bytes_per_second", "memory_bytes"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)}: must be above 0")
@@ -71,13 +75,17 @@ def read_gpu(name: str) -> Gpu:
     return typed(Gpu, _section(name, GPUS, "GPU", "--gpu"), source=name)
 
 
-def read_network(name: str | None, gpu: str) -> Network:
-    """The network of that name or file; without one, that of the GPU's usual nodes.
+def usual_network(name: str, gpu: Gpu) -> str:
+    """The name of the network between nodes of the GPU called ``name``."""
+    return _DEFAULT_NETWORKS.get(name, "ndr") if gpu.device == "cuda" else "loopback"
+
+
+def read_network(name: str) -> Network:
+    """The network of that name or file.
 
     Raises:
         UserError: as :func:`read_gpu`.
     """
-    name = name or _DEFAULT_NETWORKS.get(gpu, "ndr")
     return typed(Network, _section(name, NETWORKS, "network", "--network"), source=name)
 
 

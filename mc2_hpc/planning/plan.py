@@ -12,15 +12,13 @@ from mc2_hpc.models.presets import ClipArchitecture, resolve
 from mc2_hpc.planning.captions import MEAN_TOKENS, draw_captions
 from mc2_hpc.planning.machines import Gpu, Network
 from mc2_hpc.planning.predict import StepTime, predict_step
-from mc2_hpc.planning.processes import in_processes
+from mc2_hpc.planning.processes import answers
 from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.planning.scaling import Point, scaling
 
 RESERVE_BYTES = 2 << 30
 """Memory of a GPU that a plan leaves to the CUDA context, NCCL and the allocator's fragments: an assumption. Between
 peak memory and peak reserved memory lie 2 to 8 GiB in docs/step.md."""
-STATE_BYTES = 12
-"""Of a checkpoint per parameter: the weight and AdamW's two moments in fp32."""
 IMAGES_PER_CORE = 300.0
 """Decoded images per second and CPU core that a plan assumes; ``mc2 bench decode`` measures it."""
 IMAGE_BYTES = 30_000
@@ -54,6 +52,7 @@ class Plan:
     trace: StepTrace
     gpu_name: str
     gpu: Gpu
+    network_name: str
     network: Network
     per_node: int
     step: StepTime
@@ -89,16 +88,12 @@ class Plan:
         return self.trace.peak.bytes + RESERVE_BYTES <= self.gpu.memory_bytes
 
     @property
-    def checkpoint_bytes(self) -> int:
-        return STATE_BYTES * self.trace.parameters
-
-    @property
     def checkpoint_stall(self) -> float:
         """Seconds that training waits for a save: the copy to host memory by up to 32 ranks (docs/training.md)."""
-        copied = self.checkpoint_bytes / min(self.gpus, 32) / self.assumptions.host_bytes_per_second
+        copied = self.trace.checkpoint_bytes / min(self.gpus, 32) / self.assumptions.host_bytes_per_second
         if self.config.checkpoint.background:
             return copied
-        return copied + self.checkpoint_bytes / self.assumptions.storage_bytes_per_second
+        return copied + self.trace.checkpoint_bytes / self.assumptions.storage_bytes_per_second
 
     @property
     def goodput(self) -> float:
@@ -118,6 +113,19 @@ class Plan:
         room = self.gpu.memory_bytes - RESERVE_BYTES - self.trace.peak.bytes
         return max(0, int(self.trace.pairs + room / per_pair)) if per_pair > 0 else None
 
+    @property
+    def cure(self) -> str:
+        """What would make the step fit, as far as :attr:`smaller` tells; empty if it fits."""
+        if self.fits:
+            return ""
+        fit, pairs = self.pairs_that_fit or 0, self.trace.pairs
+        full = "" if self.config.model.recompute == "full" else "model.recompute=full, "
+        if fit == 0:
+            return f"not even one pair per GPU does: set {full}a higher zero.stage, or plan for a larger --gpu"
+        micro_batch = max(1, (self.config.micro_batch or pairs) * fit // pairs)
+        gpus = -(-self.config.global_batch // fit)
+        return f"about {fit:,} of {pairs:,} pairs per GPU do: set {full}micro_batch={micro_batch}, or use {gpus:,} GPUs"
+
     def scaling(self, *, strong: bool) -> Iterator[Point]:
         """The step at 1 to 4,096 GPUs; needs a trace of several GPUs, as one alone does not say what it would send."""
         return scaling(self.trace, self.config, self.gpu, self.network, per_node=self.per_node, strong=strong)
@@ -127,7 +135,7 @@ class Plan:
         return {
             "gpus": self.gpus,
             "gpu": {"name": self.gpu_name, **dataclasses.asdict(self.gpu)},
-            "network": dataclasses.asdict(self.network),
+            "network": {"name": self.network_name, **dataclasses.asdict(self.network)},
             "per_node": self.per_node,
             "assumptions": dataclasses.asdict(self.assumptions),
             "counted": {
@@ -152,7 +160,7 @@ class Plan:
                 name: [dataclasses.asdict(point) for point in self.scaling(strong=name == "strong")]
                 for name in (("weak", "strong") if self.gpus > 1 else ())
             },
-            "checkpoint_bytes": self.checkpoint_bytes,
+            "checkpoint_bytes": self.trace.checkpoint_bytes,
             "shard_bytes": self.config.steps * self.config.global_batch * self.assumptions.pair_bytes,
             "data_bytes_per_second": self.pairs_per_second * self.assumptions.pair_bytes,
             "decode_cores": self.pairs_per_second / self.assumptions.images_per_core,
@@ -167,42 +175,57 @@ def make_plans(
     per_node: int,
     gpu_name: str,
     gpu: Gpu,
+    network_name: str,
     network: Network,
     assumptions: Assumptions,
-) -> list[Plan]:
+) -> tuple[list[Plan], list[Plan | Exception]]:
     """Plans of several configs on the same machines, traced at the same time.
 
     Args:
-        others: planned too, without :attr:`Plan.smaller`; their plans follow.
+        others: planned too, without :attr:`Plan.smaller`.
+
+    Returns:
+        The plans of ``configs``, and for each of ``others`` its plan or why there is none.
 
     Raises:
         UserError: a batch does not fit that number of GPUs, a setting is not planned, or only the model that a run
             starts from says its sizes.
+        TraceError: a trace failed.
     """
-    every = [*configs, *others]
-    for config in every:
+    for config in configs:
         _check_planned(config)
-    traced = [*every, *(_with_half(config, gpus) for config in configs)]
-    calls = [
-        {"config": each, "arch": _architecture(each), "gpus": gpus, "caption_tokens": assumptions.caption_tokens}
-        for each in traced
-    ]
-    traces = in_processes(trace_on_gpus, calls)
-    smaller = [*traces[len(every) :], *([None] * len(others))]
-    return [
-        Plan(
+    traced = [*configs, *(_with_half(config, gpus) for config in configs), *others]
+    common = {"ranks": gpus, "caption_tokens": assumptions.caption_tokens, "device_type": gpu.device}
+    calls = [{"config": each, **common} for each in traced]
+    found: dict[int, StepTrace | Exception] = {}
+    for place, answer in answers(trace_drawn, calls):
+        if isinstance(answer, Exception) and place < 2 * len(configs):
+            raise answer
+        found[place] = answer
+
+    def plan(config: RunConfig, trace: StepTrace, smaller: StepTrace | None) -> Plan:
+        return Plan(
             config=config,
             trace=trace,
             gpu_name=gpu_name,
             gpu=gpu,
+            network_name=network_name,
             network=network,
             per_node=per_node,
             step=predict_step(trace, config, gpu, network, per_node=per_node),
             assumptions=assumptions,
-            smaller=half,
+            smaller=smaller,
         )
-        for config, trace, half in zip(every, traces[: len(every)], smaller, strict=True)
-    ]
+
+    plans, outcomes = list[Plan](), list[Plan | Exception]()
+    for place, config in enumerate(configs):
+        trace, smaller = found[place], found[len(configs) + place]
+        assert isinstance(trace, StepTrace) and isinstance(smaller, StepTrace)
+        plans.append(plan(config, trace, smaller))
+    for place, config in enumerate(others, 2 * len(configs)):
+        answer = found[place]
+        outcomes.append(answer if isinstance(answer, Exception) else plan(config, answer, None))
+    return plans, outcomes
 
 
 def _with_half(config: RunConfig, gpus: int) -> RunConfig:
@@ -214,14 +237,12 @@ def _with_half(config: RunConfig, gpus: int) -> RunConfig:
 
 
 def _check_planned(config: RunConfig) -> None:
-    for cure, is_set in (
-        ("distill=null", config.distill is not None),
-        ("data.features=null", config.data.features is not None),
-        ("model.patch_dropout=0", config.model.patch_dropout > 0),
+    for key, what, is_set in (
+        ("distill", "a teacher costs", config.distill is not None),
+        ("lora", "adapters cost or save", config.lora is not None),
     ):
         if is_set:
-            key = cure.partition("=")[0]
-            raise UserError(f"{key}: a plan does not know what it costs or saves; plan the run without it: {cure}")
+            raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {key}=null")
 
 
 def _architecture(config: RunConfig) -> ClipArchitecture:
@@ -230,11 +251,20 @@ def _architecture(config: RunConfig) -> ClipArchitecture:
     return resolve(config.model, logit_bias=config.loss.has_bias)
 
 
-def trace_on_gpus(config: RunConfig, arch: ClipArchitecture, gpus: int, caption_tokens: float) -> StepTrace:
-    """Trace a step on GPUs with drawn captions; in a process of its own."""
+def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_type: str) -> StepTrace:
+    """Trace a step of rank 0 with drawn captions; in a process of its own.
+
+    Args:
+        device_type: ``cuda`` or ``cpu``.
+
+    Raises:
+        UserError: as :func:`make_plans`.
+    """
     from mc2_hpc.planning.trace import trace_step
 
-    batches = rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=gpus)
+    _check_planned(config)
+    arch = _architecture(config)
+    batches = rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks)
     captions = draw_captions(
         batches,
         mean=caption_tokens,
@@ -242,4 +272,4 @@ def trace_on_gpus(config: RunConfig, arch: ClipArchitecture, gpus: int, caption_
         context_length=arch.text.context_length,
         eos_id=arch.text.eos_id,
     )
-    return trace_step(config, arch, captions, world_size=gpus, device_type="cuda")
+    return trace_step(config, arch, captions, world_size=ranks, device_type=device_type)

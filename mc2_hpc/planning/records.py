@@ -18,12 +18,6 @@ CATEGORIES = (
 """Of memory. ``optimizer state`` includes ZeRO's fp32 master copies; ``temporary`` is what is freed within the phase
 that allocated it, outside the loss."""
 
-CLASSES = ("products", "attention", "other", "optimizer")
-"""Of kernels: matrix products, attention, everything else that reads and writes memory once, and AdamW."""
-
-PHASES = ("look-up", "forward", "loss", "backward", "update")
-"""Of a step. With micro-batches, ``forward`` includes GradCache's passes without a graph."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -81,12 +75,16 @@ class StepTrace:
     before: Mapping[str, int]
     """Memory between steps by category, in bytes."""
     work: Mapping[str, Work]
-    """By ``<phase>/<class>``."""
+    """By ``<phase>/<class>``. Phases: ``look-up``, ``forward`` (with micro-batches, also GradCache's passes without a
+    graph), ``loss``, ``backward``, ``update``. Classes of kernels: ``products`` of matrices, ``attention``,
+    ``optimizer`` (AdamW), and ``other``, which reads and writes memory once."""
     collectives: tuple[Collective, ...]
     model_flops: int
     """Of the model's own products, forward and backward, without recomputation."""
     parameters: int
     """Of the whole model."""
+    checkpoint_bytes: int
+    """Of a save: every weight in fp32 and, of those that are trained, AdamW's moments and a moving average."""
     loss_backend: str
     """The one traced."""
 

@@ -7,7 +7,6 @@ lasts.
 """
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,10 +28,9 @@ from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.freezing import frozen_depths
+from mc2_hpc.training.patch_dropout import num_patches
 from mc2_hpc.training.step import ContrastiveStep, num_micro_batches
 from mc2_hpc.training.votes import Votes
-
-logger = logging.getLogger(__name__)
 
 
 class CountedEngine(Engine):
@@ -174,14 +172,16 @@ def trace_step(
         engine = CountedEngine(clip, _with_torch_adamw(config), ranks, num_micro=num_micro, counting=counting)
         engine.mark_state()
         step = counted_step(engine, config, world_size, counting)
+        saved = sum(4 * engine.state_shape(name).numel() for _, name in engine.state_names())
         for _ in range(2):
-            images = _images(captions, arch, ranks.device)
-            counting.allocations.see([images])
+            images, kept = _images(captions, config, arch, ranks.device), _kept(captions, config, arch, ranks.device)
+            counting.allocations.see([images] if kept is None else [images, kept])
             counting.begin()
-            step(images, captions.tokens, config.optim.lr, lengths=captions.lengths if packs(config) else None)
+            lengths = captions.lengths if packs(config) else None
+            step(images, captions.tokens, config.optim.lr, lengths=lengths, kept=kept)
             before = counting.allocations.by_category()
-            del images
-        return step_trace(counting, config, arch, captions, world_size, device_type, before, backend)
+            del images, kept
+        return step_trace(counting, config, arch, captions, world_size, device_type, before, backend, saved)
 
 
 def _traceable(norm: str) -> str:
@@ -220,11 +220,13 @@ def step_trace(
     device_type: str,
     before: dict[str, int],
     backend: str,
+    checkpoint_bytes: int,
 ) -> StepTrace:
     """What was counted since the step began."""
     peak, timeline = counting.allocations.timeline()
     frozen = frozen_depths(arch, config.freeze)
     lengths = captions.lengths if packs(config) else [captions.tokens.shape[1]] * len(captions.lengths)
+    patches = num_patches(config, arch)
     return StepTrace(
         world_size=world_size,
         device=device_type,
@@ -235,8 +237,11 @@ def step_trace(
         before=before,
         work=counting.work(),
         collectives=counting.collectives(),
-        model_flops=sum(flops_per_pair(arch, length, frozen) * num for length, num in Counter(lengths).items()),
+        model_flops=sum(
+            flops_per_pair(arch, length, frozen, num_patches=patches) * num for length, num in Counter(lengths).items()
+        ),
         parameters=num_parameters(arch),
+        checkpoint_bytes=checkpoint_bytes,
         loss_backend=backend,
     )
 
@@ -252,7 +257,17 @@ def _empty_clip(arch: ClipArchitecture, device: torch.device) -> CLIP:
     return clip
 
 
-def _images(captions: Captions, arch: ClipArchitecture, device: torch.device) -> Tensor:
-    """This rank's images on the device."""
+def _images(captions: Captions, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> Tensor:
+    """This rank's images on the device, or their stored features."""
+    if config.data.features is not None:
+        return torch.empty(len(captions.lengths), arch.embed_dim, device=device)
     shape = (len(captions.lengths), 3, arch.vision.image_size, arch.vision.image_size)
     return torch.empty(shape, device=device).to(torch.uint8)
+
+
+def _kept(captions: Captions, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> Tensor | None:
+    """The patches that each of this rank's images keeps; which ones costs the same."""
+    if not config.model.patch_dropout:
+        return None
+    shape = (len(captions.lengths), num_patches(config, arch))
+    return torch.zeros(shape, dtype=torch.int64, device=device)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.config import config_from_dict, yaml_text
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,5 +61,4 @@ def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: 
         "checkpoint": {"every": max(1, recipe.steps // 2), "keep": 1},
     }
     config_from_dict(values, str(path))  # fails here if `mc2 train` would reject it
-    with atomic_path(path) as temporary:
-        temporary.write_text(yaml_text(values), encoding="utf-8")
+    write_text(path, yaml_text(values))

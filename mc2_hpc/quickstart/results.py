@@ -23,7 +23,7 @@ from mc2_hpc.evaluation.tasks import Classification, Retrieval
 from mc2_hpc.quickstart.captions import LANGUAGES, NUMBERS, TEMPLATES, number_names
 from mc2_hpc.quickstart.pool import heldout_place
 from mc2_hpc.shard_paths import list_shards
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_text
 
 _DIRECTIONS = ("text_to_image", "image_to_text")
 _KS = (1, 5, 10)
@@ -54,10 +54,7 @@ def write_suite(path: Path, folder: Path) -> None:
     for shard in list_shards(folder / "heldout", ".tar"):
         fold = f"fold_{shard.stem.rpartition('-')[2]}"
         sets[fold] = {"reader": "shards", "path": f"heldout/{shard.name}", "languages": list(LANGUAGES)}
-    with atomic_path(path) as temporary:
-        temporary.write_text(
-            yaml.safe_dump({"root": str(folder), "sets": sets}, allow_unicode=True, sort_keys=False), encoding="utf-8"
-        )
+    write_text(path, yaml.safe_dump({"root": str(folder), "sets": sets}, allow_unicode=True, sort_keys=False))
 
 
 def evaluate(suite: Path, encoder: Encoder, update: Callable[[int, int], None]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mc2_hpc.errors import UserError
-from mc2_hpc.reading.files import check_regular, open_regular, shown
+from mc2_hpc.errors import UserError, first_line
+from mc2_hpc.reading.files import check_regular, open_regular, raise_open_files, shown
 
 # NumPy parses headers as Python, so a bad header can raise any of these.
 _UNREADABLE = (
@@ -37,11 +37,12 @@ def map_array(
         UserError: no such file, damaged, or wrong type, number of dimensions or length.
     """
     size = check_regular(path)
+    raise_open_files()  # every map keeps its file open, and a table per language can be more than the usual 1,024
     tail = f"; {cure}" if cure else ""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except _UNREADABLE as error:
-        raise UserError(f"{shown(path)}: not readable as an array ({_first_line(error)}){tail}") from None
+        raise UserError(f"{shown(path)}: not readable as an array ({first_line(error)}){tail}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{shown(path)}: contains several arrays, not one{tail}")
     if array.nbytes > size:
@@ -63,7 +64,7 @@ def open_npz(path: str | Path, *, cure: str = "") -> Iterator["Arrays"]:
             with zipfile.ZipFile(stream) as archive:
                 yield Arrays(str(path), archive, tail)
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-            raise UserError(f"{shown(path)}: not readable as arrays ({_first_line(error)}){tail}") from None
+            raise UserError(f"{shown(path)}: not readable as arrays ({first_line(error)}){tail}") from None
 
 
 class Arrays:
@@ -97,7 +98,7 @@ class Arrays:
             with self._archive.open(info) as stream:
                 array = np.lib.format.read_array(stream, allow_pickle=False)
         except _UNREADABLE as error:
-            raise UserError(f"{where}: not readable as an array ({_first_line(error)}){self._tail}") from None
+            raise UserError(f"{where}: not readable as an array ({first_line(error)}){self._tail}") from None
         _check(where, array, dtype, ndim, length, self._tail)
         return array
 
@@ -120,7 +121,3 @@ def _check(where: str, array: npt.NDArray[Any], dtype: npt.DTypeLike, ndim: int,
         raise UserError(f"{where}: has {array.dtype} of shape {array.shape}, expected {wanted} of {dimensions}{tail}")
     if length is not None and len(array) != length:
         raise UserError(f"{where}: has {len(array)} numbers, expected {length}{tail}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

@@ -1,6 +1,7 @@
 """Regular files, opened without blocking and read up to a size limit."""
 
 import os
+import resource
 import stat
 from io import BufferedReader
 from pathlib import Path
@@ -117,6 +118,18 @@ def decode(data: bytes, path: str | Path) -> str:
         raise UserError(
             f"{shown(path)}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from None
+
+
+def raise_open_files() -> int:
+    """Raise the open file limit of this process and its children to the hard limit; returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= hard > 0:
+        return soft if soft != resource.RLIM_INFINITY else 1 << 62
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # a hard limit that the system does not accept
+        return soft
+    return hard if hard != resource.RLIM_INFINITY else 1 << 62
 
 
 def shown(path: str | Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.reading.files import check_regular, shown
 
 
@@ -90,5 +90,4 @@ def open_parquet(
                     raise UserError(f"{shown(path)}: column {name!r} is {schema.field(name).type}, must be {kind.name}")
             yield file
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{shown(path)}: cannot be read as Parquet ({shown(reason)})") from None
+        raise UserError(f"{shown(path)}: cannot be read as Parquet ({shown(first_line(error))})") from None

@@ -4,7 +4,7 @@
     <run>/checkpoints/best.json                  name of the best checkpoint (which is kept), its metric and value
     <run>/checkpoints/step-00002000/
         model.json, tokenizer.model              architecture and tokenizer (mc2_hpc.models.weights)
-        model.00000-of-00004.safetensors ...     fp32 weights
+        model.00000-of-00004.safetensors ...     fp32 weights, and adapters (mc2_hpc.models.lora) if the run trains such
         optimizer.00000-of-00004.safetensors ... AdamW moments, named <parameter>.<moment>
         ema.00000-of-00004.safetensors ...       fp32 moving average of the trained weights, if the run keeps one
         trainer.json                             step, samples seen, data position, config, versions
@@ -70,6 +70,8 @@ class _TrainerFile(Foreign):
     shards: _SavedShards | None = None
     sources: dict[str, _SavedShards] = {}
     """In place of ``shards`` in a mix."""
+    teacher: Sha256 | None = None
+    """Of the teacher's files."""
 
 
 @dataclass(frozen=True, kw_only=True)

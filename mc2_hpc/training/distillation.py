@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mc2_hpc.config import RunConfig
@@ -37,13 +38,16 @@ class DistillationTeacher:
             arch, tokenizer: of the student.
 
         Raises:
-            UserError: no model can be loaded there, or it takes no square images.
+            UserError: no model can be loaded there, it takes no square images, or the ranks find different models.
         """
         assert config.distill is not None
         self._config = config.distill
         self._precision = Precision(config.precision)
         self._device = ranks.device
         self._model = _load(config, ranks)
+        self.identity = self._model.identity
+        """SHA-256 of its weights, tokenizer and preprocessing, equal on all ranks."""
+        check_same(config.distill.teacher, self.identity, ranks)
         facts, captions = self._model.facts, self._model.captions
         same_images = facts.image_size == arch.vision.image_size
         same_tokens = isinstance(self._model, OurEncoder) and _same(self._model.tokenizer, tokenizer)
@@ -70,9 +74,11 @@ class DistillationTeacher:
         """
         inputs = batch.teacher
         tokens = batch.tokens[:, None]
-        if inputs is not None and inputs.pixels is not None:
+        if self.needs.image_size is not None:
+            assert inputs is not None and inputs.pixels is not None, "the loader makes images of the teacher's size"
             images = inputs.pixels.to(self._device, non_blocking=True)
-        if inputs is not None and inputs.tokens is not None:
+        if self.needs.captions is not None:
+            assert inputs is not None and inputs.tokens is not None, "the loader makes the teacher's token ids"
             tokens = inputs.tokens
         tokens = tokens.to(self._device, non_blocking=True)
         size = self._config.micro_batch or max(1, len(images))
@@ -114,6 +120,26 @@ def _load(config: RunConfig, ranks: Ranks) -> TeachingEncoder:
     if isinstance(found, OurEncoder):
         found.model.set_backends(config.model, ranks.device.type)
     return found
+
+
+def check_same(name: str, identity: str, ranks: Ranks) -> None:
+    """Check that all ranks have loaded the same teacher. Collective.
+
+    Args:
+        name: of the teacher, for the message.
+        identity: SHA-256 of the files that this rank has read.
+
+    Raises:
+        UserError: they have not.
+    """
+    found: list[str] = [""] * ranks.world_size
+    dist.all_gather_object(found, identity)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise UserError(
+                f"distill.teacher={name}: ranks 0 and {rank} find different models there (SHA-256 {found[0][:12]}... "
+                f"and {other[:12]}...); put the same files on every machine, or name a folder that they share"
+            )
 
 
 def _able_to_teach(name: str, model: DualEncoder) -> DualEncoder:

@@ -21,11 +21,12 @@ from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, Towers
 from mc2_hpc.models.depth import tower_of
+from mc2_hpc.models.lora import add_adapters
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_replicated
 from mc2_hpc.training.deepspeed_config import deepspeed_config
-from mc2_hpc.training.freezing import freeze
+from mc2_hpc.training.freezing import adapters_of, freeze
 from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate, tower_optimizer
 from mc2_hpc.training.token_table import TABLE, TokenTable
 from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState, average, create_state
@@ -87,6 +88,7 @@ class Engine:
         self._computes_norm = self.stage in (1, 2) and config.optim.grad_clip == 0
         self._clip = clip
         self._model_config = config.model
+        self._adapters = adapters_of(config)
         self._max_norm = config.optim.grad_clip
         self._ema_decay = config.optim.ema_decay
         self._kinds = (*MOMENTS, EMA) if self._ema_decay else MOMENTS
@@ -94,7 +96,6 @@ class Engine:
         self.device = ranks.device
         self.num_micro = num_micro
         freeze(clip, config.freeze)
-        self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
         self.trains_images, self.trains_texts = (
             any(p.requires_grad for p in tower.parameters()) for tower in (clip.vision, clip.text)
         )
@@ -106,6 +107,8 @@ class Engine:
         self._trained_scalars = {name: p for name, p in self._scalars.items() if p.requires_grad}
         self._scalar_optimizer = self._adamw_of_scalars(config) if self._trained_scalars else None
         self._table = TokenTable(clip, config.optim, ranks) if config.model.embedding == "sharded" else None
+        # Without a table that is dealt to the ranks, which would keep all of it in memory.
+        self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
         towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
         num_parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -342,6 +345,8 @@ class Engine:
         stored = set(self.state_names())
         with torch.device("meta"):
             model = CLIP(self._clip.arch)
+            if self._adapters is not None:
+                add_adapters(model, self._adapters)
         model = model.to_empty(device=self.device)
         model.set_backends(self._model_config, self.device.type)
         with torch.no_grad():

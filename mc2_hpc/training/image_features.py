@@ -1,8 +1,12 @@
-"""``mc2 features``: the features of a run's images under its image tower, for training with that tower frozen."""
+"""``mc2 features``: the features of a run's images under its image tower, for training with that tower frozen.
+
+Takedown lists are not applied here but in training, which still reads every image from its tar to compare its hash: a
+list may grow after the features are computed.
+"""
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mc2_hpc.config import RunConfig
-from mc2_hpc.data.decode import TrainTransform
-from mc2_hpc.data.features import FeatureFacts, check_facts, decode_backend, feature_file, write_facts, write_features
+from mc2_hpc.data.decode import TrainTransform, resolve_backend
+from mc2_hpc.data.features import (
+    FeatureFacts,
+    check_facts,
+    check_shard_names,
+    feature_file,
+    write_facts,
+    write_features,
+)
 from mc2_hpc.data.locations import ShardSet
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.pools import open_sources
+from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.shards import Shard
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.distributed import Ranks, first_error, on_first_rank
@@ -52,7 +64,8 @@ def compute_features(config: RunConfig, ranks: Ranks, *, batch: int) -> int:
         batch: images encoded at a time.
 
     Raises:
-        UserError: a setting is missing, or the folder has features of another model or preprocessing.
+        UserError: a setting is missing, the folder has features of another model or preprocessing, storage does not
+            answer or, after all others, some shards could not be read.
     """
     if config.data.features is None:
         raise UserError("data.features is not set: name a folder for the features")
@@ -65,21 +78,43 @@ def compute_features(config: RunConfig, ranks: Ranks, *, batch: int) -> int:
     on_first_rank(ranks, lambda: write_facts(folder, _facts(clip, config), arch.embed_dim))
     (images,) = open_sources(config.data, urls=False)  # the config allows no features of a mix
     shards = images.shards
-    _check_names(shards)
+    check_shard_names(shards.names)
     clip.set_backends(config.model, ranks.device.type)
     clip.vision.to(ranks.device)
     todo: list[Any] = [[n for n, name in enumerate(shards.names) if not feature_file(folder, name).is_file()]]
     dist.broadcast_object_list(todo, src=0)  # the others might already see what the first rank writes next
+    unreadable: dict[str, str] = {}
     for first in range(0, len(todo[0]), ranks.world_size):
-        error = None
-        try:
-            for number in todo[0][first + ranks.rank : first + ranks.rank + 1]:
+        error: Exception | None = None
+        for number in todo[0][first + ranks.rank : first + ranks.rank + 1]:
+            try:
                 _compute_shard(clip, config, shards, number, folder, ranks.device, batch)
-        except UserError as failure:
-            error = failure
+            except ShardError as failure:
+                unreadable[shards.names[number]] = str(failure)
+            except CannotReach as failure:
+                error = UserError(str(failure))
+            except Exception as failure:  # whatever it is, the other ranks must know
+                error = failure
         # After every shard, so that no rank waits longer for another than that takes, and an error ends all at once.
         first_error(error)
+    _check_all_read(unreadable, ranks)
     return len(todo[0])
+
+
+def _check_all_read(unreadable: Mapping[str, str], ranks: Ranks) -> None:
+    """
+    Args:
+        unreadable: this rank's shards that could not be read, and why.
+    """
+    found: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(found, unreadable)
+    every = sorted((name, why) for part in found for name, why in part.items())
+    if every:
+        name, why = every[0]
+        raise UserError(
+            f"{len(every)} shards could not be read, such as {name}: {why}; restore or remove them and run mc2 "
+            f"features again, which computes only what is missing"
+        )
 
 
 def _facts(clip: CLIP, config: RunConfig) -> FeatureFacts:
@@ -90,7 +125,7 @@ def _facts(clip: CLIP, config: RunConfig) -> FeatureFacts:
     return FeatureFacts(
         image_tower=digest.hexdigest(),
         image_size=clip.arch.vision.image_size,
-        decode=decode_backend(config.data.decode),
+        decode=resolve_backend(config.data.decode, "train"),
         crop_scale=config.data.crop_scale,
         seed=config.data.seed,
         max_image_pixels=config.data.max_image_pixels,
@@ -98,37 +133,24 @@ def _facts(clip: CLIP, config: RunConfig) -> FeatureFacts:
     )
 
 
-def _check_names(shards: ShardSet) -> None:
-    found: dict[str, str] = {}
-    for name in shards.names:
-        own = name.rpartition("/")[2]
-        if own in found:
-            raise UserError(f"{found[own]} and {name}: features are stored by the shards' file names; rename one")
-        found[own] = name
-
-
 def _compute_shard(
     clip: CLIP, config: RunConfig, shards: ShardSet, number: int, folder: Path, device: torch.device, batch: int
 ) -> None:
-    name = shards.names[number]
-    hashes, reasons = np.empty(0, np.uint64), dict[int, Drop]()
-    features = torch.zeros(0, clip.arch.embed_dim)
-    try:
-        shard = shards.open(number)
-    except ShardError as error:
-        logger.warning("skipped, shard_unreadable: %s: %s", name, error)  # training skips it too
-    else:
-        hashes = _image_hashes(shard)
-        features = torch.zeros(len(hashes), clip.arch.embed_dim)
-        for first, images in _decoded(shard, hashes, clip.arch.vision.image_size, config, batch):
-            for row, image in enumerate(images, first):
-                if isinstance(image, Dropped):
-                    reasons[row] = image.reason
-                    log_skip(image.reason, f"{name}, image {row}", image.detail)
-            rows = [row for row, image in enumerate(images, first) if not isinstance(image, Dropped)]
-            if rows:
-                features[rows] = _encode(clip, [image for image in images if isinstance(image, Tensor)], config, device)
-    write_features(feature_file(folder, name), hashes, features, reasons)
+    """Raises ShardError if it or one of its images cannot be read now: its file would say so forever."""
+    name, shard = shards.names[number], shards.open(number)
+    hashes, reasons = _image_hashes(shard), dict[int, Drop]()
+    features = torch.zeros(len(hashes), clip.arch.embed_dim)
+    for first, images in _decoded(shard, hashes, clip.arch.vision.image_size, config, batch):
+        for row, image in enumerate(images, first):
+            if isinstance(image, Dropped):
+                if image.reason == Drop.READ_ERROR:
+                    raise ShardError(f"image {row}: {image.detail}")
+                reasons[row] = image.reason
+                log_skip(image.reason, f"{name}, image {row}", image.detail)
+        rows = [row for row, image in enumerate(images, first) if not isinstance(image, Dropped)]
+        if rows:
+            features[rows] = _encode(clip, [image for image in images if isinstance(image, Tensor)], config, device)
+    write_features(feature_file(folder, name), hashes, features, reasons, num_bytes=shard.num_bytes)
     logger.info("%s: features of %d images", name, len(hashes) - len(reasons))
 
 
@@ -147,7 +169,8 @@ def _decoded(
 ) -> Iterator[tuple[int, list[Tensor | Dropped]]]:
     """The first row and the images of each batch, as in the first epoch; the next batch is decoded meanwhile."""
     data = config.data
-    transform = TrainTransform(size, data.crop_scale, data.seed, decode_backend(data.decode), data.max_image_pixels)
+    backend = resolve_backend(data.decode, "train")
+    transform = TrainTransform(size, data.crop_scale, data.seed, backend, data.max_image_pixels)
 
     def load(row: int) -> Tensor | Dropped:
         try:

@@ -20,12 +20,12 @@ from mc2_hpc.conversion.find_tokenizer import fit_to_rows
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.average import weight_files
 from mc2_hpc.models.clip import CLIP
 from mc2_hpc.models.formats import Format, detect_format
 from mc2_hpc.models.positions import IMAGE_POSITIONS, RESIZED, TEXT_POSITIONS, describe_resizing, num_image_positions
 from mc2_hpc.models.presets import ClipArchitecture, resolve
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, check_names, read_card, resolve_checkpoint
-from mc2_hpc.models.wrapped import UnwrappedTensorFiles
 from mc2_hpc.storage import atomic_path, file_sha256, remove_folder
 from mc2_hpc.training.checkpoint import Checkpoint
 
@@ -104,7 +104,7 @@ def load_initial_weights(clip: CLIP, source: Source) -> None:
         UserError: they belong to another model.
     """
     old, new = source.card.arch, clip.arch
-    files = UnwrappedTensorFiles(source.folder, "model")
+    files = weight_files(source.folder)
     state = clip.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
     rows = {IMAGE_POSITIONS: num_image_positions(old), TEXT_POSITIONS: old.text.context_length}

@@ -13,7 +13,7 @@ from rich.table import Column
 
 from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.reading.files import read_bytes
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_text
 from mc2_hpc.terminal import COLUMNS, clock
 from mc2_hpc.training.wandb_log import WandbLog
 
@@ -230,8 +230,7 @@ class _Rows:
                 self.steps.add(found)
         if num_unreadable > 1:  # one is the torn last line of a killed run
             logger.warning("%s: dropping %d lines that are not rows of a step", self._path, num_unreadable)
-        with atomic_path(self._path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         self.steps.add(row["step"])

@@ -14,13 +14,19 @@ from torch import Tensor
 
 from mc2_hpc.config import RunConfig
 from mc2_hpc.draws import WORD_STEP, hash_keys, random_uint64
-from mc2_hpc.models.positions import num_image_positions
 from mc2_hpc.models.presets import ClipArchitecture
 
 
 def num_kept(num_patches: int, share: float) -> int:
     """Patches that remain of ``num_patches`` if ``share`` of them are dropped; at least one (open_clip's rule)."""
     return max(1, int(num_patches * (1 - share)))
+
+
+def num_patches(config: RunConfig, arch: ClipArchitecture) -> int:
+    """Patches of an image that a step computes; 0 with stored features."""
+    if config.data.features is not None:
+        return 0
+    return num_kept(arch.vision.num_patches, config.model.patch_dropout)
 
 
 def kept_patches(keys: Sequence[str], *, num_patches: int, share: float, seed: int, step: int) -> Tensor:
@@ -39,7 +45,7 @@ class PatchDropout:
 
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._share, self._seed = config.model.patch_dropout, config.data.seed
-        self._num_patches = num_image_positions(arch) - 1
+        self._num_patches = arch.vision.num_patches
         self._device = device
 
     def __call__(self, keys: Sequence[str], step: int) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card
 from mc2_hpc.storage import file_sha256
 from mc2_hpc.training.checkpoint import Checkpoint
@@ -118,7 +119,8 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
             f"{tokenizer.model_file}: not the tokenizer that {checkpoint.folder} was trained with: captions would map "
             f"to other rows of the token table; set data.tokenizer={own}, or start from scratch with another output"
         )
-    _check_frozen(checkpoint, config, card)
+    _check_frozen(checkpoint, config, old=old_card.arch, new=card.arch)
+    _check_adapters(checkpoint, old_card, card)
     pairs = {key: (_lookup(before, key, ADDED.get(key)), _lookup(now, key)) for key in SAID}
     changed = [key for key, (old, new) in pairs.items() if old != new]
     lines = []
@@ -130,19 +132,35 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, card: ModelCard, tok
     return lines
 
 
+def teacher_changes(checkpoint: Checkpoint, identity: str) -> list[str]:
+    """Whether the teacher is another model than that of the run that wrote the checkpoint, in one line or none.
+
+    Args:
+        identity: SHA-256 of the teacher (:attr:`DistillationTeacher.identity`).
+    """
+    before = checkpoint.trainer.get("teacher")
+    if before is None or before == identity:
+        return []
+    return [f"SHA-256 of the teacher's files {before[:12]}... -> {identity[:12]}..."]
+
+
 def warn_of_changes(checkpoint: Checkpoint, lines: list[str]) -> None:
     """Log the differences that :func:`check_resume` found."""
     for line in lines:
         logger.warning("not as in %s: %s", checkpoint.folder.name, line)
 
 
-def _check_frozen(checkpoint: Checkpoint, config: RunConfig, card: ModelCard) -> None:
-    """Check that nothing that was frozen is trained now."""
+def _check_frozen(checkpoint: Checkpoint, config: RunConfig, *, old: ClipArchitecture, new: ClipArchitecture) -> None:
+    """Check that nothing that was frozen is trained now. Numbers of blocks that differ are for :func:`load_weights`."""
     source = str(checkpoint.folder)
     values = checkpoint.trainer["config"].get("freeze", {})
     before = config_from_dict({"freeze": values}, source=source).freeze
-    old, new = frozen_depths(card.arch, before), frozen_depths(card.arch, config.freeze)
-    thawed = [f"freeze.{tower}" for tower in old if new[tower] < old[tower]]
+    depths = frozen_depths(old, before), frozen_depths(new, config.freeze)
+    thawed = [
+        f"freeze.{tower}"
+        for tower in ("vision", "text")
+        if depths[1][tower] < depths[0][tower] and getattr(before, tower) != getattr(config.freeze, tower)
+    ]
     if before.logit_scale and not config.freeze.logit_scale:
         thawed.append("freeze.logit_scale")
     for key in thawed:
@@ -150,6 +168,15 @@ def _check_frozen(checkpoint: Checkpoint, config: RunConfig, card: ModelCard) ->
         raise UserError(
             f"{source}: trained with {key}={value}, so it has no AdamW state of what is to be trained now; "
             f"keep {value}, or start a new run from its weights: model.init_from={source} with another output"
+        )
+
+
+def _check_adapters(checkpoint: Checkpoint, before: ModelCard, now: ModelCard) -> None:
+    if before.lora != now.lora:
+        old, new = (str(card.lora or "no lora") for card in (before, now))
+        raise UserError(
+            f"{checkpoint.folder}: trained with {old}, now it is {new}: keep it, or start a new run from its weights, "
+            f"in which adapters are folded: model.init_from={checkpoint.folder} with another output"
         )
 
 

@@ -53,9 +53,11 @@ class SavePolicy:
     every: int
     """Steps between saves."""
     last_step: int
-    """The run's last step, which is always saved."""
+    """Of the run."""
     background: bool
     """Whether training continues while files are written."""
+    save_last: bool = True
+    """Whether the last step is saved whatever ``every`` is; a run that is asked to stop always saves."""
 
     def after(self, step: int, votes: Agreed, *, busy: bool) -> SaveActions:
         """What to do after ``step``; ``busy``: a save is in progress."""
@@ -63,7 +65,7 @@ class SavePolicy:
         ends = votes.stop or last
         return SaveActions(
             advance=busy and votes.written,
-            begin=ends or step % self.every == 0,
+            begin=votes.stop or (last and self.save_last) or step % self.every == 0,
             finish=ends or not self.background,
             must_succeed=ends,
             leave=votes.stop and not last,

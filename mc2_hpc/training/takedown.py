@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mc2_hpc.config import DataConfig
-from mc2_hpc.data.takedown import Takedown, good_lines, read_list, whole_lines
+from mc2_hpc.data.takedown import MOST_BYTES, Takedown, good_lines, read_list, whole_lines
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_bytes
@@ -23,8 +23,6 @@ from mc2_hpc.training.progress import Progress
 from mc2_hpc.training.takedown_record import LIST, TakedownRecord, describe
 
 logger = logging.getLogger(__name__)
-
-_MOST_BYTES = 1 << 30
 
 
 class TakedownWatch:
@@ -151,7 +149,7 @@ class _Growth:
         stamp = (status.st_size, status.st_mtime_ns)
         if stamp == self._stamp:
             return
-        content = whole_lines(read_bytes(self._path, most=_MOST_BYTES))
+        content = whole_lines(read_bytes(self._path, most=MOST_BYTES))
         before = self._taken
         num_lines = before.count(b"\n")
         if not content.startswith(before):

@@ -22,6 +22,7 @@ from mc2_hpc.config import config_from_dict
 from mc2_hpc.data.mixing import from_plain, place_in
 from mc2_hpc.data.places import Place, Places
 from mc2_hpc.data.pools import OpenSource, make_pools, open_sources
+from mc2_hpc.data.remote import CannotReach
 from mc2_hpc.data.shards import Pair, Shard
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.data.stream import Position
@@ -68,8 +69,8 @@ class Proof:
     """Places of all samples in the run's list that it came past after they were listed."""
     counted: int
     """Samples that the run counted as ``taken_down``."""
-    unreadable: list[str]
-    """Shards that cannot be read now, so that their samples are unknown."""
+    unreadable: dict[str, str]
+    """Shards that cannot be read now, so that their samples are unknown, and why."""
 
     @property
     def problems(self) -> list[str]:
@@ -113,8 +114,8 @@ def prove(run: Path, entries: bytes | None = None) -> Proof:
         for number, name in enumerate(source.shards.names):
             try:
                 search.look_into(source, number, pool.open(number), places, history)
-            except ShardError:
-                search.unreadable.append(name)
+            except (ShardError, CannotReach) as error:
+                search.unreadable[name] = str(error).removeprefix(f"{name}: ")
     return Proof(
         run=str(run),
         step=end,
@@ -178,7 +179,7 @@ class _Search:
     def __init__(self, steps: Sequence[int], added: Sequence[bytes], asked: bytes | None) -> None:
         self.samples: list[ListedSample] = []
         self.left_out = 0
-        self.unreadable: list[str] = []
+        self.unreadable: dict[str, str] = {}
         self._by_step = list(zip(steps, map(Takedown.of, added), strict=True))
         self._asked = Takedown.of(asked) if asked is not None else None
         self._asked_lines = asked if asked is not None else b"".join(added)
@@ -186,8 +187,10 @@ class _Search:
         self._key_hashes = np.unique(np.concatenate([takedown.key_hashes for takedown in self._lists]))
         self._looks_inside = any(takedown.looks_inside for takedown in self._lists)
         self._named_keys: set[int] = set()
-        self._named_content: set[tuple[str, str]] = set()
-        """SHA-256 and address of the images that were found by these."""
+        self._named_digests: set[str] = set()
+        """SHA-256 of the images that were found by this or by their address."""
+        self._named_addresses: set[str] = set()
+        """Where they are from, in lower case."""
 
     def look_into(self, source: OpenSource, number: int, shard: Shard, places: Places, history: _History) -> None:
         """Find the listed samples of a shard, and all their places in the order that the run came past."""
@@ -224,7 +227,8 @@ class _Search:
             listed = self._listed(methodcaller("lists_content", pair.image, pair.url), by_key=False)
             if listed.step is not None or listed.asked:
                 found[row] = listed
-                self._named_content.add((hashlib.sha256(pair.image).hexdigest(), pair.url))
+                self._named_digests.add(hashlib.sha256(pair.image).hexdigest())
+                self._named_addresses.add(pair.url.lower())
         return found
 
     def _listed(self, lists: Callable[[Takedown], bool], *, by_key: bool) -> _Listed:
@@ -238,11 +242,13 @@ class _Search:
 
     def _names(self, entry: Entry) -> bool:
         if entry.sha256 is not None:
-            return any(entry.sha256 == digest for digest, _ in self._named_content)
+            return entry.sha256 in self._named_digests
+        if entry.url is not None and "*" not in entry.url:
+            return entry.url.lower() in self._named_addresses
         alone = Takedown.of(msgspec.json.encode(entry) + b"\n")
         if entry.key is not None:
             return not self._named_keys.isdisjoint(alone.key_hashes.tolist())
-        return any(alone.lists_content(b"", address) for _, address in self._named_content)
+        return any(alone.lists_content(b"", address) for address in self._named_addresses)
 
 
 def _read(source: OpenSource, shard: Shard, row: int, epoch: int) -> Pair | None:

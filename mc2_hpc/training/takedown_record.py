@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from mc2_hpc.data.takedown import read_list
+from mc2_hpc.data.takedown import MOST_BYTES, read_list
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.json_file import Count, File, Sha256, read_json
 from mc2_hpc.storage import atomic_path, write_json
@@ -24,7 +24,6 @@ from mc2_hpc.training.checkpoint import SavedLane
 logger = logging.getLogger(__name__)
 
 FOLDER, LIST, VERSIONS = "takedown", "list.jsonl", "versions.json"
-_MOST_BYTES = 1 << 30
 
 
 class Version(File):
@@ -65,7 +64,7 @@ class TakedownRecord:
         if (self.folder / LIST).exists():
             self.content = read_list(self.folder / LIST)
         if (self.folder / VERSIONS).exists():
-            self.versions = read_json(self.folder / VERSIONS, _Versions, most=_MOST_BYTES).versions
+            self.versions = read_json(self.folder / VERSIONS, _Versions, most=MOST_BYTES).versions
         digest, done = hashlib.sha256(), 0
         for version in self.versions:
             digest.update(self.content[done : version.bytes])

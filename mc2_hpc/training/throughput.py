@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.batches import Batch
@@ -21,11 +22,13 @@ from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import flops_per_pair
 from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.precision import Precision
-from mc2_hpc.training.freezing import frozen_depths
-from mc2_hpc.training.patch_dropout import num_kept
+from mc2_hpc.training.freezing import adapters_of, frozen_depths
+from mc2_hpc.training.patch_dropout import num_patches
 
 logger = logging.getLogger(__name__)
 
+DATA_WAIT = "data wait"
+"""Name of the ranges in a profile in which the step waits for its batch."""
 _MOST_LANGUAGES = 20
 """Largest number of languages in a row."""
 
@@ -70,6 +73,17 @@ def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes of tensors on the device at a time since :func:`reset_peak_memory`; ``None`` where none is counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the peak anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """One rank's counts since the previous row."""
@@ -94,6 +108,10 @@ class Interval:
     """Samples by ``<source>/<caption field>``, where there are several."""
     epochs: Mapping[str, float] = field(default_factory=dict)
     """Epochs since the run began, by source of a mix, summed over this rank's lanes."""
+    caption_tokens: int
+    """Of all captions, with begin and end and without padding."""
+    peak_memory: int | None
+    """Most bytes of tensors on the device at a time (:func:`peak_memory`)."""
 
 
 def gather(own: Interval, ranks: Ranks) -> list[Interval] | None:
@@ -118,13 +136,21 @@ def rates(intervals: Sequence[Interval], *, global_batch: int, lanes: int = 1) -
         "mfu": sum(each.flops for each in intervals) / first.seconds / sum(each.peak for each in intervals),
         "data_wait": sum(each.wait_seconds / each.seconds for each in intervals) / len(intervals),
         "checkpoint_stall_seconds": max(each.stall_seconds for each in intervals),
+        "caption_tokens": sum(each.caption_tokens for each in intervals) / (first.steps * global_batch),
         "language_share": {
             lang: count / languages.total()
             for lang, count in sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:_MOST_LANGUAGES]
         },
         "skipped": dict(sorted(skipped.items())),
+        **_memory(intervals),
         **_of_mix(intervals, lanes),
     }
+
+
+def _memory(intervals: Sequence[Interval]) -> dict[str, int]:
+    """The column that only devices with a measured peak have: that of the fullest rank."""
+    measured = [each.peak_memory for each in intervals if each.peak_memory is not None]
+    return {"peak_memory_bytes": max(measured)} if measured else {}
 
 
 def _of_mix(intervals: Sequence[Interval], lanes: int) -> dict[str, Any]:
@@ -151,9 +177,11 @@ class ThroughputMeter:
     def __init__(self, config: RunConfig, arch: ClipArchitecture, device: torch.device) -> None:
         self._arch = arch
         self._frozen = frozen_depths(arch, config.freeze)
-        every_patch = (arch.vision.image_size // arch.vision.patch_size) ** 2
-        self._num_patches = 0 if config.data.features is not None else num_kept(every_patch, config.model.patch_dropout)
+        self._num_patches = num_patches(config, arch)
+        adapters = adapters_of(config)
+        self._ranks = {} if adapters is None else dict.fromkeys(adapters.towers, adapters.rank)
         self._text_packing = config.model.text_packing
+        self._device = device
         self._peak = peak_flops(device, Precision(config.precision).dtype)
         self.start()
 
@@ -165,15 +193,18 @@ class ThroughputMeter:
         self._wait = 0.0
         self._stall = 0.0
         self._paused = 0.0
+        self._caption_tokens = 0
+        reset_peak_memory(self._device)
         self._languages: Counter[str] = Counter()
         self._sources: Counter[str] = Counter()
         self._fields: Counter[str] = Counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside counts as waiting for data."""
+        """Time spent inside counts as waiting for data, in a profile too (as :data:`DATA_WAIT`)."""
         begin = time.perf_counter()
-        yield
+        with record_function(DATA_WAIT):
+            yield
         self._wait += time.perf_counter() - begin
 
     @contextmanager
@@ -195,7 +226,9 @@ class ThroughputMeter:
         self._steps += 1
         lengths = batch.lengths if self._text_packing else [batch.tokens.shape[1]] * len(batch.keys)
         for length, num in Counter(lengths).items():
-            self._flops += flops_per_pair(self._arch, length, self._frozen, num_patches=self._num_patches) * num
+            each = flops_per_pair(self._arch, length, self._frozen, num_patches=self._num_patches, ranks=self._ranks)
+            self._flops += each * num
+        self._caption_tokens += sum(batch.lengths)
         self._languages.update(batch.langs)
         self._sources.update(batch.sources)
         self._fields.update(batch.fields)
@@ -214,6 +247,8 @@ class ThroughputMeter:
             sources=self._sources,
             fields=self._fields,
             epochs=epochs,
+            caption_tokens=self._caption_tokens,
+            peak_memory=peak_memory(self._device),
         )
         self.start()
         return found

@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,6 +19,7 @@ from mc2_hpc.data.pools import epochs_in
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.average import AVERAGE, has_average
 from mc2_hpc.models.clip import CLIP, build_clip
+from mc2_hpc.models.lora import add_adapters, init_adapters
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import ModelCard
 from mc2_hpc.precision import Precision
@@ -25,7 +27,7 @@ from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpo
 from mc2_hpc.training.distillation import DistillationTeacher
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
-from mc2_hpc.training.freezing import check_frozen
+from mc2_hpc.training.freezing import adapters_of, check_frozen
 from mc2_hpc.training.host_copy import HostCopy
 from mc2_hpc.training.image_features import check_features
 from mc2_hpc.training.initial import Source, architecture, initial_source, load_initial_weights, tokenizer
@@ -35,7 +37,7 @@ from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.patch_dropout import PatchDropout
 from mc2_hpc.training.profiling import StepProfiler
 from mc2_hpc.training.progress import common_shards, restore_progress, saved_progress, warn_of_other_shards
-from mc2_hpc.training.resume import check_resume, warn_of_changes
+from mc2_hpc.training.resume import check_resume, teacher_changes, warn_of_changes
 from mc2_hpc.training.save_policy import Agreed, SavePolicy, agreed
 from mc2_hpc.training.saving import CheckpointWriter
 from mc2_hpc.training.step import ContrastiveStep, check_loss, num_micro_batches
@@ -72,11 +74,18 @@ class _Pending:
 class Trainer:
     """One training run, on this process's rank."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        stop: StopRequest | None = None,
+        after_row: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
         """Build model, engine and loader, and load the newest checkpoint if the config says to resume. Collective.
 
         Args:
             stop: checked in every step for a request to save and stop; ``None``: there will be none.
+            after_row: called with every row of metrics once it is written, on the first rank.
 
         Raises:
             UserError: config, data, tokenizer and checkpoint do not fit together.
@@ -85,6 +94,7 @@ class Trainer:
         self.ranks = ranks
         self.output = Path(config.output)
         self.stop = stop or StopRequest()
+        self._after_row = after_row
         check_loss(config.loss, ranks.device)
         self._profiler = StepProfiler(config, ranks)
         folder = self.output / "checkpoints"
@@ -97,7 +107,7 @@ class Trainer:
         arch = architecture(config, source)
         check_frozen(arch, config)
         self.tokenizer = tokenizer(config, source, arch, ranks)
-        self.card = ModelCard(arch=arch, tokenizer_style=self.tokenizer.style)
+        self.card = ModelCard(arch=arch, tokenizer_style=self.tokenizer.style, lora=adapters_of(config))
         if checkpoint is not None:
             changes = check_resume(checkpoint, config, self.card, self.tokenizer)
             if ranks.is_first:
@@ -110,10 +120,11 @@ class Trainer:
             self.evaluation = PeriodicEvaluation(config, self.card, self.tokenizer, ranks, self.stop)
             if checkpoint is not None:
                 self.evaluation.restore_best(folder)
-        self.teacher = None if config.distill is None else DistillationTeacher(config, arch, self.tokenizer, ranks)
+        num_micro = num_micro_batches(config, ranks.world_size)
         self.progress, position = restore_progress(checkpoint, is_first=ranks.is_first)
         self.takedown = TakedownWatch(config.data, ranks, self.output, step=self.progress.step)
         self.takedown.record(step=self.progress.step, progress=saved_progress(checkpoint))
+        self.teacher = self._load_teacher(checkpoint)
         self.loader = TrainLoader(
             config.data,
             global_batch=config.global_batch,
@@ -132,7 +143,7 @@ class Trainer:
         clip = build_clip(arch, seed=config.seed)
         self._prepare_model(clip, checkpoint, source)
         check_features(clip, config, ranks)
-        self.engine = Engine(clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size))
+        self.engine = Engine(clip, config, ranks, num_micro=num_micro)
         if checkpoint is not None:
             self._load_moments(checkpoint)
         self._step = ContrastiveStep(
@@ -147,8 +158,19 @@ class Trainer:
         self._extra = [*(["divergence"] if self.teacher else []), *(["logit_bias"] if config.loss.has_bias else [])]
         self._means = Means()
         self._save_policy = SavePolicy(
-            every=config.checkpoint.every, last_step=config.steps, background=config.checkpoint.background
+            every=config.checkpoint.every,
+            last_step=config.steps,
+            background=config.checkpoint.background,
+            save_last=config.checkpoint.last,
         )
+
+    def _load_teacher(self, checkpoint: Checkpoint | None) -> DistillationTeacher | None:
+        if self.config.distill is None:
+            return None
+        teacher = DistillationTeacher(self.config, self.card.arch, self.tokenizer, self.ranks)
+        if checkpoint is not None and self.ranks.is_first:
+            warn_of_changes(checkpoint, teacher_changes(checkpoint, teacher.identity))
+        return teacher
 
     def _votes(self) -> Votes:
         return Votes(
@@ -171,11 +193,14 @@ class Trainer:
             )
 
     def _prepare_model(self, clip: CLIP, checkpoint: Checkpoint | None, source: Source | None) -> None:
+        if checkpoint is None and source is not None:
+            load_initial_weights(clip, source)
+        if self.card.lora is not None:
+            add_adapters(clip, self.card.lora)
+            init_adapters(clip, seed=self.config.seed)
         if checkpoint is not None:
             load_weights(clip, checkpoint.folder)
             logger.info("resuming %s after step %d", checkpoint.folder, checkpoint.step)
-        elif source is not None:
-            load_initial_weights(clip, source)
         clip.set_backends(self.config.model, self.ranks.device.type)
 
     def _load_moments(self, checkpoint: Checkpoint) -> None:
@@ -342,19 +367,20 @@ class Trainer:
         means, (_, _, logit_scale, *rest) = self._means.take(), pending.numbers.read()
         of_step = dict(zip(self._extra, rest, strict=False))
         if log is not None and intervals is not None:
-            log.write(
-                {
-                    "step": pending.step,
-                    "samples_seen": progress.samples_seen,
-                    "loss": means["loss"],
-                    **{name: means[name] for name in ("divergence",) if name in means},
-                    "logit_scale": logit_scale,
-                    **{name: of_step[name] for name in ("logit_bias",) if name in of_step},
-                    "lr": pending.lr,
-                    "grad_norm": means["grad_norm"],
-                    **rates(intervals, global_batch=config.global_batch, lanes=config.data.lanes),
-                }
-            )
+            row = {
+                "step": pending.step,
+                "samples_seen": progress.samples_seen,
+                "loss": means["loss"],
+                **{name: means[name] for name in ("divergence",) if name in means},
+                "logit_scale": logit_scale,
+                **{name: of_step[name] for name in ("logit_bias",) if name in of_step},
+                "lr": pending.lr,
+                "grad_norm": means["grad_norm"],
+                **rates(intervals, global_batch=config.global_batch, lanes=config.data.lanes),
+            }
+            log.write(row)
+            if self._after_row is not None:
+                self._after_row(row)
 
     def _count(self, batch: Batch) -> None:
         self.progress.samples_seen += self.config.global_batch
@@ -389,6 +415,7 @@ class Trainer:
                 **self.progress.gathered(),
                 **self.shards,
                 **self.takedown.described(),
+                **({"teacher": self.teacher.identity} if self.teacher is not None else {}),
                 "config": config_to_dict(self.config),
                 "world_size": self.ranks.world_size,
                 "versions": {name: version(name) for name in _PACKAGES},

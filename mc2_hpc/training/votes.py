@@ -25,4 +25,5 @@ class VoteCounts(NamedTuple):
     @classmethod
     def of(cls, counts: Sequence[float]) -> "VoteCounts":
         """From the counts of a step, one per question."""
-        return cls(*map(int, counts))
+        stop, written, listed = map(int, counts)
+        return cls(stop, written, listed)

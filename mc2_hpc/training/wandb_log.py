@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mc2_hpc.reading.files import read_text
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,5 @@ def _run_id(folder: Path) -> str:
             return known
         logger.warning("%s: is not the id of a run; Weights & Biases gets another run", path)
     new = uuid.uuid4().hex[:12]
-    with atomic_path(path) as temporary:
-        temporary.write_text(new + "\n", encoding="ascii")
+    write_text(path, new + "\n")
     return new

@@ -14,10 +14,11 @@ import yaml
 from mc2_hpc.cli import main
 from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict
 from mc2_hpc.conversion.convert import convert
-from mc2_hpc.conversion.provenance import _TOLD, Provenance, find_provenance
+from mc2_hpc.conversion.provenance import _TOLD, Provenance, find_provenance, read_scores
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.dual_encoders.protocol import folder_files
 from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.weights import read_card
 from mc2_hpc.reading.json_file import read_json
 from mc2_hpc.reading.settings import PathName
 from mc2_hpc.storage import file_sha256, write_json
@@ -133,6 +134,10 @@ def test_scores_are_of_this_model(run: Path, tmp_path: Path) -> None:
     arguments = ["--to", "hf", "--image-size", "40", "--results", str(results), "--out", str(tmp_path / "scored")]
     assert main(["convert", str(run), *arguments]) == 0
     assert "| cifar10 | top1 | 50.0 |" in card(tmp_path / "scored")[1].splitlines()
+    sets = {"b": {"mean": {"top5": 0.75, "top1": 0.5}}, "a": {"mean": {"top1": 0.25}}}
+    results.write_text(json.dumps({"sets": sets}))
+    scores = [(score.set, score.metric) for score in read_scores(results)]
+    assert scores == [("a", "top1"), ("b", "top1"), ("b", "top5")]  # as evaluations.jsonl and results.json may differ
     results.write_text('{"sets": 3}')
     with pytest.raises(UserError, match=r"results.json: not results.json of `mc2 eval`: \$.sets: expected an object"):
         convert(run, "hf", tmp_path / "no", results=results)
@@ -152,6 +157,108 @@ def test_sampled_shards_name_their_sources(run: Path, tmp_path: Path) -> None:
         write_json(path, trainer)
         found = find_provenance(path.parent)
         assert (found.metadata, found.balance) == ({"en": A}, B)
+
+
+def pack(folder: Path, metadata: str, balance: str | None) -> str:
+    sample = {"balance": balance} if balance else None
+    write_json(folder / "pack.json", {"matched": {"metadata": {"en": metadata}, "sample": sample}, "shards": []})
+    return str(folder)
+
+
+def change(run: Path, **settings: object) -> Path:
+    """The checkpoint, with these fields of ``trainer.json`` instead: those of ``config`` are dotted with ``__``."""
+    path = run / "checkpoints" / "step-00000007" / "trainer.json"
+    trainer = json.loads(path.read_text())
+    for name, value in settings.items():
+        *sections, last = name.split("__")
+        place = trainer
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    write_json(path, trainer)
+    return path.parent
+
+
+def test_every_source_of_a_mix_is_told(run: Path, tmp_path: Path) -> None:
+    alt = {"name": "alt", "path": "/secret-place/alt", "weight": 5.0, "balance": str(run.parent / "balance")}
+    captions = {"txt": 0.75, "json.synthetic": 0.25}
+    more = {
+        "name": "more",
+        "path": [pack(tmp_path / "secret-place" / name, *of) for name, of in (("m1", (A, B)), ("m2", (A, C)))],
+        "weight": 2.0,
+        "balance": None,
+        "captions": captions,
+    }
+    counted = {name: {"count": 1000 * n, "sha256": C} for n, name in enumerate(("alt", "more"), 1)}
+    change(run, shards=None, sources=counted, config__data__train=[alt, more], config__data__balance=None)
+    out = convert(run, "hf", tmp_path / "hf")
+    found = read_json(out / "provenance.json", Provenance)
+    assert [source.name for source in found.sources] == ["alt", "more", "more/m1", "more/m2"]
+    assert found.sources[0].metadata == {"en": A, "th": B} and found.sources[0].t_en == 170_000
+    assert [source.balance for source in found.sources[1:]] == [None, B, C]
+    body = card(out)[1]
+    for line in (
+        f"| data of alt | 1,000 shards, SHA-256 of their names {C} |",
+        f"| data of more | 2,000 shards, SHA-256 of their names {C} |",
+        "| weight of alt | 5 |",
+        "| captions of more | json.synthetic 0.25, txt 0.75 |",
+        f"| balance of more/m1 | SHA-256 of balance.json {B} |",
+        "Metadata of alt:",
+        "Metadata of more/m2:",
+    ):
+        assert line in body.splitlines(), line
+    assert not any("secret-place" in (out / name).read_text() for name in ("README.md", "provenance.json"))
+    back = convert(out, "mc2", tmp_path / "back")
+    assert find_provenance(back) == found
+
+
+def test_pools_curated_in_different_ways(run: Path, tmp_path: Path) -> None:
+    """Pools that were curated in one way are told once."""
+    places = [("x/pool", (A, B)), ("x/same", (A, B)), ("y/pool", (C, None))]
+    folders = [pack(tmp_path / name, *of) for name, of in places]
+    checkpoint = change(run, config__data__balance=None, config__data__train=folders)
+    found = find_provenance(checkpoint)
+    assert [(s.name, s.metadata, s.balance) for s in found.sources] == [
+        ("pool", {"en": A}, B),
+        ("pool (2)", {"en": C}, None),
+    ]
+    assert found.shards is not None and not found.metadata
+    change(run, config__data__train=folders[:2])
+    found = find_provenance(checkpoint)
+    assert (found.metadata, found.balance, found.sources) == ({"en": A}, B, [])
+
+
+def test_folders_that_cannot_be_looked_into(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    places = [str(loop), "nothing\0there", "long" * 2000, "", pack(tmp_path / "pool", A, B)]
+    checkpoint = change(run, config__data__balance=str(loop), config__data__train=places)
+    with caplog.at_level(logging.WARNING):
+        found = find_provenance(checkpoint)
+    assert (found.step, found.metadata, found.balance) == (7, {"en": A}, B)
+    left = [record.getMessage() for record in caplog.records]
+    assert len(left) == 4 and all(line.startswith("left out of the model card: ") for line in left)
+    assert f"{loop / 'balance.json'}: Too many levels of symbolic links" in left[0]
+    for damaged in (3, None, {}, [3, None, {"name": 4, "path": {}}], {"path": 1}):
+        assert find_provenance(change(run, config__data__train=damaged)).step == 7
+
+
+def test_teacher_average_and_size_are_told(run: Path, tmp_path: Path) -> None:
+    change(run, config__distill={"teacher": "/secret-place/ViT-H", "weight": 1.0, "scale": 100.0})
+    checkpoint = run / "checkpoints" / "step-00000007"
+    for path in checkpoint.glob("model.*safetensors"):
+        shutil.copyfile(path, checkpoint / path.name.replace("model", "ema", 1))
+    size = read_card(checkpoint).arch.vision.image_size
+    out = convert(run, "hf", tmp_path / "averaged", ema=True, image_size=size + 8)
+    lines = card(out)[1].splitlines()
+    assert "| teacher | ViT-H (scale 100.0, weight 1.0) |" in lines
+    assert "| weights | the moving average over the steps |" in lines
+    assert f"| images in training | {size} px; the table of positions was interpolated |" in lines
+    larger = convert(out, "hf", tmp_path / "larger", image_size=size + 16)
+    assert find_provenance(larger).trained_size == size
+    assert find_provenance(convert(larger, "hf", tmp_path / "again", image_size=size)).trained_size is None
+    plain = card(convert(run, "hf", tmp_path / "plain"))[1]
+    assert "moving average over" not in plain and "images in training" not in plain
 
 
 @pytest.mark.parametrize("damaged", ["trainer.json", "balance.json", "evaluations.jsonl"])

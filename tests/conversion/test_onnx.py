@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -23,8 +24,11 @@ from mc2_hpc.cli import main
 from mc2_hpc.conversion.convert import convert
 from mc2_hpc.conversion.onnx import export_image_tower, export_text_tower
 from mc2_hpc.conversion.onnx_facts import CLEANING, OPSET, read_onnx_facts
+from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.data.tokenizer import STYLES
 from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.image_features import ClipFeatures
+from mc2_hpc.filters import ClipScore
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.presets import PRESETS, ClipArchitecture
 from tests.conversion import colours
@@ -252,10 +256,11 @@ def test_bad_folders(quickstart_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="an ONNX export cannot be converted; name the model that it was made from"):
         convert(folder, "hf", tmp_path / "out")
     (folder / "image.onnx").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"image.onnx: onnxruntime cannot load it: .*; export the model again"):
+    with pytest.raises(UserError, match=r"image.onnx: cannot be loaded as ONNX \(.*\); export the model again"):
         mc2_hpc.load(folder)
     shutil.copy(quickstart_model / "text.onnx", folder / "image.onnx")
-    with pytest.raises(UserError, match=r"image.onnx: its inputs are input_ids, not pixel_values; export"):
+    other = r"image.onnx: its input is input_ids: INT64 \(batch, tokens\), not pixel_values: FLOAT \(\*, 3, 32, 32\) as"
+    with pytest.raises(UserError, match=other):
         mc2_hpc.load(folder)
     (folder / "image.onnx").unlink()
     os.mkfifo(folder / "image.onnx")
@@ -266,6 +271,108 @@ def test_bad_folders(quickstart_model: Path, tmp_path: Path) -> None:
     (folder / "onnx_model.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match=r"onnx_model.json: \$.image.file: .*; export the model again"):
         mc2_hpc.load(folder)
+
+
+def edited(folder: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    model = onnx.load(folder / "image.onnx", load_external_data=False)
+    change(model)
+    (folder / "image.onnx").write_bytes(model.SerializeToString())
+
+
+def kept_in(name: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        weight = next(weight for weight in model.graph.initializer if weight.external_data)
+        next(entry for entry in weight.external_data if entry.key == "location").value = name
+
+    return change
+
+
+def with_constant_in(name: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        value = onnx.TensorProto(data_type=onnx.TensorProto.FLOAT, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+        value.external_data.add(key="location", value=name)
+        model.graph.node.append(onnx.helper.make_node("Constant", [], ["constant"], value=value))
+
+    return change
+
+
+def newer(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = OPSET + 1
+
+
+def renamed(model: onnx.ModelProto) -> None:
+    model.graph.output[0].name = "features"
+
+
+def wider(model: onnx.ModelProto) -> None:
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 129
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (newer, f"its operators are of version {OPSET + 1}, not {OPSET} as onnx_model.json says"),
+        (renamed, "its output is features: FLOAT (batch, 128), not image_features: FLOAT (*, 128) as"),
+        (wider, "its output is image_features: FLOAT (batch, 129), not image_features: FLOAT (*, 128) as"),
+        (kept_in("other.data"), "its weights are in other.data, not image.onnx.data"),
+        (kept_in("../other.data"), "keeps weights in '../other.data', which is not a file beside it"),
+        (kept_in("/etc/passwd"), "keeps weights in '/etc/passwd', which is not a file beside it"),
+        (kept_in("below/other.data"), "keeps weights in 'below/other.data', which is not a file beside it"),
+        (kept_in("*/_ORT_MEM_ADDR_/*"), "keeps weights in '*/_ORT_MEM_ADDR_/*', which is not a file beside it"),
+        (with_constant_in("../other.data"), "keeps weights in '../other.data', which is not a file beside it"),
+    ],
+)
+def test_graphs_that_are_not_as_the_facts_say(
+    quickstart_model: Path, tmp_path: Path, change: Callable[[onnx.ModelProto], None], message: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(quickstart_model, folder)
+    for other in (folder / "other.data", tmp_path / "other.data"):
+        shutil.copyfile(folder / "image.onnx.data", other)
+    edited(folder, change)
+    with pytest.raises(UserError) as error:
+        mc2_hpc.load(folder)
+    assert str(error.value).startswith(f"{folder / 'image.onnx'}: {message}")
+    assert str(error.value).endswith("; export the model again")
+
+
+def test_weights_that_are_missing_or_a_pipe(quickstart_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(quickstart_model, folder)
+    (folder / "image.onnx.data").unlink()
+    with pytest.raises(UserError, match=r"image.onnx.data: no such file"):
+        mc2_hpc.load(folder)
+    os.mkfifo(folder / "image.onnx.data")
+    with pytest.raises(UserError, match=r"image.onnx.data: is a named pipe; name a file"):
+        mc2_hpc.load(folder)
+
+
+def test_a_graph_runs_on_torchs_threads(quickstart_model: Path) -> None:
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            clip = mc2_hpc.load(quickstart_model, "cpu")
+        finally:
+            torch.set_num_threads(before)
+        options = clip.model["text"]._session.get_session_options()
+        assert (options.intra_op_num_threads, options.inter_op_num_threads) == (threads, 1)
+
+
+def test_curation_scores_with_an_export(quickstart_model: Path, photo: Path) -> None:
+    """It has no parameters from which to tell the device, and a worker per core: one thread."""
+    clip = mc2_hpc.load(quickstart_model, "cpu")
+    assert clip.device == torch.device("cpu")
+    with Image.open(photo) as opened:
+        image = opened.convert("RGB")
+    encoder = ClipFeatures(str(quickstart_model), "cpu")
+    expected = clip.encode_image(image)
+    torch.testing.assert_close(torch.from_numpy(encoder.encode([image]))[0], expected, atol=1e-6, rtol=0)
+    assert encoder._clip.model["image"]._session.get_session_options().intra_op_num_threads == 1
+    score = ClipScore(model=str(quickstart_model), device="cpu", least=-1)
+    pooled = PoolImage("a", "a.png", photo.read_bytes())
+    (found,) = score.scores(pa.table({"text": ["a cat"]}), [pooled])
+    assert found == pytest.approx(float(expected @ clip.encode_text("a cat")), abs=1e-6)
 
 
 def test_a_missing_package_is_named(

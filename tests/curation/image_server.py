@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import io
+import ssl
 import threading
 import time
 from collections import Counter
@@ -46,7 +47,8 @@ class Request:
 class ImageServer:
     """Serves the paths in :attr:`handlers`; others are 404."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         self.handlers: dict[str, Handler] = {}
         self.requests: Counter[str] = Counter()
         self.times: list[float] = []
@@ -57,7 +59,7 @@ class ImageServer:
         self.port = 0
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
-        return f"http://{host}:{self.port}{path}"
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{path}"
 
     def add(self, path: str, handler: Handler) -> str:
         self.handlers[path] = handler
@@ -92,7 +94,8 @@ def running(server: ImageServer) -> Iterator[ImageServer]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    listening = asyncio.run_coroutine_threadsafe(asyncio.start_server(server.serve, "127.0.0.1", 0), loop).result(10)
+    starting = asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=server.tls)
+    listening = asyncio.run_coroutine_threadsafe(starting, loop).result(10)
     server.port = listening.sockets[0].getsockname()[1]
     try:
         yield server

@@ -11,7 +11,16 @@ from PIL import Image
 
 from mc2_hpc.curation.copies import codes
 from mc2_hpc.curation.copies.codes import VIEWS, view_codes
-from mc2_hpc.curation.copies.linking import ENTRY, collapse, join, link, links_of, new_forest, roots_of
+from mc2_hpc.curation.copies.linking import (
+    ENTRY,
+    collapse,
+    collapse_crowded,
+    join,
+    link,
+    links_of,
+    new_forest,
+    roots_of,
+)
 from mc2_hpc.curation.copies.tables import table_masks
 from mc2_hpc.drops import Dropped
 from tests.curation.planted import KINDS, copies_of, encoded, web_images
@@ -120,6 +129,27 @@ def test_a_placeholder_that_occurs_often_costs_no_more_than_other_images():
     forest = new_forest(len(entries))
     distinct = collapse(entries, forest)
     assert len(distinct) == 1 and not roots_of(forest).any()
+
+
+def test_only_crowded_buckets_are_collapsed():
+    """The codes of a placeholder, and of a second one that differs in a bit, become one each; other copies stay."""
+    rng = np.random.default_rng(4)
+    entries = np.zeros(50_000, ENTRY)
+    entries["words"] = rng.integers(0, 1 << 64, (50_000, 4), dtype=np.uint64)
+    entries["image"] = np.arange(50_000)
+    entries["words"][10_000:30_000] = entries["words"][1]
+    entries["words"][10_001:30_000:2, 3] ^= np.uint64(1)
+    entries["words"][40_000] = entries["words"][2]
+    expected = new_forest(50_000)
+    for mask in table_masks(6, 50_000):
+        link(collapse(entries, expected), mask, expected, max_distance=6, max_check=192)
+    found = new_forest(50_000)
+    for mask in table_masks(6, 50_000):
+        kept = collapse_crowded(entries, mask, found)
+        assert len(kept) <= 30_001 and {2, 40_000} <= set(kept["image"].tolist())
+        link(kept, mask, found, max_distance=6, max_check=192)
+    assert roots_of(found).tolist() == roots_of(expected).tolist()
+    assert roots_of(found)[40_000] == 2 and (roots_of(found)[10_000:30_000] == 1).all()
 
 
 def test_links_of_parts_join_to_the_groups_of_the_whole():

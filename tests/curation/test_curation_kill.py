@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ import pytest
 from mc2_hpc import jobs
 from mc2_hpc.curation.run import plan_run
 from tests.holding import held
-
-WAIT_S = 240
+from tests.killing import WAIT_S, started, wait_until
 
 
 @pytest.fixture
@@ -26,14 +24,6 @@ def pool(make_pool) -> Path:
 def command(pool: Path, out: Path) -> list[str]:
     words = ["curate", "run", pool, "--metadata", pool.parent / "metadata", "--t-en", "30", "--out", out]
     return [sys.executable, "-m", "mc2_hpc.cli", *map(str, words), "--workers", "2"]
-
-
-def wait_until(condition, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def gone(pid: int) -> bool:
@@ -49,23 +39,20 @@ def test_killed_run_is_continued(pool, tmp_path, victim, outputs):
     """A shard that cannot be opened yet holds a worker at a known place until it is killed."""
     jobs.run(plan_run(pool, pool.parent / "metadata", tmp_path / "whole", t_en=30))
     whole, out = outputs(tmp_path / "whole"), tmp_path / "out"
-    release = ExitStack()
-    release.enter_context(held(pool / "4.parquet"))
-    driver = subprocess.Popen(command(pool, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     stats = out / "matched" / "stats"
-    wait_until(lambda: stats.is_dir() and len(list(stats.glob("[0-9].json"))) == 5, driver)
-    record = out / "matched" / "logs" / "match" / "events" / "00004.jsonl"
-    worker = json.loads(record.read_text().splitlines()[0])["pid"]
-    os.kill(driver.pid if victim == "driver" else worker, signal.SIGKILL)
-    _, message = driver.communicate(timeout=WAIT_S)
-    if victim == "worker":
-        assert driver.returncode == 2
-        assert "match: a worker was killed at '4'" in message and "run the same command again" in message
-    deadline = time.monotonic() + WAIT_S
-    while not gone(worker):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    release.close()
+    with held(pool / "4.parquet"), started(command(pool, out)) as driver:
+        wait_until(lambda: len(list(stats.glob("[0-9].json"))) == 5, driver)
+        record = out / "matched" / "logs" / "match" / "events" / "00004.jsonl"
+        worker = json.loads(record.read_text().splitlines()[0])["pid"]
+        os.kill(driver.pid if victim == "driver" else worker, signal.SIGKILL)
+        _, message = driver.communicate(timeout=WAIT_S)
+        if victim == "worker":
+            assert driver.returncode == 2
+            assert "match: a worker was killed at '4'" in message and "run the same command again" in message
+        deadline = time.monotonic() + WAIT_S
+        while not gone(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     before = {path: path.stat().st_mtime_ns for path in (out / "matched").glob("[0-9].parquet")}
     assert len(before) == 5 and list((out / "matched").glob(".4.*"))
     subprocess.run(command(pool, out), check=True, capture_output=True, timeout=WAIT_S)

@@ -253,3 +253,11 @@ def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("mc2_hpc.curation.decontaminate.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install imagehash"):
         jobs.run(plan_decontaminate(tmp_path, tmp_path, tmp_path / "out"))
+
+
+def test_a_name_in_a_benchmark_tar_is_one_line(tmp_path):
+    shards = write_shard(tmp_path / "shards", "a", {"k": make_image(1)})
+    write_tar(tmp_path / "b.tar", [("x\n\x1b[31m.jpg", b"no image")])
+    with pytest.raises(UserError, match=r"b.tar/x\\n\\x1b\[31m.jpg: this benchmark image cannot be decoded") as error:
+        jobs.run(plan_decontaminate(shards, tmp_path / "b.tar", tmp_path / "out"))
+    assert str(error.value).isprintable()

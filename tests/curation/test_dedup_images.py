@@ -4,11 +4,9 @@ import csv
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +21,12 @@ from mc2_hpc.curation.filter import plan_filter
 from mc2_hpc.curation.filtering.record import pool_filters
 from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs import Local
+from mc2_hpc.jobs import Local, Ray
 from mc2_hpc.jobs.named import Named
 from mc2_hpc.tar import write_tar
 from tests.curation.planted import KINDS, copies_of, encoded, mirrored, small_images, web_images
 from tests.holding import held
-
-WAIT_S = 240
+from tests.killing import WAIT_S, kill_when
 
 
 def make_image(seed, size=(96, 64), quality=90):
@@ -141,6 +138,20 @@ def test_a_search_in_slices_finds_the_same(tmp_path, monkeypatch, outputs):
     }
 
 
+def test_ray_gives_the_same_bytes(tmp_path, outputs):
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'mc2_hpc[ray]')")
+    images = {f"{seed}-{quality}": make_image(seed, quality=quality) for seed in range(4) for quality in (90, 30)}
+    keys = sorted(images)
+    parts = {"x": {key: images[key] for key in keys[:3]}, "y": {key: images[key] for key in keys[3:]}}
+    pool = write_pool(tmp_path / "pool", parts)
+    counters = [
+        jobs.run(plan_dedup_images(pool, tmp_path / name), engine)
+        for name, engine in (("local", Local(1)), ("ray", Ray(workers=2, tasks=2)))
+    ]
+    assert counters[0] == counters[1] and counters[0]["groups"] == 4
+    assert outputs(tmp_path / "local") == outputs(tmp_path / "ray")
+
+
 def test_plain_tars_and_undecodable_images(tmp_path):
     """Captions go with their image; what cannot be decoded is dropped by reason; a shard without images vanishes."""
     (tmp_path / "pool" / "deep").mkdir(parents=True)
@@ -152,6 +163,23 @@ def test_plain_tars_and_undecodable_images(tmp_path):
     assert result == {"images_read": 4, "images": 1, "texts": 0, "groups": 1, "largest_group": 2, "drops": drops}
     assert members(tmp_path / "out" / "s.tar") == ["./a.jpg", "./a.txt"]
     assert not (tmp_path / "out" / "t.tar").exists()
+
+
+def test_rows_go_with_an_image_whose_name_is_too_long(tmp_path):
+    name = "k" * 100 + "/" + "k" * 97
+    images = {"a": make_image(0), name: make_image(1)}
+    (tmp_path / "pool").mkdir()
+    with tarfile.open(tmp_path / "pool" / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, data in images.items():
+            for file, content in ((f"{key}.jpeg", data), (f"{key}.x", b"more")):
+                info = tarfile.TarInfo(file)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    pq.write_table(pa.table({"key": ["a", name], "text": ["one", "two"]}), tmp_path / "pool" / "0.parquet")
+    result = jobs.run(plan_dedup_images(tmp_path / "pool", tmp_path / "out"))
+    assert result["drops"] == {"name_too_long": 1} and result["images"] == result["texts"] == 1
+    assert members(tmp_path / "out" / "0.tar") == ["a.jpeg", "a.x"]
+    assert pq.read_table(tmp_path / "out" / "0.parquet")["key"].to_pylist() == ["a"]
 
 
 def test_added_and_removed_shards_change_the_groups(tmp_path):
@@ -223,17 +251,45 @@ def test_killed_run_is_continued(tmp_path, outputs):
     command += ["--out", str(tmp_path / "out")]
     hashed = tmp_path / "out" / "hashes" / "stats"
     with held(pool / "3.tar"):
-        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + WAIT_S
-        while not hashed.is_dir() or len(list(hashed.glob("[0-9].json"))) < 3:
-            assert driver.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait()
+        kill_when(command, lambda: len(list(hashed.glob("[0-9].json"))) == 3)
     before = {path: path.stat().st_mtime_ns for path in hashed.glob("[0-9].json")}
     subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_a_tar_that_was_written_again_is_hashed_again(tmp_path):
+    """The same keys with other images: nothing of the old ones decides what goes."""
+    pool = write_pool(tmp_path / "pool", {"0": {"a": make_image(0), "b": make_image(0, quality=50)}})
+    assert jobs.run(plan_dedup_images(pool, tmp_path / "out"))["images"] == 1
+    write_pool(pool, {"0": {"a": make_image(1), "b": make_image(2)}})
+    result = jobs.run(plan_dedup_images(pool, tmp_path / "out"))
+    assert result["images"] == 2 and result["groups"] == 0 and kept_keys(tmp_path / "out") == {"a", "b"}
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+def test_a_tar_that_changes_while_it_is_compared_is_an_error(tmp_path, keep_time):
+    """By size and time of the tar, or by the sizes of its images if both are as they were."""
+    images = {"a": make_image(0), "b": make_image(1, quality=30)}
+    pool = write_pool(tmp_path / "pool", {"0": images})
+    jobs.run(plan_dedup_images(pool, tmp_path / "out"))
+    times = (pool / "0.tar").stat()
+    write_tar(pool / "0.tar", [("a.jpg", images["b"]), ("b.jpg", images["a"])])
+    if keep_time:
+        os.utime(pool / "0.tar", ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert (pool / "0.tar").stat().st_size == times.st_size
+    (shard,) = list_pool(pool)
+    with pytest.raises(UserError, match=r"0.tar: has changed since it was hashed; run the same command again"):
+        dedup_images.WriteShard(tmp_path / "out")("0", shard)
+
+
+def test_a_large_jpeg_ranks_by_all_its_pixels(tmp_path, monkeypatch):
+    """Training decodes it at a smaller scale, but it is still the larger copy."""
+    pool = write_pool(tmp_path / "pool", {"0": {"a": make_image(0, (192, 128)), "b": make_image(0, (288, 192))}})
+    monkeypatch.setattr("mc2_hpc.images.open_image.__kwdefaults__", {"max_pixels": 200 * 150})
+    monkeypatch.setattr("mc2_hpc.images.image_size.__kwdefaults__", {"max_pixels": 200 * 150})
+    jobs.run(plan_dedup_images(pool, tmp_path / "out"))
+    assert report(tmp_path / "out") == {"a": "b"}
 
 
 def test_bad_input_is_named(tmp_path):
@@ -248,18 +304,13 @@ def test_bad_input_is_named(tmp_path):
     for same in (pool, tmp_path / "out" / ".." / "pool"):
         with pytest.raises(UserError, match="pool: holds the shards that are read; name another folder"):
             plan_dedup_images(pool, same)
+    (tmp_path / "out" / "hashes" / "images" / "a.arrow").write_bytes(b"damaged")
+    (tmp_path / "out" / "stats" / "a.json").unlink()
+    with pytest.raises(UserError, match="a.arrow: not readable .*; delete it and run the same command again"):
+        jobs.run(plan_dedup_images(pool, tmp_path / "out"))
     (pool / "a.tar").unlink()
     with pytest.raises(UserError, match="a.parquet: there is no a.tar with its images"):
         plan_dedup_images(pool, tmp_path / "out2")
     write_tar(tmp_path / "b.tar", [("x.jpg", b"no"), ("y.jpg", b"no")])
     with pytest.raises(UserError, match=r"nothing was kept \(images 0\): image_undecodable 2"):
         jobs.run(plan_dedup_images(tmp_path / "b.tar", tmp_path / "out3"))
-    (tmp_path / "out3" / "stats" / "b.json").unlink()
-    write_tar(tmp_path / "b.tar", [("x.jpg", b"no")])
-    with pytest.raises(UserError, match="b.tar: has changed since it was hashed; delete .*hashes/stats/b.json"):
-        jobs.run(plan_dedup_images(tmp_path / "b.tar", tmp_path / "out3"))
-    (tmp_path / "out" / "hashes" / "images" / "a.arrow").write_bytes(b"damaged")
-    (tmp_path / "out" / "stats" / "a.json").unlink()
-    write_pool(pool, {"a": {"k": make_image(1)}})
-    with pytest.raises(UserError, match="a.arrow: not readable .*; delete it and run the same command again"):
-        jobs.run(plan_dedup_images(pool, tmp_path / "out"))

@@ -72,11 +72,8 @@ class Sheets(HTMLParser):
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch) -> str:
-    name = f"filters_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+def module(module_of) -> str:
+    return module_of(MODULE)
 
 
 def numbered(folder: Path, numbers: list[int], shards: int) -> Path:

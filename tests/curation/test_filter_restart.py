@@ -4,7 +4,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,11 @@ from mc2_hpc.jobs.named import Named
 from tests.curation.filtered_pool import run_filter, write_shard
 from tests.curation.image_server import encoded
 from tests.holding import held
+from tests.killing import kill_when
 
 SIZE, LENGTH = "mc2_hpc.filters.Size", "mc2_hpc.filters.Length"
 SMALL = Named(SIZE, {"least": 20})
 SHARP = Named("image_filters.Sharpness", {"least": 57.5})
-
-
-@pytest.fixture
-def examples(monkeypatch) -> None:
-    """The filters of the examples can be imported."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
 
 
 def many(folder: Path, shards: int, order: random.Random | None = None) -> Path:
@@ -73,14 +67,7 @@ def test_a_killed_run_gives_the_same_bytes(tmp_path, outputs):
     words = ["filter", str(pool), "--out", str(tmp_path / "out"), "--workers", "1", "--filter", SIZE, "least=20"]
     command = [sys.executable, "-m", "mc2_hpc.cli", "curate", *words]
     with held(pool / "1.tar"):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / "stats" / "0.json").is_file():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "the command did not finish the first shard"
-            time.sleep(0.05)
-        process.kill()
-        process.communicate(timeout=60)
+        kill_when(command, (tmp_path / "out" / "stats" / "0.json").is_file)
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("0.*")}
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")

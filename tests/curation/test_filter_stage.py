@@ -13,9 +13,11 @@ from PIL import Image
 
 from mc2_hpc import jobs
 from mc2_hpc.cli import main
+from mc2_hpc.curation.filter import plan_filter
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.pack import plan_pack
 from mc2_hpc.errors import UserError
+from mc2_hpc.ingestion.pack import plan_pack as plan_data_pack
 from mc2_hpc.jobs.named import Named
 from mc2_hpc.storage import write_json
 from mc2_hpc.tar import write_tar
@@ -26,7 +28,7 @@ SIZE, LENGTH, WORDS = (f"mc2_hpc.filters.{name}" for name in ("Size", "Length", 
 SMALL = Named(SIZE, {"least": 20})
 
 MODULE = '''
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -51,6 +53,15 @@ class Invert:
             if self.word in text.split():
                 image.replace(image.pixels.point(lambda value: 255 - value), "inverted")
         return [None] * len(rows)
+
+
+@dataclass(frozen=True)
+class Counting:
+    word: str = "none"
+    seen: dict = field(init=False, default_factory=dict)
+
+    def drop_reasons(self, rows, images):
+        return [self.word if self.word in text else None for text in rows["text"].to_pylist()]
 
 
 class Answers:
@@ -84,13 +95,10 @@ class NoMethod:
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch) -> str:
+def module(tmp_path, monkeypatch, module_of) -> str:
     """Name of a module of filters in the working folder."""
-    name = f"image_filters_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module_of(MODULE)
 
 
 def plain(color: tuple[int, int, int], size: tuple[int, int] = (32, 32), kind: str = "PNG", **options) -> bytes:
@@ -319,9 +327,8 @@ def test_two_scores_need_two_names_and_scores_are_finite(module, tmp_path):
         run_filter(pool, tmp_path / "out", Named(f"{module}.Told", {"least": 1}))
 
 
-def test_the_examples_filters(tmp_path, monkeypatch):
+def test_the_examples_filters(tmp_path, examples):
     """The filters in examples/ are loaded by name, and each of their reasons occurs."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
     images = {"noise.jpg": encoded(), "plain.png": plain((9, 9, 9)), "pixel.png": plain((9, 9, 9), (1, 1))}
     rows = [(name.partition(".")[0], "a caption", "en") for name in images]
     pool = write_shard(tmp_path / "pool", "0", images, rows)
@@ -345,6 +352,38 @@ def test_the_examples_of_the_docs(pool, tmp_path, monkeypatch, capsys):
     assert main([*command.strip().removeprefix("mc2 ").split(), "--workers", "2"]) == 0
     counters = json.loads(capsys.readouterr().out)
     assert "darkness_high" not in counters["drops"] and counters["images"] == 3
+
+
+def test_files_of_an_earlier_run_do_not_stay_when_nothing_does(tmp_path):
+    """A shard that was filtered and then interrupted is filtered again, of a pool that has changed since."""
+    pool = write_shard(tmp_path / "pool", "0", {"a.jpg": encoded(size=(30, 30))}, [("a", "x", "en")])
+    write_shard(pool, "1", {"b.jpg": encoded(size=(30, 30))}, [("b", "x", "en")])
+    run_filter(pool, tmp_path / "out", SMALL)
+    assert (tmp_path / "out" / "0.tar").exists()
+    write_shard(pool, "0", {"a.jpg": encoded(size=(10, 10))}, [("a", "x", "en")])
+    (tmp_path / "out" / "stats" / "0.json").unlink()
+    assert run_filter(pool, tmp_path / "out", SMALL)["images"] == 1
+    assert sorted(path.name for path in (tmp_path / "out").glob("?.*")) == ["1.parquet", "1.tar"]
+
+
+def test_a_pool_is_not_filtered_or_packed_over_itself(tmp_path):
+    pool = write_shard(tmp_path / "pool", "0", {"a.jpg": encoded(size=(30, 30))}, [("a", "x", "en")])
+    before = in_tar(pool / "0.tar")
+    for plan in (
+        lambda: plan_filter(pool, tmp_path / "pool", [SMALL]),
+        lambda: plan_data_pack(pool, tmp_path / "out" / ".." / "pool"),
+    ):
+        with pytest.raises(UserError, match="pool: holds the shards that are read; name another folder"):
+            plan()
+    assert in_tar(pool / "0.tar") == before and sorted(path.name for path in pool.iterdir()) == ["0.parquet", "0.tar"]
+
+
+def test_recorded_options_are_those_of_the_constructor(tmp_path, module):
+    """A filter may keep more in fields of its own, which nobody can give."""
+    pool = write_shard(tmp_path / "pool", "0", {"a.jpg": encoded(size=(30, 30))}, [("a", "x", "en")])
+    run_filter(pool, tmp_path / "out", Named(f"{module}.Counting", {}))
+    (recorded,) = json.loads((tmp_path / "out" / "filter.json").read_text())["filters"]
+    assert recorded["arguments"] == {"word": "none"}
 
 
 def test_what_cannot_be_filtered_is_one_line(tmp_path, make_pool):

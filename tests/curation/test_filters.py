@@ -82,13 +82,10 @@ not_a_class = len
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch) -> str:
+def module(tmp_path, monkeypatch, module_of) -> str:
     """Name of a module of filters in the working folder, where ``mc2`` finds user modules."""
-    name = f"filters_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module_of(MODULE)
 
 
 @pytest.fixture
@@ -132,17 +129,17 @@ def test_drops_are_counted_in_stats_balance_and_report(pool, listed, module, tmp
     drops = {"listed_word": 4 * 3, "too_long": 4 * (27 - 4)}
     assert result["match"]["drops"] == result["balance"]["drops"] == drops
     assert (result["match"]["rows"], result["match"]["captions"]) == (120, {"en": 16})
+    defaults = {"min_characters": 0, "min_words": 0, "max_words": None}  # recorded too: they decide as much
     assert read_json(tmp_path / "out" / "matched" / "match.json", ANYTHING)["filters"] == [
-        {"name": f"{module}.Words", "arguments": {"words": "words.txt"}},
-        {"name": LENGTH, "arguments": {"max_characters": 11}},
+        {"name": f"{module}.Words", "arguments": {"words": "words.txt", "lang": "", "loudly": False}},
+        {"name": LENGTH, "arguments": {"max_characters": 11, **defaults}},
     ]
     page = (tmp_path / "out" / "report" / "curation.html").read_text(encoding="utf-8")
     assert "listed_word" in page and "too_long" in page
 
 
-def test_the_examples_filter(monkeypatch):
+def test_the_examples_filter(examples):
     """The filter in examples/ is loaded by name, and each of its reasons occurs."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
     one = parse_filter(["caption_filters.NoAdvertisements", "most_prices=1"]).load()
     texts = ["a red car", "a red car for $5", "from $5 to 7 €", "red cars, buy now"]
     assert one.drop_reasons(pa.table({"text": texts})) == [None, None, "price", "call_to_buy"]

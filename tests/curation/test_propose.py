@@ -14,6 +14,7 @@ from mc2_hpc.curation.balance import plan_balance
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.propose import propose
 from mc2_hpc.errors import UserError
+from mc2_hpc.storage import file_sha256
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(any), st.sampled_from([0.0, 0.06, 0.25, 0.5, 1.0]))
@@ -63,6 +64,14 @@ def test_auto_takes_the_proposal(matched, tmp_path, capsys):
     assert (report["t_en"], report["p"]) == (first["t_en"], first["tail_mass"])
     assert main(["curate", "balance", str(matched), *words, "--t-en", "some", "--out", str(tmp_path / "c")]) == 2
     assert "--t-en some: must be a whole number" in capsys.readouterr().err
+
+
+def test_the_metadata_is_that_of_matching(matched, tmp_path):
+    path = tmp_path / "metadata" / "en.json"
+    assert {one.metadata_sha256 for one in propose(matched, tmp_path / "metadata")} == {file_sha256(path)}
+    path.write_text(json.dumps([*json.loads(path.read_text()), "another entry"]))
+    with pytest.raises(UserError, match="metadata: not the metadata .*matched was matched with; name that one"):
+        propose(matched, tmp_path / "metadata")
 
 
 def test_a_pool_without_english(matched, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from mc2_hpc.data.caption_fields import CaptionFields, FieldReader
 from mc2_hpc.data.packing import write_shard
-from mc2_hpc.data.shards import CuratedShard, Extras, PlainShard, Shard, open_shard
+from mc2_hpc.data.shards import CuratedShard, Extras, PlainShard, Shard, ShardError, open_shard
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
@@ -188,7 +188,7 @@ def test_a_column_that_is_not_there_is_named(curated: Path) -> None:
 def test_a_column_that_is_not_text_makes_the_shard_unreadable(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"], "text": ["x"], "score": [1.0]}), tmp_path / "0.parquet")
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"i"})])
-    with pytest.raises(Exception, match="column 'score' is double, must be string"):
+    with pytest.raises(ShardError, match="column 'score' is double, must be string"):
         open_shard(tmp_path / "0.tar", extras=Extras(CaptionFields({"parquet.score": 1.0})))
 
 

@@ -143,7 +143,7 @@ def test_sources_do_not_share_their_order(config: DataConfig) -> None:
     """Shards of the same names, as of one set of images with two sets of captions, come in other orders."""
     sources = open_sources(config)
     orders = [tuple(pool.deck.order(0)) for pool in make_pools(sources, lanes=1, transform=decode, reading=print)]
-    assert len({source.seed for source in sources} | {config.seed}) == 4 and len(set(orders)) > 1
+    assert len({source.seed for source in sources} | {config.seed}) == 4 and len(set(orders)) == 3
 
 
 @settings(max_examples=25, deadline=None)

@@ -164,6 +164,13 @@ def test_one_of_several_captions_of_a_record_is_drawn(tmp_path: Path) -> None:
     assert [text for text, _ in shard.read_captions(0)] == texts
 
 
+@pytest.mark.parametrize("record", [b'{"lang": "de"', b'["lang"]'])
+def test_a_bad_record_does_not_cost_the_caption_beside_it(tmp_path: Path, record: bytes) -> None:
+    shard = plain(tmp_path, {"k": {"jpg": b"1", "txt": b"a cat", "json": record}})
+    assert shard.read(0, seed=0, epoch=0) == Pair("k", b"1", "a cat", "")
+    assert shard.read_captions(0) == [("a cat", "")]
+
+
 def test_a_bad_caption_in_parquet_costs_itself_alone(tmp_path: Path) -> None:
     rows = [{"key": "a", "text": b"good"}, {"key": "b", "text": b"bad \xff"}]
     path = curated(tmp_path, rows, ["a", "b"], text=pa.binary())

@@ -76,6 +76,7 @@ def test_keys_are_listed_in_any_normal_form() -> None:
         ("https://e.com/a?b", "https://e.com/a?b", True),
         ("https://e.com/a?b", "https://e.com/axb", False),
         ("https://e.com/a.jpg", "https://e.com/a.jpg2", False),
+        ("https://E.com/A.jpg", "https://e.com/a.JPG", True),
         ("*", "", False),
     ],
 )
@@ -83,13 +84,22 @@ def test_addresses(pattern: str, url: str, listed: bool) -> None:
     assert listing({"url": "none"}, {"url": pattern}).lists_content(b"", url) is listed
 
 
+def test_addresses_without_a_star_are_looked_up_not_matched() -> None:
+    """A pattern of a million alternatives would be tried one by one for every sample."""
+    takedown = listing({"url": "http://a/1"}, {"url": "http://A/2"}).joined(listing({"url": "http://b/1"}))
+    assert takedown.addresses == {"http://a/1", "http://a/2", "http://b/1"} and takedown.patterns is None
+    assert takedown.looks_inside and takedown.lists_content(b"", "HTTP://a/2")
+    assert not takedown.lists_content(b"", "http://b/2")
+
+
 def test_lists_are_joined() -> None:
-    first = {"key": "a"}, {"url": "http://x/*"}
+    first = {"key": "a"}, {"url": "http://x/*"}, {"url": "http://w"}
     second = {"key": "b"}, {"url": "http://y/*"}, {"sha256": hashlib.sha256(b"image").hexdigest()}
     for one, other in ((first, second), (second, first)):
         both = listing(*one).joined(listing(*other))
         assert all(both.lists_key(key_hash) for key_hash in hash_keys(["a", "b"]))
         assert both.lists_content(b"", "http://x/1") and both.lists_content(b"", "http://y/1")
+        assert both.lists_content(b"", "http://w")
         assert both.lists_content(b"image", "") and not both.lists_content(b"", "http://z/1")
 
 
@@ -212,6 +222,15 @@ def test_a_restart_continues_exactly_without_what_is_now_listed(workers: int, lo
     assert not listed & {key for batch in after for key in batch.keys}
     uninterrupted = [key for batch in before for key in batch.keys]
     assert uninterrupted == keys_of(load(sources, None), 4)
+
+
+def test_after_a_restart_that_fails_nothing_comes(load, sources: list[TrainSource]) -> None:
+    """Neither the rest of what was prepared with the old list, nor the data from its start."""
+    loader = load(sources, listing())
+    batch = next(loader)
+    with pytest.raises(UserError, match="lanes cannot change during a run"):
+        loader.restart({lane: batch.position[lane] for lane in (0, 1)}, listing())
+    assert list(loader) == []
 
 
 def test_when_everything_is_listed_the_run_ends_with_one_line(load, sources: list[TrainSource]) -> None:

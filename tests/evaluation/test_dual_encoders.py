@@ -369,6 +369,17 @@ def test_features_are_transformers_own(theirs, transformers, image_folder):
     assert bias == pytest.approx(getattr(model, "logit_bias", torch.zeros(1)).item())
 
 
+def test_a_tokenizer_without_a_mask(theirs):
+    """As transformers' own pipelines, which pass on what the tokenizer gives; CLIP's causal towers need no mask."""
+    folder, *_ = theirs
+    masked = open_dual_encoder(folder, CPU).encode_texts(TEXTS)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_input_names": ["input_ids"]}))
+    encoder = open_dual_encoder(folder, CPU)
+    assert list(encoder.tokenize(TEXTS)) == ["input_ids"] and len(encoder.captions.pads) == 1
+    torch.testing.assert_close(encoder.encode_texts(TEXTS), masked, atol=1e-6, rtol=0)
+
+
 def test_a_transformers_teacher(theirs, image_folder):
     folder, *_, kind = theirs
     encoder = open_dual_encoder(folder, CPU)

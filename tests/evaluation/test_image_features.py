@@ -15,4 +15,5 @@ def test_features_are_those_of_load(tiny_checkpoint):
     assert named.name == CLIP and named.arguments == {"model": str(tiny_checkpoint), "device": "cpu"}
     encoder = load_encoder(named)
     assert encoder == ClipFeatures(str(tiny_checkpoint), "cpu")
+    assert encoder.sources() == {"model": mc2_hpc.load(tiny_checkpoint, "cpu").dual.identity}
     assert np.allclose(encoder.encode(images), mc2_hpc.load(tiny_checkpoint, "cpu").encode_image(images), atol=1e-6)

@@ -12,6 +12,7 @@ import yaml
 from mc2_hpc.cli import main
 from mc2_hpc.data.tokenizer import train_tokenizer
 from mc2_hpc.evaluation import sweep
+from mc2_hpc.evaluation.suite import Suite
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from tests.conversion import colours
@@ -143,14 +144,30 @@ def test_ranks_share_the_images(
     assert (one / "sweep.json").read_bytes() == (two / "sweep.json").read_bytes()
 
 
-def test_a_set_that_was_missing_is_scored_later(models: tuple[Path, Path], suite: Path, tmp_path: Path) -> None:
+def test_a_set_that_was_missing_is_scored_later(
+    models: tuple[Path, Path], suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It alone, and what the others had stays as it was."""
+    whole = tmp_path / "whole"
+    assert run_sweep(models, suite, whole, "0,1") == 0
+    run_suite, asked = sweep.run_suite, []
+
+    def noted(suite: Suite, *arguments: object) -> object:
+        asked.append(list(suite.sets))
+        return run_suite(suite, *arguments)
+
+    monkeypatch.setattr(sweep, "run_suite", noted)
     out, away = tmp_path / "sweep", tmp_path / "away"
     (tmp_path / "sets" / "old").rename(away)
     assert run_sweep(models, suite, out, "0,1") == 0
     assert set(json.loads((out / "sweep.json").read_text())["sets"]) == {"new"}
+    before = json.loads((out / "alphas" / "0.0.json").read_text())["sets"]["new"]
     away.rename(tmp_path / "sets" / "old")
     assert run_sweep(models, suite, out, "0,1") == 0
-    assert set(json.loads((out / "sweep.json").read_text())["sets"]) == {"old", "new"}
+    assert asked == [["old", "new"], ["old", "new"], ["old"], ["old"]]
+    assert json.loads((out / "alphas" / "0.0.json").read_text())["sets"]["new"] == before
+    for name in ("sweep.json", "sweep.md"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_what_does_not_fit(

@@ -126,15 +126,25 @@ def passed_over(folder: Path, shards: Path, victim: int) -> tuple[int, Counter[s
     return left_out, found_instead
 
 
+def rows(run: Path) -> dict[int, dict[str, Any]]:
+    """The rows of a run's ``metrics.jsonl``, by step."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
 def losses(folder: Path) -> dict[int, float]:
-    """Loss of every step in a job's ``metrics.jsonl``."""
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+    """Loss of every step of a job."""
+    return {step: row["loss"] for step, row in rows(folder / "run").items()}
+
+
+def saved_trainer(folder: Path, step: int) -> dict[str, Any]:
+    """The ``trainer.json`` of a job's checkpoint."""
+    return json.loads((folder / "run" / "checkpoints" / f"step-{step:08d}" / "trainer.json").read_text())
 
 
 def skips(folder: Path, step: int) -> dict[str, int]:
     """Skips recorded in a job's checkpoint, by reason, over all ranks."""
-    return json.loads((folder / "run" / "checkpoints" / f"step-{step:08d}" / "trainer.json").read_text())["skipped"]
+    return saved_trainer(folder, step)["skipped"]
 
 
 def state_hashes(folder: Path, step: int) -> dict[str, str]:

@@ -178,6 +178,12 @@ def _replace(shard: Path) -> None:
     write_shard(shard, [(pair.key, {"jpg": pair.image, "txt": pair.text.encode()}) for pair in pairs])
 
 
+def _grow(path: Path) -> None:
+    """Append what ``<path>.more`` has."""
+    with open(path, "ab") as file:
+        file.write(Path(f"{path}.more").read_bytes())
+
+
 FILES: dict[str, Callable[[Path], None]] = {
     "fill": _fill,
     "free": _free,
@@ -185,6 +191,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "remove": Path.unlink,
     "append": _append,
     "replace": _replace,
+    "grow": _grow,
 }
 
 

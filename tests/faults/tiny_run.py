@@ -16,7 +16,9 @@ from mc2_hpc.data.tokenizer import train_tokenizer
 SAMPLES, PER_SHARD, LANES, BATCH = 512, 64, 8, 32
 NUM_NEW = 16
 """New samples that a shard gets in the fault matrix's rows about changing shards."""
-_COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black"]
+COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black"]
+FARBEN = ["rotes", "hellgrünes", "blaues", "gelbes", "türkises", "violettes", "weißes", "schwarzes"]
+"""The same in German, for a square."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class TinyPool:
 def draw_pairs(count: int, *, prefix: str = "") -> Iterator[Pair]:
     """Pairs whose keys are ``prefix`` and six digits."""
     for number in range(count):
-        inside, outside = _COLOURS[number % 8], _COLOURS[number // 8 % 8]
+        inside, outside = COLOURS[number % 8], COLOURS[number // 8 % 8]
         image = Image.new("RGB", (40, 40), outside)
         image.paste(inside, (8 + number % 5, 8 + number % 7, 32, 32))
         data = io.BytesIO()

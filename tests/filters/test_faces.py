@@ -13,6 +13,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.filters.faces import blurred
 from mc2_hpc.filters.mtcnn import Mtcnn, _nms
 from mc2_hpc.jobs.named import Named
+from tests.curation import planted
 from tests.curation.filtered_pool import in_tar, run_filter, verdicts, write_shard
 from tests.curation.image_server import encoded
 
@@ -64,12 +65,9 @@ class NoDetector:
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch) -> str:
+def module(module_of) -> str:
     """Name of a module of detectors."""
-    name = f"detectors_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module_of(MODULE)
 
 
 def with_spot(red: int) -> bytes:
@@ -115,6 +113,15 @@ def test_faces_are_blurred_and_other_images_keep_their_bytes(pool, module, tmp_p
     outside[17:43, 27:53] = False
     assert np.abs(now - was).mean(2)[outside].mean() < 40 < np.abs(now - was)[20:40, 30:50, 0].mean()
     assert {row["change"] for row in verdicts(tmp_path / "out")} == {None, "faces_blurred"}
+
+
+def test_the_same_limit_blurs_what_it_would_drop(pool, module, tmp_path):
+    """A face exactly as confident as the limit is one for neither filter."""
+    most = 200 / 255
+    run_filter(pool, tmp_path / "drop", Named(DROP, {"detector": f"{module}.Red", "most": most}))
+    run_filter(pool, tmp_path / "blur", Named(BLUR, {"detector": f"{module}.Red", "least": most}))
+    assert set(in_tar(pool / "0.tar")) - set(in_tar(tmp_path / "drop" / "0.tar")) == {"255.png"}
+    assert {row["key"] for row in verdicts(tmp_path / "blur") if row["change"]} == {"255"}
 
 
 def test_the_bytes_are_the_same_again(pool, module, tmp_path, outputs):
@@ -163,12 +170,6 @@ def mtcnn(wheel, monkeypatch) -> Mtcnn:
         del sys.modules[name]
 
 
-def jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
 def test_mtcnn_finds_the_faces_of_a_photograph(mtcnn, photos):
     image = photos[f"{PEOPLE}.jpg"]
     (faces,) = mtcnn.detect([image])
@@ -184,7 +185,7 @@ def test_mtcnn_finds_the_faces_of_a_photograph(mtcnn, photos):
 
 def test_mtcnn_blurs_so_that_it_finds_nothing_left(mtcnn, photos, tmp_path):
     names = [f"{PEOPLE}.jpg", "000000009.jpg"]
-    data = {name: jpeg(photos[name]) for name in names}
+    data = {name: planted.encoded(photos[name], 95) for name in names}
     pool = write_shard(tmp_path / "pool", "0", data, [(name[:-4], "a picture", "en") for name in names])
     counters = run_filter(pool, tmp_path / "blurred", Named(BLUR, {}))
     assert counters["changes"] == {"faces_blurred": 1}

@@ -13,6 +13,7 @@ from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.errors import UserError
 from mc2_hpc.filters import OnnxScore
 from mc2_hpc.jobs.named import Named
+from tests.curation import planted
 from tests.curation.filtered_pool import run_filter, verdicts, write_shard
 from tests.curation.image_server import encoded
 
@@ -47,12 +48,6 @@ def means(*axes: int) -> list[tuple]:
 
 def pool_images(count: int = 5) -> list[PoolImage]:
     return [PoolImage(f"{n}", f"{n}.png", encoded("PNG", size=SIDES[n % 5], seed=n)) for n in range(count)]
-
-
-def encode(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95)
-    return file.getvalue()
 
 
 def as_array(image: Image.Image) -> np.ndarray:
@@ -135,7 +130,7 @@ def test_models_that_cannot_be_used(save, tmp_path):
     anything = save(means(2, 3), ["B", 3, "H", "W"])
     assert "takes images of any size; give size=PIXELS" in message(anything)
     assert "classes=3: the model has 3 classes, from 0" in message(anything, size=8, classes="3")
-    fixed = anything.rename(tmp_path / "a.onnx")
+    anything.rename(tmp_path / "a.onnx")
     fixed = save(means(2, 3), ["B", 3, 8, 8]).rename(tmp_path / "b.onnx")
     assert "takes images of 8x8 pixels, not size=9" in message(fixed, size=9)
     grey = save(means(2, 3), ["B", 1, 8, 8]).rename(tmp_path / "c.onnx")
@@ -150,7 +145,7 @@ def test_nudenet(wheel, photos, tmp_path):
 
     model = wheel(NUDENET) / "nudenet" / "320n.onnx"
     names = sorted(photos)
-    data = {name: encode(photos[name]) for name in names}
+    data = {name: planted.encoded(photos[name], 95) for name in names}
     pool = write_shard(tmp_path / "pool", "0", data, [(Path(name).stem, "a picture", "en") for name in names])
     options = {"model": str(model), "size": 320, "fit": "pad", "name": "faces", "classes": "5,16", "most": 0.5}
     counters = run_filter(pool, tmp_path / "out", Named("mc2_hpc.filters.OnnxScore", options))

@@ -30,17 +30,23 @@ def test_languages_are_kept_or_dropped_by_any_of_their_codes():
     assert reasons(Languages(keep="en"), []) == []
 
 
+@pytest.mark.parametrize("code", ["en", "zh-Hant-HK", "eng_Latn", "tlh", "qaa", "other", "simple", "pt_BR.UTF-8"])
+def test_every_code_of_a_language_is_accepted(code):
+    """Also of one without a row in our table, for which a pool and metadata may have a code of their own."""
+    assert reasons(Languages(keep=code), [("x", code)]) == [None]
+
+
 def test_patterns_in_some_languages_alone():
     rows = [("eine Frau", "de"), ("eine Frau", "ger"), ("eine Frau", "en"), ("ein Mann", "de"), ("x", "")]
     assert reasons(Pattern(drop="Frau", languages="de,fr"), rows) == ["pattern", "pattern", None, None, None]
     assert reasons(Pattern(keep="Frau", languages="de"), rows) == [None, None, None, "pattern", None]
-    with pytest.raises(UserError, match="is not a list of language codes"):
+    with pytest.raises(UserError, match="'' is not the code of a language"):
         Pattern(drop="x", languages="de,")
 
 
-@pytest.mark.parametrize("options", [{}, {"keep": "en", "drop": "de"}, {"keep": "en,,de"}])
+@pytest.mark.parametrize("options", [{}, {"keep": "en", "drop": "de"}, {"keep": "en,,de"}, {"drop": "en,englsh"}])
 def test_lists_of_languages_that_say_nothing(options):
-    with pytest.raises(UserError, match="give either keep=|is not a list of language codes"):
+    with pytest.raises(UserError, match="give either keep=|'(englsh)?' is not the code of a language; write"):
         Languages(**options)
 
 
@@ -90,6 +96,10 @@ def test_lists_that_cannot_be_used(tmp_path, monkeypatch, lists):
     for path in ("empty", "missing"):
         with pytest.raises(UserError, match=f"{path}: no file, and no folder of <lang>.txt files"):
             Words(lists=tmp_path / path)
+    (lists / "notes.txt").write_text("read me")
+    with pytest.raises(UserError, match="notes.txt: 'notes' is not the code of a language; name it <lang>.txt"):
+        Words(lists=lists)
+    (lists / "notes.txt").unlink()
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\n")
     for name, message in (("blank", "no list of words"), ("bytes", "is not UTF-8")):

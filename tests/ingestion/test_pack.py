@@ -12,6 +12,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.images import open_image
 from mc2_hpc.ingestion.columns import Columns
 from mc2_hpc.ingestion.samples import PackOptions
+from mc2_hpc.tar import write_tar
 from tests.ingestion.sources import pack, picture, read_back, write_files
 
 
@@ -60,6 +61,27 @@ def test_a_folder_with_caption_files(tmp_path):
         "image_unsupported": 1,
     }
     assert counters["languages"] == {"en": 3, "de": 2} and counters["formats"] == {"jpg": 3, "png": 1}
+
+
+LARGE = b'{"lang": "de", "more": "' + b"a" * (1 << 20) + b'"}'
+
+
+@pytest.mark.parametrize(
+    "record",
+    [LARGE, b'{"lang": "de"', b"[]", b"\xff", b""],
+    ids=["large", "cut", "list", "latin", "empty"],
+)
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_bad_record_does_not_cost_the_caption_beside_it(tmp_path, kind, record):
+    files = {"a.jpg": picture(1), "a.txt": b"a cat", "a.json": record, "b.jpg": picture(2), "b.json": record}
+    if kind == "folder":
+        write_files(tmp_path / "source", files)
+    else:
+        (tmp_path / "source").mkdir()
+        write_tar(tmp_path / "source" / "s.tar", list(files.items()))
+    counters = pack(tmp_path / "source", tmp_path / "out")
+    assert read_back(tmp_path / "out") == {"a": (picture(1), [("a cat", "en")])}
+    assert sum(counters["drops"].values()) == 1, "the image that has only the record"
 
 
 TABLES = {
@@ -158,6 +180,8 @@ def test_a_line_without_end_is_one_line(tmp_path, name):
             "image,text\nhttps://example.org/a.jpg,x\n",
             "has addresses, such as https://example.org/a.jpg;.*fetch",
         ),
+        ("image,text\n,x\na.jpg,x\nHTTPS://example.org/a.jpg,x\n", "has addresses, such as HTTPS://example.org/a.jpg;"),
+        ("image,text\n", r"nothing was kept"),
         ('image,text\na.jpg,"never closed\n' + "x\n" * 700_000, "line [0-9]+: field larger .*check the quotes"),
         ("", "name the right column with --image-column; its columns are none"),
         ("image,text\nb.jpg,x\n", r"nothing was kept \(images 0\): image_missing 1"),
@@ -215,6 +239,12 @@ def test_other_content_is_packed_again_and_other_settings_are_refused(tmp_path):
     assert tar.stat().st_mtime_ns == before
     write_files(photos, {"b.txt": "two"})
     assert pack(photos, tmp_path / "out")["images"] == 2 and len(read_back(tmp_path / "out")) == 2
+    write_files(photos, {"a.txt": "edited", "b.jpg": picture(3)})
+    pack(photos, tmp_path / "out")
+    assert read_back(tmp_path / "out") == {
+        "a": (picture(1), [("edited", "en")]),
+        "b": (picture(3), [("two", "en")]),
+    }
     with pytest.raises(UserError, match="made with another options; name another folder"):
         pack(photos, tmp_path / "out", PackOptions())
 

@@ -1,16 +1,13 @@
 """``mc2 data pack`` killed in the middle: the same command completes the same bytes."""
 
-import signal
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet as pq
 
 from tests.holding import held
 from tests.ingestion.sources import picture, write_files
-
-WAIT_S = 240
+from tests.killing import WAIT_S, kill_when
 
 
 def command(tmp_path, out):
@@ -28,13 +25,7 @@ def test_a_killed_pack_is_continued(tmp_path, outputs):
     assert len([name for name in whole if name.endswith(".tar")]) == 4
     last = pq.read_table(tmp_path / "whole" / "00002.parquet")["key"].to_pylist()[-1]
     with held(tmp_path / f"{last}.jpg"):
-        process = subprocess.Popen(command(tmp_path, "out"), stderr=subprocess.PIPE)
-        deadline = time.monotonic() + WAIT_S
-        while not list((tmp_path / "out").glob(".00002.*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=WAIT_S)
+        kill_when(command(tmp_path, "out"), lambda: any((tmp_path / "out").glob(".00002.*")))
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("0000*.tar")}
     assert len(finished) == 2, "two shards were packed before"
     subprocess.run(command(tmp_path, "out"), check=True, capture_output=True, timeout=WAIT_S)

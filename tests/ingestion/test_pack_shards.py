@@ -95,6 +95,46 @@ def test_rows_of_bytes_with_keys_and_repeated_images(tmp_path):
     assert counters["drops"] == {"not_an_image": 1, "image_missing": 1, "image_repeated": 1}
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_no_shard_has_more_rows_than_asked_for(tmp_path, kind):
+    """However the file is divided; the rows of an image stay together where a shard ends between them."""
+    keys = ["a", "b", "c", "c", "c", "c", "d", "e", "f", "g", "g"]
+    data = {key: picture(number) for number, key in enumerate("abcdefg")}
+    texts = [f"text {number}" for number in range(len(keys))]
+    table = pa.table({"image": [data[key] for key in keys], "key": keys, "text": texts})
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "t.parquet", row_group_size=5)
+    else:
+        with pa.ipc.new_stream(tmp_path / "t.arrow", table.schema) as stream:
+            stream.write_table(table, max_chunksize=5)
+    counters = pack(tmp_path / f"t.{kind}", tmp_path / "out", images_per_shard=3)
+    assert counters["images"] == 7 and counters["texts"] == 11 and not counters["drops"]
+    shards = {path.stem: pq.read_table(path)["key"].to_pylist() for path in (tmp_path / "out").glob("*.parquet")}
+    assert shards == {"00000": list("abcccc"), "00002": list("def"), "00003": list("gg")}
+    pack(tmp_path / f"t.{kind}", tmp_path / "whole")
+    assert read_back(tmp_path / "out") == read_back(tmp_path / "whole")
+
+
+def test_rows_without_keys_are_cut_to_size(tmp_path):
+    pq.write_table(
+        pa.table({"image": [picture(n) for n in range(8)], "text": list("abcdefgh")}), tmp_path / "t.parquet"
+    )
+    pack(tmp_path / "t.parquet", tmp_path / "out", images_per_shard=3)
+    shards = {path.stem: pq.read_table(path)["text"].to_pylist() for path in (tmp_path / "out").glob("*.parquet")}
+    assert shards == {"00000": list("abc"), "00001": list("def"), "00002": list("gh")}
+    assert list(read_back(tmp_path / "out")) == [f"{number:09d}" for number in range(8)]
+
+
+def test_an_image_is_its_bytes_whatever_its_path(tmp_path):
+    """Each row of a flattened set may have another name for the same bytes."""
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    rows = [{"bytes": picture(1), "path": path} for path in ("one.jpg", "two.jpg")]
+    table = pa.table({"image": pa.array(rows, image), "key": ["a", "a"], "text": ["x", "y"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert not pack(tmp_path / "t.parquet", tmp_path / "out")["drops"]
+    assert read_back(tmp_path / "out") == {"a": (picture(1), [("x", "en"), ("y", "en")])}
+
+
 def test_rows_that_name_their_image_by_path(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(picture(1))
@@ -209,3 +249,33 @@ def test_another_source_needs_another_folder(tmp_path):
     pq.write_table(pa.table({"image": [picture(3)], "text": ["z"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="made with another files"):
         pack(tmp_path / "a.parquet", tmp_path / "out")
+
+
+def test_a_tar_or_table_that_was_written_again_is_packed_again(tmp_path):
+    """Not mixed with shards of the old one; the other tar stays as it is packed."""
+    for name in ("one", "two"):
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.jpg", picture(1)), (f"{name}.txt", b"a cat")])
+    source = str(tmp_path / "*.tar")
+    pack(source, tmp_path / "out")
+    before = (tmp_path / "out" / "one.tar").stat().st_mtime_ns
+    write_tar(tmp_path / "two.tar", [("two.jpg", picture(2)), ("two.txt", b"a dog")])
+    pack(source, tmp_path / "out")
+    found = {"one": (picture(1), [("a cat", "en")]), "two": (picture(2), [("a dog", "en")])}
+    assert read_back(tmp_path / "out") == found
+    pq.write_table(pa.table({"key": ["two"], "text": ["a bird"]}), tmp_path / "two.parquet")
+    pack(source, tmp_path / "out")
+    assert read_back(tmp_path / "out") == {**found, "two": (picture(2), [("a bird", "en")])}
+    assert (tmp_path / "out" / "one.tar").stat().st_mtime_ns == before
+
+
+def test_rows_of_the_same_size_are_packed_again(tmp_path):
+    def write(text):
+        table = pa.table({"image": [picture(1)], "text": [text]})
+        with pa.ipc.new_stream(tmp_path / "t.arrow", table.schema) as stream:
+            stream.write_table(table)
+
+    write("a cat")
+    pack(tmp_path / "t.arrow", tmp_path / "out")
+    write("a dog")
+    pack(tmp_path / "t.arrow", tmp_path / "out")
+    assert read_back(tmp_path / "out") == {"000000000": (picture(1), [("a dog", "en")])}

@@ -1,7 +1,6 @@
 """``mc2 data lint``: its counts are those of a real epoch of the loader."""
 
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from mc2_hpc.tar import write_tar
 from tests.holding import held
 from tests.ingestion.sources import picture
 from tests.inspection.messy import write_messy
+from tests.killing import started
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +143,38 @@ def test_the_page_and_the_figures(messy, tokenizer, tmp_path, capsys, parse_page
     assert "ein Bild" in page.text and "zero.tar" in page.text and "000" in page.text
 
 
+def test_what_is_held_does_not_grow_with_the_shards(tmp_path, monkeypatch):
+    """Examples are bounded, and so are languages: a column may hold anything."""
+    monkeypatch.setattr("mc2_hpc.inspection.shard._MOST_LANGUAGES", 3)
+    monkeypatch.setattr("mc2_hpc.inspection.shard._MOST_SKIPPED", 3)
+    monkeypatch.setattr("mc2_hpc.inspection.shard.PICTURES", 2)
+    for shard in range(4):
+        record = json.dumps({"caption": "text", "lang": f"no code {shard} " + 100 * "x"}).encode()
+        files = {"a.jpg": picture(), "a.json": record, "b.jpg": b"damaged", "b.txt": b"x", "c.jpg": b"", "c.txt": b"x"}
+        write_tar(tmp_path / f"{shard}.tar", files.items())
+    found = lint(tmp_path, with_pictures=True).findings
+    assert found.skipped["image_undecodable"] == 8 and len(found.skips) == 3
+    assert len(found.pictures) == 2 and found.kept == 4
+    assert dict(found.captions) == {**{f"no code {n} {30 * 'x'}": 1 for n in range(2)}, "": 8, "(others)": 2}
+
+
+def test_names_from_outside_do_not_control_the_terminal(tmp_path, capsys):
+    record = json.dumps({"caption": "\x1b[31mred", "lang": "\x1b[2J"}).encode()
+    for shard in ("a", "b\x07"):
+        write_tar(tmp_path / f"{shard}.tar", [("k\x1b]0;.jpg", picture()), ("k\x1b]0;.json", record)])
+    assert main(["data", "lint", str(tmp_path), "--workers", "1"]) == 0
+    assert main(["data", "show", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "\\x1b[2J 100.0%" in printed.out and "k\\x1b]0; in " in printed.out and "\\x1b[31mred" in printed.out
+    assert not {"\x1b", "\x07"} & set(printed.out)
+
+
 def test_workers_end_with_a_killed_command(tmp_path):
     """One worker waits for a shard that cannot be opened; the other has none left."""
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", [("a.jpg", picture()), ("a.txt", b"text")])
     words = ["-m", "mc2_hpc.cli", "data", "lint", str(tmp_path), "--workers", "2"]
-    with held(tmp_path / "0.tar"):
-        command = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+    with held(tmp_path / "0.tar"), started([sys.executable, *words]) as command:
         assert command.stderr is not None
         while "shards: 1/2" not in (line := command.stderr.readline()):
             assert line, "it ended"

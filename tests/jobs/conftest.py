@@ -27,15 +27,12 @@ class Copy(Touch):
     def __call__(self, shard: str, source: Path | None) -> None:
         (self.folder / shard).write_text(source.read_text())
 
-    def is_current(self, shard: str) -> bool:
+    def is_current(self, shard: str, value: object) -> bool:
         return (self.folder / shard).read_text() == (self.folder / "source").read_text()
 """
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch):
+def work(module_of):
     """A user's module, in a folder that only this process searches."""
-    name = f"work_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(WORK)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return importlib.import_module(name)
+    return importlib.import_module(module_of(WORK))

@@ -16,6 +16,7 @@ from mc2_hpc.jobs import Local, Plan, Ray, Slurm, Stage, open_folder, stats_path
 from mc2_hpc.jobs.engines import num_tasks
 from mc2_hpc.jobs.tasks import TaskFiles, cut, plan_tasks
 from mc2_hpc.storage import exclusive_folder, write_json
+from tests.killing import WAIT_S, started, wait_until
 
 NEVER = ("never",)
 """An output that no shard has."""
@@ -166,25 +167,21 @@ jobs.run(jobs.Plan((jobs.Stage("s", Path(sys.argv[1]), shards, exec, ("never",))
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_driver(tmp_path, kill):
-    driver = subprocess.Popen([sys.executable, "-c", SLEEPS, tmp_path], stderr=subprocess.PIPE)
     events = tmp_path / "logs" / "s" / "events"
-    wait_until(lambda: events.is_dir() and sum("start" in p.read_text() for p in events.iterdir()) == 2)
-    group = int(subprocess.check_output(["ps", "-o", "pgid=", "-p", str(pid_of(events / "00000.jsonl"))]))
-    assert group != os.getpgid(driver.pid)
-    driver.send_signal(kill)
-    driver.communicate(timeout=60)  # the pipe closes once no process holds it
-    wait_until(lambda: not subprocess.run(["pgrep", "-g", str(group)], capture_output=True).stdout)
+    with started([sys.executable, "-c", SLEEPS, str(tmp_path)]) as driver:
+        wait_until(lambda: sum("start" in path.read_text() for path in events.glob("*")) == 2, driver)
+        group = int(subprocess.check_output(["ps", "-o", "pgid=", "-p", str(pid_of(events / "00000.jsonl"))]))
+        assert group != os.getpgid(driver.pid)
+        driver.send_signal(kill)
+        driver.communicate(timeout=60)  # the pipe closes once no process holds it
+    deadline = time.monotonic() + WAIT_S
+    while subprocess.run(["pgrep", "-g", str(group)], capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def pid_of(events: Path) -> int:
     return json.loads(events.read_text().splitlines()[0])["pid"]
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_tasks_are_even_slices():

@@ -139,7 +139,7 @@ def test_nothing_is_read_by_the_host(batches, kind, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # it does not know the device
     inputs = [torch.ones(3, WIDTH, device="meta", requires_grad=True) for _ in range(2)]
     scale = torch.tensor(1.0, device="meta", requires_grad=True)
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError):
         float(scale.detach())
     shared = SharedBatch(None, 3, batches)
     if kind == "distilled":

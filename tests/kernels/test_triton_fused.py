@@ -83,6 +83,15 @@ def test_add_layer_norm_of_shapes_that_differ():
         add_layer_norm(torch.zeros(2, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE), *parameters)
 
 
+@pytest.mark.parametrize("function", [lambda x: layer_norm(x, x[0].detach(), x[1].detach()), quick_gelu])
+def test_second_derivatives_are_refused(function):
+    """Instead of being zero: the kernels' backward passes have none."""
+    x = normal(3, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_layer_norm_of_frozen_parameters():
     """Then only the input's gradient is computed, and it is the same."""
     x, dy = normal(6, 40).requires_grad_(), normal(6, 40, seed=1)

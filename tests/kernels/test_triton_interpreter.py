@@ -11,6 +11,7 @@ import torch
 FOLDER = Path(__file__).parent
 
 
+@pytest.mark.timeout(660)  # longer than that of the process below
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs them: pytest -m gpu")
 @pytest.mark.parametrize("tests", ["test_triton_kernels.py", "test_triton_fused.py"])
 def test_triton_kernels_in_the_interpreter(tests):

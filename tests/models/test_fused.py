@@ -1,13 +1,18 @@
 """The tables of backends for layer norm and quick-GELU. ``tests/kernels/test_triton_fused.py`` has the kernels."""
 
 import logging
+import re
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,12 +37,12 @@ def test_auto_is_torch_on_a_cpu_and_says_so(caplog, monkeypatch):
     assert "norm: torch (auto: tensors are on cpu, which triton does not compile for" in caplog.text
 
 
-@pytest.mark.parametrize(("device", "compiled", "expected"), [("cuda", False, "triton"), ("cuda", True, "torch")])
-def test_auto_on_a_gpu(caplog, monkeypatch, device, compiled, expected):
+@pytest.mark.parametrize(("compiled", "expected"), [(False, "triton"), (True, "torch")])
+def test_auto_on_a_gpu(caplog, monkeypatch, compiled, expected):
     monkeypatch.setattr("mc2_hpc.models.fused.triton_obstacle", lambda device: None)
     caplog.set_level(logging.INFO)
-    assert (resolve_norm("auto", device, compiled=compiled) is torch_norm) == (expected == "torch")
-    assert (resolve_activation("auto", device, compiled=compiled) is torch_quick_gelu) == (expected == "torch")
+    assert (resolve_norm("auto", "cuda", compiled=compiled) is torch_norm) == (expected == "torch")
+    assert (resolve_activation("auto", "cuda", compiled=compiled) is torch_quick_gelu) == (expected == "torch")
     assert f"norm: {expected} (auto: " in caplog.text and f"activation: {expected} (auto: " in caplog.text
 
 
@@ -57,40 +62,85 @@ def test_without_apex_the_error_says_how_to_build_it(monkeypatch):
         resolve_norm("apex", "cuda")
 
 
+SHAPE = (6, 8)
+
+
 class _Traffic(TorchDispatchMode):
-    """Bytes of the inputs and outputs of every operator, per value of a tensor of this size; views and parameters are
+    """Bytes of the inputs and outputs of every operator, per value of tensors of the shape; views and parameters are
     free."""
 
-    def __init__(self, num_values: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.per_value, self._num_values = 0, num_values
+        self.per_value = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function not in (torch.ops.aten.detach.default, torch.ops.aten.view.default):
-            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-            self.per_value += sum(t.element_size() for t in tensors if t.numel() == self._num_values)
+        if not function.is_view and function is not torch.ops.aten.empty_like.default:
+            self.add(args, kwargs, result)
         return result
+
+    def add(self, *values) -> None:
+        tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+        self.per_value += sum(tensor.element_size() for tensor in tensors if tensor.shape == SHAPE)
+
+    def kernel(self) -> dict[tuple[int], Callable[..., None]]:
+        """In place of a Triton kernel, for any grid: it computes nothing, and its arguments count."""
+        return defaultdict(lambda: lambda *arguments, **_options: self.add(arguments))
+
+
+def measured(function: Callable[[torch.Tensor], Any], traffic: _Traffic) -> tuple[int, int, int]:
+    """Bytes per value of a bf16 input that the forward pass moves, that backward moves, and that are kept in between;
+    parameters are frozen."""
+    x, dy = normal(*SHAPE).bfloat16().requires_grad_(), normal(*SHAPE, seed=3).bfloat16()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == SHAPE:
+            kept[tensor.data_ptr()] = tensor.element_size()
+        return tensor
+
+    with traffic, saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = function(x)
+    forward, traffic.per_value = traffic.per_value, 0
+    with traffic:
+        outputs = y if isinstance(y, tuple) else (y,)
+        torch.autograd.grad(outputs, x, (dy,) * len(outputs))
+    return forward, traffic.per_value, sum(kept.values())
+
+
+WEIGHT, BIAS, EPS = normal(8, seed=1), normal(8, seed=2), 1e-5
+ADDED = normal(*SHAPE, seed=4).bfloat16()
 
 
 @pytest.mark.parametrize(
-    ("what", "forward", "backward"),
-    [("layer norm", 20, 24), ("quick-GELU", 14, 28), ("addition and layer norm", 26, 30)],
+    ("label", "package", "eager", "fused"),
+    [
+        (
+            "layer norm",
+            "layer_norm",
+            # CUDA's autocast casts a norm's input to fp32, the CPU's does not.
+            lambda x: torch_norm(x.float(), WEIGHT, BIAS, EPS).to(x.dtype),
+            lambda kernels, x: kernels.TritonLayerNorm.apply(x, WEIGHT, BIAS, EPS),
+        ),
+        ("quick-GELU", "quick_gelu", torch_quick_gelu, lambda kernels, x: kernels.TritonQuickGELU.apply(x)),
+        (
+            "addition and layer norm",
+            "layer_norm",
+            lambda x: (total := x + ADDED, torch_norm(total.float(), WEIGHT, BIAS, EPS).to(x.dtype)),
+            lambda kernels, x: kernels.TritonAddLayerNorm.apply(x, ADDED, WEIGHT, BIAS, EPS),
+        ),
+    ],
 )
-def test_what_torch_moves_is_what_the_docs_say(what, forward, backward):
-    x, dy = normal(6, 8).bfloat16().requires_grad_(), normal(6, 8, seed=3).bfloat16()
-    weight, bias = normal(8, seed=1).requires_grad_(), normal(8, seed=2).requires_grad_()
-    with _Traffic(x.numel()) as traffic:
-        # CUDA's autocast casts a norm's input to fp32, the CPU's does not.
-        total = x + dy if what.startswith("addition") else x
-        y = torch_quick_gelu(x) if what == "quick-GELU" else torch_norm(total.float(), weight, bias, 1e-5).to(x.dtype)
-    assert traffic.per_value == forward
-    with _Traffic(x.numel()) as traffic:
-        torch.autograd.grad((y, total) if total is not x else y, x, (dy, dy) if total is not x else dy)
-    assert traffic.per_value == backward
-    kernel = "8 + 8" if what.startswith("addition") else "4 + 6"
+def test_what_is_moved_and_kept_is_what_the_docs_say(label, package, eager, fused, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
-    assert f"| {what} | {forward} + {backward} | {kernel} |" in page
+    (row,) = re.findall(rf"^\| {label} \| (\d+) \+ (\d+) \| (\d) \+ (\d) \| (\d) bytes \| (\d) bytes \|$", page, re.M)
+    *moved, kept, fused_kept = map(int, row)
+    assert measured(eager, _Traffic()) == (*moved[:2], kept)
+    kernels = pytest.importorskip(f"mc2_hpc.kernels.{package}.triton_impl", reason="the package triton is missing")
+    traffic = _Traffic()
+    for name in ("forward_kernel", "backward_kernel"):
+        monkeypatch.setattr(kernels, name, traffic.kernel())
+    assert measured(lambda x: fused(kernels, x), traffic) == (*moved[2:], fused_kept)
 
 
 @pytest.fixture
@@ -135,7 +185,10 @@ def test_a_model_with_gelu_needs_no_quick_gelu():
     assert not any(isinstance(layer, QuickGELU) for layer in model.modules())
 
 
-@pytest.mark.parametrize("key", ["norm", "activation"])
-def test_fused_kernels_do_not_go_into_compiled_blocks(key):
-    with pytest.raises(UserError, match=f"model.{key}=triton: torch.compile fuses torch's own"):
-        ModelConfig(compile=True, **{key: "triton"})
+@pytest.mark.parametrize("key, kernel", [("norm", "triton"), ("norm", "apex"), ("activation", "triton")])
+def test_fused_kernels_do_not_go_into_compiled_blocks(key, kernel):
+    with pytest.raises(
+        UserError, match=f"model.{key}={kernel}: torch.compile fuses torch's own; set model.{key}=torch"
+    ):
+        ModelConfig(compile=True, **{key: kernel})
+    assert getattr(ModelConfig(compile=True, **{key: "torch"}), key) == "torch"

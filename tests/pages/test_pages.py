@@ -127,11 +127,9 @@ def test_lines_of_a_plot_can_be_told_from_white_and_from_each_other():
     assert all(_contrast(colour, LIGHT["card"]) >= 3 for colour in SERIES)
 
 
-TEMPLATES = sorted(Path(pages.__file__).parents[1].rglob("templates/*.html"))
-
-
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
-def test_no_template_turns_escaping_off(path):
-    text = path.read_text(encoding="utf-8")
-    assert not re.search(r"\|\s*safe\b|autoescape", text)
-    assert len(TEMPLATES) == 9
+def test_no_template_turns_escaping_off():
+    package = Path(pages.__file__).parents[1]
+    templates = set(package.rglob("templates/*.html"))
+    assert templates >= {package / "pages/templates/base.html", package / "quickstart/templates/report.html"}
+    for path in templates:
+        assert not re.search(r"\|\s*safe\b|autoescape", path.read_text(encoding="utf-8")), path

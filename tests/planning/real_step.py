@@ -20,6 +20,7 @@ from mc2_hpc.planning.captions import captions_of
 from mc2_hpc.planning.counting import Counting
 from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.planning.trace import CountedEngine, counted_step, trace_step
+from mc2_hpc.training.patch_dropout import PatchDropout
 from mc2_hpc.training.step import num_micro_batches
 
 PAIRS = 8
@@ -78,12 +79,16 @@ def real(config: RunConfig) -> dict[str, Any]:
                 clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size), counting=counting
             )
             step = counted_step(engine, config, ranks.world_size, counting)
+            dropout = PatchDropout(config, arch, ranks.device)
             del clip
 
             def run() -> None:
                 images = torch.zeros(len(tokens), 3, 32, 32, dtype=torch.uint8)
+                if config.data.features is not None:
+                    images = torch.zeros(len(tokens), arch.embed_dim)
+                kept = dropout([str(row) for row in range(len(tokens))], 0)
                 counting.begin()
-                step(images, tokens, 1e-4, lengths=lengths)
+                step(images, tokens, 1e-4, lengths=lengths, kept=kept)
 
             run()
             run()

@@ -23,16 +23,20 @@ def plan(*arguments):
 
 
 def test_a_plan_with_advice(config_file, tmp_path):
-    out = tmp_path / "plan.json"
-    done = plan(config_file, "--gpus", 16, "--caption-tokens", 8, "--price", 2, "--advise", "--json", out)
+    out, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    done = plan(
+        config_file, "--gpus", 16, "--caption-tokens", 8, "--price", 2, "--advise", "--json", out, "--html", page
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     (first,) = found["plans"]
     assert first["gpus"] == 16 and first["counted"]["world_size"] == 16
     assert 0 < first["predicted"]["step_seconds"] < 1 and first["predicted"]["money"] > 0
     assert first["predicted"]["pairs_that_fit"] > 8
-    assert "predicted, on h100" in done.stdout and "what to change" in done.stdout
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith(("peaks", "fractions")))
+    assert f"{first['predicted']['pairs_per_second']:,.0f}" in page.read_text(encoding="utf-8")
+    assert "predicted, on h100 and ndr" in done.stdout and "what to change" in done.stdout
+    sources = ("peaks", "fractions", "network ")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith(sources))
 
 
 @pytest.mark.parametrize(

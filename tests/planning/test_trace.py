@@ -5,7 +5,11 @@ import json
 
 import pytest
 
+from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.presets import resolve
+from mc2_hpc.planning.captions import draw_captions
 from mc2_hpc.planning.processes import in_processes
+from mc2_hpc.training.freezing import freeze
 from tests.planning import real_step
 from tests.planning.real_step import tiny_config, traced
 
@@ -30,6 +34,19 @@ def check(found, trace):
 @pytest.mark.parametrize("stage, recompute, micro_batch", FAST)
 def test_one_rank(stage, recompute, micro_batch):
     check(*compare(zero={"stage": stage}, model={"recompute": recompute}, micro_batch=micro_batch))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": {"patch_dropout": 0.5}},
+        {"model": {"patch_dropout": 0.5}, "micro_batch": 3},
+        {"data": {"lanes": 1, "features": "/f"}, "freeze": {"vision": "all"}},
+        {"optim": {"ema_decay": 0.99}},
+    ],
+)
+def test_a_step_that_computes_less_or_keeps_more(values):
+    check(*compare(zero={"stage": 1}, **values))
 
 
 @pytest.mark.slow
@@ -73,3 +90,24 @@ def test_two_ranks(ranks_of, tmp_path, stage):
 )
 def test_more_ranks(ranks_of, tmp_path, world_size, values):
     check_ranks(ranks_of, tmp_path, world_size, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "per_parameter"),
+    [({}, (4, 8)), ({"optim": {"ema_decay": 0.99}}, (4, 12)), ({"freeze": {"text": "all"}}, (4, 8))],
+)
+def test_the_size_of_a_checkpoint(values, per_parameter):
+    """Weights of all parameters; moments, and an average if there is one, of those that are trained."""
+    config = tiny_config(world_size=2, **values)
+    (trace,) = in_processes(traced, [{"config": config, "world_size": 2}])
+    clip = CLIP(resolve(config.model))
+    freeze(clip, config.freeze)
+    trained = sum(parameter.numel() for parameter in clip.parameters() if parameter.requires_grad)
+    assert trace.checkpoint_bytes == per_parameter[0] * trace.parameters + per_parameter[1] * trained
+
+
+def test_captions_are_not_longer_than_the_context():
+    found = draw_captions([64, 64], mean=100, vocab_size=10_000, context_length=77, eos_id=2)
+    assert max(found.lengths) == 77 and sum(found.lengths) / 64 < 77
+    expected = draw_captions([64, 64], mean=sum(found.lengths) / 64, vocab_size=10_000, context_length=77, eos_id=2)
+    assert len(found.asked[1]) == pytest.approx(len(expected.asked[1]), rel=0.1)

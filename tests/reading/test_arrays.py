@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -26,6 +28,25 @@ def test_a_mapped_array(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(3, dtype=np.float32))
     found = map_array(tmp_path / "a.npy", np.float32, length=3)
     assert found.tolist() == [0, 1, 2] and not found.flags.writeable
+
+
+MANY_MAPS = """
+import resource, sys
+import numpy as np
+from mc2_hpc.reading.arrays import map_array
+
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+maps = [map_array(sys.argv[1], np.float32) for _ in range(100)]
+print(sum(float(each.sum()) for each in maps))
+"""
+
+
+def test_more_maps_than_files_may_be_open(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3, dtype=np.float32))
+    command = [sys.executable, "-c", MANY_MAPS, str(tmp_path / "a.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert (done.stdout, done.stderr) == ("300.0\n", "")
 
 
 HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"

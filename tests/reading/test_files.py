@@ -1,10 +1,9 @@
 """Only regular files are opened, without blocking and up to a size limit."""
 
-import fcntl
 import os
-import signal
 import socket
-import time
+import subprocess
+import sys
 
 import pytest
 
@@ -26,20 +25,26 @@ def test_a_link_to_a_file_is_one(tmp_path):
     assert read_bytes(tmp_path / "b", most=1) == b"x"
 
 
+HOLDER = """
+import fcntl, os, signal, sys
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
+fcntl.fcntl(os.open(sys.argv[1], os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+sys.exit(signal.sigtimedwait({signal.SIGIO}, 60) is None)
+"""
+"""Gives its lease back when the kernel asks for it."""
+
+
 def test_a_lease_on_a_file_is_waited_for(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
-    reader, writer = os.pipe()
-    holder = os.fork()
-    if holder == 0:
-        signal.signal(signal.SIGIO, lambda *_: os._exit(0))  # the kernel asks for the lease: give it back
-        descriptor = os.open(tmp_path / "a", os.O_RDWR)
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        os.write(writer, b"1")
-        while True:
-            time.sleep(0.1)
-    assert os.read(reader, 1) == b"1"
-    assert read_bytes(tmp_path / "a", most=1) == b"x"
-    assert os.waitpid(holder, 0)[1] == 0
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "a"], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            assert read_bytes(tmp_path / "a", most=1) == b"x"
+            assert holder.wait(timeout=10) == 0
+        finally:
+            holder.kill()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""torchrun, for tests that start ranks with it."""
+"""Ranks started by torchrun, and jobs of the fault matrix."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.faults import matrix
 
 Torchrun = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -29,3 +31,9 @@ def torchrun() -> Torchrun:
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def starter(fork_server) -> matrix.Starter:
+    """Runs jobs in forked processes."""
+    return matrix.Starter(fork_server)

@@ -16,12 +16,9 @@ from mc2_hpc.conversion.convert import convert
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import load_clip
 from mc2_hpc.training.checkpoint import find_damage
+from tests.faults.diary import rows
 
 STEPS = 60  # long enough to kill the run between the checkpoint of step 10 and the end
-
-
-def rows(run):
-    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
 
 
 def tensors(checkpoint, prefix):
@@ -101,7 +98,8 @@ def test_learns_and_saves(undisturbed):
     assert metrics[STEPS]["loss"] < metrics[2]["loss"] - 0.5
     assert metrics[STEPS]["samples_seen"] == STEPS * 32
     for key in ("logit_scale", "lr", "grad_norm", "samples_per_second", "mfu", "data_wait"):
-        assert metrics[STEPS][key] >= 0
+        assert metrics[STEPS][key] > 0, key
+    assert metrics[STEPS]["data_wait"] < 1
     assert metrics[STEPS]["language_share"] == {"en": 1.0}
     checkpoints = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
     assert checkpoints == ["latest", "step-00000050", "step-00000060"]  # keep: 2

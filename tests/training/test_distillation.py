@@ -7,18 +7,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from mc2_hpc.config import load_config
 from mc2_hpc.conversion.convert import convert
 from mc2_hpc.data.normalise import normalise
+from mc2_hpc.data.teacher import TeacherNeeds
 from mc2_hpc.data.tokenizer import train_tokenizer
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.errors import UserError
+from mc2_hpc.evaluation.dual_encoders import open_dual_encoder
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture, resolve
-from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, load_clip, write_card, write_tensors
+from mc2_hpc.models.tensor_files import TensorFiles
+from mc2_hpc.models.weights import (
+    TOKENIZER_FILE,
+    ModelCard,
+    load_clip,
+    resolve_checkpoint,
+    write_card,
+    write_tensors,
+)
 from mc2_hpc.training import distillation
+from tests.faults.diary import rows
 from tests.faults.tiny_run import draw_pairs, write_config
 from tests.training import distill_worker as worker
 
@@ -135,7 +148,8 @@ def train(ranks_of, config, run, *overrides, processes=2):
 
 
 def last_row(run):
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    found = rows(run)
+    return found[max(found)]
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +164,16 @@ def config(tiny_pool, teacher, tmp_path_factory):
     )
 
 
-def test_a_run_with_a_teacher_resumes_bitwise_and_saves_the_student_alone(ranks_of, config, tmp_path):
+def test_a_run_with_a_teacher_resumes_bitwise_and_saves_the_student_alone(ranks_of, config, teacher, tmp_path):
     log = train(ranks_of, config, tmp_path / "run").stderr
     assert "48 pixels, its own token ids" in log
     weights = load_clip(tmp_path / "run")[0].state_dict()
-    assert sum(tensor.numel() for tensor in weights.values()) == sum(
-        tensor.numel() for tensor in build_clip(load_clip(tmp_path / "run")[1].arch, seed=0).state_dict().values()
-    )
+    alone = build_clip(resolve(load_config(config).model), seed=0).state_dict()
+    assert {name: tensor.shape for name, tensor in weights.items()} == {n: tensor.shape for n, tensor in alone.items()}
+    saved = TensorFiles(resolve_checkpoint(tmp_path / "run"), "optimizer").names()
+    assert {name.rpartition(".")[0] for name in saved} == alone.keys()
+    trainer = json.loads((tmp_path / "run/checkpoints/step-00000006/trainer.json").read_text())
+    assert trainer["teacher"] == open_dual_encoder(teacher, torch.device("cpu")).identity
     row = last_row(tmp_path / "run")
     assert 0 < row["divergence"] < row["loss"]
     shutil.copytree(tmp_path / "run", tmp_path / "again")
@@ -166,6 +183,38 @@ def test_a_run_with_a_teacher_resumes_bitwise_and_saves_the_student_alone(ranks_
     again = load_clip(tmp_path / "again")[0].state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
     assert last_row(tmp_path / "again")["divergence"] == row["divergence"]
+
+
+def test_another_teacher_behind_the_same_name(ranks_of, config, teacher, tmp_path):
+    """Resuming says so; ranks that find different ones end with one line."""
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    options = [f"distill.teacher={folder}", "steps=3"]
+    train(ranks_of, config, tmp_path / "run", *options, processes=1)
+    (weights,) = folder.glob("model.*safetensors")
+    tensors = load_file(weights)
+    save_file({**tensors, "logit_scale": tensors["logit_scale"] + 1}, weights, metadata={"format": "pt"})
+    log = train(ranks_of, config, tmp_path / "run", *options[:1], "steps=4", processes=1).stderr
+    assert "not as in step-00000003: SHA-256 of the teacher's files " in log
+
+
+def test_ranks_with_different_teachers_end_with_one_line(monkeypatch):
+    def gather(found, identity):
+        found[:] = [identity, identity, "b" * 64]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    ranks = Ranks(rank=0, world_size=3, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"distill.teacher=here: ranks 0 and 2 find different models") as error:
+        distillation.check_same("here", "a" * 64, ranks)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("needs, missing", [({"image_size": 48}, "images"), ({"captions": print}, "token ids")])
+def test_what_the_loader_did_not_make_is_noticed(needs, missing):
+    """Instead of a teacher that silently sees the student's images or token ids."""
+    teacher = object.__new__(distillation.DistillationTeacher)
+    teacher.needs = TeacherNeeds(**needs)
+    with pytest.raises(AssertionError, match=missing):
+        teacher.features(SimpleNamespace(teacher=None, tokens=torch.zeros(2, 3)), torch.zeros(2, 3, 32, 32))
 
 
 def test_a_teacher_of_another_library_teaches_the_same(ranks_of, config, teacher, tmp_path):

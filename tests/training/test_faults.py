@@ -10,11 +10,6 @@ from tests.faults.rows import ROWS, STEPS
 
 
 @pytest.fixture(scope="module")
-def starter(fork_server):
-    return matrix.Starter(fork_server)
-
-
-@pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return matrix.prepare(tmp_path_factory.mktemp("pool"))
 

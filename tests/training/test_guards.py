@@ -13,11 +13,6 @@ from tests.faults import matrix
 from tests.faults.tiny_run import write_config, write_pool
 
 
-@pytest.fixture(scope="module")
-def starter(fork_server):
-    return matrix.Starter(fork_server)
-
-
 @pytest.fixture
 def config(tmp_path):
     values = {"steps": 8, "log_every": 1, "checkpoint": {"every": 4}}

@@ -1,6 +1,8 @@
 """Features computed once: training from them equals training from the images, and what does not fit is refused."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -9,9 +11,14 @@ from safetensors.torch import load_file
 
 from mc2_hpc.cli import main
 from mc2_hpc.config import load_config
+from mc2_hpc.data.features import StoredFeatures
 from mc2_hpc.data.loader import TrainLoader
+from mc2_hpc.data.locations import LocalShards
 from mc2_hpc.data.packing import pack_pairs
+from mc2_hpc.data.remote import CannotReach
+from mc2_hpc.data.shards import PlainShard
 from mc2_hpc.distributed import process_group
+from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import resolve
@@ -19,6 +26,7 @@ from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import resolve_checkpoint, write_tensors
 from mc2_hpc.training.image_features import check_features
 from mc2_hpc.training.initial import tokenizer
+from tests.faults.diary import rows
 from tests.faults.tiny_run import PER_SHARD, draw_pairs, write_config, write_pool
 
 NUM_SAMPLES, NUM_BAD, STEPS = 256, 2, 7
@@ -54,10 +62,6 @@ def features(mc2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "here"
     assert f"{folder}: 4 shards computed" in mc2(2, "features", f"data.features={folder}", "--batch=24").stdout
     return folder
-
-
-def rows(run):
-    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
 
 
 def test_training_equals_the_online_run(mc2, features, tmp_path):
@@ -148,17 +152,90 @@ def test_what_does_not_fit_is_refused(config, features, tmp_path, overrides, cha
     if change is not None:
         change(folder)
     with pytest.raises(UserError, match=words) as error:
-        run = load_config(config, [f"output={tmp_path / 'run'}", f"data.features={folder}", *overrides])
-        with process_group() as ranks:
-            arch = resolve(run.model)
-            tokens = tokenizer(run, None, arch, ranks)
-            clip = build_clip(arch, seed=run.seed)
-            check = {"global_batch": 32, "image_size": 32, "tokenizer": tokens, "rank": 0, "world_size": 1}
-            loader = TrainLoader(run.data, **check)
-            check_features(clip, run, ranks)
-            for _ in range(STEPS):
-                next(loader)
+        read_all(config, folder, tmp_path, *overrides)
     assert "\n" not in str(error.value)
+
+
+def read_all(config, folder, tmp_path, *overrides):
+    """As training does it."""
+    run = load_config(config, [f"output={tmp_path / 'run'}", f"data.features={folder}", *overrides])
+    with process_group() as ranks:
+        arch = resolve(run.model)
+        tokens = tokenizer(run, None, arch, ranks)
+        clip = build_clip(arch, seed=run.seed)
+        check = {"global_batch": 32, "image_size": 32, "tokenizer": tokens, "rank": 0, "world_size": 1}
+        loader = TrainLoader(run.data, **check)
+        check_features(clip, run, ranks)
+        for _ in range(STEPS):
+            next(loader)
+
+
+def test_another_data_set_with_the_same_names_is_refused(config, features, tmp_path):
+    """The same shards with the same keys, but other images."""
+    pairs = [pair._replace(image=pair.image + bytes(500)) for pair in draw_pairs(NUM_SAMPLES)]
+    pack_pairs(pairs, tmp_path / "shards", pairs_per_shard=PER_SHARD)
+    words = r"tar: has [\d,]+ bytes, but its features are those of a shard of [\d,]+ bytes; name a folder of its own"
+    with pytest.raises(UserError, match=words):
+        read_all(config, features, tmp_path, f"data.train={tmp_path / 'shards'}")
+
+
+def test_shards_of_one_name_are_refused(config, features, tmp_path):
+    """Their features would be in one file."""
+    train = config.parent / "shards"
+    other = shutil.copytree(train, tmp_path / "other")
+    with pytest.raises(UserError, match="features are stored by the shards' file names; rename one"):
+        read_all(config, features, tmp_path, f"data.train={json.dumps([str(train), str(other)])}")
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(config, features, tmp_path, monkeypatch):
+    def fails(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "listdir", fails)
+    with pytest.raises(UserError, match=r"here: cannot be listed \(Permission denied\)"):
+        StoredFeatures(features, [])
+
+
+def cut_tar(shards, patch):
+    path = shards / "00002.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def fail_to_read(shards, patch):
+    read_image = PlainShard.read_image
+
+    def read(shard, index):
+        if index == 5 and shard.name.endswith("00002.tar"):
+            raise Dropped(Drop.READ_ERROR, "Input/output error")
+        return read_image(shard, index)
+
+    patch.setattr(PlainShard, "read_image", read)
+
+
+@pytest.mark.parametrize("damage, words", [(cut_tar, "cut off"), (fail_to_read, "image 5: Input/output error")])
+def test_a_shard_that_cannot_be_read_now_has_no_features(damage, words, config, tmp_path, capsys):
+    """The others have, and the same command computes what is missing once it can be read."""
+    train, folder = config.parent / "shards", tmp_path / "features"
+    shards = shutil.copytree(train, tmp_path / "shards")
+    command = ["features", str(config), f"data.features={folder}", f"data.train={shards}"]
+    with pytest.MonkeyPatch.context() as patch:
+        damage(shards, patch)
+        assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"1 shards could not be read, such as {shards / '00002.tar'}: " in error and words in error
+    assert sorted(path.name for path in folder.glob("*.tar.*")) == [f"0000{n}.tar.safetensors" for n in (0, 1, 3)]
+    shutil.copy(train / "00002.tar", shards)
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{folder}: 1 shards computed\n"
+
+
+def test_storage_that_does_not_answer_is_one_line(config, tmp_path, monkeypatch, capsys):
+    def fails(shards, number):
+        raise CannotReach("s3://bucket/0.tar: could not be read for 60 s: time-out")
+
+    monkeypatch.setattr(LocalShards, "open", fails)
+    assert main(["features", str(config), f"data.features={tmp_path}"]) == 2
+    assert "mc2: s3://bucket/0.tar: could not be read for 60 s: time-out\n" in capsys.readouterr().err
 
 
 def test_what_cannot_be_computed_is_one_line(config, tmp_path, capsys):
@@ -166,7 +243,10 @@ def test_what_cannot_be_computed_is_one_line(config, tmp_path, capsys):
     cases = {
         "file: cannot be written (File exists); name a folder": [f"data.features={tmp_path / 'file'}"],
         "data.features is not set": [],
-        "decoded on the CPU; set data.decode=turbo": [f"data.features={tmp_path}", "data.decode=dali"],
+        "data.features and data.decode=dali: features are of images decoded on the CPU; set turbo": [
+            f"data.features={tmp_path}",
+            "data.decode=dali",
+        ],
     }
     for words, overrides in cases.items():
         assert main(["features", str(config), *overrides]) == 2

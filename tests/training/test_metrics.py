@@ -13,7 +13,7 @@ from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.training.metrics import Means, MetricsLog, progress_line
 from mc2_hpc.training.throughput import Interval, rates
 from tests.faults import matrix
-from tests.faults.diary import kept_samples
+from tests.faults.diary import kept_samples, rows
 from tests.faults.tiny_run import TinyPool, draw_pairs, write_config, write_pool
 
 STEPS, EVERY = 12, 4
@@ -48,13 +48,8 @@ def runs(config, fork_server, tmp_path_factory):
     return folders
 
 
-def rows(folder):
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {row["step"]: row for row in map(json.loads, lines)}
-
-
 def test_numbers_of_steps_are_means_over_the_interval(runs):
-    each, few = rows(runs[1]), rows(runs[EVERY])
+    each, few = rows(runs[1] / "run"), rows(runs[EVERY] / "run")
     assert sorted(few) == [4, 8, 12]
     for step, row in few.items():
         for name in ("loss", "grad_norm"):
@@ -66,7 +61,7 @@ def test_numbers_of_steps_are_means_over_the_interval(runs):
 
 def test_languages_are_those_of_all_ranks(runs):
     taken = kept_samples(runs[EVERY])
-    for step, row in rows(runs[EVERY]).items():
+    for step, row in rows(runs[EVERY] / "run").items():
         langs = Counter(lang_of(key) for s in range(step - EVERY + 1, step + 1) for key in taken[s])
         assert langs.total() == EVERY * 32
         assert row["language_share"] == {lang: count / langs.total() for lang, count in langs.most_common()}
@@ -91,7 +86,7 @@ def test_skips_are_those_of_all_ranks(config, runs):
         for counts, loader in zip(own, loaders, strict=True):
             counts.update(next(loader).skipped)
         if step % EVERY == 0:
-            assert rows(runs[EVERY])[step]["skipped"] == dict(own[0] + own[1])
+            assert rows(runs[EVERY] / "run")[step]["skipped"] == dict(own[0] + own[1])
     assert own[0] and own[1]
     for loader in loaders:
         loader.close()
@@ -99,7 +94,7 @@ def test_skips_are_those_of_all_ranks(config, runs):
 
 def interval(**changes):
     values = {"steps": 10, "seconds": 2.0, "flops": 400, "peak": 1000.0, "wait_seconds": 0.2, "stall_seconds": 0.0}
-    counts = {"languages": Counter(en=30), "skipped": Counter()}
+    counts = {"languages": Counter(en=30), "skipped": Counter(), "caption_tokens": 400, "peak_memory": None}
     return Interval(**{**values, **counts, **changes})
 
 
@@ -111,6 +106,7 @@ def test_rates_over_unequal_ranks():
         stall_seconds=0.7,
         languages=Counter(de=50),
         skipped=Counter(caption_empty=3),
+        caption_tokens=800,
     )
     found = rates([interval(skipped=Counter(caption_empty=1, read_error=2)), second], global_batch=8)
     assert found == {
@@ -119,9 +115,16 @@ def test_rates_over_unequal_ranks():
         "mfu": 600 / 2 / 2000,
         "data_wait": pytest.approx((0.1 + 0.5) / 2),
         "checkpoint_stall_seconds": 0.7,
+        "caption_tokens": 1200 / 80,
         "language_share": {"de": 50 / 80, "en": 30 / 80},
         "skipped": {"caption_empty": 4, "read_error": 2},
     }
+
+
+def test_the_peak_is_that_of_the_fullest_rank():
+    found = rates([interval(peak_memory=5), interval(peak_memory=7)], global_batch=8)
+    assert found["peak_memory_bytes"] == 7
+    assert "peak_memory_bytes" not in rates([interval()], global_batch=8)
 
 
 def test_columns_of_a_mix_cover_unequal_ranks():

@@ -10,17 +10,12 @@ import pytest
 from mc2_hpc.data.packing import pack_pairs
 from mc2_hpc.training.stop import SAVED
 from tests.faults import matrix
-from tests.faults.diary import kept_samples, largest_difference, losses, state_hashes
+from tests.faults.diary import kept_samples, largest_difference, losses, rows, saved_trainer, state_hashes
 from tests.faults.tiny_run import BATCH, LANES, draw_pairs, write_config
 
 STEPS, EVERY = 24, 6
 WEIGHTS = {"alt": 5, "books": 2, "maps": 1}
 SIZES = {"alt": 256, "books": 96, "maps": 64}
-
-
-@pytest.fixture(scope="module")
-def starter(fork_server):
-    return matrix.Starter(fork_server)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +46,6 @@ def undisturbed(config, starter, tmp_path_factory) -> Path:
     return matrix.run_undisturbed(config, tmp_path_factory.mktemp("undisturbed"), starter)
 
 
-def trainer(job: Path, step: int) -> dict[str, Any]:
-    return json.loads((job / "run" / "checkpoints" / f"step-{step:08d}" / "trainer.json").read_text())
-
-
 def test_samples_come_by_weight_and_once_per_epoch_of_their_source(undisturbed):
     taken = [key for keys in kept_samples(undisturbed).values() for key in keys]
     counts = Counter(key[0] for key in taken)
@@ -62,7 +53,7 @@ def test_samples_come_by_weight_and_once_per_epoch_of_their_source(undisturbed):
     for name, weight in WEIGHTS.items():
         assert counts[name[0]] / len(taken) == pytest.approx(weight / 8, abs=0.01)
     for name, size in SIZES.items():
-        places = [lane["sources"][name] for lane in trainer(undisturbed, STEPS)["position"]]
+        places = [lane["sources"][name] for lane in saved_trainer(undisturbed, STEPS)["position"]]
         complete = min(epoch for epoch, _, _ in places)
         times = Counter(key for key in taken if key[0] == name[0])
         assert len(times) == size and set(times.values()) <= {complete, complete + 1, complete + 2}
@@ -70,7 +61,7 @@ def test_samples_come_by_weight_and_once_per_epoch_of_their_source(undisturbed):
 
 
 def test_a_checkpoint_says_where_every_lane_is_in_every_source(undisturbed):
-    saved = trainer(undisturbed, STEPS)
+    saved = saved_trainer(undisturbed, STEPS)
     assert len(saved["position"]) == LANES and sorted(saved["sources"]) == sorted(WEIGHTS)
     for lane in saved["position"]:
         assert lane["draws"] == STEPS * BATCH // LANES and sorted(lane["sources"]) == sorted(WEIGHTS)
@@ -79,15 +70,15 @@ def test_a_checkpoint_says_where_every_lane_is_in_every_source(undisturbed):
 def test_rows_have_shares_and_epochs_of_every_source(undisturbed):
     """Epochs count the shards that lanes are done with, of which each has one or two per epoch here."""
     taken = kept_samples(undisturbed)
-    lines = (undisturbed / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    for row in map(json.loads, lines):
+    found = rows(undisturbed / "run")
+    for row in found.values():
         counts = Counter(key[0] for key in taken[row["step"]])
         assert row["source_share"] == {name: counts[name[0]] / BATCH for name in sorted(WEIGHTS)}
         for name, size in SIZES.items():
             seen = sum(key[0] == name[0] for step in range(1, row["step"] + 1) for key in taken[step])
             assert seen / size - 1.1 < row["source_epochs"][name] < seen / size + 0.5
         assert "caption_share" not in row
-    final = json.loads(lines[-1])["source_epochs"]
+    final = found[STEPS]["source_epochs"]
     assert min(final.values()) >= 1
 
 
@@ -115,7 +106,7 @@ def test_killed_and_resumed_on_other_numbers_of_ranks(config, starter, undisturb
     assert starter.run({**job, "overrides": [*job["overrides"], "data.workers=2"]}) == 0
     assert kept_samples(tmp_path) == kept_samples(undisturbed)
     assert largest_difference(losses(tmp_path), losses(undisturbed)) <= 1e-5
-    assert trainer(tmp_path, STEPS)["position"] == trainer(undisturbed, STEPS)["position"]
+    assert saved_trainer(tmp_path, STEPS)["position"] == saved_trainer(undisturbed, STEPS)["position"]
 
 
 @pytest.mark.slow
@@ -129,14 +120,14 @@ def test_killed_and_resumed_on_as_many_ranks_is_the_same_to_the_bit(config, star
 def test_a_resumed_run_says_what_changed_in_the_mix(config, folder, starter, tmp_path):
     job = matrix.job(config, tmp_path)
     assert starter.run({**job, "stop_after": 6}) == SAVED
-    before = trainer(tmp_path, 6)["position"]
+    before = saved_trainer(tmp_path, 6)["position"]
     now = [*mix(folder, books=0, maps=3), {"name": "new", "path": str(folder / "books"), "weight": 2}]
     changed = [*job["overrides"], f"data.train={json.dumps(now)}"]
     assert starter.run({**job, "overrides": changed, "stop_after": 7}) == SAVED
     log = (tmp_path / "log").read_text()
     for line in ("no source books any more", "new source new, from its start", "source maps: weight 1.0 -> 3.0"):
         assert f"not as in step-00000006: data.train: {line}\n" in log
-    after = trainer(tmp_path, 7)["position"]
+    after = saved_trainer(tmp_path, 7)["position"]
     for lane, later in zip(before, after, strict=True):
         assert sorted(later["sources"]) == ["alt", "maps", "new"] and later["draws"] == lane["draws"] + 4
         assert later["sources"]["alt"] >= lane["sources"]["alt"] and later["sources"]["new"] >= [0, 0, 0]

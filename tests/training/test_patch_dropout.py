@@ -1,6 +1,5 @@
 """Patch dropout: which patches are kept, what is computed of them, and runs on any number of ranks."""
 
-import json
 import shutil
 
 import numpy as np
@@ -14,6 +13,7 @@ from mc2_hpc.models.presets import resolve
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import resolve_checkpoint
 from mc2_hpc.training.patch_dropout import kept_patches, num_kept
+from tests.faults.diary import rows
 from tests.training import zero_worker
 
 KEYS = [f"{number:06d}" for number in range(400)]
@@ -96,10 +96,6 @@ def test_operations_are_those_of_the_kept_patches(clip):
     assert 0.4 < (half - none) / (whole - none) < 0.6
 
 
-def rows(run):
-    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
-
-
 def test_runs_are_the_same_on_any_number_of_ranks_and_resume(ranks_of, module_config, tmp_path):
     """Also in micro-batches, whose two passes must drop the same patches."""
     settings = ["model.patch_dropout=0.5", "model.vision.image_size=64", "steps=8", "log_every=1", "checkpoint.every=4"]
@@ -120,8 +116,12 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_resume(ranks_of, module_co
     assert all(torch.equal(two.get(name), resumed.get(name)) for name in two.names())
 
 
-def test_bad_shares_are_refused(module_config, tmp_path):
+def test_bad_shares_are_refused(module_config):
     with pytest.raises(UserError, match=r"model.patch_dropout=1.0: must be in \[0, 1\)"):
         load_config(module_config, ["model.patch_dropout=1"])
-    with pytest.raises(UserError, match="features are of whole images; set only one"):
-        load_config(module_config, ["model.patch_dropout=0.5", f"data.features={tmp_path}", "freeze.vision=all"])
+
+
+def test_nothing_is_dropped_for_a_tower_that_is_not_trained(module_config):
+    with pytest.raises(UserError, match="freeze.vision=all: no part of the image tower is trained; set one"):
+        load_config(module_config, ["model.patch_dropout=0.5", "freeze.vision=all"])
+    assert load_config(module_config, ["model.patch_dropout=0.5", "freeze.vision=1"]).model.patch_dropout == 0.5

@@ -11,10 +11,11 @@ from mc2_hpc.config import config_from_dict, config_to_dict, load_config
 from mc2_hpc.data.tokenizer import Tokenizer, train_tokenizer
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.presets import resolve
-from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, write_card
+from mc2_hpc.models.weights import TOKENIZER_FILE, ModelCard, read_card, write_card
 from mc2_hpc.training.checkpoint import Checkpoint
+from mc2_hpc.training.freezing import adapters_of
 from mc2_hpc.training.optim import learning_rate
-from mc2_hpc.training.resume import ADDED, FIXED, SAID, SCHEDULE, check_resume, warn_of_changes
+from mc2_hpc.training.resume import ADDED, FIXED, SAID, SCHEDULE, check_resume, teacher_changes, warn_of_changes
 from tests.faults.tiny_run import write_config
 
 
@@ -31,12 +32,13 @@ def resume(tiny_pool, tmp_path):
     saved = json.loads(json.dumps(config_to_dict(before)))  # as in trainer.json
     checkpoint = Checkpoint(folder=folder, trainer={"step": 8, "config": saved})
 
-    def compare(*overrides, tokenizer=tiny_pool.tokenizer, style="xlmv", config=None, **arch):
+    def compare(*overrides, tokenizer=tiny_pool.tokenizer, style="xlmv", config=None, lora=None, **arch):
         now = config or load_config(path, list(overrides))
-        card = ModelCard(arch=dataclasses.replace(resolve(now.model), **arch), tokenizer_style=style)
+        card = ModelCard(arch=dataclasses.replace(resolve(now.model), **arch), tokenizer_style=style, lora=lora)
         return check_resume(checkpoint, now, card, Tokenizer(tokenizer, "xlmv"))
 
     compare.checkpoint = checkpoint
+    compare.load = lambda *overrides: load_config(path, list(overrides))
     return compare
 
 
@@ -151,6 +153,54 @@ def test_what_was_frozen_stays_frozen(resume, before, override, key):
     ) as error:
         resume(override)
     assert f"trained with {key}," in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "before, overrides, words",
+    [
+        (
+            None,
+            ["lora.rank=4"],
+            "trained with no lora, now it is lora={rank: 4, alpha: 16.0, vision: true, text: true}",
+        ),
+        ({"rank": 4}, [], "trained with lora={rank: 4, alpha: 16.0, vision: true, text: true}, now it is no lora"),
+        (
+            {"rank": 4},
+            ["lora.rank=4", "lora.alpha=8"],
+            "alpha: 16.0, vision: true, text: true}, now it is lora={rank: 4, ",
+        ),
+    ],
+)
+def test_the_adapters_stay_as_they_are(resume, before, overrides, words):
+    """Without them, or with another factor, the weights would be another model's."""
+    if before is not None:
+        card = read_card(resume.checkpoint.folder)
+        adapters = adapters_of(config_from_dict({"lora": before}))
+        write_card(resume.checkpoint.folder, dataclasses.replace(card, lora=adapters))
+        assert resume("lora.rank=4", lora=adapters) == []
+    with pytest.raises(UserError, match="start a new run from its weights, in which adapters are folded") as error:
+        resume(*overrides, lora=adapters_of(resume.load(*overrides)))
+    assert words in str(error.value)
+
+
+def test_what_was_frozen_is_known_by_the_old_models_blocks(resume):
+    """Two: in a model of one block, ``freeze.vision=2`` would mean nothing. Other blocks are found with the weights."""
+    resume.checkpoint.trainer["config"]["freeze"]["vision"] = "2"
+    with pytest.raises(UserError, match="trained with freeze.vision=2,"):
+        resume("model.vision.layers=1")
+    assert resume("model.vision.layers=3", "freeze.vision=2") == []
+    resume.checkpoint.trainer["config"]["freeze"]["vision"] = "all"
+    assert resume("model.vision.layers=1", "freeze.vision=all") == []
+
+
+def test_another_teacher_behind_the_same_name_is_reported(resume):
+    checkpoint = resume.checkpoint
+    assert teacher_changes(checkpoint, "a" * 64) == []  # from before it was saved
+    checkpoint.trainer["teacher"] = "a" * 64
+    assert teacher_changes(checkpoint, "a" * 64) == []
+    assert teacher_changes(checkpoint, "b" * 64) == [
+        "SHA-256 of the teacher's files aaaaaaaaaaaa... -> bbbbbbbbbbbb..."
+    ]
 
 
 def test_another_schedule_is_reported(resume):

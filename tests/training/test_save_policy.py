@@ -35,6 +35,13 @@ def test_in_the_foreground_every_save_is_waited_for():
     assert policy.after(10, NOTHING, busy=False) == SaveActions(begin=True, finish=True)
 
 
+@pytest.mark.parametrize("votes, begins", [(NOTHING, False), (STOP, True)])
+def test_the_last_step_may_be_left_unsaved_unless_asked_to_stop(votes, begins):
+    policy = SavePolicy(every=10, last_step=25, background=True, save_last=False)
+    assert policy.after(25, votes, busy=False) == SaveActions(begin=begins, finish=True, must_succeed=True)
+    assert policy.after(10, NOTHING, busy=False) == SaveActions(begin=True)
+
+
 @pytest.mark.parametrize(
     "counts, voted_in, expected",
     [
@@ -52,3 +59,6 @@ def test_votes_of_three_ranks(counts, voted_in, expected):
 def test_counts_are_read_by_name():
     assert Votes._fields == VoteCounts._fields
     assert VoteCounts.of([1.0, 2.0, 3.0]) == VoteCounts(stop=1, written=2, listed=3)
+    for counts in ([1.0, 2.0], [0.5, 1.0, 2.0, 3.0]):  # of a step that also has, or lacks, a divergence
+        with pytest.raises(ValueError, match="values to unpack"):
+            VoteCounts.of(counts)

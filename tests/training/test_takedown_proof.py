@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mc2_hpc.cli import main
+from mc2_hpc.data.locations import LocalShards
 from mc2_hpc.data.packing import write_shard
+from mc2_hpc.data.remote import CannotReach
+from mc2_hpc.data.skips import ShardError
 from mc2_hpc.errors import UserError
 from mc2_hpc.training.stop import SAVED
 from mc2_hpc.training.takedown_proof import Proof, prove
@@ -192,6 +195,23 @@ def test_other_shards_prove_nothing(run, folder, tmp_path):
             prove(copy)
     finally:
         extra.unlink()
+
+
+@pytest.mark.parametrize("error", [ShardError("cut off"), CannotReach("no answer for 60 s")], ids=type)
+def test_a_shard_that_cannot_be_read_is_named(error, run, proof, monkeypatch, capsys):
+    open_shard = LocalShards.open
+
+    def open_most(shards, number):
+        if shards.names[number].endswith("table/00032.tar"):
+            raise error
+        return open_shard(shards, number)
+
+    monkeypatch.setattr(LocalShards, "open", open_most)
+    assert main(["data", "proof", str(run / "run")]) == 1
+    captured = capsys.readouterr()
+    (line,) = (line for line in captured.out.splitlines() if "cannot be read now" in line)
+    assert line.endswith(f"table/00032.tar: {error}")
+    assert f"but the run counted {proof.counted}" in captured.err
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .products import accumulator_dtype
 from .shared_batch import SharedBatch
-from .statistics import DistilledStatistics, Kept, RowSums, Statistics
+from .statistics import DistilledStatistics, Kept, RowSums, Statistics, finite
 from .teacher import Teacher, side_by_side
 from .tiles import TileFactory, paired_dots
 
@@ -54,7 +54,7 @@ class ContrastiveLoss(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> Tensor:
         found = _forward(ctx, image.contiguous(), text.contiguous(), logit_scale, plan, image.shape[1])
         local = _cross_entropies(found.row_lse, found.col_lse, found.pairs) / (2 * plan.shared.global_batch)
-        return _finite(plan.shared.sum(local).to(found.pairs.dtype))
+        return finite(plan.shared.sum(local).to(found.pairs.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -79,7 +79,7 @@ class DistilledContrastiveLoss(torch.autograd.Function):
                 (found.rows.divergence() + found.columns.divergence()).double().sum(),
             )
         )
-        terms = _finite(plan.shared.sum(local / (2 * plan.shared.global_batch)))
+        terms = finite(plan.shared.sum(local / (2 * plan.shared.global_batch)))
         ctx.factor = 1 + teacher.weight
         loss = (terms[0] + teacher.weight * terms[1]).to(found.pairs.dtype)
         terms = terms.to(found.pairs.dtype)
@@ -113,7 +113,7 @@ class SigmoidLoss(torch.autograd.Function):
         ctx.plan, ctx.width = plan, image.shape[1]
         ctx.logit_scale_like = (logit_scale.shape, logit_scale.dtype)
         ctx.logit_bias_like = (logit_bias.shape, logit_bias.dtype)
-        return _finite(shared.sum((softplus + of_pairs).sum() / shared.global_batch).to(dtype))
+        return finite(shared.sum((softplus + of_pairs).sum() / shared.global_batch).to(dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -156,10 +156,6 @@ def _cross_entropies(row_lse: Tensor, col_lse: Tensor, pairs: Tensor) -> Tensor:
     """Sum over the own rows and columns, in fp64."""
     # The terms may be large while their differences are small: subtract before summing.
     return ((row_lse - pairs) + (col_lse - pairs)).double().sum()
-
-
-def _finite(loss: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(loss), loss, torch.nan)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shared_batch import SharedBatch
+from .statistics import finite
 from .teacher import Teacher
 
 
@@ -69,7 +70,7 @@ def distributed_reference_loss(image_bD: Tensor, text_bD: Tensor, logit_scale: T
     """``reference_loss`` of all ranks' pairs, on every rank; its gradients follow ``contrastive_loss``'s convention."""
     image_ND, text_ND = (_gather_with_own_gradient(features, shared) for features in (image_bD, text_bD))
     # Every rank has the full gradient of logit_scale, so its average over ranks is the full gradient too.
-    return _finite(reference_loss(image_ND, text_ND, logit_scale))
+    return finite(reference_loss(image_ND, text_ND, logit_scale))
 
 
 def distributed_reference_terms(
@@ -78,7 +79,7 @@ def distributed_reference_terms(
     """``reference_terms`` of all ranks' pairs, on every rank, likewise."""
     both = (image_bD, text_bD, teacher.image_features.detach(), teacher.text_features.detach())
     image_ND, text_ND, teacher_image, teacher_text = (_gather_with_own_gradient(features, shared) for features in both)
-    return _finite(reference_terms(image_ND, text_ND, logit_scale, teacher_image, teacher_text, teacher.scale))
+    return finite(reference_terms(image_ND, text_ND, logit_scale, teacher_image, teacher_text, teacher.scale))
 
 
 def distributed_reference_sigmoid_loss(
@@ -87,13 +88,9 @@ def distributed_reference_sigmoid_loss(
     """``reference_sigmoid_loss`` of all ranks' pairs, on every rank, likewise."""
     image_ND, text_ND = (_gather_with_own_gradient(features, shared) for features in (image_bD, text_bD))
     # An infinite logit of the right sign costs nothing, but no feature may be infinite.
-    finite = torch.isfinite(image_ND).all() & torch.isfinite(text_ND).all()
+    all_finite = torch.isfinite(image_ND).all() & torch.isfinite(text_ND).all()
     loss = reference_sigmoid_loss(image_ND, text_ND, logit_scale, logit_bias)
-    return _finite(torch.where(finite, loss, torch.nan))
-
-
-def _finite(loss: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(loss), loss, torch.nan)
+    return finite(torch.where(all_finite, loss, torch.nan))
 
 
 def _gather_with_own_gradient(local: Tensor, shared: SharedBatch) -> Tensor:

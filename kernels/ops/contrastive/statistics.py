@@ -34,6 +34,11 @@ class Kept(Protocol):
         """Those of the logits of all ranks, each of which has the same series. Collective."""
 
 
+def finite(loss: Tensor) -> Tensor:
+    """The loss, with NaN in place of infinities: what overflows is no number of any size."""
+    return torch.where(torch.isfinite(loss), loss, torch.nan)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """The running log-sum-exp of n series, kept as ``log(total) + maximum``.

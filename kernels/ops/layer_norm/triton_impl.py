@@ -94,6 +94,7 @@ class TritonLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         return (*_backward(ctx, gradients[0], None, any(ctx.needs_input_grad[1:3])), None)
 
@@ -111,6 +112,7 @@ class TritonAddLayerNorm(torch.autograd.Function):
         return total, y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
         dtotal, dy = gradients
         dx, dweight, dbias = _backward(ctx, dy, dtotal.contiguous(), any(ctx.needs_input_grad[2:4]))

@@ -21,9 +21,10 @@ from PIL import Image
 from mc2_hpc.compiling import compiled
 from mc2_hpc.curation.copies.codes import pack_bits
 from mc2_hpc.curation.copies.linking import ENTRY, WORDS, Entries, bit_count
+from mc2_hpc.curation.filters import sources_of
 from mc2_hpc.draws import hash_keys, random_uint64
 from mc2_hpc.errors import UserError
-from mc2_hpc.jobs.named import Named, constructor_options, describe, import_object
+from mc2_hpc.jobs.named import Named, constructor_options, describe, import_object, to_plain
 
 CLIP = "mc2_hpc.evaluation.image_features.ClipFeatures"
 """The encoder for folders of models."""
@@ -34,7 +35,8 @@ _FORM = "--features FOLDER, or --features package.module.Class key=value ..."
 
 
 class Encoder(Protocol):
-    """Images to features. Created once per process."""
+    """Images to features. Created once per process. May have a method ``sources()`` with digests of the files that it
+    reads, by name; they are recorded, and the same in every run on a folder."""
 
     def encode(self, images: Sequence[Image.Image]) -> npt.NDArray[np.floating]:
         """Features ``(n, D)`` of images in RGB, of any length but zero."""
@@ -68,6 +70,19 @@ def load_encoder(named: Named) -> Encoder:
         raise
     except Exception as error:  # whatever the constructor does
         raise UserError(f"--features {named.name}: constructing it failed: {describe(error)}") from error
+
+
+def encoder_settings(named: Named | None) -> dict[str, Any]:
+    """What a stage records of its encoder: its name and options and, if it has a method ``sources()``, the digests of
+    the files that it reads. It is constructed here, so that a missing or damaged one is refused before any work.
+
+    Raises:
+        UserError: see :func:`load_encoder` and :func:`~mc2_hpc.curation.filters.sources_of`.
+    """
+    if named is None:
+        return {"encoder": None}
+    sources = sources_of(f"--features {named.name}", load_encoder(named))
+    return {"encoder": to_plain(named), **({"encoder_sources": sources} if sources else {})}
 
 
 def projections_of(encoder: Encoder, images: Sequence[Image.Image]) -> npt.NDArray[np.int32]:

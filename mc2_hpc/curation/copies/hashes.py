@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from mc2_hpc.curation.copies.linking import CHECK_BITS, ENTRY, Entries
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.files import check_regular
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.reading.json_file import Count, Foreign
+from mc2_hpc.storage import atomic_path, write_array
 
 IMAGES, CODES = "images/{shard}.arrow", "codes/{hash}/{shard}.npy"
 """Files of a shard; :func:`read_images` and :func:`map_codes` read them."""
@@ -33,6 +32,14 @@ _CURE = "delete it and run the same command again"
 _COLUMNS = pa.schema(
     [("key", pa.large_string()), ("pixels", pa.int64()), ("bytes", pa.int64()), ("reason", pa.large_string())]
 )
+
+
+class HashStats(Foreign):
+    """``stats/<shard>.json`` of hashed images."""
+
+    images_read: Count
+    made_of: str = ""
+    """:func:`~mc2_hpc.storage.fingerprint` of the tar when it was hashed."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def read_images(folder: Path, shard: str) -> pa.Table:
         with pa.ipc.open_file(str(path)) as reader:
             table = reader.read_all()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable ({str(error).splitlines()[0]}); {_CURE}") from None
+        raise UserError(f"{path}: not readable ({first_line(error)}); {_CURE}") from None
     if table.schema != _COLUMNS:
         raise UserError(f"{path}: has columns {', '.join(table.column_names)}; {_CURE}")
     return table
@@ -93,12 +100,6 @@ def read_images(folder: Path, shard: str) -> pa.Table:
 def write_codes(folder: Path, shard: str, kind: str, entries: list[Entries]) -> None:
     """Write the codes of a shard's images, whose numbers are their rows in :func:`read_images`."""
     write_array(folder / CODES.format(hash=kind, shard=shard), np.concatenate([np.zeros(0, ENTRY), *entries]))
-
-
-def write_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write an NPY file atomically."""
-    with atomic_path(path) as temporary:
-        np.save(temporary, array, allow_pickle=False)
 
 
 def map_codes(folder: Path, shard: str, kind: str) -> Entries:

@@ -13,16 +13,23 @@ from PIL import Image
 
 from mc2_hpc.curation.copies.codes import view_codes
 from mc2_hpc.curation.copies.features import NUM_PROJECTIONS, Encoder, load_encoder, projections_of
-from mc2_hpc.curation.copies.hashes import PHASH, PROJECTIONS, write_array, write_codes, write_images
+from mc2_hpc.curation.copies.hashes import (
+    PHASH,
+    PROJECTIONS,
+    HashStats,
+    write_codes,
+    write_images,
+)
 from mc2_hpc.curation.copies.linking import Entries
 from mc2_hpc.curation.pool.captions import PoolShard
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Dropped
-from mc2_hpc.images import load_rgb, open_image
-from mc2_hpc.jobs import stats_path
+from mc2_hpc.images import image_size, load_rgb, open_image
+from mc2_hpc.jobs import REDO, stats_path
 from mc2_hpc.jobs.named import Named, from_plain, to_plain
+from mc2_hpc.reading.json_file import read_json
 from mc2_hpc.samples import Sample
-from mc2_hpc.storage import write_json
+from mc2_hpc.storage import fingerprint, write_array, write_json
 
 _BATCH, _BATCH_PIXELS = 32, 1 << 26
 """Images that are encoded together: so many, or fewer if they are large."""
@@ -31,6 +38,11 @@ _BATCH, _BATCH_PIXELS = 32, 1 << 26
 def samples_with_images(index: TarIndex) -> list[Sample]:
     """The samples of a tar that have an image, in order."""
     return [sample for sample in index.listing.samples.values() if sample.image is not None]
+
+
+def text_of(key: str) -> str:
+    """A key as it is recorded: what is not UTF-8 is replaced."""
+    return key.encode("utf-8", "replace").decode()
 
 
 @lru_cache(maxsize=1)
@@ -86,29 +98,34 @@ class HashShard:
     out: Path
     encoder: Named | None
 
+    def is_current(self, shard: str, value: PoolShard) -> bool:
+        """Whether the shard was hashed as it is now."""
+        return read_json(stats_path(self.out, shard), HashStats, cure=REDO).made_of == fingerprint((value.images,))
+
     def __call__(self, name: str, shard: PoolShard) -> None:
+        made_of = fingerprint((shard.images,))
         rows: list[tuple[str, int, int, str | None]] = []
         codes: list[Entries] = []
         features = FeatureBatches(encoder_of(self.encoder))
         for sample, data in _images(shard):
-            key = sample.key.encode("utf-8", "replace").decode()
+            key = text_of(sample.key)
             try:
                 entries = view_codes(data)
-                image = open_image(data)
+                width, height = image_size(data)
                 features.add(data)
             except Dropped as dropped:
                 rows.append((key, 0, 0, str(dropped.reason)))
                 continue
             entries["image"] = len(rows)
             codes.append(entries)
-            rows.append((key, image.width * image.height, len(data), None))
+            rows.append((key, width * height, len(data), None))
         columns = zip(*rows, strict=True) if rows else ((), (), (), ())
         table = pa.table(dict(zip(("key", "pixels", "bytes", "reason"), map(list, columns), strict=True)))
         write_codes(self.out, name, PHASH, codes)
         if self.encoder is not None:
             write_array(self.out / PROJECTIONS.format(shard=name), features.projections())
         write_images(self.out, name, table)
-        write_json(stats_path(self.out, name), {"images_read": len(rows)})
+        write_json(stats_path(self.out, name), {"images_read": len(rows), "made_of": made_of})
 
 
 def _images(shard: PoolShard) -> Iterator[tuple[Sample, bytes]]:

@@ -26,6 +26,8 @@ Forest = npt.NDArray[np.int64]
 """The parent of each image; a root is its own."""
 
 _MOST_BUCKET_BITS = 24
+_CROWDED, _CROWDED_BY = 64, 8
+"""A bucket is crowded if it has more codes than the first, and than the second times the mean."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -63,6 +65,29 @@ def collapse(entries: Entries, forest: Forest) -> Entries:
     return entries[np.concatenate([[True], ~is_same])[: len(entries)]]
 
 
+def collapse_crowded(entries: Entries, mask: np.uint64, forest: Forest) -> Entries:
+    """:func:`collapse` for those of the mask's buckets alone that hold many more codes than the others.
+
+    Equal codes share a bucket, so in the other buckets there are few, and :func:`link` compares them for less than
+    sorting all codes by their 256 bits costs.
+    """
+    if not len(entries):
+        return entries
+    buckets, num_buckets = _buckets(np.ascontiguousarray(entries["words"][:, 0]), mask)
+    sizes = np.bincount(buckets, minlength=num_buckets)
+    most = max(_CROWDED, _CROWDED_BY * len(entries) / np.count_nonzero(sizes))
+    inside = (sizes > most)[buckets]
+    if not inside.any():
+        return entries
+    return np.concatenate([entries[~inside], collapse(entries[inside], forest)])
+
+
+def _buckets(words: npt.NDArray[np.uint64], mask: np.uint64) -> tuple[npt.NDArray[np.uint32], int]:
+    """The bucket of each hash, and the number of buckets: about one per hash."""
+    bits = min(_MOST_BUCKET_BITS, max(1, int(np.log2(len(words)))))
+    return (bucket_hashes(words, mask) >> np.uint64(64 - bits)).astype(np.uint32), 1 << bits
+
+
 def link(entries: Entries, mask: np.uint64, forest: Forest, *, max_distance: int, max_check: int) -> None:
     """Join the groups of images in ``forest`` that have similar codes whose hashes agree in the bits of ``mask``.
 
@@ -74,9 +99,8 @@ def link(entries: Entries, mask: np.uint64, forest: Forest, *, max_distance: int
     if not len(entries):
         return
     words = np.ascontiguousarray(entries["words"][:, 0])
-    bits = min(_MOST_BUCKET_BITS, max(1, int(np.log2(len(entries)))))
-    buckets = (bucket_hashes(words, mask) >> np.uint64(64 - bits)).astype(np.uint32)
-    order, starts = _sorted_by(buckets, 1 << bits)
+    buckets, num_buckets = _buckets(words, mask)
+    order, starts = _sorted_by(buckets, num_buckets)
     _link_buckets(words[order], order, starts, entries, forest, max_distance, max_check)
 
 

@@ -1,6 +1,5 @@
 """The search for copies among all shards, in independent parts, and the choice of the copy that stays."""
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from mc2_hpc.curation.copies.hashes import (
     FEATURES,
     PROJECTIONS,
     Hash,
+    HashStats,
     map_codes,
     read_images,
-    write_array,
     write_codes,
 )
 from mc2_hpc.curation.copies.linking import (
@@ -24,6 +23,7 @@ from mc2_hpc.curation.copies.linking import (
     Forest,
     bucket_hashes,
     collapse,
+    collapse_crowded,
     join,
     link,
     links_of,
@@ -34,8 +34,8 @@ from mc2_hpc.curation.copies.tables import table_masks
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import stats_path
 from mc2_hpc.reading.arrays import map_array
-from mc2_hpc.reading.json_file import Count, Foreign, read_json
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.reading.json_file import read_json
+from mc2_hpc.storage import write_array, write_csv, write_json
 
 CODES_PER_GB = 1 << 23
 """Codes that a gigabyte holds, with what searching them needs."""
@@ -45,15 +45,9 @@ _HEADER = ("key", "kept", "kept_shard")
 _CURE = "delete its folder and run the same command again"
 
 
-class _Hashed(Foreign):
-    """The part of a hashed shard's counters that is needed to number its images."""
-
-    images_read: Count
-
-
 def first_images(hashed: Path, shards: Sequence[str]) -> npt.NDArray[np.int64]:
     """The number of each shard's first image among all, ``(shards + 1,)``; the last is the number of images."""
-    counts = [read_json(stats_path(hashed, name), _Hashed).images_read for name in shards]
+    counts = [read_json(stats_path(hashed, name), HashStats).images_read for name in shards]
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
@@ -114,27 +108,31 @@ class SearchPart:
             raise UserError(f"{self.hashed}: {first[-1]:,} images; divide the pool into parts of at most 4 billion")
         forest = new_forest(int(first[-1]))
         for folder, kind in self.hashes:
-            self._search([map_codes(folder, shard, kind.name) for shard in self.shards], first, kind, part, forest)
+            self._search(folder, first, kind, part, forest)
         write_array(self.out / f"{name}.npy", links_of(forest))
 
-    def _search(
-        self, codes: list[Entries], first: npt.NDArray[np.int64], kind: Hash, part: int, forest: Forest
-    ) -> None:
-        num_codes = sum(map(len, codes))
+    def _search(self, folder: Path, first: npt.NDArray[np.int64], kind: Hash, part: int, forest: Forest) -> None:
+        def codes() -> Iterator[Entries]:
+            # One shard at a time: pages of a file that is mapped count as the process's memory.
+            return (map_codes(folder, shard, kind.name) for shard in self.shards)
+
+        num_codes = sum(map(len, codes()))
         masks = table_masks(kind.max_distance, num_codes)
         slices = max(1, -(-num_codes // self.codes_at_once))
         tasks = range(part, len(masks) * slices, self.parts)
-        everything = _gather(codes, first, masks[0], 0, 1, forest) if slices == 1 and len(tasks) else None
+        everything = collapse(_gather(codes(), first, masks[0], 0, 1), forest) if slices == 1 and len(tasks) else None
         for task in tasks:
             mask, number = masks[task // slices], task % slices
-            entries = everything if everything is not None else _gather(codes, first, mask, number, slices, forest)
+            entries = everything
+            if entries is None:  # a slice serves one mask alone: collapsing all of it would cost more than the search
+                entries = collapse_crowded(_gather(codes(), first, mask, number, slices), mask, forest)
             link(entries, mask, forest, max_distance=kind.max_distance, max_check=kind.max_check)
 
 
 def _gather(
-    codes: list[Entries], first: npt.NDArray[np.int64], mask: np.uint64, number: int, slices: int, forest: Forest
+    codes: Iterator[Entries], first: npt.NDArray[np.int64], mask: np.uint64, number: int, slices: int
 ) -> Entries:
-    """The distinct codes in one of ``slices`` slices, which keep together the hashes that agree in ``mask``."""
+    """The codes in one of ``slices`` slices, which keep together the hashes that agree in ``mask``."""
     found = []
     for start, of_shard in zip(first[:-1], codes, strict=True):
         if slices > 1:
@@ -143,7 +141,7 @@ def _gather(
         of_shard = np.array(of_shard)  # from the file to memory
         of_shard["image"] += np.uint32(start)
         found.append(of_shard)
-    return collapse(np.concatenate(found), forest)
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -206,17 +204,10 @@ class GroupCopies:
             rows = zip(
                 keys.take(pa.array(gone)).to_pylist(), keys.take(pa.array(kept)).to_pylist(), of_shard, strict=True
             )
-            _write_csv(self.out / REPORT.format(shard=name), rows)
+            write_csv(self.out / REPORT.format(shard=name), _HEADER, rows)
             write_array(self.out / COPIES.format(shard=name), row[gone])
 
 
 def rows_to_remove(folder: Path, shard: str) -> npt.NDArray[np.int64]:
     """The rows, in :func:`~mc2_hpc.curation.copies.hashes.read_images`, of images whose copy stays elsewhere."""
     return map_array(folder / COPIES.format(shard=shard), np.int64, cure=_CURE)
-
-
-def _write_csv(path: Path, rows: Iterator[Sequence[str]]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_HEADER)
-        writer.writerows(rows)

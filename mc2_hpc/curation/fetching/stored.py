@@ -9,11 +9,12 @@ given. No image is enlarged.
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
-from PIL import Image, features
+from PIL import features
 
 from mc2_hpc.drops import Drop, Dropped
-from mc2_hpc.images import MAX_PIXELS, load_rgb, open_image
+from mc2_hpc.images import MAX_PIXELS, image_size, load_rgb, open_image
 
 EXTENSIONS = {
     "JPEG": "jpg",
@@ -76,14 +77,14 @@ def store(body: bytes, longest: int | None) -> StoredImage:
         small = _small_jpeg(body, shape, longest)
         if small is not None:
             return small
-    opened = _opened(body)
-    width, height = _reduced(opened.width, opened.height, longest)
+    _opened(body)  # raises if it is nothing to store
     image = open_image(body)
+    width, height = _reduced(image.width, image.height, longest)
     image.draft(None, (width, height))  # affects only JPEG
     upright = load_rgb(image, upright=True)
     if upright.size != image.size:  # turned by a quarter
         width, height = height, width
-    return encoded(_shrunk(upright, width, height))
+    return encoded(_reduced_to(np.array(upright), width, height))
 
 
 def kept_jpeg(body: bytes, longest: int | None) -> StoredImage | None:
@@ -133,7 +134,7 @@ def _opened(body: bytes) -> StoredImage:
     extension = EXTENSIONS.get(image.format or "")
     if extension is None:
         raise Dropped(Drop.NOT_AN_IMAGE, f"{image.format}")
-    return StoredImage(body, extension, image.width, image.height)
+    return StoredImage(body, extension, *image_size(body))
 
 
 def _unknown(body: bytes) -> Dropped | None:
@@ -180,12 +181,25 @@ def _small_jpeg(body: bytes, shape: tuple[int, int], longest: int) -> StoredImag
         rgb = simplejpeg.decode_jpeg(body, min_height=-(-shape[0] // factor), min_width=-(-shape[1] // factor))
     except ValueError:
         return None
-    return encoded(_shrunk(Image.fromarray(rgb), width, height))
+    return encoded(_reduced_to(rgb, width, height))
 
 
-def _shrunk(image: Image.Image, width: int, height: int) -> Image.Image:
-    """An antialiased reduction; Hamming's filter reaches one pixel and bicubic's two, so it reads half as much."""
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.HAMMING)
+def _reduced_to(rgb: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
+    """An antialiased bilinear reduction of ``[height, width, 3]`` pixels.
+
+    PyTorch's: it equals Pillow's to one level and takes half the time on processors with AVX2.
+    """
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    # Importing torch takes seconds, which fetching without resizing need not spend.
+    import torch
+
+    from mc2_hpc.threads import one_torch_thread
+
+    planes = torch.from_numpy(rgb).permute(2, 0, 1)[None]
+    with one_torch_thread():
+        small = torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+        return torch.stack(tuple(small[0]), -1).numpy()
 
 
 def _reduced(width: int, height: int, longest: int) -> tuple[int, int]:
@@ -194,7 +208,11 @@ def _reduced(width: int, height: int, longest: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def encoded(image: Image.Image) -> StoredImage:
-    """An upright RGB image as every image that is not kept byte for byte is stored: JPEG, quality 90."""
-    data = simplejpeg.encode_jpeg(np.asarray(image), quality=_QUALITY, colorsubsampling="420")
-    return StoredImage(data, "jpg", image.width, image.height)
+def encoded(rgb: npt.NDArray[np.uint8]) -> StoredImage:
+    """How every image is stored that is not kept byte for byte: JPEG, quality 90.
+
+    Args:
+        rgb: ``[height, width, 3]``, upright.
+    """
+    data = simplejpeg.encode_jpeg(rgb, quality=_QUALITY, colorsubsampling="420")
+    return StoredImage(data, "jpg", rgb.shape[1], rgb.shape[0])

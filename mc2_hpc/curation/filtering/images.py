@@ -22,11 +22,8 @@ import pyarrow as pa
 from PIL import Image
 
 from mc2_hpc.curation.fetching.stored import encoded
-from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
-from mc2_hpc.images import MAX_PIXELS, REDUCED, load_rgb, open_image
-
-_REDUCIBLE = ("JPEG", "MPO")
+from mc2_hpc.images import image_size, load_rgb, open_image
 
 
 class PoolImage:
@@ -45,10 +42,7 @@ class PoolImage:
         self.key = key
         self.name = name
         self.data = data
-        header = open_image(data, max_pixels=REDUCED * MAX_PIXELS)
-        if header.width * header.height > MAX_PIXELS and header.format not in _REDUCIBLE:
-            raise Dropped(Drop.IMAGE_TOO_LARGE, f"{header.width}x{header.height}")
-        self.width, self.height = header.width, header.height
+        self.width, self.height = image_size(data)
         """Of the image as it is stored, before its orientation tag is applied."""
         self.change: str | None = None
         """How a filter changed it; None if its bytes are as they were."""
@@ -65,7 +59,7 @@ class PoolImage:
             pixels: RGB, upright.
             change: what was done, in the form of a reason, such as ``faces_blurred``.
         """
-        stored = encoded(pixels)
+        stored = encoded(np.asarray(pixels))
         self.data, self.width, self.height = stored.data, stored.width, stored.height
         self.name = f"{self.key}.{stored.extension}"
         self.change = change

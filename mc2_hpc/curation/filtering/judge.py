@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 
 from mc2_hpc.curation.filtering.images import PoolImage, ScoreFilter
 from mc2_hpc.curation.filtering.verdicts import KEPT, NO_FILTER, Verdicts
-from mc2_hpc.curation.filters import ask, load_filter, sees_images, sources_of
+from mc2_hpc.curation.filters import ask, complete, load_filter, sees_images, sources_of
 from mc2_hpc.curation.pool.captions import BATCH_ROWS
 from mc2_hpc.drops import Dropped
 from mc2_hpc.errors import UserError
@@ -46,10 +45,10 @@ class OpenFilter(NamedTuple):
 
     def settings(self) -> dict[str, Any]:
         """What decides its verdicts, for the record: name, all options, and digests of files."""
-        arguments = dict(self.named.arguments or {})
-        if is_dataclass(self.filter):  # also the options that were not given, and absolute paths
-            arguments |= {one.name: to_plain(getattr(self.filter, one.name)) for one in fields(self.filter)}
-        return {"name": self.name, "arguments": arguments, "sources": sources_of(self.name, self.filter)}
+        return {
+            **to_plain(complete(self.named, self.filter)),
+            "sources": sources_of(f"--filter {self.name}", self.filter),
+        }
 
 
 def open_filters(filters: Iterable[Named]) -> list[OpenFilter]:

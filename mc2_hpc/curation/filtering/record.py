@@ -36,6 +36,8 @@ class DedupSettings(File, omit_defaults=True):
     hashes: dict[str, dict[str, Count | str]]
     encoder: dict[str, Any] | None
     shards: list[str]
+    encoder_sources: dict[str, str] | None = None
+    """Digests of the files that the encoder read."""
     pool_filters: list[RecordedFilter] | None = None
     """Of the pool whose copies were removed."""
 
@@ -82,4 +84,8 @@ def _as_filter(settings: dict[str, Any]) -> dict[str, Any]:
         for limit in ("max_distance", "max_check")
     }
     encoder = settings["encoder"]
-    return {"name": "dedup-images", "arguments": limits | ({"encoder": encoder} if encoder else {}), "sources": {}}
+    return {
+        "name": "dedup-images",
+        "arguments": limits | ({"encoder": encoder} if encoder else {}),
+        "sources": settings.get("encoder_sources") or {},
+    }

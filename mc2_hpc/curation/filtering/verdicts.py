@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import shown
 from mc2_hpc.reading.parquet_file import ColumnType, open_parquet
-from mc2_hpc.storage import atomic_path
 
 KEPT = ""
 """The reason of a row that is kept."""
@@ -88,9 +86,3 @@ def read_verdicts(path: Path, scores: Sequence[str]) -> pa.Table:
     if table["key"].null_count or table["text"].null_count:
         raise UserError(f"{shown(path)}: has captions without a key or text; delete it to filter its shard again")
     return table
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table as Parquet atomically; the same rows give the same bytes."""
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")

@@ -30,7 +30,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.metadata.files import check_entries
 from mc2_hpc.reading.arrays import map_array
 from mc2_hpc.reading.json_file import Count, Foreign, read_json
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import write_array, write_json
 
 _FORMAT = 3
 LAST_SAVED = "matcher.json"
@@ -139,8 +139,7 @@ class Matcher:
         (folder / LAST_SAVED).unlink(missing_ok=True)
         sums = {name: zlib.crc32(table.data) for name, table in self._tables.items()}
         for name, table in self._tables.items():
-            with atomic_path(folder / f"{name}.npy") as temporary:
-                np.save(temporary, table, allow_pickle=False)
+            write_array(folder / f"{name}.npy", table)
         write_json(
             folder / LAST_SAVED, {"format": _FORMAT, "mode": self.mode, "num_entries": self.num_entries, "crc32": sums}
         )

@@ -21,7 +21,7 @@ from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.parquet_file import open_parquet
-from mc2_hpc.samples import CAPTION_EXTENSION, RECORD_EXTENSION, Caption, captions_of, is_unicode
+from mc2_hpc.samples import CAPTION_EXTENSION, RECORD_EXTENSION, Caption, is_unicode
 from mc2_hpc.shard_paths import Names, list_shards
 from mc2_hpc.tar import ESCAPES, Member, escapes
 
@@ -169,11 +169,10 @@ def _read_tar_captions(path: Path) -> Iterator[tuple[pa.Table, Counter[str]]]:
         for sample in index.listing.samples.values():
             if sample.caption is None and sample.record is None:
                 continue  # an image without a caption is counted when the images are packed
-            parts = (index.read(member) if member is not None else None for member in (sample.caption, sample.record))
             try:
                 if not is_unicode(sample.key):
                     raise Dropped(Drop.CAPTION_NOT_UTF8)
-                for caption in captions_of(*parts):
+                for caption in index.captions_of(sample):
                     found[bool(caption.lang)].append((sample.key, caption))
             except Dropped as dropped:
                 drops[dropped.reason] += 1
@@ -190,7 +189,3 @@ def _read_tar_captions(path: Path) -> Iterator[tuple[pa.Table, Counter[str]]]:
 
 def _is_unsafe_caption(member: Member) -> bool:
     return escapes(member.name) and member.name.lower().endswith((f".{CAPTION_EXTENSION}", f".{RECORD_EXTENSION}"))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

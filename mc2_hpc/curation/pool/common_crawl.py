@@ -18,7 +18,7 @@ from mc2_hpc.curation.pool.page_images import PageImages, images_of_wat
 from mc2_hpc.curation.pool.page_worker import HeavyPage, PageWorker
 from mc2_hpc.curation.pool.urls import absolute_url, image_key
 from mc2_hpc.drops import Drop, Dropped
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.reading.files import open_regular
 
 _SUFFIXES = (".wat", ".warc", ".wat.gz", ".warc.gz")
@@ -72,8 +72,8 @@ class ArchiveReader:
                     yield from self._rows_of(page)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(
-                f"{self.path}: damaged or truncated after record {self.counts['records']} ({_brief(error)}); "
-                "fetch it again or remove it"
+                f"{self.path}: damaged or truncated after record {self.counts['records']} "
+                f"({first_line(error, most=80)}); fetch it again or remove it"
             ) from None
         if self.counts["records"] == 0:
             raise UserError(f"{self.path}: contains no WARC records; fetch it again or remove it")
@@ -182,7 +182,3 @@ def _open(path: Path) -> IO[bytes]:
     with open_regular(path) as stream:
         is_gzip = stream.read(2) == b"\x1f\x8b"
     return cast(IO[bytes], gzip.open(path)) if is_gzip else open(path, "rb")
-
-
-def _brief(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__

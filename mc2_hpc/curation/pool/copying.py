@@ -19,17 +19,23 @@ from mc2_hpc.storage import atomic_path
 from mc2_hpc.tar import Member, fits_tar_name, write_tar
 
 
-def check_elsewhere(shards: Iterable[PoolShard], out: Path) -> None:
-    """Check that copies of shards with images would not replace them.
-
-    Raises:
-        UserError: a shard has no images, or would be replaced.
-    """
+def require_images(shards: Iterable[PoolShard]) -> None:
+    """Raises UserError if a shard has no images."""
     for shard in shards:
         if shard.images is None:
             raise UserError(f"{shard.captions}: there is no {Path(shard.name).name}.tar with its images beside it")
-        if shard.images.resolve() == (out / f"{shard.name}.tar").resolve():
-            raise UserError(f"--out {out}: holds the shards that are read; name another folder")
+
+
+def check_elsewhere(shards: Iterable[PoolShard], out: Path) -> None:
+    """Check that shards written to ``out`` under the same names would not replace those that are read.
+
+    Raises:
+        UserError: they would.
+    """
+    for shard in shards:
+        for file in (shard.captions, shard.images):
+            if file is not None and file.resolve() == (out / f"{shard.name}{file.suffix}").resolve():
+                raise UserError(f"--out {out}: holds the shards that are read; name another folder")
 
 
 def copy_without(
@@ -39,14 +45,17 @@ def copy_without(
     ``keys`` (file names up to the last dot); returns the numbers of images and rows written.
 
     Files keep their bytes and order. A shard without images gets no files, and loses those of an earlier run.
-    ``drops`` counts ``name_repeated`` and ``name_too_long``.
+    ``drops`` counts ``name_repeated`` and ``name_too_long``; the rows and other files of an image whose name is too
+    long go with it.
     """
     unwanted = set(keys)
     files = first_of_name(index)
     drops[Drop.NAME_REPEATED] += len(index.members) - len(files)
     kept = [member for member in files if key_of(member) not in unwanted]
-    fitting = [member for member in kept if fits_tar_name(member.name)]
-    drops[Drop.NAME_TOO_LONG] += len(kept) - len(fitting)
+    too_long = [member for member in kept if not fits_tar_name(member.name)]
+    drops[Drop.NAME_TOO_LONG] += len(too_long)
+    unwanted |= {key_of(member) for member in too_long if is_image_name(member.name)}
+    fitting = [member for member in kept if fits_tar_name(member.name) and key_of(member) not in unwanted]
     num_images = sum(is_image_name(member.name) for member in fitting)
     tar, table = out / f"{shard.name}.tar", out / f"{shard.name}.parquet"
     if not num_images:

@@ -7,7 +7,17 @@ from types import TracebackType
 
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
-from mc2_hpc.samples import JPEG_EXTENSIONS, ByKey, Listing, group_members
+from mc2_hpc.reading.files import shown
+from mc2_hpc.samples import (
+    JPEG_EXTENSIONS,
+    LARGEST_RECORD,
+    ByKey,
+    Caption,
+    Listing,
+    Sample,
+    captions_of,
+    group_members,
+)
 from mc2_hpc.tar import LocalFile, Member, TarError, escapes, fits_tar_name, list_members
 
 
@@ -46,7 +56,23 @@ class TarIndex:
         try:
             return self._file.read(member.offset, member.size)
         except OSError as error:
-            raise UserError(f"{self.path}: {member.name} cannot be read ({error}); fetch or write it again") from None
+            raise UserError(
+                f"{self.path}: {shown(member.name)} cannot be read ({error}); fetch or write it again"
+            ) from None
+
+    def captions_of(self, sample: Sample) -> list[Caption]:
+        """The captions of a sample that has a caption or a record, see :func:`mc2_hpc.samples.captions_of`. No more of
+        either is read than decides that it is too large.
+
+        Raises:
+            Dropped: there is no usable caption.
+            UserError: see :meth:`read`.
+        """
+        parts = [
+            None if member is None else self.read(member._replace(size=min(member.size, LARGEST_RECORD + 1)))
+            for member in (sample.caption, sample.record)
+        ]
+        return captions_of(*parts)
 
     def __enter__(self) -> "TarIndex":
         return self

@@ -6,7 +6,7 @@ from collections.abc import Collection
 import pyarrow as pa
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.metadata.languages import known_code
+from mc2_hpc.metadata.languages import is_language_code, known_code
 
 NO_CODE, OTHER_CODES = "(none)", "(others)"
 _LISTED = 50
@@ -39,11 +39,12 @@ def split_codes(joined: str) -> list[str]:
     """The codes of a list such as ``en,pt,zh``.
 
     Raises:
-        UserError: one of them is blank.
+        UserError: one of them is no language's.
     """
     codes = [code.strip() for code in joined.split(",")]
-    if not all(codes):
-        raise UserError(f"{joined!r} is not a list of language codes such as en,pt,zh")
+    for code in codes:
+        if not is_language_code(code):
+            raise UserError(f"{code[:_MAX_CHARS]!r} is not the code of a language; write a list such as en,pt,zh")
     return codes
 
 

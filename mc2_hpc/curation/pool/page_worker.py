@@ -55,7 +55,10 @@ class PageWorker:
         assert process.stdin is not None and process.stdout is not None
         try:
             _send(process.stdin, msgspec.msgpack.encode((body, charset, page)))
-            if select.select([process.stdout], [], [], _WAIT_S)[0] and (answer := _receive(process.stdout)) is not None:
+            # Not select.select, which refuses descriptors above 1,023.
+            answers = select.poll()
+            answers.register(process.stdout, select.POLLIN)
+            if answers.poll(_WAIT_S * 1000) and (answer := _receive(process.stdout)) is not None:
                 base, images = msgspec.msgpack.decode(answer, type=tuple[str, list[tuple[str, str]]])
                 return PageImages(base, images)
         except BrokenPipeError:

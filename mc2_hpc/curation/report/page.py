@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,13 @@ from markupsafe import Markup
 
 from mc2_hpc.curation.report.findings import Findings, gather
 from mc2_hpc.curation.report.plots import draw_plots, require_matplotlib
-from mc2_hpc.drops import MEANINGS
 from mc2_hpc.pages import render
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.pages.reasons import reason_rows
+from mc2_hpc.storage import atomic_path, write_text
 
 _ROWS = 25
-_MEANINGS: Mapping[str, str] = {str(reason): meaning for reason, meaning in MEANINGS.items()}
 _CARDS = 12
 _ENTRIES_OF_OTHERS = 5
-
-
-@dataclass(frozen=True)
-class DropRow:
-    """A reason for leaving out captions or images."""
-
-    reason: str
-    meaning: str
-    count: int
-    share: float
-    """Of everything that was read."""
-    of_most: float
-    """Of the most frequent reason's count."""
 
 
 def write_report(run: str | Path, metadata: str | Path) -> Path:
@@ -52,8 +37,7 @@ def write_report(run: str | Path, metadata: str | Path) -> Path:
     for name, plot in plots.items():
         with atomic_path(folder / f"{name}.png") as temporary:
             temporary.write_bytes(plot.png)
-    with atomic_path(folder / "curation.html") as temporary:
-        temporary.write_text(render_page(findings, {n: plot.svg for n, plot in plots.items()}), encoding="utf-8")
+    write_text(folder / "curation.html", render_page(findings, {n: plot.svg for n, plot in plots.items()}))
     return folder / "curation.html"
 
 
@@ -73,21 +57,11 @@ def render_page(findings: Findings, plots: Mapping[str, Markup]) -> str:
         "rows": _ROWS,
         "cards": _CARDS,
         "entries_of_others": _ENTRIES_OF_OTHERS,
-        "drops": dropped(findings.drops, totals["rows"]),
-        "pack_drops": packed and dropped(packed["drops"], packed["images"] + sum(packed["drops"].values())),
+        "drops": reason_rows(findings.drops, totals["rows"]),
+        "pack_drops": packed and reason_rows(packed["drops"], packed["images"] + sum(packed["drops"].values())),
         "facts": _facts(findings.balance),
     }
     return render("mc2_hpc.curation.report", "curation.html", values)
-
-
-def dropped(drops: Mapping[str, int], total: int) -> list[DropRow]:
-    """The reasons that occurred, most frequent first; shares are of ``total``."""
-    most = max(drops.values(), default=1)
-    return [
-        DropRow(reason, _MEANINGS.get(reason, ""), count, share=count / total, of_most=count / most)
-        for reason, count in sorted(drops.items(), key=lambda drop: (-drop[1], drop[0]))
-        if count
-    ]
 
 
 def filter_text(name: str, arguments: Mapping[str, Any]) -> str:

@@ -17,11 +17,12 @@ from mc2_hpc.curation.filtering.record import FilterSettings, FilterStats
 from mc2_hpc.curation.filtering.verdicts import read_verdicts
 from mc2_hpc.curation.pool.captions import FILTER_SETTINGS, VERDICTS, PoolShard
 from mc2_hpc.curation.pool.image_tars import TarIndex, writable_images
-from mc2_hpc.curation.report.page import dropped, filter_text
+from mc2_hpc.curation.report.page import filter_text
 from mc2_hpc.drops import Dropped
 from mc2_hpc.images import thumbnail
 from mc2_hpc.jobs import sum_stats
 from mc2_hpc.pages import data_uri, write_page
+from mc2_hpc.pages.reasons import reason_rows
 from mc2_hpc.reading.json_file import read_fields
 
 SHEETS = "report/filters.html"
@@ -119,6 +120,7 @@ class WriteSheets:
         before.wanted(example for sheet in sheets for example in sheet.dropped)
         after.wanted([*changed, *(example for sheet in sheets for example in sheet.kept)])
         for shard in shards:
+            assert shard.images is not None
             before.read(shard.name, shard.images)
             after.read(shard.name, self.out / f"{shard.name}.tar")
         stats = sum_stats(self.out, [shard.name for shard in shards], FilterStats)
@@ -132,8 +134,8 @@ class WriteSheets:
             "changed": changed,
             "before": before.found,
             "after": after.found,
-            "drops": dropped(stats["drops"], max(1, stats["rows"])),
-            "image_drops": dropped(stats["image_drops"], max(1, stats["images_read"])),
+            "drops": reason_rows(stats["drops"], stats["rows"]),
+            "image_drops": reason_rows(stats["image_drops"], stats["images_read"]),
             "short": _shortened,
         }
         write_page(self.out / SHEETS, "mc2_hpc.curation.report", "filters.html", values)
@@ -176,9 +178,9 @@ class _Pictures:
         for example in examples:
             self._keys[example.shard].add(example.key)
 
-    def read(self, shard: str, tar: Path | None) -> None:
+    def read(self, shard: str, tar: Path) -> None:
         """Read those of a shard that are wanted."""
-        if shard not in self._keys or tar is None:
+        if shard not in self._keys:
             return
         with TarIndex(tar) as index:
             images, _, _ = writable_images(index.listing, sorted(self._keys[shard]))

@@ -8,41 +8,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mc2_hpc.conversion.onnx_facts import read_onnx_facts
-from mc2_hpc.conversion.peers import import_onnxruntime
+from mc2_hpc.conversion.onnx_facts import CURE, EXTRA, ImageFacts, TextFacts, check_graphs, read_onnx_facts
 from mc2_hpc.data.crop import Encoded
 from mc2_hpc.data.decode import EvalTransform
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.data.tokenizer import Tokenizer
-from mc2_hpc.errors import UserError
-from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, folder_files, hash_files
-from mc2_hpc.reading.files import check_regular, shown
+from mc2_hpc.evaluation.dual_encoders.protocol import ModelFacts, check_weight_files, folder_files, hash_files
+from mc2_hpc.reading.onnx_file import open_session
 
 
 class Graph(nn.Module):
     """One tower's graph."""
 
-    def __init__(self, path: Path, input_name: str) -> None:
-        """
+    def __init__(self, folder: Path, tower: ImageFacts | TextFacts) -> None:
+        """On as many threads as torch uses.
+
         Raises:
-            UserError: onnxruntime is not installed or cannot load the file, or the graph has no such input.
+            UserError: onnxruntime is not installed or cannot load the graph.
         """
         super().__init__()
-        runtime = import_onnxruntime()
-        check_regular(path)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its own classes share no other base
-            reason = shown(" ".join(str(error).split()))
-            raise UserError(f"{path}: onnxruntime cannot load it: {reason}; export the model again") from None
-        found = [given.name for given in self._session.get_inputs()]
-        if found != [input_name]:
-            raise UserError(
-                f"{path}: its inputs are {', '.join(found)[:200]}, not {input_name}; export the model again"
-            )
-        self._input = input_name
+        self._session = open_session(folder / tower.file, threads=torch.get_num_threads(), extra=EXTRA, cure=CURE)
+        self._input = tower.input
 
     def forward(self, inputs: Tensor) -> Tensor:
         (features,) = self._session.run(None, {self._input: inputs.cpu().numpy()})
@@ -58,16 +44,18 @@ class OnnxEncoder:
             device: ignored: the graphs run on the CPU.
 
         Raises:
-            UserError: onnxruntime is not installed, a file is missing or damaged, or the resize is not supported.
+            UserError: onnx or onnxruntime is not installed, a file is missing or damaged, a graph is not as
+                ``onnx_model.json`` says, or the resize is not supported.
         """
         facts = read_onnx_facts(source)
+        check_weight_files(source)
+        check_graphs(source, facts)
         image, text = facts.image, facts.text
         resize = eval_resize or image.resize
         self._to_square = EvalTransform(image.size, resize)
         self.tokenizer = Tokenizer(source / text.tokenizer.file, text.tokenizer.style, text.context_length)
-        self.model: nn.Module = nn.ModuleDict(
-            {"image": Graph(source / image.file, image.input), "text": Graph(source / text.file, text.input)}
-        ).eval()
+        self.model: nn.Module = nn.ModuleDict({"image": Graph(source, image), "text": Graph(source, text)}).eval()
+        self.device = torch.device("cpu")
         self._scale, self._bias = facts.logit_scale, facts.logit_bias
         self.identity = hash_files(folder_files(source), eval_resize)
         self.facts = ModelFacts(

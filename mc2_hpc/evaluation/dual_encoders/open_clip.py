@@ -104,7 +104,7 @@ class OpenClipEncoder:
         self.tokenizer = _load_tokenizer(source)
         self._source = source
         self._transform = transform
-        self._device = device
+        self.device = device
         self.identity = hash_files(folder_files(source), open_clip.__version__, eval_resize)
         self.facts = _facts(model, self.tokenizer)
 
@@ -118,7 +118,7 @@ class OpenClipEncoder:
         return self.tokenizer(list(texts))
 
     def encode_images(self, images: Sequence[Tensor]) -> Tensor:
-        return self._of_images(torch.stack(list(images)).to(self._device))
+        return self._of_images(torch.stack(list(images)).to(self.device))
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         preprocess: Any = self.model.visual.preprocess_cfg  # type: ignore[union-attr]
@@ -129,7 +129,7 @@ class OpenClipEncoder:
         return F.normalize(self.model.encode_image(images).float(), dim=-1)  # type: ignore[operator]
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        return self.encode_tokens(self.captions(texts).to(self._device))
+        return self.encode_tokens(self.captions(texts).to(self.device))
 
     @property
     def captions(self) -> OpenClipCaptions:

@@ -104,13 +104,13 @@ class OurEncoder:
         return self.tokenizer.encode(texts)
 
     def encode_images(self, images: Sequence[Tensor]) -> Tensor:
-        return self.encode_pixels(torch.stack(list(images)).to(self._device))
+        return self.encode_pixels(torch.stack(list(images)).to(self.device))
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(normalise(pixels), normalize=True).float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        return self.encode_tokens(self.captions(texts).to(self._device))
+        return self.encode_tokens(self.captions(texts).to(self.device))
 
     @property
     def captions(self) -> OurCaptions:
@@ -125,7 +125,7 @@ class OurEncoder:
         return float(scale.detach().float().exp()), 0.0 if bias is None else float(bias.detach().float())
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return self.model.logit_scale.device
 
 

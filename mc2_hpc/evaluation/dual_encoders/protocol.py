@@ -56,6 +56,11 @@ class DualEncoder(Protocol):
     """Hex digest of the weights, the tokenizer and the image preprocessing."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
     def model(self) -> nn.Module:
         """The library's own model, in eval mode."""
         ...

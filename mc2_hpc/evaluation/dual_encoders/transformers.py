@@ -34,7 +34,7 @@ class _Family:
     padding: str
     """Of texts: to the ``longest`` in a batch, or to ``max_length``, as in SigLIP's training."""
     inputs: tuple[str, ...]
-    """Of the text tower. SigLIP also attends to the padding."""
+    """Of the text tower, as far as the tokenizer gives them. SigLIP attends to the padding, so it takes no mask."""
 
 
 _CLIP = _Family("longest", ("input_ids", "attention_mask"))
@@ -56,8 +56,10 @@ class TransformersCaptions:
         if tokenizer is None:
             tokenizer = _loaded(import_transformers().AutoTokenizer, source)
         self._tokenizer = tokenizer
+        self.inputs = [name for name in family.inputs if name in tokenizer.model_input_names]
+        """Names of the text tower's."""
         fill = {"input_ids": int(tokenizer.pad_token_id or 0), "attention_mask": 0}
-        self.pads = [fill[name] for name in family.inputs]
+        self.pads = [fill[name] for name in self.inputs]
 
     def __reduce__(self) -> tuple[type, tuple[Path, _Family, int]]:
         return TransformersCaptions, self._known
@@ -71,7 +73,7 @@ class TransformersCaptions:
             max_length=self._context_length,
             return_tensors="pt",
         )
-        return {name: tokens[name] for name in self._family.inputs}
+        return {name: tokens[name] for name in self.inputs}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return torch.stack(list(self.by_name(texts).values()), dim=1)
@@ -97,7 +99,7 @@ class TransformersEncoder:
         self.model: nn.Module = _loaded(transformers.AutoModel, source, dtype=torch.float32).to(device).eval()
         self.tokenizer = _loaded(transformers.AutoTokenizer, source)
         self._processor = _loaded(transformers.AutoImageProcessor, source)
-        self._device = device
+        self.device = device
         config: Any = self.model.config
         self._context_length = int(config.text_config.max_position_embeddings)
         self.captions = TransformersCaptions(source, self._family, self._context_length, self.tokenizer)
@@ -124,7 +126,7 @@ class TransformersEncoder:
         return self.captions.by_name(texts)
 
     def encode_images(self, images: Sequence[dict[str, Tensor]]) -> Tensor:
-        inputs = {name: torch.stack([image[name] for image in images]).to(self._device) for name in images[0]}
+        inputs = {name: torch.stack([image[name] for image in images]).to(self.device) for name in images[0]}
         return _unit(self.model.get_image_features, inputs)  # type: ignore[arg-type]
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -132,10 +134,10 @@ class TransformersEncoder:
         return _unit(self.model.get_image_features, {"pixel_values": normalise(pixels, mean=mean, std=std)})  # type: ignore[arg-type]
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        return self.encode_tokens(self.captions(texts).to(self._device))
+        return self.encode_tokens(self.captions(texts).to(self.device))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        inputs = dict(zip(self._family.inputs, tokens.unbind(1), strict=True))
+        inputs = dict(zip(self.captions.inputs, tokens.unbind(1), strict=True))
         return _unit(self.model.get_text_features, inputs)  # type: ignore[arg-type]
 
     def logits(self) -> tuple[float, float]:

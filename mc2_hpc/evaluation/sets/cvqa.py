@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.evaluation.images import ImageColumn
 from mc2_hpc.evaluation.sets.files import encoded_images, read_parquet, required
 from mc2_hpc.evaluation.tasks import Choice, Question
@@ -38,7 +38,7 @@ def cvqa(path: Path) -> Choice:
     try:
         table = pa.concat_tables([read_parquet(file, _COLUMNS, "a part of CVQA") for file in files])
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: its Parquet files differ in their columns ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: its Parquet files differ in their columns ({first_line(error)})") from None
     rows = table.drop_columns(["image"]).to_pylist()
     variants: dict[str, list[Question]] = {variant: [] for variant in _VARIANTS}
     for number, row in enumerate(rows):

@@ -1,0 +1,96 @@
+"""The planned peak beside the measured one in a run's log. The measurement, which a CPU does not have, is injected."""
+
+import dataclasses
+import logging
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mc2_hpc.config import config_from_dict
+from mc2_hpc.distributed import Ranks
+from mc2_hpc.planning import planned_peak as module
+from mc2_hpc.planning.planned_peak import planned_peak
+from tests.faults.tiny_run import write_config, write_pool
+
+CPU = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+TRAIN = """
+import sys
+from mc2_hpc.cli import main
+from mc2_hpc.planning import planned_peak
+from mc2_hpc.training import throughput
+
+throughput.peak_memory = planned_peak.peak_memory = lambda device: 1 << 30
+say = planned_peak._Line.__call__
+def wait_and_say(line, row):
+    line._process.wait(400)  # this run is shorter than its plan
+    say(line, row)
+planned_peak._Line.__call__ = wait_and_say
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_run_logs_it_once(tmp_path):
+    config = write_config(tmp_path / "run.yaml", write_pool(tmp_path), steps=4, log_every=2)
+    command = [sys.executable, "-c", TRAIN, str(config), f"output={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "planned" in line]
+    found = re.search(r"peak memory up to step 2: 1\.00 GiB measured, 0\.(\d\d) GiB planned \((-9\d\.\d)%\)$", line)
+    assert found, line
+    assert int(found[1]) / 100 - 1 == pytest.approx(float(found[2]) / 100, abs=0.006)
+
+
+@pytest.fixture
+def measured(monkeypatch, caplog):
+    """As on a device that counts its memory; has the log's lines."""
+    monkeypatch.setattr(module, "peak_memory", lambda device: 1 << 30)
+    caplog.set_level(logging.INFO, logger=module.__name__)
+    return caplog
+
+
+def say(config):
+    with planned_peak(config, CPU) as after_row:
+        after_row._process.wait(400)
+        for step in (1, 2):
+            after_row({"step": step, "peak_memory_bytes": 1 << 30})
+
+
+def test_a_refused_plan_is_one_line_with_the_reason(measured):
+    say(config_from_dict({"distill": {"teacher": "/t"}}))
+    (line,) = measured.messages
+    assert line.startswith("no planned peak of memory: distill: a plan does not know")
+
+
+def test_a_plan_that_dies_is_one_line(measured, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    say(config_from_dict({}))
+    assert measured.messages == ["no planned peak of memory: exit code 1"]
+
+
+def test_a_plan_that_cannot_start_is_one_line(measured, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with planned_peak(config_from_dict({}), CPU) as after_row:
+        assert after_row is None
+    (line,) = measured.messages
+    assert "/no/such/python" in line
+
+
+def test_a_run_does_not_wait_for_it(measured):
+    with planned_peak(config_from_dict({}), CPU) as after_row:
+        after_row({"step": 1, "peak_memory_bytes": 1 << 30})
+    assert not measured.messages and after_row._process.returncode is not None
+
+
+def test_who_plans(measured, monkeypatch):
+    """Nobody who was told not to, no other rank, and no device whose memory is not counted."""
+    off = config_from_dict({"log": {"planned_peak": False}})
+    second = dataclasses.replace(CPU, rank=1, world_size=2, local_rank=1)
+    for config, ranks in ((off, CPU), (config_from_dict({}), second)):
+        with planned_peak(config, ranks) as after_row:
+            assert after_row is None
+    monkeypatch.undo()
+    with planned_peak(config_from_dict({}), CPU) as after_row:
+        assert after_row is None
