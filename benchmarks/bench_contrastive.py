@@ -1,11 +1,13 @@
-"""The contrastive loss compared with open_clip's ClipLoss: time, peak memory and achieved rate, by batch size.
+"""The contrastive losses compared with open_clip's: time, peak memory and achieved rate, by batch size.
 
     mc2 bench contrastive [--quick] [--json FILE]
 
 One process holds the whole batch (D = 1024; fp32 on a CPU, bf16 on a GPU). Contenders are timed alternately, forward
 alone and forward with backward. ``tflops`` counts the 8 B^2 D operations that the loss needs, whatever a contender
-actually computes; ``matmul_tflops`` is the rate of a plain matrix product in the same run, an upper bound. A GPU run
-adds both variants of the Triton backend, other launch parameters, and Inf-CL and siglip-kernel if they are installed.
+actually computes; ``matmul_tflops`` is the rate of a plain matrix product in the same run, an upper bound.
+``*_sigmoid`` and siglip-kernel are sigmoid losses, the others softmax. A GPU run adds both variants of the Triton
+backend, other launch parameters, and the peers of :data:`GPU_PEERS` that are installed; ``config.missing`` says why one
+is left out.
 """
 
 import math
@@ -18,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import alternate, main, peak_memory, print_peak_memory, spread
+from benchmarks.harness import Rows, alternate, main, peak_memory, print_peak_memory, spread
 from mc2_hpc.conversion.peers import import_open_clip
-from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss
+from mc2_hpc.kernels.contrastive import all_gather, contrastive_loss, sigmoid_loss
 from mc2_hpc.kernels.contrastive.dispatch import WORKSPACE_BYTES
 from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, Plan
 from mc2_hpc.kernels.contrastive.launch import Launch
 from mc2_hpc.kernels.contrastive.shared_batch import SharedBatch
 
 WIDTH = 1024
-LOGIT_SCALE = math.log(100)
+LOGIT_SCALE, LOGIT_BIAS = math.log(100), -10.0
 PEER = "open_clip"
 VARIANTS = {"ours_fused": "descriptor", "ours_chunked": "memory"}
 """Variants of the Triton backend, timed on a GPU in addition to the table's choice, by the source of their products."""
@@ -69,31 +71,53 @@ def triton_loss(source: str, launches: dict[tuple[str, str], Launch] | None = No
     return loss
 
 
+def _inf_cl() -> Loss:
+    from inf_cl import cal_inf_loss
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return (cal_inf_loss(image, text, scale=scale.exp()) + cal_inf_loss(text, image, scale=scale.exp())) / 2
+
+    return loss
+
+
+def _memeff() -> Loss:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # Its temperature is a number without a gradient; ``stable`` would change the size of the others.
+    alone = MemoryEfficientCLIPLoss(temperature=math.exp(-LOGIT_SCALE), normalized_inputs=True, stable=False)
+    return lambda image, text, scale: alone(image, text) + 0 * scale
+
+
+def _siglip_kernel() -> Loss:
+    from siglip_kernel import fused_siglip_loss
+
+    bias = torch.tensor(LOGIT_BIAS, device="cuda")
+    return lambda image, text, scale: fused_siglip_loss(image, text, scale, bias)
+
+
+GPU_PEERS = {"inf_cl": _inf_cl, "memeff": _memeff, "siglip_kernel": _siglip_kernel}
+"""Losses in Triton that need CUDA: Inf-CL, memeff 0.3.1 and siglip-kernel 0.1.2 (the last two are on PyPI)."""
+
+
 def contenders(device: str) -> tuple[dict[str, Loss], dict[str, str]]:
     """Losses by name, ours and open_clip's first, and why any peer is missing."""
-    clip_loss = import_open_clip().ClipLoss()
+    theirs = import_open_clip().loss
+    clip_loss, siglip_loss, bias = theirs.ClipLoss(), theirs.SigLipLoss(), torch.tensor(LOGIT_BIAS, device=device)
     losses: dict[str, Loss] = {
         "ours": contrastive_loss,
         PEER: lambda image, text, scale: clip_loss(image, text, scale.exp()),
+        "ours_sigmoid": lambda image, text, scale: sigmoid_loss(image, text, scale, bias),
+        f"{PEER}_sigmoid": lambda image, text, scale: siglip_loss(image, text, scale.exp(), bias),
     }
+    if device != "cuda":
+        return losses, dict.fromkeys(GPU_PEERS, "needs CUDA")
+    losses |= {name: triton_loss(source) for name, source in VARIANTS.items()}
     missing = {}
-    if device == "cuda":
-        losses |= {name: triton_loss(source) for name, source in VARIANTS.items()}
+    for name, load in GPU_PEERS.items():
         try:
-            from inf_cl import cal_inf_loss
-
-            losses["inf_cl"] = lambda image, text, scale: (
-                (cal_inf_loss(image, text, scale=scale.exp()) + cal_inf_loss(text, image, scale=scale.exp())) / 2
-            )
+            losses[name] = load()
         except ImportError as error:
-            missing["inf_cl"] = str(error)
-        try:
-            from siglip_kernel import fused_siglip_loss
-
-            bias = torch.tensor(-10.0, device=device)
-            losses["siglip_kernel"] = lambda image, text, scale: fused_siglip_loss(image, text, scale, bias)
-        except ImportError as error:
-            missing["siglip_kernel"] = str(error)
+            missing[name] = str(error)
     return losses, missing
 
 
@@ -102,7 +126,7 @@ def run(quick: bool) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceiling = matmul_rate(device, quick)
     losses, missing = contenders(device)
-    rows = []
+    rows = Rows()
     for batch in sizes(device, quick):
         # At a million pairs one call takes seconds, so variants and repetitions are skipped.
         several = losses if batch <= 65_536 else {n: f for n, f in losses.items() if n not in VARIANTS}
@@ -196,11 +220,12 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     by = {(row["loss"], row["batch"]): row for row in rows}
     result = {}
     for batch in sorted({row["batch"] for row in rows}):
-        ours, peer = by.get(("ours", batch)), by.get((PEER, batch))
-        if ours and peer:
-            result[f"speed_vs_open_clip_b{batch}"] = peer["seconds"] / ours["seconds"]
-            result[f"vs_open_clip_b{batch}_memory"] = ours["memory_mb"] / peer["memory_mb"]
-        if ours:
+        for kind in ("", "_sigmoid"):
+            ours, peer = by.get((f"ours{kind}", batch)), by.get((f"{PEER}{kind}", batch))
+            if ours and peer:
+                result[f"speed_vs_open_clip{kind}_b{batch}"] = peer["seconds"] / ours["seconds"]
+                result[f"vs_open_clip{kind}_b{batch}_memory"] = ours["memory_mb"] / peer["memory_mb"]
+        if ours := by.get(("ours", batch)):
             result[f"fraction_of_matmul_peak_b{batch}"] = ours["fraction_of_matmul"]
     return result
 

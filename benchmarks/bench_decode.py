@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from benchmarks.harness import main, spread
+from benchmarks.harness import Rows, main, spread
 from mc2_hpc.data.crop import Box, EncodedCrop, random_crop
 from mc2_hpc.data.dali import IN_FLIGHT, DaliDecoder, Jpegs
 from mc2_hpc.data.decode import TrainTransform
@@ -42,7 +42,7 @@ def run(quick: bool) -> dict[str, Any]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     cores = len(os.sched_getaffinity(0))
     number, rounds = (32, 1) if quick else (4 * BATCH, 5)
-    rows = []
+    rows = Rows()
     # Spawned, because forking a process that uses CUDA is unsafe. Timing starts once all have finished importing.
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(cores + 1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench_contrastive import LOGIT_SCALE
-from benchmarks.harness import alternate, main, peak_memory, print_peak_memory, spread
+from benchmarks.harness import Rows, alternate, main, peak_memory, print_peak_memory, spread
 from mc2_hpc.conversion.peers import import_open_clip
 from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss
 
@@ -65,7 +65,9 @@ def run(quick: bool) -> dict[str, Any]:
     """Rows and ratios for all sizes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     powers = ([13] if quick else range(12, 17)) if device == "cuda" else ([10] if quick else range(10, 14))
-    rows = [row for power in powers for row in measure(2**power, device, rounds=1 if quick else 5)]
+    rows = Rows()
+    for power in powers:
+        rows += measure(2**power, device, rounds=1 if quick else 5)
     config = {"width": WIDTH, "teacher_width": TEACHER_WIDTH, "threads": torch.get_num_threads(), "device": device}
     return {"config": config, "rows": rows, "ratios": ratios(rows)}
 

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.fused_kernel_cases import ElementwiseCase, fused_cases
-from benchmarks.harness import main
-from mc2_hpc.kernels.contrastive import triton_distillation, triton_impl
+from benchmarks.harness import Rows, main
+from mc2_hpc.kernels.contrastive import triton_distillation, triton_impl, triton_sigmoid
 from mc2_hpc.kernels.contrastive.launch import LAUNCHES, Launch, launch_for
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -36,6 +36,8 @@ KERNELS = {
     "gradient": triton_impl.gradient_kernel,
     "distilled_statistics": triton_distillation.distilled_statistics_kernel,
     "distilled_gradient": triton_distillation.distilled_gradient_kernel,
+    "sigmoid_statistics": triton_sigmoid.sigmoid_statistics_kernel,
+    "sigmoid_gradient": triton_sigmoid.sigmoid_gradient_kernel,
 }
 
 WIDTHS = ("width", "teacher_width")
@@ -164,7 +166,7 @@ def run(quick: bool) -> dict[str, Any]:
     """Rows and breaches of every case."""
     if triton.knobs.runtime.interpret:
         raise SystemExit("bench kernels compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
-    rows, found = [], []
+    rows, found = Rows(), []
     for case in (*cases(quick), *fused_cases(tuple(SHARED_BYTES), quick)):
         row = examine(case)
         rows.append(row)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from benchmarks.harness import ROOT, main, own_command, spread
+from benchmarks.harness import ROOT, Rows, main, own_command, spread
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks, process_group
@@ -48,11 +48,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     f"{PEER}_compiled": {"recompute": "full", "compile": True},
     "ours_selective": {"attention": "sdpa", "recompute": "selective"},
     "ours_unfused": {"attention": "sdpa", "recompute": "selective", "norm": "torch", "activation": "torch"},
+    "ours_apex": {"attention": "sdpa", "recompute": "selective", "norm": "apex"},
+    "ours_deepspeed_adam": {"attention": "sdpa", "recompute": "selective"},
     "ours_xformers": {"attention": "xformers", "recompute": "full"},
     "ours_keeping_activations": {"attention": "sdpa", "recompute": "none"},
     f"{PEER}_keeping_activations": {"recompute": "none"},
 }
 """Values of the ``model`` section of a run's config, by contender, the most informative first."""
+
+OPTIMIZERS = {"ours_apex": "apex", "ours_deepspeed_adam": "deepspeed"}
+"""``optim.backend`` of the contenders for which it is not torch."""
 
 ON_CPU = ("ours_sdpa", PEER, "ours_keeping_activations", f"{PEER}_keeping_activations")
 
@@ -63,7 +68,7 @@ def run(quick: bool) -> dict[str, Any]:
     """Rows of all contenders that run here (``quick``: the first two), and our best rate relative to open_clip's."""
     cuda = torch.cuda.is_available()
     start = time.monotonic()
-    rows, missing = [], {}
+    rows, missing = Rows(), {}
     names = (tuple(SETTINGS) if cuda else ON_CPU)[: 2 if quick else None]
     for number, name in enumerate(names, 1):
         if time.monotonic() - start > SECONDS_IN_ALL:
@@ -130,6 +135,7 @@ def _run_config(name: str, quick: bool) -> RunConfig:
         "precision": sizes["precision"],
         "model": {"preset": sizes["preset"], **SETTINGS[name], **text},
         "data": {"lanes": 1},
+        "optim": {"backend": OPTIMIZERS.get(name, "torch")},
         "zero": {"stage": 1},
     }
     return config_from_dict(values, "benchmark")

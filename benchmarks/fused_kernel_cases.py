@@ -16,9 +16,12 @@ WIDTHS = (1280, 1024, 5120, 1000)
 KERNELS = {
     "layer_norm_forward": layer_norm.forward_kernel,
     "layer_norm_backward": layer_norm.backward_kernel,
+    "add_layer_norm_forward": layer_norm.forward_kernel,
+    "add_layer_norm_backward": layer_norm.backward_kernel,
     "quick_gelu_forward": quick_gelu.forward_kernel,
     "quick_gelu_backward": quick_gelu.backward_kernel,
 }
+_ADDITION = ("added_ptr", "sum_ptr", "dsum_ptr")
 _PARAMETERS = ("weight_ptr", "bias_ptr", "mean_ptr", "scale_ptr", "dweight_ptr", "dbias_ptr")
 
 
@@ -60,7 +63,10 @@ class ElementwiseCase:
     def compile_source(self) -> ASTSource:
         """The kernel with the argument types of a launch on aligned tensors and fp32 parameters."""
         kernel = KERNELS[self.name]
-        constants: dict[str, Any] = {"BLOCK": self.launch.BLOCK, "PARAMETERS": True}
+        adds = self.name.startswith("add")
+        constants: dict[str, Any] = {"BLOCK": self.launch.BLOCK, "PARAMETERS": True, "ADDED": adds}
+        if not adds:
+            constants |= dict.fromkeys(_ADDITION)
         signature, constexprs, aligned = {}, {}, {}
         for index, argument in enumerate(kernel.arg_names):
             if argument in constants:
@@ -70,7 +76,9 @@ class ElementwiseCase:
                 signature[argument] = "*fp32" if argument in _PARAMETERS else f"*{self.dtype}"
             else:
                 signature[argument] = "fp32" if argument == "eps" else "i32"
-            if argument.endswith("_ptr") or (argument == "width" and self.width % 16 == 0):
+            if (argument.endswith("_ptr") and argument not in constants) or (
+                argument == "width" and self.width % 16 == 0
+            ):
                 aligned[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(kernel, signature, constexprs, aligned)
 

@@ -11,10 +11,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -160,6 +160,25 @@ def spread(samples: list[float]) -> dict[str, float]:
     return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
 
 
+class Rows(list[dict[str, Any]]):
+    """The rows of a run. Each is in the result file as soon as it is added, so a run that is cut short keeps them."""
+
+    write: Callable[[list[dict[str, Any]]], None] | None = None
+    """Set by :func:`main` where there is a result file."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.extend([row])
+
+    def extend(self, rows: Iterable[dict[str, Any]]) -> None:
+        super().extend(rows)
+        if Rows.write is not None:
+            Rows.write(list(self))
+
+    def __iadd__(self, rows: Iterable[dict[str, Any]]) -> Self:  # type: ignore[override,misc]
+        self.extend(rows)
+        return self
+
+
 def main(name: str, run: Callable[[bool], dict[str, Any]]) -> None:
     """Command line of a benchmark: ``[--quick] [--json FILE]``; prints rows and ratios."""
     parser = argparse.ArgumentParser(prog=f"mc2 bench {name}")
@@ -169,7 +188,10 @@ def main(name: str, run: Callable[[bool], dict[str, Any]]) -> None:
     env = environment()
     if arguments.json and str(env["commit"]).endswith("-dirty") and not arguments.quick:
         print(f"mc2 bench: the commit of this row is {env['commit']}: commit first to keep the row", file=sys.stderr)
-    result = {"name": name, "env": env, "quick": arguments.quick, **run(arguments.quick)}
+    about = {"name": name, "env": env, "quick": arguments.quick}
+    if arguments.json and arguments.json != STDOUT:
+        Rows.write = lambda rows: write_result({**about, "unfinished": True, "rows": rows}, arguments.json)
+    result = {**about, **run(arguments.quick)}
     for row in result["rows"] if arguments.json != STDOUT else ():
         print("  ".join(f"{k}={_short(v)}" for k, v in row.items() if not isinstance(v, list)))
     for key, value in result["ratios"].items() if arguments.json != STDOUT else ():

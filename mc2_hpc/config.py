@@ -216,12 +216,20 @@ class ZeroConfig:
 class LossConfig:
     """The contrastive loss over the global batch."""
 
+    kind: str = "softmax"
+    """``softmax`` (CLIP's, the recipe), or ``sigmoid`` (SigLIP's), which also learns the bias ``logit_bias``."""
     backend: str = "auto"
     """``triton``, ``tiled`` (PyTorch), ``reference`` (dense) or ``auto`` (table in ``mc2_hpc.kernels.contrastive``)."""
     exchange: str = "all_gather"
     """How ranks see each other's features: ``all_gather``, or ``ring`` (memory independent of the number of ranks)."""
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the model has a ``logit_bias``."""
+        return self.kind == "sigmoid"
+
     def __post_init__(self) -> None:
+        _choose("loss.kind", self.kind, ("softmax", "sigmoid"))
         _choose("loss.backend", self.backend, ("auto", "triton", "tiled", "reference"))
         _choose("loss.exchange", self.exchange, ("all_gather", "ring"))
 
@@ -379,6 +387,8 @@ class RunConfig:
             raise UserError("data.features: features of images cannot change; set freeze.vision=all")
         if self.data.features is not None and self.distill is not None:
             raise UserError("data.features and distill: a teacher needs the images; set only one")
+        if self.distill is not None and self.loss.kind != "softmax":
+            raise UserError(f"loss.kind={self.loss.kind} and distill: a teacher is compared by softmax; set only one")
         if self.model.patch_dropout and self.freeze.vision == "all":
             raise UserError("model.patch_dropout and freeze.vision=all: no part of the image tower is trained; set one")
         if self.eval.ema and not self.optim.ema_decay:
@@ -390,6 +400,11 @@ class RunConfig:
             )
         if self.optim.matrices == "muon" and self.lora is not None:
             raise UserError("optim.matrices=muon and lora: Muon is for the matrices themselves; set only one")
+        if self.optim.backend == "apex" and self.zero.stage == 3:
+            raise UserError(
+                "optim.backend=apex and zero.stage=3: apex counts the steps of a group of parameters, which stage 3 "
+                "updates in pieces; set optim.backend=deepspeed or torch"
+            )
         if self.optim.decay_steps > self.steps:
             raise UserError(f"optim.decay_steps={self.optim.decay_steps}: the run has only {self.steps} steps")
         if self.global_batch % self.data.lanes:

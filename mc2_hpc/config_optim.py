@@ -89,13 +89,16 @@ class OptimConfig:
     matrices: str = "adamw"
     """What updates the matrices of the blocks: ``adamw``, like everything else (the recipe), or ``muon``."""
     muon_momentum: float = 0.95
+    backend: str = "torch"
+    """What updates the towers' weights: ``torch`` (its fused AdamW), ``deepspeed`` or ``apex`` (their ``FusedAdam``, on
+    a GPU). A sharded token table and the scalars have their own updates."""
     lr: float = 4e-4
     """Of Muon as well, whose updates are scaled to the size of AdamW's."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-6
     weight_decay: float = 0.1
-    """Applied to matrices only, not to gains, biases or logit_scale."""
+    """Applied to matrices only, not to gains, biases, logit_scale or logit_bias."""
     warmup: int = 2000
     """Steps of linear warm-up."""
     schedule: str = "cosine"
@@ -118,6 +121,7 @@ class OptimConfig:
         if not 1 <= self.max_logit_scale <= 100:
             raise UserError(f"optim.max_logit_scale={self.max_logit_scale}: must be in [1, 100]")
         choose("optim.matrices", self.matrices, ("adamw", "muon"))
+        choose("optim.backend", self.backend, ("torch", "deepspeed", "apex"))
         choose("optim.schedule", self.schedule, ("cosine", "constant", "wsd"))
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise UserError(

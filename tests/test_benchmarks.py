@@ -1,12 +1,13 @@
 """All benchmarks: committed rows can be plotted, and scripts that need a GPU at least start."""
 
 import json
+import re
 import subprocess
 
 import pytest
 
 from benchmarks import harness
-from benchmarks.harness import RESULTS, ROOT, own_command
+from benchmarks.harness import RESULTS, ROOT, Rows, own_command
 from benchmarks.plot import PLOTS, plot_checkpoint, plot_dedup
 
 ROWS = sorted(RESULTS.glob("*.json"))
@@ -17,6 +18,7 @@ def test_committed_rows_are_whole_and_can_be_drawn(path, tmp_path):
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["rows"] and result["env"]["commit"] and result["env"]["machine"]
     assert not result.get("quick"), "a quick run is not for quoting"
+    assert not result.get("unfinished"), "a run that was cut short"
     if result["name"] in PLOTS:
         plot = tmp_path / "plot.png"
         PLOTS[result["name"]](result, plot)
@@ -50,12 +52,57 @@ def test_only_rows_may_change_between_commit_and_measurement(tmp_path, monkeypat
     assert harness.commit() == f"{clean}-dirty"
 
 
+def gpu_suite(out, *parts, **environment):
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), *parts]
+    environment = {"OUT": str(out), "PATH": "/usr/bin:/bin", "PYTHON": "/bin/true", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 def test_the_gpu_suite_refuses_a_part_it_does_not_have(tmp_path):
-    command = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "nonsense"]
-    result = subprocess.run(
-        command, env={"OUT": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
-    )
-    assert result.returncode == 1 and "nonsense: no such part" in result.stderr
+    result = gpu_suite(tmp_path, "nonsense", "at_most")
+    assert result.returncode == 1
+    assert "nonsense: no such part" in result.stderr and "at_most: no such part" in result.stderr
+
+
+def test_the_gpu_suite_leaves_what_does_not_fit_to_the_next_call(tmp_path):
+    result = gpu_suite(tmp_path, "decode", "loss", LIMIT="200")
+    assert result.returncode == 75 and "loss: not enough time left in this call" in result.stdout
+    assert (tmp_path / "done").read_text() == "decode\n"
+    again = gpu_suite(tmp_path, "decode", "loss")
+    assert again.returncode == 0 and "decode: already done" in again.stdout
+    assert (tmp_path / "done").read_text() == "decode\nloss\n"
+
+
+def test_every_part_of_the_gpu_suite_fits_into_a_call(tmp_path):
+    """With the setup before it, in a fresh machine; and the limits of a part's commands fit into the part's."""
+    script = (ROOT / "benchmarks" / "gpu_suite.sh").read_text(encoding="utf-8")
+    (table,) = re.findall(r"LONGEST=\((.*)\)", script)
+    longest = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)", table)}
+    for name, seconds in longest.items():
+        assert longest["setup"] + seconds <= 570
+        (body,) = re.findall(rf"^{name}\(\) {{\n(.*?)^}}", script, re.M | re.S)
+        assert sum(map(int, re.findall(r"at_most (\d+)", body))) <= seconds, name
+
+
+def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
+    """A run that ends early has those that it measured, and they are not taken for a whole run."""
+    path = tmp_path / "row.json"
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--json", str(path)])
+    monkeypatch.setattr(Rows, "write", None)
+
+    def run(quick):
+        rows = Rows()
+        rows.append({"who": "first"})
+        rows += [{"who": "second"}]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found["rows"] == rows and found["unfinished"] and found["env"]["machine"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.main("some", run)
+    assert [row["who"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["first", "second"]
+    harness.main("some", lambda quick: {"config": {}, "rows": Rows(), "ratios": {}})
+    assert "unfinished" not in json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow

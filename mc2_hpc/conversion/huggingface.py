@@ -58,9 +58,12 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> N
     """Write the model of a checkpoint or run folder into ``out``, an existing empty folder, with weights of ``dtype``.
 
     Raises:
-        UserError: no checkpoint there, a tokenizer that cannot be exported, or a weight too large for ``dtype``.
+        UserError: no checkpoint there, a model with a logit bias, a tokenizer that cannot be exported, or a weight too
+            large for ``dtype``.
     """
     card, files, tokenizer_file = read_model(checkpoint)
+    if card.arch.logit_bias:
+        raise UserError(f"{checkpoint}: has a logit_bias, which MetaClip2Model has no place for; choose --to open_clip")
     write_json(out / TRANSFORMERS_CONFIG, config(card, dtype))
     write_json(out / PREPROCESSOR_FILE, preprocessor_config(card.arch))
     write_tokenizer(tokenizer_file, card.tokenizer_style, card.arch.text.context_length, out)

@@ -120,6 +120,7 @@ def open_clip_entries(arch: ClipArchitecture, text_prefix: str = "") -> list[Ent
         Entry("text.positional_embedding", (f"{text_prefix}positional_embedding",)),
         Entry("text.projection", (f"{text_prefix}text_projection",)),
         Entry("logit_scale", ("logit_scale",)),
+        *([Entry("logit_bias", ("logit_bias",))] if arch.logit_bias else []),
     ]
     norms = {
         "vision.norm_pre": "visual.ln_pre",

@@ -49,7 +49,8 @@ def read_model(source: Path, *, ema: bool = False) -> tuple[ModelCard, TensorFil
 def rounded(files: TensorFiles, dtype: torch.dtype) -> Callable[[str], Tensor]:
     """A function that gets a tensor by name, rounded to ``dtype``.
 
-    ``logit_scale`` stays fp32: it is an exponent, and bf16 would change logits by up to a per cent.
+    ``logit_scale`` and ``logit_bias`` stay fp32: the first is an exponent, and bf16 would change logits by up to a per
+    cent.
 
     Raises:
         UserError: (the function) a weight is too large for ``dtype``, or :meth:`TensorFiles.get_fp32` fails.
@@ -57,7 +58,7 @@ def rounded(files: TensorFiles, dtype: torch.dtype) -> Callable[[str], Tensor]:
 
     def get(name: str) -> Tensor:
         weight = files.get_fp32(name)
-        if dtype == torch.float32 or name == "logit_scale":
+        if dtype == torch.float32 or name in ("logit_scale", "logit_bias"):
             return weight
         half = weight.to(dtype)
         if not torch.isfinite(half).all():

@@ -3,7 +3,7 @@
     image.onnx, image.onnx.data    normalised pixels to unit-length features
     text.onnx, text.onnx.data      token ids to unit-length features
     tokenizer.model                the sentencepiece model
-    onnx_model.json                preprocessing and logit scale (mc2_hpc.conversion.onnx_facts)
+    onnx_model.json                preprocessing, logit scale and bias (mc2_hpc.conversion.onnx_facts)
 
 Batch size and number of tokens are dynamic. Weights lie beside the graphs, because a graph file has at most 2 GiB.
 """
@@ -46,7 +46,8 @@ def export(checkpoint: Path, out: Path, *, int8: bool) -> None:
     card, files, tokenizer_file = read_model(checkpoint)
     model, _ = load_clip(checkpoint)
     scale = float(files.get_fp32("logit_scale").exp())
-    facts = onnx_facts(card, logit_scale=scale, parameters=num_parameters(card.arch), int8=int8)
+    bias = float(files.get_fp32("logit_bias")) if card.arch.logit_bias else 0.0
+    facts = onnx_facts(card, logit_scale=scale, logit_bias=bias, parameters=num_parameters(card.arch), int8=int8)
     plain = out / "fp32"
     plain.mkdir()
     export_image_tower(model, plain / facts.image.file, (facts.image.input, facts.image.output))

@@ -89,12 +89,14 @@ class OnnxFacts(File):
     embed_dim: Size
     parameters: Size
     logit_scale: float
-    """Times the cosine of an image and a text: their logit."""
+    """Times the cosine of an image and a text, plus ``logit_bias``: their logit."""
     image: ImageFacts
     text: TextFacts
+    logit_bias: float = 0.0
+    """Not 0 for models of the sigmoid loss: the probability that image and text match is the sigmoid of their logit."""
 
 
-def onnx_facts(card: ModelCard, *, logit_scale: float, parameters: int, int8: bool) -> OnnxFacts:
+def onnx_facts(card: ModelCard, *, logit_scale: float, logit_bias: float, parameters: int, int8: bool) -> OnnxFacts:
     """The facts about a model, with the names of files that this package writes."""
     arch, style = card.arch, STYLES[card.tokenizer_style]
     return OnnxFacts(
@@ -103,6 +105,7 @@ def onnx_facts(card: ModelCard, *, logit_scale: float, parameters: int, int8: bo
         embed_dim=arch.embed_dim,
         parameters=parameters,
         logit_scale=logit_scale,
+        logit_bias=logit_bias,
         image=ImageFacts(
             file="image.onnx",
             input="pixel_values",

@@ -11,6 +11,7 @@ from mc2_hpc.conversion.model_folder import check_sizes, read_model, rounded, sa
 from mc2_hpc.conversion.tokenizer_files import write_tokenizer
 from mc2_hpc.data.normalise import MEAN, STD
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.clip import SIGMOID_BIAS_INIT
 from mc2_hpc.models.formats import OPEN_CLIP_CONFIG
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.models.weights import ModelCard, check_names, write_tensors
@@ -25,7 +26,10 @@ _WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model")
 _HUB_TOKENIZERS = {("xlmv", 901_629): "facebook/xlm-v-base", ("mt5", 250_100): "google/mt5-base"}
 
 # Sizes that differ between models, with open_clip's defaults.
-_TOP = {"embed_dim": None, "vision_cfg": None, "text_cfg": None, "quick_gelu": False, "custom_text": False}
+_TOP = {
+    "embed_dim": None, "vision_cfg": None, "text_cfg": None, "quick_gelu": False, "custom_text": False,
+    "init_logit_bias": None,
+}  # fmt: skip
 _VISION = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0}
 _TEXT = {"context_length": 77, "vocab_size": 49_408, "width": 512, "heads": 8, "layers": 12, "eos_id": 2}
 # Values that every model of the family has, and keys that do not affect a trained model's output. Any other key that is
@@ -90,6 +94,8 @@ def config(card: ModelCard) -> dict[str, Any]:
         "model_cfg": {
             "embed_dim": arch.embed_dim,
             "quick_gelu": arch.quick_gelu,
+            # open_clip's models have a bias if its initial value is set.
+            **({"init_logit_bias": SIGMOID_BIAS_INIT} if arch.logit_bias else {}),
             "vision_cfg": {
                 "image_size": vision.image_size,
                 "patch_size": vision.patch_size,
@@ -148,12 +154,16 @@ def architecture(values: Any, source: str) -> tuple[ClipArchitecture, str]:
     for key in ("quick_gelu", "custom_text"):
         if not isinstance(top[key], bool):
             raise UserError(f"{source}: model_cfg.{key}={top[key]!r}: must be true or false")
+    bias = top["init_logit_bias"]
+    if bias is not None and (isinstance(bias, bool) or not isinstance(bias, int | float)):
+        raise UserError(f"{source}: model_cfg.init_logit_bias={str(bias)[:40]!r}: must be a number or null")
     arch = ClipArchitecture(
         embed_dim=top["embed_dim"],
         quick_gelu=top["quick_gelu"],
         vision=VisionArchitecture(**vision, mlp_width=int(vision["width"] * ratio)),
         text=TextArchitecture(**text),
         eval_resize=_eval_resize(as_type(values.get("preprocess_cfg") or {}, _Preprocessing, source), source),
+        logit_bias=bias is not None,
     )
     return arch, "text." if top["custom_text"] else ""
 

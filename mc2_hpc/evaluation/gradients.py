@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from mc2_hpc.data.normalise import normalise
@@ -18,7 +17,9 @@ from mc2_hpc.distributed import first_error
 from mc2_hpc.errors import UserError
 from mc2_hpc.evaluation.encoder import Encoder, ImageFeatures
 from mc2_hpc.evaluation.tasks import Captions, Retrieval
+from mc2_hpc.kernels.contrastive import reference_loss, reference_sigmoid_loss
 from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.depth import tower_of
 
 PARTS = ("vision", "text", "both")
 """The towers whose parameters are compared."""
@@ -29,8 +30,8 @@ def gradient_cosines(
 ) -> dict[str, dict[str, float]]:
     """Language -> ``gradient_cosine_<part>`` for each of :data:`PARTS`, for every language but the reference.
 
-    A language's gradient is that of the symmetric contrastive loss, as in training with its temperature, with respect
-    to the towers' parameters. The loss is over the language's first ``pairs`` decodable images, each with its first
+    A language's gradient is that of the training's loss, with its temperature (and bias), with respect to the towers'
+    parameters. The loss is over the language's first ``pairs`` decodable images, each with its first
     caption; the temperature's own gradient is left out. Languages with fewer pairs have no cosine, because the loss
     depends on the number of pairs. Collective: the ranks divide the languages, and each computes the reference's
     gradient itself.
@@ -95,20 +96,23 @@ def _gradient(task: Retrieval, captions: Captions, rows: Sequence[int], encoder:
 
 
 def loss_gradient(encoder: Encoder, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Gradient of the contrastive loss of uint8 images (n, 3, S, S) and their token ids (n, L), by parameter name.
+    """Gradient of the loss of uint8 images (n, 3, S, S) and their token ids (n, L), by parameter name.
 
-    It is returned on the CPU, and activations are recomputed, because training may leave little room on the device.
+    The loss is the softmax, or the sigmoid for a model with a bias. The gradient is returned on the CPU; activations
+    are recomputed, because training may leave little room on the device.
     """
     model, device = encoder.dual.model, encoder.ranks.device
     assert isinstance(model, CLIP)
-    parameters = {name: p for name, p in model.named_parameters() if name != "logit_scale"}
+    parameters = {name: p for name, p in model.named_parameters() if tower_of(name) is not None}
     with torch.enable_grad(), _recomputing(model):
         with encoder.autocast():
             image = model.encode_image(normalise(images.to(device)), normalize=True)
             text = model.encode_text(tokens.to(device), normalize=True)
-        logits = model.logit_scale.detach().float().exp() * image @ text.T
-        labels = torch.arange(len(logits), device=device)
-        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        scale = model.logit_scale.detach().float()
+        if model.logit_bias is None:
+            loss = reference_loss(image, text, scale)
+        else:
+            loss = reference_sigmoid_loss(image, text, scale, model.logit_bias.detach().float())
         # Not backward(), which during training would touch the parameters' own gradients and their hooks.
         gradients = torch.autograd.grad(loss, list(parameters.values()))
     return {name: gradient.cpu() for name, gradient in zip(parameters, gradients, strict=True)}

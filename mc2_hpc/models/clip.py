@@ -16,6 +16,8 @@ from mc2_hpc.models.text import TextTower
 from mc2_hpc.models.vision import VisionTower
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)
+SIGMOID_SCALE_INIT, SIGMOID_BIAS_INIT = math.log(10), -10.0
+"""Where logits have a bias: SigLIP's (arXiv 2303.15343, section 3.2)."""
 
 
 class Towers(nn.Module):
@@ -52,7 +54,8 @@ class Towers(nn.Module):
 
 
 class CLIP(Towers):
-    """Both towers and the learnt temperature ``logit_scale`` (its logarithm, as in OpenAI's CLIP).
+    """Both towers, the learnt temperature ``logit_scale`` (its logarithm, as in OpenAI's CLIP), and ``logit_bias`` if
+    the architecture has one.
 
     Built under ``torch.device("meta")`` it uses no memory: load weights with ``load_state_dict(assign=True)``. It has
     no buffers that would remain on meta.
@@ -65,6 +68,8 @@ class CLIP(Towers):
         )
         self.arch = arch
         self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = nn.Parameter(torch.empty(())) if arch.logit_bias else None
+        """Added to every logit; ``None`` for models of the softmax loss, where it would have no effect."""
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit-length image and text embeddings (B, E) in fp32, and ``logit_scale`` (0-d, fp32)."""
@@ -76,6 +81,9 @@ class CLIP(Towers):
         self.vision.init_parameters()
         self.text.init_parameters()
         self.logit_scale.fill_(LOGIT_SCALE_INIT)
+        if self.logit_bias is not None:
+            self.logit_scale.fill_(SIGMOID_SCALE_INIT)
+            self.logit_bias.fill_(SIGMOID_BIAS_INIT)
 
     def transformers(self) -> list[Transformer]:
         """The block stacks of both towers."""

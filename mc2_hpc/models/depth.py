@@ -14,7 +14,8 @@ _AFTER_BLOCKS = ("norm_post", "norm_final", "projection")
 
 
 def tower_of(name: str) -> str | None:
-    """``vision`` or ``text``, by a parameter's name in ``CLIP.state_dict()``; None for ``logit_scale``."""
+    """``vision`` or ``text``, by a parameter's name in ``CLIP.state_dict()``; None for ``logit_scale``
+    and ``logit_bias``."""
     tower, dot, _ = name.partition(".")
     return tower if dot else None
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.kernels.layer_norm import add_layer_norm as triton_add_layer_norm
 from mc2_hpc.kernels.layer_norm import layer_norm as triton_layer_norm
 from mc2_hpc.kernels.quick_gelu import SLOPE
 from mc2_hpc.kernels.quick_gelu import quick_gelu as triton_quick_gelu
@@ -28,6 +29,9 @@ class NormFunction(Protocol):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...
 
+
+AddNormFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""The sum of two tensors and its layer norm: (..., W) twice, of (x, added, weight, bias, eps)."""
 
 ActivationFunction = Callable[[Tensor], Tensor]
 
@@ -84,6 +88,9 @@ NORM_BACKENDS: dict[str, Callable[[str], NormFunction]] = {
 }
 """By name, each with a function of the device type that loads it."""
 
+FUSED_WITH_ADDITION: dict[NormFunction, AddNormFunction] = {triton_layer_norm: triton_add_layer_norm}
+"""By backend, the one that also adds: to the residual stream, before a norm of it."""
+
 ACTIVATION_BACKENDS: dict[str, Callable[[str], ActivationFunction]] = {
     "torch": lambda device_type: torch_quick_gelu,
     "triton": _load_triton_quick_gelu,
@@ -125,8 +132,18 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width)
         self.backend: NormFunction = torch_norm
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.backend(input, self.weight, self.bias, self.eps)
+    @property
+    def adds(self) -> bool:
+        """Whether the backend can add to its input in the same pass."""
+        return self.backend in FUSED_WITH_ADDITION
+
+    def forward(  # type: ignore[override]  # one call for both, because ZeRO 3 fetches parameters around calls
+        self, input: Tensor, added: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``input``; or, where :attr:`adds`, the sum of ``input`` and ``added``, and the sum's norm."""
+        if added is None:
+            return self.backend(input, self.weight, self.bias, self.eps)
+        return FUSED_WITH_ADDITION[self.backend](input, added, self.weight, self.bias, self.eps)
 
 
 class QuickGELU(nn.Module):

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from mc2_hpc.models.packed_attention import (
 from mc2_hpc.models.packed_captions import Packing
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Recompute(StrEnum):
@@ -148,9 +149,15 @@ class Block(nn.Module):
             selective: compute the inputs of the linear layers, where they are norms or activations, again in the
                 backward pass instead of keeping them.
         """
-        product = _recomputing_input if selective and torch.is_grad_enabled() else _product
-        x_BLW = x_BLW + self.attention(product(self.norm_1, self.attention.qkv, x_BLW), packing)
-        h_BLM = product(self.norm_2, self.fc, x_BLW)
+        recomputes = selective and torch.is_grad_enabled()
+        product = functools.partial(_recomputing, _product) if recomputes else _product
+        attended = self.attention(product(self.norm_1, self.attention.qkv, x_BLW), packing)
+        if self.norm_2.adds:
+            of_sum = functools.partial(_recomputing, _product_of_sum) if recomputes else _product_of_sum
+            x_BLW, h_BLM = of_sum(self.norm_2, self.fc, x_BLW, attended)
+        else:
+            x_BLW = x_BLW + attended
+            h_BLM = product(self.norm_2, self.fc, x_BLW)
         return x_BLW + product(self.activation, self.proj, h_BLM)
 
 
@@ -158,8 +165,13 @@ def _product(prepare: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
     return cast(Tensor, linear(prepare(x)))
 
 
-def _recomputing_input(prepare: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
-    """:func:`_product` that keeps ``x`` and computes ``prepare(x)`` again in the backward pass.
+def _product_of_sum(norm: nn.Module, linear: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    total, normalised = norm(x, added)
+    return total, linear(normalised)
+
+
+def _recomputing(product: Callable[..., T], prepare: nn.Module, linear: nn.Module, *inputs: Tensor) -> T:
+    """The product, keeping its inputs and preparing them again in the backward pass.
 
     The product is not computed again: its backward pass needs its input only, so recomputation stops before it
     (``torch.utils.checkpoint.set_checkpoint_early_stop``).
@@ -167,8 +179,10 @@ def _recomputing_input(prepare: nn.Module, linear: nn.Module, x: Tensor) -> Tens
     # A compiled graph has no such stop: there the products must be named, or some would be computed again.
     contexts = _keeping_products if torch.compiler.is_compiling() else noop_context_fn
     # No block draws random numbers, so there is no state of a generator to restore.
-    y = checkpoint(_product, prepare, linear, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    return cast(Tensor, y)
+    y = checkpoint(
+        product, prepare, linear, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
+    return cast(T, y)
 
 
 _keeping_products = functools.partial(

@@ -65,6 +65,8 @@ class ClipArchitecture:
     text: TextArchitecture
     eval_resize: str = "shortest"
     """How evaluation resizes: ``shortest`` side, then centre crop; or ``squash`` (the 378 px models)."""
+    logit_bias: bool = False
+    """Whether logits have a bias, as those of a model trained with the sigmoid loss do."""
 
     def __post_init__(self) -> None:
         vision, text = self.vision, self.text
@@ -112,6 +114,7 @@ def num_parameters(arch: ClipArchitecture) -> int:
         + text_tower
         + blocks(text.layers, text.width, 4 * text.width)
         + 1  # logit_scale
+        + arch.logit_bias
     )
 
 
@@ -182,13 +185,16 @@ PRESETS: dict[str, ClipArchitecture] = _family()
 DEFAULT_PRESET = "ViT-B-32-worldwide"
 
 
-def resolve(config: ModelConfig, initial: ClipArchitecture | None = None) -> ClipArchitecture:
+def resolve(
+    config: ModelConfig, initial: ClipArchitecture | None = None, *, logit_bias: bool = False
+) -> ClipArchitecture:
     """The preset that ``config`` names, with the sizes that ``config`` overrides.
 
     A new vision width without a new MLP width keeps the preset's ratio of the two.
 
     Args:
         initial: architecture of the model that the run starts from, used if the config names no preset.
+        logit_bias: whether the run's loss has a bias, whatever ``initial`` has.
 
     Raises:
         UserError: unknown preset (the message suggests the nearest name), or sizes that do not fit together.
@@ -207,6 +213,7 @@ def resolve(config: ModelConfig, initial: ClipArchitecture | None = None) -> Cli
         base,
         vision=dataclasses.replace(base.vision, **vision),
         text=dataclasses.replace(base.text, **_set_fields(config.text)),
+        logit_bias=logit_bias,
         **top,
     )
 

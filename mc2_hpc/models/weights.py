@@ -66,6 +66,7 @@ class _Architecture(File):
     vision: _Vision
     text: _Text
     eval_resize: Literal["shortest", "squash"] = "shortest"
+    logit_bias: bool = False
 
 
 class _Card(File):

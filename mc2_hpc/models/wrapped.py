@@ -1,4 +1,4 @@
-"""Weights saved from a wrapped model: removing the prefixes of torch's wrappers, and reading ``logit_scale`` as 0-d."""
+"""Weights saved from a wrapped model: removing the prefixes of torch's wrappers, and reading scalars as 0-d."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,11 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 around a block."""
 
 
+_SCALARS = {"logit_scale", "logit_bias"}
+
+
 class UnwrappedTensorFiles(TensorFiles):
-    """Tensor files under the names that the model had before it was wrapped, and ``logit_scale`` as a 0-d tensor."""
+    """Tensor files under the names that the model had before it was wrapped, and scalars as 0-d tensors."""
 
     def __init__(self, folder: Path, source: str | Sequence[Path]) -> None:
         """
@@ -40,12 +43,12 @@ class UnwrappedTensorFiles(TensorFiles):
     def get(self, name: str) -> Tensor:
         """One tensor, backed by the file's memory map."""
         tensor = super().get(self._stored[name])
-        return tensor.reshape(()) if name == "logit_scale" and tensor.numel() == 1 else tensor
+        return tensor.reshape(()) if name in _SCALARS and tensor.numel() == 1 else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape as :meth:`get` gives it."""
         shape = super().shape(self._stored[name])
-        return () if name == "logit_scale" and math.prod(shape) == 1 else shape
+        return () if name in _SCALARS and math.prod(shape) == 1 else shape
 
     def stored_type(self, name: str) -> str:
         """A tensor's type in its file."""

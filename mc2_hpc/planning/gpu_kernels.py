@@ -51,11 +51,13 @@ def imagine_triton(config: RunConfig, counting: Counting) -> RunConfig:
         logger.warning("the plan is without Triton's kernels: triton is not installed (pip install triton)")
         model = dataclasses.replace(config.model, norm="torch", activation="torch")
         return dataclasses.replace(config, model=model, loss=dataclasses.replace(config.loss, backend="tiled"))
-    from mc2_hpc.kernels.contrastive import triton_impl
+    from mc2_hpc.kernels.contrastive import triton_impl, triton_sigmoid
     from mc2_hpc.kernels.layer_norm import triton_impl as layer_norm
     from mc2_hpc.kernels.quick_gelu import triton_impl as quick_gelu
 
-    triton_impl.statistics_kernel = triton_impl.gradient_kernel = _Logits(counting)
+    logits = _Logits(counting)
+    triton_impl.statistics_kernel = triton_impl.gradient_kernel = logits
+    triton_sigmoid.sigmoid_statistics_kernel = triton_sigmoid.sigmoid_gradient_kernel = logits
     for module in (layer_norm, quick_gelu):
         for name in ("forward_kernel", "backward_kernel"):
             setattr(module, name, _Pass(counting))

@@ -258,7 +258,7 @@ def planned_architecture(config: RunConfig) -> ClipArchitecture:
     """
     if config.model.preset is None and config.model.init_from is not None:
         raise UserError("the plan does not read model.init_from: name its sizes with model.preset=...")
-    return resolve(config.model)
+    return resolve(config.model, logit_bias=config.loss.has_bias)
 
 
 def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_type: str) -> StepTrace:

@@ -6,6 +6,7 @@ DeepSpeed run on fake tensors (:mod:`mc2_hpc.planning.imagined`), and every oper
 lasts.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -85,11 +86,11 @@ class CountedEngine(Engine):
         # What the following marks leave of these are DeepSpeed's buckets.
         mark(_tensors(vars(self._optimizer)), "communication buffers")
         mark(_tensors([self._towers._inner.state, self._towers._flats]), "optimizer state")
-        if self._scale_optimizer is not None:
-            mark(_tensors(self._scale_optimizer.state), "optimizer state")
+        if self._scalar_optimizer is not None:
+            mark(_tensors(self._scalar_optimizer.state), "optimizer state")
         parameters = [p.data for p in self._parameters.values()]
         parameters += [p.ds_tensor for p in self._parameters.values() if hasattr(p, "ds_tensor")]
-        mark([*parameters, self.logit_scale], "parameters")
+        mark([*parameters, *self._scalars.values()], "parameters")
         if self._table is not None:
             rows = self._table._rows
             mark(_tensors([self._table._state, vars(rows) if rows is not None else ()]), "optimizer state")
@@ -168,7 +169,7 @@ def trace_step(
             clip.set_backends(config.model, device_type)
         counting.attended = sum(length**2 for length in captions.lengths) / sum(captions.lengths)
         counting.allocations.begin()
-        engine = CountedEngine(clip, config, ranks, num_micro=num_micro, counting=counting)
+        engine = CountedEngine(clip, _with_torch_adamw(config), ranks, num_micro=num_micro, counting=counting)
         engine.mark_state()
         step = counted_step(engine, config, world_size, counting)
         saved = sum(4 * engine.state_shape(name).numel() for _, name in engine.state_names())
@@ -186,6 +187,11 @@ def trace_step(
 def _traceable(norm: str) -> str:
     """Apex's layer norm keeps what Triton's does."""
     return "triton" if norm == "apex" else norm
+
+
+def _with_torch_adamw(config: RunConfig) -> RunConfig:
+    """Every ``optim.backend`` keeps the same state, and passes over it once."""
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, backend="torch"))
 
 
 def packs(config: RunConfig) -> bool:

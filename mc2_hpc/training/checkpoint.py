@@ -164,7 +164,7 @@ def load_weights(clip: CLIP, folder: Path) -> None:
 
 def copy_weights(clip: CLIP, files: TensorFiles, stored: ClipArchitecture, source: str) -> None:
     """Copy weights of the architecture ``stored`` into ``clip``, with tables of positions interpolated to its image
-    size and context length.
+    size and context length. A ``logit_bias`` that only one of them has is left out, or starts as in a new model.
 
     Raises:
         UserError: they belong to another model; the message begins with ``source``.
@@ -173,7 +173,14 @@ def copy_weights(clip: CLIP, files: TensorFiles, stored: ClipArchitecture, sourc
     shapes = {name: tensor.shape for name, tensor in state.items()}
     rows = {IMAGE_POSITIONS: num_image_positions(stored), TEXT_POSITIONS: stored.text.context_length}
     tables = {name: torch.Size((num_rows, shapes[name][1])) for name, num_rows in rows.items()}
-    check_names(source, files.names(), {**shapes, **tables}, files)
+    expected = {**shapes, **tables}
+    if stored.logit_bias:
+        expected["logit_bias"] = torch.Size(())
+    else:
+        expected.pop("logit_bias", None)
+    check_names(source, files.names(), expected, files)
     for name, tensor in state.items():
+        if name not in expected:
+            continue
         weight = files.get_fp32(name)
         tensor.copy_(RESIZED[name](weight, tensor.shape[0]) if name in RESIZED else weight)

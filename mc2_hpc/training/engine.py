@@ -1,9 +1,10 @@
 """DeepSpeed for the two towers: ZeRO stages 0-3 behind one interface, and the state by parameter name.
 
-DeepSpeed partitions the towers but not ``logit_scale``: a scalar gains nothing from it, has to stay in fp32 and is
-clamped after every step. So each rank keeps an identical copy, updated by the same AdamW with the same gradient. With
-``model.embedding: sharded`` the token table is not DeepSpeed's either (:mod:`mc2_hpc.training.token_table`), and with
-``optim.matrices: muon`` neither are the matrices of the blocks (:mod:`mc2_hpc.training.muon`).
+DeepSpeed partitions the towers but not ``logit_scale`` and ``logit_bias``: a scalar gains nothing from it and has to
+stay in fp32, and the scale is clamped after every step. So each rank keeps identical copies, updated by the same AdamW
+with the same gradients. With ``model.embedding: sharded`` the token table is not DeepSpeed's either
+(:mod:`mc2_hpc.training.token_table`), and with ``optim.matrices: muon`` neither are the matrices of the blocks
+(:mod:`mc2_hpc.training.muon`).
 """
 
 import logging
@@ -20,6 +21,7 @@ from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, Towers
+from mc2_hpc.models.depth import tower_of
 from mc2_hpc.models.lora import add_adapters
 from mc2_hpc.models.positions import RESIZED
 from mc2_hpc.models.tensor_files import TensorFiles
@@ -28,7 +30,7 @@ from mc2_hpc.training.clipping import add_to_norm, clip_coefficient, clip_replic
 from mc2_hpc.training.deepspeed_config import deepspeed_config
 from mc2_hpc.training.freezing import adapters_of, freeze
 from mc2_hpc.training.muon import MOMENTUM, MuonMatrices, is_muons
-from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate
+from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate, tower_optimizer
 from mc2_hpc.training.token_table import TABLE, TokenTable
 from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState, average, create_state
 from mc2_hpc.training.votes import Votes
@@ -74,7 +76,7 @@ class Engine:
             num_micro: backward passes per step.
 
         Raises:
-            UserError: a tower has fewer blocks than are to be frozen.
+            UserError: a tower has fewer blocks than are to be frozen, or the optimizer does not run here.
         """
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         import deepspeed
@@ -101,9 +103,12 @@ class Engine:
             any(p.requires_grad for p in tower.parameters()) for tower in (clip.vision, clip.text)
         )
         """Whether any parameter of the tower is trained."""
-        scale = clip.logit_scale.detach().to(self.device, torch.float32, copy=True)
-        self.logit_scale = nn.Parameter(scale, requires_grad=not config.freeze.logit_scale)
-        self._scale_optimizer = self._adamw_of_scale(config) if self.logit_scale.requires_grad else None
+        self._scalars = {name: self._own_scalar(p) for name, p in clip.named_parameters() if tower_of(name) is None}
+        self.logit_scale = self._scalars["logit_scale"]
+        self.logit_bias = self._scalars.get("logit_bias")
+        """Of the sigmoid loss."""
+        self._trained_scalars = {name: p for name, p in self._scalars.items() if p.requires_grad}
+        self._scalar_optimizer = self._adamw_of_scalars(config) if self._trained_scalars else None
         self._table = TokenTable(clip, config.optim, ranks) if config.model.embedding == "sharded" else None
         # Without a table that is dealt to the ranks, which would keep all of it in memory.
         self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
@@ -116,7 +121,9 @@ class Engine:
         num_parameters = sum(parameter.numel() for parameter in named.values())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=towers,
-            optimizer=adamw(parameter_groups(named.items(), clip.arch, config.optim), config.optim),
+            optimizer=tower_optimizer(
+                parameter_groups(named.items(), clip.arch, config.optim), config.optim, self.device.type
+            ),
             config=deepspeed_config(
                 config, num_micro=num_micro, num_parameters=num_parameters, on_gpu=self.device.type == "cuda"
             ),
@@ -138,14 +145,18 @@ class Engine:
         return self._trained_table is not None or self._matrices is not None
 
     def _others(self) -> list[Tensor]:
-        """The averaged gradients that this rank owns and DeepSpeed does not have, but for the scale's."""
+        """The averaged gradients that this rank owns and DeepSpeed does not have, but for the scalars'."""
         rows = [] if self._trained_table is None else [self._trained_table.gradient()]
         return rows if self._matrices is None else [*rows, *self._matrices.gradients()]
 
-    def _adamw_of_scale(self, config: RunConfig) -> torch.optim.AdamW:
-        groups = parameter_groups([("logit_scale", self.logit_scale)], self._clip.arch, config.optim)
-        optimizer = adamw(groups, config.optim)
-        create_state(optimizer, self.logit_scale, ema=self._ema_decay > 0)
+    def _own_scalar(self, parameter: nn.Parameter) -> nn.Parameter:
+        copy = parameter.detach().to(self.device, torch.float32, copy=True)
+        return nn.Parameter(copy, requires_grad=parameter.requires_grad)
+
+    def _adamw_of_scalars(self, config: RunConfig) -> torch.optim.AdamW:
+        optimizer = adamw(parameter_groups(self._trained_scalars.items(), self._clip.arch, config.optim), config.optim)
+        for scalar in self._trained_scalars.values():
+            create_state(optimizer, scalar, ema=self._ema_decay > 0)
         return optimizer
 
     def look_up(self, tokens: Tensor) -> Tensor:
@@ -203,24 +214,25 @@ class Engine:
         """Update all parameters with learning rate ``lr``; clamp ``logit_scale`` to its limits.
 
         Args:
-            votes: this rank's answers to questions that all ranks ask. They share the all-reduce of the scale's
-                gradient, so they need no extra communication.
+            votes: this rank's answers to questions that all ranks ask. They share the all-reduce of the scalars'
+                gradients, so they need no extra communication.
 
         Returns:
-            The global norm of all averaged gradients but the scale's before clipping, a 0-d tensor, and the number of
+            The global norm of all averaged gradients but the scalars' before clipping, a 0-d tensor, and the number of
             ranks that said yes to each vote, (len(votes),).
         """
         if self._trained_table is not None:
             self._trained_table.reduce()
         if self._matrices is not None:
             self._matrices.reduce(averaged=self.stage == 0)
-        shared = torch.zeros(2 + len(votes), device=self.device)
-        if self._scale_optimizer is not None:
-            assert self.logit_scale.grad is not None
-            shared[0] = self.logit_scale.grad
+        num_scalars = len(self._trained_scalars)
+        shared = torch.zeros(num_scalars + len(votes) + 1, device=self.device)
+        for number, scalar in enumerate(self._trained_scalars.values()):
+            assert scalar.grad is not None
+            shared[number] = scalar.grad
         if self._computes_norm:
             shared[-1] = self._squared_norm()
-        for number, vote in enumerate(votes, start=1):
+        for number, vote in enumerate(votes, start=num_scalars):
             if vote:
                 shared[number].fill_(1)  # a kernel on the device: a copy from the host would synchronise
         dist.all_reduce(shared)
@@ -237,15 +249,16 @@ class Engine:
                 self._matrices.drop()
             else:
                 self._matrices.step(lr, clip_coefficient(norm, self._max_norm) if self._max_norm > 0 else None)
-        if self._scale_optimizer is not None:
-            self._step_scale(self._scale_optimizer, shared[0] / dist.get_world_size(), lr)
+        if self._scalar_optimizer is not None:
+            self._step_scalars(self._scalar_optimizer, shared[:num_scalars] / dist.get_world_size(), lr)
         if self._ema_decay:
             self._average()
-        return norm, shared[1:-1]
+        return norm, shared[num_scalars:-1]
 
-    def _step_scale(self, optimizer: torch.optim.AdamW, gradient: Tensor, lr: float) -> None:
-        assert self.logit_scale.grad is not None
-        self.logit_scale.grad.copy_(gradient)
+    def _step_scalars(self, optimizer: torch.optim.AdamW, gradients: Tensor, lr: float) -> None:
+        for scalar, gradient in zip(self._trained_scalars.values(), gradients.unbind(), strict=True):
+            assert scalar.grad is not None
+            scalar.grad.copy_(gradient)
         set_learning_rate(optimizer.param_groups, lr)
         optimizer.step()
         optimizer.zero_grad()
@@ -258,8 +271,8 @@ class Engine:
             self._trained_table.average(self._ema_decay)
         if self._matrices is not None:
             self._matrices.average(self._ema_decay)
-        if self._scale_optimizer is not None:
-            average(self._scale_optimizer, [self.logit_scale], self._ema_decay)
+        if self._scalar_optimizer is not None:
+            average(self._scalar_optimizer, list(self._trained_scalars.values()), self._ema_decay)
 
     def _squared_norm(self) -> Tensor:
         """The square of the norm of the averaged gradients that this rank owns, 0-d, summed in fp64."""
@@ -291,15 +304,15 @@ class Engine:
         if self._matrices is not None:
             of_matrices = (MOMENTUM, *(kind for kind in self._kinds if kind == EMA))
             kinds |= {name: of_matrices for name in kinds if name in self._matrices}
-        kinds["logit_scale"] = self._kinds if self._scale_optimizer is not None else ()
+        kinds |= {name: self._kinds if name in self._trained_scalars else () for name in self._scalars}
         if self._table is not None:
             kinds[TABLE] = self._kinds if self._table.trained else ()
         return [(kind, name) for name in kinds for kind in ("weight", *kinds[name])]
 
     def state_shape(self, name: str) -> torch.Size:
         """Full shape of a parameter, partitioned or not."""
-        if name == "logit_scale":
-            return self.logit_scale.shape
+        if name in self._scalars:
+            return self._scalars[name].shape
         if self._table is not None and name == TABLE:
             return self._table.shape
         if self._matrices is not None and name in self._matrices:
@@ -319,17 +332,17 @@ class Engine:
             yield kind, name, self._full(kind, name, to).detach()
 
     def _full(self, kind: str, name: str, to: int | None = None) -> Tensor:
-        if name == "logit_scale":
-            return self.logit_scale if kind == "weight" else self._scale_state()[kind]
+        if name in self._scalars:
+            return self._scalars[name] if kind == "weight" else self._scalar_state(name)[kind]
         if self._table is not None and name == TABLE:
             return self._table.full(kind, to)
         if self._matrices is not None and name in self._matrices:
             return self._matrices.full(kind, name)
         return self._towers.full(kind, name)
 
-    def _scale_state(self) -> dict[str, Tensor]:
-        assert self._scale_optimizer is not None
-        return self._scale_optimizer.state[self.logit_scale]
+    def _scalar_state(self, name: str) -> dict[str, Tensor]:
+        assert self._scalar_optimizer is not None
+        return self._scalar_optimizer.state[self._scalars[name]]
 
     @contextmanager
     def whole_model(self, *, ema: bool = False) -> Iterator[CLIP]:
@@ -347,7 +360,8 @@ class Engine:
         with self._table.whole() if self._table is not None and self.stage < 3 else nullcontext(), self._thawed():
             if self.stage < 3:
                 with torch.no_grad():
-                    self._clip.logit_scale.copy_(self.logit_scale)
+                    for name, scalar in self._scalars.items():
+                        self._clip.get_parameter(name).copy_(scalar)
             yield self._clip if self.stage < 3 else self._gathered_copy("weight")
 
     @contextmanager
@@ -391,8 +405,8 @@ class Engine:
                 if kind != EMA:
                     continue  # the moments of an interpolated table begin at zero again
                 value = RESIZED[name](value.float(), self.state_shape(name)[0])
-            if name == "logit_scale":
-                self._scale_state()[kind].copy_(value)
+            if name in self._scalars:
+                self._scalar_state(name)[kind].copy_(value)
             elif self._table is not None and name == TABLE:
                 self._table.load(kind, value)
             elif self._matrices is not None and name in self._matrices:
@@ -400,8 +414,8 @@ class Engine:
             else:
                 self._towers.load(kind, name, value)
         self._towers.resume(step)
-        if self._scale_optimizer is not None:
-            self._scale_state()["step"].fill_(step)
+        for name in self._trained_scalars:
+            self._scalar_state(name)["step"].fill_(step)
         if self._trained_table is not None:
             self._trained_table.resume(step)
 

@@ -59,7 +59,7 @@ def freeze(clip: CLIP, config: FreezeConfig) -> None:
     for name, parameter in clip.named_parameters():
         tower = tower_of(name)
         if tower is None:
-            parameter.requires_grad_(not config.logit_scale)
+            parameter.requires_grad_(name != "logit_scale" or not config.logit_scale)
         elif tower in adapted:
             parameter.requires_grad_(is_adapter(name))
         else:

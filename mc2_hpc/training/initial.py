@@ -91,7 +91,8 @@ def _convert(source: Path, out: Path) -> None:
 
 def architecture(config: RunConfig, source: Source | None) -> ClipArchitecture:
     """The architecture of the preset or source, with the sizes that the config overrides."""
-    return resolve(config.model, source.card.arch if source is not None else None)
+    initial = source.card.arch if source is not None else None
+    return resolve(config.model, initial, logit_bias=config.loss.has_bias)
 
 
 def load_initial_weights(clip: CLIP, source: Source) -> None:
@@ -104,6 +105,16 @@ def load_initial_weights(clip: CLIP, source: Source) -> None:
     old, new = source.card.arch, clip.arch
     copy_weights(clip, weight_files(source.folder), old, source.name)
     logger.info("%s", "; ".join([f"initial weights from {source.name}", *describe_resizing(old, new)]))
+    if old.logit_bias != new.logit_bias:
+        begins = "logit_bias begins anew" if new.logit_bias else "its logit_bias is left out, which softmax ignores"
+        losses = {True: "sigmoid", False: "softmax"}
+        logger.warning(
+            "%s was trained with loss.kind=%s, and this run trains with %s: %s",
+            source.name,
+            losses[old.logit_bias],
+            losses[new.logit_bias],
+            begins,
+        )
     if old.quick_gelu != new.quick_gelu:
         names = {True: "QuickGELU", False: "GELU"}
         logger.warning(

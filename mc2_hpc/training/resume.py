@@ -35,6 +35,7 @@ FIXED = {
     "model.text.context_length": "only model.init_from interpolates the text tower's positions",
     "data.tokenizer_style": _MEANING,
     "optim.matrices": "the checkpoint has another optimizer's state",
+    "loss.kind": "the model would lose or lack its logit_bias",
 }
 """Settings that must not change, with the reason. Sizes are listed only if no weight's shape depends on them; the
 others are checked when the weights are loaded. The content of ``data.tokenizer`` must not change either."""
@@ -76,6 +77,7 @@ SAID = (
 but not less: what was frozen has no AdamW state in the checkpoint."""
 
 ADDED: dict[str, Any] = {
+    "loss.kind": "softmax",
     "model.patch_dropout": 0.0,
     "freeze.logit_scale": False,
     "optim.matrices": "adamw",

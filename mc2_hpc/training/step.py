@@ -11,7 +11,7 @@ from torch import Tensor
 from mc2_hpc.config import LossConfig, RunConfig
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.errors import UserError
-from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss
+from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss, sigmoid_loss
 from mc2_hpc.kernels.contrastive.dispatch import choose_backend
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.votes import Votes
@@ -31,13 +31,14 @@ class StepResult:
     """Number of ranks that said yes to each of :class:`Votes`; read by :class:`VoteCounts`."""
     divergence: Tensor | None = None
     """Global mean divergence from the teacher, 0-d, part of ``loss``; None without a teacher."""
+    logit_bias: Tensor | None = None
+    """The sigmoid loss's bias after the update, 0-d; None with the softmax."""
 
     def numbers(self) -> Tensor:
-        """Loss, gradient norm, logit scale, divergence from the teacher if there is one, and votes, in fp32 on the
-        device of the loss."""
+        """Loss, gradient norm, logit scale, then what there is of divergence from the teacher and logit bias, and
+        votes, in fp32 on the device of the loss."""
         scalars = [self.loss, self.grad_norm.to(self.loss.device, non_blocking=True), self.logit_scale]
-        if self.divergence is not None:
-            scalars.append(self.divergence)
+        scalars += [number for number in (self.divergence, self.logit_bias) if number is not None]
         return torch.cat([*(number.float().reshape(1) for number in scalars), self.votes.float()])
 
 
@@ -128,9 +129,14 @@ class ContrastiveStep:
         else:
             loss, divergence = self._cached(images, tokens, lengths, kept, teacher)
         grad_norm, votes = self._engine.step(lr, self._votes())
-        scale = self._engine.logit_scale.detach().exp()
+        bias = self._engine.logit_bias
         return StepResult(
-            loss=loss.detach(), grad_norm=grad_norm, logit_scale=scale, votes=votes, divergence=divergence
+            loss=loss.detach(),
+            grad_norm=grad_norm,
+            logit_scale=self._engine.logit_scale.detach().exp(),
+            votes=votes,
+            divergence=divergence,
+            logit_bias=None if bias is None else bias.detach().clone(),
         )
 
     def _loss(
@@ -144,6 +150,8 @@ class ContrastiveStep:
             "backend": self._config.backend,
             "exchange": self._config.exchange,
         }
+        if (bias := self._engine.logit_bias) is not None:
+            return sigmoid_loss(image_features, text_features, scale, bias, **options), None
         if teacher is None:
             return contrastive_loss(image_features, text_features, scale, **options), None
         loss, terms = distilled_contrastive_loss(image_features, text_features, scale, teacher, **options)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mc2_hpc.training.optim import set_step_count
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 """The kind of state that is the moving average of the weights; AdamW leaves it alone."""
@@ -61,6 +63,7 @@ class TowerState:
             self._inner, self._flats = optimizer.optimizer, optimizer.fp32_partitioned_groups_flat
         for tensor in self._flats:
             create_state(self._inner, tensor, ema=ema)
+        set_step_count(self._inner, 0)
         if stage in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -106,8 +109,7 @@ class TowerState:
 
     def resume(self, num_steps: int) -> None:
         """Continue after ``num_steps`` steps."""
-        for state in self._inner.state.values():
-            state["step"].fill_(num_steps)
+        set_step_count(self._inner, num_steps)
 
 
 def _gathered(parameter: nn.Parameter) -> Tensor:

@@ -57,7 +57,8 @@ _PACKAGES = ("mc2_hpc", "torch", "deepspeed", "numpy", "sentencepiece", "simplej
 
 
 class NonFiniteError(RuntimeError):
-    """The loss, the gradient norm or ``logit_scale`` is NaN or infinite; the last checkpoint is untouched."""
+    """The loss, the gradient norm, ``logit_scale`` or ``logit_bias`` is NaN or infinite; the last checkpoint is
+    untouched."""
 
 
 class SaveError(RuntimeError):
@@ -188,6 +189,8 @@ class Trainer:
             votes=self._votes,
         )
         self._patch_dropout = PatchDropout(config, arch, ranks.device)
+        # What a step's numbers have besides loss, norm and scale.
+        self._extra = [*(["divergence"] if self.teacher else []), *(["logit_bias"] if config.loss.has_bias else [])]
         self._means = Means()
         self._save_policy = SavePolicy(
             every=config.checkpoint.every,
@@ -399,7 +402,8 @@ class Trainer:
         config, progress = self.config, self.progress
         epochs = epochs_in(self.loader.sources, progress.position, lanes=config.data.lanes)
         intervals = gather(meter.interval(progress.skipped, epochs), self.ranks)
-        means, (_, _, logit_scale, *_) = self._means.take(), pending.numbers.read()
+        means, (_, _, logit_scale, *rest) = self._means.take(), pending.numbers.read()
+        of_step = dict(zip(self._extra, rest, strict=False))
         if log is not None and intervals is not None:
             row = {
                 "step": pending.step,
@@ -407,6 +411,7 @@ class Trainer:
                 "loss": means["loss"],
                 **{name: means[name] for name in ("divergence",) if name in means},
                 "logit_scale": logit_scale,
+                **{name: of_step[name] for name in ("logit_bias",) if name in of_step},
                 "lr": pending.lr,
                 "grad_norm": means["grad_norm"],
                 **rates(intervals, global_batch=config.global_batch, lanes=config.data.lanes),
@@ -425,8 +430,9 @@ class Trainer:
         if pending is None:
             return VoteCounts()
         loss, grad_norm, logit_scale, *rest = pending.numbers.read()
-        divergence, votes = ({}, rest) if self.teacher is None else ({"divergence": rest[0]}, rest[1:])
-        for what, value in (("loss", loss), ("gradient norm", grad_norm), ("logit_scale", logit_scale)):
+        extra, votes = dict(zip(self._extra, rest, strict=False)), rest[len(self._extra) :]
+        numbers = {"loss": loss, "gradient norm": grad_norm, "logit_scale": logit_scale, **extra}
+        for what, value in numbers.items():
             # All are the same on every rank, so every rank stops at the same step.
             if not math.isfinite(value):
                 self.writer.finish()
@@ -434,7 +440,7 @@ class Trainer:
                     f"{what} is {value} at step {pending.step}; last good checkpoint: "
                     f"{self.writer.last_good()}; keys of rank {self.ranks.rank}'s batch: {', '.join(pending.keys)}"
                 )
-        self._means.add(pending.step, loss=loss, grad_norm=grad_norm, **divergence)
+        self._means.add(pending.step, loss=loss, grad_norm=grad_norm, **extra)
         return VoteCounts.of(votes)
 
     def _save(self) -> None:

@@ -135,7 +135,8 @@ def checkpoint(
         for tower in ("vision", "text"):
             part = {name: tensor for name, tensor in state.items() if name.startswith(tower)}
             write_tensors(folder / f"model.{tower}.safetensors", part)
-        write_tensors(folder / "model.scale.safetensors", {"logit_scale": state["logit_scale"]})
+        scalars = {name: tensor for name, tensor in state.items() if tensor.ndim == 0}
+        write_tensors(folder / "model.scale.safetensors", scalars)
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.model_file.read_bytes())
         write_card(folder, ModelCard(arch=arch, tokenizer_style=style))
         return folder, model

@@ -70,6 +70,25 @@ def test_open_clip_loads_the_folder(
     assert_same_model(convert(out, "mc2", tmp_path / "back"), source)
 
 
+@torch.no_grad()
+def test_open_clip_loads_a_logit_bias(
+    checkpoint: Checkpoint, tmp_path: Path, open_clip: ModuleType, captions: list[str]
+) -> None:
+    source, model = checkpoint(logit_bias=True)
+    assert model.logit_bias is not None
+    out = convert(source, "open_clip", tmp_path / "out", dtype="bf16")
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    *_, scale, bias = theirs.eval()(
+        torch.randn(2, 3, model.arch.vision.image_size, model.arch.vision.image_size),
+        open_clip.get_tokenizer(f"local-dir:{out}")(captions[:3]),
+    )
+    assert torch.equal(scale, model.logit_scale.exp()) and torch.equal(bias, model.logit_bias)
+    assert_same_model(convert(convert(source, "open_clip", tmp_path / "fp32"), "mc2", tmp_path / "back"), source)
+
+    with pytest.raises(UserError, match="has a logit_bias, which MetaClip2Model has no place for"):
+        convert(source, "hf", tmp_path / "hf")
+
+
 @pytest.mark.parametrize("style", STYLES)
 @torch.no_grad()
 def test_transformers_loads_the_folder(
@@ -321,7 +340,7 @@ def test_our_own_folder_can_be_wrong_too(checkpoint: Checkpoint, tmp_path: Path)
 
 CONFIG_FAULTS = [
     ("open_clip", "model_cfg", "embed_dim", None, r" embed_dim=None: must be a whole number of at least 1"),
-    ("open_clip", "model_cfg", "init_logit_bias", -10.0, r"model_cfg.init_logit_bias=-10.0: not a model of the world"),
+    ("open_clip", "model_cfg", "init_logit_bias", "ten", r"model_cfg.init_logit_bias='ten': must be a number or null"),
     ("open_clip", "model_cfg", "vision_cfg", 3, r"vision_cfg is missing; not an open_clip config"),
     ("open_clip", "vision_cfg", "timm_model_name", "vit", r"timm_model_name='vit': not a model of the worldwide"),
     ("open_clip", "vision_cfg", "layers", [3, 4, 6, 3], r"vision_cfg.layers=\[3, 4, 6, 3\]: must be a whole number"),

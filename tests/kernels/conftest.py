@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mc2_hpc.kernels.contrastive import Teacher, distilled_contrastive_loss, reference_loss, reference_terms
+from mc2_hpc.kernels.contrastive import (
+    Teacher,
+    distilled_contrastive_loss,
+    reference_loss,
+    reference_sigmoid_loss,
+    reference_terms,
+    sigmoid_loss,
+)
 
 # Triton chooses between compiling and interpreting at import: see test_triton_interpreter.py.
 collect_ignore = (
@@ -31,6 +38,8 @@ class Solution:
     image: Tensor
     text: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor | None = None
+    """Of the sigmoid loss."""
 
 
 def features(pairs: int, width: int, dtype: torch.dtype, *, seed: int = 0, norm: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -55,6 +64,41 @@ def solve_distilled(image: Tensor, text: Tensor, logit_scale: Tensor, teacher: T
         return distilled_contrastive_loss(*inputs, teacher, **options)[0]
 
     return solve(loss, image, text, logit_scale)
+
+
+def solve_sigmoid(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, loss=sigmoid_loss, **options
+) -> Solution:
+    """The same of the sigmoid loss."""
+    inputs = [x.detach().clone().requires_grad_() for x in (image, text, logit_scale, logit_bias)]
+    value = loss(*inputs, **options)
+    return Solution(value.detach(), *torch.autograd.grad(value, inputs))
+
+
+def assert_sigmoid(
+    found: Solution, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, slack: float = 1.0
+) -> None:
+    """Value and all gradients of the sigmoid loss equal the dense float64 reference's.
+
+    Errors are measured relative to the size of one image's contribution: all its terms, the positive pair's included.
+    """
+    exact = [x.detach().cpu().double() for x in (image, text, logit_scale, logit_bias)]
+    true = solve_sigmoid(*exact, loss=reference_sigmoid_loss)
+    image, text, logit_scale, logit_bias = exact
+    S = logit_scale.exp() * image @ text.t() + logit_bias
+    G, logit = S.sigmoid().fill_diagonal_(1), float(S.abs().max())
+    norms = [float(x.norm(dim=1).max()) for x in (image, text)]
+    pair = float(logit_scale.exp()) / len(image)
+    tolerance = TOLERANCE[found.image.dtype] * slack * max(1.0, logit / 10)
+    for name, size in {
+        "loss": float(true.loss),
+        "image": pair * norms[1] * float(G.sum(1).max()),
+        "text": pair * norms[0] * float(G.sum(0).max()),
+        "logit_scale": logit * float(G.sum(1).mean()),
+        "logit_bias": float(G.sum(1).mean()),
+    }.items():
+        got, want = getattr(found, name).cpu().double(), getattr(true, name)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * size, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_exact(found: Solution, image: Tensor, text: Tensor, logit_scale: Tensor, *, slack: float = 1.0) -> None:
@@ -109,7 +153,9 @@ def kit() -> SimpleNamespace:
         features=features,
         solve=solve,
         solve_distilled=solve_distilled,
+        solve_sigmoid=solve_sigmoid,
         assert_exact=assert_exact,
+        assert_sigmoid=assert_sigmoid,
         assert_distilled=assert_distilled,
     )
 

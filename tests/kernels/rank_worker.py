@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss
+from mc2_hpc.kernels.contrastive import Teacher, contrastive_loss, distilled_contrastive_loss, sigmoid_loss
 
 
 def solve(rank: int, size: int, folder: Path) -> None:
@@ -28,7 +28,8 @@ def solve(rank: int, size: int, folder: Path) -> None:
             continue
         start = sum(batches[:rank])
         own = slice(start, start + batches[rank])
-        inputs = [case["image"][own], case["text"][own], case["logit_scale"]]
+        scalars = [case[name] for name in ("logit_scale", "logit_bias") if name in case]
+        inputs = [case["image"][own], case["text"][own], *scalars]
         inputs = [x.clone().requires_grad_() for x in inputs]
         options = {"group": groups.get(len(batches)), **case["options"]}
         for _ in "ab":
@@ -40,6 +41,8 @@ def solve(rank: int, size: int, folder: Path) -> None:
 
 
 def _loss(inputs: list[torch.Tensor], case: dict, own: slice, options: dict) -> torch.Tensor:
+    if "logit_bias" in case:
+        return sigmoid_loss(*inputs, **options)
     if "teacher" not in case:
         return contrastive_loss(*inputs, **options)
     image, text, scale, weight = case["teacher"]

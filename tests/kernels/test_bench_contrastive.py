@@ -1,6 +1,7 @@
 """The benchmark of the contrastive loss: the ratios of its rows, and that it runs."""
 
 import pytest
+import torch
 
 from benchmarks import bench_contrastive as bench
 
@@ -23,6 +24,13 @@ def test_ratios_are_larger_when_ours_is_faster_and_smaller_when_it_is_leaner():
 def test_a_small_batch_runs():
     losses, missing = bench.contenders("cpu")
     rows = bench.measure(256, "cpu", losses, missing, rounds=1, ceiling=1.0)
-    assert [row["loss"] for row in rows] == ["ours", "open_clip"]
+    assert [row["loss"] for row in rows] == ["ours", "open_clip", "ours_sigmoid", "open_clip_sigmoid"]
     assert all(row["seconds"] > 0 and row["memory_mb"] > 0 for row in rows)
-    assert missing == {}
+    assert missing == dict.fromkeys(("inf_cl", "memeff", "siglip_kernel"), "needs CUDA")
+
+
+def test_both_sides_of_the_sigmoid_loss_compute_the_same():
+    losses, _ = bench.contenders("cpu")
+    tensors = bench.inputs(64, "cpu")
+    ours, theirs = (losses[name](*tensors) for name in ("ours_sigmoid", "open_clip_sigmoid"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)

@@ -18,9 +18,10 @@ from mc2_hpc.kernels.contrastive import (
     contrastive_loss,
     distilled_contrastive_loss,
     shared_batch,
+    sigmoid_loss,
 )
 from mc2_hpc.kernels.contrastive.dispatch import tile_factory
-from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, DistilledContrastiveLoss, Plan
+from mc2_hpc.kernels.contrastive.function import ContrastiveLoss, DistilledContrastiveLoss, Plan, SigmoidLoss
 from mc2_hpc.kernels.contrastive.shared_batch import SharedBatch
 from mc2_hpc.kernels.contrastive.teacher import Distillation
 
@@ -53,7 +54,13 @@ def silent_group(rank: int, size: int) -> Iterator[None]:
 
 
 def count(
-    rank: int, pairs: tuple[int, ...], exchange: str = "all_gather", *, given: bool = True, distilled: bool = False
+    rank: int,
+    pairs: tuple[int, ...],
+    exchange: str = "all_gather",
+    *,
+    given: bool = True,
+    distilled: bool = False,
+    sigmoid: bool = False,
 ) -> Operations:
     """The operators of one forward and backward pass on a rank; ``given``: the sizes are."""
     inputs = [torch.ones(pairs[rank], WIDTH, requires_grad=True) for _ in range(2)]
@@ -63,6 +70,8 @@ def count(
     def loss() -> torch.Tensor:
         if distilled:
             return distilled_contrastive_loss(*inputs, torch.tensor(1.0), teacher, **options)[0]
+        if sigmoid:
+            return sigmoid_loss(*inputs, torch.tensor(1.0), torch.tensor(-10.0), **options)
         return contrastive_loss(*inputs, torch.tensor(1.0), **options)
 
     with silent_group(rank, len(pairs)):
@@ -83,6 +92,17 @@ def test_launches_of_all_gather_do_not_grow_with_the_ranks(uneven, distilled):
     assert counted[1].collectives() == {"_allgather_base_": 2, "allreduce_": 2, "_reduce_scatter_base_": 1}
 
 
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_sigmoid_loss_sends_nothing_of_columns(uneven):
+    few, many = (tuple(3 + (uneven and rank % 2) for rank in range(size)) for size in (4, 384))
+    counted = [count(len(pairs) // 2, pairs, sigmoid=True) for pairs in (few, many)]
+    assert counted[0].counts == counted[1].counts
+    assert counted[1].collectives() == {"_allgather_base_": 2, "_reduce_scatter_base_": 1}
+    # Forward a block 11 hops, backward also a result 12 hops.
+    ring = count(5, (2,) * 12, "ring", sigmoid=True).collectives()
+    assert ring["send"] == ring["recv_"] == 11 + (11 + 12)
+
+
 def test_sizes_are_exchanged_only_where_they_are_not_given():
     assert count(1, (2,) * 4, given=False).collectives()["_allgather_base_"] == 3
     assert count(1, (2,) * 4).collectives()["_allgather_base_"] == 2
@@ -95,9 +115,9 @@ def test_the_ring_sends_to_its_neighbour_alone():
     assert found["send"] == found["recv_"] == (11 + 12) + (2 * 11 + 12)
 
 
-@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("kind", ["softmax", "distilled", "sigmoid"])
 @pytest.mark.parametrize("batches", [(3,) * 6, (3, 1, 0, 3, 2, 3)])
-def test_nothing_is_read_by_the_host(batches, distilled, monkeypatch):
+def test_nothing_is_read_by_the_host(batches, kind, monkeypatch):
     """On the device ``meta``, which has shapes without values, every such read is an error."""
     calls: Counter[str] = Counter()
 
@@ -122,15 +142,19 @@ def test_nothing_is_read_by_the_host(batches, distilled, monkeypatch):
     with pytest.raises(RuntimeError):
         float(scale.detach())
     shared = SharedBatch(None, 3, batches)
-    if distilled:
+    if kind == "distilled":
         teacher = Teacher(*(torch.ones(3, WIDTH + 1, device="meta") for _ in range(2)))
         make_tiles = tile_factory("tiled", 1 << 16, Distillation.of(teacher, WIDTH))
         loss, _ = DistilledContrastiveLoss.apply(*inputs, scale, Plan(make_tiles, all_gather, shared), teacher)
+    elif kind == "sigmoid":
+        bias = torch.tensor(-10.0, device="meta", requires_grad=True)
+        plan = Plan(tile_factory("tiled", 1 << 16, bias=bias.detach()), all_gather, shared)
+        loss = SigmoidLoss.apply(*inputs, scale, bias, plan)
     else:
         loss = ContrastiveLoss.apply(*inputs, scale, Plan(tile_factory("tiled", 1 << 16), all_gather, shared))
     loss.backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in (*inputs, scale))
-    assert calls == {"all_gather": 2, "all_reduce": 2, "reduce_scatter": 1}
+    assert calls == {"all_gather": 2, "reduce_scatter": 1, **({} if kind == "sigmoid" else {"all_reduce": 2})}
 
 
 @pytest.mark.parametrize("exchange, given", list(itertools.product(EXCHANGES, [(2, 2), (2, 2, 3), ()])))

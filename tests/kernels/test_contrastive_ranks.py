@@ -50,13 +50,20 @@ def triton_cases(kit) -> dict[str, dict]:
             "batches": (3, 4), "image": image, "text": text, "logit_scale": torch.tensor(2.5),
             "options": {"exchange": exchange, "backend": "triton", "batches": (3, 4)},
         }  # fmt: skip
-    return cases | {f"distilled {name}": with_teacher(kit, case) for name, case in cases.items()}
+    return other_losses(kit, cases)
 
 
 def with_teacher(kit, case: dict) -> dict:
     """The case with a wider teacher, sharper than the student."""
     features = kit.features(len(case["image"]), 9, case["image"].dtype, seed=7)
     return {**case, "teacher": (*features, 40.0, 0.75)}
+
+
+def other_losses(kit, cases: dict[str, dict]) -> dict[str, dict]:
+    """The cases, each also with a teacher and as one of the sigmoid loss."""
+    distilled = {f"distilled {name}": with_teacher(kit, case) for name, case in cases.items()}
+    sigmoid = {f"sigmoid {name}": {**case, "logit_bias": case["logit_scale"] - 7} for name, case in cases.items()}
+    return cases | distilled | sigmoid
 
 
 def all_cases(kit) -> dict[str, dict]:
@@ -82,7 +89,7 @@ def all_cases(kit) -> dict[str, dict]:
             "batches": (110, 90, 100), "image": image, "text": text, "logit_scale": torch.tensor(3.0),
             "options": {"exchange": exchange, "backend": "tiled", "workspace_bytes": 1 << 16},
         }  # fmt: skip
-    return cases | {f"distilled {name}": with_teacher(kit, case) for name, case in cases.items()}
+    return other_losses(kit, cases)
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +138,16 @@ def assert_ranks_equal_float64(kit, found: dict[str, tuple[dict, list]]) -> None
     """The value is the same on all ranks; value and gradients equal the dense float64 reference's."""
     for name, (case, ranks) in found.items():
         size = len(ranks)
-        losses, images, texts, scales = zip(*ranks, strict=True)
+        losses, images, texts, *scalars = zip(*ranks, strict=True)
         assert all(torch.equal(losses[0], loss) for loss in losses), f"{name}: ranks disagree on the loss"
         # Data parallelism averages gradients over ranks; only the feature's own rank contributes to its average.
-        together = kit.Solution(
-            losses[0], torch.cat(images) / size, torch.cat(texts) / size, torch.stack(scales).mean()
-        )
+        averages = [torch.stack(each).mean() for each in scalars]
+        together = kit.Solution(losses[0], torch.cat(images) / size, torch.cat(texts) / size, *averages)
         inputs = (case["image"], case["text"], case["logit_scale"])
         try:
-            if "teacher" in case:
+            if "logit_bias" in case:
+                kit.assert_sigmoid(together, *inputs, case["logit_bias"])
+            elif "teacher" in case:
                 kit.assert_distilled(together, *inputs, Teacher(*case["teacher"]))
             else:
                 kit.assert_exact(together, *inputs)

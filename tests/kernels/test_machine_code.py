@@ -29,8 +29,11 @@ def compile_table(tmp_path, *options: str) -> list[dict]:
 def test_kernels_of_bf16_training_compile_for_every_architecture(tmp_path):
     rows = compile_table(tmp_path, "--quick")
     architectures = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-    contrastive = [f"contrastive_{kind}{name}" for kind in ("", "distilled_") for name in ("statistics", "gradient")]
-    fused = ("layer_norm_forward", "layer_norm_backward", "quick_gelu_forward", "quick_gelu_backward")
+    contrastive = [
+        f"contrastive_{kind}{name}" for kind in ("", "distilled_", "sigmoid_") for name in ("statistics", "gradient")
+    ]
+    norms = ("layer_norm", "add_layer_norm", "quick_gelu")
+    fused = [f"{name}_{way}" for name in norms for way in ("forward", "backward")]
     assert {(row["kernel"], row["arch"], row["tensor_core"]) for row in rows} == {
         *((kernel, arch, instruction) for kernel in contrastive for arch, instruction in architectures.items()),
         *((kernel, arch, None) for kernel in fused for arch in architectures),

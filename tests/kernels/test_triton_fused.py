@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mc2_hpc.kernels.layer_norm import layer_norm, reference_layer_norm
+from mc2_hpc.kernels.layer_norm import add_layer_norm, layer_norm, reference_layer_norm
 from mc2_hpc.kernels.quick_gelu import quick_gelu, reference_quick_gelu
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
@@ -46,6 +46,41 @@ def test_layer_norm_equals_float64(shape, dtype):
     close(gradients[0], exact_gradients[0], ERROR[dtype], size=3.0)
     for found, true in zip(gradients[1:], exact_gradients[1:], strict=True):
         close(found, true, 1e-5, size=rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_layer_norm_equals_float64(shape, dtype):
+    x, added = ((2 * normal(*shape, seed=seed) + 3).to(dtype).requires_grad_() for seed in (0, 4))
+    weight, bias = (normal(shape[-1], seed=seed).requires_grad_() for seed in (1, 2))
+    dtotal, dy = (normal(*shape, dtype=dtype, seed=seed) for seed in (5, 3))
+    both = add_layer_norm(x, added, weight, bias, 1e-5)
+    gradients = torch.autograd.grad(both, (x, added, weight, bias), (dtotal, dy))
+    total = x.detach() + added.detach()
+    assert torch.equal(both[0], total) and both[1].dtype == dtype
+    assert torch.equal(both[1], layer_norm(total, weight, bias, 1e-5))
+    # The norm is that of the rounded sum, which is kept.
+    exact, *parameters = (t.detach().double().requires_grad_() for t in (total, weight, bias))
+    true = torch.autograd.grad(reference_layer_norm(exact, *parameters, 1e-5), (exact, *parameters), dy.double())
+    close(gradients[0], true[0] + dtotal.double(), ERROR[dtype], size=4.0)
+    assert torch.equal(gradients[0], gradients[1])
+    for found, expected in zip(gradients[2:], true[1:], strict=True):
+        close(found, expected, 1e-5, size=x.numel() // shape[-1])
+
+
+def test_add_layer_norm_to_a_stream_of_another_type():
+    """An fp32 stream stays fp32, as in PyTorch; each input's gradient has its own type."""
+    x, added = normal(6, 40).requires_grad_(), normal(6, 40, seed=1).bfloat16().requires_grad_()
+    total, y = add_layer_norm(x, added, torch.ones(40, device=DEVICE), torch.zeros(40, device=DEVICE))
+    assert torch.equal(total, x.detach() + added.detach()) and y.dtype == torch.float32
+    found = torch.autograd.grad(total.sum() + y.square().sum(), (x, added))
+    assert [gradient.dtype for gradient in found] == [torch.float32, torch.bfloat16]
+
+
+def test_add_layer_norm_of_shapes_that_differ():
+    parameters = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"add_layer_norm of \(2, 8\) and \(1, 8\): the shapes must be equal"):
+        add_layer_norm(torch.zeros(2, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE), *parameters)
 
 
 @pytest.mark.parametrize("function", [lambda x: layer_norm(x, x[0].detach(), x[1].detach()), quick_gelu])

@@ -16,6 +16,7 @@ from mc2_hpc.kernels.contrastive import (
     contrastive_loss,
     distilled_contrastive_loss,
     reference_loss,
+    sigmoid_loss,
 )
 from mc2_hpc.kernels.contrastive.dispatch import SMALLEST_WORKSPACE_BYTES
 from mc2_hpc.kernels.contrastive.launch import LAUNCHES, SOURCES, Launch, launch_for, source_for
@@ -29,9 +30,7 @@ DEVICE = "cuda" if GPU else "cpu"
 
 # With small blocks, small problems have many blocks and edges on all sides; on a GPU the table's own run too.
 SMALL = {
-    (kernel, source): Launch(32, 64, 32, num_warps=4, num_stages=2)
-    for kernel in ("statistics", "gradient", "distilled_statistics", "distilled_gradient")
-    for source in SOURCES
+    (kernel, source): Launch(32, 64, 32, num_warps=4, num_stages=2) for kernel, _ in LAUNCHES for source in SOURCES
 }
 DTYPES = {
     "descriptor": [torch.bfloat16, torch.float16],
@@ -42,13 +41,18 @@ CASES = [(source, dtype) for source in SOURCES for dtype in DTYPES[source]]
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
-def tiles_of(source, image, num_columns, *, workspace_bytes=SMALLEST_WORKSPACE_BYTES, launches=None, distillation=None):
+def tiles_of(
+    source, image, num_columns, *, workspace_bytes=SMALLEST_WORKSPACE_BYTES, launches=None, distillation=None, bias=None
+):
     """Triton tiles whose kernels use the given source of dot products."""
     from mc2_hpc.kernels.contrastive.triton_distillation import DistilledTritonTiles
     from mc2_hpc.kernels.contrastive.triton_impl import TritonTiles
+    from mc2_hpc.kernels.contrastive.triton_sigmoid import SigmoidTritonTiles
 
     if source == "descriptor" and GPU and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no bulk copy engine")
+    if bias is not None:
+        return SigmoidTritonTiles(image, num_columns, workspace_bytes, bias, source, launches)
     if distillation is not None:
         return DistilledTritonTiles(image, num_columns, workspace_bytes, distillation, source, launches)
     return TritonTiles(image, num_columns, workspace_bytes, source, launches)
@@ -58,7 +62,7 @@ def check_tiles(tiles, image, text, log_scale, diagonal):
     """Compare the statistics and both products with G with float64."""
     scale = torch.tensor(math.exp(log_scale), device=DEVICE)
     rows, cols = (Statistics.empty(len(x), device=scale.device, dtype=scale.dtype) for x in (image, text))
-    forward_tiles(tiles, image, text, scale, rows, cols)
+    forward_tiles(tiles, image, text, scale, diagonal, rows, cols)
     images, texts = image.double().cpu(), text.double().cpu()
     S = math.exp(log_scale) * images @ texts.t()
     row_lse, col_lse = torch.logsumexp(S, 1), torch.logsumexp(S, 0)
@@ -83,7 +87,7 @@ def check_distilled_tiles(tiles, image, text, log_scale, diagonal):
     """The same with a teacher, whose features follow the student's."""
     scale, distillation = torch.tensor(math.exp(log_scale), device=DEVICE), tiles.distillation
     rows, cols = (tiles.kept.empty(len(x), device=scale.device, dtype=scale.dtype) for x in (image, text))
-    forward_tiles(tiles, image, text, scale, rows, cols)
+    forward_tiles(tiles, image, text, scale, diagonal, rows, cols)
     (images, teacher_images), (texts, teacher_texts) = (distillation.parts(x.double().cpu()) for x in (image, text))
     S = math.exp(log_scale) * images @ texts.t()
     U = distillation.scale * teacher_images @ teacher_texts.t()
@@ -114,6 +118,32 @@ def check_distilled_tiles(tiles, image, text, log_scale, diagonal):
         torch.testing.assert_close(grad.double().cpu() / tiles.gradient_scale, want, rtol=0, atol=bound)
 
 
+def check_sigmoid_tiles(tiles, image, text, log_scale, diagonal):
+    """The same of the sigmoid loss."""
+    scale = torch.tensor(math.exp(log_scale), device=DEVICE)
+    options = {"device": scale.device, "dtype": scale.dtype}
+    rows, cols = tiles.kept.empty(len(image), **options), tiles.kept_of_columns.empty(len(text), **options)
+    forward_tiles(tiles, image, text, scale, diagonal, rows, cols)
+    images, texts = image.double().cpu(), text.double().cpu()
+    S = math.exp(log_scale) * images @ texts.t() + tiles.bias.double().cpu()
+    others = torch.ones_like(S)
+    if -len(images) < diagonal < len(texts):
+        others.diagonal(diagonal).zero_()
+    G = S.sigmoid() * others
+    sums = torch.stack(((-torch.nn.functional.logsigmoid(-S) * others).sum(1), G.sum(1)), 1)
+    size = max(1.0, float(S.abs().max()))
+    torch.testing.assert_close(rows.total.double().cpu(), sums, rtol=1e-6 * size, atol=1e-30)
+
+    image_grad, text_grad = (torch.zeros(x.shape, device=DEVICE) for x in (image, text))
+    none = [torch.empty(len(x), 0, device=DEVICE) for x in (image, text)]
+    backward_tiles(tiles, image, text, scale, *none, diagonal, image_grad, text_grad)
+    error = ERROR[image.dtype] * max(1.0, size / 10)
+    for grad, want, weights in ((image_grad, G @ texts, G.sum(1)), (text_grad, G.t() @ images, G.sum(0))):
+        bound = error * float(weights.max() * max(images.norm(dim=1).max(), texts.norm(dim=1).max()))
+        # fp16 holds G, times 2^14, only down to its smallest subnormal number.
+        torch.testing.assert_close(grad.double().cpu() / tiles.gradient_scale, want, rtol=0, atol=bound + 1e-9)
+
+
 @pytest.mark.parametrize(("source", "dtype"), CASES)
 @settings(max_examples=10, deadline=None)
 @given(
@@ -136,6 +166,56 @@ def test_tiles_equal_float64(kit, source, dtype, num_rows, num_columns, width, l
 def test_tiles_with_the_launch_parameters_of_the_table(kit, source, dtype):
     image, text = (x.to(DEVICE) for x in kit.features(259, 72, dtype))
     check_tiles(tiles_of(source, image, 259, workspace_bytes=1 << 20), image, text, math.log(50), 0)
+
+
+@pytest.mark.parametrize(("source", "dtype"), CASES)
+@settings(max_examples=8, deadline=None)
+@given(
+    num_rows=st.integers(1, 140),
+    num_columns=st.integers(1, 150),
+    width=st.integers(1, 12).map(lambda n: 8 * n) | st.integers(1, 80),
+    log_scale=st.floats(0, math.log(100)),
+    bias=st.floats(-20, 10),
+    diagonal=st.integers(-150, 150),
+)
+def test_tiles_of_the_sigmoid_loss_equal_float64(
+    kit, source, dtype, num_rows, num_columns, width, log_scale, bias, diagonal
+):
+    if source == "descriptor":
+        width = -(-width // 8) * 8
+    image, _ = kit.features(num_rows, width, dtype, seed=1)
+    text, _ = kit.features(num_columns, width, dtype, seed=2)
+    image, text = image.to(DEVICE), text.to(DEVICE)
+    tiles = tiles_of(source, image, num_columns, launches=SMALL, bias=torch.tensor(bias, device=DEVICE))
+    check_sigmoid_tiles(tiles, image, text, log_scale, diagonal)
+
+
+@pytest.mark.parametrize(("source", "dtype"), CASES)
+def test_tiles_of_the_sigmoid_loss_with_the_launch_parameters_of_the_table(kit, source, dtype):
+    image, text = (x.to(DEVICE) for x in kit.features(259, 72, dtype))
+    tiles = tiles_of(source, image, 259, workspace_bytes=1 << 20, bias=torch.tensor(-9.0, device=DEVICE))
+    check_sigmoid_tiles(tiles, image, text, math.log(50), 0)
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("pairs", [1, 63, 200])
+def test_sigmoid_loss_and_gradients_equal_float64(kit, pairs, dtype):
+    image, text = (x.to(DEVICE) for x in kit.features(pairs, 40, dtype))
+    inputs = (image, text, torch.tensor(math.log(30), device=DEVICE), torch.tensor(-10.0, device=DEVICE))
+    options = {"backend": "triton", "workspace_bytes": SMALLEST_WORKSPACE_BYTES}
+    found, again = (kit.solve_sigmoid(*inputs, **options) for _ in "ab")
+    kit.assert_sigmoid(found, *inputs, slack=2)
+    for name in ("loss", "image", "text", "logit_scale", "logit_bias"):
+        assert torch.equal(getattr(found, name), getattr(again, name)), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy notices the NaN
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_feature_makes_the_sigmoid_loss_nan(kit, bad):
+    image, text = (x.to(DEVICE) for x in kit.features(70, 16, torch.bfloat16))
+    text[66, 2] = bad
+    scalars = (torch.tensor(2.0, device=DEVICE), torch.tensor(-10.0, device=DEVICE))
+    assert sigmoid_loss(image, text, *scalars, backend="triton").isnan()
 
 
 def with_teacher(kit, rows, width, teacher_width, dtype, *, seed):

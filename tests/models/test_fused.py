@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ class _Traffic(TorchDispatchMode):
         return defaultdict(lambda: lambda *arguments, **_options: self.add(arguments))
 
 
-def measured(function: Callable[[torch.Tensor], torch.Tensor], traffic: _Traffic) -> tuple[int, int, int]:
+def measured(function: Callable[[torch.Tensor], Any], traffic: _Traffic) -> tuple[int, int, int]:
     """Bytes per value of a bf16 input that the forward pass moves, that backward moves, and that are kept in between;
     parameters are frozen."""
     x, dy = normal(*SHAPE).bfloat16().requires_grad_(), normal(*SHAPE, seed=3).bfloat16()
@@ -102,11 +103,13 @@ def measured(function: Callable[[torch.Tensor], torch.Tensor], traffic: _Traffic
         y = function(x)
     forward, traffic.per_value = traffic.per_value, 0
     with traffic:
-        torch.autograd.grad(y, x, dy)
+        outputs = y if isinstance(y, tuple) else (y,)
+        torch.autograd.grad(outputs, x, (dy,) * len(outputs))
     return forward, traffic.per_value, sum(kept.values())
 
 
 WEIGHT, BIAS, EPS = normal(8, seed=1), normal(8, seed=2), 1e-5
+ADDED = normal(*SHAPE, seed=4).bfloat16()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,12 @@ WEIGHT, BIAS, EPS = normal(8, seed=1), normal(8, seed=2), 1e-5
             lambda kernels, x: kernels.TritonLayerNorm.apply(x, WEIGHT, BIAS, EPS),
         ),
         ("quick-GELU", "quick_gelu", torch_quick_gelu, lambda kernels, x: kernels.TritonQuickGELU.apply(x)),
+        (
+            "addition and layer norm",
+            "layer_norm",
+            lambda x: (total := x + ADDED, torch_norm(total.float(), WEIGHT, BIAS, EPS).to(x.dtype)),
+            lambda kernels, x: kernels.TritonAddLayerNorm.apply(x, ADDED, WEIGHT, BIAS, EPS),
+        ),
     ],
 )
 def test_what_is_moved_and_kept_is_what_the_docs_say(label, package, eager, fused, monkeypatch):

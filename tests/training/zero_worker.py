@@ -78,10 +78,16 @@ def share(ranks: Ranks) -> slice:
 
 
 def train(
-    config: RunConfig, ranks: Ranks, *, num_micro: int, recompute: str, packed: bool
+    config: RunConfig, ranks: Ranks, *, num_micro: int, recompute: str, packed: bool, backends: bool = False
 ) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
-    """(loss, gradient norm, logit scale) of every step, and the final weights by name."""
-    clip = build_clip(resolve(config.model), seed=0)
+    """(loss, gradient norm, logit scale, and bias if there is one) of every step, and the final weights by name.
+
+    Args:
+        backends: compute as the config says, not with PyTorch's operators.
+    """
+    clip = build_clip(resolve(config.model, logit_bias=config.loss.has_bias), seed=0)
+    if backends:
+        clip.set_backends(config.model, ranks.device.type)
     clip.set_recompute(recompute)
     engine = Engine(clip, config, ranks, num_micro=num_micro)
     dtype = Precision(config.precision).dtype
@@ -89,9 +95,10 @@ def train(
     rows = []
     for number, (images, tokens) in enumerate(batches()):
         lr = learning_rate(number, total=STEPS, config=config.optim)
-        images, tokens = images[share(ranks)], tokens[share(ranks)]
+        images, tokens = images[share(ranks)].to(ranks.device), tokens[share(ranks)]
         result = step(images, tokens, lr, lengths=caption_lengths(tokens, 2) if packed else None)
-        rows.append([float(result.loss), float(result.grad_norm), float(engine.logit_scale)])
+        scalars = [scalar for scalar in (engine.logit_scale, engine.logit_bias) if scalar is not None]
+        rows.append([float(number.detach()) for number in (result.loss, result.grad_norm, *scalars)])
     weights = {name: tensor.clone() for kind, name, tensor in engine.state() if kind == "weight"}
     engine.close()
     return rows, weights

@@ -51,7 +51,11 @@ def test_a_gpu_step_is_kernels(tmp_path):
     assert seconds(found) == pytest.approx((0.1, 0.0425, 0.0175, 0.015))
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"{"), gzip.compress(b'{"traceEvents": []}')])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"{"), gzip.compress(b'{"traceEvents": []}')],
+    ids=["not gzip", "not JSON", "no steps"],
+)
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "t.gz").write_bytes(content)
     with pytest.raises(UserError, match="profile|steps"):

@@ -1,4 +1,4 @@
-"""The contrastive softmax loss over a batch sharded across ranks, without storing the logit matrix."""
+"""The contrastive softmax and sigmoid losses over a batch sharded across ranks, without storing the logit matrix."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,16 @@ from torch.distributed import ProcessGroup
 
 from . import all_gather, ring
 from .dispatch import BACKENDS, choose_backend, tile_factory
-from .function import ContrastiveLoss, DistilledContrastiveLoss, Plan
-from .reference import distributed_reference_loss, distributed_reference_terms, reference_loss, reference_terms
+from .function import ContrastiveLoss, DistilledContrastiveLoss, Plan, SigmoidLoss
+from .products import accumulator_dtype
+from .reference import (
+    distributed_reference_loss,
+    distributed_reference_sigmoid_loss,
+    distributed_reference_terms,
+    reference_loss,
+    reference_sigmoid_loss,
+    reference_terms,
+)
 from .shared_batch import share_batch
 from .teacher import Distillation, Teacher
 
@@ -20,7 +28,9 @@ __all__ = [
     "contrastive_loss",
     "distilled_contrastive_loss",
     "reference_loss",
+    "reference_sigmoid_loss",
     "reference_terms",
+    "sigmoid_loss",
 ]
 
 EXCHANGES = {"all_gather": all_gather, "ring": ring}
@@ -113,6 +123,40 @@ def distilled_contrastive_loss(
         return DistilledContrastiveLoss.apply(image_features, text_features, logit_scale, plan, teacher)
 
 
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    batches: Sequence[int] | None = None,
+    backend: str = "auto",
+    exchange: str = "all_gather",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """SigLIP's loss over the pairs of all ranks: every image-text pair is a binary classification (arXiv 2303.15343).
+
+    The mean over images of the sum over *all* texts of softplus(-z (exp(logit_scale) dot + logit_bias)), where z is 1
+    for the image's own text and -1 for all others.
+
+    Args are those of :func:`contrastive_loss`, and ``logit_bias``, a scalar; it begins as -10 in the paper, and
+    ``logit_scale`` as log 10. So are the value and its gradients on ranks, that of ``logit_bias`` included.
+
+    Raises ``ValueError`` for invalid inputs, ``RuntimeError`` for a backend that cannot run here.
+    """
+    _check(image_features, text_features, logit_scale, exchange)
+    _check_scalar("logit_bias", logit_bias, image_features)
+    backend = _usable_backend(backend, image_features)
+    shared = share_batch(image_features, group, batches)
+    with torch.autocast(image_features.device.type, enabled=False):
+        if backend == "reference":
+            return distributed_reference_sigmoid_loss(image_features, text_features, logit_scale, logit_bias, shared)
+        bias = logit_bias.detach().to(accumulator_dtype(image_features.dtype)).reshape(())
+        plan = Plan(tile_factory(backend, workspace_bytes, bias=bias), EXCHANGES[exchange], shared)
+        return SigmoidLoss.apply(image_features, text_features, logit_scale, logit_bias, plan)
+
+
 def _usable_backend(backend: str, features: Tensor) -> str:
     backend = choose_backend(backend, features.device, features.dtype)
     if backend == "triton" and features.dtype == torch.float64:
@@ -127,12 +171,15 @@ def _check(image: Tensor, text: Tensor, logit_scale: Tensor, exchange: str) -> N
         )
     if image.dtype != text.dtype or image.dtype not in _DTYPES:
         raise ValueError(f"image and text features must both be bf16, fp16 or fp32, got {image.dtype} and {text.dtype}")
-    if image.device != text.device or image.device != logit_scale.device:
-        raise ValueError(
-            "features and logit_scale must be on the same device, got "
-            f"{image.device}, {text.device} and {logit_scale.device}"
-        )
-    if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
-        raise ValueError(f"logit_scale must be a single floating-point number, got shape {tuple(logit_scale.shape)}")
+    if image.device != text.device:
+        raise ValueError(f"image and text features must be on the same device, got {image.device} and {text.device}")
+    _check_scalar("logit_scale", logit_scale, image)
     if exchange not in EXCHANGES:
         raise ValueError(f"unknown exchange {exchange!r}: choose one of {', '.join(EXCHANGES)}")
+
+
+def _check_scalar(name: str, value: Tensor, features: Tensor) -> None:
+    if value.device != features.device:
+        raise ValueError(f"features and {name} must be on the same device, got {features.device} and {value.device}")
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(f"{name} must be a single floating-point number, got shape {tuple(value.shape)}")

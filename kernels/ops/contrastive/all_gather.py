@@ -4,41 +4,32 @@ The first tiles, for a rank's own texts, are computed while the others are still
 ranks, and in backward their fp32 gradients until they are sent to their owners.
 """
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .shared_batch import SharedBatch
-from .statistics import Statistics
+from .statistics import Kept
 from .tiles import TileFactory, add_pairs, backward_tiles, forward_tiles
 
 
 def forward(
     make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
-) -> tuple[Statistics, Tensor, Statistics, slice]:
+) -> tuple[Kept, Tensor, Kept, slice]:
     """See :class:`mc2_hpc.kernels.contrastive.function.Exchange`."""
     num_columns, own = shared.global_batch, shared.part(shared.rank)
     tiles = make_tiles(image_bD, num_columns)
     rows = tiles.kept.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
-    cols = tiles.kept.empty(num_columns, device=scale.device, dtype=scale.dtype)
+    cols = tiles.kept_of_columns.empty(num_columns, device=scale.device, dtype=scale.dtype)
     if shared.size == 1:
-        forward_tiles(tiles, image_bD, text_bD, scale, rows, cols)
+        forward_tiles(tiles, image_bD, text_bD, scale, 0, rows, cols)
         return rows, text_bD, cols, own
 
     gathering = shared.gather(text_bD)
-    forward_tiles(tiles, image_bD, text_bD, scale, rows, cols[own])
+    forward_tiles(tiles, image_bD, text_bD, scale, 0, rows, cols[own])
     text_ND = gathering.wait()
     for others in (slice(0, own.start), slice(own.stop, num_columns)):
-        forward_tiles(tiles, image_bD, text_ND[others], scale, rows, cols[others])
-
-    return rows, text_ND, _combine(cols, shared), own
-
-
-def _combine(cols: Statistics, shared: SharedBatch) -> Statistics:
-    """Statistics of whole columns (N), on every rank, from those of each rank's rows."""
-    maximum = shared.reduce_(cols.maximum.clone(), dist.ReduceOp.MAX)
-    # A library's maximum may lose NaN, its sum does not, and the total of a column with NaN or infinity is NaN.
-    return type(cols)(maximum, shared.reduce_(cols.total * torch.exp(cols.maximum - maximum), dist.ReduceOp.SUM))
+        diagonal = own.start - others.start
+        forward_tiles(tiles, image_bD, text_ND[others], scale, diagonal, rows, cols[others])
+    return rows, text_ND, cols.over_ranks(shared), own
 
 
 def backward(

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..triton_launch import triton_obstacle
 from .teacher import Distillation
 from .tiles import TileFactory, TileOperations
-from .torch_tiles import DistilledTorchTiles, TorchTiles
+from .torch_tiles import DistilledTorchTiles, SigmoidTorchTiles, TorchTiles
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
 
@@ -44,8 +44,14 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     return backend
 
 
-def tile_factory(backend: str, workspace_bytes: int | None, distillation: Distillation | None = None) -> TileFactory:
-    """A factory for a backend's tiles within a workspace of this many bytes; ``None`` is the device's default."""
+def tile_factory(
+    backend: str, workspace_bytes: int | None, distillation: Distillation | None = None, bias: Tensor | None = None
+) -> TileFactory:
+    """A factory for a backend's tiles within a workspace of this many bytes; ``None`` is the device's default.
+
+    Args:
+        bias: 0-d in the accumulator's type; makes them those of the sigmoid loss.
+    """
     if workspace_bytes is not None and workspace_bytes < SMALLEST_WORKSPACE_BYTES:
         raise ValueError(f"workspace_bytes={workspace_bytes} is too small: use at least {SMALLEST_WORKSPACE_BYTES}")
 
@@ -54,10 +60,15 @@ def tile_factory(backend: str, workspace_bytes: int | None, distillation: Distil
         if backend == "triton":
             from .triton_distillation import DistilledTritonTiles
             from .triton_impl import TritonTiles
+            from .triton_sigmoid import SigmoidTritonTiles
 
+            if bias is not None:
+                return SigmoidTritonTiles(image, num_columns, size, bias)
             if distillation is not None:
                 return DistilledTritonTiles(image, num_columns, size, distillation)
             return TritonTiles(image, num_columns, size)
+        if bias is not None:
+            return SigmoidTorchTiles(image, num_columns, size, bias)
         if distillation is not None:
             return DistilledTorchTiles(image, num_columns, size, distillation)
         return TorchTiles(image, num_columns, size)

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .products import accumulator_dtype
 from .shared_batch import SharedBatch
-from .statistics import DistilledStatistics, Statistics, finite
+from .statistics import DistilledStatistics, Kept, RowSums, Statistics, finite
 from .teacher import Teacher, side_by_side
 from .tiles import TileFactory, paired_dots
 
@@ -17,7 +19,7 @@ class Exchange(Protocol):
 
     def forward(
         self, make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
-    ) -> tuple[Statistics, Tensor, Statistics, slice]:
+    ) -> tuple[Kept, Tensor, Kept, slice]:
         """Statistics of the own rows (b), texts to keep for backward (n, W), the statistics of their columns (n), and
         which of these columns are this rank's."""
 
@@ -90,6 +92,41 @@ class DistilledContrastiveLoss(torch.autograd.Function):
         return (*_backward(ctx, grad_output * ctx.factor), None, None)
 
 
+class SigmoidLoss(torch.autograd.Function):
+    """The sigmoid loss, with gradients by the same convention; the fourth input is the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, plan: Plan) -> Tensor:
+        image, text = image.contiguous(), text.contiguous()
+        dtype, shared = accumulator_dtype(image.dtype), plan.shared
+        scale = logit_scale.detach().to(dtype).reshape(()).exp()
+        rows, texts, _, _ = plan.exchange.forward(plan.make_tiles, image, text, scale, shared)
+        assert isinstance(rows, RowSums)
+        pairs = paired_dots(image, text, dtype) * scale + logit_bias.detach().to(dtype).reshape(())
+        softplus, sigmoid = rows.total.double().unbind(1)
+        # A loss of 0 must not hide an infinite logit; a feature that is not finite makes its own pair's logit so.
+        of_pairs = torch.where(torch.isfinite(pairs), F.softplus(-pairs.double(), threshold=1000.0), torch.nan)
+        none = pairs.new_empty(len(pairs), 0), pairs.new_empty(len(texts), 0)
+        ctx.save_for_backward(image, texts, scale, *none)
+        # sum_ij G_ij of the own rows
+        ctx.of_bias = (sigmoid - torch.sigmoid(-pairs.double())).sum()
+        ctx.plan, ctx.width = plan, image.shape[1]
+        ctx.logit_scale_like = (logit_scale.shape, logit_scale.dtype)
+        ctx.logit_bias_like = (logit_bias.shape, logit_bias.dtype)
+        return finite(shared.sum((softplus + of_pairs).sum() / shared.global_batch).to(dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _backward(ctx, 2 * grad_output)
+        bias_grad = None
+        if ctx.needs_input_grad[3]:
+            shape, dtype = ctx.logit_bias_like
+            factor = grad_output.double() * (ctx.plan.shared.size / ctx.plan.shared.global_batch)
+            bias_grad = (ctx.of_bias * factor).to(dtype).reshape(shape)
+        return (*gradients, bias_grad, None)
+
+
 class _Forward(NamedTuple):
     """Of this rank's rows and columns (b)."""
 
@@ -102,9 +139,10 @@ class _Forward(NamedTuple):
 
 
 def _forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan, width: int) -> _Forward:
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(image.dtype)
     scale = logit_scale.detach().to(dtype).reshape(()).exp()
     rows, texts, columns, own = plan.exchange.forward(plan.make_tiles, image, text, scale, plan.shared)
+    assert isinstance(rows, Statistics) and isinstance(columns, Statistics)
     row_lse, col_lse = rows.logsumexp(), columns.logsumexp()
     ctx.save_for_backward(image, texts, scale, row_lse, col_lse)
     ctx.plan = plan

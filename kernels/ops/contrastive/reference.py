@@ -1,4 +1,4 @@
-"""The dense contrastive loss, alone and with a teacher: the reference for tests and benchmarks."""
+"""The dense losses, softmax (alone and with a teacher) and sigmoid: the reference for tests and benchmarks."""
 
 from typing import Any
 
@@ -40,6 +40,19 @@ def reference_terms(
     return torch.stack((_cross_entropy(student), divergence))
 
 
+def reference_sigmoid_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """Sum over all N x N pairs of softplus(-z logit) / N, where z is 1 for positive pairs and -1 for all others
+    (SigLIP, Zhai et al. 2023, algorithm 1).
+
+    Holds and computes like :func:`reference_loss`.
+    """
+    image_ND, text_ND = _wide(image_ND), _wide(text_ND)
+    scale, bias = (x.to(image_ND.dtype).reshape(()) for x in (logit_scale, logit_bias))
+    logits = scale.exp() * image_ND @ text_ND.t() + bias
+    z = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(z * logits).sum() / len(logits)
+
+
 def _wide(features: Tensor) -> Tensor:
     return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
 
@@ -67,6 +80,17 @@ def distributed_reference_terms(
     both = (image_bD, text_bD, teacher.image_features.detach(), teacher.text_features.detach())
     image_ND, text_ND, teacher_image, teacher_text = (_gather_with_own_gradient(features, shared) for features in both)
     return finite(reference_terms(image_ND, text_ND, logit_scale, teacher_image, teacher_text, teacher.scale))
+
+
+def distributed_reference_sigmoid_loss(
+    image_bD: Tensor, text_bD: Tensor, logit_scale: Tensor, logit_bias: Tensor, shared: SharedBatch
+) -> Tensor:
+    """``reference_sigmoid_loss`` of all ranks' pairs, on every rank, likewise."""
+    image_ND, text_ND = (_gather_with_own_gradient(features, shared) for features in (image_bD, text_bD))
+    # An infinite logit of the right sign costs nothing, but no feature may be infinite.
+    all_finite = torch.isfinite(image_ND).all() & torch.isfinite(text_ND).all()
+    loss = reference_sigmoid_loss(image_ND, text_ND, logit_scale, logit_bias)
+    return finite(torch.where(all_finite, loss, torch.nan))
 
 
 def _gather_with_own_gradient(local: Tensor, shared: SharedBatch) -> Tensor:

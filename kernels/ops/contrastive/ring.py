@@ -6,12 +6,11 @@ the texts, and returns to their owner after a full turn. Both hops of a step ove
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .shared_batch import SharedBatch
-from .statistics import Statistics
+from .statistics import Kept
 from .tiles import TileFactory, add_pairs, backward_tiles, forward_tiles
 
 _BLOCK, _TOTAL = 1, 2  # tags: what a message carries
@@ -19,20 +18,21 @@ _BLOCK, _TOTAL = 1, 2  # tags: what a message carries
 
 def forward(
     make_tiles: TileFactory, image_bD: Tensor, text_bD: Tensor, scale: Tensor, shared: SharedBatch
-) -> tuple[Statistics, Tensor, Statistics, slice]:
+) -> tuple[Kept, Tensor, Kept, slice]:
     """See :class:`mc2_hpc.kernels.contrastive.function.Exchange`."""
     tiles = make_tiles(image_bD, shared.longest)
     rows = tiles.kept.empty(len(image_bD), device=scale.device, dtype=scale.dtype)
 
     def visit(owner: int, block: Sequence[Tensor]) -> Tensor:
-        cols = tiles.kept.empty(shared.batches[owner], device=scale.device, dtype=scale.dtype)
-        forward_tiles(tiles, image_bD, block[0], scale, rows, cols)
-        return torch.stack((cols.maximum, cols.total), dim=1)
+        cols = tiles.kept_of_columns.empty(shared.batches[owner], device=scale.device, dtype=scale.dtype)
+        diagonal = shared.offsets[shared.rank] - shared.offsets[owner]
+        forward_tiles(tiles, image_bD, block[0], scale, diagonal, rows, cols)
+        return cols.packed()
 
     def merge(total: Tensor, partial: Tensor) -> None:
-        tiles.kept(*total.unbind(1)).merge_(*partial.unbind(1))
+        tiles.kept_of_columns.unpacked(total).merge_packed_(partial)
 
-    own_columns = tiles.kept(*circulate(shared, [text_bD.contiguous()], visit, merge).unbind(1))
+    own_columns = tiles.kept_of_columns.unpacked(circulate(shared, [text_bD.contiguous()], visit, merge))
     return rows, text_bD, own_columns, slice(None)
 
 

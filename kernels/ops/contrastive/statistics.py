@@ -1,10 +1,37 @@
-"""Running log-sum-exp: a maximum and a sum of exponentials relative to it, merged tile by tile."""
+"""What forward keeps of every row and column of logits, merged tile by tile."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .shared_batch import SharedBatch
+
+
+class Kept(Protocol):
+    """What the exchanges need of the statistics of n series of logits."""
+
+    @classmethod
+    def empty(cls, size: int, *, device: torch.device, dtype: torch.dtype) -> Self:
+        """Those of ``size`` series without a logit."""
+
+    def __getitem__(self, part: slice) -> Self:
+        """A view of some of the series: merging into it changes this object too."""
+
+    def packed(self) -> Tensor:
+        """(n, ...) one tensor that holds everything, to be sent."""
+
+    def merge_packed_(self, packed: Tensor) -> None:
+        """Merge further logits of the same series."""
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Self:
+        """The inverse of :meth:`packed`: views of the tensor."""
+
+    def over_ranks(self, shared: SharedBatch) -> Self:
+        """Those of the logits of all ranks, each of which has the same series. Collective."""
 
 
 def finite(loss: Tensor) -> Tensor:
@@ -46,6 +73,26 @@ class Statistics:
         self.total.mul_(torch.exp(self.maximum - merged)).add_(total * torch.exp(maximum - merged))
         self.maximum.copy_(merged)
 
+    def packed(self) -> Tensor:
+        """(n, 2, *SUMS)."""
+        return torch.stack((self.maximum, self.total), dim=1)
+
+    def merge_packed_(self, packed: Tensor) -> None:
+        """Merge what another's :meth:`packed` returned."""
+        self.merge_(*packed.unbind(1))
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Self:
+        """Views of a tensor that :meth:`packed` returned."""
+        return cls(*packed.unbind(1))
+
+    def over_ranks(self, shared: SharedBatch) -> Self:
+        """Statistics of whole series, on every rank, from those of each rank's logits. Collective."""
+        maximum = shared.reduce_(self.maximum.clone(), dist.ReduceOp.MAX)
+        # A library's maximum may lose NaN, its sum does not, and the total of a series with NaN or infinity is NaN.
+        total = shared.reduce_(self.total * torch.exp(self.maximum - maximum), dist.ReduceOp.SUM)
+        return type(self)(maximum, total)
+
     def logsumexp(self) -> Tensor:
         """(n,) log-sum-exp of everything merged so far."""
         return self.maximum + torch.log(self.total)
@@ -78,3 +125,49 @@ class DistilledStatistics(Statistics):
         """(n,) KL(softmax U || softmax S): the teacher's mean of U - S, plus the difference of the log-sum-exp."""
         student, teacher = self.logsumexp().unbind(1)
         return self.total[:, 2] / self.total[:, 1] + (student - teacher)
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Sums over rows of logits that need no maximum: those of softplus and of the sigmoid, without positive pairs."""
+
+    SUMS: ClassVar[int] = 2
+    """How many are kept of one series."""
+
+    total: Tensor
+    """(n, SUMS)."""
+
+    @classmethod
+    def empty(cls, size: int, *, device: torch.device, dtype: torch.dtype) -> Self:
+        return cls(torch.zeros(size, cls.SUMS, device=device, dtype=dtype))
+
+    def __getitem__(self, part: slice) -> Self:
+        """A view of some of the rows: merging into it changes this object too."""
+        return type(self)(self.total[part])
+
+    def merge_(self, softplus: Tensor, sigmoid: Tensor) -> None:
+        """Add the sums, both (n,), over further logits of the same rows."""
+        self.total.add_(torch.stack((softplus, sigmoid), dim=1))
+
+    def packed(self) -> Tensor:
+        """(n, SUMS)."""
+        return self.total
+
+    def merge_packed_(self, packed: Tensor) -> None:
+        """Add what another's :meth:`packed` returned."""
+        self.total.add_(packed)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Self:
+        """A view of a tensor that :meth:`packed` returned."""
+        return cls(packed)
+
+    def over_ranks(self, shared: SharedBatch) -> Self:
+        """The sums over all ranks' logits; if nothing is kept, nothing is sent. Collective."""
+        return type(self)(shared.reduce_(self.total.clone(), dist.ReduceOp.SUM)) if self.total.numel() else self
+
+
+class NoSums(RowSums):
+    """What the sigmoid loss keeps of columns: nothing, since no logit of a column depends on another."""
+
+    SUMS = 0

@@ -19,17 +19,25 @@ KL(softmax U || softmax S). With a and a' the row and column log-sum-exp of U an
 and all gradients are 1 + w times those above. Rows of images and texts then hold both models' features, the student's
 first, so that exchanges and tiles are the same; log-sum-exp are (n, 2), the student's first.
 
+The sigmoid loss (SigLIP, Zhai et al. 2023, arXiv 2303.15343) with S = s I T^T + b is the mean over the B images of
+sum_j softplus(S_ij) over the texts that are not theirs, plus softplus(-S_ip(i)). So
+
+    dL/dS_ij = 1/B G_ij,   G_ij = sigmoid(S_ij) - [j = p(i)],
+
+dI and dT as above with twice the factor, and dL/db = 1/B sum_ij G_ij. Nothing is kept of columns, and of rows only the
+sums of softplus and of the sigmoid.
+
 This module is independent of processes and autograd.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .products import accumulate
-from .statistics import Statistics
+from .statistics import Kept
 from .teacher import Distillation
 
 
@@ -46,16 +54,23 @@ class TileOperations(Protocol):
     """Of the features that get gradients."""
     distillation: Distillation | None
     """How a teacher's features enter, if the rows have them."""
+    bias: Tensor | None
+    """0-d, of the sigmoid loss; ``None`` for the softmax."""
 
     @property
-    def kept(self) -> type[Statistics]:
-        """What ``statistics`` merges into."""
+    def kept(self) -> type[Kept]:
+        """What ``statistics`` merges into, of rows."""
+
+    @property
+    def kept_of_columns(self) -> type[Kept]:
+        """The same, of columns."""
 
     def operand(self, features: Tensor) -> Tensor:
         """The features in the type that the tiles and the products with G require."""
 
-    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
-        """Merge the tile's row and column sums of exponentials into ``rows`` (R) and ``cols`` (C)."""
+    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, diagonal: int, rows: Any, cols: Any) -> None:
+        """Merge the tile's logits into ``rows`` (R) and ``cols`` (C), which are of the types above. The positive pair
+        of row i, which the sigmoid loss leaves out, is in column i + diagonal."""
 
     def gradient(
         self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
@@ -75,13 +90,16 @@ def blocks(size: int, step: int) -> Iterator[slice]:
 
 
 def forward_tiles(
-    tiles: TileOperations, image_BD: Tensor, text_ND: Tensor, scale: Tensor, rows: Statistics, cols: Statistics
+    tiles: TileOperations, image_BD: Tensor, text_ND: Tensor, scale: Tensor, diagonal: int, rows: Kept, cols: Kept
 ) -> None:
-    """Merge the logits of these images and texts into the row (B) and column (N) statistics, in one pass."""
+    """Merge the logits of these images and texts into the row (B) and column (N) statistics, in one pass.
+
+    Image i is paired with text i + diagonal.
+    """
     image_BD, text_ND = tiles.operand(image_BD), tiles.operand(text_ND)
     for r in blocks(len(image_BD), tiles.rows):
         for c in blocks(len(text_ND), tiles.columns):
-            tiles.statistics(image_BD[r], text_ND[c], scale, rows[r], cols[c])
+            tiles.statistics(image_BD[r], text_ND[c], scale, diagonal + r.start - c.start, rows[r], cols[c])
 
 
 def backward_tiles(
@@ -137,7 +155,11 @@ def add_pairs(
 ) -> None:
     """Add the positive pairs' terms, omitted by ``backward_tiles``, to the gradients of paired images and texts."""
     distillation = tiles.distillation
-    if distillation is None:
+    if tiles.bias is not None:
+        # sigmoid(S) - 1 = -sigmoid(-S), exact even when sigmoid(S) is nearly 1.
+        logits = paired_dots(image_BD, text_BD, scale.dtype) * scale + tiles.bias
+        G = logits.neg_().sigmoid_().neg_()
+    elif distillation is None:
         G = _paired_excess(image_BD, text_BD, scale, row_lse, col_lse)
     else:
         (image_BD, teacher_image), (text_BD, teacher_text) = map(distillation.parts, (image_BD, text_BD))

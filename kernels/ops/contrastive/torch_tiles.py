@@ -1,12 +1,13 @@
 """The ``tiled`` backend: tiles of logits in PyTorch, on any device."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .products import accumulator_dtype, multiply
-from .statistics import DistilledStatistics, Statistics
+from .statistics import DistilledStatistics, Kept, NoSums, RowSums, Statistics
 from .teacher import Distillation
 
 FP16_GRADIENT_SCALE = 2.0**14
@@ -40,15 +41,22 @@ class TorchTiles:
     """Tile arithmetic in PyTorch. The workspace holds tiles in the accumulator's type and, for half-precision operands,
     one more in theirs. Operands stay in half precision only on a GPU (see ``products``)."""
 
-    kept: type[Statistics] = Statistics
+    kept: type[Kept] = Statistics
+    kept_of_columns: type[Kept] = Statistics
     _NUM_TILES = 2
     """In the accumulator's type."""
 
     def __init__(
-        self, image: Tensor, num_columns: int, workspace_bytes: int, distillation: Distillation | None = None
+        self,
+        image: Tensor,
+        num_columns: int,
+        workspace_bytes: int,
+        distillation: Distillation | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         dtype = accumulator_dtype(image.dtype)
         self.distillation = distillation
+        self.bias = bias
         self.width = image.shape[1] if distillation is None else distillation.width
         self._operand_dtype = image.dtype if image.device.type == "cuda" else dtype
         half = self._operand_dtype != dtype
@@ -72,7 +80,7 @@ class TorchTiles:
             return torch.addmm(out, image, text.t(), beta=0, alpha=float(scale), out=out)
         return multiply(image, text.t(), out).mul_(scale)
 
-    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
+    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, diagonal: int, rows: Any, cols: Any) -> None:
         S, P = self._views(len(image_RD), len(text_CD))
         self._logits(image_RD, text_CD, scale, S)
         row_max, col_max = S.amax(1), S.amax(0)
@@ -90,8 +98,7 @@ class TorchTiles:
 
     def _stored(self, G: Tensor, diagonal: int) -> Tensor:
         """G without the positive pairs, as :meth:`gradient` returns it."""
-        if -len(G) < diagonal < G.shape[1]:
-            G.diagonal(diagonal).zero_()
+        _fill_pairs(G, diagonal, 0.0)
         if self._half_tile is None:
             return G
         rounded = self._half_tile[: G.numel()].view(G.shape)
@@ -101,11 +108,11 @@ class TorchTiles:
 class DistilledTorchTiles(TorchTiles):
     """The same with a teacher: its logits of a tile are beside the student's in the workspace."""
 
-    kept = DistilledStatistics
+    kept = kept_of_columns = DistilledStatistics
     _NUM_TILES = 3
 
     def __init__(self, image: Tensor, num_columns: int, workspace_bytes: int, distillation: Distillation) -> None:
-        super().__init__(image, num_columns, workspace_bytes, distillation)
+        super().__init__(image, num_columns, workspace_bytes, distillation=distillation)
         self._teacher = distillation
 
     def _both_logits(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +123,7 @@ class DistilledTorchTiles(TorchTiles):
         self._logits(teacher_image, teacher_text, self._teacher.scale, U)
         return S, U, P
 
-    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
+    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, diagonal: int, rows: Any, cols: Any) -> None:
         S, U, P = self._both_logits(image_RD, text_CD, scale)
         student = []
         for dim in (1, 0):
@@ -136,6 +143,39 @@ class DistilledTorchTiles(TorchTiles):
         _probabilities(S, row_lse[:, 0], col_lse[:, 0], out=G)
         G.sub_(_probabilities(U, row_lse[:, 1], col_lse[:, 1], out=S), alpha=self._teacher.share)
         return self._stored(G, diagonal)
+
+
+class SigmoidTorchTiles(TorchTiles):
+    """The same for the sigmoid loss, where no logit depends on another."""
+
+    kept = RowSums
+    kept_of_columns = NoSums
+
+    def __init__(self, image: Tensor, num_columns: int, workspace_bytes: int, bias: Tensor) -> None:
+        super().__init__(image, num_columns, workspace_bytes, bias=bias)
+        self._added = bias
+
+    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, diagonal: int, rows: Any, cols: Any) -> None:
+        S, P = self._views(len(image_RD), len(text_CD))
+        self._logits(image_RD, text_CD, scale, S).add_(self._added)
+        _fill_pairs(S, diagonal, -math.inf)
+        # softplus(S) = max(S, 0) + log(1 + exp(-|S|)), which is exact for logits of any size.
+        softplus = torch.abs(S, out=P).neg_().exp_().log1p_().sum(1)
+        softplus += torch.clamp(S, min=0, out=P).sum(1)
+        rows.merge_(softplus, S.sigmoid_().sum(1))
+
+    def gradient(
+        self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
+    ) -> Tensor:
+        S, _ = self._views(len(image_RD), len(text_CD))
+        G = self._logits(image_RD, text_CD, scale, S).add_(self._added).sigmoid_()
+        return self._stored(G, diagonal)
+
+
+def _fill_pairs(tile: Tensor, diagonal: int, value: float) -> None:
+    """Set the entries of the positive pairs, that of row i in column i + diagonal, if the tile has any."""
+    if -len(tile) < diagonal < tile.shape[1]:
+        tile.diagonal(diagonal).fill_(value)
 
 
 def _probabilities(logits: Tensor, row_lse: Tensor, col_lse: Tensor, *, out: Tensor) -> Tensor:

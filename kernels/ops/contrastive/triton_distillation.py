@@ -4,15 +4,26 @@ As in ``triton_impl``, forward stores sums of each block, which are then added i
 once. The epilogues hold the logits of both models, so their blocks are smaller.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .statistics import DistilledStatistics, Statistics
+from .statistics import DistilledStatistics
 from .teacher import Distillation
-from .triton_impl import INTERPRETED, LOG2E, TritonTiles, add_up, block_of, dots_of_block, halves, padded
+from .triton_impl import (
+    LOG2E,
+    TritonTiles,
+    add_up,
+    block_of,
+    dots_of_block,
+    halves,
+    padded,
+    store_gradient,
+)
 
 
 @triton.jit
@@ -130,12 +141,7 @@ def _store_half_gradient(
     col_lse = tl.load(col_lse_ptr + 2 * cols, mask=valid_cols, other=float("inf"))
     teacher_col_lse = tl.load(col_lse_ptr + 2 * cols + 1, mask=valid_cols, other=float("inf"))
     grad = _probabilities(student, row_lse, col_lse) - share * _probabilities(teacher, teacher_row_lse, teacher_col_lse)
-    grad = tl.where((rows + diagonal)[:, None] == cols[None, :], 0.0, grad)
-    grad *= GRADIENT_SCALE
-    if INTERPRETED and grad_ptr.dtype.element_ty == tl.bfloat16:
-        grad = (grad.to(tl.int32, bitcast=True) + 0x8000).to(tl.float32, bitcast=True)
-    at = rows[:, None] * stride + cols[None, :]
-    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=valid_rows[:, None] & valid_cols[None, :])
+    store_gradient(grad, rows, cols, valid_rows, num_cols, diagonal, grad_ptr, stride, GRADIENT_SCALE)
 
 
 @triton.jit
@@ -174,7 +180,7 @@ def distilled_gradient_kernel(
 class DistilledTritonTiles(TritonTiles):
     """Tile arithmetic with a teacher, in Triton kernels."""
 
-    kept = DistilledStatistics
+    kept = kept_of_columns = DistilledStatistics
     _MODELS = 2
     _PARTIAL = 10
 
@@ -187,10 +193,10 @@ class DistilledTritonTiles(TritonTiles):
         source: str | None = None,
         launches: dict[tuple[str, str], Launch] | None = None,
     ) -> None:
-        super().__init__(image, num_columns, workspace_bytes, source, launches, distillation)
+        super().__init__(image, num_columns, workspace_bytes, source, launches, distillation=distillation)
         self._teacher = distillation
 
-    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
+    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, diagonal: int, rows: Any, cols: Any) -> None:
         launch, source = self._launch("distilled_statistics", image_RD, text_CD)
         row_blocks, col_blocks = launch.grid(len(image_RD), len(text_CD))
         row_sums = scale.new_empty(5, col_blocks, len(image_RD))

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import VARIANTS, Launch, launch_for, source_for
 from .products import multiply
-from .statistics import Statistics
+from .statistics import Kept, Statistics
 from .teacher import Distillation
 from .torch_tiles import gradient_scale, tile_shape
 
@@ -153,6 +153,19 @@ def statistics_kernel(
 
 
 @triton.jit
+def store_gradient(
+    grad, rows, cols, valid_rows, num_cols, diagonal, grad_ptr, stride, GRADIENT_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Store part of G times GRADIENT_SCALE in the type of ``grad_ptr``, with zeros for the positive pairs."""
+    grad = tl.where((rows + diagonal)[:, None] == cols[None, :], 0.0, grad)
+    grad *= GRADIENT_SCALE
+    if INTERPRETED and grad_ptr.dtype.element_ty == tl.bfloat16:
+        grad = (grad.to(tl.int32, bitcast=True) + 0x8000).to(tl.float32, bitcast=True)
+    at = rows[:, None] * stride + cols[None, :]
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=valid_rows[:, None] & (cols < num_cols)[None, :])
+
+
+@triton.jit
 def _store_half_gradient(
     dots, scale, rows, cols, valid_rows, num_cols, row_lse, col_lse_ptr, diagonal, grad_ptr, stride,
     GRADIENT_SCALE: tl.constexpr,
@@ -161,13 +174,7 @@ def _store_half_gradient(
     col_lse = tl.load(col_lse_ptr + cols, mask=valid_cols, other=float("inf"))
     # Subtract before the change of base: the terms may be large while their difference is small.
     grad = tl.exp2((logits - row_lse[:, None]) * LOG2E) + tl.exp2((logits - col_lse[None, :]) * LOG2E)
-    grad = tl.where((rows + diagonal)[:, None] == cols[None, :], 0.0, grad)
-    grad *= GRADIENT_SCALE
-    if INTERPRETED and grad_ptr.dtype.element_ty == tl.bfloat16:
-        grad = (grad.to(tl.int32, bitcast=True) + 0x8000).to(tl.float32, bitcast=True)
-    at = rows[:, None] * stride + cols[None, :]
-    valid = valid_rows[:, None] & valid_cols[None, :]
-    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=valid)
+    store_gradient(grad, rows, cols, valid_rows, num_cols, diagonal, grad_ptr, stride, GRADIENT_SCALE)
 
 
 @triton.jit
@@ -206,7 +213,8 @@ class TritonTiles:
     multiple of 64 columns so that each row is aligned; in forward it holds the blocks' statistics.
     """
 
-    kept: type[Statistics] = Statistics
+    kept: type[Kept] = Statistics
+    kept_of_columns: type[Kept] = Statistics
     _MODELS = 1
     """Whose dot products a tile needs: the student's, and a teacher's."""
     _PARTIAL = 4
@@ -220,9 +228,11 @@ class TritonTiles:
         source: str | None = None,
         launches: dict[tuple[str, str], Launch] | None = None,
         distillation: Distillation | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         """``source`` and ``launches`` (by kernel and source) override the tables in ``launch``, for benchmarks."""
         self.distillation = distillation
+        self.bias = bias
         self.width = image.shape[1] if distillation is None else distillation.width
         self._chunked = source == "memory" if source else VARIANTS[image.dtype] == "chunked"
         if not self._chunked and image.dtype == torch.float32:
@@ -243,7 +253,7 @@ class TritonTiles:
         """The features in their own type, as the kernels expect them."""
         return features.contiguous()
 
-    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, rows: Statistics, cols: Statistics) -> None:
+    def statistics(self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, diagonal: int, rows: Any, cols: Any) -> None:
         launch, source = self._launch("statistics", image_RD, text_CD)
         row_blocks, col_blocks = launch.grid(len(image_RD), len(text_CD))
         row_max, row_sum = scale.new_empty(2, col_blocks, len(image_RD))

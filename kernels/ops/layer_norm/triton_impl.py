@@ -14,16 +14,29 @@ from .launch import launch_for, num_programs
 
 # Triton's interpreter runs programs one after another; a few are enough to test that their sums are added up.
 _INTERPRETED_PROCESSORS = 2
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, scale_ptr, width, eps, BLOCK: tl.constexpr,
+    x_ptr, added_ptr, sum_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, scale_ptr, width, eps,
+    ADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row: its normalised values, and in fp32 its mean and 1 / sqrt(variance + eps)."""
+    """A row: its normalised values, and in fp32 its mean and 1 / sqrt(variance + eps).
+
+    If ``ADDED``, the row is x + added, which is also stored; it is normalised as it was rounded.
+    """
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     valid = columns < width
     x = tl.load(x_ptr + row * width + columns, mask=valid, other=0.0).to(tl.float32)
+    if ADDED:
+        x += tl.load(added_ptr + row * width + columns, mask=valid, other=0.0).to(tl.float32)
+        if INTERPRETED and sum_ptr.dtype.element_ty == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)  # to nearest, ties to even
+            x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * width + columns, rounded, mask=valid)
+        x = rounded.to(tl.float32)
     mean = tl.sum(x, 0) / width
     centred = tl.where(valid, x - mean, 0.0)
     scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
@@ -36,13 +49,13 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x_ptr, weight_ptr, mean_ptr, scale_ptr, dy_ptr, dx_ptr, dweight_ptr, dbias_ptr, num_rows, width,
-    PARAMETERS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, weight_ptr, mean_ptr, scale_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_ptr, dbias_ptr, num_rows, width,
+    PARAMETERS: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every P-th row, and this program's share of the parameters' gradients if ``PARAMETERS``.
 
     With u = (x - mean) * scale and g = dy * weight: dx = scale * (g - mean(g) - u * mean(g * u)), dweight = sum(dy * u)
-    and dbias = sum(dy) over rows.
+    and dbias = sum(dy) over rows. If ``ADDED``, x is a sum whose own gradient dsum is added to dx.
     """
     columns = tl.arange(0, BLOCK)
     valid = columns < width
@@ -56,6 +69,8 @@ def backward_kernel(
         u = tl.where(valid, (x - tl.load(mean_ptr + row)) * scale, 0.0)
         g = dy * weight
         dx = scale * (g - tl.sum(g, 0) / width - u * (tl.sum(g * u, 0) / width))
+        if ADDED:
+            dx += tl.load(dsum_ptr + at, mask=valid, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx, mask=valid)
         at += tl.num_programs(0).to(tl.int64) * width
         if PARAMETERS:
@@ -73,40 +88,72 @@ class TritonLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        y = torch.empty_like(x)
-        width = x.shape[-1]
-        num_rows = x.numel() // width
-        mean_R, scale_R = torch.empty(2, num_rows, dtype=torch.float32, device=x.device)
-        launch = launch_for(width)
-        if num_rows:
-            with torch.cuda.device_of(x):
-                forward_kernel[(num_rows,)](
-                    x, weight, bias, y, mean_R, scale_R, width, eps, BLOCK=launch.BLOCK, num_warps=launch.num_warps
-                )
-        ctx.save_for_backward(x, weight, mean_R, scale_R)
+        y, *statistics = _forward(x, None, None, weight, bias, eps)
+        ctx.save_for_backward(x, weight, *statistics)
         ctx.bias_dtype = bias.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        x, weight, mean_R, scale_R = ctx.saved_tensors
-        dy = gradients[0].contiguous()
-        dx = torch.empty_like(x)
-        width, launch = x.shape[-1], launch_for(x.shape[-1])
-        parameters = any(ctx.needs_input_grad[1:3])
-        programs = num_programs(len(mean_R), _num_processors(x.device))
-        sums_2PW = torch.empty(2, programs if parameters else 0, width, dtype=torch.float32, device=x.device)
-        if programs:
-            with torch.cuda.device_of(x):
-                backward_kernel[(programs,)](
-                    x, weight, mean_R, scale_R, dy, dx, sums_2PW[0], sums_2PW[1], len(mean_R), width,
-                    PARAMETERS=parameters, BLOCK=launch.BLOCK, num_warps=launch.num_warps,
-                )  # fmt: skip
-        if not parameters:
-            return dx, None, None, None
-        dweight, dbias = sums_2PW.sum(1)
-        return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None
+        return (*_backward(ctx, gradients[0], None, any(ctx.needs_input_grad[1:3])), None)
+
+
+class TritonAddLayerNorm(torch.autograd.Function):
+    """A sum and its layer norm. Keeps the sum, and two fp32 numbers per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x, added = x.contiguous(), added.contiguous()
+        total = torch.empty_like(x)
+        y, *statistics = _forward(x, added, total, weight, bias, eps)
+        ctx.save_for_backward(total, weight, *statistics)
+        ctx.bias_dtype, ctx.added_dtype = bias.dtype, added.dtype
+        return total, y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+        dtotal, dy = gradients
+        dx, dweight, dbias = _backward(ctx, dy, dtotal.contiguous(), any(ctx.needs_input_grad[2:4]))
+        return dx, dx.to(ctx.added_dtype), dweight, dbias, None
+
+
+def _forward(
+    x: Tensor, added: Tensor | None, total: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised rows, and (R,) means and scales; ``total`` gets the sum with ``added``, if there is one."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    num_rows, launch = x.numel() // width, launch_for(width)
+    mean_R, scale_R = torch.empty(2, num_rows, dtype=torch.float32, device=x.device)
+    if num_rows:
+        with torch.cuda.device_of(x):
+            forward_kernel[(num_rows,)](
+                x, added, total, weight, bias, y, mean_R, scale_R, width, eps,
+                ADDED=added is not None, BLOCK=launch.BLOCK, num_warps=launch.num_warps,
+            )  # fmt: skip
+    return y, mean_R, scale_R
+
+
+def _backward(
+    ctx: Any, dy: Tensor, dtotal: Tensor | None, parameters: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the input, the weight and the bias; the last two only if ``parameters``."""
+    x, weight, mean_R, scale_R = ctx.saved_tensors
+    dy, dx = dy.contiguous(), torch.empty_like(x)
+    width, launch = x.shape[-1], launch_for(x.shape[-1])
+    programs = num_programs(len(mean_R), _num_processors(x.device))
+    sums_2PW = torch.empty(2, programs if parameters else 0, width, dtype=torch.float32, device=x.device)
+    if programs:
+        with torch.cuda.device_of(x):
+            backward_kernel[(programs,)](
+                x, weight, mean_R, scale_R, dy, dtotal, dx, sums_2PW[0], sums_2PW[1], len(mean_R), width,
+                PARAMETERS=parameters, ADDED=dtotal is not None, BLOCK=launch.BLOCK, num_warps=launch.num_warps,
+            )  # fmt: skip
+    if not parameters:
+        return dx, None, None
+    dweight, dbias = sums_2PW.sum(1)
+    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
 
 
 def _num_processors(device: torch.device) -> int:

@@ -56,7 +56,7 @@ class OnnxEncoder:
         self.tokenizer = Tokenizer(source / text.tokenizer.file, text.tokenizer.style, text.context_length)
         self.model: nn.Module = nn.ModuleDict({"image": Graph(source, image), "text": Graph(source, text)}).eval()
         self.device = torch.device("cpu")
-        self._scale = facts.logit_scale
+        self._scale, self._bias = facts.logit_scale, facts.logit_bias
         self.identity = hash_files(folder_files(source), eval_resize)
         self.facts = ModelFacts(
             format="onnx",
@@ -82,7 +82,7 @@ class OnnxEncoder:
         return self._run("text", self.tokenize(texts))
 
     def logits(self) -> tuple[float, float]:
-        return self._scale, 0.0
+        return self._scale, self._bias
 
     def _run(self, tower: str, inputs: Tensor) -> Tensor:
         graph: Any = self.model[tower]  # type: ignore[index]

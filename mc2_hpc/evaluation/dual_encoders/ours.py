@@ -121,7 +121,8 @@ class OurEncoder:
         return self.model.encode_text(tokens[:, 0], normalize=True, lengths=lengths).float()
 
     def logits(self) -> tuple[float, float]:
-        return float(self.model.logit_scale.detach().float().exp()), 0.0
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        return float(scale.detach().float().exp()), 0.0 if bias is None else float(bias.detach().float())
 
     @property
     def device(self) -> torch.device:
