@@ -175,7 +175,8 @@ def test_compiled_once_for_all_shapes(recompute: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         lengths = torch.randint(1, 8 + seed, (5 + seed,), generator=generator).tolist()
         tokens = captions(lengths, seed=seed)
-        assert_equal(run(compiled, tokens, lengths), run(plain, tokens, None), 1e-6)
+        # Compiled code adds the residual stream's gradients in another order: 1.3e-6 was seen.
+        assert_equal(run(compiled, tokens, lengths), run(plain, tokens, None), 2e-6)
     assert counter.frame_count == 2
 
 

@@ -236,7 +236,7 @@ def test_a_teacher_of_another_library_teaches_the_same(ranks_of, config, teacher
     ],
 )
 def test_models_that_cannot_teach_are_refused(names, resize, message, monkeypatch):
-    known = ("model", "tokenizer", "identity", "preprocess", "transform", "tokenize")
+    known = ("model", "device", "tokenizer", "identity", "preprocess", "transform", "tokenize")
     known += ("encode_images", "encode_texts", "logits", *names)
     facts = SimpleNamespace(format="onnx", resize=resize)
     model = SimpleNamespace(facts=facts, **dict.fromkeys(known, print))
