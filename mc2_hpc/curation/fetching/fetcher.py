@@ -26,7 +26,8 @@ _WAIT_S = 2.0
 """The first wait for a busy server that does not say how long; doubled each time."""
 _OFFLINE_HOSTS = 100
 """If so many hosts are unreachable and none answers, the fault is here."""
-_DECODERS = 2
+_DECODERS = 1
+"""Threads of a worker. There is a worker per core, so more of them only take turns."""
 _LONGEST_EXTENSION = max(FORMATS, key=len)
 
 
