@@ -154,15 +154,28 @@ def teacher_changes(checkpoint: Checkpoint, identity: str) -> list[str]:
     return [f"SHA-256 of the teacher's files {before[:12]}... -> {identity[:12]}..."]
 
 
-def report_changes(checkpoint: Checkpoint, lines: list[str], config: RunConfig) -> None:
-    """Log the differences that :func:`check_resume` found: a warning each, unless the run's stages are their cause."""
-    before, now = checkpoint.trainer["config"], config_to_dict(config)
-    as_planned = all(_lookup(before, key) == _lookup(now, key) for key in (*SAID, "stages"))
+def report_changes(checkpoint: Checkpoint, lines: list[str], config: RunConfig | None = None) -> None:
+    """Log differences from the run that wrote a checkpoint: a warning each, unless the run's stages are their cause.
+
+    Args:
+        config: of the whole run; ``None`` if they cannot be.
+    """
+    as_planned = config is not None and _as_planned(checkpoint, config)
     for line in lines:
-        if config.stages and as_planned:
+        if as_planned:
             logger.info("from here on: %s", line)
         else:
             logger.warning("not as in %s: %s", checkpoint.folder.name, line)
+
+
+def _as_planned(checkpoint: Checkpoint, config: RunConfig) -> bool:
+    """Whether all that a warning is about was planned in the checkpoint's run, which has the same stages."""
+    if not config.stages or not checkpoint.trainer["config"].get("stages"):
+        return False
+    # Typed, because JSON has no tuples.
+    planned = config_to_dict(config_from_dict(checkpoint.trainer["config"], source=str(checkpoint.folder)))
+    now = config_to_dict(config)
+    return all(_lookup(planned, key) == _lookup(now, key) for key in (*SAID, "stages", "model.vision"))
 
 
 def _stage_before(checkpoint: Checkpoint) -> RunStage[RunConfig] | None:

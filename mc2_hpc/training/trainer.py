@@ -205,7 +205,7 @@ class Trainer:
             return None
         teacher = DistillationTeacher(self.config, self.card.arch, self.tokenizer, self.ranks)
         if checkpoint is not None and self.ranks.is_first:
-            report_changes(checkpoint, teacher_changes(checkpoint, teacher.identity), self.run_config)
+            report_changes(checkpoint, teacher_changes(checkpoint, teacher.identity))
         return teacher
 
     def _votes(self) -> Votes:

@@ -203,6 +203,26 @@ def test_another_teacher_behind_the_same_name_is_reported(resume):
     ]
 
 
+def test_what_the_stages_change_is_no_warning(resume, caplog):
+    """But what someone changed at their border is one."""
+    stages = "stages=[{steps: 8, data: {crop_scale: [0.5, 1.0]}}, {steps: 8, precision: bf16}]"
+    resume.checkpoint.trainer["config"] = json.loads(json.dumps(config_to_dict(resume.load("steps=16", stages))))
+    lines = resume("steps=16", stages)
+    assert lines == ["precision fp32 -> bf16", "data.crop_scale [0.5, 1.0] -> [0.9, 1.0]"]
+    report_changes(resume.checkpoint, lines, resume.load("steps=16", stages))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    for override in ("optim.beta2=0.5", "model.vision.image_size=48"):
+        report_changes(resume.checkpoint, lines, resume.load("steps=16", stages, override))
+        assert "not as in step-00000008: precision fp32 -> bf16" in caplog.text
+        caplog.clear()
+
+
+def test_another_teacher_is_a_warning_in_a_run_with_stages_too(resume, caplog):
+    resume.checkpoint.trainer.update(teacher="a" * 64)
+    report_changes(resume.checkpoint, teacher_changes(resume.checkpoint, "b" * 64))
+    assert "not as in step-00000008: SHA-256 of the teacher's files" in caplog.text
+
+
 def test_another_schedule_is_reported(resume):
     lines = resume("steps=16", "optim.schedule=wsd", "optim.decay_steps=4")
     assert lines[:3] == ["steps 8 -> 16", "optim.schedule cosine -> wsd", "optim.decay_steps 0 -> 4"]
