@@ -262,8 +262,9 @@ class Engine:
         set_learning_rate(optimizer.param_groups, lr)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            self.logit_scale.clamp_(0, self._max_scale)
+        if self.logit_scale.requires_grad:  # a frozen one stays as it starts
+            with torch.no_grad():
+                self.logit_scale.clamp_(0, self._max_scale)
 
     def _average(self) -> None:
         self._towers.average(self._ema_decay)

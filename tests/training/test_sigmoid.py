@@ -96,6 +96,15 @@ def test_weights_of_a_softmax_model_get_a_new_bias(ranks_of, module_config, tmp_
         assert torch.equal(one.get(name), two.get(name)) and torch.equal(one.get(name), three.get(name)), name
 
 
+@pytest.mark.timeout(600)
+def test_a_frozen_scale_stays_as_it_starts(ranks_of, module_config, tmp_path):
+    """Beyond the limit too, though the bias beside it is trained."""
+    train(ranks_of, module_config, tmp_path, 1, "steps=2", "freeze.logit_scale=true", "optim.max_logit_scale=2")
+    weights = TensorFiles(tmp_path / "checkpoints/step-00000002", "model")
+    assert float(weights.get("logit_scale")) == pytest.approx(math.log(10))
+    assert float(weights.get("logit_bias")) != -10
+
+
 def test_a_teacher_needs_the_softmax():
     with pytest.raises(UserError, match="loss.kind=sigmoid and distill: a teacher is compared by softmax"):
         config_from_dict({"loss": {"kind": "sigmoid"}, "distill": {"teacher": "/t"}})
