@@ -108,9 +108,13 @@ def test_stages_that_do_not_fit_are_refused(stages, top, words):
 @pytest.fixture(scope="module")
 def config(tiny_pool, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
-    optim = {"lr": 1e-3, "warmup": 2, "schedule": "constant", "ema_decay": 0.5}
-    every = {"every": 1, "keep": 20}
-    return write_config(folder / "run.yaml", tiny_pool, stages=STAGES, optim=optim, log_every=1, checkpoint=every)
+    values = {
+        # Muon and the sigmoid loss, so that their state too passes from stage to stage.
+        "optim": {"matrices": "muon", "lr": 1e-3, "warmup": 2, "schedule": "constant", "ema_decay": 0.5},
+        "loss": {"kind": "sigmoid"},
+        "checkpoint": {"every": 1, "keep": 20},
+    }
+    return write_config(folder / "run.yaml", tiny_pool, stages=STAGES, log_every=1, **values)
 
 
 def train(ranks_of, config, run, *overrides):
