@@ -39,6 +39,18 @@ DTYPES = {
 }
 CASES = [(source, dtype) for source in SOURCES for dtype in DTYPES[source]]
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+WIDTHS = st.integers(1, 12).map(lambda n: 8 * n) | st.integers(1, 80)
+SHAPES = st.tuples(st.integers(1, 140), st.integers(1, 150), WIDTHS)
+"""Rows, columns and width of a tile."""
+
+
+def tile_features(kit, source, dtype, num_rows, num_columns, width):
+    """Images and texts on the device; for descriptors of the next width that they can have."""
+    if source == "descriptor":
+        width = -(-width // 8) * 8  # the table uses the pointer kernels for other widths
+    image, _ = kit.features(num_rows, width, dtype, seed=1)
+    text, _ = kit.features(num_columns, width, dtype, seed=2)
+    return image.to(DEVICE), text.to(DEVICE)
 
 
 def tiles_of(
@@ -147,19 +159,13 @@ def check_sigmoid_tiles(tiles, image, text, log_scale, diagonal):
 @pytest.mark.parametrize(("source", "dtype"), CASES)
 @settings(max_examples=10, deadline=None)
 @given(
-    num_rows=st.integers(1, 140),
-    num_columns=st.integers(1, 150),
-    width=st.integers(1, 12).map(lambda n: 8 * n) | st.integers(1, 80),
+    shape=SHAPES,
     log_scale=st.floats(0, math.log(100)),
     diagonal=st.integers(-150, 150),
 )
-def test_tiles_equal_float64(kit, source, dtype, num_rows, num_columns, width, log_scale, diagonal):
-    if source == "descriptor":
-        width = -(-width // 8) * 8  # the table uses the pointer kernels for other widths
-    image, _ = kit.features(num_rows, width, dtype, seed=1)
-    text, _ = kit.features(num_columns, width, dtype, seed=2)
-    image, text = image.to(DEVICE), text.to(DEVICE)
-    check_tiles(tiles_of(source, image, num_columns, launches=SMALL), image, text, log_scale, diagonal)
+def test_tiles_equal_float64(kit, source, dtype, shape, log_scale, diagonal):
+    image, text = tile_features(kit, source, dtype, *shape)
+    check_tiles(tiles_of(source, image, len(text), launches=SMALL), image, text, log_scale, diagonal)
 
 
 @pytest.mark.parametrize(("source", "dtype"), CASES)
@@ -171,22 +177,14 @@ def test_tiles_with_the_launch_parameters_of_the_table(kit, source, dtype):
 @pytest.mark.parametrize(("source", "dtype"), CASES)
 @settings(max_examples=8, deadline=None)
 @given(
-    num_rows=st.integers(1, 140),
-    num_columns=st.integers(1, 150),
-    width=st.integers(1, 12).map(lambda n: 8 * n) | st.integers(1, 80),
+    shape=SHAPES,
     log_scale=st.floats(0, math.log(100)),
     bias=st.floats(-20, 10),
     diagonal=st.integers(-150, 150),
 )
-def test_tiles_of_the_sigmoid_loss_equal_float64(
-    kit, source, dtype, num_rows, num_columns, width, log_scale, bias, diagonal
-):
-    if source == "descriptor":
-        width = -(-width // 8) * 8
-    image, _ = kit.features(num_rows, width, dtype, seed=1)
-    text, _ = kit.features(num_columns, width, dtype, seed=2)
-    image, text = image.to(DEVICE), text.to(DEVICE)
-    tiles = tiles_of(source, image, num_columns, launches=SMALL, bias=torch.tensor(bias, device=DEVICE))
+def test_tiles_of_the_sigmoid_loss_equal_float64(kit, source, dtype, shape, log_scale, bias, diagonal):
+    image, text = tile_features(kit, source, dtype, *shape)
+    tiles = tiles_of(source, image, len(text), launches=SMALL, bias=torch.tensor(bias, device=DEVICE))
     check_sigmoid_tiles(tiles, image, text, log_scale, diagonal)
 
 
@@ -234,7 +232,7 @@ def with_teacher(kit, rows, width, teacher_width, dtype, *, seed):
 @given(
     num_rows=st.integers(1, 140),
     num_columns=st.integers(1, 150),
-    widths=st.tuples(*[st.integers(1, 12).map(lambda n: 8 * n) | st.integers(1, 80)] * 2),
+    widths=st.tuples(WIDTHS, WIDTHS),
     log_scale=st.floats(0, math.log(100)),
     diagonal=st.integers(-150, 150),
 )

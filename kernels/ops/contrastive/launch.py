@@ -76,21 +76,16 @@ LAUNCHES = {
     ("distilled_gradient", "pointer"): {80: Launch(64, 128, 32, num_warps=8, num_stages=3)},
     ("distilled_statistics", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
     ("distilled_gradient", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
-    ("sigmoid_statistics", "descriptor"): {
-        90: Launch(256, 128, 64, num_warps=8, num_stages=4),
-        100: Launch(128, 128, 64, num_warps=8, num_stages=3),
-    },
-    ("sigmoid_gradient", "descriptor"): {
-        90: Launch(128, 256, 64, num_warps=8, num_stages=4),
-        100: Launch(128, 256, 64, num_warps=8, num_stages=4),
-    },
-    ("sigmoid_statistics", "pointer"): {80: Launch(128, 128, 64, num_warps=8, num_stages=3)},
-    ("sigmoid_gradient", "pointer"): {80: Launch(128, 128, 64, num_warps=8, num_stages=3)},
-    ("sigmoid_statistics", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
-    ("sigmoid_gradient", "memory"): {80: Launch(64, 128, 64, num_warps=8, num_stages=1)},
 }
 """Launch parameters by kernel and source, then by the lowest compute capability (major * 10 + minor) they apply to: the
 largest blocks that compile without register spills for every capability and Triton version they are used with."""
+
+# The sigmoid's epilogues fit the softmax's blocks.
+LAUNCHES |= {
+    (f"sigmoid_{kernel}", source): LAUNCHES[kernel, source]
+    for kernel in ("statistics", "gradient")
+    for source in SOURCES
+}
 
 
 def source_for(chunked: bool, capability: int, row_bytes: int, address: int) -> str:

@@ -270,14 +270,24 @@ class TritonTiles:
     def gradient(
         self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
     ) -> Tensor:
-        launch, source = self._launch("gradient", image_RD, text_CD)
-        row_blocks, col_blocks = launch.grid(len(image_RD), len(text_CD))
-        grad = self._gradient_tile(image_RD, text_CD)
-        with torch.cuda.device_of(image_RD):
-            gradient_kernel[(row_blocks * col_blocks,)](
-                *self._dot_products(launch, source, image_RD, text_CD), scale, row_lse, col_lse, grad,
-                padded(len(text_CD)), len(image_RD), len(text_CD), image_RD.shape[1], diagonal,
-                GRADIENT_SCALE=self.gradient_scale, **launch.options(image_RD.shape[1], source),
+        return self._gradient_by(gradient_kernel, "gradient", image_RD, text_CD, diagonal, scale, row_lse, col_lse)
+
+    def _gradient_by(
+        self, kernel: Any, name: str, image: Tensor, text: Tensor, diagonal: int, *operands: Tensor
+    ) -> Tensor:
+        """G of a tile from a kernel and its ``name`` in ``LAUNCHES``.
+
+        Args:
+            operands: what it reads besides dot products.
+        """
+        launch, source = self._launch(name, image, text)
+        row_blocks, col_blocks = launch.grid(len(image), len(text))
+        grad = self._gradient_tile(image, text)
+        with torch.cuda.device_of(image):
+            kernel[(row_blocks * col_blocks,)](
+                *self._dot_products(launch, source, image, text), *operands, grad,
+                padded(len(text)), len(image), len(text), image.shape[1], diagonal,
+                GRADIENT_SCALE=self.gradient_scale, **launch.options(image.shape[1], source),
             )  # fmt: skip
         return grad
 

@@ -130,13 +130,6 @@ class SigmoidTritonTiles(TritonTiles):
     def gradient(
         self, image_RD: Tensor, text_CD: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, diagonal: int
     ) -> Tensor:
-        launch, source = self._launch("sigmoid_gradient", image_RD, text_CD)
-        row_blocks, col_blocks = launch.grid(len(image_RD), len(text_CD))
-        grad = self._gradient_tile(image_RD, text_CD)
-        with torch.cuda.device_of(image_RD):
-            sigmoid_gradient_kernel[(row_blocks * col_blocks,)](
-                *self._dot_products(launch, source, image_RD, text_CD), scale, self._added, grad,
-                padded(len(text_CD)), len(image_RD), len(text_CD), image_RD.shape[1], diagonal,
-                GRADIENT_SCALE=self.gradient_scale, **launch.options(image_RD.shape[1], source),
-            )  # fmt: skip
-        return grad
+        return self._gradient_by(
+            sigmoid_gradient_kernel, "sigmoid_gradient", image_RD, text_CD, diagonal, scale, self._added
+        )
