@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 PROVENANCE_FILE = "provenance.json"
 _MOST_BYTES = 1 << 30
 """Of ``evaluations.jsonl``."""
-_TOLD = ("steps", "global_batch", "precision", "seed", "freeze", "optim", "loss")
+_TOLD = ("steps", "stages", "global_batch", "precision", "seed", "freeze", "lora", "optim", "loss")
 """Settings of a run that are recorded; the others are paths, sizes that the model's config has, or matters of speed."""
 
 
@@ -196,7 +196,7 @@ def _of_run(checkpoint: Path, ema: bool) -> Provenance:
         teacher=_teacher(distill) if distill else None,
         ema=ema,
         shards=trainer.shards,
-        config={name: trainer.config[name] for name in _TOLD if name in trainer.config},
+        config={name: value for name in _TOLD if (value := trainer.config.get(name)) not in (None, [])},
         versions=trainer.versions,
         scores=_evaluated(checkpoint, trainer.step) if evaluated_ema == ema else [],
     )

@@ -42,6 +42,9 @@ def run(checkpoint: Checkpoint, tmp_path: Path) -> Path:
             "output": str(folder),
             "steps": 9,
             "global_batch": 256,
+            "stages": [{"steps": 8}, {"steps": 1, "data": {"crop_scale": [0.5, 1.0]}}],
+            "lora": {"rank": 3},
+            "loss": {"kind": "sigmoid"},
             "data": {"train": "/secret-place/shards", "balance": str(balance)},
             "model": {"init_from": "/secret-place/released | `x`"},
         }
@@ -86,6 +89,10 @@ def test_a_run_is_told(run: Path, tmp_path: Path) -> None:
         "| torch | 2.13.0 |",
         "| xm3600 | text_to_image_R@1 | 7.0 |",
         "global_batch: 256",
+        "  rank: 3",
+        "  kind: sigmoid",
+        "  matrices: adamw",
+        "  steps: 8",
     ):
         assert line in body.splitlines(), line
     assert "lost" not in body and "9.0" not in body
@@ -105,7 +112,8 @@ def _hints(config: type, names: Iterable[str] | None = None) -> list[object]:
     found: list[object] = []
     for name, hint in typing.get_type_hints(config, include_extras=True).items():
         if names is None or name in names:
-            found += _hints(hint) if dataclasses.is_dataclass(hint) else [hint]
+            for part in (hint, *typing.get_args(hint)):  # of a list, or of what may be left out
+                found += _hints(part) if dataclasses.is_dataclass(part) else [part]
     return found
 
 
