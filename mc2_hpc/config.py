@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from mc2_hpc.config_data import DataConfig
+from mc2_hpc.config_model import ModelConfig, TextOverrides, VisionOverrides
 from mc2_hpc.config_optim import FreezeConfig, LoraConfig, OptimConfig
 from mc2_hpc.config_stages import StageConfig, check_stages, total_steps
 from mc2_hpc.errors import UserError
@@ -23,13 +25,16 @@ from mc2_hpc.reading.checks import at_least as _at_least
 from mc2_hpc.reading.checks import choose as _choose
 from mc2_hpc.reading.settings import PathName, typed
 from mc2_hpc.reading.yaml_file import read_yaml
-from mc2_hpc.train_sources import TrainSource, check_mix
 
 __all__ = [
+    "DataConfig",
     "FreezeConfig",
     "LoraConfig",
+    "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "TextOverrides",
+    "VisionOverrides",
     "config_from_dict",
     "config_to_dict",
     "load_config",
@@ -39,160 +44,6 @@ __all__ = [
     "with_settings",
     "yaml_text",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionOverrides:
-    """Vision-tower sizes that differ from the preset's; ``None`` keeps the preset's."""
-
-    image_size: int | None = None
-    """Side length of the square input in pixels."""
-    patch_size: int | None = None
-    width: int | None = None
-    layers: int | None = None
-    head_width: int | None = None
-    mlp_width: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextOverrides:
-    """Text-tower sizes that differ from the preset's; ``None`` keeps the preset's."""
-
-    vocab_size: int | None = None
-    """Rows of the token table; at least the tokenizer's vocabulary."""
-    context_length: int | None = None
-    eos_id: int | None = None
-    width: int | None = None
-    heads: int | None = None
-    layers: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which dual encoder, and how its blocks compute."""
-
-    preset: str | None = None
-    """A name from ``mc2_hpc.models.presets.PRESETS``; the sizes below override it. Null means the model of
-    ``init_from``, or ``ViT-B-32-worldwide``."""
-    init_from: PathName | None = None
-    """Model whose weights a new run starts from: a run or checkpoint, an open_clip folder or a transformers folder;
-    null initialises them randomly from ``seed``."""
-    new_tokenizer: bool = False
-    """Start from the weights of ``init_from`` even though they were not trained with ``data.tokenizer``."""
-    embed_dim: int | None = None
-    quick_gelu: bool | None = None
-    vision: VisionOverrides = field(default_factory=VisionOverrides)
-    text: TextOverrides = field(default_factory=TextOverrides)
-    attention: str = "auto"
-    """``sdpa`` (torch), ``xformers``, or ``auto`` (the table in ``mc2_hpc.models.layers``)."""
-    norm: str = "auto"
-    """Layer norms: ``torch``, ``triton`` (one kernel, which reads and writes bf16), ``apex`` (NVIDIA's), or ``auto``
-    (triton on a GPU, torch elsewhere and under ``compile``)."""
-    activation: str = "auto"
-    """Quick-GELU: ``torch``, ``triton`` (one kernel, which keeps only its input), or ``auto`` (as for ``norm``)."""
-    recompute: str = field(
-        default="none", metadata={"replaces": ("activation_checkpointing", "full for true, none for false")}
-    )
-    """What the blocks of both towers compute again in the backward pass instead of keeping it: ``none``, ``selective``
-    (norms and activations, but no product and no attention) or ``full`` (every block)."""
-    patch_dropout: float = 0.0
-    """Share of each image's patches that training leaves out, drawn anew in every step."""
-    compile: bool = False
-    """torch.compile the blocks of both towers."""
-    embedding: str = "sharded"
-    """The token table: ``sharded`` deals its rows to the ranks, which exchange only those that a batch uses; ``dense``
-    leaves it to DeepSpeed with the other parameters. Both train the same model, and checkpoints are the same."""
-    text_packing: bool = True
-    """Compute only the captions' own tokens, not the padding to the longest caption of a batch; the features are equal
-    up to rounding."""
-
-    def __post_init__(self) -> None:
-        if self.init_from is not None and not self.init_from.strip():
-            raise UserError("model.init_from: is empty; name a model, or null for none")
-        _choose("model.attention", self.attention, ("auto", "sdpa", "xformers"))
-        _choose("model.norm", self.norm, ("auto", "torch", "triton", "apex"))
-        _choose("model.activation", self.activation, ("auto", "torch", "triton"))
-        for key in ("norm", "activation"):
-            if self.compile and (kernel := getattr(self, key)) not in ("auto", "torch"):
-                raise UserError(f"model.{key}={kernel}: torch.compile fuses torch's own; set model.{key}=torch")
-        _choose("model.recompute", self.recompute, ("none", "selective", "full"))
-        if not 0 <= self.patch_dropout < 1:
-            raise UserError(f"model.patch_dropout={self.patch_dropout}: must be in [0, 1)")
-        _choose("model.embedding", self.embedding, ("sharded", "dense"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the pairs come from and how they become tensors."""
-
-    train: str | list[str] | list[TrainSource] = ""
-    """``.tar`` shards, curated (``.parquet`` beside each) or plain WebDataset: a folder, file, pattern or list
-    of these, local or remote (``s3://``, ``gs://``, ``hf://``, ``https://``; table in ``mc2_hpc.data.locations``); or a
-    list of sources to mix, each with its own settings (``mc2_hpc.train_sources``)."""
-    tokenizer: PathName = ""
-    """A sentencepiece model file; if empty, the tokenizer and style that ``model.init_from`` was trained with."""
-    tokenizer_style: str = "xlmv"
-    """How ids are laid out: ``xlmv`` (fairseq offset; XLM-V, XLM-R), ``mt5`` (SigLIP too) or ``gemma``."""
-    balance: PathName | None = None
-    """Folder with ``balance.json`` and ``probs/<lang>.npy`` to balance curated shards online; null keeps all."""
-    takedown: PathName | None = None
-    """A list of samples to leave out, which may grow during a run (``mc2_hpc.data.takedown``)."""
-    takedown_seconds: float = 60
-    """How often the list is looked at."""
-    lanes: int = 256
-    """Fixed number of sample streams that the shards are dealt to; must divide the global batch. Ranks own lanes."""
-    workers: int = 6
-    """Decoding processes per rank; 0 decodes in the training process."""
-    prefetch: int = 2
-    """Batches each worker holds ready."""
-    decode: str = "auto"
-    """``turbo`` (DCT-scaled), ``turbo_exact`` (full decode), ``pil``, ``dali`` (on the GPU), or ``auto`` (turbo)."""
-    hw_decoder_load: float = 0.65
-    """``dali``: share of JPEGs decoded by the GPU's hardware JPEG engine, if it has one; 0 uses CUDA cores only."""
-    crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Area range of RandomResizedCrop."""
-    max_image_pixels: int = 1 << 26
-    """Largest image that is decoded at full size. Larger JPEGs, up to eight times as many pixels, are decoded at a half
-    or a quarter of their size; any other image that large is skipped."""
-    features: PathName | None = None
-    """Folder of image features that ``mc2 features`` computes, in place of images; needs ``freeze.vision: all``."""
-    seed: int = 0
-    """Seeds every random draw of the data path: caption choice, balancing, order, crop, dropped patches."""
-    stall_seconds: float = 600
-    """Longest wait for samples; after it the run ends with an error that names the rank, worker and shard."""
-    cache_dir: PathName | None = None
-    """Folder on a local disk for remote shards and for tar indexes that cannot be stored beside their tars; null is the
-    user's cache folder."""
-    cache_gb: float = 100
-    """Most space that remote shards may take there, in 10^9 bytes, over all processes of the machine."""
-
-    @property
-    def sources(self) -> list[TrainSource]:
-        """The sources to mix; empty if ``train`` only names shards."""
-        return [each for each in self.train if isinstance(each, TrainSource)] if isinstance(self.train, list) else []
-
-    def __post_init__(self) -> None:
-        check_mix(self.sources)
-        if self.sources and self.balance is not None:
-            raise UserError("data.balance: data.train lists sources: set balance in those that are to be balanced")
-        if self.sources and self.features is not None:
-            raise UserError("data.features: data.train lists sources, and features are stored of a single one")
-        _choose("data.tokenizer_style", self.tokenizer_style, ("xlmv", "mt5", "gemma"))
-        _choose("data.decode", self.decode, ("auto", "turbo", "turbo_exact", "pil", "dali"))
-        if self.features is not None and self.decode == "dali":
-            raise UserError("data.features and data.decode=dali: features are of images decoded on the CPU; set turbo")
-        _at_least("data.takedown_seconds", self.takedown_seconds, 0.01)
-        _at_least("data.lanes", self.lanes, 1)
-        _at_least("data.workers", self.workers, 0)
-        _at_least("data.prefetch", self.prefetch, 1)
-        _at_least("data.stall_seconds", self.stall_seconds, 1)
-        _at_least("data.cache_gb", self.cache_gb, 0)
-        _at_least("data.max_image_pixels", self.max_image_pixels, 1)
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise UserError(f"data.crop_scale=[{low}, {high}]: needs 0 < low <= high <= 1")
-        if not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(f"data.hw_decoder_load={self.hw_decoder_load}: must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"mc2_hpc.compiling", "mc2_hpc.drops", "mc2_hpc.errors", "mc2_hpc.precision", "mc2_hpc.threads"},
     {"mc2_hpc.reading"},
-    {"mc2_hpc.config_optim", "mc2_hpc.train_sources"},
-    {"mc2_hpc.config_stages"},
+    {"mc2_hpc.config_model", "mc2_hpc.config_optim", "mc2_hpc.train_sources"},
+    {"mc2_hpc.config_data", "mc2_hpc.config_stages"},
     {
         "mc2_hpc.config",
         "mc2_hpc.distributed",
