@@ -10,7 +10,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.planning.plan import check_planned, planned_architecture, trace_drawn
 from mc2_hpc.planning.processes import TraceError, in_processes
 from mc2_hpc.tuning.machines import Machine
-from mc2_hpc.tuning.space import Settings, fattest, leaner, text_of
+from mc2_hpc.tuning.space import Settings, fattest, leaner, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Fitting:
             if peak <= self._room():
                 kept.append(each)
             else:
-                logger.info("not tried, because it needs %.1f GiB per rank: %s", peak / _GIB, " ".join(text_of(each)))
+                logger.info("not tried, because it needs %.1f GiB per rank: %s", peak / _GIB, name_of(each))
         return kept
 
     def first_that_fits(self) -> Settings:
@@ -111,8 +111,7 @@ class Fitting:
             settings.append({**leanest, **half_of})
         whole, *half = self.peaks(settings)
         needs = f"needs {whole / _GIB:.2f} GiB per rank, and a rank has {self._room() / _GIB:.2f}"
-        lean = " ".join(text_of(leanest)) or "the config as it is"
-        start = f"global_batch={self._config.global_batch} does not fit {ranks} rank(s): {lean}"
+        start = f"global_batch={self._config.global_batch} does not fit {ranks} rank(s): {name_of(leanest)}"
         slope = (whole - half[0]) / (pairs - pairs // 2) if half else 0.0
         fit = int(pairs - (whole - self._room()) / slope) if slope > 0 else 0
         if fit < 1:
