@@ -149,6 +149,8 @@ def tune(
 
 def _check(config: RunConfig, machine: Machine) -> None:
     """Raise a :class:`UserError` for what would fail every trial."""
+    if config.stages:
+        raise UserError("stages: each has a fastest setting of its own; tune one with stages=[] and its settings")
     check_ranks(machine.ranks, config.data.lanes)
     num_micro_batches(config, machine.ranks)
     resolve_backend(config.data.decode, "train")

@@ -15,6 +15,7 @@ import pytest
 from mc2_hpc.cli import main
 from mc2_hpc.config import load_config, with_settings
 from mc2_hpc.errors import UserError
+from mc2_hpc.planning.processes import TraceError
 from mc2_hpc.tuning.fitting import Fitting
 from mc2_hpc.tuning.record import TRIALS
 from mc2_hpc.tuning.report import write_config, write_report
@@ -121,6 +122,10 @@ def test_no_time_at_all(module_config, tmp_path, unplanned):
         (["--gpu", "h100"], "--gpu is for --slurm"),
         (["--dry-run"], "--dry-run prints the batch script"),
         (["--processes", "2", "--slurm", "nodes=2"], "--processes is for ranks on this machine"),
+        (
+            ["stages=[{steps: 5}, {steps: 5}]", "steps=10"],
+            "stages: each has a fastest setting of its own; tune one with stages=[]",
+        ),
         (["modle.compile=true"], "unknown key 'modle'"),
     ],
 )
@@ -163,6 +168,29 @@ def test_a_batch_that_cannot_fit_says_what_would(module_config, tmp_path, machin
     line = str(raised.value)
     assert not runner.ran and "\n" not in line and cure in line
     assert line.startswith("global_batch=4096 does not fit 2 rank(s): micro_batch=256 model.recompute=full")
+
+
+def test_a_batch_that_cannot_fit_is_told_even_if_half_of_it_cannot_be_traced(
+    module_config, tmp_path, machine, imagined_peaks, monkeypatch
+):
+    imagined = Fitting.peaks
+
+    def peaks(fitting, settings):
+        if any("global_batch" in each for each in settings):
+            raise TraceError("a trace failed")
+        return imagined(fitting, settings)
+
+    monkeypatch.setattr(Fitting, "peaks", peaks)
+    with pytest.raises(
+        UserError, match="^global_batch=4096 does not fit .*; what would fit is not known: a trace failed$"
+    ):
+        call(
+            module_config,
+            tmp_path,
+            dataclasses.replace(machine, memory_bytes=300),
+            TableRunner(rate),
+            "global_batch=4096",
+        )
 
 
 def test_settings_that_do_not_fit_are_left_out(module_config, tmp_path, machine, imagined_peaks):
