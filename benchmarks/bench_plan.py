@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.harness import ROOT, main
 from mc2_hpc.config import load_config
 from mc2_hpc.planning.calibrate import Measured, calibrate, read_measured, trace_measured
-from mc2_hpc.planning.machines import read_gpu, read_network, usual_network
+from mc2_hpc.planning.machines import read_gpu, read_network
 from mc2_hpc.planning.plan import Assumptions, Plan, make_plans
 from mc2_hpc.planning.predict import predict_step
 from mc2_hpc.planning.processes import in_processes
@@ -93,7 +93,7 @@ def _calibrated(quick: bool) -> list[dict[str, Any]]:
         pool = write_pool(Path(name))
         runs = [_train(Path(name) / str(number), pool, each, quick) for number, each in enumerate(settings)]
     gpu = read_gpu("cpu")
-    network = read_network(usual_network("cpu", gpu))
+    network = read_network(gpu.network)
     steps = trace_measured(runs, gpu.device)
     fitted = calibrate(runs[:1], steps[:1], gpu, network, per_node=8)
     rows = []
@@ -146,15 +146,14 @@ def recipe() -> list[dict[str, Any]]:
     """Rows of the recipe's run, which take a minute: one trace, and no step that is timed."""
     config = load_config(ROOT / RECIPE)
     first = read_gpu("a100")
-    network = usual_network("a100", first)
     ((plan,), _) = make_plans(
         [config],
         gpus=RECIPE_GPUS,
         per_node=8,
         gpu_name="a100",
         gpu=first,
-        network_name=network,
-        network=read_network(network),
+        network_name=first.network,
+        network=read_network(first.network),
         assumptions=Assumptions(),
     )
     return [_recipe_row(plan, name) for name in ("a100", "h100", "h200", "b200")]
@@ -163,10 +162,9 @@ def recipe() -> list[dict[str, Any]]:
 def _recipe_row(plan: Plan, name: str) -> dict[str, Any]:
     """The same trace on another GPU."""
     gpu = read_gpu(name)
-    network_name = usual_network(name, gpu)
-    network = read_network(network_name)
+    network = read_network(gpu.network)
     step = predict_step(plan.trace, plan.config, gpu, network, per_node=plan.per_node)
-    there = dataclasses.replace(plan, gpu_name=name, gpu=gpu, network_name=network_name, network=network, step=step)
+    there = dataclasses.replace(plan, gpu_name=name, gpu=gpu, network_name=gpu.network, network=network, step=step)
     pairs = plan.config.steps * plan.config.global_batch
     return {
         "what": "recipe",

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.config import load_config
     from mc2_hpc.pages.plots import require_plotting
     from mc2_hpc.planning.advise import alternatives, best_changes
-    from mc2_hpc.planning.machines import read_gpu, read_network, usual_network
+    from mc2_hpc.planning.machines import read_gpu, read_network
     from mc2_hpc.planning.plan import Assumptions, Plan, make_plans
     from mc2_hpc.planning.processes import TraceError
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         require_plotting("the page of a plan needs", "curation")
     gpu = read_gpu(arguments.gpu)
-    network_name = arguments.network or usual_network(arguments.gpu, gpu)
+    network_name = arguments.network or gpu.network
     network = read_network(network_name)
     names = [str(path) for path in arguments.compare or [arguments.config]]
     configs = [load_config(name, arguments.overrides) for name in names]

@@ -11,13 +11,13 @@ from mc2_hpc.errors import UserError
 def run(arguments: argparse.Namespace) -> int:
     """Fit, and write ``gpu.yaml`` and, if a run had several ranks, ``network.yaml`` beside the first run's rows."""
     from mc2_hpc.planning.calibrate import calibrate, read_measured, trace_measured, write_machine
-    from mc2_hpc.planning.machines import read_gpu, read_network, usual_network
+    from mc2_hpc.planning.machines import read_gpu, read_network
     from mc2_hpc.planning.processes import TraceError
 
     if arguments.config is not None or arguments.compare is not None or arguments.advise or arguments.html:
         raise UserError("--calibrate takes runs only; plan with the file that it writes: mc2 plan CONFIG --gpu FILE")
     gpu = read_gpu(arguments.gpu)
-    network = read_network(arguments.network or usual_network(arguments.gpu, gpu))
+    network = read_network(arguments.network or gpu.network)
     runs = [read_measured(path) for path in arguments.calibrate]
     try:
         traces = trace_measured(runs, gpu.device)

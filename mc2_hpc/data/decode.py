@@ -53,9 +53,15 @@ def resolve_backend(name: str, use: str) -> str:
     known = TRAIN_BACKENDS if use == "train" else EVAL_BACKENDS
     if name not in known:
         raise UserError(f"decode backend {name!r} cannot be used for {use}: choose one of auto, {', '.join(known)}")
-    if name == "dali" and importlib.util.find_spec("nvidia.dali") is None:
+    if name == "dali" and not has_dali():
         raise UserError("data.decode=dali: DALI is not installed: pip install 'mc2_hpc[dali]', or choose turbo")
     return name
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    # Looking for a part of a package that is missing itself is an error.
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
 class TrainTransform:

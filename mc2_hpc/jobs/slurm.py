@@ -18,7 +18,7 @@ from mc2_hpc.jobs import slurm_queue
 from mc2_hpc.jobs.engines import SLURM_KEYS, Slurm
 from mc2_hpc.jobs.executors import ExecutorSpec, quiet_datatrove
 from mc2_hpc.jobs.slurm_options import check_text, directive
-from mc2_hpc.jobs.slurm_queue import Job, is_submitted, live_jobs, queued_jobs, read_job, write_job
+from mc2_hpc.jobs.slurm_queue import Job, cancel, is_submitted, live_jobs, queued_jobs, read_job, write_job
 from mc2_hpc.jobs.stages import Stage
 from mc2_hpc.jobs.tasks import RunTask, plan_tasks
 from mc2_hpc.jobs.watch import Progress, Watch
@@ -89,8 +89,7 @@ def _submit(stages: Sequence[Stage], engine: Slurm) -> dict[str, str]:
             jobs[stage.name] = str(before.job_id)
             write_job(stage, Job(jobs[stage.name], len(todo)))
     except BaseException as error:
-        if jobs:
-            subprocess.run(["scancel", *jobs.values()], check=False)
+        cancel(jobs.values())
         if isinstance(error, subprocess.CalledProcessError):
             raise UserError(f"{stage.name}: sbatch refused the job (its message is above); fix --slurm") from None
         raise

@@ -4,17 +4,19 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.jobs.named import read_plain, write_plain
 from mc2_hpc.jobs.stages import Stage
 
 POLL_S = 5.0
 _NO_ANSWER_S = 600.0
 """How long squeue may fail before an error is raised."""
+_COMMAND_S = 300.0
+"""Longest wait for one answer."""
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +74,37 @@ def refuse_live_job(stage: Stage) -> None:
 
 
 def queued_jobs() -> set[str]:
-    """Ids of this user's jobs in the queue; for arrays, without the task number."""
+    """Ids of this user's jobs in the queue; for arrays, without the task number.
+
+    Raises:
+        UserError: squeue fails or does not answer for a long time.
+    """
     deadline = time.monotonic() + _NO_ANSWER_S
     while True:
-        done = subprocess.run(["squeue", "--me", "-h", "-o", "%F"], capture_output=True, text=True, timeout=300)
-        if done.returncode == 0:
-            return set(done.stdout.split())
+        try:
+            done = subprocess.run(
+                ["squeue", "--me", "-h", "-o", "%F"], capture_output=True, text=True, timeout=_COMMAND_S
+            )
+            if done.returncode == 0:
+                return set(done.stdout.split())
+            reason = done.stderr.strip()
+        except subprocess.TimeoutExpired:
+            reason = f"nothing within {_COMMAND_S:g} s"
         if time.monotonic() > deadline:
-            raise UserError(f"squeue has not answered for {_NO_ANSWER_S:.0f} s ({done.stderr.strip()}); jobs continue")
-        log.warning("squeue does not answer (%s); retrying", done.stderr.strip())
+            raise UserError(f"squeue has not answered for {_NO_ANSWER_S:.0f} s ({reason}); jobs continue")
+        log.warning("squeue does not answer (%s); retrying", reason)
         time.sleep(POLL_S)
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Cancel jobs; those that have ended are left as they are, and a failure is only a warning."""
+    ids = list(jobs)
+    if not ids:
+        return
+    try:
+        done = subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=_COMMAND_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("Slurm jobs %s may still run: %s", ", ".join(ids), first_line(error))
+    else:
+        if done.returncode:
+            log.warning("scancel %s: %s", " ".join(ids), done.stderr.strip())

@@ -26,7 +26,7 @@ from mc2_hpc.planning.processes import in_processes
 from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.reading.files import read_tail, shown
 from mc2_hpc.reading.json_file import Foreign, Size, parse_json, read_json
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import write_text
 from mc2_hpc.training.checkpoint_folders import TRAINER, complete_folders
 
 _MOST_BYTES = 256 << 10
@@ -188,5 +188,4 @@ def _least_squares(
 
 def write_machine(path: Path, machine: Gpu | Network) -> None:
     """Write the file that ``--gpu`` or ``--network`` reads."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(yaml_text(dataclasses.asdict(machine)), encoding="utf-8")
+    write_text(path, yaml_text(dataclasses.asdict(machine)))

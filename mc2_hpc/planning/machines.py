@@ -10,7 +10,6 @@ from mc2_hpc.reading.yaml_file import Section
 
 _HERE = Path(__file__).parent
 GPUS, NETWORKS = _HERE / "gpus.yaml", _HERE / "networks.yaml"
-_DEFAULT_NETWORKS = {"a100": "hdr", "b200": "ndr-b200"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,8 @@ class Gpu:
     memory: float
     """Fraction of the memory's peak that other kernels reach."""
     fractions_source: str
+    network: str = "ndr"
+    """Name of the usual one, as for ``--network``."""
 
     def __post_init__(self) -> None:
         choose("device", self.device, ("cuda", "cpu"))
@@ -73,11 +74,6 @@ def read_gpu(name: str) -> Gpu:
         UserError: neither; or a value is missing or out of range.
     """
     return typed(Gpu, _section(name, GPUS, "GPU", "--gpu"), source=name)
-
-
-def usual_network(name: str, gpu: Gpu) -> str:
-    """The name of the network between nodes of the GPU called ``name``."""
-    return _DEFAULT_NETWORKS.get(name, "ndr") if gpu.device == "cuda" else "loopback"
 
 
 def read_network(name: str) -> Network:

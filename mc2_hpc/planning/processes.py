@@ -107,7 +107,7 @@ def _received(connection: Connection, process: BaseProcess) -> Any:
     """What the process sent, or how it died. Our own process sent it, so it may be unpickled."""
     try:
         return connection.recv()
-    except EOFError:
+    except (EOFError, OSError):  # OSError: it died while it sent
         process.join(SECONDS)
         return TraceError(f"a trace has no result: {obituary([process])}")
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from mc2_hpc.config import RunConfig
 from mc2_hpc.jobs import slurm_queue
 from mc2_hpc.jobs.batch_scripts import submit
-from mc2_hpc.jobs.slurm_queue import queued_jobs
+from mc2_hpc.jobs.slurm_queue import cancel, queued_jobs
 from mc2_hpc.planning.machines import read_gpu
 from mc2_hpc.planning.plan import RESERVE_BYTES
 from mc2_hpc.reading.json_file import File, read_json
@@ -98,14 +98,15 @@ class SlurmRunner:
 
     def run(self, trials: Sequence[Trial], report: Callable[[TrialResult], None], *, until: float) -> None:
         """Run the trials at the same time; those in the queue at ``until`` are cancelled, as after any exception."""
+        if time.monotonic() >= until:
+            return
         jobs: dict[str, Trial] = {}
         try:
             for trial in trials:
                 jobs[self._job_of(trial)] = trial
             self._follow(jobs, report, until)
         finally:
-            if jobs:
-                subprocess.run(["scancel", *jobs], timeout=_COMMAND_S, capture_output=True, check=False)
+            cancel(jobs)
 
     def _job_of(self, trial: Trial) -> str:
         """The trial's job: that of an earlier call if it is in the queue or has run to its end, or else a new one."""
@@ -133,7 +134,7 @@ class SlurmRunner:
                         began[job] = now
                     if now - began.get(job, now) <= trial.bound_s:
                         continue
-                    _answer("scancel", job)
+                    cancel([job])
                     report(read_result(trial, seconds=now - began[job], timed_out=True))
                 else:
                     self._report_end(job, trial, now - began.get(job, now), report)

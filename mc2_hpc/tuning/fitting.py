@@ -10,7 +10,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.planning.plan import check_planned, planned_architecture, trace_drawn
 from mc2_hpc.planning.processes import TraceError, in_processes
 from mc2_hpc.tuning.machines import Machine
-from mc2_hpc.tuning.space import Settings, fattest, leaner, text_of
+from mc2_hpc.tuning.space import Settings, fattest, leaner, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Fitting:
             if peak <= self._room():
                 kept.append(each)
             else:
-                logger.info("not tried, because it needs %.1f GiB per rank: %s", peak / _GIB, " ".join(text_of(each)))
+                logger.info("not tried, because it needs %.1f GiB per rank: %s", peak / _GIB, name_of(each))
         return kept
 
     def first_that_fits(self) -> Settings:
@@ -104,15 +104,18 @@ class Fitting:
         """One line about a batch that cannot fit, with the largest one of a line through two traces that would."""
         config, ranks = with_settings(self._config, leanest), self._machine.ranks
         pairs = max(rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=ranks))
-        settings: list[Settings] = [leanest]
+        smaller: list[Settings] = []
         if pairs > 1:
             half_of = {"global_batch": pairs // 2 * ranks, "data.lanes": ranks}
             half_of["micro_batch"] = -(-config.micro_batch // 2)
-            settings.append({**leanest, **half_of})
-        whole, *half = self.peaks(settings)
+            smaller.append({**leanest, **half_of})
+        (whole,) = self.peaks([leanest])
         needs = f"needs {whole / _GIB:.2f} GiB per rank, and a rank has {self._room() / _GIB:.2f}"
-        lean = " ".join(text_of(leanest)) or "the config as it is"
-        start = f"global_batch={self._config.global_batch} does not fit {ranks} rank(s): {lean}"
+        start = f"global_batch={self._config.global_batch} does not fit {ranks} rank(s): {name_of(leanest)}"
+        try:
+            half = self.peaks(smaller)
+        except TraceError as error:
+            return f"{start} {needs}; what would fit is not known: {error}"
         slope = (whole - half[0]) / (pairs - pairs // 2) if half else 0.0
         fit = int(pairs - (whole - self._room()) / slope) if slope > 0 else 0
         if fit < 1:

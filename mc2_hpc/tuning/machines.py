@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mc2_hpc.data.decode import has_dali
 from mc2_hpc.errors import UserError
 from mc2_hpc.kernels.triton_launch import triton_obstacle
 from mc2_hpc.planning.plan import RESERVE_BYTES
@@ -98,14 +99,10 @@ def packages(device_type: str) -> dict[str, bool]:
     return {
         "has_triton": triton,
         "has_xformers": cuda and importlib.util.find_spec("xformers") is not None,
-        "has_dali": cuda and importlib.util.find_spec("nvidia") is not None and _has_dali(),
+        "has_dali": cuda and has_dali(),
         # torch.compile writes Triton for a GPU, and C++ for a CPU.
         "can_compile": triton if cuda else shutil.which(os.environ.get("CXX", "g++")) is not None,
     }
-
-
-def _has_dali() -> bool:
-    return importlib.util.find_spec("nvidia.dali") is not None
 
 
 def _cores() -> int:

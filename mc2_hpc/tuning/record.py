@@ -51,7 +51,7 @@ class TrialResult(File):
 
 
 def run_hash(run: Mapping[str, Any]) -> str:
-    """Identifies what all trials of a run share: its config, its machine, its number of ranks."""
+    """Identifies what all trials of a run share: its config, its data, its machine, its number of ranks."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from mc2_hpc.config import yaml_text
 from mc2_hpc.pages.palette import LIGHT, SERIES
 from mc2_hpc.pages.plots import new_figure, plot_style, png, require_plotting
-from mc2_hpc.storage import atomic_path, write_json
+from mc2_hpc.storage import atomic_path, write_json, write_text
 from mc2_hpc.tuning.breakdown import CAUSES
 from mc2_hpc.tuning.record import TrialResult
 from mc2_hpc.tuning.rewrite import nested, rewritten
-from mc2_hpc.tuning.space import text_of
+from mc2_hpc.tuning.space import name_of
 from mc2_hpc.tuning.tune import Tuning
 
 _DPI = 120
@@ -22,11 +22,6 @@ def require_matplotlib() -> None:
     require_plotting("the plot of mc2 tune needs", "curation")
 
 
-def name_of(result: TrialResult) -> str:
-    """The trial's settings as a command line has them."""
-    return " ".join(text_of(result.settings)) or "as given"
-
-
 def ranked(results: Sequence[TrialResult]) -> list[TrialResult]:
     """The fastest first; those that failed last."""
     return sorted(results, key=lambda result: (not result.ok, -result.pairs_per_second))
@@ -34,7 +29,7 @@ def ranked(results: Sequence[TrialResult]) -> list[TrialResult]:
 
 def table(tuning: Tuning) -> list[str]:
     """One line per trial: the rate, and the step in milliseconds by what it is spent on."""
-    rows = [(*_numbers(result), name_of(result)) for result in ranked(tuning.results)]
+    rows = [(*_numbers(result), name_of(result.settings)) for result in ranked(tuning.results)]
     lines = ["".join(f"{name:>9}" for name in _COLUMNS) + "  settings"]
     for *numbers, name in rows:
         lines.append("".join(f"{number:>9}" for number in numbers) + f"  {name}")
@@ -53,7 +48,7 @@ def _numbers(result: TrialResult) -> list[str]:
 def summary(tuning: Tuning) -> list[str]:
     """What was found, in a few lines."""
     best = tuning.best
-    lines = [f"{best.pairs_per_second:,.1f} pairs/s: {name_of(best)}"]
+    lines = [f"{best.pairs_per_second:,.1f} pairs/s: {name_of(best.settings)}"]
     if tuning.given is None:
         lines.append("as given, the config does not fit into memory")
     elif best.settings:
@@ -76,8 +71,7 @@ def write_report(tuning: Tuning, out: Path) -> None:
     """Write ``best.yaml``, ``tune.json`` and ``tune.png``."""
     write_json(out / "tune.json", tuning.to_json())
     settings = yaml_text(nested(tuning.best.settings)) if tuning.best.settings else "{}\n"
-    with atomic_path(out / "best.yaml") as temporary:
-        temporary.write_text(_commented(header(tuning)) + settings, encoding="utf-8")
+    write_text(out / "best.yaml", _commented(header(tuning)) + settings)
     draw(tuning, out / "tune.png")
 
 
@@ -88,8 +82,7 @@ def write_config(tuning: Tuning, source: Path, overrides: Sequence[str], target:
         UserError: the copy would not be the config that was measured.
     """
     text = rewritten(source, overrides, tuning.best.settings)
-    with atomic_path(target) as temporary:
-        temporary.write_text(_commented(header(tuning)) + text, encoding="utf-8")
+    write_text(target, _commented(header(tuning)) + text)
 
 
 def _commented(lines: Sequence[str]) -> str:
@@ -99,7 +92,7 @@ def _commented(lines: Sequence[str]) -> str:
 def draw(tuning: Tuning, path: Path) -> None:
     """A bar per trial: its rate with the range of its rows, and its step by what it is spent on."""
     results = [result for result in ranked(tuning.results) if result.ok]
-    names = [f"{name_of(result)}, {result.steps} steps" for result in results]
+    names = [f"{name_of(result.settings)}, {result.steps} steps" for result in results]
     places = range(len(results))
     with plot_style(), atomic_path(path) as temporary:
         figure, (left, right) = new_figure(11, 1.6 + 0.32 * len(results), 1, 2)

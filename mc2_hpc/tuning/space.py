@@ -169,6 +169,11 @@ def text_of(settings: Settings) -> list[str]:
     ]
 
 
+def name_of(settings: Settings) -> str:
+    """The settings for a line of text, as a command line has them."""
+    return " ".join(text_of(settings)) or "as given"
+
+
 def is_valid(config: RunConfig, settings: Settings, machine: Machine) -> bool:
     """Whether the config accepts the settings together, on that many ranks."""
     try:

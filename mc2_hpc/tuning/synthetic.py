@@ -45,13 +45,13 @@ def synthetic_data(config: RunConfig, folder: Path, *, ranks: int) -> Settings:
     if config.data.features is not None:
         raise UserError("--synthetic generates images, and the config reads data.features: set data.features=null")
     number = max(config.data.lanes, min(config.global_batch, _MOST_PAIRS))
-    home = folder / f"{number}-{ranks}-{config.data.tokenizer_style}"
+    rows = min(_VOCABULARY, config.model.text.vocab_size or _VOCABULARY)
+    home = folder / f"{number}-{ranks}-{config.data.tokenizer_style}-{rows}"
     if not is_complete(home):
         remove_folder(home)
         pack_pairs(_pairs(number), home / "shards", pairs_per_shard=max(8, min(1000, number // (8 * ranks))))
         rng = np.random.default_rng(1)
         captions = [_caption(rng) for _ in range(2000)]
-        rows = min(_VOCABULARY, config.model.text.vocab_size or _VOCABULARY)
         train_tokenizer(captions, home / "tokenizer.model", vocab_size=rows, style=config.data.tokenizer_style)
         mark_complete(home)
     found = {"data.train": str(home / "shards"), "data.balance": None, "data.takedown": None}

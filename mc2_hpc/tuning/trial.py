@@ -8,6 +8,7 @@ A trial saves, evaluates and sends nothing. Its steps are a warm-up, which fills
 and two under the profiler, which are not in the rate.
 """
 
+import logging
 import os
 import signal
 import statistics
@@ -18,21 +19,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
 from mc2_hpc.config import RunConfig, config_to_dict, with_settings, yaml_text
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_tail, shown
-from mc2_hpc.reading.json_file import Count, Foreign
-from mc2_hpc.storage import atomic_path, exclusive_folder, remove_folder
+from mc2_hpc.reading.json_file import Count, Foreign, parse_json
+from mc2_hpc.storage import exclusive_folder, remove_folder, write_text
 from mc2_hpc.training.launch import end_with_parent
 from mc2_hpc.training.log_errors import last_error, newest_log
 from mc2_hpc.training.run_state import read_state
+from mc2_hpc.training.status import METRICS
 from mc2_hpc.tuning.breakdown import Breakdown, read_profile, split_step
 from mc2_hpc.tuning.record import Status, TrialResult
-from mc2_hpc.tuning.space import Settings, text_of
+from mc2_hpc.tuning.space import Settings, name_of
+
+logger = logging.getLogger(__name__)
 
 _PROFILED = 2
 _SETTLE = 2
@@ -73,7 +77,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return " ".join(text_of(self.settings)) or "as given"
+        return name_of(self.settings)
 
     @property
     def run_config(self) -> RunConfig:
@@ -121,8 +125,7 @@ class Trial:
             with exclusive_folder(self.folder / "run", wait_s=_FREE_S):  # its ranks may still be ending
                 pass
         remove_folder(self.folder)
-        with atomic_path(self.yaml) as temporary:
-            temporary.write_text(yaml_text(config_to_dict(self.run_config)), encoding="utf-8")
+        write_text(self.yaml, yaml_text(config_to_dict(self.run_config)))
 
 
 class Runner(Protocol):
@@ -190,11 +193,14 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
             process.wait()
 
 
+_Rate = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class _Row(Foreign):
     step: Count
-    samples_per_second: float
-    steps_per_second: float
-    data_wait: float
+    samples_per_second: _Rate
+    steps_per_second: _Rate
+    data_wait: Annotated[float, msgspec.Meta(ge=0)]
 
 
 def read_result(trial: Trial, *, seconds: float, timed_out: bool, words: str = "") -> TrialResult:
@@ -214,11 +220,14 @@ def read_result(trial: Trial, *, seconds: float, timed_out: bool, words: str = "
     if timed_out:
         return result(status="timeout", error=f"not done after {trial.bound_s:.0f} s")
     output = Path(trial.run_config.output)
-    state = read_state(output) if output.is_dir() else None
+    try:
+        state = read_state(output) if output.is_dir() else None
+        rows = _measured(trial, output)
+    except UserError as error:
+        return result(status="crash", error=str(error))
     if state is None or state.state != "finished":
-        error = _error_of(trial, state.error.text if state is not None and state.error is not None else "", words)
-        return result(status=_kind(trial, error), error=error)
-    rows = _measured(trial, output)
+        text = _error_of(trial, state.error.text if state is not None and state.error is not None else "", words)
+        return result(status=_kind(trial, text), error=text)
     if not rows:
         return result(status="crash", error="it ended without rows of metrics")
     rates = [row.samples_per_second for row in rows]
@@ -232,21 +241,25 @@ def read_result(trial: Trial, *, seconds: float, timed_out: bool, words: str = "
 
 
 def _measured(trial: Trial, output: Path) -> list[_Row]:
-    path = output / "metrics.jsonl"
+    path = output / METRICS
     lines = read_tail(path, most=_MOST_BYTES).splitlines() if path.is_file() else []
-    rows = [msgspec.json.decode(line, type=_Row) for line in lines]
+    rows = [parse_json(line, _Row, path) for line in lines]
     return [row for row in rows if trial.warmup < row.step <= trial.warmup + trial.steps]
 
 
 def _waits(rows: Sequence[_Row], output: Path) -> Breakdown | None:
-    """None if there is no profile: then nothing tells how the step divides."""
+    """None, and a warning, if there is no whole profile: then nothing tells how the step divides."""
+    path = next((output / "profile").glob("rank-00000.*.trace.json.gz"), None)
+    if path is None:
+        logger.warning("%s: the trial left no profile, so its step is not divided", shown(output))
+        return None
+    try:
+        profile = read_profile(path)
+    except UserError as error:
+        logger.warning("%s; so the trial's step is not divided", error)
+        return None
     seconds = 1 / statistics.median(row.steps_per_second for row in rows)
-    for path in sorted((output / "profile").glob("rank-00000.*.trace.json.gz")):
-        try:
-            return split_step(seconds, statistics.fmean(row.data_wait for row in rows), read_profile(path))
-        except UserError:
-            return None
-    return None
+    return split_step(seconds, statistics.fmean(row.data_wait for row in rows), profile)
 
 
 def _error_of(trial: Trial, recorded: str, words: str) -> str:

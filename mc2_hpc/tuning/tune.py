@@ -7,6 +7,7 @@ out/best.yaml              the best settings, as overrides
 out/tune.json, tune.png    all trials, and their plot
 """
 
+import dataclasses
 import logging
 import os
 import time
@@ -21,16 +22,16 @@ from mc2_hpc import __version__
 from mc2_hpc.config import RunConfig, config_to_dict, load_config, with_settings
 from mc2_hpc.data.decode import resolve_backend
 from mc2_hpc.data.lanes import check_ranks
-from mc2_hpc.data.pools import open_sources
+from mc2_hpc.data.pools import OpenSource, open_sources
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.errors import UserError
-from mc2_hpc.storage import exclusive_folder
+from mc2_hpc.storage import exclusive_folder, fingerprint
 from mc2_hpc.training.step import num_micro_batches
 from mc2_hpc.tuning.fitting import Fitting
 from mc2_hpc.tuning.machines import Machine, examine
 from mc2_hpc.tuning.record import Record, TrialResult, run_hash, trial_key
 from mc2_hpc.tuning.search import Search
-from mc2_hpc.tuning.space import Settings, text_of
+from mc2_hpc.tuning.space import Settings, name_of
 from mc2_hpc.tuning.synthetic import synthetic_data
 from mc2_hpc.tuning.trial import LocalRunner, Runner, Trial
 
@@ -40,6 +41,9 @@ _FIRST_SHARE = 0.5
 """Of the time, for the first trial."""
 _PATIENCE, _PATIENCE_S = 4, 60.0
 """A later trial may take this many times as long as the first, and this many seconds more: to compile."""
+
+_MOST_STAMPS = 256
+"""Shards whose size and time tell data that were written again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +123,15 @@ def tune(
     with exclusive_folder(out):
         machine = machine or examine(ranks)
         config = given
-        _check(given, machine, synthetic=synthetic)
+        _check(given, machine)
         if synthetic:
             config = with_settings(given, synthetic_data(given, out / "synthetic", ranks=machine.ranks), str(path))
+        sources = open_sources(config.data) if synthetic else _checked_sources(config)
         fitting = Fitting(config, machine, caption_tokens=caption_tokens)
         if fitting.unknown:
             logger.info("memory is not planned, so trials may run out of it: %s", fitting.unknown)
         first = fitting.first_that_fits()
-        session = _Session(config, machine, out, runner or LocalRunner(), minutes=minutes, path=str(path))
+        session = _Session(config, machine, sources, out, runner or LocalRunner(), minutes=minutes, path=str(path))
         search = Search(
             config=config,
             machine=machine,
@@ -142,28 +147,37 @@ def tune(
     return Tuning(config=given, machine=machine, results=search.results, best=best, given=search.given)
 
 
-def _check(config: RunConfig, machine: Machine, *, synthetic: bool) -> None:
+def _check(config: RunConfig, machine: Machine) -> None:
     """Raise a :class:`UserError` for what would fail every trial."""
+    if config.stages:
+        raise UserError("stages: each has a fastest setting of its own; tune one with stages=[] and its settings")
     check_ranks(machine.ranks, config.data.lanes)
     num_micro_batches(config, machine.ranks)
     resolve_backend(config.data.decode, "train")
-    if synthetic:
-        return
+
+
+def _checked_sources(config: RunConfig) -> list[OpenSource]:
+    """The run's own data.
+
+    Raises:
+        UserError: shards or a tokenizer are missing.
+    """
     if not config.data.train:
         raise UserError("data.train is not set: name the shards, or add --synthetic to tune without data")
     try:
-        open_sources(config.data)
+        sources = open_sources(config.data)
         if config.data.tokenizer:
             Tokenizer(config.data.tokenizer, config.data.tokenizer_style, context_length=8)
     except UserError as error:
         raise UserError(f"{error}; or add --synthetic to tune without data") from None
     if not config.data.tokenizer and config.model.init_from is None:
         raise UserError("data.tokenizer is not set: name a sentencepiece model file, or add --synthetic")
+    return sources
 
 
 def _no_trial(results: Sequence[TrialResult], path: str, minutes: float) -> str:
     if results and results[0].status == "out of memory":
-        least = " ".join(text_of(results[-1].settings)) or "as given"
+        least = name_of(results[-1].settings)
         return f"{path}: every setting ran out of memory, {least} too: lower global_batch, or use more ranks"
     return f"{path}: not a single trial ended within --minutes {minutes:g}: give it more, or fewer --steps"
 
@@ -172,11 +186,19 @@ class _Session:
     """Measures settings: answers from the record what is in it, runs the rest, and keeps to the time."""
 
     def __init__(
-        self, config: RunConfig, machine: Machine, out: Path, runner: Runner, *, minutes: float, path: str
+        self,
+        config: RunConfig,
+        machine: Machine,
+        sources: Sequence[OpenSource],
+        out: Path,
+        runner: Runner,
+        *,
+        minutes: float,
+        path: str,
     ) -> None:
         self._config, self._machine, self._out, self._runner, self._path = config, machine, out, runner, path
         self._record = Record(out)
-        self._run = run_hash(_identity(config, machine))
+        self._run = run_hash(_identity(config, machine, sources))
         self._until = time.monotonic() + 60 * minutes
         self._first_s = 60 * minutes * _FIRST_SHARE
         self._first: TrialResult | None = None
@@ -217,7 +239,7 @@ class _Session:
             # Nothing about the settings: it is not recorded, so that a cure helps.
             raise UserError(f"{self._path}: cannot train as it is: {result.error} (log: {self._out / result.log})")
         self._record.add(result)
-        name = " ".join(text_of(result.settings)) or "as given"
+        name = name_of(result.settings)
         if result.ok:
             limit = f", most of it {result.waits.limit}" if result.waits is not None else ""
             logger.info("%s, %d steps: %.1f pairs/s%s", name, result.steps, result.pairs_per_second, limit)
@@ -225,13 +247,19 @@ class _Session:
             logger.info("%s, %d steps: %s: %s", name, result.steps, result.status, result.error)
 
 
-def _identity(config: RunConfig, machine: Machine) -> dict[str, Any]:
+def _identity(config: RunConfig, machine: Machine, sources: Sequence[OpenSource]) -> dict[str, Any]:
     """What a trial's result depends on, besides its settings and steps."""
     values = config_to_dict(config)
     for name in ("output", "steps", "log_every", "checkpoint", "eval", "profile", "log"):
         del values[name]
+    offered = dataclasses.asdict(machine)
+    del offered["memory_bytes"]  # of a CPU it is what is free at the moment
+    shards = [name for source in sources for name in source.shards.names]
+    files = shards[:: -(-len(shards) // _MOST_STAMPS)]
     return {
         "config": values,
-        "machine": [machine.name, machine.device_type, machine.ranks, machine.ranks_per_node],
+        "machine": offered,
+        "shards": shards,
+        "files": fingerprint([*map(Path, files), Path(config.data.tokenizer or os.devnull)]),
         "versions": [__version__, torch.__version__],
     }

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,14 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def images(make_jpeg: Callable[..., bytes]) -> list[bytes]:
     sizes = [(480, 640), (768, 1024), (500, 333), (301, 607)]
     return [make_jpeg(h, w, seed) for seed, (h, w) in enumerate(sizes)]
+
+
+def test_dali_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(UserError, match=r"DALI is not installed: pip install 'mc2_hpc\[dali\]'"):
+        resolve_backend("dali", "train")
 
 
 # Crop boxes

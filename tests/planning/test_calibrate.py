@@ -10,7 +10,7 @@ from mc2_hpc.config import config_to_dict
 from mc2_hpc.errors import UserError
 from mc2_hpc.planning import calibrate as calibrating
 from mc2_hpc.planning.calibrate import Measured, calibrate, read_measured, write_machine
-from mc2_hpc.planning.machines import read_gpu, read_network, usual_network
+from mc2_hpc.planning.machines import read_gpu, read_network
 from mc2_hpc.planning.predict import predict_step
 from mc2_hpc.planning.records import Work
 from tests.planning.test_predict import CONFIG, GIGA, GPU, NETWORK, TERA, trace
@@ -68,7 +68,12 @@ def test_files_are_read_back_with_their_source(tmp_path):
         write_machine(tmp_path / "machine.yaml", machine)
         assert read(str(tmp_path / "machine.yaml")) == machine
     assert f"fitted to {tmp_path / 'rows'} on 16 ranks" in found.gpu.fractions_source
-    assert usual_network("machine.yaml", dataclasses.replace(found.gpu, device="cpu")) == "loopback"
+
+
+@pytest.mark.parametrize("name", ["a100", "b200", "cpu"])
+def test_a_fitted_machine_keeps_its_usual_network(tmp_path, name):
+    write_machine(tmp_path / "machine.yaml", dataclasses.replace(read_gpu(name), products=0.3))
+    assert read_gpu(str(tmp_path / "machine.yaml")).network == read_gpu(name).network != "ndr"
 
 
 @pytest.fixture

@@ -2,9 +2,13 @@
 
 import dataclasses
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from mc2_hpc.distributed import Ranks
 from mc2_hpc.planning import planned_peak as module
 from mc2_hpc.planning.planned_peak import planned_peak
 from tests.faults.tiny_run import write_config, write_pool
+from tests.killing import started, wait_until
 
 CPU = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 TRAIN = """
@@ -30,6 +35,36 @@ def wait_and_say(line, row):
 planned_peak._Line.__call__ = wait_and_say
 sys.exit(main(["train", *sys.argv[1:]]))
 """
+START = """
+import sys, time
+from pathlib import Path
+import torch
+from mc2_hpc.config import config_from_dict
+from mc2_hpc.distributed import Ranks
+from mc2_hpc.planning import planned_peak
+
+planned_peak.peak_memory = lambda device: 1 << 30
+ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+with planned_peak.planned_peak(config_from_dict({}), ranks) as after_row:
+    path = Path(sys.argv[1])
+    path.with_suffix(".new").write_text(str(after_row._process.pid))
+    path.with_suffix(".new").rename(path)
+    time.sleep(600)
+"""
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
 
 
 def test_a_run_logs_it_once(tmp_path):
@@ -68,6 +103,34 @@ def test_a_plan_that_dies_is_one_line(measured, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     say(config_from_dict({}))
     assert measured.messages == ["no planned peak of memory: exit code 1"]
+
+
+@pytest.mark.parametrize("answer", ["5", "[]", '{"bytes": "many"}', '{"bytes": 0}', '{"bytes": NaN}', ""])
+def test_an_answer_that_is_none_is_one_line(measured, monkeypatch, tmp_path, answer):
+    plan = script(tmp_path / "plan", f"echo '{answer}'")
+    monkeypatch.setattr(sys, "executable", str(plan))
+    say(config_from_dict({}))
+    assert measured.messages == ["no planned peak of memory: exit code 0"]
+
+
+def test_a_run_does_not_wait_for_what_a_plan_leaves_running(measured, monkeypatch, tmp_path):
+    left = tmp_path / "left"
+    plan = script(tmp_path / "plan", f"sleep 300 & echo $! > {left}; exit 3")
+    monkeypatch.setattr(sys, "executable", str(plan))
+    say(config_from_dict({}))
+    assert measured.messages == ["no planned peak of memory: exit code 3"]
+    os.kill(int(left.read_text()), signal.SIGKILL)  # it was still running
+
+
+def test_a_run_that_is_killed_leaves_no_plan(tmp_path):
+    """Not even if it is killed before the plan can ask the kernel to end it too."""
+    with started([sys.executable, "-c", START, str(tmp_path / "plan")]) as run:
+        wait_until((tmp_path / "plan").exists, run)
+    pid = int((tmp_path / "plan").read_text())
+    deadline = time.monotonic() + 120
+    while is_running(pid):
+        assert time.monotonic() < deadline, "the plan outlives its run"
+        time.sleep(0.1)
 
 
 def test_a_plan_that_cannot_start_is_one_line(measured, monkeypatch):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import struct
 import sys
 import time
 
@@ -15,6 +16,10 @@ from mc2_hpc.planning.processes import TraceError, answers, in_processes
 def work(number, kind="square"):
     if kind == "die":
         os.kill(os.getpid(), 9)
+    if kind == "break off":
+        connection = sys._getframe(1).f_locals["connection"]
+        os.write(connection.fileno(), struct.pack("!i", 100) + b"less than 100 bytes")
+        os._exit(3)
     if kind == "refuse":
         raise UserError("no such size")
     if kind == "fail":
@@ -34,6 +39,7 @@ def test_results_are_in_order():
     ("kind", "kind_of_error", "message"),
     [
         ("die", TraceError, "a trace has no result: process [0-9]+ died \\(killed by SIGKILL; out of memory\\?\\)"),
+        ("break off", TraceError, "^a trace has no result: process [0-9]+ died \\(exit code 3\\)$"),
         ("refuse", UserError, "^no such size$"),
         ("fail", TraceError, "^a trace failed: ZeroDivisionError: a bug$"),
     ],

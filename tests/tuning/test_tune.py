@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from mc2_hpc.cli import main
 from mc2_hpc.config import load_config, with_settings
 from mc2_hpc.errors import UserError
+from mc2_hpc.planning.processes import TraceError
 from mc2_hpc.tuning.fitting import Fitting
 from mc2_hpc.tuning.record import TRIALS
 from mc2_hpc.tuning.report import write_config, write_report
@@ -51,6 +53,18 @@ def test_results_are_written_and_a_restart_repeats_nothing(module_config, tmp_pa
     other = TableRunner(rate)
     call(module_config, tmp_path, unplanned, other, "global_batch=16")
     assert len(other.ran) == 6
+
+
+def test_data_that_were_written_again_have_trials_of_their_own(module_config, tmp_path, unplanned):
+    own = load_config(module_config)
+    shards = shutil.copytree(own.data.train, tmp_path / "shards")
+    first, second, third = TableRunner(rate), TableRunner(rate), TableRunner(rate)
+    call(module_config, tmp_path / "out", unplanned, first, f"data.train={shards}", trials=2)
+    call(module_config, tmp_path / "out", unplanned, second, f"data.train={shards}", trials=2)
+    assert len(first.ran) == 2 and not second.ran
+    os.utime(sorted(shards.glob("*.tar"))[0], ns=(1, 1))
+    call(module_config, tmp_path / "out", unplanned, third, f"data.train={shards}", trials=2)
+    assert len(third.ran) == 2
 
 
 def test_the_report_and_the_copy_of_the_config(module_config, tmp_path, unplanned):
@@ -108,6 +122,10 @@ def test_no_time_at_all(module_config, tmp_path, unplanned):
         (["--gpu", "h100"], "--gpu is for --slurm"),
         (["--dry-run"], "--dry-run prints the batch script"),
         (["--processes", "2", "--slurm", "nodes=2"], "--processes is for ranks on this machine"),
+        (
+            ["stages=[{steps: 5}, {steps: 5}]", "steps=10"],
+            "stages: each has a fastest setting of its own; tune one with stages=[]",
+        ),
         (["modle.compile=true"], "unknown key 'modle'"),
     ],
 )
@@ -150,6 +168,29 @@ def test_a_batch_that_cannot_fit_says_what_would(module_config, tmp_path, machin
     line = str(raised.value)
     assert not runner.ran and "\n" not in line and cure in line
     assert line.startswith("global_batch=4096 does not fit 2 rank(s): micro_batch=256 model.recompute=full")
+
+
+def test_a_batch_that_cannot_fit_is_told_even_if_half_of_it_cannot_be_traced(
+    module_config, tmp_path, machine, imagined_peaks, monkeypatch
+):
+    imagined = Fitting.peaks
+
+    def peaks(fitting, settings):
+        if any("global_batch" in each for each in settings):
+            raise TraceError("a trace failed")
+        return imagined(fitting, settings)
+
+    monkeypatch.setattr(Fitting, "peaks", peaks)
+    with pytest.raises(
+        UserError, match="^global_batch=4096 does not fit .*; what would fit is not known: a trace failed$"
+    ):
+        call(
+            module_config,
+            tmp_path,
+            dataclasses.replace(machine, memory_bytes=300),
+            TableRunner(rate),
+            "global_batch=4096",
+        )
 
 
 def test_settings_that_do_not_fit_are_left_out(module_config, tmp_path, machine, imagined_peaks):
@@ -227,6 +268,43 @@ def test_how_a_trial_failed(trial, error, log, status, shown):
     found = read_result(trial, seconds=3.0, timed_out=False)
     assert found.status == status and shown in found.error and "\n" not in found.error
     assert found.seconds == 3.0 and found.waits is None
+
+
+ROW = {"step": 5, "samples_per_second": 10.0, "steps_per_second": 2.0, "data_wait": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([{**ROW, "steps_per_second": 0.0}], "steps_per_second"),
+        ([{**ROW, "samples_per_second": float("nan")}], "not valid JSON"),
+        ([{"step": 5}], "'samples_per_second' is missing"),
+        ([], "without rows of metrics"),
+    ],
+)
+def test_rows_that_are_none_are_a_failure(trial, rows, error):
+    finish(trial, "".join(json.dumps(row) + "\n" for row in rows))
+    found = read_result(trial, seconds=3.0, timed_out=False)
+    assert found.status == "crash" and error in found.error
+
+
+def test_a_trial_without_a_whole_profile_is_told(trial, caplog):
+    finish(trial, json.dumps(ROW) + "\n")
+    found = read_result(trial, seconds=3.0, timed_out=False)
+    assert found.ok and found.pairs_per_second == 10.0 and found.waits is None
+    (trial.folder / "run" / "profile").mkdir()
+    (trial.folder / "run" / "profile" / "rank-00000.steps-9-10.trace.json.gz").write_bytes(b"half")
+    assert read_result(trial, seconds=3.0, timed_out=False) == found
+    none, damaged = caplog.messages
+    assert "left no profile" in none and "not a whole profile" in damaged
+
+
+def finish(trial, rows):
+    trial.prepare()
+    output = trial.folder / "run"
+    output.mkdir()
+    (output / "state.json").write_text(json.dumps({**STATE, "state": "finished"}))
+    (output / "metrics.jsonl").write_text(rows)
 
 
 def test_a_crash_and_a_bound_with_real_processes(config, tmp_path):

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from mc2_hpc.cli import main
 from mc2_hpc.errors import UserError
-from mc2_hpc.tuning.cluster import cluster_machine
+from mc2_hpc.tuning.cluster import SlurmRunner, cluster_machine
+from mc2_hpc.tuning.trial import Trial
 
 SLURM = ["--slurm", "nodes=2", "gpus=0", "ranks=1", "cpus=1"]
 
@@ -35,6 +37,14 @@ def test_the_memory_of_a_gpu_is_known_by_its_name(monkeypatch):
         cluster_machine(options, gpu="h900")
     with pytest.raises(UserError, match="how many ranks per node"):
         cluster_machine({"gpus": "0"}, gpu=None)
+
+
+def test_nothing_is_submitted_once_the_time_is_up(config, tmp_path, monkeypatch):
+    trial = Trial(key="a", config=config, settings={}, steps=4, folder=tmp_path / "trials" / "a", ranks=2, bound_s=1)
+    monkeypatch.setenv("PATH", "")
+    reported = []
+    SlurmRunner({"gpus": "0", "ranks": "2"}).run([trial], reported.append, until=time.monotonic())
+    assert not reported and not trial.folder.exists()
 
 
 @pytest.fixture
