@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mc2_hpc.curation.matched import planned_settings, read_matched, read_settings, write_matched
-from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
 from mc2_hpc.drops import Drop
@@ -62,9 +62,9 @@ def plan_pack(pool: Names, matched: str | Path, out: str | Path, *, after_match:
     matched, out = Path(matched).absolute(), Path(out).absolute()
     settings = planned_settings(matched) if after_match else read_settings(matched)
     found = list_pool(pool)
-    check_elsewhere(found, out)
     in_pool = {shard.name: shard.images for shard in found}
     shards = settings.pop("shards")
+    check_elsewhere([*found, *(PoolShard(name, matched / f"{name}.parquet", None) for name in shards)], out)
     open_folder(out, SETTINGS, {"matched": settings}, shards)
     tars = {name: in_pool.get(name) for name in shards}
     stage = Stage("pack", out, tars, PackShard(matched, out), (STATS,))

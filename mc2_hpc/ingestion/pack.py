@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
@@ -85,9 +85,9 @@ def plan_pack(
     listings: dict[str, pa.Table] = {}
     inputs: Mapping[str, Any]
     work: PackFiles | PackTar | PackRows
+    pool: list[PoolShard] = []
     if found.kind is Kind.TARS:
         pool = list_pool(source)
-        check_elsewhere(pool, out)
         inputs = {shard.name: shard.images for shard in pool if shard.images is not None}
         work = PackTar(out, options)
     elif found.kind is Kind.ROWS:
@@ -101,6 +101,8 @@ def plan_pack(
         listings = dict(deal(rows, images_per_shard))
         inputs = {shard: _listing(out, shard) for shard in listings}
         work = PackFiles(out, folder, options)
+    # A table or a file of rows may be named like one of the shards.
+    check_elsewhere([*pool, *(PoolShard(file.stem, file, None) for file in found.files if file.stem in inputs)], out)
     open_folder(out, SETTINGS, settings, list(inputs))
     for shard, rows in listings.items():
         write_listing(_listing(out, shard), rows)

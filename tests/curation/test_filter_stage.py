@@ -13,6 +13,7 @@ from PIL import Image
 
 from mc2_hpc import jobs
 from mc2_hpc.cli import main
+from mc2_hpc.curation.deduplicate import plan_deduplicate
 from mc2_hpc.curation.filter import plan_filter
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.pack import plan_pack
@@ -376,6 +377,24 @@ def test_a_pool_is_not_filtered_or_packed_over_itself(tmp_path):
         with pytest.raises(UserError, match="pool: holds the shards that are read; name another folder"):
             plan()
     assert in_tar(pool / "0.tar") == before and sorted(path.name for path in pool.iterdir()) == ["0.parquet", "0.tar"]
+
+
+def test_a_pool_is_not_matched_over_itself_nor_packed_over_its_match(tmp_path, make_pool):
+    pool, metadata, matched = make_pool(1), tmp_path / "metadata", tmp_path / "matched"
+    jobs.run(plan_match(pool, metadata, matched))
+    before = [(folder / "0.parquet").read_bytes() for folder in (pool, matched)]
+    for plan in (
+        lambda: plan_match(pool, metadata, pool),
+        lambda: plan_pack(pool, matched, pool),
+        lambda: plan_pack(pool, matched, matched),
+    ):
+        with pytest.raises(UserError, match="holds the shards that are read; name another folder"):
+            plan()
+    assert [(folder / "0.parquet").read_bytes() for folder in (pool, matched)] == before
+    (pool / "0.tar").unlink()
+    with pytest.raises(UserError, match="pool: holds the shards that are read; name another folder"):
+        plan_deduplicate(pool, pool)
+    assert [path.name for path in pool.iterdir()] == ["0.parquet"]
 
 
 def test_recorded_options_are_those_of_the_constructor(tmp_path, module):

@@ -268,6 +268,17 @@ def test_a_tar_or_table_that_was_written_again_is_packed_again(tmp_path):
     assert (tmp_path / "out" / "one.tar").stat().st_mtime_ns == before
 
 
+def test_a_file_of_rows_is_not_packed_over_itself(tmp_path):
+    """Its name may be that of a shard."""
+    path = tmp_path / "00000.parquet"
+    pq.write_table(pa.table({"image": [picture(1)], "text": ["a cat"]}), path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="holds the shards that are read; name another folder"):
+        pack(path, tmp_path)
+    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert pack(path, tmp_path / "out")["images"] == 1
+
+
 def test_rows_of_the_same_size_are_packed_again(tmp_path):
     def write(text):
         table = pa.table({"image": [picture(1)], "text": [text]})
