@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from mc2_hpc.curation.matched import planned_settings, read_matched, read_settings, write_matched
 from mc2_hpc.curation.pool.captions import PoolShard, list_pool
-from mc2_hpc.curation.pool.copying import check_elsewhere
+from mc2_hpc.curation.pool.copying import check_elsewhere, remove_shard
 from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
@@ -99,6 +99,8 @@ class PackShard:
                 with atomic_path(self.out / f"{name}.tar") as temporary:
                     write_tar(temporary, _files(index, images))
                 write_matched(self.out / f"{name}.parquet", rows)
+            else:
+                remove_shard(self.out, name)
         stats = {"images": len(images), "texts": len(rows), "drops": dict(drops)}
         write_json(stats_path(self.out, name), stats)
 

@@ -367,6 +367,17 @@ def test_files_of_an_earlier_run_do_not_stay_when_nothing_does(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("?.*")) == ["1.parquet", "1.tar"]
 
 
+def test_packed_files_of_an_earlier_run_do_not_stay_when_nothing_does(tmp_path, make_pool):
+    pool, matched = make_pool(2), tmp_path / "matched"
+    jobs.run(plan_match(pool, tmp_path / "metadata", matched))
+    jobs.run(plan_pack(pool, matched, tmp_path / "out"))
+    assert (tmp_path / "out" / "0.tar").exists()
+    write_tar(pool / "0.tar", [("other.jpg", b"image")])
+    (tmp_path / "out" / "stats" / "0.json").unlink()
+    jobs.run(plan_pack(pool, matched, tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("?.*")) == ["1.parquet", "1.tar"]
+
+
 def test_a_pool_is_not_filtered_or_packed_over_itself(tmp_path):
     pool = write_shard(tmp_path / "pool", "0", {"a.jpg": encoded(size=(30, 30))}, [("a", "x", "en")])
     before = in_tar(pool / "0.tar")
