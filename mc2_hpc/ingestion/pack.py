@@ -51,7 +51,7 @@ def plan_pack(
 
     Images keep their bytes, unless ``options.resize`` is set, and are decoded once, so that none is stored that
     training would skip. Files and tables are listed here. Shards that are already packed are skipped, unless a file
-    that they are made of was written again since.
+    that they are made of was written again since; images that rows name by path are not looked at for that.
 
     Args:
         source: see :mod:`mc2_hpc.ingestion.source`.
