@@ -59,7 +59,7 @@ def plan_deduplicate(pool: str | Path, out: str | Path, *, shards: int | None = 
         :func:`~mc2_hpc.curation.pool.captions.iter_captions`
 
     Raises:
-        UserError: the pool does not exist or has images, or the folder was made from another pool.
+        UserError: the pool does not exist, has images or is in ``out``, or that folder was made from another pool.
     """
     out = Path(out).absolute()
     inputs = _inputs(Path(pool).absolute())

@@ -75,7 +75,7 @@ def plan_match(
         captions, by language) and ``languages``
 
     Raises:
-        UserError: invalid pool, metadata, settings or filters.
+        UserError: invalid pool, metadata, settings or filters, or ``out`` is the pool's folder.
     """
     out = Path(out).absolute()
     check_mode(mode)

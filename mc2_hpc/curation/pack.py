@@ -57,7 +57,7 @@ def plan_pack(pool: Names, matched: str | Path, out: str | Path, *, after_match:
         ``image_unsupported``, ``name_unsafe``, ``name_too_long``
 
     Raises:
-        UserError: unfinished input; when the result is computed, if no image was written.
+        UserError: unfinished input, or input in ``out``; when the result is computed, if no image was written.
     """
     matched, out = Path(matched).absolute(), Path(out).absolute()
     settings = planned_settings(matched) if after_match else read_settings(matched)

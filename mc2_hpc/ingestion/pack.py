@@ -66,8 +66,8 @@ def plan_pack(
         caption of a kept image is kept or one drop.
 
     Raises:
-        UserError: not a known source, or a folder made with other settings; when the result is computed, if nothing
-            was kept.
+        UserError: not a known source, one in ``out`` that would be written over, or a folder made with other settings;
+            when the result is computed, if nothing was kept.
     """
     out, columns, options = Path(out).absolute(), columns or Columns(), options or PackOptions()
     found = recognise(source)
