@@ -1,5 +1,7 @@
-"""The repository's pages are consistent: every page is linked, links resolve, and there is one version."""
+"""The repository's pages are consistent: every page is linked, links resolve, there is one version, and numbers are
+those of the rows."""
 
+import json
 import re
 from pathlib import Path
 
@@ -55,3 +57,51 @@ def test_the_citation_names_what_it_must():
     assert citation["license"] == "Apache-2.0"
     (paper,) = citation["references"]
     assert paper["identifiers"][0]["value"] == "arXiv:2507.22062" and paper["authors"]
+
+
+def measured(benchmark):
+    """The committed rows of a benchmark on CPUs."""
+    (path,) = (ROOT / "benchmarks" / "results").glob(f"*_cpu_{benchmark}.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+MEASURED = [
+    ("training a small model", "train", "{samples_per_second_vs_open_clip:.2f}x; {full_vocab_vs_open_clip:.1f}x"),
+    ("captions without padding", "packing", "{multi30k_text_tower_vs_padded:.1f}x; {multi30k_step_vs_padded:.1f}x"),
+    (
+        "contrastive loss of 8,192 pairs",
+        "contrastive",
+        "{speed_vs_open_clip_b8192:.2f}x faster; {vs_open_clip_b8192_memory:.2f}x",
+    ),
+    ("first curation stage", "curation", "{match_vs_release:.1f}x; {sample_vs_release:.1f}x"),
+    (
+        "reading tars",
+        "loader",
+        "{tar_vs_webdataset:.1f}x; {decode_fast_vs_open_clip:.1f}x, {decode_exact_vs_open_clip:.1f}x; "
+        "{loader_vs_open_clip:.1f}x",
+    ),
+    ("retrieval on 3,600 images", "eval", "{retrieval_vs_clip_benchmark:.1f}x; {features_vs_open_clip:.1f}x"),
+    ("copies among a million", "dedup", "{vs_faiss_multi_hash:.0f}x; {recall:.2f}, {precision:.2f}"),
+    ("fetching images", "fetch", "{vs_img2dataset:.1f}x; {resized_vs_img2dataset:.1f}x"),
+    ("how long training waits", "checkpoint", "{stall_vs_open_clip:.1f}x shorter"),
+]
+
+
+@pytest.mark.parametrize("begins, benchmark, result", MEASURED, ids=[one[1] for one in MEASURED])
+def test_the_readme_has_the_ratios_of_the_rows(begins, benchmark, result):
+    (line,) = re.findall(
+        rf"^\| {begins}.* \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert line == result.format(**measured(benchmark)["ratios"])
+
+
+def test_the_table_of_damaged_inputs_is_that_of_the_row():
+    page, found = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8"), measured("fuzz")
+    _, _, table = page.partition("| input | one line,")
+    rows = {
+        name: (int(line), int(done)) for name, line, done in re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \|$", table, re.M)
+    }
+    assert rows.pop("all") == tuple(map(sum, zip(*rows.values(), strict=True)))
+    assert rows == {row["input"]: (row["one line"], row["done"]) for row in found["rows"]} and not found["faults"]
+    inputs, seconds = found["config"]["inputs"], found["seconds"]
+    assert f"sends {inputs:,} damaged inputs" in page and f"{seconds} s on two cores" in page

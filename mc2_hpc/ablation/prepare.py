@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mc2_hpc import jobs
 from mc2_hpc.ablation.addresses import address
@@ -34,7 +33,7 @@ from mc2_hpc.metadata.files import metadata_files, read_entries, write_entries
 from mc2_hpc.metadata.languages import known_code
 from mc2_hpc.reading.parquet_file import open_parquet
 from mc2_hpc.shard_paths import list_shards
-from mc2_hpc.storage import atomic_path, is_complete, mark_complete, write_array, write_json
+from mc2_hpc.storage import is_complete, mark_complete, write_array, write_json, write_table
 
 ENGLISH = "en"
 
@@ -140,8 +139,7 @@ def _pool_view(pool: Path, folder: Path, languages: list[str], relabel: bool) ->
         if relabel:
             place = table.column_names.index(LANG)
             table = table.set_column(place, LANG, pa.array([ENGLISH] * len(table), pa.string()))
-        with atomic_path(folder / f"{shard.name}.parquet") as temporary:
-            pq.write_table(table, temporary)
+        write_table(folder / f"{shard.name}.parquet", table)
         _link(shard.images, folder / f"{shard.name}.tar")
     missing = sorted(set(languages) - {known_code(code, languages) for code in found})
     if missing:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.draw_kernels import hash_column
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
@@ -58,10 +59,11 @@ def plan_deduplicate(pool: str | Path, out: str | Path, *, shards: int | None = 
         :func:`~mc2_hpc.curation.pool.captions.iter_captions`
 
     Raises:
-        UserError: the pool does not exist or has images, or the folder was made from another pool.
+        UserError: the pool does not exist, has images or is in ``out``, or that folder was made from another pool.
     """
     out = Path(out).absolute()
     inputs = _inputs(Path(pool).absolute())
+    check_elsewhere(inputs.values(), out)
     columns = _columns(next(iter(inputs.values())))
     partitions = _number_of_shards(out, inputs, shards)
     names = {f"{number:05d}": number for number in range(partitions)}

@@ -16,7 +16,7 @@ from mc2_hpc.caption_tables import KEY, SOURCE, column_types
 from mc2_hpc.curation.fetching.options import FetchOptions
 from mc2_hpc.curation.filters import counted
 from mc2_hpc.curation.pool.captions import FETCH_SETTINGS, OUTCOMES, PoolShard, iter_captions, list_pool
-from mc2_hpc.curation.pool.copying import check_elsewhere
+from mc2_hpc.curation.pool.copying import check_elsewhere, remove_shard
 from mc2_hpc.errors import UserError
 from mc2_hpc.jobs import REDO, STATS, Plan, Stage, open_folder, stats_path, sum_kept
 from mc2_hpc.reading.json_file import Count, File, read_json
@@ -119,6 +119,8 @@ class FetchShard:
                 with atomic_path(self.out / f"{name}.tar") as temporary:
                     write_tar(temporary, ledger.images())
                 texts = _write_captions(self.out / f"{name}.parquet", captions, kept["key"])
+            else:
+                remove_shard(self.out, name)
             write_table(self.out / OUTCOMES / f"{name}.parquet", outcomes)
             drops.update(counted(outcomes["reason"]))
             stats = {

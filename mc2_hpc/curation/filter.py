@@ -18,7 +18,7 @@ from mc2_hpc.curation.filtering.images import PoolImage
 from mc2_hpc.curation.filtering.judge import Judge, OpenFilter, open_filters
 from mc2_hpc.curation.filtering.record import FilterStats, pool_filters
 from mc2_hpc.curation.pool.captions import FILTER_SETTINGS, VERDICTS, PoolShard, iter_captions, list_pool
-from mc2_hpc.curation.pool.copying import check_elsewhere
+from mc2_hpc.curation.pool.copying import check_elsewhere, remove_shard
 from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
 from mc2_hpc.curation.pool.language_id import (
     DEFAULT_IDENTIFIER,
@@ -120,8 +120,7 @@ class FilterShard:
 
     def __call__(self, name: str, shard: PoolShard) -> None:
         assert shard.images is not None
-        for kind in ("tar", "parquet"):  # of an earlier run, which this one may replace by nothing
-            (self.out / f"{name}.{kind}").unlink(missing_ok=True)
+        remove_shard(self.out, name)  # of an earlier run, which this one may replace by nothing
         num_rows, rows, drops = self._rows(shard)
         judge = Judge(self._filters, rows)
         with TarIndex(shard.images) as index:

@@ -31,6 +31,7 @@ from mc2_hpc.curation.matched import (
 from mc2_hpc.curation.matching.matcher import LAST_SAVED, Matcher, is_saved
 from mc2_hpc.curation.matching.rules import check_mode, mode_settings
 from mc2_hpc.curation.pool.captions import PoolShard, iter_captions, list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.distinct import Distinct
 from mc2_hpc.curation.pool.language_codes import bounded, in_known_languages
 from mc2_hpc.curation.pool.language_id import (
@@ -74,13 +75,14 @@ def plan_match(
         captions, by language) and ``languages``
 
     Raises:
-        UserError: invalid pool, metadata, settings or filters.
+        UserError: invalid pool, metadata, settings or filters, or ``out`` is the pool's folder.
     """
     out = Path(out).absolute()
     check_mode(mode)
     if Path(language_id).is_file():
         language_id = Path(language_id).absolute()
     shards = {shard.name: shard for shard in list_pool(pool)}
+    check_elsewhere(shards.values(), out)
     languages = metadata_files(Path(metadata).absolute())
     settings: dict[str, Any] = {
         **mode_settings(mode),

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mc2_hpc.curation.matched import planned_settings, read_matched, read_settings, write_matched
-from mc2_hpc.curation.pool.captions import list_pool
-from mc2_hpc.curation.pool.copying import check_elsewhere
+from mc2_hpc.curation.pool.captions import PoolShard, list_pool
+from mc2_hpc.curation.pool.copying import check_elsewhere, remove_shard
 from mc2_hpc.curation.pool.image_tars import TarIndex, packed_name, writable_images
 from mc2_hpc.drops import Drop
 from mc2_hpc.errors import UserError
@@ -57,14 +57,14 @@ def plan_pack(pool: Names, matched: str | Path, out: str | Path, *, after_match:
         ``image_unsupported``, ``name_unsafe``, ``name_too_long``
 
     Raises:
-        UserError: unfinished input; when the result is computed, if no image was written.
+        UserError: unfinished input, or input in ``out``; when the result is computed, if no image was written.
     """
     matched, out = Path(matched).absolute(), Path(out).absolute()
     settings = planned_settings(matched) if after_match else read_settings(matched)
     found = list_pool(pool)
-    check_elsewhere(found, out)
     in_pool = {shard.name: shard.images for shard in found}
     shards = settings.pop("shards")
+    check_elsewhere([*found, *(PoolShard(name, matched / f"{name}.parquet", None) for name in shards)], out)
     open_folder(out, SETTINGS, {"matched": settings}, shards)
     tars = {name: in_pool.get(name) for name in shards}
     stage = Stage("pack", out, tars, PackShard(matched, out), (STATS,))
@@ -99,6 +99,8 @@ class PackShard:
                 with atomic_path(self.out / f"{name}.tar") as temporary:
                     write_tar(temporary, _files(index, images))
                 write_matched(self.out / f"{name}.parquet", rows)
+            else:
+                remove_shard(self.out, name)
         stats = {"images": len(images), "texts": len(rows), "drops": dict(drops)}
         write_json(stats_path(self.out, name), stats)
 

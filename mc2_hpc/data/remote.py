@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from mc2_hpc.data.skips import ShardError
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.storage import NO_LOCKS
 
 _BLOCK = 8 << 20
@@ -97,7 +97,7 @@ def patiently(call: Callable[[], _T], address: str, patience_s: float) -> _T:
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except Exception as error:  # every package behind fsspec has its own errors
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             if (status := getattr(error, "status", None)) in _REFUSALS:
                 raise PermissionError(f"{address}: HTTP status {status}") from None
             if not _may_pass(error):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mc2_hpc.curation.pool.captions import list_pool
+from mc2_hpc.curation.pool.captions import PoolShard, list_pool
 from mc2_hpc.curation.pool.copying import check_elsewhere
 from mc2_hpc.curation.pool.image_tars import TarIndex
 from mc2_hpc.errors import UserError
@@ -51,7 +51,7 @@ def plan_pack(
 
     Images keep their bytes, unless ``options.resize`` is set, and are decoded once, so that none is stored that
     training would skip. Files and tables are listed here. Shards that are already packed are skipped, unless a file
-    that they are made of was written again since.
+    that they are made of was written again since; images that rows name by path are not looked at for that.
 
     Args:
         source: see :mod:`mc2_hpc.ingestion.source`.
@@ -66,8 +66,8 @@ def plan_pack(
         caption of a kept image is kept or one drop.
 
     Raises:
-        UserError: not a known source, or a folder made with other settings; when the result is computed, if nothing
-            was kept.
+        UserError: not a known source, one in ``out`` that would be written over, or a folder made with other settings;
+            when the result is computed, if nothing was kept.
     """
     out, columns, options = Path(out).absolute(), columns or Columns(), options or PackOptions()
     found = recognise(source)
@@ -85,9 +85,9 @@ def plan_pack(
     listings: dict[str, pa.Table] = {}
     inputs: Mapping[str, Any]
     work: PackFiles | PackTar | PackRows
+    pool: list[PoolShard] = []
     if found.kind is Kind.TARS:
         pool = list_pool(source)
-        check_elsewhere(pool, out)
         inputs = {shard.name: shard.images for shard in pool if shard.images is not None}
         work = PackTar(out, options)
     elif found.kind is Kind.ROWS:
@@ -101,6 +101,8 @@ def plan_pack(
         listings = dict(deal(rows, images_per_shard))
         inputs = {shard: _listing(out, shard) for shard in listings}
         work = PackFiles(out, folder, options)
+    # A table or a file of rows may be named like one of the shards.
+    check_elsewhere([*pool, *(PoolShard(file.stem, file, None) for file in found.files if file.stem in inputs)], out)
     open_folder(out, SETTINGS, settings, list(inputs))
     for shard, rows in listings.items():
         write_listing(_listing(out, shard), rows)

@@ -119,7 +119,9 @@ def part_samples(part: RowsPart, columns: Columns, folder: ImageFolder) -> Itera
         if first >= part.first_row + part.end - part.begin:
             return
         if first >= part.first_row:
-            yield _sample(key, [row, *(row for _, row in group)], folder)
+            # Of the other rows only the captions: each has the image again.
+            captions = [*captions_in(*row), *(caption for _, more in group for caption in captions_in(*more))]
+            yield _sample(key, _image(*row), captions, folder)
 
 
 def _identity(number: int, fields: dict[str, Any], used: Columns) -> tuple[str, bytes | str | None]:
@@ -139,8 +141,10 @@ def _image(fields: dict[str, Any], used: Columns) -> tuple[bytes | None, str | N
     return (value, None) if isinstance(value, bytes) else (None, None)
 
 
-def _sample(key: str, rows: list[tuple[dict[str, Any], Columns]], folder: ImageFolder) -> Sample:
-    data, path = _image(*rows[0])
+def _sample(
+    key: str, found: tuple[bytes | None, str | None], captions: list[Caption | Dropped], folder: ImageFolder
+) -> Sample:
+    data, path = found
 
     def image() -> bytes:
         if data is not None:
@@ -149,10 +153,7 @@ def _sample(key: str, rows: list[tuple[dict[str, Any], Columns]], folder: ImageF
             raise Dropped(Drop.IMAGE_MISSING)
         return folder.read(path)
 
-    def captions() -> list[Caption | Dropped]:
-        return [caption for fields, used in rows for caption in captions_in(fields, used)]
-
-    return Sample(key, path or "", image, captions)
+    return Sample(key, path or "", image, lambda: captions)
 
 
 def _rows(file: Path, begin: int, columns: Columns) -> Iterator[tuple[dict[str, Any], Columns]]:

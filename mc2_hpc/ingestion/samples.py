@@ -15,6 +15,7 @@ import simplejpeg
 from mc2_hpc.caption_tables import KEY, LANG, TEXT
 from mc2_hpc.curation.fetching.stored import plain_jpeg_shape, store
 from mc2_hpc.curation.matched import write_matched
+from mc2_hpc.curation.pool.copying import remove_shard
 from mc2_hpc.curation.pool.language_id import LanguageIdentifier, make_identifier
 from mc2_hpc.drops import Drop, Dropped, log_skip
 from mc2_hpc.images import MAX_PIXELS, load_rgb, open_image
@@ -92,15 +93,13 @@ def write_samples(
         made_of: recorded in the counters, see :class:`~mc2_hpc.ingestion.pack.PackFiles`.
     """
     kept = _Kept(drops=drops)
-    paths = {kind: out / f"{shard}.{kind}" for kind in ("tar", "parquet")}
-    with atomic_path(paths["tar"]) as temporary:
+    with atomic_path(out / f"{shard}.tar") as temporary:
         write_tar(temporary, _files(samples, options, kept))
     languages = _languages(kept.rows, options)
     if kept.images:
-        write_matched(paths["parquet"], _table(kept.rows, languages))
+        write_matched(out / f"{shard}.parquet", _table(kept.rows, languages))
     else:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
+        remove_shard(out, shard)
     stats = {
         "images": kept.images,
         "texts": len(kept.rows),

@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mc2_hpc.quickstart.captions import LANGUAGES, NUMBERS, draw_caption, draw_noise, number_names
 from mc2_hpc.quickstart.images import HandwrittenDigits, draw_number, load_handwriting
-from mc2_hpc.storage import atomic_path
+from mc2_hpc.storage import atomic_path, write_table
 from mc2_hpc.tar import write_tar
 
 _CAPTION_COUNTS = (0.35, 0.35, 0.2, 0.1)
@@ -116,7 +115,7 @@ def _write_pool_shard(
                 text = draw_caption(lang, names[lang][number], rng)
             rows.append({"key": key, "text": text, "lang": lang, "source": "alt"})
     _write_images(stem.with_suffix(".tar"), images)
-    _write_rows(stem.with_suffix(".parquet"), rows)
+    write_table(stem.with_suffix(".parquet"), pa.Table.from_pylist(rows))
     return len(rows)
 
 
@@ -135,18 +134,13 @@ def _write_heldout(
                 rows.append({"key": key, "text": text, "lang": lang, "source": "heldout", "number": number})
         stem = folder / "heldout" / f"heldout-{fold:05d}"
         _write_images(stem.with_suffix(".tar"), images)
-        _write_rows(stem.with_suffix(".parquet"), rows)
+        write_table(stem.with_suffix(".parquet"), pa.Table.from_pylist(rows))
         labelled += [
             {"key": key, "label": str(number), "jpg": jpeg} for (key, jpeg), number in zip(images, NUMBERS, strict=True)
         ]
-    _write_rows(folder / "heldout.parquet", labelled)
+    write_table(folder / "heldout.parquet", pa.Table.from_pylist(labelled))
 
 
 def _write_images(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
     with atomic_path(path) as temporary:
         write_tar(temporary, ((f"{key}.jpg", jpeg) for key, jpeg in images))
-
-
-def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")

@@ -29,6 +29,9 @@ def map_array(
 ) -> npt.NDArray[Any]:
     """An NPY file, memory-mapped read-only.
 
+    It stays open as long as the array exists, so this process may open as many files afterwards as the system allows
+    (:func:`~mc2_hpc.reading.files.raise_open_files`).
+
     Args:
         length: of the first dimension, if known.
         cure: how to get a good file, for the end of the message.
@@ -37,7 +40,7 @@ def map_array(
         UserError: no such file, damaged, or wrong type, number of dimensions or length.
     """
     size = check_regular(path)
-    raise_open_files()  # every map keeps its file open, and a table per language can be more than the usual 1,024
+    raise_open_files()  # a table per language can be more than the usual 1,024
     tail = f"; {cure}" if cure else ""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -145,6 +145,17 @@ def test_nested_shards_and_a_shard_without_images(server, tmp_path):
     assert server.requests == {"/x": 1, "/gone": 1}
 
 
+def test_images_of_an_earlier_run_do_not_stay_when_none_can_be_fetched(server, tmp_path):
+    pool = write_pool(tmp_path / "pool", {"a": server.image("/a", encoded())}, {"b": server.image("/b", encoded())})
+    fetch(pool, tmp_path / "out")
+    assert (tmp_path / "out" / "0.tar").exists()
+    del server.handlers["/a"]
+    (tmp_path / "out" / "stats" / "0.json").unlink()
+    counters = fetch(pool, tmp_path / "out")
+    assert counters["images"] == 1 and counters["drops"] == {"http_404": 1}
+    assert sorted(path.name for path in (tmp_path / "out").glob("?.*")) == ["1.parquet", "1.tar"]
+
+
 def test_opting_out_is_obeyed_or_not_as_told(server, tmp_path):
     tags = {"all": "noindex", "us": "mc2_hpc: noai", "them": "otherbot: noai, noindex", "until": "max-snippet: 5"}
     pool = write_pool(tmp_path / "pool", {k: server.image(f"/{k}", encoded(), X_Robots_Tag=v) for k, v in tags.items()})

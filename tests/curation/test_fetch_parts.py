@@ -17,7 +17,7 @@ from mc2_hpc.curation.fetching.client import retry_after, unpacked
 from mc2_hpc.curation.fetching.hosts import HostQueue
 from mc2_hpc.curation.fetching.ledger import Ledger
 from mc2_hpc.curation.fetching.robots import OPT_OUT, opts_out
-from mc2_hpc.curation.fetching.stored import StoredImage, kept_jpeg, store
+from mc2_hpc.curation.fetching.stored import StoredImage, _reduced_to, kept_jpeg, store
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.images import load_rgb, open_image
 from tests.curation.image_server import encoded
@@ -132,6 +132,14 @@ def test_everything_else_becomes_a_small_jpeg(data, size):
     assert image.extension == "jpg" and image.data[:2] == b"\xff\xd8" and (image.width, image.height) == size
     reference = load_rgb(open_image(data)).resize(size, Image.Resampling.LANCZOS)
     assert np.abs(decoded(image.data) - np.asarray(reference, int)).mean() < 6
+
+
+@pytest.mark.parametrize("size", [(30, 20), (97, 61), (1, 1), (199, 3)])
+def test_reducing_equals_pillow_to_one_level(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (122, 200, 3), dtype=np.uint8)
+    reference = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    reduced = _reduced_to(pixels, *size).astype(int)
+    assert reduced.shape == (size[1], size[0], 3) and np.abs(reduced - np.asarray(reference, int)).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mc2_hpc import jobs
 from mc2_hpc.cli import main
+from mc2_hpc.curation.deduplicate import plan_deduplicate
 from mc2_hpc.curation.filter import plan_filter
 from mc2_hpc.curation.match import plan_match
 from mc2_hpc.curation.pack import plan_pack
@@ -366,6 +367,17 @@ def test_files_of_an_earlier_run_do_not_stay_when_nothing_does(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("?.*")) == ["1.parquet", "1.tar"]
 
 
+def test_packed_files_of_an_earlier_run_do_not_stay_when_nothing_does(tmp_path, make_pool):
+    pool, matched = make_pool(2), tmp_path / "matched"
+    jobs.run(plan_match(pool, tmp_path / "metadata", matched))
+    jobs.run(plan_pack(pool, matched, tmp_path / "out"))
+    assert (tmp_path / "out" / "0.tar").exists()
+    write_tar(pool / "0.tar", [("other.jpg", b"image")])
+    (tmp_path / "out" / "stats" / "0.json").unlink()
+    jobs.run(plan_pack(pool, matched, tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("?.*")) == ["1.parquet", "1.tar"]
+
+
 def test_a_pool_is_not_filtered_or_packed_over_itself(tmp_path):
     pool = write_shard(tmp_path / "pool", "0", {"a.jpg": encoded(size=(30, 30))}, [("a", "x", "en")])
     before = in_tar(pool / "0.tar")
@@ -376,6 +388,24 @@ def test_a_pool_is_not_filtered_or_packed_over_itself(tmp_path):
         with pytest.raises(UserError, match="pool: holds the shards that are read; name another folder"):
             plan()
     assert in_tar(pool / "0.tar") == before and sorted(path.name for path in pool.iterdir()) == ["0.parquet", "0.tar"]
+
+
+def test_a_pool_is_not_matched_over_itself_nor_packed_over_its_match(tmp_path, make_pool):
+    pool, metadata, matched = make_pool(1), tmp_path / "metadata", tmp_path / "matched"
+    jobs.run(plan_match(pool, metadata, matched))
+    before = [(folder / "0.parquet").read_bytes() for folder in (pool, matched)]
+    for plan in (
+        lambda: plan_match(pool, metadata, pool),
+        lambda: plan_pack(pool, matched, pool),
+        lambda: plan_pack(pool, matched, matched),
+    ):
+        with pytest.raises(UserError, match="holds the shards that are read; name another folder"):
+            plan()
+    assert [(folder / "0.parquet").read_bytes() for folder in (pool, matched)] == before
+    (pool / "0.tar").unlink()
+    with pytest.raises(UserError, match="pool: holds the shards that are read; name another folder"):
+        plan_deduplicate(pool, pool)
+    assert [path.name for path in pool.iterdir()] == ["0.parquet"]
 
 
 def test_recorded_options_are_those_of_the_constructor(tmp_path, module):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,8 @@ from PIL import Image
 
 from mc2_hpc.errors import UserError
 from mc2_hpc.ingestion.columns import Columns
+from mc2_hpc.ingestion.image_files import ImageFolder
+from mc2_hpc.ingestion.rows import cut_rows, part_samples
 from mc2_hpc.ingestion.samples import PackOptions
 from mc2_hpc.tar import write_tar
 from tests.ingestion.sources import pack, picture, read_back
@@ -133,6 +136,22 @@ def test_an_image_is_its_bytes_whatever_its_path(tmp_path):
     pq.write_table(table, tmp_path / "t.parquet")
     assert not pack(tmp_path / "t.parquet", tmp_path / "out")["drops"]
     assert read_back(tmp_path / "out") == {"a": (picture(1), [("x", "en"), ("y", "en")])}
+
+
+def test_the_image_of_many_rows_is_held_once(tmp_path):
+    image, rows = bytes(1 << 18), 400
+    table = pa.table({"image": [image] * rows, "key": ["a"] * rows, "text": [f"text {n}" for n in range(rows)]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    del table
+    (part,) = cut_rows([tmp_path / "t.parquet"], Columns(), rows)
+    tracemalloc.start()
+    try:
+        (sample,) = part_samples(part, Columns(), ImageFolder(tmp_path, False))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sample.image() == image and len(sample.captions()) == rows
+    assert peak < 0.5 * rows * len(image)
 
 
 def test_rows_that_name_their_image_by_path(tmp_path):
@@ -266,6 +285,17 @@ def test_a_tar_or_table_that_was_written_again_is_packed_again(tmp_path):
     pack(source, tmp_path / "out")
     assert read_back(tmp_path / "out") == {**found, "two": (picture(2), [("a bird", "en")])}
     assert (tmp_path / "out" / "one.tar").stat().st_mtime_ns == before
+
+
+def test_a_file_of_rows_is_not_packed_over_itself(tmp_path):
+    """Its name may be that of a shard."""
+    path = tmp_path / "00000.parquet"
+    pq.write_table(pa.table({"image": [picture(1)], "text": ["a cat"]}), path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="holds the shards that are read; name another folder"):
+        pack(path, tmp_path)
+    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert pack(path, tmp_path / "out")["images"] == 1
 
 
 def test_rows_of_the_same_size_are_packed_again(tmp_path):

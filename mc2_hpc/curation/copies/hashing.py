@@ -13,13 +13,7 @@ from PIL import Image
 
 from mc2_hpc.curation.copies.codes import view_codes
 from mc2_hpc.curation.copies.features import NUM_PROJECTIONS, Encoder, load_encoder, projections_of
-from mc2_hpc.curation.copies.hashes import (
-    PHASH,
-    PROJECTIONS,
-    HashStats,
-    write_codes,
-    write_images,
-)
+from mc2_hpc.curation.copies.hashes import PHASH, PROJECTIONS, HashStats, write_codes, write_images
 from mc2_hpc.curation.copies.linking import Entries
 from mc2_hpc.curation.pool.captions import PoolShard
 from mc2_hpc.curation.pool.image_tars import TarIndex

@@ -27,7 +27,8 @@ _WAIT_S = 2.0
 _OFFLINE_HOSTS = 100
 """If so many hosts are unreachable and none answers, the fault is here."""
 _DECODERS = 1
-"""Threads of a worker. There is a worker per core, so more of them only take turns."""
+"""Threads of a worker that decode, beside the one that fetches. By default there is a worker per core, so more of them
+would only take turns."""
 _LONGEST_EXTENSION = max(FORMATS, key=len)
 
 

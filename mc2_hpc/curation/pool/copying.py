@@ -1,4 +1,4 @@
-"""Copying a shard without some of its images."""
+"""Copying a shard without some of its images, and what all stages that write shards heed."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -38,6 +38,12 @@ def check_elsewhere(shards: Iterable[PoolShard], out: Path) -> None:
                 raise UserError(f"--out {out}: holds the shards that are read; name another folder")
 
 
+def remove_shard(out: Path, shard: str) -> None:
+    """Remove the files that an earlier run wrote of a shard of which nothing is kept now."""
+    for kind in ("tar", "parquet"):
+        (out / f"{shard}.{kind}").unlink(missing_ok=True)
+
+
 def copy_without(
     shard: PoolShard, index: TarIndex, out: Path, keys: Collection[str], drops: Counter[str]
 ) -> tuple[int, int]:
@@ -57,17 +63,15 @@ def copy_without(
     unwanted |= {key_of(member) for member in too_long if is_image_name(member.name)}
     fitting = [member for member in kept if fits_tar_name(member.name) and key_of(member) not in unwanted]
     num_images = sum(is_image_name(member.name) for member in fitting)
-    tar, table = out / f"{shard.name}.tar", out / f"{shard.name}.parquet"
     if not num_images:
-        for path in (tar, table):
-            path.unlink(missing_ok=True)
+        remove_shard(out, shard.name)
         return 0, 0
     num_rows = 0
     if shard.captions is not None and is_caption_table(shard.captions):
         rows = _rows_without(shard.captions, unwanted)
         num_rows = len(rows)
-        write_matched(table, rows)
-    with atomic_path(tar) as temporary:
+        write_matched(out / f"{shard.name}.parquet", rows)
+    with atomic_path(out / f"{shard.name}.tar") as temporary:
         write_tar(temporary, ((member.name, index.read(member)) for member in fitting))
     return num_images, num_rows
 
