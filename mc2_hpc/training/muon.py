@@ -9,7 +9,7 @@ orthogonalised updates, so clipping and the logged norm would mean something els
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from mc2_hpc.training.tower_state import EMA
 MOMENTUM = "momentum_buffer"
 """The kind of state that Muon has."""
 
+_BUCKET = 1 << 22
+"""Numbers that travel together: small matrices would otherwise be a message each, which takes longer than to copy
+them."""
 _MATRIX = re.compile(r"\.transformer\.blocks\.[0-9]+\.(attention\.(qkv|out)|fc|proj)\.weight$")
 
 
@@ -49,6 +52,7 @@ class MuonMatrices:
         self._rank, self._world_size = ranks.rank, ranks.world_size
         self._owners = _owners(self._parameters, ranks.world_size)
         self._own = [name for name in self._parameters if self._owners[name] == ranks.rank]
+        self._buckets = _buckets(self._parameters, self._owners)
         self._grads: dict[str, Tensor] = {}
         self._state: dict[str, dict[str, Tensor]] = {}
         self._pieces: dict[str, tuple[Tensor, ...]] = {}
@@ -92,7 +96,7 @@ class MuonMatrices:
             assert parameter.grad is not None
             grads[name], parameter.grad = parameter.grad, None
         if not averaged:
-            _all(grads, lambda name, grad: dist.reduce(grad, self._owners[name], async_op=True))
+            self._exchange(grads, lambda flat, owner: dist.reduce(flat, owner, async_op=True))
             for name in self._own:
                 grads[name].div_(self._world_size)
         self._grads = {name: grads[name] for name in self._own}
@@ -118,10 +122,21 @@ class MuonMatrices:
             self._optimizer.step()
             self._optimizer.zero_grad()
         self.drop()
-        _all(
+        self._exchange(
             {name: parameter.detach() for name, parameter in self._parameters.items()},
-            lambda name, weight: dist.broadcast(weight, self._owners[name], async_op=True),
+            lambda flat, owner: dist.broadcast(flat, owner, async_op=True),
         )
+
+    def _exchange(self, tensors: Mapping[str, Tensor], start: Callable[[Tensor, int], "dist.Work | None"]) -> None:
+        """Call ``start`` with each bucket's numbers and owner, wait for all, and put what the numbers became back."""
+        flats = [_flat([tensors[name] for name in bucket]) for bucket in self._buckets]
+        works = [start(flat, self._owners[bucket[0]]) for flat, bucket in zip(flats, self._buckets, strict=True)]
+        for work, flat, bucket in zip(works, flats, self._buckets, strict=True):
+            if work is not None:
+                work.wait()
+            if len(bucket) > 1:
+                parts = [tensors[name].view(-1) for name in bucket]
+                torch._foreach_copy_(parts, list(flat.split([part.numel() for part in parts])))
 
     def drop(self) -> None:
         """Forget the step's gradients without an update."""
@@ -152,6 +167,11 @@ def _pieces(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.chunk(3) if name.endswith("qkv.weight") else (tensor,)
 
 
+def _flat(matrices: Sequence[Tensor]) -> Tensor:
+    """Their numbers one after another; a view of a single one."""
+    return matrices[0].view(-1) if len(matrices) == 1 else torch.cat([each.view(-1) for each in matrices])
+
+
 def _owners(parameters: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
     """The rank that owns each matrix: largest first, each to the rank with the least work so far."""
     work = [0] * world_size
@@ -163,8 +183,15 @@ def _owners(parameters: Mapping[str, Tensor], world_size: int) -> dict[str, int]
     return owners
 
 
-def _all(tensors: Mapping[str, Tensor], start: Callable[[str, Tensor], "dist.Work | None"]) -> None:
-    """Start a collective for each tensor, and wait for all."""
-    for work in [start(name, tensor) for name, tensor in tensors.items()]:
-        if work is not None:
-            work.wait()
+def _buckets(parameters: Mapping[str, Tensor], owners: Mapping[str, int]) -> list[list[str]]:
+    """The matrices that travel in one message: of one owner, at most :data:`_BUCKET` numbers or a single matrix."""
+    buckets: list[list[str]] = []
+    for owner in sorted(set(owners.values())):
+        size = _BUCKET
+        for name in (each for each in parameters if owners[each] == owner):
+            size += parameters[name].numel()
+            if size > _BUCKET:
+                buckets.append([])
+                size = parameters[name].numel()
+            buckets[-1].append(name)
+    return buckets
