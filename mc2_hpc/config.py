@@ -92,6 +92,8 @@ class DistillConfig:
     teacher: PathName = ""
     """A run or checkpoint, an open_clip folder or a transformers folder, of a model of square images. Its image size,
     tokenizer and width may differ from the student's."""
+    features: PathName | None = None
+    """Folder of a teacher's features that ``mc2 features --teacher`` computes; the run then loads no ``teacher``."""
     weight: float = 1.0
     """Of the divergence from the teacher, relative to the contrastive loss."""
     scale: float = 200.0
@@ -100,8 +102,12 @@ class DistillConfig:
     """Pairs that the teacher encodes at a time; 0 encodes a rank's whole share."""
 
     def __post_init__(self) -> None:
-        if not self.teacher.strip():
+        if not self.teacher.strip() and self.features is None:
             raise UserError("distill.teacher: is not set; name a model, or leave out the section distill")
+        if self.teacher.strip() and self.features is not None:
+            raise UserError(
+                "distill.teacher and distill.features: either computes the teacher's features; set only one"
+            )
         for name in ("weight", "scale"):
             if getattr(self, name) <= 0:
                 raise UserError(f"distill.{name}={getattr(self, name)}: must be positive")
@@ -236,8 +242,13 @@ class RunConfig:
         self._check_lora()
         if self.data.features is not None and self.freeze.vision != "all":
             raise UserError("data.features: features of images cannot change; set freeze.vision=all")
-        if self.data.features is not None and self.distill is not None:
-            raise UserError("data.features and distill: a teacher needs the images; set only one")
+        if self.data.features is not None and self.distill is not None and self.distill.features is None:
+            raise UserError(
+                "data.features and distill.teacher: a teacher needs the images; set distill.features, or only one"
+            )
+        if self.distill is not None and self.distill.features is not None:
+            if any(stage.data.crop_scale is not None for stage in self.stages):
+                raise UserError("stages: data.crop_scale and distill.features: its features are of one; set it for all")
         if self.distill is not None and self.loss.kind != "softmax":
             raise UserError(f"loss.kind={self.loss.kind} and distill: a teacher is compared by softmax; set only one")
         if self.model.patch_dropout and self.freeze.vision == "all":

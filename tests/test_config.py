@@ -237,5 +237,23 @@ def test_adapters_that_cannot_be_trained_are_refused(file, overrides, words):
 
 def test_a_teacher_needs_images_and_not_their_features(file):
     overrides = ["freeze.vision=all", "data.features=/f", "distill.teacher=/t"]
-    with pytest.raises(UserError, match="data.features and distill: a teacher needs the images"):
+    with pytest.raises(UserError, match="data.features and distill.teacher: a teacher needs the images"):
         load_config(file, overrides)
+    assert load_config(file, [*overrides[:2], "distill.features=/g"]).distill == DistillConfig(features="/g")
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["distill.features=/f", "distill.teacher=/t"], "distill.teacher and distill.features: .*; set only one"),
+        (["distill.weight=2"], "distill.teacher: is not set"),
+        (
+            ["distill.features=/f", "stages=[{steps: 7, data: {crop_scale: [0.5, 1]}}]"],
+            "crop_scale and distill.features",
+        ),
+    ],
+)
+def test_features_of_a_teacher_that_do_not_go_with_the_rest_are_refused(file, overrides, words):
+    with pytest.raises(UserError, match=words) as error:
+        load_config(file, overrides)
+    assert "\n" not in str(error.value)

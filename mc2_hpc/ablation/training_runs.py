@@ -68,6 +68,11 @@ def plan_run(
     # Paths do not affect the result, so the address leaves them out; a teacher's content does.
     decisive = copy.deepcopy(values)
     if row.config.distill is not None:
+        if row.config.distill.features is not None:
+            raise UserError(
+                f"{ablation.name}: {row.name}: distill.features are of other shards than those that an ablation makes; "
+                f"set distill.teacher"
+            )
         decisive["distill"]["teacher"] = _model_content(Path(row.config.distill.teacher))
     del decisive["output"]
     for name in ("train", "balance", "tokenizer"):

@@ -72,7 +72,7 @@ class Teacher(File, kw_only=True, omit_defaults=True):
     """A model from which the run distilled."""
 
     name: str
-    """Of its folder."""
+    """Of its folder, or of that of its features."""
     settings: dict[str, Any] = {}
     """The other settings of the section ``distill``."""
 
@@ -209,8 +209,8 @@ def _name(place: object) -> str:
 
 
 def _teacher(distill: dict[str, Any]) -> Teacher:
-    settings = {key: value for key, value in distill.items() if key != "teacher"}
-    return Teacher(name=_name(distill.get("teacher")), settings=settings)
+    settings = {key: value for key, value in distill.items() if key not in ("teacher", "features")}
+    return Teacher(name=_name(distill.get("teacher") or distill.get("features")), settings=settings)
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -65,6 +65,19 @@ class CaptionFields:
         assert first_problem is not None
         raise first_problem
 
+    def texts(self, read: Callable[[str], Sequence[str]]) -> list[str]:
+        """All captions that :meth:`draw` may return; arguments and errors as there."""
+        found: list[str] = []
+        first_problem: Dropped | None = None
+        for name in self._probabilities:
+            try:
+                found += read(name)
+            except Dropped as problem:
+                first_problem = first_problem or problem
+        if not found and first_problem is not None:
+            raise first_problem
+        return found
+
     def _in_turn(self, key_hash: np.uint64, *, seed: int, epoch: int) -> Iterator[str]:
         """All fields, each drawn among the remaining ones."""
         remaining = dict(self._probabilities)

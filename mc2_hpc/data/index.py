@@ -68,6 +68,20 @@ class ShardIndex:
     drops: dict[str, int]
     changed: bool = False
 
+    def extents(self, file: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Offset in the tar and size of each sample's ``file`` of :data:`FILES`; the offset is -1 if it has none."""
+        column = 2 + 2 * FILES.index(file)
+        begin, size, first, end = (self.places[:, number] for number in (0, 1, column, column + 1))
+        return np.where(first < 0, -1, first + np.where(size < 0, 0, begin)), end - first
+
+    def images_digest(self) -> int:
+        """64 bits of a digest of every image's key, offset and size: equal for a copy of the tar and, but for chance,
+        for no tar of other images."""
+        digest = hashlib.blake2b(self.hashes.tobytes(), digest_size=8)
+        for column in self.extents("image"):
+            digest.update(column.tobytes())
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
 
 def cache_folder() -> Path:
     """The user's cache folder: ``$XDG_CACHE_HOME/mc2_hpc``, by default ``~/.cache/mc2_hpc``."""

@@ -95,6 +95,12 @@ class TrainLoader:
         if config.features is not None:
             names = [name for source in self.sources for name in source.shards.names]
             self._stored = StoredFeatures(config.features, names)
+        self._taught: dict[str, StoredFeatures] | None = None
+        if teacher is not None and teacher.features is not None:
+            self._taught = {
+                source.name: StoredFeatures(teacher.features, source.shards.names, source.name)
+                for source in self.sources
+            }
         check_open_files(
             shards=len(own) * len(self.sources), workers=num_workers, prefetch=config.prefetch, world_size=world_size
         )
@@ -121,6 +127,7 @@ class TrainLoader:
             positions=_own_positions(position, self._own, config.lanes, [source.name for source in self.sources]),
             board=Board(max(1, self._num_workers)),
             stored=self._stored,
+            taught=self._taught,
             takedown=takedown,
             teacher=self._teacher,
         )

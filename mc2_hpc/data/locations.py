@@ -22,6 +22,7 @@ from typing import Protocol
 from mc2_hpc.data.index import cache_folder
 from mc2_hpc.data.remote import CannotReach, ShardCache, file_system, patiently
 from mc2_hpc.data.shards import PLAIN, Extras, Shard, open_shard
+from mc2_hpc.data.skips import ShardError
 from mc2_hpc.errors import UserError
 from mc2_hpc.shard_paths import Names, expand_braces, list_shards, split_names
 
@@ -37,6 +38,12 @@ class ShardSet(Protocol):
 
     def open(self, number: int) -> Shard:
         """Raises ShardError if the shard cannot be used, CannotReach if that is unknown."""
+        ...
+
+    def stamp(self, number: int) -> str:
+        """Sizes and modification times, or versions, of the shard's files, which are not read.
+
+        Raises ShardError if the shard cannot be used, CannotReach if that is unknown."""
         ...
 
     def expect(self, number: int) -> None:
@@ -90,6 +97,15 @@ class LocalShards:
     def open(self, number: int) -> Shard:
         return open_shard(Path(self.names[number]), cache=self._cache, extras=self._extras)
 
+    def stamp(self, number: int) -> str:
+        tar = Path(self.names[number])
+        table = tar.with_suffix(".parquet")
+        try:
+            found = [file.stat() for file in (tar, table) if file == tar or file.exists()]
+        except OSError as error:
+            raise ShardError(error.strerror or str(error)) from None
+        return repr([(status.st_size, status.st_mtime_ns) for status in found])
+
     def expect(self, number: int) -> None:
         """Nothing to do: the system reads ahead by itself."""
 
@@ -105,6 +121,9 @@ class RemoteShards:
     def open(self, number: int) -> Shard:
         copy = self._cache.fetch(self.names[number])
         return open_shard(copy.tar, name=self.names[number], pin=copy, extras=self._extras)
+
+    def stamp(self, number: int) -> str:
+        return self._cache.stamp(self.names[number])
 
     def expect(self, number: int) -> None:
         self._cache.fetch_ahead(self.names[number])

@@ -108,9 +108,14 @@ def make_pools(
     transform: Transform,
     reading: Callable[[int | None], None],
     stored: StoredFeatures | None = None,
+    taught: Mapping[str, StoredFeatures] | None = None,
     takedown: Takedown | None = None,
 ) -> list[ShardPool]:
-    """A pool for each source; ``reading`` is called with shard numbers counted over all sources."""
+    """A pool for each source; ``reading`` is called with shard numbers counted over all sources.
+
+    Args:
+        taught: a teacher's features, by source.
+    """
 
     def pool(source: OpenSource) -> ShardPool:
         return ShardPool(
@@ -120,6 +125,7 @@ def make_pools(
             probs=source.probs,
             transform=transform,
             stored=stored,
+            taught=taught[source.name] if taught is not None else None,
             name=source.label,
             source=source.name,
             takedown=takedown,

@@ -160,6 +160,10 @@ class ShardCache:
                 return copy
         raise ShardError(f"changed {_MOST_REWRITES} times while being copied")
 
+    def stamp(self, address: str) -> str:
+        """Sizes and versions of the files of the shard at ``address``; errors as of :meth:`fetch`."""
+        return repr([(file.size, file.version) for file in self._describe(address)])
+
     def fetch_ahead(self, address: str) -> None:
         """Copy the shard in the background if there is room; errors are left for :meth:`fetch` to report."""
         if self._ahead is None:

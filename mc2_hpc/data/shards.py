@@ -21,7 +21,7 @@ from mc2_hpc.balancing.selection import choose_texts, select
 from mc2_hpc.caption_tables import SOURCE, caption_table
 from mc2_hpc.data.caption_fields import CaptionFields, FieldReader
 from mc2_hpc.data.crop import Encoded
-from mc2_hpc.data.index import FILES, ShardIndex, cache_folder, open_index
+from mc2_hpc.data.index import ShardIndex, cache_folder, open_index
 from mc2_hpc.data.skips import ShardError
 from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Drop, Dropped
@@ -85,8 +85,8 @@ class Shard(Protocol):
     """Members of the tar that were left out, by reason."""
     changed: bool
     """Whether it was rewritten since it was last listed."""
-    num_bytes: int
-    """Size of its tar."""
+    images_digest: int
+    """Of its images' keys, places and sizes (:meth:`mc2_hpc.data.index.ShardIndex.images_digest`)."""
     num_keys: int
     row_keys: list[str]
     """The key of each row."""
@@ -108,6 +108,10 @@ class Shard(Protocol):
 
     def read_captions(self, index: int) -> list[Caption]:
         """All captions of image ``index`` of ``num_keys``; the image is not read. Raises Dropped."""
+        ...
+
+    def read_texts(self, index: int) -> list[str]:
+        """All captions that :meth:`read` may draw of image ``index`` of ``num_keys``, at least one. Raises Dropped."""
         ...
 
     def read_image(self, index: int) -> Encoded:
@@ -158,7 +162,7 @@ class PlainShard:
         self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
-        self.num_bytes = source.size
+        self.images_digest = index.images_digest()
         self.num_keys = len(index.keys)
         self._source = source
         self.row_keys = index.keys
@@ -210,6 +214,16 @@ class PlainShard:
         return memoryview(data)[image:image_end], caption, record
 
     def read_captions(self, index: int) -> list[Caption]:
+        return captions_of(*self._caption_files(index))
+
+    def read_texts(self, index: int) -> list[str]:
+        caption, record = self._caption_files(index)
+        if self._extras.fields is not None:
+            return self._extras.fields.texts(FieldReader(caption, record))
+        return [text for text, _ in captions_of(caption, record)]
+
+    def _caption_files(self, index: int) -> tuple[bytes | None, bytes | None]:
+        """Caption and record of a sample that has an image."""
         begin, size, image, _, *texts = _PLACES.unpack_from(self._places, index * _PLACES.size)
         if image < 0:
             raise Dropped(Drop.IMAGE_MISSING)
@@ -218,7 +232,7 @@ class PlainShard:
             _read_payload(self._source, start + first, min(end - first, LARGEST_RECORD + 1)) if first >= 0 else None
             for first, end in zip(texts[::2], texts[1::2], strict=True)
         )
-        return captions_of(caption, record)
+        return caption, record
 
     def read_image(self, index: int) -> Encoded:
         begin, size, image, end, *_ = _PLACES.unpack_from(self._places, index * _PLACES.size)
@@ -252,7 +266,7 @@ class CuratedShard:
         self._extras = extras
         self.drops = index.drops
         self.changed = index.changed
-        self.num_bytes = source.size
+        self.images_digest = index.images_digest()
         self._source = source
         try:
             keys: list[str] = table["key"].to_pylist()
@@ -307,13 +321,18 @@ class CuratedShard:
         key = self.row_keys[row]
         if self._extras == PLAIN:
             return Pair(key, self._image(key), self._text(row), self._lang(row))
-        columns = {name: column[row].as_py() for name, column in self._columns.items()}
-        reader = FieldReader(self._payload(self._captions, key), self._payload(self._records, key), columns)
+        reader, columns = self._reader(row)
         url = self._url(reader, columns) if self._extras.urls else ""
         if self._extras.fields is None:
             return Pair(key, self._image(key), self._text(row), self._lang(row), url=url)
         field, caption = self._extras.fields.draw(reader, self._hashes[row], seed=seed, epoch=epoch)
         return Pair(key, self._image(key), caption, self._lang(row), field, url)
+
+    def _reader(self, row: int) -> tuple[FieldReader, Mapping[str, bytes | None]]:
+        """The caption fields of a row, and its values in the columns that are read besides."""
+        key = self.row_keys[row]
+        columns = {name: column[row].as_py() for name, column in self._columns.items()}
+        return FieldReader(self._payload(self._captions, key), self._payload(self._records, key), columns), columns
 
     def _url(self, reader: FieldReader, columns: Mapping[str, bytes | None]) -> str:
         """The address of an image: in its table, else in its record."""
@@ -328,6 +347,21 @@ class CuratedShard:
         if self._images.get(key) is None:
             raise Dropped(Drop.IMAGE_MISSING)
         return [Caption(self._text(row), self._lang(row)) for row in self._rows_of[key]]
+
+    def read_texts(self, index: int) -> list[str]:
+        texts: list[str] = []
+        problem: Dropped | None = None
+        for row in self._rows_of[self._image_keys[index]]:
+            try:
+                fields = self._extras.fields
+                texts += [self._text(row)] if fields is None else fields.texts(self._reader(row)[0])
+            except Dropped as failure:
+                if failure.reason == Drop.READ_ERROR:
+                    raise
+                problem = problem or failure
+        if not texts and problem is not None:
+            raise problem
+        return texts
 
     def read_image(self, index: int) -> Encoded:
         return self._image(self._image_keys[index])
@@ -350,10 +384,8 @@ class CuratedShard:
 
 def _places_of(index: ShardIndex, file: str) -> Iterator[tuple[str, tuple[int, int]]]:
     """Key, and offset in the tar and size, of each sample that has a ``file`` of :data:`mc2_hpc.data.index.FILES`."""
-    column = 2 + 2 * FILES.index(file)
-    begin, size, first, end = (index.places[:, number] for number in (0, 1, column, column + 1))
-    offsets = np.where(first < 0, -1, first + np.where(size < 0, 0, begin))
-    for key, offset, length in zip(index.keys, offsets.tolist(), (end - first).tolist(), strict=True):
+    offsets, sizes = index.extents(file)
+    for key, offset, length in zip(index.keys, offsets.tolist(), sizes.tolist(), strict=True):
         if offset >= 0:
             yield key, (offset, length)
 

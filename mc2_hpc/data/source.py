@@ -54,6 +54,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         positions: dict[int, LanePosition],
         board: Board,
         stored: StoredFeatures | None = None,
+        taught: Mapping[str, StoredFeatures] | None = None,
         takedown: Takedown | None = None,
         teacher: TeacherNeeds | None = None,
     ) -> None:
@@ -64,6 +65,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             positions: where each lane begins.
             board: told which shard is being read.
             stored: features in place of decoded images.
+            taught: a teacher's features, by source.
             takedown: list of samples to leave out.
             teacher: what it needs besides the student's images and token ids.
         """
@@ -81,6 +83,7 @@ class ShareSource(IterableDataset[Share | Failure]):
         )
         self._teacher = teacher
         self._stored = stored
+        self._taught = taught
         self._image = torch.empty((3, image_size, image_size), dtype=torch.uint8)
         """What one looks like."""
         if stored is not None:
@@ -98,6 +101,7 @@ class ShareSource(IterableDataset[Share | Failure]):
             lanes=self._config.lanes,
             transform=self._transform,
             stored=self._stored,
+            taught=self._taught,
             reading=reading,
             takedown=self._takedown,
         )
@@ -133,6 +137,8 @@ class ShareSource(IterableDataset[Share | Failure]):
             for _ in range(self._samples_per_lane):
                 example = next(lane)
                 image = example.image
+                if example.taught is not None:
+                    for_teacher.append(example.taught)
                 if isinstance(image, TwoSizes):
                     for_teacher.append(image.teacher)
                     image = image.student

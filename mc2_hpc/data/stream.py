@@ -65,6 +65,8 @@ class Example:
     image: torch.Tensor | EncodedCrop | TwoSizes
     source: str = ""
     """Name of the source that it is from; empty if the run has a single one without a name."""
+    taught: torch.Tensor | None = None
+    """(2, E): a teacher's stored features of image and caption."""
 
 
 class Deck:
@@ -109,6 +111,7 @@ class ShardPool:
         probs: entry probabilities for online balancing; None keeps one text of every image.
         transform: decodes an image.
         stored: features in place of decoded images.
+        taught: a teacher's features beside them.
         name: of the data, for errors.
         source: name of the source that its samples are from.
         takedown: list of samples to leave out.
@@ -124,6 +127,7 @@ class ShardPool:
         probs: Probabilities | None,
         transform: Transform,
         stored: StoredFeatures | None = None,
+        taught: StoredFeatures | None = None,
         name: str,
         source: str = "",
         takedown: Takedown | None = None,
@@ -140,6 +144,7 @@ class ShardPool:
         self._probs = probs
         self._transform = transform
         self._stored = stored
+        self._taught = taught
         self._name = name
         self._source = source
         self._takedown = takedown
@@ -179,11 +184,12 @@ class ShardPool:
                 image: torch.Tensor | EncodedCrop | TwoSizes = self._stored.read(shard, key_hash)
             else:
                 image = self._transform(pair.image, key_hash, epoch)
+            taught = self._taught.read_pair(shard, key_hash, pair.text) if self._taught is not None else None
         except Dropped as skip:
             log_skip(skip.reason, f"{shard.name}, row {row}", skip.detail)
             raise
         self._good_lately = True
-        return Example(pair, image, self._source)
+        return Example(pair, image, self._source, taught)
 
     def count_shard(self, shard: Shard) -> None:
         """Count and log what is skipped of a shard as a whole: members of its tar, and that it was rewritten."""

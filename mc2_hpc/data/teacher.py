@@ -1,7 +1,7 @@
-"""What a teacher sees of a batch, where that differs from what the student sees.
+"""What a teacher sees of a batch, where that differs from what the student sees; or its features, computed before.
 
 A teacher of another image size gets the same crop of every image, resized from the same pixels to its own size. A
-teacher with another tokenizer gets its own token ids. Both are made by the loader's workers.
+teacher with another tokenizer gets its own token ids. Both are made by the loader's workers, which also read features.
 """
 
 from collections.abc import Sequence
@@ -35,16 +35,18 @@ class CaptionEncoder(Protocol):
 class TeacherInputs:
     """A teacher's own images and token ids of some samples, in their order; B samples, K inputs of its text tower."""
 
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor | None = None
     """uint8 ``(B, 3, T, T)``; None: the student's images."""
-    tokens: torch.Tensor | None
+    tokens: torch.Tensor | None = None
     """int64 ``(B, K, width)``; None: the student's token ids."""
+    features: torch.Tensor | None = None
+    """``(B, 2, E)``: stored features of the images and of the captions, in place of both; None: they are computed."""
     pads: Sequence[int] = ()
     """What fills a row of each of the K inputs after the caption; empty without ``tokens``."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """The images and the token ids, or those of them that it has."""
-        return [tensor for tensor in (self.pixels, self.tokens) if tensor is not None]
+        """The images, the token ids and the features, or those of them that it has."""
+        return [tensor for tensor in (self.pixels, self.tokens, self.features) if tensor is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class TeacherNeeds:
     """T; None: the student's images serve the teacher too."""
     captions: CaptionEncoder | None = None
     """None: the student's token ids serve the teacher too."""
+    features: str | None = None
+    """Folder of its features (:mod:`mc2_hpc.data.features`), in place of images and token ids."""
 
     def check(self, decode: str) -> None:
         """
@@ -67,10 +71,16 @@ class TeacherNeeds:
                 f"{self.image_size} pixels: choose turbo, or a teacher of the student's image size"
             )
 
-    def inputs(self, texts: Sequence[str], images: Sequence[torch.Tensor]) -> TeacherInputs:
-        """The inputs of samples with these captions, and these images in the teacher's size, if it has its own."""
+    def inputs(self, texts: Sequence[str], made: Sequence[torch.Tensor]) -> TeacherInputs:
+        """The inputs of samples with these captions.
+
+        Args:
+            made: their images in the teacher's size, if it has its own; or their features (2, E), if those are stored.
+        """
+        if self.features is not None:
+            return TeacherInputs(features=torch.stack(list(made)))
         return TeacherInputs(
-            pixels=None if self.image_size is None else torch.stack(list(images)),
+            pixels=None if self.image_size is None else torch.stack(list(made)),
             tokens=None if self.captions is None else self.captions(texts),
             pads=() if self.captions is None else self.captions.pads,
         )
@@ -83,9 +93,11 @@ def joined_inputs(parts: Sequence[TeacherInputs | None], *, pin: bool) -> Teache
         return None
     pixels = [part.pixels for part in known if part.pixels is not None]
     tokens = [part.tokens for part in known if part.tokens is not None]
+    features = [part.features for part in known if part.features is not None]
     return TeacherInputs(
         pixels=joined_images(pixels, pin=pin) if pixels else None,
         tokens=_joined_tokens(tokens, known[0].pads, pin=pin) if tokens else None,
+        features=joined_images(features, pin=pin) if features else None,
         pads=known[0].pads,
     )
 

@@ -1,4 +1,5 @@
-"""The teacher of a run: a frozen model, whole on every rank, that encodes the pairs the student learns from.
+"""The teacher of a run: a frozen model, whole on every rank, that encodes the pairs the student learns from; or its
+features, which ``mc2 features --teacher`` has computed.
 
 It belongs to neither DeepSpeed nor the checkpoints. A teacher of the student's image size sees the student's images;
 otherwise, and if it has another tokenizer, the loader's workers make its inputs (``mc2_hpc.data.teacher``).
@@ -6,6 +7,7 @@ otherwise, and if it has another tokenizer, the loader's workers make its inputs
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.batches import Batch
+from mc2_hpc.data.features import FeatureFacts, check_facts, teacher_of
 from mc2_hpc.data.teacher import TeacherNeeds
 from mc2_hpc.data.tokenizer import Tokenizer
 from mc2_hpc.distributed import Ranks, first_error
@@ -44,10 +47,10 @@ class DistillationTeacher:
         self._config = config.distill
         self._precision = Precision(config.precision)
         self._device = ranks.device
-        self._model = _load(config, ranks)
+        self._model = load_teacher(config.distill.teacher, config, ranks)
         self.identity = self._model.identity
         """SHA-256 of its weights, tokenizer and preprocessing, equal on all ranks."""
-        check_same(config.distill.teacher, self.identity, ranks)
+        check_same(f"distill.teacher={config.distill.teacher}", self.identity, ranks)
         facts, captions = self._model.facts, self._model.captions
         same_images = facts.image_size == arch.vision.image_size
         same_tokens = isinstance(self._model, OurEncoder) and _same(self._model.tokenizer, tokenizer)
@@ -106,12 +109,49 @@ class DistillationTeacher:
         return self._model.encode_tokens(tokens)
 
 
-def _load(config: RunConfig, ranks: Ranks) -> TeachingEncoder:
-    assert config.distill is not None
+class StoredTeacher:
+    """The features in ``distill.features``, which the loader reads with the samples."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        """Collective.
+
+        Raises:
+            UserError: no features of a teacher are there, they are of other preprocessing than this run's, or the ranks
+                find those of different models.
+        """
+        assert config.distill is not None and config.distill.features is not None
+        self._config = config.distill
+        self._dtype = Precision(config.precision).dtype
+        self._device = ranks.device
+        folder, self.identity, error = Path(config.distill.features), "", None
+        try:
+            self.identity = teacher_of(folder)
+            check_facts(folder, FeatureFacts.of(config.data, config.precision))
+        except UserError as failure:
+            error = failure
+        first_error(error)
+        check_same(f"distill.features={folder}", self.identity, ranks)
+        self.needs = TeacherNeeds(features=config.distill.features)
+        if ranks.is_first:
+            logger.info("features of the teacher with SHA-256 %s... from %s", self.identity[:12], folder)
+
+    def features(self, batch: Batch, images: Tensor) -> Teacher:
+        """As :meth:`DistillationTeacher.features`."""
+        assert batch.teacher is not None and batch.teacher.features is not None, "the loader reads them"
+        image, text = batch.teacher.features.to(self._device, self._dtype, non_blocking=True).unbind(1)
+        return Teacher(image.contiguous(), text.contiguous(), scale=self._config.scale, weight=self._config.weight)
+
+
+def load_teacher(source: str, config: RunConfig, ranks: Ranks) -> TeachingEncoder:
+    """The model at ``source`` on this rank's device, frozen, with the backends of a run. Collective.
+
+    Raises:
+        UserError: no model can be loaded there, or it takes no square images.
+    """
     found: DualEncoder | None = None
     error: Exception | None = None
     try:
-        found = _able_to_teach(config.distill.teacher, open_dual_encoder(config.distill.teacher, ranks.device))
+        found = _able_to_teach(source, open_dual_encoder(source, ranks.device))
     except Exception as failure:  # whatever it is, the other ranks must know
         error = failure
     first_error(error)
@@ -126,7 +166,7 @@ def check_same(name: str, identity: str, ranks: Ranks) -> None:
     """Check that all ranks have loaded the same teacher. Collective.
 
     Args:
-        name: of the teacher, for the message.
+        name: of the teacher, and of what sets it, for the message.
         identity: SHA-256 of the files that this rank has read.
 
     Raises:
@@ -137,7 +177,7 @@ def check_same(name: str, identity: str, ranks: Ranks) -> None:
     for rank, other in enumerate(found):
         if other != found[0]:
             raise UserError(
-                f"distill.teacher={name}: ranks 0 and {rank} find different models there (SHA-256 {found[0][:12]}... "
+                f"{name}: ranks 0 and {rank} find different models there (SHA-256 {found[0][:12]}... "
                 f"and {other[:12]}...); put the same files on every machine, or name a folder that they share"
             )
 

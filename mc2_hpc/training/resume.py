@@ -70,6 +70,7 @@ SAID = (
     "data.takedown",
     "data.features",
     "distill.teacher",
+    "distill.features",
     "distill.weight",
     "distill.scale",
 )

@@ -27,7 +27,7 @@ from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import ModelCard
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.checkpoint import Checkpoint, load_weights, newest_checkpoint
-from mc2_hpc.training.distillation import DistillationTeacher
+from mc2_hpc.training.distillation import DistillationTeacher, StoredTeacher
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.evaluating import Interrupted, PeriodicEvaluation
 from mc2_hpc.training.freezing import adapters_of, check_frozen
@@ -200,10 +200,14 @@ class Trainer:
             is_final=self.stage.is_last,
         )
 
-    def _load_teacher(self, checkpoint: Checkpoint | None) -> DistillationTeacher | None:
+    def _load_teacher(self, checkpoint: Checkpoint | None) -> DistillationTeacher | StoredTeacher | None:
         if self.config.distill is None:
             return None
-        teacher = DistillationTeacher(self.config, self.card.arch, self.tokenizer, self.ranks)
+        teacher: DistillationTeacher | StoredTeacher
+        if self.config.distill.features is None:
+            teacher = DistillationTeacher(self.config, self.card.arch, self.tokenizer, self.ranks)
+        else:
+            teacher = StoredTeacher(self.config, self.ranks)
         if checkpoint is not None and self.ranks.is_first:
             report_changes(checkpoint, teacher_changes(checkpoint, teacher.identity))
         return teacher

@@ -44,6 +44,8 @@ def synthetic_data(config: RunConfig, folder: Path, *, ranks: int) -> Settings:
     """
     if config.data.features is not None:
         raise UserError("--synthetic generates images, and the config reads data.features: set data.features=null")
+    if config.distill is not None and config.distill.features is not None:
+        raise UserError("--synthetic generates images, and the config reads distill.features: set distill=null")
     number = max(config.data.lanes, min(config.global_batch, _MOST_PAIRS))
     rows = min(_VOCABULARY, config.model.text.vocab_size or _VOCABULARY)
     home = folder / f"{number}-{ranks}-{config.data.tokenizer_style}-{rows}"

@@ -7,6 +7,7 @@ import pytest
 from mc2_hpc.ablation.prepare import Prepared, PreparedTokenizer
 from mc2_hpc.ablation.settings import load_ablation
 from mc2_hpc.ablation.training_runs import plan_run
+from mc2_hpc.errors import UserError
 
 
 @pytest.fixture
@@ -30,6 +31,11 @@ def test_the_address_follows_a_teachers_content_not_its_place(place, tmp_path):
     one, moved, other = (place(tmp_path / name) for name in ("one", "moved", "other"))
     assert one == moved and len({one, other, place(None), place(tmp_path / "one", "distill.weight=2")}) == 4
     assert f"teacher: {tmp_path / 'moved'}" in (moved / "train.yaml").read_text()
+
+
+def test_features_of_other_shards_are_refused(place):
+    with pytest.raises(UserError, match="one: a: distill.features are of other shards .*; set distill.teacher"):
+        place("", "distill.features=/f")
 
 
 def test_of_a_run_only_the_newest_checkpoint_counts(place, tmp_path):

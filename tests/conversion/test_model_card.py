@@ -260,6 +260,8 @@ def test_teacher_average_and_size_are_told(run: Path, tmp_path: Path) -> None:
     out = convert(run, "hf", tmp_path / "averaged", ema=True, image_size=size + 8)
     lines = card(out)[1].splitlines()
     assert "| teacher | ViT-H (scale 100.0, weight 1.0) |" in lines
+    change(run, config__distill={"teacher": "", "features": "/secret-place/of-ViT-g", "weight": 1.0})
+    assert "| teacher | of-ViT-g (weight 1.0) |" in card(convert(run, "hf", tmp_path / "stored"))[1].splitlines()
     assert "| weights | the moving average over the steps |" in lines
     assert f"| images in training | {size} px; the table of positions was interpolated |" in lines
     larger = convert(out, "hf", tmp_path / "larger", image_size=size + 16)

@@ -95,12 +95,14 @@ def test_a_field_without_a_caption(field: str, record: bytes | None, reason: str
 
 
 def read_all(shard: Shard, epochs: int = 40) -> dict[str, Counter[tuple[str, str, str]]]:
-    """(field, text, language) of each key over several epochs."""
+    """(field, text, language) of each key over several epochs, which draw all that ``read_texts`` returns."""
     found: dict[str, Counter[tuple[str, str, str]]] = {}
     for epoch in range(epochs):
         for row in shard.select_rows(None, seed=0, epoch=epoch).tolist():
             pair = shard.read(row, seed=0, epoch=epoch)
             found.setdefault(pair.key, Counter())[pair.field, pair.text, pair.lang] += 1
+    for index, key in enumerate(dict.fromkeys(shard.row_keys)):
+        assert set(shard.read_texts(index)) == {text for _, text, _ in found[key]}
     return found
 
 

@@ -91,6 +91,21 @@ def test_a_shard_is_copied_once(
     assert sorted(path.name for path in copy.iterdir()) == [".shard.tar.index", "shard.tar"]
 
 
+def test_a_stamp_tells_a_rewritten_shard_without_reading_it(
+    memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (address,) = upload(memory, tmp_path, 1)
+    shards = find_shards("memory:///data", cache=tmp_path / "cache")
+    stamp = shards.stamp(0)
+    assert find_shards(address, cache=tmp_path / "cache").stamp(0) == stamp
+    memory.pipe(address, memory.cat_file(address))
+    monkeypatch.setattr(type(memory), "cat_ranges", None)
+    assert shards.stamp(0) != stamp
+    memory.rm(address)
+    with pytest.raises(ShardError, match="No such file"):
+        shards.stamp(0)
+
+
 def test_parquet_comes_along(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
     (address,) = upload(memory, tmp_path, 1)
     pq.write_table(pa.table({"key": ["0-1"], "text": ["hello"]}), tmp_path / "p.parquet")

@@ -169,6 +169,7 @@ def test_a_gpu_of_a_file(tmp_path):
     ("values", "cure"),
     [
         ({"distill": {"teacher": "/t"}}, "distill=null"),
+        ({"distill": {"features": "/f"}}, "distill=null"),
         ({"lora": {"rank": 4}}, "lora=null"),
         ({"stages": [{"steps": 8}]}, "stages=[], with the settings of one"),
         ({"optim": {"matrices": "muon"}}, "optim.matrices=adamw"),

@@ -139,10 +139,10 @@ REFUSED = {
         lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(),
         "no features of 1 shards, such as .*run mc2 features again",
     ),
-    "image without features": ([], without_an_image, "has an image without features, so it has changed since; remove"),
-    "other types": ([], other_types, "damaged image features; remove .* and run mc2 features again"),
-    "unknown reason": ([], other_reasons, "damaged image features .*; remove .* and run mc2 features again"),
-    "cut off": ([], cut_off, "cut off"),
+    "image without features": ([], without_an_image, "has an image without features, so it has changed since; run mc2"),
+    "other types": ([], other_types, "damaged features .*; run mc2 features again"),
+    "unknown reason": ([], other_reasons, "damaged features .*; run mc2 features again"),
+    "cut off": ([], cut_off, "damaged features .*cut off.*; run mc2 features again"),
 }
 
 
@@ -174,7 +174,7 @@ def test_another_data_set_with_the_same_names_is_refused(config, features, tmp_p
     """The same shards with the same keys, but other images."""
     pairs = [pair._replace(image=pair.image + bytes(500)) for pair in draw_pairs(NUM_SAMPLES)]
     pack_pairs(pairs, tmp_path / "shards", pairs_per_shard=PER_SHARD)
-    words = r"tar: has [\d,]+ bytes, but its features are those of a shard of [\d,]+ bytes; name a folder of its own"
+    words = "tar: its features are those of other images; name a folder of its own"
     with pytest.raises(UserError, match=words):
         read_all(config, features, tmp_path, f"data.train={tmp_path / 'shards'}")
 
