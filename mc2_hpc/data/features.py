@@ -9,7 +9,7 @@ of images and captions, read beside them.
         text_hashes                 int64 (m,): bits of the hash of each different caption, in the same order
         text_features               (m, E), of unit length
         images                      int64 (): digest of the images' keys, places and sizes
-        stamp                       int64 (): digest of the shard's files' sizes and times
+        stamp                       int64 (): digest of the shard's files' sizes and times, and of the caption fields
 
 Captions are a teacher's alone, and its features have the type in which they enter the loss: float32 or, if the run
 computes in bf16, bfloat16.
@@ -37,7 +37,6 @@ from torch import Tensor
 from mc2_hpc.config import DataConfig
 from mc2_hpc.data.decode import AUTO, resolve_backend
 from mc2_hpc.data.shards import Shard
-from mc2_hpc.draws import hash_keys
 from mc2_hpc.drops import Drop, Dropped
 from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.models.weights import write_tensors
@@ -197,10 +196,10 @@ def write_features(
         reasons: why images cannot be used, by their row.
         texts: different captions, and their features (m, E); None: not a teacher's.
         images_digest: of the shard.
-        stamp: of the shard's files (:meth:`mc2_hpc.data.locations.ShardSet.stamp`).
+        stamp: of the shard's files (:meth:`mc2_hpc.data.locations.ShardSet.stamp`) and of the caption fields.
 
     Raises:
-        UserError: the file cannot be written, or two captions have one hash.
+        UserError: the file cannot be written.
     """
     order = np.argsort(hashes)
     place = {int(row): new for new, row in enumerate(order)}
@@ -213,10 +212,8 @@ def write_features(
         "stamp": torch.tensor(_stamp_digest(stamp)),
     }
     if texts is not None:
-        text_hashes = hash_keys(texts[0])
+        text_hashes = hash_texts(texts[0])
         order = np.argsort(text_hashes)
-        if len(np.unique(text_hashes)) < len(order):
-            raise UserError(f"{path.stem}: two of its captions have the same hash; change one")
         tensors["text_hashes"] = torch.from_numpy(text_hashes[order].view(np.int64))
         tensors["text_features"] = texts[1][torch.from_numpy(order)].contiguous()
     try:
@@ -225,8 +222,14 @@ def write_features(
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
+def hash_texts(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
+    """The hashes by which captions are known, uint64 ``(len(texts),)``: BLAKE2b, because captions are anyone's."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
 def _stamp_digest(stamp: str) -> int:
-    return int.from_bytes(hashlib.blake2b(stamp.encode(), digest_size=8).digest(), "little", signed=True)
+    return int(hash_texts([stamp]).view(np.int64)[0])
 
 
 class StoredFeatures:
@@ -282,7 +285,7 @@ class StoredFeatures:
     def read_pair(self, shard: Shard, key_hash: np.uint64, text: str) -> Tensor:
         """A teacher's features (2, E) of an image, as in :meth:`read`, and of one of its captions."""
         image, stored = self.read(shard, key_hash), self._open(shard.name)
-        row = _place_of(hash_keys([text])[0], stored.text_hashes)
+        row = _place_of(hash_texts([text])[0], stored.text_hashes)
         if row is None:
             raise UserError(
                 f"{shard.name}: has a caption without features: it has changed since, or the run draws captions from "
@@ -313,7 +316,7 @@ class ShardFeatures:
     stamp: int
 
     def has_stamp(self, stamp: str) -> bool:
-        """Whether they were computed from files with this stamp."""
+        """Whether they were computed with this stamp."""
         return self.stamp == _stamp_digest(stamp)
 
     def are_of(self, shard: Shard, hashes: npt.NDArray[np.uint64], texts: Sequence[str]) -> bool:
@@ -321,7 +324,7 @@ class ShardFeatures:
         return (
             shard.images_digest == self.images_digest
             and np.array_equal(np.sort(hashes), self.hashes)
-            and bool(np.isin(hash_keys(texts), self.text_hashes).all())
+            and bool(np.isin(hash_texts(texts), self.text_hashes).all())
         )
 
 

@@ -138,8 +138,9 @@ def _compute(encoder: _Encoder, folder: Path, config: RunConfig, ranks: Ranks, b
     sources = open_sources(config.data)
     for source in sources:
         check_shard_names(source.shards.names)
+    fields = {source.name: sorted(source.captions) for source in config.data.sources}
     shards = [
-        _Shard(source.shards, number, feature_file(folder / source.name, name))
+        _Shard(source.shards, number, feature_file(folder / source.name, name), fields.get(source.name, []))
         for source in sources
         for number, name in enumerate(source.shards.names)
     ]
@@ -169,10 +170,16 @@ class _Shard:
     shards: ShardSet
     number: int
     path: Path
+    fields: Sequence[str]
+    """That captions are drawn from."""
 
     @property
     def name(self) -> str:
         return self.shards.names[self.number]
+
+    def stamp(self) -> str:
+        """Another one if the shard's files or the caption fields have changed; errors as of the shards' own."""
+        return f"{self.shards.stamp(self.number)} {self.fields}"
 
 
 def _outdated(encoder: _Encoder, shards: Sequence[_Shard], ranks: Ranks) -> list[int]:
@@ -199,19 +206,20 @@ def _outdated(encoder: _Encoder, shards: Sequence[_Shard], ranks: Ranks) -> list
 def _is_current(encoder: _Encoder, shard: _Shard) -> bool:
     if not shard.path.is_file():
         return False
-    reason = "it has changed"
     try:
         stored = load_features(shard.path, encoder.width, encoder.stored)
-        if stored.has_stamp(shard.shards.stamp(shard.number)):
+    except UserError:
+        logger.warning("%s: computing its features again: they are damaged", shard.name)
+        return False
+    try:
+        if stored.has_stamp(shard.stamp()):
             return True
         opened = shard.shards.open(shard.number)  # it may only have moved
         if stored.are_of(opened, _image_hashes(opened), _texts(opened) if encoder.texts is not None else ()):
             return True
-    except UserError:
-        reason = "its features are damaged"
     except ShardError:
         return False  # computing says why
-    logger.warning("%s: computing its features again: %s", shard.name, reason)
+    logger.warning("%s: computing its features again: it has changed", shard.name)
     return False
 
 
@@ -243,7 +251,7 @@ def _facts(clip: CLIP, config: RunConfig) -> FeatureFacts:
 
 def _compute_shard(encoder: _Encoder, config: RunConfig, place: _Shard, device: torch.device, batch: int) -> None:
     """Raises ShardError if it or one of its images or captions cannot be read now: its file would say so forever."""
-    stamp, shard = place.shards.stamp(place.number), place.shards.open(place.number)
+    stamp, shard = place.stamp(), place.shards.open(place.number)
     hashes, reasons = _image_hashes(shard), dict[int, Drop]()
     features = torch.zeros(len(hashes), encoder.width, dtype=encoder.dtype)
     for first, images in _decoded(shard, hashes, encoder.facts, config, batch):

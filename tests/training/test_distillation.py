@@ -204,7 +204,7 @@ def test_ranks_with_different_teachers_end_with_one_line(monkeypatch):
     monkeypatch.setattr(dist, "all_gather_object", gather)
     ranks = Ranks(rank=0, world_size=3, local_rank=0, device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"distill.teacher=here: ranks 0 and 2 find different models") as error:
-        distillation.check_same("here", "a" * 64, ranks)
+        distillation.check_same("distill.teacher=here", "a" * 64, ranks)
     assert "\n" not in str(error.value)
 
 

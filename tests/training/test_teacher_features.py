@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mc2_hpc.cli import main
 from mc2_hpc.config import load_config
 from mc2_hpc.data.decode import decode_pil
+from mc2_hpc.data.features import hash_texts
 from mc2_hpc.data.loader import TrainLoader
 from mc2_hpc.data.packing import write_shard
 from mc2_hpc.distributed import process_group
@@ -186,7 +187,7 @@ def test_features_are_the_models_of_whole_images_and_of_every_caption(config, te
         expected = model.model.encode_image(pixels[None], normalize=True)[0]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         for text in (pair.text, f"more {number}", f"more of {pair.text[-8:]}"):
-            place = (tensors["text_hashes"] == torch.tensor(hash_keys([text]).view("int64"))).nonzero().item()
+            place = (tensors["text_hashes"] == torch.tensor(hash_texts([text]).view("int64"))).nonzero().item()
             expected = model.encode_texts([text])[0]
             torch.testing.assert_close(tensors["text_features"][place], expected, rtol=0, atol=1e-6)
     assert len(tensors["hashes"]) == PER_SHARD
@@ -299,22 +300,33 @@ def test_changed_shards_are_refused_until_they_are_computed_again(
     assert f"{folder}: 1 shards computed" in capsys.readouterr().out
 
 
+def test_more_caption_fields_are_computed_and_fewer_are_there(config, teacher, tmp_path, capsys):
+    folder, shards = tmp_path / "features", config.parent / "shards"
+    for captions, computed in (({"txt": 1.0}, 4), ({"txt": 0.9, "json.more": 0.1}, 4), ({"json.more": 1.0}, 0)):
+        train = f"data.train={of_mix(shards, captions=captions)}"
+        if not computed:
+            read_all(config, folder, tmp_path, train)
+        assert compute(config, teacher, folder, train) == 0
+        assert f"{folder}: {computed} shards computed" in capsys.readouterr().out
+
+
 def test_a_second_start_computes_what_is_missing_or_damaged(config, teacher, features, tmp_path, capsys):
     folder = shutil.copytree(features, tmp_path / "features")
-    shards = config.parent / "shards"
+    shards = shutil.copytree(config.parent / "shards", tmp_path / "shards")
+    train = f"data.train={of_mix(shards)}"
     files = sorted(folder.glob("squares/*.safetensors"))
     before = [{name: tensor.clone() for name, tensor in load_file(path).items()} for path in files]
     cut_off(folder)
     files[0].unlink()
     os.utime(shards / "00001.tar")  # the same content
-    assert compute(config, teacher, folder) == 0
+    assert compute(config, teacher, folder, train) == 0
     assert f"{folder}: 2 shards computed" in capsys.readouterr().out
     for path, expected in zip(files, before, strict=True):
         found = load_file(path)
         assert found.keys() == expected.keys()
         for name in found:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
-    assert compute(config, teacher, folder) == 0
+    assert compute(config, teacher, folder, train) == 0
     assert f"{folder}: 0 shards computed" in capsys.readouterr().out
 
 

@@ -126,6 +126,7 @@ def test_no_time_at_all(module_config, tmp_path, unplanned):
             ["stages=[{steps: 5}, {steps: 5}]", "steps=10"],
             "stages: each has a fastest setting of its own; tune one with stages=[]",
         ),
+        (["--synthetic", "distill.features=/f"], "--synthetic generates images, and the config reads distill.features"),
         (["modle.compile=true"], "unknown key 'modle'"),
     ],
 )
