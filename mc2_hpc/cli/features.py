@@ -9,7 +9,11 @@ SUMMARY = "compute features of a run's data once, to train with a frozen image t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file of the run, which names their folder as data.features")
+    parser.add_argument(
+        "config",
+        type=Path,
+        help="YAML file of the run, which names their folder: data.features or, with --teacher, distill.features",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings that override those of the file"
     )
