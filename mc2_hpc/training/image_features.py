@@ -129,7 +129,7 @@ def _facts(clip: CLIP, config: RunConfig) -> FeatureFacts:
         crop_scale=config.data.crop_scale,
         seed=config.data.seed,
         max_image_pixels=config.data.max_image_pixels,
-        precision=config.precision,
+        precision=Precision(config.precision).untrained,
     )
 
 
