@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.models import packed_captions
+from mc2_hpc.models import float8, packed_captions
 from mc2_hpc.models.clip import CLIP, build_clip
 from mc2_hpc.models.float8 import Float8Blocks, check_float8
 from mc2_hpc.models.layers import Recompute, Transformer
@@ -149,16 +153,44 @@ def test_recomputation_changes_no_bit(kind: str, products: int) -> None:
     assert calls.count["mm"] == products
 
 
-def test_compiled_blocks_compute_the_same() -> None:
+@pytest.fixture
+def products_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply fp8 itself: PyTorch has the operator on CPUs too."""
+    monkeypatch.setattr(float8, "has_float8_products", lambda device: True)
+
+
+def test_products_of_gpus_equal_emulated_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums over 22 tokens are padded to 32."""
+    found = []
+    for is_gpu in (False, True):
+        monkeypatch.setattr(float8, "has_float8_products", lambda device, is_gpu=is_gpu: is_gpu)
+        model = clip(layers=1)
+        Float8Blocks(model, min_size=16, device=CPU)
+        found.append(backward(model.vision.transformer))
+    for name, expected in found[0].items():
+        assert difference(found[1][name], expected) < 1e-3, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_compiled_blocks_compute_no_product_twice(recompute: str, products_of_gpus: None) -> None:
+    """With inductor's partitioner: 4 products forward and 8 backward, with the same results."""
+    calls: Counter[str] = Counter()
+
+    def count(graph: GraphModule, inputs: object) -> Any:
+        calls.update(getattr(node.target, "__name__", "").partition(".")[0] for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
     model = clip(layers=1)
     stack = model.vision.transformer
     Float8Blocks(model, min_size=16, device=CPU)
     expected = backward(stack)
-    stack.recompute = Recompute.SELECTIVE
+    stack.recompute = Recompute(recompute)
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
     for block in stack.blocks:
-        block.compile(backend="aot_eager")
+        block.compile(backend=backend)
     for name, gradient in backward(stack).items():
         assert difference(gradient, expected[name]) < 2e-2, name
+    assert (calls["_scaled_mm"], calls["mm"], calls["addmm"]) == (12, 0, 0)
 
 
 def test_packed_captions_compute_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,6 @@ def test_200_steps_of_the_quickstart_learn_like_bf16(ranks_of, tmp_path):
         ranks_of(1, "-m", "mc2_hpc.cli", "train", tmp_path / "train.yaml", *options, timeout=800)
         found = rows(tmp_path / precision)
         losses[precision] = [found[step]["loss"] for step in range(1, recipe.steps + 1)]
-    print({precision: (each[0], statistics.mean(each[-20:])) for precision, each in losses.items()})
     bf16, fp8 = (statistics.mean(losses[precision][-20:]) for precision in ("bf16", "fp8"))
     assert losses["fp8"] != losses["bf16"] and bf16 < losses["bf16"][0] - 0.5
     assert fp8 == pytest.approx(bf16, rel=0.01)
