@@ -19,7 +19,7 @@ from mc2_hpc.quickstart.stages import Stages
 from tests.faults.tiny_run import draw_pairs, write_config
 from tests.training.test_cli_train import rows, tensors
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 STEPS, HALF = 6, 3
 
 
