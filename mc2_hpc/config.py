@@ -205,7 +205,11 @@ class RunConfig:
     """Pairs that a rank encodes at a time; 0 encodes its whole share. Smaller values recompute features (GradCache):
     the same loss and gradients in less memory."""
     precision: str = "bf16"
-    """``fp32``, or ``bf16`` (autocast over fp32 parameters)."""
+    """``fp32``, ``bf16`` (autocast over fp32 parameters), or ``fp8`` (bf16 with the large products of the blocks in
+    fp8, by torchao; on GPUs of compute capability 8.9 or newer)."""
+    fp8_min_size: int = 1024
+    """With ``precision: fp8``: the smallest width at either end of the linear layers that compute in fp8. For small
+    products, converting the operands costs more than it saves."""
     seed: int = 0
     """Seeds the initial weights."""
     log_every: int = 10
@@ -229,7 +233,7 @@ class RunConfig:
         if not self.output.strip():
             raise UserError("output: is empty; name a folder")
         _choose("precision", self.precision, tuple(Precision))
-        for name in ("steps", "global_batch", "log_every"):
+        for name in ("steps", "global_batch", "log_every", "fp8_min_size"):
             _at_least(name, getattr(self, name), 1)
         if self.stages:
             total = total_steps(self.stages, self.global_batch)
@@ -255,6 +259,11 @@ class RunConfig:
             raise UserError("model.patch_dropout and freeze.vision=all: no part of the image tower is trained; set one")
         if self.eval.ema and not self.optim.ema_decay:
             raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
+        if self.precision == Precision.FP8 and self.zero.stage == 3:
+            raise UserError(
+                "precision=fp8 and zero.stage=3: products in fp8 would keep the whole weights that stage 3 divides; "
+                "set zero.stage to 0, 1 or 2"
+            )
         if self.optim.matrices == "muon" and self.zero.stage == 3:
             raise UserError(
                 "optim.matrices=muon and zero.stage=3: Muon needs whole matrices, and stage 3 divides every one; "

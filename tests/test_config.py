@@ -71,7 +71,7 @@ def test_read_only(file):
         ("optim.lr=fast", ["optim.lr", "fast"]),
         ("steps=0", ["steps=0", "at least 1"]),
         ("optim.beta1=1", ["optim.beta1=1", "[0, 1)"]),
-        ("precision=fp8", ["precision='fp8'", "fp32, bf16"]),
+        ("precision=fp16", ["precision='fp16'", "fp32, bf16, fp8"]),
         ("model.recompute=some", ["model.recompute='some'", "none, selective, full"]),
         ("model.activation_checkpointing=true", ["is now 'model.recompute'", "full for true, none for false"]),
         ("model.embedding=row", ["model.embedding='row'", "sharded, dense"]),

@@ -52,6 +52,7 @@ def test_what_was_not_tried_is_called_shallow(findings, shallow):
     [
         ("CUDA", torch.cuda.is_available()),
         ("xformers", importlib.util.find_spec("xformers") is not None),
+        ("torchao", importlib.util.find_spec("torchao") is not None),
         ("apex", importlib.util.find_spec("apex") is not None),
         ("Slurm", shutil.which("sbatch") is not None),
     ],

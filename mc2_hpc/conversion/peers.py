@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.models.float8 import quieten_torchao
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def import_open_clip() -> ModuleType:
         UserError: open_clip or torchvision is not installed.
     """
     import_torchvision()
+    quieten_torchao()
     return _import("open_clip")
 
 
@@ -42,6 +44,7 @@ def import_transformers() -> ModuleType:
         UserError: transformers or torchvision is not installed.
     """
     import_torchvision()
+    quieten_torchao()
     return _import("transformers")
 
 

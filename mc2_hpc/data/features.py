@@ -82,7 +82,7 @@ class FeatureFacts:
             crop_scale=data.crop_scale,
             seed=data.seed,
             max_image_pixels=data.max_image_pixels,
-            precision=precision,
+            precision=Precision(precision).untrained,
             **model,
         )
 

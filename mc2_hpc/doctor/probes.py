@@ -118,6 +118,22 @@ def _xformers() -> str:
     return f"attention ran on {device}"
 
 
+def _torchao() -> str:
+    import torch
+
+    from mc2_hpc.models.float8 import has_float8_products, quieten_torchao
+
+    quieten_torchao()
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    emulate = not has_float8_products(device)
+    linear = torch.nn.Linear(32, 32, device=device, dtype=torch.bfloat16)
+    layer = convert_to_float8_training(linear, config=Float8LinearConfig(emulate=emulate))
+    assert torch.isfinite(layer(torch.randn(16, 32, device=device, dtype=torch.bfloat16))).all()
+    return f"fp8 product ran on {device.type}{', emulated' if emulate else ''}"
+
+
 def _apex_version() -> str:
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -244,6 +260,12 @@ PROBES: dict[str, Probe] = {
         version=_package("xformers", cure="optional: pip install 'mc2_hpc[gpu]' (for model.attention=xformers)"),
         check=_xformers,
         process="xformers",
+        slow=True,
+    ),
+    "torchao": Probe(
+        version=_package("torchao", cure="optional: pip install 'mc2_hpc[fp8]' (for precision=fp8)"),
+        check=_torchao,
+        process="torchao",
         slow=True,
     ),
     "apex": Probe(version=_apex_version, check=_apex, process="apex", slow=True),

@@ -7,13 +7,15 @@ MLP.
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mc2_hpc.errors import UserError
@@ -141,6 +143,8 @@ class Block(nn.Module):
         self.fc = nn.Linear(width, mlp_width)
         self.activation = QuickGELU() if quick_gelu else nn.GELU()
         self.proj = nn.Linear(mlp_width, width)
+        self.has_float8 = False
+        """Whether any linear layer is one of :mod:`mc2_hpc.models.float8`."""
 
     def forward(self, x_BLW: Tensor, packing: Packing | None = None, *, selective: bool = False) -> Tensor:
         """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same.
@@ -150,10 +154,11 @@ class Block(nn.Module):
                 backward pass instead of keeping them.
         """
         recomputes = selective and torch.is_grad_enabled()
-        product = functools.partial(_recomputing, _product) if recomputes else _product
+        recomputing = functools.partial(_recomputing, has_float8=self.has_float8)
+        product = functools.partial(recomputing, _product) if recomputes else _product
         attended = self.attention(product(self.norm_1, self.attention.qkv, x_BLW), packing)
         if self.norm_2.adds:
-            of_sum = functools.partial(_recomputing, _product_of_sum) if recomputes else _product_of_sum
+            of_sum = functools.partial(recomputing, _product_of_sum) if recomputes else _product_of_sum
             x_BLW, h_BLM = of_sum(self.norm_2, self.fc, x_BLW, attended)
         else:
             x_BLW = x_BLW + attended
@@ -170,14 +175,21 @@ def _product_of_sum(norm: nn.Module, linear: nn.Module, x: Tensor, added: Tensor
     return total, linear(normalised)
 
 
-def _recomputing(product: Callable[..., T], prepare: nn.Module, linear: nn.Module, *inputs: Tensor) -> T:
+def _recomputing(
+    product: Callable[..., T], prepare: nn.Module, linear: nn.Module, *inputs: Tensor, has_float8: bool
+) -> T:
     """The product, keeping its inputs and preparing them again in the backward pass.
 
     The product is not computed again: its backward pass needs its input only, so recomputation stops before it
     (``torch.utils.checkpoint.set_checkpoint_early_stop``).
     """
-    # A compiled graph has no such stop: there the products must be named, or some would be computed again.
-    contexts = _keeping_products if torch.compiler.is_compiling() else noop_context_fn
+    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] = noop_context_fn
+    if torch.compiler.is_compiling():
+        # A compiled graph has no such stop: there the products must be named, or some would be computed again.
+        contexts = _keeping_products
+    elif has_float8:
+        # The autograd function of a layer in fp8 keeps its input once it has multiplied, which is too late to stop.
+        contexts = _leaving_out_products
     # No block draws random numbers, so there is no state of a generator to restore.
     y = checkpoint(
         product, prepare, linear, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
@@ -186,8 +198,24 @@ def _recomputing(product: Callable[..., T], prepare: nn.Module, linear: nn.Modul
 
 
 _keeping_products = functools.partial(
-    create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    create_selective_checkpoint_contexts,
+    [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default],
 )
+
+
+class _LeavingOutProducts(TorchDispatchMode):
+    """Replaces products by tensors without values: their results are not used."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            a, b = args
+            return torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+        return func(*args, **(kwargs or {}))
+
+
+def _leaving_out_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a forward pass and its recomputation."""
+    return nullcontext(), _LeavingOutProducts()
 
 
 class Transformer(nn.Module):

@@ -15,6 +15,7 @@ from mc2_hpc.planning.predict import StepTime, predict_step
 from mc2_hpc.planning.processes import answers
 from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.planning.scaling import Point, scaling
+from mc2_hpc.precision import Precision
 
 RESERVE_BYTES = 2 << 30
 """Memory of a GPU that a plan leaves to the CUDA context, NCCL and the allocator's fragments: an assumption. Between
@@ -246,6 +247,7 @@ def check_planned(config: RunConfig) -> None:
         ("lora", "adapters cost or save", config.lora is not None, "lora=null"),
         ("stages", "each of them costs", bool(config.stages), "stages=[], with the settings of one"),
         ("optim.matrices", "Muon costs", config.optim.matrices == "muon", "optim.matrices=adamw"),
+        ("precision", "products in fp8 keep", config.precision == Precision.FP8, "precision=bf16"),
     ):
         if is_set:
             raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {cure}")

@@ -22,6 +22,7 @@ from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, Towers
 from mc2_hpc.models.depth import tower_of
+from mc2_hpc.models.float8 import Float8Blocks
 from mc2_hpc.models.lora import add_adapters
 from mc2_hpc.models.positions import RESIZED
 from mc2_hpc.models.tensor_files import TensorFiles
@@ -76,7 +77,8 @@ class Engine:
             num_micro: backward passes per step.
 
         Raises:
-            UserError: a tower has fewer blocks than are to be frozen, or the optimizer does not run here.
+            UserError: a tower has fewer blocks than are to be frozen, the optimizer does not run here, or there is
+                nothing to compute in fp8.
         """
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         import deepspeed
@@ -112,7 +114,11 @@ class Engine:
         self._table = TokenTable(clip, config.optim, ranks) if config.model.embedding == "sharded" else None
         # Without a table that is dealt to the ranks, which would keep all of it in memory.
         self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
-        towers = TrainedTowers(clip, Precision(config.precision)).to(self.device)
+        precision = Precision(config.precision)
+        towers = TrainedTowers(clip, precision).to(self.device)
+        self._float8 = (
+            Float8Blocks(clip, min_size=config.fp8_min_size, device=self.device) if precision is Precision.FP8 else None
+        )
         named = {name: p for name, p in towers.named_parameters() if p.requires_grad}
         self._matrices: MuonMatrices | None = None
         if config.optim.matrices == "muon":
@@ -347,7 +353,7 @@ class Engine:
 
     @contextmanager
     def whole_model(self, *, ema: bool = False) -> Iterator[CLIP]:
-        """The model with its full current weights on every rank, for reading only. Collective.
+        """The model with its full current weights on every rank, without fp8, for reading only. Collective.
 
         At stage 3 this is an fp32 copy that lives as long as the block; at lower stages, the trained model itself, with
         a copy of the token table if that is sharded over several ranks.
@@ -363,7 +369,8 @@ class Engine:
                 with torch.no_grad():
                     for name, scalar in self._scalars.items():
                         self._clip.get_parameter(name).copy_(scalar)
-            yield self._clip if self.stage < 3 else self._gathered_copy("weight")
+            with self._float8.in_bf16() if self._float8 is not None else nullcontext():
+                yield self._clip if self.stage < 3 else self._gathered_copy("weight")
 
     @contextmanager
     def _thawed(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from mc2_hpc.evaluation.encoder import Encoder
 from mc2_hpc.evaluation.results import leading_metric
 from mc2_hpc.evaluation.suite import load_suite, run_suite, to_json
 from mc2_hpc.models.weights import BEST, ModelCard, is_checkpoint, read_best
+from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.stop import StopRequest
 
@@ -95,7 +96,7 @@ class PeriodicEvaluation:
                 dual,
                 self._ranks,
                 batch=self._config.eval.batch,
-                precision=self._config.precision,
+                precision=Precision(self._config.precision).untrained,
                 between=self._check_stop,
             )
             sets = to_json(run_suite(self._suite, encoder))

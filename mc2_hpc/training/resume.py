@@ -44,6 +44,7 @@ SAID = (
     "steps",
     "global_batch",
     "precision",
+    "fp8_min_size",
     "model.patch_dropout",
     "freeze.vision",
     "freeze.text",
@@ -78,6 +79,7 @@ SAID = (
 but not less: what was frozen has no AdamW state in the checkpoint."""
 
 ADDED: dict[str, Any] = {
+    "fp8_min_size": 1024,
     "loss.kind": "softmax",
     "model.patch_dropout": 0.0,
     "freeze.logit_scale": False,

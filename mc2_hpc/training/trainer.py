@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mc2_hpc.config import RunConfig, config_to_dict
-from mc2_hpc.config_stages import stage_after
+from mc2_hpc.config_stages import run_stages, stage_after
 from mc2_hpc.data.batches import Batch
 from mc2_hpc.data.enough import check_enough
 from mc2_hpc.data.lanes import rank_batches
@@ -22,6 +22,7 @@ from mc2_hpc.data.pools import epochs_in
 from mc2_hpc.distributed import Ranks, on_first_rank
 from mc2_hpc.models.average import AVERAGE, has_average
 from mc2_hpc.models.clip import CLIP, build_clip
+from mc2_hpc.models.float8 import check_float8
 from mc2_hpc.models.lora import add_adapters, init_adapters
 from mc2_hpc.models.tensor_files import TensorFiles
 from mc2_hpc.models.weights import ModelCard
@@ -128,6 +129,8 @@ class Trainer:
         self.stop = stop or StopRequest()
         self._after_row = after_row
         check_loss(config.loss, ranks.device)
+        if any(stage.config.precision == Precision.FP8 for stage in run_stages(config)):
+            check_float8(ranks.device)
         self._profiler = StepProfiler(config, ranks)
         folder = self.output / "checkpoints"
         checkpoint = newest_checkpoint(folder, ranks) if config.checkpoint.resume else None

@@ -59,7 +59,7 @@ def _micro_batches(config: RunConfig, machine: Machine) -> Iterator[int]:
 def _loss_backends(config: RunConfig, machine: Machine) -> Iterator[str]:
     used = config.loss.backend
     if used == "auto":
-        used = "triton" if machine.has_triton and config.precision == "bf16" else "tiled"
+        used = "triton" if machine.has_triton and config.precision != "fp32" else "tiled"
     choices = ("triton", "tiled") if machine.has_triton else ("tiled", "reference")
     yield from (name for name in choices if name != used)
 

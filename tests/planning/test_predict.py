@@ -173,6 +173,7 @@ def test_a_gpu_of_a_file(tmp_path):
         ({"lora": {"rank": 4}}, "lora=null"),
         ({"stages": [{"steps": 8}]}, "stages=[], with the settings of one"),
         ({"optim": {"matrices": "muon"}}, "optim.matrices=adamw"),
+        ({"precision": "fp8"}, "precision=bf16"),
     ],
 )
 def test_a_setting_that_is_not_planned_is_refused(values, cure):
