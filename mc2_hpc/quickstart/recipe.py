@@ -21,9 +21,11 @@ class Recipe:
     """English's balancing threshold."""
     vocab_size: int = 1_600
     """Vocabulary size of the tokenizer trained on the pool's captions."""
-    steps: int = 1_300
+    steps: int = 700
     global_batch: int = 128
-    warmup: int = 200
+    warmup: int = 80
+    decay_steps: int = 480
+    """The last steps, in which the learning rate falls."""
     seed: int = 0
 
 
@@ -56,7 +58,14 @@ def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: 
             "workers": 0,
             "seed": recipe.seed,
         },
-        "optim": {"lr": 2e-3, "warmup": recipe.warmup},
+        # The recipe's AdamW and cosine would take more steps to the same accuracy.
+        "optim": {
+            "matrices": "muon",
+            "lr": 3e-3,
+            "warmup": recipe.warmup,
+            "schedule": "wsd",
+            "decay_steps": recipe.decay_steps,
+        },
         "zero": {"stage": 1},
         "checkpoint": {"every": max(1, recipe.steps // 2), "keep": 1},
     }
