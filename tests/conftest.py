@@ -1,5 +1,6 @@
 """Fixtures for all tests, and how tests are distributed over workers (``pytest -n``)."""
 
+import gc
 import html
 import json
 import os
@@ -57,6 +58,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse to run in parallel without the groups, which a pytest that pytest-xdist does not know loses silently."""
     if hasattr(session.config, "workerinput") and session.items and "@" not in session.items[0].nodeid:
         raise pytest.UsageError("pytest-xdist did not group the tests; install the versions of pyproject.toml")
+    gc.freeze()  # what the test modules have imported stays, and every collection would look at all of it
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter end as always."""
+    gc.unfreeze()
 
 
 def _uses_slurm(item: pytest.Item) -> bool:
