@@ -172,7 +172,7 @@ def run(quick: bool) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         raise SystemExit("bench kernels compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
     rows, found = Rows(), []
-    every = [*cases(quick), *fused_cases(tuple(SHARED_BYTES), quick)]
+    every: list[Case | ElementwiseCase] = [*cases(quick), *fused_cases(tuple(SHARED_BYTES), quick)]
     processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     # Forked: this process has no threads yet, and a new one would spend longer on imports than on several kernels.
     with ProcessPoolExecutor(processes, get_context("fork")) as pool:

@@ -33,11 +33,13 @@ LONGEST_FIRST = (
     "slurm",
     "tests/training/test_faults.py",
     "tests/training/test_cli_train.py",
+    "tests/tuning/test_tune.py",
+    "tests/training/test_train_less.py",
     "tests/training/test_zero.py",
     "tests/kernels/test_triton_interpreter.py",
     "tests/quickstart/test_quickstart_run.py",
 )
-"""Groups that take minutes are started first, so that no worker is left with one of them at the end."""
+"""Groups that take long are started first, so that no worker is left with one of them at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
