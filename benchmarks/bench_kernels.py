@@ -7,12 +7,15 @@ memory in the machine code), shared memory, and the tensor-core instruction. Exi
 shared memory than a block may use, or a matrix kernel without tensor-core instructions.
 """
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,8 @@ KERNELS = {
     "sigmoid_gradient": triton_sigmoid.sigmoid_gradient_kernel,
 }
 
+MOST_PROCESSES = 8
+"""That compile at once, of the cores there are."""
 WIDTHS = ("width", "teacher_width")
 EVEN_WIDTH, UNEVEN_WIDTH = 1024, 1000
 FP16_GRADIENT_SCALE = 2.0**14
@@ -167,10 +172,13 @@ def run(quick: bool) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         raise SystemExit("bench kernels compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
     rows, found = Rows(), []
-    for case in (*cases(quick), *fused_cases(tuple(SHARED_BYTES), quick)):
-        row = examine(case)
-        rows.append(row)
-        found += breaches(row, case)
+    every: list[Case | ElementwiseCase] = [*cases(quick), *fused_cases(tuple(SHARED_BYTES), quick)]
+    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    # Forked: this process has no threads yet, and a new one would spend longer on imports than on several kernels.
+    with ProcessPoolExecutor(processes, get_context("fork")) as pool:
+        for case, row in zip(every, pool.map(examine, every), strict=True):
+            rows.append(row)
+            found += breaches(row, case)
     return {"config": {"shared_bytes": SHARED_BYTES}, "rows": rows, "ratios": {}, "breaches": found}
 
 

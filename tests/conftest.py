@@ -1,5 +1,6 @@
 """Fixtures for all tests, and how tests are distributed over workers (``pytest -n``)."""
 
+import gc
 import html
 import json
 import os
@@ -32,11 +33,13 @@ LONGEST_FIRST = (
     "slurm",
     "tests/training/test_faults.py",
     "tests/training/test_cli_train.py",
+    "tests/tuning/test_tune.py",
+    "tests/training/test_train_less.py",
     "tests/training/test_zero.py",
     "tests/kernels/test_triton_interpreter.py",
     "tests/quickstart/test_quickstart_run.py",
 )
-"""Groups that take minutes are started first, so that no worker is left with one of them at the end."""
+"""Groups that take long are started first, so that no worker is left with one of them at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -57,6 +60,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse to run in parallel without the groups, which a pytest that pytest-xdist does not know loses silently."""
     if hasattr(session.config, "workerinput") and session.items and "@" not in session.items[0].nodeid:
         raise pytest.UsageError("pytest-xdist did not group the tests; install the versions of pyproject.toml")
+    gc.freeze()  # what the test modules have imported stays, and every collection would look at all of it
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter end as always."""
+    gc.unfreeze()
 
 
 def _uses_slurm(item: pytest.Item) -> bool:

@@ -1,11 +1,11 @@
 """``mc2 plan`` from the command line, on a tiny model."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
+from mc2_hpc.cli import main
 from mc2_hpc.config import config_to_dict, yaml_text
 from tests.planning.real_step import tiny_config
 
@@ -17,16 +17,10 @@ def config_file(tmp_path):
     return path
 
 
-def plan(*arguments):
-    command = [sys.executable, "-m", "mc2_hpc.cli", "plan", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
-def test_a_plan_with_advice(config_file, tmp_path):
+def test_a_plan_with_advice(config_file, tmp_path, fork_server):
     out, page = tmp_path / "plan.json", tmp_path / "plan.html"
-    done = plan(
-        config_file, "--gpus", 16, "--caption-tokens", 8, "--price", 2, "--advise", "--json", out, "--html", page
-    )
+    words = ["--gpus", "16", "--caption-tokens", "8", "--price", "2", "--advise", "--json", out, "--html", page]
+    done = fork_server.run([sys.executable, "-m", "mc2_hpc.cli", "plan", config_file, *words])
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     (first,) = found["plans"]
@@ -49,7 +43,11 @@ def test_a_plan_with_advice(config_file, tmp_path):
         (["--compare", "a.yaml", "b.yaml"], "a config file, or --compare"),
     ],
 )
-def test_bad_input_gets_one_line(config_file, arguments, message):
-    done = plan(config_file, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_bad_input_gets_one_line(config_file, capsys, arguments, message):
+    try:
+        code = main(["plan", str(config_file), *arguments])
+    except SystemExit as error:  # of argparse
+        code = error.code
+    found = capsys.readouterr()
+    assert code == 2 and not found.out
+    assert message in found.err and len(found.err.splitlines()) == 1

@@ -19,6 +19,7 @@ from mc2_hpc.training.checkpoint import find_damage
 from tests.faults.diary import rows
 
 STEPS = 60  # long enough to kill the run between the checkpoint of step 10 and the end
+SHORT = "steps=20", "optim.schedule=constant"  # of runs that nothing kills
 
 
 def tensors(checkpoint, prefix):
@@ -37,6 +38,22 @@ def undisturbed(ranks_of, module_config, tmp_path_factory):
     """A finished run on 2 ranks at ZeRO stage 1."""
     run = tmp_path_factory.mktemp("undisturbed")
     train(ranks_of, module_config, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def short(ranks_of, module_config, tmp_path_factory):
+    """A finished run of 20 steps on 2 ranks at ZeRO stage 1."""
+    run = tmp_path_factory.mktemp("short")
+    train(ranks_of, module_config, run, 2, *SHORT)
+    return run
+
+
+@pytest.fixture(scope="module")
+def half(ranks_of, module_config, tmp_path_factory):
+    """The same run after 10 steps; tests resume from copies."""
+    run = tmp_path_factory.mktemp("half")
+    train(ranks_of, module_config, run, 2, *SHORT, "steps=10")
     return run
 
 
@@ -144,18 +161,16 @@ def test_restarts_by_itself_when_a_rank_is_killed(undisturbed, module_config, tm
 
 @pytest.mark.parametrize("processes, stage, embedding", [(1, 2, "dense"), (3, 3, "sharded")])
 def test_resumes_on_other_ranks_and_stages(
-    ranks_of, undisturbed, killed, module_config, tmp_path, open_clip, processes, stage, embedding
+    ranks_of, short, half, module_config, tmp_path, open_clip, processes, stage, embedding
 ):
-    """10 steps on 2 ranks at stage 1, the rest with other settings: same samples, so same losses up to rounding."""
+    """10 steps on 2 ranks at stage 1, 10 with other settings: same samples, so same losses up to rounding."""
     settings = f"zero.stage={stage}", f"model.embedding={embedding}"
-    resumed(ranks_of, module_config, killed, tmp_path, processes, *settings)
-    before, after = rows(undisturbed), rows(tmp_path)
-    assert before.keys() == after.keys()
+    resumed(ranks_of, module_config, half, tmp_path, processes, *SHORT, *settings)
+    before, after = rows(short), rows(tmp_path)
+    assert before.keys() == after.keys() and max(after) == 20
     for step in before:
         assert after[step]["loss"] == pytest.approx(before[step]["loss"], rel=1e-5), step
-    trainer = [
-        json.loads((run / "checkpoints/step-00000060/trainer.json").read_text()) for run in (undisturbed, tmp_path)
-    ]
+    trainer = [json.loads((run / "checkpoints/step-00000020/trainer.json").read_text()) for run in (short, tmp_path)]
     assert trainer[0]["position"] == trainer[1]["position"]
     assert trainer[1]["world_size"] == processes
     # The checkpoint converts, whatever settings wrote it, and open_clip gives our model's outputs.
@@ -171,9 +186,10 @@ def test_resumes_on_other_ranks_and_stages(
     torch.testing.assert_close(found[2] * found[0] @ found[1].T, expected, rtol=0, atol=1e-5)
 
 
-def test_micro_batches_change_nothing(ranks_of, undisturbed, module_config, tmp_path):
-    train(ranks_of, module_config, tmp_path, 2, "micro_batch=6")
-    before, after = rows(undisturbed), rows(tmp_path)
+def test_micro_batches_change_nothing(ranks_of, short, module_config, tmp_path):
+    train(ranks_of, module_config, tmp_path, 2, *SHORT, "micro_batch=6")
+    before, after = rows(short), rows(tmp_path)
+    assert before.keys() == after.keys()
     for step in before:
         assert after[step]["loss"] == pytest.approx(before[step]["loss"], rel=1e-4), step
 

@@ -3,6 +3,7 @@ resumes bitwise, and exchanges and saves nothing for what is frozen."""
 
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from tests.training import zero_worker
 
 pytestmark = pytest.mark.timeout(900)
 RANKS = 2
-CASES = [(case, stage) for case in worker.CASES for stage in worker.stages(case)]
+RUNS = [(case, stage) for case in worker.CASES for stage in worker.stages(case)]
+FAST = [(case, stage) for case, stage in RUNS if stage in worker.fast_stages(case)]
 
 # Written out, so that the product's own rule is not what it is compared with.
 IMAGE_EMBEDDINGS = ("vision.patch", "vision.class", "vision.pos", "vision.norm_pre")
@@ -48,12 +50,29 @@ def averaged(case: str) -> bool:
     return "ema_decay" in worker.CASES[case].get("optim", {})
 
 
+def every_run(wanted: Callable[[str], bool] = lambda case: True) -> pytest.MarkDecorator:
+    """A test of each run of the cases that are wanted."""
+    slow = {run: () if run in FAST else pytest.mark.slow for run in RUNS}
+    return pytest.mark.parametrize(
+        "case, stage", [pytest.param(*run, marks=slow[run]) for run in RUNS if wanted(run[0])]
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(ranks_of, tmp_path_factory):
-    """The worker's folder and findings."""
-    folder = tmp_path_factory.mktemp("train_less")
-    ranks_of(RANKS, worker.__file__, folder, timeout=800)
-    return folder, json.loads((folder / "found.json").read_text())
+    """``trained(case, stage)``: the worker's folder, and what it found of that run; fast runs are trained together."""
+    done = {}
+
+    def train(case: str, stage: int):
+        runs = FAST if (case, stage) in FAST else [run for run in RUNS if run not in FAST]
+        if runs[0] not in done:
+            folder = tmp_path_factory.mktemp("train_less")
+            ranks_of(RANKS, worker.__file__, folder, *map(json.dumps, runs), timeout=800)
+            done[runs[0]] = folder, json.loads((folder / "found.json").read_text())
+        folder, found = done[runs[0]]
+        return folder, found[f"{case} {stage}"]
+
+    return train
 
 
 def learning_rate(case: str, step: int) -> float:
@@ -160,18 +179,19 @@ def _plain(case: str):
 def final(trained, case, stage, where=""):
     """The run's final state by kind and name."""
     state: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(trained[0] / f"{case} {stage}{where}.safetensors").items():
+    folder, _ = trained(case, stage)
+    for key, tensor in load_file(folder / f"{case} {stage}{where}.safetensors").items():
         kind, _, name = key.partition("/")
         state.setdefault(kind, {})[name] = tensor
     return state
 
 
-@pytest.mark.parametrize("case, stage", CASES)
+@every_run()
 def test_equals_plain_pytorch(trained, plain, case, stage):
     """Losses, gradient norms, weights and their average after five steps; also resumed at another stage, in
     micro-batches with recomputation."""
     reference_rows, *reference = plain(case)
-    found = trained[1][case][str(stage)]
+    found = trained(case, stage)[1]
     for rows in (found["rows"], found["rows elsewhere"]):
         numbers = torch.tensor(rows, dtype=torch.float64)
         tolerance = torch.tensor([1e-6, 5e-6, 1e-6])  # the norm's gradients are differences of large numbers
@@ -186,27 +206,27 @@ def test_equals_plain_pytorch(trained, plain, case, stage):
                 assert error <= 1e-6, f"{kind} of {name}{where}: {error}"
 
 
-@pytest.mark.parametrize("case, stage", CASES)
+@every_run()
 def test_resumes_bitwise(trained, case, stage):
-    assert trained[1][case][str(stage)]["resumed bitwise"]
+    assert trained(case, stage)[1]["resumed bitwise"]
 
 
-@pytest.mark.parametrize("case, stage", CASES)
+@every_run()
 def test_a_table_that_is_dealt_to_the_ranks_is_not_kept_whole(trained, case, stage):
     """Not even a frozen one, by the list of frozen parameters that evaluation thaws."""
     dense = worker.configured(case, stage).model.embedding == "dense"
-    assert trained[1][case][str(stage)]["keeps the whole table"] == dense
+    assert trained(case, stage)[1]["keeps the whole table"] == dense
 
 
-@pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if averaged(case)])
+@every_run(averaged)
 def test_the_average_is_a_whole_model(trained, case, stage):
     """On every rank, with the weights themselves where they are frozen."""
-    assert trained[1][case][str(stage)]["whole average"]
+    assert trained(case, stage)[1]["whole average"]
     state = final(trained, case, stage)
     assert all(not torch.equal(tensor, state["weight"][name]) for name, tensor in state["ema"].items())
 
 
-@pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if case in FROZEN])
+@every_run(FROZEN.__contains__)
 def test_frozen_weights_stay_and_have_no_state(trained, case, stage):
     state = final(trained, case, stage)
     start = worker.initial(worker.configured(case, 0)).state_dict()
@@ -220,14 +240,14 @@ def test_frozen_weights_stay_and_have_no_state(trained, case, stage):
         assert set(state["ema"]) == trained_names
 
 
-@pytest.mark.parametrize("case, stage", [(case, stage) for case, stage in CASES if case in FROZEN])
+@every_run(FROZEN.__contains__)
 def test_no_gradient_of_a_frozen_weight_is_exchanged(trained, case, stage):
     """Bytes that a rank puts into all-reduces and reduce-scatters in one step: those of the trained weights, padding,
     and the loss's own few. The token table exchanges rows by all-to-all unless it is dense."""
     dense = worker.CASES[case].get("model", {}).get("embedding") == "dense"
     sizes = {name: tensor.numel() for name, tensor in worker.initial(worker.configured(case, 0)).state_dict().items()}
     reduced = [n for n in sizes if not is_frozen(case, n) and n != "logit_scale" and (dense or n != TABLE)]
-    sent = trained[1][case][str(stage)]["sent"]
+    sent = trained(case, stage)[1]["sent"]
     found = sum(count for kind, count in sent.items() if "reduce" in kind)
     expected = 4 * sum(sizes[name] for name in reduced)
     assert 0 <= found - expected <= 4096, sent

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -130,11 +129,16 @@ def test_no_time_at_all(module_config, tmp_path, unplanned):
         (["modle.compile=true"], "unknown key 'modle'"),
     ],
 )
-def test_bad_input_is_one_line(module_config, tmp_path, capsys, monkeypatch, words, message):
+def test_bad_input_is_one_line(module_config, machine, tmp_path, capsys, monkeypatch, words, message):
     if message is None:  # it may train: only see that nothing before the trials refuses it
         monkeypatch.setattr(LocalRunner, "run", lambda *_, **__: None)
         message = "not a single trial ended"
     monkeypatch.setattr(Fitting, "_why_unknown", lambda _: "not asked")
+
+    def examine(ranks):  # the real one is a process that imports torch: see test_machines.py
+        return dataclasses.replace(machine, ranks=ranks or 1, ranks_per_node=ranks or 1)
+
+    monkeypatch.setattr("mc2_hpc.tuning.tune.examine", examine)
     slurm = words.index("--slurm") if "--slurm" in words else len(words)
     command = ["tune", str(module_config), "--out", str(tmp_path / "out"), *words[:slurm], *words[slurm:]]
     assert main(command) == 2
@@ -349,10 +353,10 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def restarted(command):
+def restarted(command, fork_server):
     """The same command after it was killed in its second trial: what the first call left, and the second's output."""
     words, out = command
-    killed = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+    killed = fork_server.start(words, env=environment())
     deadline = time.monotonic() + 400
     # The first trial is recorded, and another has begun.
     while len(list(out.glob("trials/*/trial.yaml"))) < 2:
@@ -361,7 +365,7 @@ def restarted(command):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     first = (out / TRIALS).read_text()
-    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=500)
+    result = fork_server.run(words, env=environment(), timeout=500)
     return first, result
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -57,13 +56,12 @@ def command(slurm_cluster, module_config, tmp_path):
         slurm_cluster.command("scancel", json.loads(path.read_text())["job"], check=False)
 
 
-def test_trials_are_jobs_and_a_killed_search_finds_its_own(command, slurm_cluster):
+def test_trials_are_jobs_and_a_killed_search_finds_its_own(command, slurm_cluster, fork_server):
     words, out, environment = command
-    log = open(out.parent / "first.log", "w")
-    killed = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+    killed = fork_server.start(words, env=environment)
 
     def submitted() -> bool:
-        assert killed.poll() is None, (out.parent / "first.log").read_text()
+        assert killed.poll() is None, killed.communicate()
         return bool(list(out.glob("trials/*/job.json")))
 
     slurm_cluster.wait_until("the first trial's job", submitted, timeout_s=300)
@@ -71,7 +69,7 @@ def test_trials_are_jobs_and_a_killed_search_finds_its_own(command, slurm_cluste
     killed.wait()
     (path,) = out.glob("trials/*/job.json")
     job = json.loads(path.read_text())["job"]
-    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=840)
+    result = fork_server.run(words, env=environment, timeout=840)
     assert result.returncode == 0, result.stderr
     assert f"Slurm job {job}, of an earlier call: as given" in result.stderr
     assert json.loads(path.read_text())["job"] == job
@@ -79,6 +77,6 @@ def test_trials_are_jobs_and_a_killed_search_finds_its_own(command, slurm_cluste
     assert found["machine"]["ranks"] == 2 and [trial["status"] for trial in found["trials"]] == ["ok", "ok"]
     assert all(trial["waits"]["network"] > 0 for trial in found["trials"])
     assert slurm_cluster.job(job)["Requeue"] == "0"
-    again = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    again = fork_server.run(words, env=environment, timeout=300)
     assert again.returncode == 0 and "Slurm job" not in again.stderr, again.stderr
     assert again.stdout == result.stdout
