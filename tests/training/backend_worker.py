@@ -1,4 +1,4 @@
-"""Trains 10 steps with every optimizer and stage, half of them after a resume.
+"""Trains 20 steps with every optimizer and stage, half of them after a resume.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 backend_worker.py OUT
 """

@@ -1,4 +1,4 @@
-"""A covering array of the step's switches: every two values of two switches meet in some run of 10 steps.
+"""A covering array of the step's switches: every two values of two switches meet in some run of 20 steps.
 
 TRITON_INTERPRET=1 python -m torch.distributed.run --standalone --nproc-per-node 2 covering_worker.py OUT
 """

@@ -36,8 +36,8 @@ def train_plainly(config: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for n, p in model.named_parameters() if n not in SCALARS])
-        # Warm-up over 5 steps, then cosine decay over the other 5, written out.
-        lr = 1e-3 * (number + 1) / 5 if number < 5 else 0.5e-3 * (1 + math.cos(math.pi * (number - 5) / 5))
+        # Warm-up over 5 steps, then cosine decay over the other 15, written out.
+        lr = 1e-3 * (number + 1) / 5 if number < 5 else 0.5e-3 * (1 + math.cos(math.pi * (number - 5) / 15))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Trains 10 steps with the sigmoid loss at every ZeRO stage; writes each step's numbers and the final weights.
+"""Trains 20 steps with the sigmoid loss at every ZeRO stage; writes each step's numbers and the final weights.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 sigmoid_worker.py OUT [CASE ...]
 """

@@ -20,7 +20,7 @@ def test_every_two_values_meet():
 
 @pytest.fixture(scope="module")
 def plain():
-    """10 steps of open_clip's losses, by kind."""
+    """20 steps of open_clip's losses, by kind."""
     rows = {row["loss.kind"]: row for row in worker.ROWS}
     return {kind: train_plainly(worker.run_config(row)) for kind, row in rows.items()}
 

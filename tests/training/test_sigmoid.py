@@ -42,7 +42,7 @@ def trained(ranks_of, tmp_path_factory):
 def test_equals_plain_pytorch(trained, plain, ranks, name):
     """Loss, gradient norm, scale and bias of every step, and the final weights."""
     rows = torch.tensor(json.loads((trained[ranks] / "rows.json").read_text())[name], dtype=torch.float64)
-    assert rows.shape == (10, 4)
+    assert rows.shape == (20, 4)
     torch.testing.assert_close(rows, plain[0], rtol=1e-5, atol=0)
     assert_same_weights(load_file(trained[ranks] / f"{name}.safetensors"), plain[1])
     assert plain[0][0, 3] != plain[0][-1, 3]  # the bias is trained

@@ -1,9 +1,8 @@
-"""Trains 10 steps at every ZeRO stage on a torchrun job's ranks; writes each step's numbers and the final weights.
+"""Trains 20 steps at every ZeRO stage on a torchrun job's ranks; writes each step's numbers and the final weights.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 zero_worker.py OUT [CASE ...]
 """
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.optim import learning_rate
 from mc2_hpc.training.step import ContrastiveStep
 
-STEPS, BATCH, CONTEXT = 10, 16, 12
+STEPS, BATCH, CONTEXT = 20, 16, 12
 
 PADDED = "zero2_gradcache_padded"
 
@@ -60,7 +59,6 @@ def run_config(stage: int, precision: str = "fp32", **top: object) -> RunConfig:
     )
 
 
-@functools.cache
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The same random global batches on every rank: uint8 images and token rows of any length, padded after the EOS."""
     generator = torch.Generator().manual_seed(0)
