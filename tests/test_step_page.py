@@ -79,8 +79,13 @@ def test_the_table_of_fused_kernels_is_the_rows():
         pair = [rows[int(stage), recompute.strip("`"), backend] for backend in ("torch", "triton")]
         for cell, key in zip(cells, ("kernels", "traffic_gb", "peak_gib"), strict=True):
             assert [float(number) for number in cell.replace(",", "").split(" → ")] == [row[key] for row in pair]
-        assert pair[0]["products_tflop"] == pair[1]["products_tflop"]
+        # With PyTorch's operators selective recomputation repeats products at ZeRO 3.
+        assert pair[0]["products_tflop"] >= pair[1]["products_tflop"]
     assert max(rows[1, kind, "triton"]["traffic_gb"] / rows[1, kind, "torch"]["traffic_gb"] for kind in KINDS) < 0.4
+    for stage in (1, 2):
+        assert rows[stage, "selective", "triton"]["traffic_gb"] < 250
+        assert rows[stage, "selective", "triton"]["kernels"] < 2500
+        assert rows[stage, "selective", "triton"]["kernels"] == rows[stage, "none", "triton"]["kernels"]
 
 
 def test_what_is_left_of_the_traffic_is_the_rows():
@@ -88,27 +93,30 @@ def test_what_is_left_of_the_traffic_is_the_rows():
     page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
     counts = dict(RESULTS["fused_breakdown_gb"])
     step = {key: counts.pop(key) for key in ("ranks", "stage", "recompute")} | {"kernels_of_blocks": "triton"}
-    table = page[page.index(f"with `{step['recompute']}` at ZeRO {step['stage']}:") : page.index("## What remains")]
+    table = page[page.index(f"with `{step['recompute']}` at ZeRO {step['stage']}:") :].split("\n\n")[1]
     assert [float(number) for number in re.findall(r"\d+\.\d", table)] == list(counts.values())
     (row,) = (row for row in RESULTS["fused_rows"] if step.items() <= row.items())
     total = counts.pop("total")
     assert row["traffic_gb"] == round(total) and 0.98 * total < sum(counts.values()) < total
-    assert f"{round(counts['add'] + counts['sum'])} GB that could be part of their neighbours' passes" in page
 
 
 def test_the_traffic_of_fused_kernels_follows_from_the_sizes():
-    """In bf16 forward reads and writes 2 bytes per value, and runs twice with ``selective``; backward reads 4 and
-    writes 2. Norms outside of blocks, and numbers per row, are within the tolerance."""
+    """In bf16, values times 2 bytes of each tensor that a kernel reads or writes, with ``selective``; docs/kernels.md
+    names them. Norms outside of blocks, and numbers per row, are within the tolerance."""
     counts, config = RESULTS["fused_breakdown_gb"], RESULTS["config"]
     arch = PRESETS[config["model"]]
     patches = config["pairs_per_rank"] * ((arch.vision.image_size // arch.vision.patch_size) ** 2 + 1)
     vision, text = arch.vision.layers * patches, arch.text.layers * config["caption_tokens_fused"]
-    for kernel, values in (
-        ("quick_gelu", vision * arch.vision.mlp_width + text * 4 * arch.text.width),
-        ("layer_norm", 2 * (vision * arch.vision.width + text * arch.text.width)),
+    stream = vision * arch.vision.width + text * arch.text.width
+    hidden = vision * arch.vision.mlp_width + text * 4 * arch.text.width
+    for kernel, values, tensors in (
+        ("quick_gelu_forward", hidden, 2),
+        ("quick_gelu_backward", hidden, 4),
+        ("layer_norm_forward", 2 * stream, 4),
+        ("layer_norm_backward", 2 * stream, 5),
+        ("split_qkv_backward", 3 * vision * arch.vision.width, 2),
     ):
-        assert counts[f"{kernel}_forward"] == pytest.approx(8 * values / 1e9, rel=0.03)
-        assert counts[f"{kernel}_backward"] == pytest.approx(6 * values / 1e9, rel=0.03)
+        assert counts[kernel] == pytest.approx(2 * tensors * values / 1e9, rel=0.03), kernel
 
 
 @pytest.mark.parametrize("config", ["vit_h14_worldwide.yaml", "vit_h14_stages.yaml"])

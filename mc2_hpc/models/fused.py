@@ -5,18 +5,22 @@ three operators that keep two tensors. The fused kernels read and write each val
 compute in fp32 as well: results differ by the rounding of the last place.
 """
 
+import functools
 import logging
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mc2_hpc.errors import UserError
+from mc2_hpc.kernels.layer_norm import MOST_FUSED_COLUMNS, add_norm_linear
 from mc2_hpc.kernels.layer_norm import add_layer_norm as triton_add_layer_norm
 from mc2_hpc.kernels.layer_norm import layer_norm as triton_layer_norm
-from mc2_hpc.kernels.quick_gelu import SLOPE
+from mc2_hpc.kernels.linear import with_bias_gradient
+from mc2_hpc.kernels.quick_gelu import SLOPE, quick_gelu_linear
 from mc2_hpc.kernels.quick_gelu import quick_gelu as triton_quick_gelu
 from mc2_hpc.kernels.triton_launch import triton_obstacle
 
@@ -125,6 +129,28 @@ def _resolve(key: str, table: dict[str, Callable[[str], T]], name: str, device_t
     return table[name](device_type)
 
 
+@dataclass(frozen=True)
+class Product:
+    """The result of a linear layer, with the bias whose gradient is left to whoever computes that of the result.
+
+    That gradient is the sum of the result's over rows, and the kernel that computes it has all of them at hand.
+    """
+
+    value: Tensor | None
+    """(..., W); ``None`` before the first block, where nothing is to be added yet."""
+    bias: Tensor | None
+    """(W,), already in ``value``: a view, because with ZeRO 3 the parameter itself is there during its layer's call
+    only. ``None`` if its gradient is computed already."""
+
+    def added_to(self, x: Tensor) -> Tensor:
+        """The sum with ``x``, (..., W)."""
+        return x if self.value is None else x + with_bias_gradient(self.value, self.bias)
+
+
+LinearCall = Callable[[Callable[..., tuple[Tensor, Tensor]]], Any]
+"""Calls a linear layer that computes its product with the function that it gets."""
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm with fp32 parameters, in the type of its input."""
 
@@ -137,13 +163,47 @@ class LayerNorm(nn.LayerNorm):
         """Whether the backend can add to its input in the same pass."""
         return self.backend in FUSED_WITH_ADDITION
 
-    def forward(  # type: ignore[override]  # one call for both, because ZeRO 3 fetches parameters around calls
-        self, input: Tensor, added: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of ``input``; or, where :attr:`adds`, the sum of ``input`` and ``added``, and the sum's norm."""
+    @property
+    def fuses(self) -> bool:
+        """Whether the addition and the norm can be part of the linear layer that follows (:meth:`then`)."""
+        return self.backend is triton_layer_norm and self.normalized_shape[0] <= MOST_FUSED_COLUMNS
+
+    def forward(  # one call for all, because ZeRO 3 fetches parameters around calls
+        self, input: Tensor, added: Tensor | None = None, linear: LinearCall | None = None
+    ) -> Any:
+        """The norm of ``input``; or, where :attr:`adds`, the sum of ``input`` and ``added``, and the sum's norm.
+
+        Args:
+            linear: compute this, with the fused function that it gets, in place of the norm.
+        """
+        if linear is not None:
+            return linear(
+                functools.partial(add_norm_linear, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps)
+            )
         if added is None:
             return self.backend(input, self.weight, self.bias, self.eps)
         return FUSED_WITH_ADDITION[self.backend](input, added, self.weight, self.bias, self.eps)
+
+    def then(
+        self, linear: nn.Linear, x: Tensor, pending: Product, *, bias_elsewhere: bool, recompute: bool
+    ) -> tuple[Tensor, Product]:
+        """The sum of ``x`` and what is pending, and a linear layer of the sum's norm, where the layer :attr:`fuses`.
+
+        Args:
+            bias_elsewhere: leave the gradient of the layer's bias to whoever has the gradient of the result.
+            recompute: compute the norm again in the backward pass.
+        """
+
+        def call(fused: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+            def product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
+                own, left = (bias.detach(), bias.view_as(bias)) if bias_elsewhere else (bias, None)
+                options = {"added_bias": pending.bias, "recompute": recompute}
+                return *fused(x, pending.value, weight=weight, bias=own, **options), left
+
+            return linear(x, product)
+
+        total, value, left = self(x, linear=call)
+        return total, Product(value, left)
 
 
 class QuickGELU(nn.Module):
@@ -152,6 +212,24 @@ class QuickGELU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backend: ActivationFunction = torch_quick_gelu
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the backend can be part of the linear layer that follows."""
+        return self.backend is triton_quick_gelu
+
+    def then(self, linear: nn.Linear, x: Product, *, recompute: bool) -> Product:
+        """A linear layer of the activation, where the backend :attr:`fuses`.
+
+        Args:
+            recompute: compute the activation again in the backward pass.
+        """
+
+        def product(y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            branch = quick_gelu_linear(y, weight, bias.detach(), x_bias=x.bias, recompute=recompute)
+            return branch, bias.view_as(bias)
+
+        return Product(*linear(x.value, product))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backend(x)

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mc2_hpc.errors import UserError
-from mc2_hpc.models.fused import LayerNorm, QuickGELU
+from mc2_hpc.kernels.linear import linear
+from mc2_hpc.kernels.split_qkv import split_qkv
+from mc2_hpc.models.fused import LayerNorm, Product, QuickGELU
 from mc2_hpc.models.packed_attention import (
     AttentionFunction,
     PackedAttentionFunction,
@@ -106,6 +108,19 @@ def resolve_attention(name: str, device_type: str) -> AttentionBackend:
     return ATTENTION_BACKENDS[name](device_type)
 
 
+class Linear(nn.Linear):
+    """A linear layer that others can compute as part of a fused function."""
+
+    def forward(self, input: Tensor, product: Callable[..., Any] | None = None) -> Any:
+        """(..., in) to (..., out); or what ``product`` returns of ``input``, the weight and the bias.
+
+        As one call for both, because ZeRO 3 fetches parameters around calls.
+        """
+        if product is None:
+            return super().forward(input)
+        return product(input, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
@@ -113,8 +128,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.causal = causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv: nn.Linear = Linear(width, 3 * width)
+        self.out: nn.Linear = Linear(width, width)
         self.backend = SDPA
 
     def forward(self, qkv: Tensor, packing: Packing | None = None) -> Tensor:
@@ -125,11 +140,31 @@ class Attention(nn.Module):
         """
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         if packing is not None:
-            return self.out(self.backend.attend_packed(qkv, packing).flatten(1))
+            return cast(Tensor, self.out(self._attend_packed(qkv, packing)))
         # Unbound before they are transposed: so backward stacks the three gradients in place, without another copy.
-        q_BHLD, k_BHLD, v_BHLD = (part.transpose(1, 2) for part in qkv.unbind(2))
+        return cast(Tensor, self.out(self._attend(qkv.unbind(2))))
+
+    def fused(self, qkv: Product, packing: Packing | None = None) -> Product:
+        """The same, with gradients of biases passed on; the one of ``qkv`` only if there is no ``packing``."""
+        assert qkv.value is not None
+        parts = qkv.value.unflatten(-1, (3, self.heads, -1))
+        if packing is not None:
+            attended = self._attend_packed(parts, packing)
+        else:
+            attended = self._attend(split_qkv(parts, qkv.bias))
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            return linear(x, weight, bias.detach()), bias.view_as(bias)
+
+        return Product(*self.out(attended, product))
+
+    def _attend(self, parts: Sequence[Tensor]) -> Tensor:
+        q_BHLD, k_BHLD, v_BHLD = (part.transpose(1, 2) for part in parts)
         y_BHLD = self.backend.attend(q_BHLD, k_BHLD, v_BHLD, causal=self.causal)
-        return self.out(y_BHLD.transpose(1, 2).flatten(2))
+        return y_BHLD.transpose(1, 2).flatten(2)
+
+    def _attend_packed(self, qkv_T3HD: Tensor, packing: Packing) -> Tensor:
+        return self.backend.attend_packed(qkv_T3HD, packing).flatten(1)
 
 
 class Block(nn.Module):
@@ -140,19 +175,38 @@ class Block(nn.Module):
         self.norm_1 = LayerNorm(width)
         self.attention = Attention(width, heads, causal=causal)
         self.norm_2 = LayerNorm(width)
-        self.fc = nn.Linear(width, mlp_width)
+        self.fc: nn.Linear = Linear(width, mlp_width)
         self.activation = QuickGELU() if quick_gelu else nn.GELU()
-        self.proj = nn.Linear(mlp_width, width)
+        self.proj: nn.Linear = Linear(mlp_width, width)
         self.has_float8 = False
         """Whether any linear layer is one of :mod:`mc2_hpc.models.float8`."""
 
-    def forward(self, x_BLW: Tensor, packing: Packing | None = None, *, selective: bool = False) -> Tensor:
+    @property
+    def fuses(self) -> bool:
+        """Whether :meth:`forward` can leave its last addition to the next block: with the kernels of both norm and
+        activation, without adapters and layers in fp8."""
+        layers = (self.attention.qkv, self.attention.out, self.fc, self.proj)
+        kernels = self.norm_1.fuses and isinstance(self.activation, QuickGELU) and self.activation.fuses
+        return kernels and all(isinstance(layer, Linear) for layer in layers)
+
+    def forward(
+        self,
+        x_BLW: Tensor,
+        packing: Packing | None = None,
+        *,
+        selective: bool = False,
+        pending: Product | None = None,
+    ) -> Tensor | tuple[Tensor, Product]:
         """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same.
 
         Args:
             selective: compute the inputs of the linear layers, where they are norms or activations, again in the
                 backward pass instead of keeping them.
+            pending: what is still to be added to ``x_BLW``, if the block :attr:`fuses`; its own last addition is then
+                pending too, and returned next to the sum so far.
         """
+        if pending is not None:
+            return self._fused(x_BLW, packing, selective, pending)
         recomputes = selective and torch.is_grad_enabled()
         recomputing = functools.partial(_recomputing, has_float8=self.has_float8)
         product = functools.partial(recomputing, _product) if recomputes else _product
@@ -164,6 +218,17 @@ class Block(nn.Module):
             x_BLW = x_BLW + attended
             h_BLM = product(self.norm_2, self.fc, x_BLW)
         return x_BLW + product(self.activation, self.proj, h_BLM)
+
+    def _fused(
+        self, x_BLW: Tensor, packing: Packing | None, selective: bool, pending: Product
+    ) -> tuple[Tensor, Product]:
+        """Each linear layer leaves the gradient of its bias to the next kernel, and the last one to the next block."""
+        unpacked = packing is None  # only then is there a kernel for the gradients of queries, keys and values
+        x_BLW, qkv = self.norm_1.then(self.attention.qkv, x_BLW, pending, bias_elsewhere=unpacked, recompute=selective)
+        attended = self.attention.fused(qkv, packing)
+        x_BLW, h_BLM = self.norm_2.then(self.fc, x_BLW, attended, bias_elsewhere=True, recompute=selective)
+        assert isinstance(self.activation, QuickGELU)
+        return x_BLW, self.activation.then(self.proj, h_BLM, recompute=selective)
 
 
 def _product(prepare: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
@@ -230,9 +295,17 @@ class Transformer(nn.Module):
 
     def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
         """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same."""
+        if self.recompute is not Recompute.FULL and all(block.fuses for block in self.blocks):
+            return self._fused(x_BLW, packing)
         for block in self.blocks:
             if self.recompute is Recompute.FULL and torch.is_grad_enabled():
                 x_BLW = checkpoint(block, x_BLW, packing, use_reentrant=False)
             else:
                 x_BLW = block(x_BLW, packing, selective=self.recompute is Recompute.SELECTIVE)
         return x_BLW
+
+    def _fused(self, x_BLW: Tensor, packing: Packing | None) -> Tensor:
+        pending = Product(None, None)
+        for block in self.blocks:
+            x_BLW, pending = block(x_BLW, packing, selective=self.recompute is Recompute.SELECTIVE, pending=pending)
+        return pending.added_to(x_BLW)

@@ -54,13 +54,15 @@ def imagine_triton(config: RunConfig, counting: Counting) -> RunConfig:
     from mc2_hpc.kernels.contrastive import triton_impl, triton_sigmoid
     from mc2_hpc.kernels.layer_norm import triton_impl as layer_norm
     from mc2_hpc.kernels.quick_gelu import triton_impl as quick_gelu
+    from mc2_hpc.kernels.split_qkv import triton_impl as split_qkv
 
     logits = _Logits(counting)
     triton_impl.statistics_kernel = triton_impl.gradient_kernel = logits
     triton_sigmoid.sigmoid_statistics_kernel = triton_sigmoid.sigmoid_gradient_kernel = logits
-    for module in (layer_norm, quick_gelu):
+    for module in (layer_norm, quick_gelu, split_qkv):
         for name in ("forward_kernel", "backward_kernel"):
-            setattr(module, name, _Pass(counting))
+            if hasattr(module, name):  # views need no kernel forward
+                setattr(module, name, _Pass(counting))
     return config
 
 

@@ -34,6 +34,7 @@ def test_kernels_of_bf16_training_compile_for_every_architecture(tmp_path):
     ]
     norms = ("layer_norm", "add_layer_norm", "quick_gelu")
     fused = [f"{name}_{way}" for name in norms for way in ("forward", "backward")]
+    fused += [f"{name}_backward" for name in ("add_norm_linear", "quick_gelu_linear", "split_qkv")]
     assert {(row["kernel"], row["arch"], row["tensor_core"]) for row in rows} == {
         *((kernel, arch, instruction) for kernel in contrastive for arch, instruction in architectures.items()),
         *((kernel, arch, None) for kernel in fused for arch in architectures),

@@ -3,10 +3,12 @@ in the separate process that ``test_triton_interpreter.py`` starts."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mc2_hpc.kernels.layer_norm import add_layer_norm, layer_norm, reference_layer_norm
-from mc2_hpc.kernels.quick_gelu import quick_gelu, reference_quick_gelu
+from mc2_hpc.kernels.layer_norm import add_layer_norm, add_norm_linear, layer_norm, reference_layer_norm
+from mc2_hpc.kernels.quick_gelu import quick_gelu, quick_gelu_linear, reference_quick_gelu
+from mc2_hpc.kernels.split_qkv import split_qkv
 from mc2_hpc.models.clip import build_clip
 from mc2_hpc.models.presets import ClipArchitecture, TextArchitecture, VisionArchitecture
 from mc2_hpc.precision import Precision
@@ -81,6 +83,137 @@ def test_add_layer_norm_of_shapes_that_differ():
     parameters = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
     with pytest.raises(ValueError, match=r"add_layer_norm of \(2, 8\) and \(1, 8\): the shapes must be equal"):
         add_layer_norm(torch.zeros(2, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE), *parameters)
+
+
+LINEAR_SHAPES = [(1, 1), (3, 4, 33), (21, 300)]
+"""Of inputs; the second dimension of the last is more than one block of columns, its first more than one of rows."""
+
+
+def check_linear(function, inputs, exact, dtype):
+    """Results and the gradient of every input against float64, and the same bits from a second run."""
+    inputs = [None if x is None else x.requires_grad_() for x in inputs]
+    present = [x for x in inputs if x is not None]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    dys = [normal(*y.shape, dtype=y.dtype, seed=seed) for seed, y in enumerate(outputs, start=20)]
+    found = torch.autograd.grad(outputs, present, dys)
+    again = function(*inputs)
+    again = torch.autograd.grad(again, present, dys)
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+    doubles = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    true_outputs = exact(*doubles)
+    true = torch.autograd.grad(true_outputs, [x for x in doubles if x is not None], [dy.double() for dy in dys])
+    for y, true_y in zip(outputs, true_outputs, strict=True):
+        assert y.dtype == dtype
+        close(y, true_y, 4 * ERROR[dtype], size=float(true_y.detach().abs().max()))
+    for x, gradient, true_gradient in zip(present, found, true, strict=True):
+        assert gradient.dtype == x.dtype
+        close(gradient, true_gradient, 8 * ERROR[dtype], size=float(true_gradient.abs().max()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", LINEAR_SHAPES)
+def test_add_norm_linear_equals_float64(shape, dtype, recompute):
+    """``added`` contains its bias already, so a reference takes it out of ``added`` and adds it again."""
+    width = shape[-1]
+    x, added = ((2 * normal(*shape, seed=seed) + 3).to(dtype) for seed in (0, 4))
+    norm_weight, norm_bias, added_bias = (normal(width, seed=seed) for seed in (1, 2, 3))
+    weight, bias = normal(7, width, seed=6) / width**0.5, normal(7, seed=7)
+
+    def function(x, added, added_bias, norm_weight, norm_bias, weight, bias):
+        options = {"added_bias": added_bias, "recompute": recompute}
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            return add_norm_linear(x, added, norm_weight, norm_bias, weight, bias, **options)
+
+    def exact(x, added, added_bias, norm_weight, norm_bias, weight, bias):
+        total = x + added + (0 if added_bias is None else added_bias - added_bias.detach())
+        rounded = total + (total.detach().to(dtype).double() - total.detach())
+        return total, F.linear(reference_layer_norm(rounded, norm_weight, norm_bias), weight, bias)
+
+    inputs = (x, added, added_bias, norm_weight, norm_bias, weight, bias)
+    check_linear(function, inputs, exact, dtype)
+
+
+def test_add_norm_linear_without_an_addition():
+    """As in the first block: the sum is the input itself."""
+    x, norm_weight, norm_bias = normal(5, 40).requires_grad_(), normal(40, seed=1), normal(40, seed=2)
+    weight, bias = normal(7, 40, seed=6), normal(7, seed=7)
+    total, out = add_norm_linear(x, None, norm_weight, norm_bias, weight, bias)
+    expected = F.linear(layer_norm(x, norm_weight, norm_bias), weight, bias)
+    assert torch.equal(total, x) and torch.equal(out, expected)
+    (found,) = torch.autograd.grad(total.sum() + out.square().sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(x.sum() + expected.square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", LINEAR_SHAPES)
+def test_quick_gelu_linear_equals_float64(shape, dtype, recompute):
+    width = shape[-1]
+    x, x_bias = (2 * normal(*shape)).to(dtype), normal(width, seed=3)
+    weight, bias = normal(7, width, seed=6) / width**0.5, normal(7, seed=7)
+
+    def function(x, x_bias, weight, bias):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            return quick_gelu_linear(x, weight, bias, x_bias=x_bias, recompute=recompute)
+
+    def exact(x, x_bias, weight, bias):
+        x = x + x_bias - x_bias.detach()
+        return (F.linear(x * torch.sigmoid(1.702 * x), weight, bias),)
+
+    inputs = (x, x_bias, weight, bias)
+    check_linear(function, inputs, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 5, 3, 2, 9), (21, 3, 4, 80)])
+def test_split_qkv_equals_float64(shape, dtype):
+    """The stacked gradient is exact; the bias gets its sum over rows."""
+    qkv, bias = normal(*shape, dtype=dtype).requires_grad_(), normal(3 * shape[-2] * shape[-1]).requires_grad_()
+    parts = split_qkv(qkv, bias)
+    assert all(torch.equal(part, qkv.select(-3, index)) for index, part in enumerate(parts))
+    # As attention's backward pass returns them, heads before rows.
+    swapped = [part.transpose(-2, -3).shape for part in parts]
+    dys = [normal(*sizes, dtype=dtype, seed=seed).transpose(-2, -3) for seed, sizes in enumerate(swapped)]
+    dqkv, dbias = torch.autograd.grad(parts, (qkv, bias), dys)
+    stacked = torch.stack(dys, -3)
+    assert torch.equal(dqkv, stacked) and dbias.dtype == torch.float32
+    close(dbias, stacked.double().flatten(-3).flatten(0, -2).sum(0), 1e-6, size=len(dqkv))
+
+
+def test_recomputation_changes_no_bit():
+    x, added, weight = normal(9, 40), normal(9, 40, seed=1), normal(7, 40, seed=2)
+    norm_weight, norm_bias = normal(40, seed=3), normal(40, seed=4)
+    found = []
+    for recompute in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, added, norm_weight, norm_bias, weight)]
+        _, normed = add_norm_linear(*leaves, None, recompute=recompute)
+        activated = quick_gelu_linear(leaves[0], leaves[-1], None, recompute=recompute)
+        found.append(torch.autograd.grad((normed * activated).square().sum(), leaves))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("trained", [("norm_weight",), ("weight",), ("added_bias",), ("x",), ("x", "bias")])
+def test_add_norm_linear_of_frozen_parameters(trained):
+    """What is trained has the gradient that it has if all are."""
+    tensors = {"x": normal(9, 40), "added": normal(9, 40, seed=1), "added_bias": normal(40, seed=2)}
+    tensors |= {"norm_weight": normal(40, seed=3), "norm_bias": normal(40, seed=4)}
+    tensors |= {"weight": normal(7, 40, seed=5), "bias": normal(7, seed=6)}
+
+    def gradients(names):
+        leaves = {name: tensor.clone().requires_grad_(name in names) for name, tensor in tensors.items()}
+        total, out = add_norm_linear(**leaves, recompute=True)
+        return torch.autograd.grad(total.sum() + out.square().sum(), [leaves[name] for name in trained])
+
+    assert all(torch.equal(*pair) for pair in zip(gradients(trained), gradients(tensors), strict=True))
+
+
+def test_split_qkv_of_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"split_qkv of \(2, 4, 1, 8\): they must be"):
+        split_qkv(torch.zeros(2, 4, 1, 8, device=DEVICE))
+    with pytest.raises(ValueError, match=r"split_qkv of \(2, 3, 1, 8\) with a bias of \(8,\): they must be"):
+        split_qkv(torch.zeros(2, 3, 1, 8, device=DEVICE), torch.zeros(8, device=DEVICE))
 
 
 @pytest.mark.parametrize("function", [lambda x: layer_norm(x, x[0].detach(), x[1].detach()), quick_gelu])
@@ -171,6 +304,8 @@ def test_a_model_with_fused_kernels_trains_like_one_without(precision, recompute
         model.set_norm(backend, DEVICE)
         model.set_activation(backend, DEVICE)
         model.set_recompute(recompute)
+        blocks = [block for transformer in model.transformers() for block in transformer.blocks]
+        assert all(block.fuses == (backend == "triton") for block in blocks)
         with precision.autocast(torch.device(DEVICE)):
             pair = model.encode_pairs(images, tokens, [4, 2, 3])
         (pair[0] @ pair[1].T).diagonal().sum().backward()

@@ -3,6 +3,8 @@
 Shape suffixes: R rows, W width, P programs of the backward kernel.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import num_processors
 from .launch import launch_for, num_programs
 
-# Triton's interpreter runs programs one after another; a few are enough to test that their sums are added up.
-_INTERPRETED_PROCESSORS = 2
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -49,18 +50,23 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x_ptr, weight_ptr, mean_ptr, scale_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_ptr, dbias_ptr, num_rows, width,
-    PARAMETERS: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, mean_ptr, scale_ptr, dy_ptr, dsum_ptr, dx_ptr, y_ptr,
+    dweight_ptr, dbias_ptr, dx_sum_ptr, num_rows, width,
+    PARAMETERS: tl.constexpr, ADDED: tl.constexpr, NORMALISES: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every P-th row, and this program's share of the parameters' gradients if ``PARAMETERS``.
 
     With u = (x - mean) * scale and g = dy * weight: dx = scale * (g - mean(g) - u * mean(g * u)), dweight = sum(dy * u)
-    and dbias = sum(dy) over rows. If ``ADDED``, x is a sum whose own gradient dsum is added to dx.
+    and dbias = sum(dy) over rows. If ``ADDED``, x is a sum whose own gradient dsum is added to dx. If ``NORMALISES``,
+    the forward pass's y is stored as well, perhaps in place of dy; if ``SUMS``, this program's share of sum(dx).
     """
     columns = tl.arange(0, BLOCK)
     valid = columns < width
     weight = tl.load(weight_ptr + columns, mask=valid, other=0.0).to(tl.float32)
+    if NORMALISES:
+        bias = tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    dx_sum = tl.zeros((BLOCK,), tl.float32)
     at = tl.program_id(0).to(tl.int64) * width + columns
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
@@ -72,14 +78,20 @@ def backward_kernel(
         if ADDED:
             dx += tl.load(dsum_ptr + at, mask=valid, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx, mask=valid)
+        if NORMALISES:
+            tl.store(y_ptr + at, u * weight + bias, mask=valid)
         at += tl.num_programs(0).to(tl.int64) * width
         if PARAMETERS:
             dweight += dy * u
             dbias += dy
+        if SUMS:
+            dx_sum += tl.where(valid, dx, 0.0)
+    at = tl.program_id(0) * width + columns
     if PARAMETERS:
-        at = tl.program_id(0) * width + columns
         tl.store(dweight_ptr + at, dweight, mask=valid)
         tl.store(dbias_ptr + at, dbias, mask=valid)
+    if SUMS:
+        tl.store(dx_sum_ptr + at, dx_sum, mask=valid)
 
 
 class TritonLayerNorm(torch.autograd.Function):
@@ -88,15 +100,15 @@ class TritonLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        y, *statistics = _forward(x, None, None, weight, bias, eps)
-        ctx.save_for_backward(x, weight, *statistics)
-        ctx.bias_dtype = bias.dtype
+        y, *statistics = normalise(x, None, None, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, *statistics)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        return (*_backward(ctx, gradients[0], None, any(ctx.needs_input_grad[1:3])), None)
+        found = differentiate(ctx.saved_tensors, gradients[0], None, parameters=any(ctx.needs_input_grad[1:3]))
+        return found.dx, found.dweight, found.dbias, None
 
 
 class TritonAddLayerNorm(torch.autograd.Function):
@@ -106,20 +118,31 @@ class TritonAddLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x, added = x.contiguous(), added.contiguous()
         total = torch.empty_like(x)
-        y, *statistics = _forward(x, added, total, weight, bias, eps)
-        ctx.save_for_backward(total, weight, *statistics)
-        ctx.bias_dtype, ctx.added_dtype = bias.dtype, added.dtype
+        y, *statistics = normalise(x, added, total, weight, bias, eps)
+        ctx.save_for_backward(total, weight, bias, *statistics)
+        ctx.added_dtype = added.dtype
         return total, y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
         dtotal, dy = gradients
-        dx, dweight, dbias = _backward(ctx, dy, dtotal.contiguous(), any(ctx.needs_input_grad[2:4]))
-        return dx, dx.to(ctx.added_dtype), dweight, dbias, None
+        found = differentiate(ctx.saved_tensors, dy, dtotal, parameters=any(ctx.needs_input_grad[2:4]))
+        return found.dx, found.dx.to(ctx.added_dtype), found.dweight, found.dbias, None
 
 
-def _forward(
+@dataclass(frozen=True)
+class Gradients:
+    """What the backward kernel computed; ``None`` for what was not asked for."""
+
+    dx: Tensor
+    dweight: Tensor | None
+    dbias: Tensor | None
+    dx_sum: Tensor | None
+    """(W,) in fp32: ``dx`` summed over rows, before it is rounded."""
+
+
+def normalise(
     x: Tensor, added: Tensor | None, total: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised rows, and (R,) means and scales; ``total`` gets the sum with ``added``, if there is one."""
@@ -135,28 +158,39 @@ def _forward(
     return y, mean_R, scale_R
 
 
-def _backward(
-    ctx: Any, dy: Tensor, dtotal: Tensor | None, parameters: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the input, the weight and the bias; the last two only if ``parameters``."""
-    x, weight, mean_R, scale_R = ctx.saved_tensors
+def differentiate(
+    saved: Sequence[Tensor],
+    dy: Tensor,
+    dtotal: Tensor | None,
+    *,
+    parameters: bool,
+    y: Tensor | None = None,
+    sums: bool = False,
+) -> Gradients:
+    """Gradients by the input, weight and bias of :func:`normalise`.
+
+    Args:
+        saved: the input that was normalised, weight, bias, and both of its statistics.
+        dtotal: the input's own gradient, added to the one that comes from the norm.
+        parameters: whether to compute the gradients of weight and bias.
+        y: a contiguous tensor that gets the normalised rows again; it may be ``dy``.
+        sums: whether to sum the input's gradient over rows.
+    """
+    x, weight, bias, mean_R, scale_R = saved
     dy, dx = dy.contiguous(), torch.empty_like(x)
+    dtotal = None if dtotal is None else dtotal.contiguous()
     width, launch = x.shape[-1], launch_for(x.shape[-1])
-    programs = num_programs(len(mean_R), _num_processors(x.device))
-    sums_2PW = torch.empty(2, programs if parameters else 0, width, dtype=torch.float32, device=x.device)
+    programs = num_programs(len(mean_R), num_processors(x.device))
+    sums_3PW = torch.empty(3, programs if parameters or sums else 0, width, dtype=torch.float32, device=x.device)
     if programs:
         with torch.cuda.device_of(x):
             backward_kernel[(programs,)](
-                x, weight, mean_R, scale_R, dy, dtotal, dx, sums_2PW[0], sums_2PW[1], len(mean_R), width,
-                PARAMETERS=parameters, ADDED=dtotal is not None, BLOCK=launch.BLOCK, num_warps=launch.num_warps,
+                x, weight, bias, mean_R, scale_R, dy, dtotal, dx, y, *sums_3PW.unbind(), len(mean_R), width,
+                PARAMETERS=parameters, ADDED=dtotal is not None, NORMALISES=y is not None, SUMS=sums,
+                BLOCK=launch.BLOCK, num_warps=launch.num_warps,
             )  # fmt: skip
+    first, last = 0 if parameters else 2, 3 if sums else 2
+    totals = dict(zip(range(first, last), sums_3PW[first:last].sum(1), strict=True))
     if not parameters:
-        return dx, None, None
-    dweight, dbias = sums_2PW.sum(1)
-    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
-
-
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return Gradients(dx, None, None, totals.get(2))
+    return Gradients(dx, totals[0].to(weight.dtype), totals[1].to(bias.dtype), totals.get(2))
