@@ -1,7 +1,7 @@
 """What a resumed run may change: tables of settings to compare with those of the checkpoint.
 
-Settings in neither table (folders, logging, saving, the rest of ZeRO, the kind of token table, backends, workers, ...) affect only
-speed and rounding, and may change silently.
+Settings in neither table (folders, logging, saving, the rest of ZeRO, the kind of token table, backends, workers, ...)
+affect only speed and rounding, and may change silently.
 """
 
 import logging

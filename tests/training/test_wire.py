@@ -17,6 +17,8 @@ from mc2_hpc.training.weight_gather import only_in_products
 from tests.training import wire_worker as worker
 from tests.training import zero_worker
 
+pytestmark = pytest.mark.timeout(900)  # nineteen short trainings
+
 CASES_BY_RANKS = {
     1: ["one_whole", "one_scatter_bf16"],
     2: [name for name in worker.CASES if not name.startswith("one")],
