@@ -71,8 +71,8 @@ class ZeroConfig:
         _at_least("zero.persist_below_elements", self.persist_below_elements, 0)
         _at_least("zero.bucket_elements", self.bucket_elements, 1)
         _choose("zero.reduction", self.reduction, ("all_reduce", "scatter"))
-        _choose("zero.reduce_dtype", self.reduce_dtype, tuple(Precision))
-        _choose("zero.gather_dtype", self.gather_dtype, tuple(Precision))
+        _choose("zero.reduce_dtype", self.reduce_dtype, (Precision.FP32, Precision.BF16))
+        _choose("zero.gather_dtype", self.gather_dtype, (Precision.FP32, Precision.BF16))
         for name, value, default in (
             ("reduction", self.reduction, "all_reduce"),
             ("gather_dtype", self.gather_dtype, "fp32"),
@@ -292,8 +292,8 @@ class RunConfig:
             )
         if self.zero.gather_dtype == "bf16" and self.precision != "bf16":
             raise UserError(
-                f"zero.gather_dtype=bf16 and precision={self.precision}: rounded weights would be used in products "
-                f"that are not rounded; set precision=bf16 or zero.gather_dtype=fp32"
+                f"zero.gather_dtype=bf16 and precision={self.precision}: not every product rounds these "
+                f"weights to bf16; set precision=bf16 or zero.gather_dtype=fp32"
             )
         if self.optim.matrices == "muon" and self.lora is not None:
             raise UserError("optim.matrices=muon and lora: Muon is for the matrices themselves; set only one")
