@@ -54,6 +54,15 @@ class ZeroConfig:
     """0: none (replicas); 1: optimizer state; 2: also gradients; 3: also parameters."""
     bucket_elements: int = 500_000_000
     """Elements per communication bucket."""
+    reduction: str = "all_reduce"
+    """Stages 1 and 2: ``all_reduce`` sums whole gradients on every rank (DeepSpeed's way), ``scatter`` only the part
+    that the rank updates, while backward runs, in messages of ``bucket_elements``."""
+    reduce_dtype: str = "fp32"
+    """The type that gradients are summed over the ranks in: ``fp32``, or ``bf16`` for half the bytes. Micro-batches add
+    up in fp32."""
+    gather_dtype: str = "fp32"
+    """Stages 1 and 2: the type that updated weights of linear layers are gathered in. ``bf16`` is half the bytes, and
+    computes the same under ``precision: bf16``."""
     persist_below_elements: int = 100_000
     """Stage 3: parameters smaller than this stay whole on every rank."""
 
@@ -61,6 +70,18 @@ class ZeroConfig:
         _choose("zero.stage", str(self.stage), ("0", "1", "2", "3"))
         _at_least("zero.persist_below_elements", self.persist_below_elements, 0)
         _at_least("zero.bucket_elements", self.bucket_elements, 1)
+        _choose("zero.reduction", self.reduction, ("all_reduce", "scatter"))
+        _choose("zero.reduce_dtype", self.reduce_dtype, (Precision.FP32, Precision.BF16))
+        _choose("zero.gather_dtype", self.gather_dtype, (Precision.FP32, Precision.BF16))
+        for name, value, default in (
+            ("reduction", self.reduction, "all_reduce"),
+            ("gather_dtype", self.gather_dtype, "fp32"),
+        ):
+            if value != default and self.stage not in (1, 2):
+                raise UserError(
+                    f"zero.{name}={value} and zero.stage={self.stage}: is for stages 1 and 2; "
+                    f"set zero.{name}={default} or zero.stage=1"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +289,11 @@ class RunConfig:
             raise UserError(
                 "optim.matrices=muon and zero.stage=3: Muon needs whole matrices, and stage 3 divides every one; "
                 "set zero.stage to 0, 1 or 2"
+            )
+        if self.zero.gather_dtype == "bf16" and self.precision != "bf16":
+            raise UserError(
+                f"zero.gather_dtype=bf16 and precision={self.precision}: not every product rounds these "
+                f"weights to bf16; set precision=bf16 or zero.gather_dtype=fp32"
             )
         if self.optim.matrices == "muon" and self.lora is not None:
             raise UserError("optim.matrices=muon and lora: Muon is for the matrices themselves; set only one")

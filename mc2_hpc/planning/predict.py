@@ -4,14 +4,14 @@ Each class of kernels takes the larger of its flops over the achieved rate of pr
 rate of memory. Collectives follow the ring formulas: the bytes that a rank sends, over the slowest link of the ring.
 
 What the step computes at the same time hides part of them: DeepSpeed reduces gradients during backward only at ZeRO 2
-and 3 (``overlap_comm``), and at ZeRO 3 gathers parameters during forward and backward; nothing else is hidden. At most
-the time of the phase itself can be hidden.
+and 3 (``overlap_comm``), ``zero.reduction: scatter`` does at ZeRO 1 too, and at ZeRO 3 DeepSpeed gathers parameters
+during forward and backward; nothing else is hidden. At most the time of the phase itself can be hidden.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mc2_hpc.config import RunConfig
+from mc2_hpc.config import RunConfig, ZeroConfig
 from mc2_hpc.planning.machines import Gpu, Network
 from mc2_hpc.planning.records import Collective, StepTrace
 from mc2_hpc.precision import Precision
@@ -56,7 +56,7 @@ def predict_step(trace: StepTrace, config: RunConfig, gpu: Gpu, network: Network
         seconds = collective_seconds(collective, trace.world_size, network, per_node=per_node)
         name = f"{collective.phase}: {collective.kind}"
         communication[name] = communication.get(name, 0) + seconds
-        if _is_hidden(collective, config.zero.stage):
+        if _is_hidden(collective, config.zero):
             hideable[collective.phase] = hideable.get(collective.phase, 0) + seconds
         else:
             exposed += seconds
@@ -85,7 +85,7 @@ def sent_bytes(collective: Collective, world_size: int) -> float:
     return collective.bytes * {"all-reduce": 2 * share, "broadcast": 1.0, "send": 1.0}.get(collective.kind, share)
 
 
-def _is_hidden(collective: Collective, stage: int) -> bool:
-    if stage == 3:
+def _is_hidden(collective: Collective, zero: ZeroConfig) -> bool:
+    if zero.stage == 3:
         return collective.phase in ("forward", "backward")
-    return stage == 2 and collective.phase == "backward"
+    return (zero.stage == 2 or zero.reduction == "scatter") and collective.phase == "backward"

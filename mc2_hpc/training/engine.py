@@ -30,11 +30,13 @@ from mc2_hpc.precision import Precision
 from mc2_hpc.training.clipping import add_to_norm, clip_coefficient, clip_replicated
 from mc2_hpc.training.deepspeed_config import deepspeed_config
 from mc2_hpc.training.freezing import adapters_of, freeze
+from mc2_hpc.training.gradient_scatter import GradientScatter, in_buckets
 from mc2_hpc.training.muon import MOMENTUM, MuonMatrices, is_muons
 from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate, tower_optimizer
 from mc2_hpc.training.token_table import TABLE, TokenTable
 from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState, average, create_state
 from mc2_hpc.training.votes import Votes
+from mc2_hpc.training.weight_gather import WeightGather, only_in_products
 
 
 class TrainedTowers(Towers):
@@ -125,11 +127,18 @@ class Engine:
             matrices = {name: named.pop(name) for name in list(named) if is_muons(name)}
             self._matrices = MuonMatrices(matrices, clip.arch, config.optim, ranks)
         num_parameters = sum(parameter.numel() for parameter in named.values())
+        rounded = {name: p for name, p in named.items() if only_in_products(name)}
+        if config.zero.gather_dtype != "bf16":
+            rounded = {}
+        scatters = config.zero.reduction == "scatter"
+        groups = in_buckets(
+            parameter_groups(named.items(), clip.arch, config.optim),
+            largest=config.zero.bucket_elements if scatters else None,
+            apart=rounded.values(),
+        )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=towers,
-            optimizer=tower_optimizer(
-                parameter_groups(named.items(), clip.arch, config.optim), config.optim, self.device.type
-            ),
+            optimizer=tower_optimizer(groups, config.optim, self.device.type),
             config=deepspeed_config(
                 config, num_micro=num_micro, num_parameters=num_parameters, on_gpu=self.device.type == "cuda"
             ),
@@ -139,7 +148,13 @@ class Engine:
         others = {
             name: p for name, p in self._parameters.items() if self._matrices is None or name not in self._matrices
         }
-        self._towers = TowerState(self._optimizer, self.stage, others, ema=self._ema_decay > 0)
+        self._towers = TowerState(self._optimizer, self.stage, others, ema=self._ema_decay > 0, rounded=rounded.keys())
+        self._scatter: GradientScatter | None = None
+        if scatters:
+            self._engine.enable_backward_allreduce = False
+            dtype = Precision(config.zero.reduce_dtype).dtype
+            self._scatter = GradientScatter(self._optimizer, named, dtype, every_pass=self.stage == 2)
+        self._gather = WeightGather(self._optimizer, rounded.values()) if rounded else None
         self._trained_table = self._table if self._table is not None and self._table.trained else None
         if self._has_others and self.stage > 0 and not self._computes_norm:
             add_to_norm(self._optimizer, self.stage, self._others)
@@ -211,8 +226,13 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of ``loss``; the step's last micro-batch averages them over the ranks."""
+        last = self._engine.is_gradient_accumulation_boundary()
+        if self._scatter is not None:
+            self._scatter.begin(last=last)
         self._engine.backward(loss, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
+        if self._scatter is not None:
+            self._scatter.finish(last=last)
+        if not last:
             # DeepSpeed counts micro-batches in its step(), which updates nothing before the last.
             self._engine.step()
 
@@ -294,7 +314,8 @@ class Engine:
             squared_norm: its square, where the engine computes it.
         """
         if self.stage > 0:
-            self._engine.step()
+            with nullcontext() if self._gather is None else self._gather.during_step():
+                self._engine.step()
             if self._computes_norm:
                 return squared_norm.sqrt()
             return torch.as_tensor(self._engine.get_global_grad_norm())

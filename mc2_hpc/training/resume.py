@@ -1,7 +1,7 @@
 """What a resumed run may change: tables of settings to compare with those of the checkpoint.
 
-Settings in neither table (folders, logging, saving, ZeRO, the kind of token table, backends, workers, ...) affect only
-speed and rounding, and may change silently.
+Settings in neither table (folders, logging, saving, the rest of ZeRO, the kind of token table, backends, workers, ...)
+affect only speed and rounding, and may change silently.
 """
 
 import logging
@@ -45,6 +45,7 @@ SAID = (
     "global_batch",
     "precision",
     "fp8_min_size",
+    "zero.reduce_dtype",
     "model.patch_dropout",
     "freeze.vision",
     "freeze.text",
@@ -81,6 +82,7 @@ but not less: what was frozen has no AdamW state in the checkpoint."""
 ADDED: dict[str, Any] = {
     "fp8_min_size": 1024,
     "loss.kind": "softmax",
+    "zero.reduce_dtype": "fp32",
     "model.patch_dropout": 0.0,
     "freeze.logit_scale": False,
     "optim.matrices": "adamw",

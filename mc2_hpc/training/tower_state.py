@@ -5,7 +5,7 @@ the attribute names of its optimizers here (0.19). Frozen parameters have no sta
 partitioned like the others'.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,15 @@ def average(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], decay: 
 class TowerState:
     """AdamW's state of the trained parameters, and the weights of all."""
 
-    def __init__(self, optimizer: Any, stage: int, parameters: Mapping[str, nn.Parameter], *, ema: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        stage: int,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        ema: bool,
+        rounded: Collection[str] = (),
+    ) -> None:
         """Create the state, which also lets DeepSpeed link every parameter to its own.
 
         On its own, DeepSpeed links all parameter groups after it has stepped the first, when the others have no state
@@ -52,8 +60,10 @@ class TowerState:
             optimizer: DeepSpeed's, or torch's at stage 0.
             parameters: of the module that DeepSpeed trains, by name.
             ema: keep a moving average of the trained ones.
+            rounded: names of parameters that are not equal to their master copy.
         """
         self._stage, self._parameters = stage, parameters
+        self._rounded = frozenset(rounded)
         self.trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         """Names of the parameters that have a state; evaluation lets the others require gradients too."""
         self._inner, self._flats = optimizer, [parameters[name] for name in parameters if name in self.trained]
@@ -73,7 +83,7 @@ class TowerState:
 
         parameter = self._parameters[name]
         if kind == "weight":
-            if self._stage < 3:
+            if self._stage < 3 and name not in self._rounded:
                 return parameter  # whole on every rank, and equal to the master copy
             return safe_get_full_fp32_param(parameter) if name in self.trained else _gathered(parameter)
         if self._stage == 0:

@@ -10,7 +10,7 @@ from mc2_hpc.errors import UserError
 from mc2_hpc.planning.plan import check_planned, planned_architecture, trace_drawn
 from mc2_hpc.planning.processes import TraceError, in_processes
 from mc2_hpc.tuning.machines import Machine
-from mc2_hpc.tuning.space import Settings, fattest, leaner, name_of
+from mc2_hpc.tuning.space import Settings, fattest, is_valid, leaner, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ class Fitting:
 
     def _all_fit(self) -> bool:
         if self._roomy is None:
-            self._roomy = max(self.peaks(fattest(self._machine))) <= _ROOMY * self._room()
+            most = [each for each in fattest(self._machine) if is_valid(self._config, each, self._machine)]
+            self._roomy = max(self.peaks(most)) <= _ROOMY * self._room()
         return self._roomy
 
     def _room(self) -> int:

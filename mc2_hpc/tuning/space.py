@@ -229,7 +229,8 @@ def leaner(config: RunConfig, machine: Machine) -> list[Settings]:
     full = {"model.recompute": "full", "model.embedding": "sharded", "model.text_packing": True}
     if machine.ranks > 1:
         steps.append({**full, "zero.stage": max(2, config.zero.stage)})
-        full["zero.stage"] = 3
+        if is_valid(config, {"zero.stage": 3}, machine):
+            full["zero.stage"] = 3
     pairs = _pairs(config, machine)
     micro_batch = config.micro_batch or pairs
     while micro_batch > 1 and -(-pairs // micro_batch) < _MOST_PASSES:

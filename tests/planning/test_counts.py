@@ -21,24 +21,23 @@ CASES = [(384, 1, "full"), (384, 2, "full"), (1, 0, "full"), (1, 1, "full"), (1,
 CASES += [(384, 1, "none"), (384, 1, "selective"), (384, 2, "none"), (384, 2, "selective")]
 
 
-def h14(ranks, stage, recompute):
+def h14(ranks, stage, recompute, kernels="torch", tokens=RESULTS["config"]["caption_tokens"], **zero):
     config = config_from_dict(
         {
             "global_batch": PAIRS * ranks,
-            # Counted before layer norm and quick-GELU had kernels of their own.
+            # Most were counted before layer norm and quick-GELU had kernels of their own.
             "model": {
                 "preset": RESULTS["config"]["model"],
                 "recompute": recompute,
-                "norm": "torch",
-                "activation": "torch",
+                "norm": kernels,
+                "activation": kernels,
             },
             "data": {"lanes": ranks},
-            "zero": {"stage": stage},
+            "zero": {"stage": stage, **zero},
         },
         "test",
     )
-    tokens = RESULTS["config"]["caption_tokens"] / PAIRS
-    call = {"config": config, "ranks": ranks, "caption_tokens": tokens, "device_type": "cuda"}
+    call = {"config": config, "ranks": ranks, "caption_tokens": tokens / PAIRS, "device_type": "cuda"}
     (trace,) = in_processes(trace_drawn, [call])
     return trace
 
@@ -56,6 +55,22 @@ def test_h14(ranks, stage, recompute):
         for kind, key in (("all-reduce", "all_reduced_gb"), ("reduce-scatter", "reduce_scattered_gb")):
             size = sum(each.bytes for each in trace.collectives if each.kind == kind)
             assert size / 1e9 == pytest.approx(row[key], abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("row", RESULTS["wire_rows"], ids=lambda row: f"zero{row['stage']}-{len(row['zero'])}")
+def test_the_wire(row):
+    tokens = RESULTS["config"]["caption_tokens_fused"]
+    trace = h14(row["ranks"], row["stage"], row["recompute"], kernels="triton", tokens=tokens, **row["zero"])
+    for kind, key in (
+        ("all-reduce", "all_reduced_gb"),
+        ("reduce-scatter", "reduce_scattered_gb"),
+        ("all-gather", "gathered_gb"),
+    ):
+        size = sum(each.bytes for each in trace.collectives if each.kind == kind)
+        assert size / 1e9 == pytest.approx(row[key], abs=0.01)
+    assert trace.peak.bytes / 2**30 == pytest.approx(row["peak_gib"], rel=0.1)
 
 
 @pytest.mark.slow

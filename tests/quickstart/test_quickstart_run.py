@@ -13,8 +13,16 @@ from mc2_hpc.quickstart.run import run_quickstart
 from mc2_hpc.quickstart.stages import Stages
 
 _TINY = Recipe(
-    images=400, shards=2, heldout_per_number=1, vocab_size=1_600, steps=4, global_batch=16, warmup=2, decay_steps=2, t_en=5
-)  # fmt: skip
+    images=400,
+    shards=2,
+    heldout_per_number=1,
+    t_en=5,
+    vocab_size=1_600,
+    steps=4,
+    global_batch=16,
+    warmup=2,
+    decay_steps=2,
+)
 _KEYS = {
     "seconds", "languages", "zero_shot", "zero_shot_mean", "chance", "retrieval", "english_share_before",
     "english_share_after", "samples_per_second", "open_clip_max_abs_diff",

@@ -75,7 +75,7 @@ def stages(case: str) -> range:
 
 
 def fast_stages(case: str) -> set[int]:
-    """The stages that the fast tests start at: as each run is resumed at the next stage too, a case meets all of them."""
+    """The stages that the fast tests start at: each run is resumed at the next one too, so a case meets all of them."""
     first = list(CASES).index(case) % 2
     return {first, 2} if case.startswith("muon") else {first, first + 2}
 

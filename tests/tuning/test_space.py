@@ -95,6 +95,12 @@ def test_leaner_settings_end_in_small_passes(config, machine):
     assert 4 * 4096 / last <= 8  # passes, because more take long to trace and save little
 
 
+def test_a_config_that_excludes_a_stage_still_gets_leaner(config, machine):
+    found = leaner(with_settings(config, {"zero.reduction": "scatter"}), machine)
+    assert [each["micro_batch"] for each in found if "micro_batch" in each] == [8, 4, 2]
+    assert {each.get("zero.stage", 1) for each in found} <= {1, 2}
+
+
 def test_the_fattest_settings_are_a_config(config, machine):
     for each in fattest(machine):
         assert config_to_dict(with_settings(config, each))["micro_batch"] == 0
