@@ -150,6 +150,22 @@ def test_job_survives_signal_requeue_kill_and_node_failure(make_job, undisturbed
     assert_equal_runs(job, undisturbed)
 
 
+@pytest.mark.slow  # two whole runs
+def test_a_run_in_stages_survives_a_requeue_in_each(make_job, slurm_cluster):
+    stages = f"stages=[{{steps: {STEPS // 2}, model: {{patch_dropout: 0.5}}}}, {{steps: {STEPS // 2}}}]"
+    undisturbed, job = make_job(), make_job()
+    undisturbed.submit(stages)
+    assert undisturbed.finish()["JobState"] == "COMPLETED", undisturbed.log()
+    job.submit(stages)
+    for number, step in ((1, 8), (2, STEPS // 2 + 5)):
+        job.wait_for_step(step)
+        slurm_cluster.command("scontrol", "requeue", job.id)
+        job.wait_for_restart(number)
+    ended = job.finish()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), job.log()
+    assert_equal_runs(job, undisturbed)
+
+
 def test_cancelled_job_saves_stays_cancelled_and_is_continued_by_another(make_job, undisturbed, slurm_cluster):
     job = make_job()
     job.submit()
