@@ -23,8 +23,8 @@ class Recipe:
     """Vocabulary size of the tokenizer trained on the pool's captions."""
     steps: int = 700
     global_batch: int = 128
-    warmup: int = 80
-    decay_steps: int = 480
+    warmup: int = 100
+    decay_steps: int = 450
     """The last steps, in which the learning rate falls."""
     seed: int = 0
 
@@ -61,7 +61,7 @@ def write_training_config(path: Path, recipe: Recipe, folder: Path, vocab_size: 
         # The recipe's AdamW and cosine would take more steps to the same accuracy.
         "optim": {
             "matrices": "muon",
-            "lr": 3e-3,
+            "lr": 2e-3,
             "warmup": recipe.warmup,
             "schedule": "wsd",
             "decay_steps": recipe.decay_steps,
