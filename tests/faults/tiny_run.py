@@ -1,7 +1,7 @@
 """A run of a few seconds for the fault matrix and training tests: coloured squares, their captions, a tiny model."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,22 @@ def draw_pairs(count: int, *, prefix: str = "") -> Iterator[Pair]:
         image.save(data, "JPEG", quality=90)
         text = f"a {inside} square on {outside} ground, number {number % 3}"
         yield Pair(key=f"{prefix}{number:06d}", image=data.getvalue(), text=text, lang="en")
+
+
+def write_caption_set(folder: Path, squares: Mapping[str, str]) -> None:
+    """Sixteen images with captions for ``caption_lines``.
+
+    Args:
+        squares: languages, and their word for squares.
+    """
+    pairs = list(draw_pairs(16))
+    (folder / "images").mkdir(parents=True)
+    names = [f"{pair.key}.jpg" for pair in pairs]
+    for name, pair in zip(names, pairs, strict=True):
+        (folder / "images" / name).write_bytes(pair.image)
+    (folder / "filenames.txt").write_text("\n".join(names))
+    for lang, word in squares.items():
+        (folder / f"{lang}.txt").write_text("\n".join(pair.text.replace("square", word) for pair in pairs))
 
 
 def write_pool(folder: Path) -> TinyPool:

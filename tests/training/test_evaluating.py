@@ -17,7 +17,7 @@ from mc2_hpc.models.weights import load_clip, resolve_checkpoint
 from mc2_hpc.training.stop import SAVED
 from tests.faults import matrix
 from tests.faults.diary import losses, state_hashes
-from tests.faults.tiny_run import draw_pairs, write_config, write_pool
+from tests.faults.tiny_run import write_caption_set, write_config, write_pool
 
 STEPS, EVERY = 12, 4
 
@@ -39,14 +39,7 @@ def starter(extensions, fork_server):
 def suite(tmp_path_factory):
     """Sixteen images with captions in two languages, and a set that does not exist."""
     folder = tmp_path_factory.mktemp("sets")
-    pairs = list(draw_pairs(16))
-    (folder / "squares" / "images").mkdir(parents=True)
-    names = [f"{pair.key}.jpg" for pair in pairs]
-    for name, pair in zip(names, pairs, strict=True):
-        (folder / "squares" / "images" / name).write_bytes(pair.image)
-    (folder / "squares" / "filenames.txt").write_text("\n".join(names))
-    (folder / "squares" / "en.txt").write_text("\n".join(pair.text for pair in pairs))
-    (folder / "squares" / "de.txt").write_text("\n".join(pair.text.replace("square", "Quadrat") for pair in pairs))
+    write_caption_set(folder / "squares", {"en": "square", "de": "Quadrat"})
     path = folder / "suite.yaml"
     sets = {
         "squares": {"reader": "caption_lines", "path": "squares", "gradient_pairs": 4},

@@ -28,6 +28,7 @@ from mc2_hpc.training.image_features import check_features
 from mc2_hpc.training.initial import tokenizer
 from tests.faults.diary import rows
 from tests.faults.tiny_run import PER_SHARD, draw_pairs, write_config, write_pool
+from tests.training.stored_features import check_refused
 
 NUM_SAMPLES, NUM_BAD, STEPS = 256, 2, 7
 """One epoch is nearly eight steps."""
@@ -148,12 +149,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("overrides, change, words", REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused(config, features, tmp_path, overrides, change, words):
-    folder = shutil.copytree(features, tmp_path / "features")
-    if change is not None:
-        change(folder)
-    with pytest.raises(UserError, match=words) as error:
-        read_all(config, folder, tmp_path, *overrides)
-    assert "\n" not in str(error.value)
+    check_refused(lambda folder: read_all(config, folder, tmp_path, *overrides), features, tmp_path, change, words)
 
 
 def read_all(config, folder, tmp_path, *overrides):

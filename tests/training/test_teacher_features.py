@@ -27,6 +27,7 @@ from mc2_hpc.training.distillation import DistillationTeacher, StoredTeacher
 from mc2_hpc.training.initial import tokenizer
 from tests.faults.diary import rows
 from tests.faults.tiny_run import draw_pairs, write_config
+from tests.training.stored_features import check_refused
 from tests.training.test_distillation import write_teacher
 
 NUM, PER_SHARD, STEPS = 128, 32, 8
@@ -260,12 +261,7 @@ def read_all(config, folder, tmp_path, *overrides):
 
 @pytest.mark.parametrize("change, overrides, words", REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused(config, features, tmp_path, change, overrides, words):
-    folder = shutil.copytree(features, tmp_path / "features")
-    if change is not None:
-        change(folder)
-    with pytest.raises(UserError, match=words) as error:
-        read_all(config, folder, tmp_path, *overrides)
-    assert "\n" not in str(error.value)
+    check_refused(lambda folder: read_all(config, folder, tmp_path, *overrides), features, tmp_path, change, words)
 
 
 def test_a_source_that_was_added_has_no_features_yet(config, features, tmp_path):
