@@ -62,7 +62,7 @@ def run_quickstart(output: str | Path, *, processes: int | None = None, recipe: 
     console = Console(stderr=True)
     _claim(output, console)
     stages = Stages(7, console)
-    data = _prepare_data(output, recipe, stages)
+    data = prepare_data(output, recipe, stages)
     with stages.stage(f"train, {recipe.steps:,} steps on {processes} processes", bar=False):
         _train(output / "train.yaml", processes)
     results = _examine(output, stages)
@@ -123,7 +123,7 @@ def _claim(output: Path, console: Console) -> None:
     (output / _MARKER).touch()
 
 
-def _prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any]:
+def prepare_data(output: Path, recipe: Recipe, stages: Stages) -> dict[str, Any]:
     """All stages from pool to training config; returns the report's keys about data."""
     from mc2_hpc import jobs
     from mc2_hpc.curation.run import plan_run

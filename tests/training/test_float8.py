@@ -14,7 +14,7 @@ from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.weights import load_clip
 from mc2_hpc.quickstart.recipe import Recipe
-from mc2_hpc.quickstart.run import _prepare_data
+from mc2_hpc.quickstart.run import prepare_data
 from mc2_hpc.quickstart.stages import Stages
 from tests.faults.tiny_run import write_caption_set, write_config
 from tests.training.test_cli_train import rows, tensors
@@ -139,7 +139,7 @@ def test_whole_weights_are_not_kept_at_stage_3():
 def test_200_steps_of_the_quickstart_learn_like_bf16(ranks_of, tmp_path):
     """Its model, data and batch: the mean loss of the last 20 steps is within 1 % of that in bf16."""
     recipe = Recipe(images=4_000, shards=4, heldout_per_number=1, steps=200, warmup=40, decay_steps=100)
-    _prepare_data(tmp_path, recipe, Stages(7, Console(quiet=True)))
+    prepare_data(tmp_path, recipe, Stages(7, Console(quiet=True)))
     losses = {}
     for precision in ("bf16", "fp8"):
         options = [f"precision={precision}", "fp8_min_size=128", "log_every=1", f"output={tmp_path}/{precision}"]
