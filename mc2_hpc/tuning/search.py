@@ -1,8 +1,8 @@
 """Which settings are tried, for how many steps: moves of one setting each, then combinations, by successive halving.
 
 The first trials are the config as it is given and the defaults of this package; the faster one is the start. Then come
-moves from it, ordered by what its step waits for. The moves that gain are combined, and half as many settings as before
-are measured for twice as many steps, until two are left (Jamieson and Talwalkar 2016, arXiv 1502.07943). Nothing is
+moves from it, ordered by what its step waits for. The moves that were faster are combined, and half as many settings as
+before are measured for twice as many steps, until two are left (Jamieson and Talwalkar 2016, arXiv 1502.07943). Nothing is
 drawn at random: the same results lead to the same trials.
 """
 
@@ -104,14 +104,18 @@ class Search:
         return self._fitting((self._merged(start.settings, move) for move in found), count)
 
     def _combined(self, start: TrialResult, measured: Sequence[TrialResult]) -> list[Settings]:
-        """Everything that gained together, the best alone, the combinations between; then the rest by rate."""
-        gains = []
-        for result in measured:
-            gain = result.pairs_per_second / start.pairs_per_second if result.ok else 0.0
-            if gain > 1 + NOISE:
-                gains.append((self._changed(start.settings, result.settings), gain))
-        together = [self._merged(start.settings, each) for each in combinations(gains)]
-        return [*together[:1], *together[-1:], *together[1:-1], *(r.settings for r in _fastest([start, *measured]))]
+        """Everything that was faster together, what gained more than noise together, the best alone, the combinations
+        between; then the rest by rate. A change within the noise costs no trial of its own this way, and several of
+        them may be worth one that is not."""
+        faster = [
+            (self._changed(start.settings, result.settings), result.pairs_per_second / start.pairs_per_second)
+            for result in measured
+            if result.ok and result.pairs_per_second > start.pairs_per_second
+        ]
+        clear = combinations([(settings, gain) for settings, gain in faster if gain > 1 + NOISE])
+        found = [*combinations(faster)[:1], *clear[:1], *clear[-1:], *clear[1:-1]]
+        together = [self._merged(start.settings, each) for each in found]
+        return [*together, *(result.settings for result in _fastest([start, *measured]))]
 
     def _changed(self, start: Settings, settings: Settings) -> Settings:
         """The values that lead from one to the other; a key that is in neither is as given."""

@@ -68,6 +68,18 @@ def test_gains_are_found_and_combined(slow, machine):
     assert steps == sorted(steps) and steps[-1] == 4 * 2 ** (len(set(steps)) - 1)
 
 
+def test_a_gain_within_the_noise_joins_the_combination(config, machine):
+    factors = {("zero.stage", 0): 1.1, ("loss.backend", "reference"): 1.004}
+
+    def rate(settings):
+        return 100 * math.prod(factors.get(each, 0.99) for each in settings.items())
+
+    found, _ = search(config, machine, trials=12, rate=rate)
+    assert found.best.settings == {"zero.stage": 0, "loss.backend": "reference"}
+    second = [each.settings for each in found.results if each.steps == 8]
+    assert second[:2] == [{"zero.stage": 0, "loss.backend": "reference"}, {"zero.stage": 0}]
+
+
 def test_it_is_deterministic(slow, machine):
     once, again = (search(slow, machine, trials=10, rate=product)[1] for _ in range(2))
     assert once == again
