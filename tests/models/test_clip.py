@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mc2_hpc.data.normalise import normalise
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.clip import CLIP, build_clip, flops_per_pair
 from mc2_hpc.models.fused import QuickGELU
@@ -75,6 +76,16 @@ def test_every_pixel_is_seen_in_its_place(model: CLIP) -> None:
 
 
 @torch.no_grad()
+def test_patches_stand_for_their_image(model: CLIP) -> None:
+    """Also where they are cut before bytes are normalised, as in training."""
+    size, side = model.arch.vision.image_size, model.arch.vision.patch_size
+    images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    patches = model.vision.patchify(images)
+    assert patches.dtype == torch.uint8 and patches.shape == (2, model.arch.vision.num_patches, 3 * side * side)
+    normalised = normalise(patches.view(-1, 3, side, side)).view(patches.shape)
+    assert torch.equal(model.encode_image(normalised), model.encode_image(normalise(images)))
+
+
 def test_forward_gives_unit_vectors_and_the_scale_in_fp32(model: CLIP) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         image, text, scale = model(torch.randn(2, 3, 24, 24), rows([3, 4, 5]))
