@@ -2,8 +2,8 @@
 
 The first trials are the config as it is given and the defaults of this package; the faster one is the start. Then come
 moves from it, ordered by what its step waits for. The moves that were faster are combined, and half as many settings as
-before are measured for twice as many steps, until two are left (Jamieson and Talwalkar 2016, arXiv 1502.07943). Nothing is
-drawn at random: the same results lead to the same trials.
+before are measured for twice as many steps, until two are left (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+Nothing is drawn at random: the same results lead to the same trials.
 """
 
 from collections.abc import Callable, Iterable, Sequence
