@@ -55,7 +55,7 @@ soak: .venv/dev
 ablations: .venv/dev
 	$(BIN)/python -m benchmarks.ablations $(DATA) --json benchmarks/results/ablations.json
 	$(BIN)/mc2 quickstart
-	$(BIN)/python -m benchmarks.ablations --quickstart runs/quickstart --json benchmarks/results/distillation_ablation.json
+	$(BIN)/python -m benchmarks.ablations --quickstart runs/quickstart --json benchmarks/results/digits_ablations.json
 	$(MAKE) plots
 
 plots: .venv/dev
