@@ -110,7 +110,7 @@ def test_all_messages_are_in_flight_when_forward_begins_and_a_module_waits_for_i
     firsts = [order.index(first_user(names, order)) for names in members]
     assert firsts == sorted(firsts)  # sent in the order of their use
     if name != "muon":  # whose matrices, most of the model, are not DeepSpeed's
-        assert num_buckets > 20 and len(waited["vision.start"]) <= 3
+        assert num_buckets >= 20 and len(waited["vision.start"]) <= 3
 
 
 def test_the_steps_of_micro_batches_gather_once(found):

@@ -168,7 +168,7 @@ def test_a_gather_in_bf16_is_half_the_bytes(found):
     halved = sum(tensor.numel() for name, tensor in used.items() if only_in_products(name))
     assert halved / sum(tensor.numel() for tensor in used.values()) > 0.8
     assert found[2].sizes("gather_bf16", "update", "all-gather") == [0, 0]
-    calls, size = found[2].sizes("gather_bf16", "read", "all-gather")
+    calls, size = found[2].sizes("gather_bf16", "gather", "all-gather")
     assert calls and size == pytest.approx(whole - 2 * halved, abs=8 * 2 * calls)
 
 
