@@ -222,6 +222,44 @@ def test_what_a_rank_sends_follows_from_the_buffers_and_the_gradients_from_the_s
         assert row["stream_synchronisations"] == 0
 
 
+GATHER = {
+    "messages of weights": "messages",
+    "weights in these messages, GB": "weights_gb",
+    "of these, waited for when the step ends, GB": "waited_at_the_end_gb",
+    "waited for when the next forward pass begins, GB": "waited_at_the_beginning_gb",
+    "in flight at its first product, GB": "in_flight_gb",
+    "kernels": "kernels",
+    "copies on the device": "device_copies",
+    "waits for a stream or the device": "synchronisations",
+    "waits for the step before": "event_waits",
+    "peak memory, GiB": "peak_gib",
+    "peak reserved, GiB": "reserved_gib",
+}
+
+
+def test_the_table_of_the_hidden_gather_is_the_rows():
+    rows = {(row["tree"], row["stage"]): row for row in RESULTS["gather_rows"]}
+    table = wire_section()[wire_section().index("| | before → after |") :].split("\n\n")[0]
+    found = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+    assert found.keys() == GATHER.keys() and len(rows) == 4
+    for label, cell in found.items():
+        before, _, after = cell.replace(",", "").partition(" → ")
+        for stage in (1, 2):
+            pair = [rows[tree, stage][GATHER[label]] for tree in ("before", "after")]
+            assert [float(before), float(after or before)] == pair, (label, stage)
+    for tree in ("before", "after"):
+        assert f"`{RESULTS['config'][f'commit_gather_{tree}']}`" in wire_section()
+
+
+def test_most_of_the_gather_is_in_flight_when_the_forward_pass_computes():
+    for row in RESULTS["gather_rows"]:
+        if row["tree"] == "after":
+            assert row["in_flight_gb"] > 0.9 * row["weights_gb"] and row["waited_at_the_end_gb"] == 0
+            begun = row["waited_at_the_beginning_gb"] + row["in_flight_gb"]
+            assert begun == pytest.approx(row["weights_gb"], abs=0.002)
+        assert row["synchronisations"] == 0
+
+
 def ring_in_bf16(parts):
     """The sum of (ranks, n), each rank adding its own to what it received, in bf16."""
     total = parts[0].bfloat16()

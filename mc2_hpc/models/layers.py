@@ -6,7 +6,7 @@ MLP.
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -292,20 +292,28 @@ class Transformer(nn.Module):
         # The type of a ModuleList's items is not known to type checkers.
         self.blocks = cast(Sequence[Block], nn.ModuleList(blocks))
         self.recompute = Recompute.NONE
+        self.before_block: Callable[[int], None] | None = None
+        """Called before each block with its number. Unlike a hook it is not part of a compiled block."""
 
     def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
         """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same."""
         if self.recompute is not Recompute.FULL and all(block.fuses for block in self.blocks):
             return self._fused(x_BLW, packing)
-        for block in self.blocks:
+        for block in self._in_turn():
             if self.recompute is Recompute.FULL and torch.is_grad_enabled():
                 x_BLW = checkpoint(block, x_BLW, packing, use_reentrant=False)
             else:
                 x_BLW = block(x_BLW, packing, selective=self.recompute is Recompute.SELECTIVE)
         return x_BLW
 
+    def _in_turn(self) -> Iterator[Block]:
+        for number, block in enumerate(self.blocks):
+            if self.before_block is not None:
+                self.before_block(number)
+            yield block
+
     def _fused(self, x_BLW: Tensor, packing: Packing | None) -> Tensor:
         pending = Product(None, None)
-        for block in self.blocks:
+        for block in self._in_turn():
             x_BLW, pending = block(x_BLW, packing, selective=self.recompute is Recompute.SELECTIVE, pending=pending)
         return pending.added_to(x_BLW)

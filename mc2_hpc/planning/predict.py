@@ -5,7 +5,9 @@ rate of memory. Collectives follow the ring formulas: the bytes that a rank send
 
 What the step computes at the same time hides part of them: DeepSpeed reduces gradients during backward only at ZeRO 2
 and 3 (``overlap_comm``), ``zero.reduction: scatter`` does at ZeRO 1 too, and at ZeRO 3 DeepSpeed gathers parameters
-during forward and backward; nothing else is hidden. At most the time of the phase itself can be hidden.
+during forward and backward. At ZeRO 1 and 2 a gather that is part of the forward pass
+(:mod:`mc2_hpc.training.weight_gather`) is hidden by it, DeepSpeed's own at the end of the update is not. Nothing else
+is hidden. At most the time of the phase itself can be.
 """
 
 from collections.abc import Mapping
@@ -86,6 +88,6 @@ def sent_bytes(collective: Collective, world_size: int) -> float:
 
 
 def _is_hidden(collective: Collective, zero: ZeroConfig) -> bool:
-    if zero.stage == 3:
-        return collective.phase in ("forward", "backward")
-    return (zero.stage == 2 or zero.reduction == "scatter") and collective.phase == "backward"
+    if collective.phase == "forward":
+        return True  # weights
+    return (zero.stage >= 2 or zero.reduction == "scatter") and collective.phase == "backward"

@@ -134,9 +134,10 @@ class Engine:
         if config.zero.gather_dtype != "bf16":
             rounded = {}
         scatters = config.zero.reduction == "scatter"
+        hides_gather = scatters or bool(rounded)
         groups = in_buckets(
             parameter_groups(named.items(), clip.arch, config.optim),
-            largest=config.zero.bucket_elements if scatters else None,
+            largest=config.zero.bucket_elements if hides_gather else None,
             apart=rounded.values(),
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -157,7 +158,7 @@ class Engine:
             self._engine.enable_backward_allreduce = False
             dtype = Precision(config.zero.reduce_dtype).dtype
             self._scatter = GradientScatter(self._optimizer, named, dtype, every_pass=self.stage == 2)
-        self._gather = WeightGather(self._optimizer, rounded.values()) if rounded else None
+        self._gather = WeightGather(self._optimizer, towers, named, rounded.values()) if hides_gather else None
         self._trained_table = self._table if self._table is not None and self._table.trained else None
         if self._has_others and self.stage > 0 and not self._computes_norm:
             add_to_norm(self._optimizer, self.stage, self._others)
@@ -317,7 +318,7 @@ class Engine:
             squared_norm: its square, where the engine computes it.
         """
         if self.stage > 0:
-            with nullcontext() if self._gather is None else self._gather.during_step():
+            with nullcontext() if self._gather is None else self._gather.instead_of_deepspeeds():
                 self._engine.step()
             if self._computes_norm:
                 return squared_norm.sqrt()
@@ -369,7 +370,13 @@ class Engine:
             return self._table.full(kind, to)
         if self._matrices is not None and name in self._matrices:
             return self._matrices.full(kind, name)
+        self._finish_gather()
         return self._towers.full(kind, name)
+
+    def _finish_gather(self) -> None:
+        """Before weights of the towers are read other than by a forward pass. Collective."""
+        if self._gather is not None:
+            self._gather.finish()
 
     def _scalar_state(self, name: str) -> dict[str, Tensor]:
         assert self._scalar_optimizer is not None
@@ -388,6 +395,7 @@ class Engine:
         if ema:
             yield self._gathered_copy(EMA)
             return
+        self._finish_gather()
         with self._table.whole() if self._table is not None and self.stage < 3 else nullcontext(), self._thawed():
             if self.stage < 3:
                 with torch.no_grad():

@@ -92,11 +92,14 @@ def test_zero_2_hides_what_backward_computes():
 def test_a_scatter_moves_half_and_is_hidden_too(stage):
     config = dataclasses.replace(CONFIG, zero=dataclasses.replace(CONFIG.zero, stage=stage, reduction="scatter"))
     scatter = Collective(kind="reduce-scatter", phase="backward", host=False, calls=8, bytes=int(8 * GIGA))
-    gather = Collective(kind="all-gather", phase="update", host=False, calls=8, bytes=int(4 * GIGA))
+    gather = Collective(kind="all-gather", phase="update", host=False, calls=8, bytes=int(8 * GIGA))
     step = predict_step(trace(collectives=(scatter, gather)), config, GPU, NETWORK, per_node=8)
     sent = 15 / 16 * 8 / 5
-    assert step.communication == pytest.approx({"backward: reduce-scatter": sent, "update: all-gather": sent / 2})
-    assert sent == 1.5 and step.exposed == pytest.approx(sent / 2)  # 1.5 s of kernels in backward
+    assert step.communication == pytest.approx({"backward: reduce-scatter": sent, "update: all-gather": sent})
+    assert sent == 1.5 and step.exposed == pytest.approx(sent)  # 1.5 s of kernels in backward
+    gather = dataclasses.replace(gather, phase="forward")
+    step = predict_step(trace(collectives=(scatter, gather)), config, GPU, NETWORK, per_node=8)
+    assert step.exposed == pytest.approx(sent - 1)  # and 1 s in forward
 
 
 def test_a_node_alone_uses_its_own_links():

@@ -67,6 +67,8 @@ def train(name: str, ranks: Ranks, out: Path) -> dict[str, Any]:
         counting.begin()
         with counting if number == STEPS - 1 else nullcontext():
             norms.append(float(step(images[rows], tokens[rows], 1e-3).grad_norm))
+            with counting.phase("gather"):  # the next forward pass would do it otherwise
+                engine._finish_gather()
         state = {f"{kind}.{key}": tensor.clone() for kind, key, tensor in engine.state()}
         if ranks.is_first:
             save_file(state, out / f"{name}.{number}.safetensors")
