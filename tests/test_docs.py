@@ -105,3 +105,16 @@ def test_the_table_of_damaged_inputs_is_that_of_the_row():
     assert rows == {row["input"]: (row["one line"], row["done"]) for row in found["rows"]} and not found["faults"]
     inputs, seconds = found["config"]["inputs"], found["seconds"]
     assert f"sends {inputs:,} damaged inputs" in page and f"{seconds} s on two cores" in page
+
+
+def test_distillation_gains_and_patch_dropout_costs_what_the_page_says():
+    """A distilled student gains at least 3 points; half of the patches with a tail cost at most 2."""
+    page = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    rows = {row["row"]: row["columns"]["mean"] for row in measured("digits_ablations")["rows"]}
+    assert all(len(row["values"]) == 3 for row in rows.values())
+    _, _, table = page.partition("| mean accuracy, per cent | |\n|---|---|\n")
+    shown = re.findall(r"^\| .* \| ([\d.]+ ± [\d.]+) \|$", table, flags=re.MULTILINE)
+    names = ("alone", "distilled", "every patch", "half of the patches, then all")
+    assert shown == [f"{100 * rows[name]['mean']:.1f} ± {100 * rows[name]['stdev']:.1f}" for name in names]
+    assert rows["distilled"]["mean"] >= rows["alone"]["mean"] + 0.03
+    assert rows["half of the patches, then all"]["mean"] >= rows["every patch"]["mean"] - 0.02
