@@ -14,14 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first; a module may import from its own package and from every layer below.
 LAYERS = [
-    {
-        "mc2_hpc.allocator",
-        "mc2_hpc.compiling",
-        "mc2_hpc.drops",
-        "mc2_hpc.errors",
-        "mc2_hpc.precision",
-        "mc2_hpc.threads",
-    },
+    {"mc2_hpc.compiling", "mc2_hpc.drops", "mc2_hpc.errors", "mc2_hpc.precision", "mc2_hpc.threads"},
     {"mc2_hpc.reading"},
     {"mc2_hpc.config_model", "mc2_hpc.config_optim", "mc2_hpc.train_sources"},
     {"mc2_hpc.config_data", "mc2_hpc.config_stages"},

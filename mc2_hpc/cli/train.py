@@ -51,9 +51,6 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
     from mc2_hpc.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    import torch
-
-    from mc2_hpc.allocator import keep_freed_memory
     from mc2_hpc.data.workers import DataStalled
     from mc2_hpc.distributed import process_group
     from mc2_hpc.planning.planned_peak import planned_peak
@@ -62,8 +59,6 @@ def _train(arguments: argparse.Namespace, stop: "StopRequest") -> int:
     from mc2_hpc.training.stop import LOST_RANK, SAVED, Stopped
     from mc2_hpc.training.trainer import NonFiniteError, SaveError, train_run
 
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     # DeepSpeed calls collectives by deprecated names; users can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

@@ -86,6 +86,7 @@ def test_patches_stand_for_their_image(model: CLIP) -> None:
     assert torch.equal(model.encode_image(normalised), model.encode_image(normalise(images)))
 
 
+@torch.no_grad()
 def test_forward_gives_unit_vectors_and_the_scale_in_fp32(model: CLIP) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         image, text, scale = model(torch.randn(2, 3, 24, 24), rows([3, 4, 5]))
