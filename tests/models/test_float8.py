@@ -168,7 +168,9 @@ def test_products_of_gpus_equal_emulated_ones(monkeypatch: pytest.MonkeyPatch) -
         Float8Blocks(model, min_size=16, device=CPU)
         found.append(backward(model.vision.transformer))
     for name, expected in found[0].items():
-        assert difference(found[1][name], expected) < 1e-3, name
+        # Sums in another order round to other bf16 numbers, and some of these to other fp8 numbers: on CPUs with AMX
+        # 2 % of a gradient behind attention. A token too many or too few is a multiple of that.
+        assert difference(found[1][name], expected) < 3e-2, name
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])

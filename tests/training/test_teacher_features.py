@@ -186,7 +186,8 @@ def test_features_are_the_models_of_whole_images_and_of_every_caption(config, te
         found = images[(hashes == torch.tensor(hash_keys([pair.key]).view("int64"))).nonzero().item()]
         pixels = model.transform(decode_pil(pair.image).resize((48, 48), resample=3))
         expected = model.model.encode_image(pixels[None], normalize=True)[0]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        # Products of one image sum in another order than those of a batch; how much that is depends on the CPU.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         for text in (pair.text, f"more {number}", f"more of {pair.text[-8:]}"):
             place = (tensors["text_hashes"] == torch.tensor(hash_texts([text]).view("int64"))).nonzero().item()
             expected = model.encode_texts([text])[0]
