@@ -27,11 +27,10 @@ from mc2_hpc.tuning.rewrite import nested
 HAND_WRITTEN: dict[str, dict[str, Any]] = {
     "bench_train": {"data.workers": 1, "zero.stage": 1},
     "bench_step, recompute": {"data.workers": 1, "zero.stage": 1, "model.attention": "sdpa", "model.recompute": "full"},
-    "bench_step, keep": {"data.workers": 1, "zero.stage": 1, "model.attention": "sdpa", "model.recompute": "none"},
     "bench_faults": {"data.workers": 0, "zero.stage": 1},
 }
-"""What each benchmark's config says about tuned settings; those of the others are among them. Benchmarks without a
-loader have no workers of their own and get those of ``bench_train``."""
+"""What each benchmark's config says about tuned settings; those of the others are among them (``bench_step`` without
+recomputation is ``bench_train``). Benchmarks without a loader have no workers of their own and get those of it."""
 TRIALS, MINUTES = 8, 10
 
 
