@@ -118,3 +118,16 @@ def test_distillation_gains_and_patch_dropout_costs_what_the_page_says():
     assert shown == [f"{100 * rows[name]['mean']:.1f} ± {100 * rows[name]['stdev']:.1f}" for name in names]
     assert rows["distilled"]["mean"] >= rows["alone"]["mean"] + 0.03
     assert rows["half of the patches, then all"]["mean"] >= rows["every patch"]["mean"] - 0.02
+
+
+def test_the_page_has_the_ratios_of_training_less():
+    page = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    ratios = measured("train_less")["ratios"]
+    for who, shown in (
+        ("step_vision_frozen", "{:.1f} times as fast with a frozen image tower"),
+        ("step_stored_features", "{:.1f} times with stored features"),
+        ("step_patch_dropout_0.5", "{:.1f} times with half of the patches dropped"),
+        ("vision_tower_patch_dropout_0.5", "The image tower alone is {:.1f} times as fast on half of the patches"),
+    ):
+        assert shown.format(ratios[f"{who}_vs_whole"]) in page
+    assert ratios["vision_tower_patch_dropout_0.5_vs_whole"] >= 1.5
