@@ -2,11 +2,7 @@
 
 Both read tars of JPEGs and captions, decode, crop, tokenise and train in fp32, each in its default way. open_clip uses
 webdataset, Pillow, Hugging Face tokenizers and DDP with ``--local-loss --gather-with-grad``; ours is ``mc2 train`` at
-ZeRO stage 1. The runs alternate, and each run's first steps are excluded.
-
-``train`` also has both programs without processes that load data (``loading in the step``), which pays where every core
-computes; ours then has a whole token table on every rank too, which ``mc2 tune`` finds faster at this size
-(``mc2 bench tune``). Its second ratio compares the faster setting of each program.
+ZeRO stage 1. The two runs alternate, and each run's first steps are excluded.
 
 ``train`` has the 1,000-odd token rows that the captions need; ``train_full_vocab`` the 901,629 of a worldwide model, of
 which the same captions use the same few.
@@ -21,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +50,8 @@ def run(quick: bool) -> dict[str, Any]:
             # A smoke test does not wait for tables of a gigabyte to be initialised and saved.
             ("train_full_vocab", 100_000 if quick else FULL_VOCABULARY, *((1, 4, 4) if quick else (3, 16, 8))),
         ]
-        log_every = 1 if quick else LOG_EVERY
-        both = {**_WITH_LOADER, **_WITHOUT_LOADER}
-        measured = [
-            _measure(folder, *size, contenders=who, log_every=log_every)
-            for size, who in zip(sizes, (both, _WITH_LOADER), strict=True)
-        ]
-    toy, full = measured
+        measured = [_measure(folder, *size, log_every=1 if quick else LOG_EVERY) for size in sizes]
+    (_, toy), (_, full) = measured
     return {
         "config": {
             "vision": VISION,
@@ -74,59 +65,26 @@ def run(quick: bool) -> dict[str, Any]:
                 for what, rows, _, steps, batch in sizes
             ],
         },
-        "rows": [row for rows in measured for row in rows],
-        "ratios": {
-            "samples_per_second_vs_open_clip": _ratio(toy, "ours", "open_clip"),
-            "fastest_vs_fastest_open_clip": _ratio(
-                toy,
-                _faster(toy, "ours", "ours, loading in the step"),
-                _faster(toy, "open_clip", "open_clip, loading in the step"),
-            ),
-            "full_vocab_vs_open_clip": _ratio(full, "ours", "open_clip"),
-        },
+        "rows": [row for rows, _ in measured for row in rows],
+        "ratios": {"samples_per_second_vs_open_clip": toy, "full_vocab_vs_open_clip": full},
     }
 
 
-def _faster(rows: Sequence[dict[str, Any]], *names: str) -> str:
-    """The contender with the higher median."""
-    return max(names, key=lambda name: next(row["median"] for row in rows if row["who"] == name))
-
-
-def _ratio(rows: Sequence[dict[str, Any]], ours: str, theirs: str) -> float:
-    """Median of the rounds' ratios."""
-    samples = {row["who"]: row["samples"] for row in rows}
-    return statistics.median(a / b for a, b in zip(samples[ours], samples[theirs], strict=True))
-
-
 def _measure(
-    folder: Path,
-    what: str,
-    token_rows: int,
-    rounds: int,
-    steps: int,
-    batch: int,
-    *,
-    contenders: Mapping[str, "Contender"],
-    log_every: int,
-) -> list[dict[str, Any]]:
-    """One row per contender."""
-    rates: dict[str, list[float]] = {who: [] for who in contenders}
+    folder: Path, what: str, token_rows: int, rounds: int, steps: int, batch: int, *, log_every: int
+) -> tuple[list[dict[str, Any]], float]:
+    """One row per program, and the median of the rounds' ratios."""
+    rates: dict[str, list[float]] = {"ours": [], "open_clip": []}
     for _ in range(rounds):
-        for who, (call, settings) in contenders.items():
+        for who, call in (("ours", _ours), ("open_clip", _open_clip)):
             output = folder / "run"
-            rates[who].append(call(output, folder, token_rows, steps, batch, log_every, **settings))
+            rates[who].append(call(output, folder, token_rows, steps, batch, log_every))
             shutil.rmtree(output)  # gigabytes at the full vocabulary
-    return [
-        {
-            "what": what,
-            "who": who,
-            "unit": "samples/s",
-            **spread(found),
-            "samples": found,
-            "settings": contenders[who][1],
-        }
+    rows = [
+        {"what": what, "who": who, "unit": "samples/s", **spread(found), "samples": found}
         for who, found in rates.items()
     ]
+    return rows, statistics.median(a / b for a, b in zip(rates["ours"], rates["open_clip"], strict=True))
 
 
 def make_data(folder: Path, num_images: int) -> int:
@@ -176,17 +134,7 @@ def _launch(*arguments: str | Path) -> str:
     return output
 
 
-def run_values(
-    output: Path,
-    folder: Path,
-    vocab_size: int,
-    steps: int,
-    batch: int,
-    log_every: int,
-    *,
-    workers: int = 1,
-    embedding: str = "sharded",
-) -> dict[str, Any]:
+def run_values(output: Path, folder: Path, vocab_size: int, steps: int, batch: int, log_every: int) -> dict[str, Any]:
     """Our run's config as plain values; the data are those of :func:`make_data`."""
     return {
         "output": str(output),
@@ -197,7 +145,6 @@ def run_values(
         "model": {
             "preset": "ViT-B-32-worldwide",
             "embed_dim": EMBED_DIM,
-            "embedding": embedding,
             "vision": VISION,
             "text": {"vocab_size": vocab_size, **TEXT},
         },
@@ -205,7 +152,7 @@ def run_values(
             "train": str(folder / "shards"),
             "tokenizer": str(folder / "tokenizer.model"),
             "lanes": min(16, batch * PROCESSES),
-            "workers": workers,
+            "workers": 1,
         },
         "optim": {"warmup": 10},
         "zero": {"stage": 1},
@@ -213,8 +160,8 @@ def run_values(
     }
 
 
-def _ours(output: Path, folder: Path, *sizes: int, **settings: Any) -> float:
-    return train_rate(run_values(output, folder, *sizes, **settings), folder)
+def _ours(output: Path, folder: Path, vocab_size: int, steps: int, batch: int, log_every: int) -> float:
+    return train_rate(run_values(output, folder, vocab_size, steps, batch, log_every), folder)
 
 
 def train_rate(config: dict[str, Any], folder: Path) -> float:
@@ -226,9 +173,7 @@ def train_rate(config: dict[str, Any], folder: Path) -> float:
     return statistics.median(row["samples_per_second"] for row in rows[WARMUP_ROWS:])
 
 
-def _open_clip(
-    output: Path, folder: Path, vocab_size: int, steps: int, batch: int, log_every: int, *, workers: int = 1
-) -> float:
+def _open_clip(output: Path, folder: Path, vocab_size: int, steps: int, batch: int, log_every: int) -> float:
     model = {
         "embed_dim": EMBED_DIM,
         "vision_cfg": VISION,
@@ -247,8 +192,7 @@ def _open_clip(
     pattern = f"{folder / 'shards'}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
     arguments = [
         *("--model", "bench", "--train-data", pattern, "--dataset-type", "webdataset", "--dataset-resampled"),
-        *("--train-num-samples", str(steps * batch * PROCESSES), "--batch-size", str(batch)),
-        *("--workers", str(workers)),
+        *("--train-num-samples", str(steps * batch * PROCESSES), "--batch-size", str(batch), "--workers", "1"),
         *("--precision", "fp32", "--epochs", "1", "--warmup", "10", "--lr", "4e-4", "--dist-backend", "gloo"),
         *("--local-loss", "--gather-with-grad", "--log-every-n-steps", str(log_every)),
         *("--logs", str(output), "--name", "bench", "--save-frequency", "0"),
@@ -259,15 +203,6 @@ def _open_clip(
     if len(found) <= WARMUP_ROWS + 1:
         raise RuntimeError(f"open_clip printed {len(found)} rates:\n{text[-3000:]}")
     return statistics.median(found[WARMUP_ROWS:])
-
-
-Contender = tuple[Callable[..., float], dict[str, Any]]
-"""A program, and its settings."""
-_WITH_LOADER: dict[str, Contender] = {"ours": (_ours, {}), "open_clip": (_open_clip, {})}
-_WITHOUT_LOADER: dict[str, Contender] = {
-    "ours, loading in the step": (_ours, {"workers": 0, "embedding": "dense"}),
-    "open_clip, loading in the step": (_open_clip, {"workers": 0}),
-}
 
 
 if __name__ == "__main__":

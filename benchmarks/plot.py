@@ -61,9 +61,7 @@ def plot_train(result: dict[str, Any], path: Path) -> None:
     figure, axes = new_figure(10, 4, 1, 2)
     for axis, (what, name) in zip(axes, names.items(), strict=True):
         rows = [row for row in result["rows"] if row["what"] == what]
-        labels = [row["who"].replace(", ", "\n") for row in rows]
-        _bars(axis, labels, [row["median"] for row in rows], [row["samples"] for row in rows])
-        axis.tick_params(axis="x", labelsize=7)
+        _bars(axis, [row["who"] for row in rows], [row["median"] for row in rows], [row["samples"] for row in rows])
         axis.set(title=name, ylabel="samples per second")
     _save(figure, "Training a small model end to end", result, path)
 
