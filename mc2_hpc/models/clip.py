@@ -29,7 +29,7 @@ class Towers(nn.Module):
         self.text = text
 
     def encode_image(self, images: Tensor, normalize: bool = False, *, kept: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) normalised images, or their patches, to (B, E); unit-length and fp32 if ``normalize``.
+        """(B, 3, S, S) normalised images to (B, E) embeddings; unit-length and fp32 if ``normalize``.
 
         Args:
             kept: (B, K) int64, the patches that are computed (see :class:`VisionTower`).

@@ -37,13 +37,13 @@ class VisionTower(nn.Module):
         self.norm_post = LayerNorm(arch.width)
         self.projection = nn.Parameter(torch.empty(arch.width, embed_dim))
 
-    def forward(self, images: Tensor, kept_BK: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) normalised images, or their patches (B, N, P), to (B, E); S is ``arch.image_size``.
+    def forward(self, images_BCSS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) normalised images to (B, E); S is ``arch.image_size``.
 
         Args:
             kept_BK: int64, the patches of each image that are computed, counted row by row; ``None`` is all of them.
         """
-        patches_BNP = images if images.ndim == 3 else self.patchify(images)
+        patches_BNP = self._patchify(images_BCSS)
         positions: Tensor = self.positional_embedding
         if kept_BK is not None:
             patches_BNP = patches_BNP.gather(1, kept_BK[..., None].expand(-1, -1, patches_BNP.shape[2]))
@@ -55,8 +55,7 @@ class VisionTower(nn.Module):
         x_BNW = self.transformer(self.norm_pre(x_BNW))
         return self.norm_post(x_BNW[:, 0]) @ self.projection
 
-    def patchify(self, images_BCSS: Tensor) -> Tensor:
-        """(B, 3, S, S) images of any type to their patches (B, N, P), row by row; P counts channel, row and column."""
+    def _patchify(self, images_BCSS: Tensor) -> Tensor:
         grid, side = self.arch.grid, self.arch.patch_size
         if images_BCSS.shape[1:] != (3, self.arch.image_size, self.arch.image_size):
             raise ValueError(

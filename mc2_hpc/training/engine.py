@@ -60,11 +60,8 @@ class TrainedTowers(Towers):
         if images is not None and images.ndim == 2:
             image = images
         elif images is not None:
-            side = self.vision.arch.patch_size
-            patches = self.vision.patchify(images)  # of bytes, which are a quarter or half of the floats to be moved
-            pixels = normalise(patches.view(-1, 3, side, side), self.precision.dtype).view(patches.shape)
             with self.precision.autocast(images.device):
-                image = self.encode_image(pixels, True, kept=kept)
+                image = self.encode_image(normalise(images, self.precision.dtype), True, kept=kept)
         if tokens is not None:
             with self.precision.autocast(tokens.device):
                 text = self.encode_text(tokens, True, lengths=lengths)

@@ -77,7 +77,7 @@ def every_patch(clip, images, kept):
     from open_clip.transformer import PatchDropout as Theirs
 
     vision = clip.vision
-    x = vision.patch_embedding(vision.patchify(images))
+    x = vision.patch_embedding(vision._patchify(images))
     x = torch.cat([vision.class_embedding.expand(len(x), 1, -1), x], dim=1) + vision.positional_embedding
     theirs = Theirs(0.5)
     with pytest.MonkeyPatch.context() as patch:
