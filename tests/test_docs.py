@@ -131,3 +131,11 @@ def test_the_page_has_the_ratios_of_training_less():
     ):
         assert shown.format(ratios[f"{who}_vs_whole"]) in page
     assert ratios["vision_tower_patch_dropout_0.5_vs_whole"] >= 1.5
+
+
+def test_the_page_says_what_the_row_of_tuning_shows():
+    page, found = " ".join((ROOT / "docs" / "tuning.md").read_text(encoding="utf-8").split()), measured("tune")
+    assert found["config"]["best"] == {}  # as `default`
+    ratios = found["ratios"]
+    assert f"at {ratios['tuned_vs_fastest_hand_written']:.2f} of the fastest" in page
+    assert f"at {ratios['tuned_vs_default']:.2f} of runs with exactly the same settings" in page
