@@ -160,10 +160,11 @@ def flops_per_pair(
     """Floating-point operations of a forward and backward pass over one image-text pair: 3 x the forward's, or 1 x for
     what is frozen.
 
-    Counts the matrix products of the blocks (2 flops per multiply-add: 4 W^2 for attention projections, 2 W M for the
-    MLP, and 2 L W for scores and values, causal or not), the patch embedding and the projections; the token look-up is
-    free. The products with the weights of an adapted tower count 2 x: no gradient of the weights is computed, nor, in
-    the first block's projection, of its input.
+    Counts the matrix products of the blocks (2 flops per multiply-add: 3 W^2 for queries, keys and values, W^2 for the
+    projection after them, 2 W M for the MLP, and 2 L W for scores and values, causal or not), the patch embedding and
+    the projections; the token look-up is free. The last block's projection and MLP are of one row. The products with
+    the weights of an adapted tower count 2 x: no gradient of the weights is computed, nor, in the first block's
+    projection, of its input.
 
     Args:
         text_length: tokens computed per caption.
@@ -176,15 +177,17 @@ def flops_per_pair(
         num_patches = vision.num_patches
 
     def tower(name: str, length: int, width: int, mlp_width: int, layers: int, embedding: int) -> int:
+        rows = (layers - 1) * length + 1  # of all blocks, after the attention
+        attention = 4 * length**2 * width
         if rank := (ranks or {}).get(name):
-            products = 2 * length * (4 * width**2 + 2 * width * mlp_width)
-            adapters = 2 * length * rank * (4 * width + 2 * width + 2 * (width + mlp_width))
-            attention = 4 * length**2 * width
-            whole = layers * (2 * products + 3 * (attention + adapters))
+            products = 2 * (layers * length * 3 * width**2 + rows * (width**2 + 2 * width * mlp_width))
+            adapters = 2 * rank * (layers * length * 4 * width + rows * 2 * (2 * width + mlp_width))
+            whole = 2 * products + 3 * (layers * attention + adapters)
             return embedding + whole - 2 * length * (3 * width**2 + rank * width) + 2 * 2 * width * arch.embed_dim
         deepest = -1 if frozen is None else frozen[name]
-        block = 2 * length * (4 * width**2 + 2 * width * mlp_width + 2 * length * width)
-        forward = [embedding, *[block] * layers, 2 * width * arch.embed_dim]
+        in_all, in_pooled = 2 * length * 3 * width**2 + attention, 2 * (width**2 + 2 * width * mlp_width)
+        blocks = [*[in_all + length * in_pooled] * (layers - 1), in_all + in_pooled]
+        forward = [embedding, *blocks, 2 * width * arch.embed_dim]
         return sum(flops * (3 if depth > deepest else 1) for depth, flops in enumerate(forward))
 
     patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width

@@ -1,5 +1,8 @@
 """Transformer blocks that both towers share.
 
+A tower reads one row of each image or caption, so the last block computes the others only as far as attention needs
+them: up to queries, keys and values.
+
 Shape suffixes: B batch, L sequence, T tokens of packed captions, W width, H heads, D channels per head, M width of the
 MLP.
 """
@@ -30,6 +33,7 @@ from mc2_hpc.models.packed_attention import (
     xformers_block_diagonal,
 )
 from mc2_hpc.models.packed_captions import Packing
+from mc2_hpc.models.rows import take_rows
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -132,19 +136,22 @@ class Attention(nn.Module):
         self.out: nn.Linear = Linear(width, width)
         self.backend = SDPA
 
-    def forward(self, qkv: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, qkv: Tensor, packing: Packing | None = None, pooled_B: Tensor | None = None) -> Tensor:
         """The projection ``self.qkv`` of rows to their new values, which are added to the residual stream.
 
         Args:
             qkv: (B, L, 3W); or (T, 3W), if the rows are captions in this ``packing``.
+            pooled_B: as for :class:`Block`.
         """
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         if packing is not None:
-            return cast(Tensor, self.out(self._attend_packed(qkv, packing)))
-        # Unbound before they are transposed: so backward stacks the three gradients in place, without another copy.
-        return cast(Tensor, self.out(self._attend(qkv.unbind(2))))
+            attended = self._attend_packed(qkv, packing)
+        else:
+            # Unbound before they are transposed: so backward stacks the three gradients in place, without another copy.
+            attended = self._attend(qkv.unbind(2))
+        return cast(Tensor, self.out(_pooled(attended, pooled_B)))
 
-    def fused(self, qkv: Product, packing: Packing | None = None) -> Product:
+    def fused(self, qkv: Product, packing: Packing | None = None, pooled_B: Tensor | None = None) -> Product:
         """The same, with gradients of biases passed on; the one of ``qkv`` only if there is no ``packing``."""
         assert qkv.value is not None
         parts = qkv.value.unflatten(-1, (3, self.heads, -1))
@@ -156,7 +163,7 @@ class Attention(nn.Module):
         def product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             return linear(x, weight, bias.detach()), bias.view_as(bias)
 
-        return Product(*self.out(attended, product))
+        return Product(*self.out(_pooled(attended, pooled_B), product))
 
     def _attend(self, parts: Sequence[Tensor]) -> Tensor:
         q_BHLD, k_BHLD, v_BHLD = (part.transpose(1, 2) for part in parts)
@@ -194,23 +201,27 @@ class Block(nn.Module):
         x_BLW: Tensor,
         packing: Packing | None = None,
         *,
+        pooled_B: Tensor | None = None,
         selective: bool = False,
         pending: Product | None = None,
     ) -> Tensor | tuple[Tensor, Product]:
         """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same.
 
         Args:
+            pooled_B: int64, distinct rows, counted over the whole batch. Only these are computed once every row has its
+                query, key and value, and the results are (B, W).
             selective: compute the inputs of the linear layers, where they are norms or activations, again in the
                 backward pass instead of keeping them.
             pending: what is still to be added to ``x_BLW``, if the block :attr:`fuses`; its own last addition is then
                 pending too, and returned next to the sum so far.
         """
         if pending is not None:
-            return self._fused(x_BLW, packing, selective, pending)
+            return self._fused(x_BLW, packing, pooled_B, selective, pending)
         recomputes = selective and torch.is_grad_enabled()
         recomputing = functools.partial(_recomputing, has_float8=self.has_float8)
         product = functools.partial(recomputing, _product) if recomputes else _product
-        attended = self.attention(product(self.norm_1, self.attention.qkv, x_BLW), packing)
+        attended = self.attention(product(self.norm_1, self.attention.qkv, x_BLW), packing, pooled_B)
+        x_BLW = _pooled(x_BLW, pooled_B)
         if self.norm_2.adds:
             of_sum = functools.partial(recomputing, _product_of_sum) if recomputes else _product_of_sum
             x_BLW, h_BLM = of_sum(self.norm_2, self.fc, x_BLW, attended)
@@ -220,15 +231,20 @@ class Block(nn.Module):
         return x_BLW + product(self.activation, self.proj, h_BLM)
 
     def _fused(
-        self, x_BLW: Tensor, packing: Packing | None, selective: bool, pending: Product
+        self, x_BLW: Tensor, packing: Packing | None, pooled_B: Tensor | None, selective: bool, pending: Product
     ) -> tuple[Tensor, Product]:
         """Each linear layer leaves the gradient of its bias to the next kernel, and the last one to the next block."""
         unpacked = packing is None  # only then is there a kernel for the gradients of queries, keys and values
         x_BLW, qkv = self.norm_1.then(self.attention.qkv, x_BLW, pending, bias_elsewhere=unpacked, recompute=selective)
-        attended = self.attention.fused(qkv, packing)
+        attended = self.attention.fused(qkv, packing, pooled_B)
+        x_BLW = _pooled(x_BLW, pooled_B)
         x_BLW, h_BLM = self.norm_2.then(self.fc, x_BLW, attended, bias_elsewhere=True, recompute=selective)
         assert isinstance(self.activation, QuickGELU)
         return x_BLW, self.activation.then(self.proj, h_BLM, recompute=selective)
+
+
+def _pooled(x: Tensor, pooled_B: Tensor | None) -> Tensor:
+    return x if pooled_B is None else take_rows(x, pooled_B)
 
 
 def _product(prepare: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
@@ -295,25 +311,32 @@ class Transformer(nn.Module):
         self.before_block: Callable[[int], None] | None = None
         """Called before each block with its number. Unlike a hook it is not part of a compiled block."""
 
-    def forward(self, x_BLW: Tensor, packing: Packing | None = None) -> Tensor:
-        """(B, L, W) to the same; or, if the rows are captions in this ``packing``, (T, W) to the same."""
+    def forward(self, x_BLW: Tensor, packing: Packing | None = None, *, pooled_B: Tensor) -> Tensor:
+        """(B, L, W), or (T, W) if the rows are captions in this ``packing``, to (B, W).
+
+        Args:
+            pooled_B: int64, the row of each image or caption whose result is wanted, counted over the whole batch.
+        """
         if self.recompute is not Recompute.FULL and all(block.fuses for block in self.blocks):
-            return self._fused(x_BLW, packing)
-        for block in self._in_turn():
+            return self._fused(x_BLW, packing, pooled_B)
+        for block, pooled in self._in_turn(pooled_B):
             if self.recompute is Recompute.FULL and torch.is_grad_enabled():
-                x_BLW = checkpoint(block, x_BLW, packing, use_reentrant=False)
+                x_BLW = checkpoint(block, x_BLW, packing, pooled_B=pooled, use_reentrant=False)
             else:
-                x_BLW = block(x_BLW, packing, selective=self.recompute is Recompute.SELECTIVE)
+                selective = self.recompute is Recompute.SELECTIVE
+                x_BLW = block(x_BLW, packing, pooled_B=pooled, selective=selective)
         return x_BLW
 
-    def _in_turn(self) -> Iterator[Block]:
+    def _in_turn(self, pooled_B: Tensor) -> Iterator[tuple[Block, Tensor | None]]:
+        """The blocks, the last with the rows that it has to compute."""
+        last = len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
             if self.before_block is not None:
                 self.before_block(number)
-            yield block
+            yield block, pooled_B if number == last else None
 
-    def _fused(self, x_BLW: Tensor, packing: Packing | None) -> Tensor:
-        pending = Product(None, None)
-        for block in self._in_turn():
-            x_BLW, pending = block(x_BLW, packing, selective=self.recompute is Recompute.SELECTIVE, pending=pending)
+    def _fused(self, x_BLW: Tensor, packing: Packing | None, pooled_B: Tensor) -> Tensor:
+        pending, selective = Product(None, None), self.recompute is Recompute.SELECTIVE
+        for block, pooled in self._in_turn(pooled_B):
+            x_BLW, pending = block(x_BLW, packing, pooled_B=pooled, selective=selective, pending=pending)
         return pending.added_to(x_BLW)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mc2_hpc.models.packed_captions import Packing
+from mc2_hpc.models.rows import take_rows
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -44,23 +45,6 @@ class _Spread(torch.autograd.Function):
         return gradients[0].index_select(0, places_T), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """The packed rows (T, W) among those of all windows (B * L, W)."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places_T: Tensor) -> Tensor:
-        ctx.save_for_backward(places_T)
-        ctx.num_rows = rows.shape[0]
-        return rows.index_select(0, places_T)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (places_T,) = ctx.saved_tensors
-        # Places are distinct, so rows can be copied; autograd would add them, one by one on a CPU.
-        rows = gradients[0].new_zeros(ctx.num_rows, gradients[0].shape[1])
-        return rows.index_copy_(0, places_T, gradients[0]), None
-
-
 def packed_by(attend: AttentionFunction) -> PackedAttentionFunction:
     """Packed attention by a function for rows of equal length: one call for all captions, whatever their lengths.
 
@@ -73,7 +57,7 @@ def packed_by(attend: AttentionFunction) -> PackedAttentionFunction:
         qkv_BL3HD = rows.view(*packing.windows_BL.shape, *qkv_T3HD.shape[1:])
         q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4).unbind(0)
         y_BLHD = attend(q_BHLD, k_BHLD, v_BHLD, causal=True).transpose(1, 2)
-        y_THC = _Collect.apply(y_BLHD.flatten(0, 1).flatten(1), packing.places_T)
+        y_THC = take_rows(y_BLHD.flatten(2), packing.places_T)
         return y_THC.view(-1, *qkv_T3HD.shape[2:])
 
     return attend_packed

@@ -49,22 +49,20 @@ class TextTower(nn.Module):
             pooled_BW = self._packed(tokens_BL, lengths)
         else:
             pooled_BW = self._padded(tokens_BL)
-        # The norm acts on each position separately, so only the pooled one needs it.
         return self.norm_final(pooled_BW) @ self.projection
 
     def _padded(self, tokens_BL: Tensor) -> Tensor:
         x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[: tokens_BL.shape[1]]
-        x_BLW = self.transformer(_residual(x_BLW))
         # argmax of a boolean row is its first True.
         eos_B = (tokens_BL == self.arch.eos_id).int().argmax(dim=1)
-        return x_BLW[torch.arange(x_BLW.shape[0], device=x_BLW.device), eos_B]
+        eos_B = eos_B + tokens_BL.shape[1] * torch.arange(len(eos_B), device=eos_B.device)
+        return self.transformer(_residual(x_BLW), pooled_B=eos_B)
 
     def _packed(self, tokens_BL: Tensor, lengths: Sequence[int]) -> Tensor:
         packing = pack(lengths, tokens_BL.shape[1], tokens_BL.device)
         tokens_T = tokens_BL.flatten().index_select(0, packing.sources_T)
         x_TW = self.token_embedding(tokens_T) + PositionRows.apply(self.positional_embedding, packing)
-        x_TW = self.transformer(_residual(x_TW), packing)
-        return x_TW.index_select(0, packing.last_B)
+        return self.transformer(_residual(x_TW), packing, pooled_B=packing.last_B)
 
     @torch.no_grad()
     def init_parameters(self) -> None:

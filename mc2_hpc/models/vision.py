@@ -52,8 +52,10 @@ class VisionTower(nn.Module):
         x_BNW = self.patch_embedding(patches_BNP)
         class_B1W = self.class_embedding.to(x_BNW.dtype).expand(x_BNW.shape[0], 1, -1)
         x_BNW = torch.cat([class_B1W, x_BNW], dim=1) + positions.to(x_BNW.dtype)
-        x_BNW = self.transformer(self.norm_pre(x_BNW))
-        return self.norm_post(x_BNW[:, 0]) @ self.projection
+        num_images, length = x_BNW.shape[:2]
+        class_rows_B = torch.arange(0, num_images * length, length, device=x_BNW.device)
+        pooled_BW = self.transformer(self.norm_pre(x_BNW), pooled_B=class_rows_B)
+        return self.norm_post(pooled_BW) @ self.projection
 
     def _patchify(self, images_BCSS: Tensor) -> Tensor:
         grid, side = self.arch.grid, self.arch.patch_size

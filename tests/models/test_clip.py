@@ -181,19 +181,21 @@ def test_operation_count_is_what_torch_counts(arch: ClipArchitecture) -> None:
     with FlopCounterMode(display=False) as counter:
         model.encode_image(images)
         # The EOS cannot be found on meta; only the blocks matter here.
-        model.text.transformer(torch.empty(1, length, arch.text.width, device="meta"))
+        rows = torch.empty(1, length, arch.text.width, device="meta")
+        model.text.transformer(rows, pooled_B=torch.zeros(1, dtype=torch.int64, device="meta"))
     counted = counter.get_total_flops() + 2 * arch.text.width * arch.embed_dim
     assert flops_per_pair(arch, length) == 3 * counted
 
 
 def test_frozen_parts_count_once() -> None:
-    """A frozen depth costs a third of a trained one, so freezing block by block saves the same each time."""
+    """A frozen depth costs a third of a trained one, so freezing block by block saves the same each time, but for the
+    last block, which is mostly of one row."""
     arch, length = PRESETS["ViT-S-16-worldwide"], 10
     layers = arch.vision.layers
     counts = [flops_per_pair(arch, length, {"vision": depth, "text": -1}) for depth in range(-1, layers + 2)]
     assert counts[0] == flops_per_pair(arch, length)
     saved = [before - after for before, after in zip(counts, counts[1:], strict=False)]
-    assert len(set(saved[1:-1])) == 1 and min(saved) > 0
+    assert len(set(saved[1:-2])) == 1 and 0 < saved[-2] < saved[1] / 2
     frozen = flops_per_pair(arch, length, {"vision": layers + 1, "text": arch.text.layers + 1})
     assert 3 * frozen == counts[0]
     # Without images, what is left is the text tower's.

@@ -78,7 +78,7 @@ def backward(stack: Transformer) -> dict[str, Tensor]:
     stack.zero_grad()
     x = torch.randn(ROWS, LENGTH, VISION.width, generator=torch.Generator().manual_seed(1), requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = stack(x)
+        y = stack(x, pooled_B=torch.arange(ROWS * LENGTH))
     (y * torch.linspace(-1, 1, VISION.width)).square().sum().backward()
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in stack.named_parameters()}}

@@ -72,7 +72,9 @@ def assert_equal(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradie
         assert (found[1][name] - gradient).abs().max() <= tolerance * largest, name
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
+# In fp32, few tokens leave rounding nothing to cancel: over 30 seeds the mixed batch differs by 2e-8, the smallest ones
+# by up to 1.6e-6.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("case", LENGTHS)
 def test_features_and_gradients_equal_the_padded_ones(case: str, dtype: torch.dtype, tolerance: float) -> None:
     lengths, model = LENGTHS[case], build_clip(ARCH, seed=0).to(dtype)
@@ -85,7 +87,8 @@ def test_only_own_tokens_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in model.text.transformer.blocks:
         block.fc.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape))
     model.encode_text(captions(LENGTHS["mixed"]), lengths=LENGTHS["mixed"])
-    assert rows == [(sum(LENGTHS["mixed"]), ARCH.text.width)] * ARCH.text.layers
+    of_tokens, of_captions = ((num, ARCH.text.width) for num in (sum(LENGTHS["mixed"]), len(LENGTHS["mixed"])))
+    assert rows == [*[of_tokens] * (ARCH.text.layers - 1), of_captions]
 
 
 def test_nothing_of_another_caption_is_seen() -> None:
@@ -165,7 +168,8 @@ def test_recomputation_changes_no_gradient(recompute: str, bf16: bool) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_compiled_once_for_all_shapes(recompute: str) -> None:
-    """Two graphs, static and then dynamic, serve every block and every batch; none is broken into pieces."""
+    """Two graphs, static and then dynamic, serve every block but the last and every batch, and two the last; none is
+    broken into pieces."""
     compiled, plain = build_clip(ARCH, seed=0), build_clip(ARCH, seed=0)
     torch._dynamo.reset()  # or it would remember from another case which sizes change
     compiled.set_recompute(recompute)
@@ -177,7 +181,7 @@ def test_compiled_once_for_all_shapes(recompute: str) -> None:
         tokens = captions(lengths, seed=seed)
         # Compiled code adds the residual stream's gradients in another order: 1.3e-6 was seen.
         assert_equal(run(compiled, tokens, lengths), run(plain, tokens, None), 2e-6)
-    assert counter.frame_count == 2
+    assert counter.frame_count == 4
 
 
 def test_bf16_is_as_close_to_fp32_as_the_padded_one() -> None:
