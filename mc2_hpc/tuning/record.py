@@ -5,7 +5,7 @@ The file is replaced as a whole, so a kill leaves it with the results before or 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ class TrialResult(File):
     status: Status
     seconds: float
     """From start to end of the processes."""
+    turns: Size = 1
+    """Trials of the same settings and steps that this is the median of."""
     error: str = ""
     """Its last error line, if it is not ok."""
     pairs_per_second: float = 0.0
@@ -55,10 +57,29 @@ def run_hash(run: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def trial_key(run: str, settings: Mapping[str, Any], steps: Count) -> str:
-    """Identifies a trial; the same command asks for the same keys."""
-    text = json.dumps([run, dict(sorted(settings.items())), steps], sort_keys=True)
+def trial_key(run: str, settings: Mapping[str, Any], steps: Count, turn: Count) -> str:
+    """Identifies a trial; the same command asks for the same keys.
+
+    Args:
+        turn: 0 for the first trial of these settings and steps.
+    """
+    text = json.dumps([run, dict(sorted(settings.items())), steps, turn], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def combined(turns: Sequence[TrialResult]) -> TrialResult:
+    """Trials of the same settings and steps as one: the trial with the median rate (of an even number, the slower of
+    the two in the middle), with the slowest and fastest row of all; or the first that failed."""
+    failed = next((each for each in turns if not each.ok), None)
+    if failed is not None or len(turns) == 1:
+        return failed or turns[0]
+    return msgspec.structs.replace(
+        sorted(turns, key=lambda each: each.pairs_per_second)[(len(turns) - 1) // 2],
+        seconds=sum(each.seconds for each in turns),
+        turns=len(turns),
+        slowest=min(each.slowest for each in turns),
+        fastest=max(each.fastest for each in turns),
+    )
 
 
 class Record:

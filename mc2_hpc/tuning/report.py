@@ -42,7 +42,11 @@ def _numbers(result: TrialResult) -> list[str]:
     waits = result.waits
     parts = [f"{1e3 * getattr(waits, cause):,.0f}" if waits is not None else "-" for cause in CAUSES]
     seconds = f"{1e3 * waits.seconds:,.0f}" if waits is not None else "-"
-    return [f"{result.pairs_per_second:,.1f}", str(result.steps), seconds, *parts]
+    return [f"{result.pairs_per_second:,.1f}", _steps(result), seconds, *parts]
+
+
+def _steps(result: TrialResult) -> str:
+    return str(result.steps) if result.turns == 1 else f"{result.turns}x{result.steps}"
 
 
 def summary(tuning: Tuning) -> list[str]:
@@ -92,7 +96,7 @@ def _commented(lines: Sequence[str]) -> str:
 def draw(tuning: Tuning, path: Path) -> None:
     """A bar per trial: its rate with the range of its rows, and its step by what it is spent on."""
     results = [result for result in ranked(tuning.results) if result.ok]
-    names = [f"{name_of(result.settings)}, {result.steps} steps" for result in results]
+    names = [f"{name_of(result.settings)}, {_steps(result)} steps" for result in results]
     places = range(len(results))
     with plot_style(), atomic_path(path) as temporary:
         figure, (left, right) = new_figure(11, 1.6 + 0.32 * len(results), 1, 2)

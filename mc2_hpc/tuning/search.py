@@ -2,8 +2,9 @@
 
 The first trials are the config as it is given and the defaults of this package; the faster one is the start. Then come
 moves from it, ordered by what its step waits for. The moves that were faster are combined, and half as many settings as
-before are measured for twice as many steps, until two are left (Jamieson and Talwalkar 2016, arXiv 1502.07943).
-Nothing is drawn at random: the same results lead to the same trials.
+before are measured for twice as many steps, until two are left (Jamieson and Talwalkar 2016, arXiv 1502.07943). The
+last two, one of them the config as it is given if that runs, are measured several times in turn: what disturbs a
+machine for a minute disturbs both. Nothing is drawn at random: the same results lead to the same trials.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,20 +18,22 @@ from mc2_hpc.tuning.space import Settings, combinations, is_valid, leaner, moves
 
 NOISE = 0.01
 """A smaller gain counts as none."""
+TURNS = 3
+"""How often each setting of the last round is measured."""
 _EVEN = Breakdown(data=1, host=1, compute=1, network=1)
 
-Measure = Callable[[Sequence[Settings], int], list[TrialResult]]
-"""Measures settings for a number of steps; results are fewer once the time is up."""
+Measure = Callable[[Sequence[Settings], int, int], list[TrialResult]]
+"""Measures settings for a number of steps, a number of times in turn; results are fewer once the time is up."""
 
 
 def rungs(trials: int) -> list[int]:
     """How many settings are measured in each round after the first trials: as many as that number of trials allows,
-    halved until two are left. What remains goes to the first round."""
+    halved until two are left for the last round. What remains goes to the first; of less than four trials, all."""
     found: list[int] = []
     for first in range(1, trials + 1):
         sizes = [first]
-        while sizes[-1] > 2 or (len(sizes) == 1 and sizes[-1] == 2):
-            sizes.append(-(-sizes[-1] // 2))
+        while sizes[-1] > 2 or sizes == [2]:
+            sizes.append(max(2, -(-sizes[-1] // 2)))
         if sum(sizes) > trials:
             break
         found = sizes
@@ -62,7 +65,10 @@ class Search:
         measured = self._measured(self._moves(start, sizes[0]), self.steps)
         survivors = self._combined(start, measured)
         for number, size in enumerate(sizes[1:], start=1):
-            ran = self._measured(self._fitting(survivors, size), self.steps * 2**number)
+            found, is_last = self._fitting(survivors, size), number == len(sizes) - 1
+            if is_last and self.given is not None and {} not in found:
+                found[1:] = [{}]
+            ran = self._measured(found, self.steps * 2**number, turns=TURNS if is_last else 1)
             survivors = [result.settings for result in _fastest(ran)]
 
     @property
@@ -136,11 +142,11 @@ class Search:
                 found += self.that_fit([each])
         return found
 
-    def _measured(self, settings: Sequence[Settings], steps: int) -> list[TrialResult]:
+    def _measured(self, settings: Sequence[Settings], steps: int, turns: int = 1) -> list[TrialResult]:
         """Results of new settings, in order; those with the same number of steps are not measured again."""
         known = {(_frozen(result.settings), result.steps): result for result in self.results}
         new = [each for each in settings if (_frozen(each), steps) not in known]
-        ran = self.measure(new, steps) if new else []
+        ran = self.measure(new, steps, turns) if new else []
         self.results += ran
         known |= {(_frozen(result.settings), result.steps): result for result in ran}
         return [known[_frozen(each), steps] for each in settings if (_frozen(each), steps) in known]

@@ -29,7 +29,7 @@ from mc2_hpc.storage import exclusive_folder, fingerprint
 from mc2_hpc.training.step import num_micro_batches
 from mc2_hpc.tuning.fitting import Fitting
 from mc2_hpc.tuning.machines import Machine, examine
-from mc2_hpc.tuning.record import Record, TrialResult, run_hash, trial_key
+from mc2_hpc.tuning.record import Record, TrialResult, combined, run_hash, trial_key
 from mc2_hpc.tuning.search import Search
 from mc2_hpc.tuning.space import Settings, name_of
 from mc2_hpc.tuning.synthetic import synthetic_data
@@ -76,6 +76,7 @@ class Tuning:
                 {
                     "settings": dict(each.settings),
                     "steps": each.steps,
+                    "turns": each.turns,
                     "status": each.status,
                     "seconds": each.seconds,
                     "error": each.error,
@@ -203,23 +204,30 @@ class _Session:
         self._first_s = 60 * minutes * _FIRST_SHARE
         self._first: TrialResult | None = None
 
-    def measure(self, settings: Sequence[Settings], steps: int) -> list[TrialResult]:
+    def measure(self, settings: Sequence[Settings], steps: int, turns: int) -> list[TrialResult]:
         """Results in the order of ``settings``, without those that there was no time for.
+
+        Args:
+            turns: how often each is measured, one after the other.
 
         Raises:
             UserError: the first trial of all cannot train.
         """
-        trials = [self._trial(each, steps) for each in settings]
-        missing = [trial for trial in trials if trial.key not in self._record.results]
+        rounds = [[self._trial(each, steps, turn) for each in settings] for turn in range(turns)]
+        missing = [trial for trials in rounds for trial in trials if trial.key not in self._record.results]
         if missing:
             self._runner.run(missing, self._ended, until=self._until)
-        found = [self._record.results[trial.key] for trial in trials if trial.key in self._record.results]
+        ended = [
+            [self._record.results[trial.key] for trial in trials if trial.key in self._record.results]
+            for trials in zip(*rounds, strict=True)
+        ]
+        found = [combined(results) for results in ended if results]
         if self._first is None and found and found[0].ok:
             self._first = found[0]
         return found
 
-    def _trial(self, settings: Settings, steps: int) -> Trial:
-        key = trial_key(self._run, settings, steps)
+    def _trial(self, settings: Settings, steps: int, turn: int) -> Trial:
+        key = trial_key(self._run, settings, steps, turn)
         seconds = self._first_s
         if self._first is not None:
             longer = max(1.0, steps / self._first.steps)
