@@ -4,7 +4,8 @@
 
 The run is that of ``mc2 bench train``: the same model, data, batch and two processes. ``mc2 tune`` begins with the
 package's defaults and has 8 trials and 10 minutes. Then whole runs of ``mc2 train`` alternate: with what it found, and
-with the settings of each hand-written config. ``default`` is what it began with. ``config.trials`` has its trials.
+with the settings of each hand-written config. ``default`` is what it began with. Contenders with the same settings are
+the same runs. ``config.trials`` has its trials.
 """
 
 import copy
@@ -22,6 +23,7 @@ import yaml
 
 from benchmarks.bench_train import LOG_EVERY, PROCESSES, make_data, run_values, train_rate
 from benchmarks.harness import main, spread
+from mc2_hpc.config import config_from_dict, config_to_dict
 from mc2_hpc.tuning.rewrite import nested
 
 HAND_WRITTEN: dict[str, dict[str, Any]] = {
@@ -36,7 +38,7 @@ TRIALS, MINUTES = 8, 10
 
 def run(quick: bool) -> dict[str, Any]:
     """Samples per second with each contender's settings."""
-    rounds, steps, batch = (1, 4, 8) if quick else (3, 20, 64)
+    rounds, steps, batch = (1, 4, 8) if quick else (7, 20, 64)
     trials, minutes = (2, 5) if quick else (TRIALS, MINUTES)
     log_every = 1 if quick else LOG_EVERY
     hand_written = dict(list(HAND_WRITTEN.items())[: 1 if quick else None])
@@ -51,10 +53,12 @@ def run(quick: bool) -> dict[str, Any]:
         found = _tune(values, folder, trials=trials, minutes=minutes, steps=2 if quick else 8)
         seconds = time.monotonic() - begin
         contenders = {"tuned": found["best"], "default": {}, **hand_written}
-        rates: dict[str, list[float]] = {who: [] for who in contenders}
+        configs = {who: _with(values, settings) for who, settings in contenders.items()}
+        of_config: dict[str, list[float]] = {_identity(config): [] for config in configs.values()}
+        rates = {who: of_config[_identity(config)] for who, config in configs.items()}
         for _ in range(rounds):
-            for who, settings in contenders.items():
-                rates[who].append(train_rate(_with(values, settings), folder))
+            for config in {_identity(config): config for config in configs.values()}.values():
+                of_config[_identity(config)].append(train_rate(config, folder))
                 shutil.rmtree(folder / "run")
     rows = [
         {"who": who, "unit": "samples/s", **spread(samples), "samples": samples, "settings": str(contenders[who])}
@@ -106,6 +110,11 @@ def _with(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         else:
             changed[key] = value
     return changed
+
+
+def _identity(values: dict[str, Any]) -> str:
+    """Equal for configs that mean the same, whatever they leave out."""
+    return json.dumps(config_to_dict(config_from_dict(values, "benchmark")), sort_keys=True)
 
 
 if __name__ == "__main__":

@@ -72,14 +72,15 @@ def assert_equal(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradie
         assert (found[1][name] - gradient).abs().max() <= tolerance * largest, name
 
 
-# In fp32, few tokens leave rounding nothing to cancel: over 30 seeds the mixed batch differs by 2e-8, the smallest ones
-# by up to 1.6e-6.
+# In fp32 the smallest batches, of other seeds than this one, were seen to differ by 1.6e-6.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("case", LENGTHS)
 def test_features_and_gradients_equal_the_padded_ones(case: str, dtype: torch.dtype, tolerance: float) -> None:
     lengths, model = LENGTHS[case], build_clip(ARCH, seed=0).to(dtype)
     tokens = captions(lengths)
-    assert_equal(run(model, tokens, lengths), run(model, tokens, None), tolerance)
+    assert_equal(
+        run(model, tokens, lengths), run(model, tokens, None), min(tolerance, 1e-7) if case == "mixed" else tolerance
+    )
 
 
 def test_only_own_tokens_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -398,3 +399,21 @@ def test_what_a_real_search_finds(restarted, command):
     assert "pairs/s" in result.stdout and "mc2 train" in result.stdout
     assert load_config(out / "copy.yaml").data.train != str(out / "synthetic")
     assert not list(out.glob("trials/*/run/checkpoints/step-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trials_that_really_run_out_of_memory(module_config, tmp_path):
+    """Processes get 6 GiB of data, which no plan knows of: without recomputation a step needs more."""
+    out = tmp_path / "out"
+    words = ["tune", str(module_config), "--synthetic", "--trials", "4", "--steps", "1", "--processes", "1"]
+    words += ["model.vision.layers=24", "model.vision.width=64", "model.vision.patch_size=4", "global_batch=512"]
+    limited = ["prlimit", f"--data={6 << 30}", sys.executable, "-m", "mc2_hpc.cli", *words, "--out", str(out)]
+    result = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=800)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((out / "tune.json").read_text())
+    first, *others = found["trials"]
+    assert (first["settings"], first["status"]) == ({}, "out of memory") and "memory" in first["error"]
+    assert any(trial["status"] == "ok" for trial in others)
+    assert found["gain"] is None and found["best"].get("model.recompute") in ("selective", "full")
+    assert "as given, the config does not fit into memory" in result.stdout
