@@ -55,7 +55,7 @@ class TextTower(nn.Module):
         x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[: tokens_BL.shape[1]]
         # argmax of a boolean row is its first True.
         eos_B = (tokens_BL == self.arch.eos_id).int().argmax(dim=1)
-        eos_B = eos_B + tokens_BL.shape[1] * torch.arange(len(eos_B), device=eos_B.device)
+        eos_B = eos_B + tokens_BL.shape[1] * torch.arange(tokens_BL.shape[0], device=eos_B.device)
         return self.transformer(_residual(x_BLW), pooled_B=eos_B)
 
     def _packed(self, tokens_BL: Tensor, lengths: Sequence[int]) -> Tensor:
