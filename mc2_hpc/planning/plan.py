@@ -246,7 +246,6 @@ def check_planned(config: RunConfig) -> None:
         ("distill", "a teacher costs", config.distill is not None, "distill=null"),
         ("lora", "adapters cost or save", config.lora is not None, "lora=null"),
         ("stages", "each of them costs", bool(config.stages), "stages=[], with the settings of one"),
-        ("optim.matrices", "Muon costs", config.optim.matrices == "muon", "optim.matrices=adamw"),
         ("precision", "products in fp8 keep", config.precision == Precision.FP8, "precision=bf16"),
     ):
         if is_set:

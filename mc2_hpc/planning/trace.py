@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mc2_hpc.config import RunConfig
@@ -25,9 +26,11 @@ from mc2_hpc.planning.counting import Counting
 from mc2_hpc.planning.gpu_kernels import gpu_attention, imagine_triton, loss_backend
 from mc2_hpc.planning.imagined import imagined_rank
 from mc2_hpc.planning.records import StepTrace
+from mc2_hpc.planning.scaling import SCALES
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.freezing import frozen_depths
+from mc2_hpc.training.muon import owners, pieces
 from mc2_hpc.training.patch_dropout import num_patches
 from mc2_hpc.training.step import ContrastiveStep, num_micro_batches
 from mc2_hpc.training.votes import Votes
@@ -39,6 +42,10 @@ class CountedEngine(Engine):
     def __init__(self, clip: CLIP, config: RunConfig, ranks: Ranks, *, num_micro: int, counting: Counting) -> None:
         self._counting = counting
         super().__init__(clip, config, ranks, num_micro=num_micro)
+        muon = None if self._matrices is None else self._matrices._optimizer
+        if muon is not None:
+            muon.register_step_pre_hook(lambda *_: counting.allocations.enter("muon"))
+            muon.register_step_post_hook(lambda *_: counting.allocations.enter("update"))
 
     def look_up(self, tokens: Tensor) -> Tensor:
         with self._counting.phase("look-up"):
@@ -76,6 +83,18 @@ class CountedEngine(Engine):
         with self._counting.phase("update"):
             return super().step(lr, votes)
 
+    def muon_shares(self) -> dict[int, float]:
+        """The first rank's part of Muon's products on as many ranks as there are, and at each of :data:`SCALES`."""
+        if self._matrices is None:
+            return {}
+        matrices = self._matrices._parameters
+        work = {name: sum(_orthogonalised(*each.shape) for each in pieces(name, p)) for name, p in matrices.items()}
+        shares = {}
+        for size in {dist.get_world_size(), *SCALES}:
+            own = sum(work[name] for name, owner in owners(matrices, size).items() if owner == 0)
+            shares[size] = own / sum(work.values())
+        return shares
+
     def mark_state(self) -> None:
         """Say what the memory of parameters, gradients and optimizer state is for."""
         mark = self._counting.allocations.mark
@@ -88,6 +107,8 @@ class CountedEngine(Engine):
         mark(_tensors([self._towers._inner.state, self._towers._flats]), "optimizer state")
         if self._scalar_optimizer is not None:
             mark(_tensors(self._scalar_optimizer.state), "optimizer state")
+        if self._matrices is not None:
+            mark(_tensors(self._matrices._state), "optimizer state")
         parameters = [p.data for p in self._parameters.values()]
         parameters += [p.ds_tensor for p in self._parameters.values() if hasattr(p, "ds_tensor")]
         mark([*parameters, *self._scalars.values()], "parameters")
@@ -95,6 +116,12 @@ class CountedEngine(Engine):
             rows = self._table._rows
             mark(_tensors([self._table._state, vars(rows) if rows is not None else ()]), "optimizer state")
             mark((self._table._state["weight"],), "parameters")
+
+
+def _orthogonalised(rows: int, columns: int) -> int:
+    """Multiply-adds in one of Muon's iterations on a matrix: X X^T, its square, and that times X."""
+    smaller, larger = sorted((rows, columns))
+    return 2 * smaller**2 * larger + smaller**3
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
@@ -181,7 +208,8 @@ def trace_step(
             step(images, captions.tokens, config.optim.lr, lengths=lengths, kept=kept)
             before = counting.allocations.by_category()
             del images, kept
-        return step_trace(counting, config, arch, captions, world_size, device_type, before, backend, saved)
+        trace = step_trace(counting, config, arch, captions, world_size, device_type, before, backend, saved)
+        return dataclasses.replace(trace, muon_shares=engine.muon_shares())
 
 
 def _traceable(norm: str) -> str:

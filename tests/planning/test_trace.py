@@ -43,6 +43,8 @@ def test_one_rank(stage, recompute, micro_batch):
         {"model": {"patch_dropout": 0.5}, "micro_batch": 3},
         {"data": {"lanes": 1, "features": "/f"}, "freeze": {"vision": "all"}},
         {"optim": {"ema_decay": 0.99}},
+        {"optim": {"matrices": "muon"}},
+        {"optim": {"matrices": "muon", "ema_decay": 0.99, "grad_clip": 1.0}, "micro_batch": 3},
     ],
 )
 def test_a_step_that_computes_less_or_keeps_more(values):
@@ -85,6 +87,20 @@ def test_scattered_and_gathered_in_bf16(ranks_of, tmp_path):
     check_ranks(ranks_of, tmp_path, 2, zero=WIRE, precision="bf16", micro_batch=4)
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_muon_on_two_ranks(ranks_of, tmp_path, stage):
+    check_ranks(ranks_of, tmp_path, 2, zero={"stage": stage}, optim={"matrices": "muon"})
+
+
+def test_muons_products_are_divided_as_the_matrices_are():
+    config = tiny_config(world_size=2, optim={"matrices": "muon"})
+    alone = tiny_config(optim={"matrices": "muon"})
+    two, one = in_processes(traced, [{"config": config, "world_size": 2}, {"config": alone, "world_size": 1}])
+    assert two.muon_shares[1] == 1 and two.muon_shares[4096] < two.muon_shares[2] < 0.6
+    share = two.work["muon/products"].flops / one.work["muon/products"].flops
+    assert share == pytest.approx(two.muon_shares[2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize(
@@ -96,6 +112,7 @@ def test_scattered_and_gathered_in_bf16(ranks_of, tmp_path):
         {"zero": {"stage": 1}, "loss": {"exchange": "ring"}},
         {"zero": {"stage": 1}, "optim": {"grad_clip": 1.0}},
         {"zero": {**WIRE, "stage": 1}, "precision": "bf16"},
+        {"zero": {**WIRE, "stage": 1}, "precision": "bf16", "optim": {"matrices": "muon"}},
     ],
 )
 def test_more_ranks(ranks_of, tmp_path, world_size, values):
