@@ -244,7 +244,6 @@ def check_planned(config: RunConfig) -> None:
     """
     for key, what, is_set, cure in (
         ("distill", "a teacher costs", config.distill is not None, "distill=null"),
-        ("lora", "adapters cost or save", config.lora is not None, "lora=null"),
         ("stages", "each of them costs", bool(config.stages), "stages=[], with the settings of one"),
         ("precision", "products in fp8 keep", config.precision == Precision.FP8, "precision=bf16"),
     ):

@@ -20,7 +20,8 @@ from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.kernels.contrastive import Teacher
 from mc2_hpc.models.clip import CLIP, flops_per_pair
-from mc2_hpc.models.presets import ClipArchitecture, num_parameters
+from mc2_hpc.models.lora import Adapters, add_adapters
+from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.planning.captions import Captions
 from mc2_hpc.planning.counting import Counting
 from mc2_hpc.planning.gpu_kernels import gpu_attention, imagine_triton, loss_backend
@@ -29,7 +30,7 @@ from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.planning.scaling import SCALES
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
-from mc2_hpc.training.freezing import frozen_depths
+from mc2_hpc.training.freezing import adapters_of, check_adapters, frozen_depths
 from mc2_hpc.training.muon import owners, pieces
 from mc2_hpc.training.patch_dropout import num_patches
 from mc2_hpc.training.step import ContrastiveStep, num_micro_batches
@@ -179,11 +180,13 @@ def trace_step(
         device_type: ``cuda`` for a GPU, ``cpu`` for ranks on CPUs that talk through gloo.
 
     Raises:
-        UserError: the batch does not fit the number of ranks.
+        UserError: the batch does not fit the number of ranks, or a tower is narrower than its adapters.
     """
     num_micro = num_micro_batches(config, world_size)
+    check_adapters(arch, config)
     with imagined_rank(device_type, world_size, captions.answer) as (ranks, counting):
-        clip = _empty_clip(arch, ranks.device)
+        clip = empty_clip(arch, ranks.device, adapters_of(config))
+        parameters = sum(parameter.numel() for parameter in clip.parameters())
         backend = config.loss.backend
         if device_type == "cuda":
             config = imagine_triton(config, counting)
@@ -208,7 +211,9 @@ def trace_step(
             step(images, captions.tokens, config.optim.lr, lengths=lengths, kept=kept)
             before = counting.allocations.by_category()
             del images, kept
-        trace = step_trace(counting, config, arch, captions, world_size, device_type, before, backend, saved)
+        trace = step_trace(
+            counting, config, arch, captions, world_size, device_type, before, backend, saved, parameters
+        )
         return dataclasses.replace(trace, muon_shares=engine.muon_shares())
 
 
@@ -249,12 +254,15 @@ def step_trace(
     before: dict[str, int],
     backend: str,
     checkpoint_bytes: int,
+    parameters: int,
 ) -> StepTrace:
     """What was counted since the step began."""
     peak, timeline = counting.allocations.timeline()
     frozen = frozen_depths(arch, config.freeze)
     lengths = captions.lengths if packs(config) else [captions.tokens.shape[1]] * len(captions.lengths)
     patches = num_patches(config, arch)
+    adapters = adapters_of(config)
+    ranks = {} if adapters is None else dict.fromkeys(adapters.towers, adapters.rank)
     return StepTrace(
         world_size=world_size,
         device=device_type,
@@ -266,18 +274,21 @@ def step_trace(
         work=counting.work(),
         collectives=counting.collectives(),
         model_flops=sum(
-            flops_per_pair(arch, length, frozen, num_patches=patches) * num for length, num in Counter(lengths).items()
+            flops_per_pair(arch, length, frozen, num_patches=patches, ranks=ranks) * num
+            for length, num in Counter(lengths).items()
         ),
-        parameters=num_parameters(arch),
+        parameters=parameters,
         checkpoint_bytes=checkpoint_bytes,
         loss_backend=backend,
     )
 
 
-def _empty_clip(arch: ClipArchitecture, device: torch.device) -> CLIP:
+def empty_clip(arch: ClipArchitecture, device: torch.device, adapters: Adapters | None = None) -> CLIP:
     """A model without values: nothing that is counted depends on them."""
     with torch.device("meta"):
         clip = CLIP(arch)
+        if adapters is not None:
+            add_adapters(clip, adapters)
     for module in clip.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

@@ -14,12 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.distributed import process_group
 from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.lora import add_adapters, init_adapters
 from mc2_hpc.models.packed_captions import caption_lengths
 from mc2_hpc.models.presets import resolve
 from mc2_hpc.planning.captions import captions_of
 from mc2_hpc.planning.counting import Counting
 from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.planning.trace import CountedEngine, counted_step, trace_step
+from mc2_hpc.training.freezing import adapters_of
 from mc2_hpc.training.patch_dropout import PatchDropout
 from mc2_hpc.training.step import num_micro_batches
 
@@ -74,6 +76,9 @@ def real(config: RunConfig) -> dict[str, Any]:
         counting = Counting(gloo=False)  # what gloo allocates is seen
         with counting:
             clip = build_clip(arch, seed=0)
+            if (adapters := adapters_of(config)) is not None:
+                add_adapters(clip, adapters)
+                init_adapters(clip, seed=0)
             clip.set_backends(config.model, "cpu")
             engine = CountedEngine(
                 clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size), counting=counting

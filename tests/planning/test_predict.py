@@ -195,7 +195,6 @@ def test_a_gpu_of_a_file(tmp_path):
     [
         ({"distill": {"teacher": "/t"}}, "distill=null"),
         ({"distill": {"features": "/f"}}, "distill=null"),
-        ({"lora": {"rank": 4}}, "lora=null"),
         ({"stages": [{"steps": 8}]}, "stages=[], with the settings of one"),
         ({"precision": "fp8"}, "precision=bf16"),
     ],

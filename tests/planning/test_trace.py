@@ -6,10 +6,11 @@ import json
 import pytest
 
 from mc2_hpc.models.clip import CLIP
+from mc2_hpc.models.lora import add_adapters
 from mc2_hpc.models.presets import resolve
 from mc2_hpc.planning.captions import draw_captions
 from mc2_hpc.planning.processes import in_processes
-from mc2_hpc.training.freezing import freeze
+from mc2_hpc.training.freezing import adapters_of, freeze
 from tests.planning import real_step
 from tests.planning.real_step import tiny_config, traced
 
@@ -43,6 +44,8 @@ def test_one_rank(stage, recompute, micro_batch):
         {"model": {"patch_dropout": 0.5}, "micro_batch": 3},
         {"data": {"lanes": 1, "features": "/f"}, "freeze": {"vision": "all"}},
         {"optim": {"ema_decay": 0.99}},
+        {"lora": {"rank": 4}},
+        {"lora": {"rank": 4, "text": False}, "freeze": {"text": "all"}, "model": {"recompute": "full"}},
         {"optim": {"matrices": "muon"}},
         {"optim": {"matrices": "muon", "ema_decay": 0.99, "grad_clip": 1.0}, "micro_batch": 3},
     ],
@@ -92,6 +95,11 @@ def test_muon_on_two_ranks(ranks_of, tmp_path, stage):
     check_ranks(ranks_of, tmp_path, 2, zero={"stage": stage}, optim={"matrices": "muon"})
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adapters_on_two_ranks(ranks_of, tmp_path, stage):
+    check_ranks(ranks_of, tmp_path, 2, zero={"stage": stage}, lora={"rank": 4})
+
+
 def test_muons_products_are_divided_as_the_matrices_are():
     config = tiny_config(world_size=2, optim={"matrices": "muon"})
     alone = tiny_config(optim={"matrices": "muon"})
@@ -121,15 +129,23 @@ def test_more_ranks(ranks_of, tmp_path, world_size, values):
 
 @pytest.mark.parametrize(
     ("values", "per_parameter"),
-    [({}, (4, 8)), ({"optim": {"ema_decay": 0.99}}, (4, 12)), ({"freeze": {"text": "all"}}, (4, 8))],
+    [
+        ({}, (4, 8)),
+        ({"optim": {"ema_decay": 0.99}}, (4, 12)),
+        ({"freeze": {"text": "all"}}, (4, 8)),
+        ({"lora": {"rank": 4}}, (4, 8)),
+    ],
 )
 def test_the_size_of_a_checkpoint(values, per_parameter):
     """Weights of all parameters; moments, and an average if there is one, of those that are trained."""
     config = tiny_config(world_size=2, **values)
     (trace,) = in_processes(traced, [{"config": config, "world_size": 2}])
     clip = CLIP(resolve(config.model))
+    if config.lora is not None:
+        add_adapters(clip, adapters_of(config))
     freeze(clip, config.freeze)
     trained = sum(parameter.numel() for parameter in clip.parameters() if parameter.requires_grad)
+    assert trace.parameters == sum(parameter.numel() for parameter in clip.parameters())
     assert trace.checkpoint_bytes == per_parameter[0] * trace.parameters + per_parameter[1] * trained
 
 
