@@ -114,7 +114,12 @@ _GIB, _GB = 1 << 30, 1e9
 
 
 def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
-    columns = [_rows(plan) for plan in plans]
+    from mc2_hpc.planning.records import CATEGORIES
+
+    used = [
+        each for each in CATEGORIES if each != "teacher" or any(plan.trace.peak.by_category[each] for plan in plans)
+    ]
+    columns = [_rows(plan, used) for plan in plans]
     width = 26
     if len(names) > 1:
         print(" " * width + "".join(f"{Path(name).stem[:24]:>26}" for name in names))
@@ -133,14 +138,18 @@ def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
             print(f"{name} does not fit: {plan.cure}")
 
 
-def _rows(plan: "Plan") -> dict[str, str]:
-    """Label and value of every line; a label with ``#`` is a heading."""
+def _rows(plan: "Plan", categories: Sequence[str]) -> dict[str, str]:
+    """Label and value of every line; a label with ``#`` is a heading.
+
+    Args:
+        categories: of memory, that have a line.
+    """
     from mc2_hpc.planning.scaling import takes_over
 
     trace, step = plan.trace, plan.step
     rows = {f"#counted, per rank of {plan.gpus}:": ""}
-    for category, size in trace.peak.by_category.items():
-        rows[f"  {category}"] = _memory(size)
+    for category in categories:
+        rows[f"  {category}"] = _memory(trace.peak.by_category[category])
     rows["  peak memory"] = f"{_memory(trace.peak.bytes)}, {trace.peak.phase}"
     scale, unit = (1e12, "TFLOP") if trace.model_flops >= 1e11 else (1e9, "GFLOP")
     rows["  model, executed"] = f"{trace.model_flops / scale:,.1f}, {trace.executed_flops / scale:,.1f} {unit}"

@@ -8,7 +8,7 @@ from typing import Any
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.errors import UserError
-from mc2_hpc.models.presets import ClipArchitecture, resolve
+from mc2_hpc.models.presets import PRESETS, ClipArchitecture, resolve
 from mc2_hpc.planning.captions import MEAN_TOKENS, draw_captions
 from mc2_hpc.planning.machines import Gpu, Network
 from mc2_hpc.planning.predict import StepTime, predict_step
@@ -233,22 +233,25 @@ def _with_half(config: RunConfig, gpus: int) -> RunConfig:
     """The config with half as many pairs per GPU and micro-batch."""
     pairs = max(1, max(rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=gpus)) // 2)
     data = dataclasses.replace(config.data, lanes=gpus)
+    distill = config.distill
+    if distill is not None:
+        distill = dataclasses.replace(distill, micro_batch=-(-distill.micro_batch // 2))
     micro_batch = -(-config.micro_batch // 2)
-    return dataclasses.replace(config, global_batch=pairs * gpus, micro_batch=micro_batch, data=data)
+    return dataclasses.replace(config, global_batch=pairs * gpus, micro_batch=micro_batch, data=data, distill=distill)
 
 
 def check_planned(config: RunConfig) -> None:
     """
     Raises:
-        UserError: the config has a setting whose cost no trace knows.
+        UserError: the config has a setting whose cost no trace knows, or a teacher of unknown sizes.
     """
     for key, what, is_set, cure in (
-        ("distill", "a teacher costs", config.distill is not None, "distill=null"),
         ("stages", "each of them costs", bool(config.stages), "stages=[], with the settings of one"),
         ("precision", "products in fp8 keep", config.precision == Precision.FP8, "precision=bf16"),
     ):
         if is_set:
             raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {cure}")
+    planned_teacher(config)
 
 
 def planned_architecture(config: RunConfig) -> ClipArchitecture:
@@ -259,6 +262,27 @@ def planned_architecture(config: RunConfig) -> ClipArchitecture:
     if config.model.preset is None and config.model.init_from is not None:
         raise UserError("the plan does not read model.init_from: name its sizes with model.preset=...")
     return resolve(config.model, logit_bias=config.loss.has_bias)
+
+
+def planned_teacher(config: RunConfig) -> ClipArchitecture | None:
+    """The sizes of the teacher that the run runs: of our model at ``distill.teacher``, or of the preset named there.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if config.distill is None or config.distill.features is not None:
+        return None
+    from mc2_hpc.models.weights import is_checkpoint, read_card, resolve_checkpoint
+
+    name = config.distill.teacher
+    if is_checkpoint(name):
+        return read_card(resolve_checkpoint(name)).arch
+    if name in PRESETS:
+        return PRESETS[name]
+    raise UserError(
+        f"distill.teacher={name}: no run or checkpoint is there, and a plan reads the sizes of no other model; name a "
+        f"preset in its place, such as distill.teacher=ViT-H-14-worldwide"
+    )
 
 
 def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_type: str) -> StepTrace:
@@ -282,4 +306,11 @@ def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_typ
         context_length=arch.text.context_length,
         eos_id=arch.text.eos_id,
     )
-    return trace_step(config, arch, captions, world_size=ranks, device_type=device_type)
+    return trace_step(
+        config,
+        arch,
+        captions,
+        world_size=ranks,
+        device_type=device_type,
+        teacher_arch=planned_teacher(config),
+    )

@@ -60,7 +60,7 @@ def _point(gpus: int, pairs: float, step: StepTime) -> Point:
 def _scaled(trace: StepTrace, gpus: int, pairs: float) -> StepTrace:
     own = pairs / trace.pairs
     whole = own * gpus / trace.world_size  # of the global batch
-    factors = {"forward": own, "backward": own, "loss": own * whole}
+    factors = {"forward": own, "backward": own, "teacher": own, "loss": own * whole}
     if trace.muon_shares:
         factors["muon"] = trace.muon_shares[gpus] / trace.muon_shares[trace.world_size]
     work = {key: _times(each, factors.get(key.partition("/")[0], 1.0)) for key, each in trace.work.items()}

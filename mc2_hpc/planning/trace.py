@@ -28,6 +28,7 @@ from mc2_hpc.planning.gpu_kernels import gpu_attention, imagine_triton, loss_bac
 from mc2_hpc.planning.imagined import imagined_rank
 from mc2_hpc.planning.records import StepTrace
 from mc2_hpc.planning.scaling import SCALES
+from mc2_hpc.planning.teacher import PlannedFeatures, PlannedTeacher, batch_of, stored_width
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
 from mc2_hpc.training.freezing import adapters_of, check_adapters, frozen_depths
@@ -168,7 +169,13 @@ class CountedStep(ContrastiveStep):
 
 
 def trace_step(
-    config: RunConfig, arch: ClipArchitecture, captions: Captions, *, world_size: int, device_type: str
+    config: RunConfig,
+    arch: ClipArchitecture,
+    captions: Captions,
+    *,
+    world_size: int,
+    device_type: str,
+    teacher_arch: ClipArchitecture | None = None,
 ) -> StepTrace:
     """Trace one step of rank 0.
 
@@ -178,6 +185,7 @@ def trace_step(
     Args:
         captions: of the ranks.
         device_type: ``cuda`` for a GPU, ``cpu`` for ranks on CPUs that talk through gloo.
+        teacher_arch: of the teacher that the run runs, if it does.
 
     Raises:
         UserError: the batch does not fit the number of ranks, or a tower is narrower than its adapters.
@@ -191,12 +199,10 @@ def trace_step(
         if device_type == "cuda":
             config = imagine_triton(config, counting)
             backend = loss_backend(config)
-            clip.set_norm(_traceable(config.model.norm), device_type)
-            clip.set_activation(config.model.activation, device_type)
-            clip.set_recompute(config.model.recompute)
-            gpu_attention(clip)
-        else:
-            clip.set_backends(config.model, device_type)
+        _set_backends(clip, config, device_type)
+        teacher = _teacher(config, arch, teacher_arch, ranks.device, device_type)
+        if isinstance(teacher, PlannedTeacher):
+            counting.allocations.mark(teacher.parameters(), "teacher")
         counting.attended = sum(length**2 for length in captions.lengths) / sum(captions.lengths)
         counting.allocations.begin()
         engine = CountedEngine(clip, _with_torch_adamw(config), ranks, num_micro=num_micro, counting=counting)
@@ -206,15 +212,49 @@ def trace_step(
         for _ in range(2):
             images, kept = _images(captions, config, arch, ranks.device), _kept(captions, config, arch, ranks.device)
             counting.allocations.see([images] if kept is None else [images, kept])
+            batch = batch_of(captions, images, None if teacher is None else teacher.inputs(captions))
+            if batch.teacher is not None:
+                counting.allocations.mark(batch.teacher.tensors(), "teacher")
             counting.begin()
+            taught = None
+            if teacher is not None:
+                with counting.phase("teacher"):
+                    taught = teacher.features(batch, images)
+            del batch
             lengths = captions.lengths if packs(config) else None
-            step(images, captions.tokens, config.optim.lr, lengths=lengths, kept=kept)
+            step(images, captions.tokens, config.optim.lr, lengths=lengths, kept=kept, teacher=taught)
             before = counting.allocations.by_category()
-            del images, kept
+            del images, kept, taught
         trace = step_trace(
             counting, config, arch, captions, world_size, device_type, before, backend, saved, parameters
         )
         return dataclasses.replace(trace, muon_shares=engine.muon_shares())
+
+
+def _set_backends(clip: CLIP, config: RunConfig, device_type: str) -> None:
+    if device_type != "cuda":
+        clip.set_backends(config.model, device_type)
+        return
+    clip.set_norm(_traceable(config.model.norm), device_type)
+    clip.set_activation(config.model.activation, device_type)
+    clip.set_recompute(config.model.recompute)
+    gpu_attention(clip)
+
+
+def _teacher(
+    config: RunConfig,
+    arch: ClipArchitecture,
+    teacher_arch: ClipArchitecture | None,
+    device: torch.device,
+    device_type: str,
+) -> PlannedTeacher | PlannedFeatures | None:
+    if config.distill is None:
+        return None
+    if teacher_arch is None:
+        return PlannedFeatures(config, stored_width(config, arch), device)
+    clip = empty_clip(teacher_arch, device)
+    _set_backends(clip, config, device_type)
+    return PlannedTeacher(config, arch, clip, device)
 
 
 def _traceable(norm: str) -> str:

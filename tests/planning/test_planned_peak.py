@@ -96,7 +96,7 @@ def say(config):
 def test_a_refused_plan_is_one_line_with_the_reason(measured):
     say(config_from_dict({"distill": {"teacher": "/t"}}))
     (line,) = measured.messages
-    assert line.startswith("no planned peak of memory: distill: a plan does not know")
+    assert line.startswith("no planned peak of memory: distill.teacher=/t: no run or checkpoint is there")
 
 
 def test_a_plan_that_dies_is_one_line(measured, monkeypatch):

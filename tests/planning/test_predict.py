@@ -193,8 +193,6 @@ def test_a_gpu_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("values", "cure"),
     [
-        ({"distill": {"teacher": "/t"}}, "distill=null"),
-        ({"distill": {"features": "/f"}}, "distill=null"),
         ({"stages": [{"steps": 8}]}, "stages=[], with the settings of one"),
         ({"precision": "fp8"}, "precision=bf16"),
     ],
