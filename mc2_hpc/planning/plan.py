@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mc2_hpc.config import RunConfig
+from mc2_hpc.config_stages import RunStage, run_stages
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.errors import UserError
 from mc2_hpc.models.presets import PRESETS, ClipArchitecture, resolve
@@ -60,10 +61,21 @@ class Plan:
     assumptions: Assumptions
     smaller: StepTrace | None = None
     """The step of half as many pairs per GPU."""
+    stage: RunStage[RunConfig] | None = None
+    """The part of a run that is planned; ``None`` is all of it."""
 
     @property
     def gpus(self) -> int:
         return self.trace.world_size
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps if self.stage is None else self.stage.end - self.stage.begin
+
+    @property
+    def shard_bytes(self) -> float:
+        """Read in all."""
+        return self.steps * self.config.global_batch * self.assumptions.pair_bytes
 
     @property
     def pairs_per_second(self) -> float:
@@ -72,12 +84,17 @@ class Plan:
     @property
     def days(self) -> float:
         """Of steps alone, without stalls and failures."""
-        return self.config.steps * self.step.seconds / 86_400
+        return self.steps * self.step.seconds / 86_400
 
     @property
     def gpu_hours(self) -> float:
         """With stalls and failures."""
         return self.days / self.goodput * 24 * self.gpus
+
+    @property
+    def money(self) -> float | None:
+        """Of the GPU hours; ``None`` without a price."""
+        return None if self.assumptions.price is None else self.assumptions.price * self.gpu_hours
 
     @property
     def mfu(self) -> float:
@@ -138,6 +155,8 @@ class Plan:
             "gpu": {"name": self.gpu_name, **dataclasses.asdict(self.gpu)},
             "network": {"name": self.network_name, **dataclasses.asdict(self.network)},
             "per_node": self.per_node,
+            "stage": None if self.stage is None else self.stage.number,
+            "steps": self.steps,
             "assumptions": dataclasses.asdict(self.assumptions),
             "counted": {
                 **dataclasses.asdict(self.trace),
@@ -151,7 +170,7 @@ class Plan:
                 "mfu": self.mfu,
                 "days": self.days,
                 "gpu_hours": self.gpu_hours,
-                "money": None if self.assumptions.price is None else self.assumptions.price * self.gpu_hours,
+                "money": self.money,
                 "goodput": self.goodput,
                 "checkpoint_stall_seconds": self.checkpoint_stall,
                 "fits": self.fits,
@@ -162,10 +181,36 @@ class Plan:
                 for name in (("weak", "strong") if self.gpus > 1 else ())
             },
             "checkpoint_bytes": self.trace.checkpoint_bytes,
-            "shard_bytes": self.config.steps * self.config.global_batch * self.assumptions.pair_bytes,
+            "shard_bytes": self.shard_bytes,
             "data_bytes_per_second": self.pairs_per_second * self.assumptions.pair_bytes,
             "decode_cores": self.pairs_per_second / self.assumptions.images_per_core,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """What all stages of a run are predicted to take, with stalls and failures."""
+
+    days: float
+    gpu_hours: float
+    money: float | None
+    """``None`` without a price."""
+
+    @classmethod
+    def of(cls, stages: Sequence[Plan]) -> "Total":
+        money = [plan.money for plan in stages if plan.money is not None]
+        return cls(
+            days=sum(plan.days / plan.goodput for plan in stages),
+            gpu_hours=sum(plan.gpu_hours for plan in stages),
+            money=sum(money) if money else None,
+        )
+
+
+def plan_stages(config: RunConfig, **machine: Any) -> list[Plan]:
+    """The plans of a run's stages, in order. Other arguments and errors are those of :func:`make_plans`."""
+    stages = run_stages(config)
+    plans, _ = make_plans([stage.config for stage in stages], **machine)
+    return [dataclasses.replace(plan, stage=stage) for plan, stage in zip(plans, stages, strict=True)]
 
 
 def make_plans(
@@ -243,14 +288,12 @@ def _with_half(config: RunConfig, gpus: int) -> RunConfig:
 def check_planned(config: RunConfig) -> None:
     """
     Raises:
-        UserError: the config has a setting whose cost no trace knows, or a teacher of unknown sizes.
+        UserError: the config has a setting whose cost no trace knows, a teacher of unknown sizes, or several stages.
     """
-    for key, what, is_set, cure in (
-        ("stages", "each of them costs", bool(config.stages), "stages=[], with the settings of one"),
-        ("precision", "products in fp8 keep", config.precision == Precision.FP8, "precision=bf16"),
-    ):
-        if is_set:
-            raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {cure}")
+    if config.stages:
+        raise UserError("stages: each has a step of its own; plan one with stages=[] and its settings")
+    if config.precision == Precision.FP8:
+        raise UserError("precision: a plan does not know what products in fp8 keep; plan them in bf16: precision=bf16")
     planned_teacher(config)
 
 
@@ -280,8 +323,8 @@ def planned_teacher(config: RunConfig) -> ClipArchitecture | None:
     if name in PRESETS:
         return PRESETS[name]
     raise UserError(
-        f"distill.teacher={name}: no run or checkpoint is there, and a plan reads the sizes of no other model; name a "
-        f"preset in its place, such as distill.teacher=ViT-H-14-worldwide"
+        f"distill.teacher={name}: no run or checkpoint is there, and a plan reads the sizes of no other model; "
+        f"to plan, name a preset in its place, such as distill.teacher=ViT-H-14-worldwide"
     )
 
 

@@ -193,12 +193,12 @@ def test_a_gpu_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("values", "cure"),
     [
-        ({"stages": [{"steps": 8}]}, "stages=[], with the settings of one"),
-        ({"precision": "fp8"}, "precision=bf16"),
+        ({"stages": [{"steps": 8}]}, "plan one with stages=[] and its settings"),
+        ({"precision": "fp8"}, "plan them in bf16: precision=bf16"),
     ],
 )
 def test_a_setting_that_is_not_planned_is_refused(values, cure):
     config = config_from_dict({"global_batch": 1024, **values}, "test")
     machine = {"gpus": 8, "per_node": 8, "gpu_name": "test", "gpu": GPU, "network_name": "test", "network": NETWORK}
-    with pytest.raises(UserError, match=f"does not know .* without it: {re.escape(cure)}$"):
+    with pytest.raises(UserError, match=f"{re.escape(cure)}$"):
         make_plans([config], **machine, assumptions=Assumptions())
