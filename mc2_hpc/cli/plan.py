@@ -1,10 +1,11 @@
 """``mc2 plan``."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mc2_hpc.cli import plan_calibrate
 from mc2_hpc.cli.json_result import STDOUT, add_json_flag, write_result
@@ -12,6 +13,7 @@ from mc2_hpc.cli.numbers import amount, whole
 from mc2_hpc.errors import UserError
 
 if TYPE_CHECKING:
+    from mc2_hpc.config import RunConfig
     from mc2_hpc.planning.plan import Plan
 
 SUMMARY = "predict memory, time and cost of a training run, without a GPU"
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mc2_hpc.pages.plots import require_plotting
     from mc2_hpc.planning.advise import alternatives, best_changes
     from mc2_hpc.planning.machines import read_gpu, read_network
-    from mc2_hpc.planning.plan import Assumptions, Plan, make_plans
+    from mc2_hpc.planning.plan import Assumptions, Plan, Total, make_plans, plan_stages
     from mc2_hpc.planning.processes import TraceError
 
     if arguments.calibrate:
@@ -59,20 +61,26 @@ def run(arguments: argparse.Namespace) -> int:
     names = [str(path) for path in arguments.compare or [arguments.config]]
     configs = [load_config(name, arguments.overrides) for name in names]
     others = alternatives(configs[0]) if arguments.advise else {}
+    machine: dict[str, Any] = {
+        "gpus": arguments.gpus,
+        "per_node": arguments.per_node,
+        "gpu_name": arguments.gpu,
+        "gpu": gpu,
+        "network_name": network_name,
+        "network": network,
+        "assumptions": Assumptions(
+            caption_tokens=arguments.caption_tokens, pair_bytes=arguments.pair_bytes, price=arguments.price
+        ),
+    }
+    total: Total | None = None
+    outcomes: list[Plan | Exception] = []
     try:
-        plans, outcomes = make_plans(
-            configs,
-            list(others.values()),
-            gpus=arguments.gpus,
-            per_node=arguments.per_node,
-            gpu_name=arguments.gpu,
-            gpu=gpu,
-            network_name=network_name,
-            network=network,
-            assumptions=Assumptions(
-                caption_tokens=arguments.caption_tokens, pair_bytes=arguments.pair_bytes, price=arguments.price
-            ),
-        )
+        if staged := _stages(arguments, names, configs):
+            plans = plan_stages(staged, **machine)
+            total = Total.of(plans)
+            names = [f"{names[0]}, stage {place} of {len(plans)}" for place in range(1, len(plans) + 1)]
+        else:
+            plans, outcomes = make_plans(configs, list(others.values()), **machine)
     except TraceError as error:
         print(f"mc2: {error}", file=sys.stderr)
         return 1
@@ -82,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         from mc2_hpc.planning.page import write_plan_page
 
-        write_plan_page(arguments.html, names, plans)
+        write_plan_page(arguments.html, names, plans, total)
     if arguments.json:
         values = [{"config": name, **plan.to_json()} for name, plan in zip(names, plans, strict=True)]
         advice = [
@@ -90,9 +98,13 @@ def run(arguments: argparse.Namespace) -> int:
             for name, plan in changes
         ]
         advised = {"changes": advice, "failed": failed} if arguments.advise else None
-        write_result({"plans": values, "advice": advised}, arguments.json)
+        summed = None if total is None else dataclasses.asdict(total)
+        write_result({"plans": values, "total": summed, "advice": advised}, arguments.json)
     if arguments.json != STDOUT:
         _print(names, plans)
+        if total is not None:
+            cost = "" if total.money is None else f", cost {total.money:,.0f}"
+            print(f"all stages, predicted: {total.days:,.1f} days, {total.gpu_hours:,.0f} GPU hours{cost}")
         if arguments.advise:
             _print_advice(plans[0], changes, failed)
     return 0
@@ -110,14 +122,31 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--gpus {arguments.gpus} is not a multiple of --per-node {arguments.per_node}")
 
 
+def _stages(arguments: argparse.Namespace, names: Sequence[str], configs: Sequence["RunConfig"]) -> "RunConfig | None":
+    """The config, if it has stages."""
+    for name, config in zip(names, configs, strict=True):
+        if config.stages and arguments.compare:
+            raise UserError(f"{name}: has stages, which are planned beside each other: leave out --compare")
+        if config.stages and arguments.advise:
+            raise UserError(
+                f"{name}: has stages, and --advise is for one step: plan one with stages=[] and its settings"
+            )
+    return configs[0] if configs[0].stages else None
+
+
 _GIB, _GB = 1 << 30, 1e9
 
 
 def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
-    columns = [_rows(plan) for plan in plans]
+    from mc2_hpc.planning.records import CATEGORIES
+
+    used = [
+        each for each in CATEGORIES if each != "teacher" or any(plan.trace.peak.by_category[each] for plan in plans)
+    ]
+    columns = [_rows(plan, used) for plan in plans]
     width = 26
     if len(names) > 1:
-        print(" " * width + "".join(f"{Path(name).stem[:24]:>26}" for name in names))
+        print(" " * width + "".join(f"{_column(name, plan):>26}" for name, plan in zip(names, plans, strict=True)))
     for label in columns[0]:
         if not label.startswith("#"):
             print(f"{label:<{width}}" + "".join(f"{column.get(label, '-'):>26}" for column in columns))
@@ -133,14 +162,24 @@ def _print(names: Sequence[str], plans: Sequence["Plan"]) -> None:
             print(f"{name} does not fit: {plan.cure}")
 
 
-def _rows(plan: "Plan") -> dict[str, str]:
-    """Label and value of every line; a label with ``#`` is a heading."""
+def _column(name: str, plan: "Plan") -> str:
+    if plan.stage is not None:
+        return f"stage {plan.stage.number}: {plan.steps:,} steps"
+    return Path(name).stem[:24]
+
+
+def _rows(plan: "Plan", categories: Sequence[str]) -> dict[str, str]:
+    """Label and value of every line; a label with ``#`` is a heading.
+
+    Args:
+        categories: of memory, that have a line.
+    """
     from mc2_hpc.planning.scaling import takes_over
 
     trace, step = plan.trace, plan.step
     rows = {f"#counted, per rank of {plan.gpus}:": ""}
-    for category, size in trace.peak.by_category.items():
-        rows[f"  {category}"] = _memory(size)
+    for category in categories:
+        rows[f"  {category}"] = _memory(trace.peak.by_category[category])
     rows["  peak memory"] = f"{_memory(trace.peak.bytes)}, {trace.peak.phase}"
     scale, unit = (1e12, "TFLOP") if trace.model_flops >= 1e11 else (1e9, "GFLOP")
     rows["  model, executed"] = f"{trace.model_flops / scale:,.1f}, {trace.executed_flops / scale:,.1f} {unit}"
@@ -164,12 +203,10 @@ def _rows(plan: "Plan") -> dict[str, str]:
         rows["  network-bound from"] = f"{weak} weak, {strong} strong"
     rows["  run"] = f"{plan.days:,.1f} days + {1 / plan.goodput - 1:.1%} lost"
     rows["  GPU hours"] = f"{plan.gpu_hours:,.0f}"
-    if plan.assumptions.price is not None:
-        rows["  cost"] = f"{plan.assumptions.price * plan.gpu_hours:,.0f}"
+    if plan.money is not None:
+        rows["  cost"] = f"{plan.money:,.0f}"
     rows["  checkpoint, stall"] = f"{plan.trace.checkpoint_bytes / _GB:,.1f} GB, {plan.checkpoint_stall:,.1f} s"
-    rows["  shards read"] = (
-        f"{plan.config.steps * plan.config.global_batch * plan.assumptions.pair_bytes / 1e12:,.1f} TB"
-    )
+    rows["  shards read"] = f"{plan.shard_bytes / 1e12:,.1f} TB"
     rows["  data rate"] = f"{plan.pairs_per_second * plan.assumptions.pair_bytes / _GB:,.2f} GB/s"
     rows["  cores to decode"] = f"{plan.pairs_per_second / plan.assumptions.images_per_core:,.0f}"
     return rows

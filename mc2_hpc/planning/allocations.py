@@ -87,7 +87,7 @@ class Allocations:
             return
         self._now -= allocation.bytes
         allocation.end = self.clock + 1
-        if allocation.phase == self.phase != "loss" and not allocation.is_known:
+        if allocation.phase == self.phase and self.phase not in _OWN and not allocation.is_known:
             allocation.category = "temporary"
         self._ended.append(allocation)
 
@@ -135,8 +135,11 @@ _DEFAULT = {
     "backward": "gradients",
     "update": "gradients",
     "look-up": "activations",
+    "teacher": "teacher",
 }
 """Category of what a phase allocates, unless it is freed within the phase."""
+_OWN = ("loss", "teacher")
+"""Phases whose memory has one category, whenever it is freed."""
 
 
 def _thinned(moments: list[Moment]) -> list[Moment]:

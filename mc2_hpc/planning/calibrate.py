@@ -96,9 +96,14 @@ def read_measured(path: Path) -> Measured:
         raise UserError(f"{shown(path)}: no checkpoint beside it says the run's settings; its last step saves one")
     file = checkpoints[-1] / TRAINER
     trainer = read_json(file, _Trainer)
+    config = config_from_dict(trainer.config, str(file))
+    if config.stages:
+        raise UserError(
+            f"{shown(path)}: a run of several stages, whose steps differ: calibrate with one without stages"
+        )
     return Measured(
         path=path,
-        config=config_from_dict(trainer.config, str(file)),
+        config=config,
         ranks=trainer.world_size,
         seconds=statistics.median((1 - row.data_wait) / row.steps_per_second for row in rows),
         caption_tokens=statistics.fmean(row.caption_tokens for row in rows),

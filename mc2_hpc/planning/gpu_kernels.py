@@ -51,7 +51,7 @@ def imagine_triton(config: RunConfig, counting: Counting) -> RunConfig:
         logger.warning("the plan is without Triton's kernels: triton is not installed (pip install triton)")
         model = dataclasses.replace(config.model, norm="torch", activation="torch")
         return dataclasses.replace(config, model=model, loss=dataclasses.replace(config.loss, backend="tiled"))
-    from mc2_hpc.kernels.contrastive import triton_impl, triton_sigmoid
+    from mc2_hpc.kernels.contrastive import triton_distillation, triton_impl, triton_sigmoid
     from mc2_hpc.kernels.layer_norm import triton_impl as layer_norm
     from mc2_hpc.kernels.quick_gelu import triton_impl as quick_gelu
     from mc2_hpc.kernels.split_qkv import triton_impl as split_qkv
@@ -59,6 +59,8 @@ def imagine_triton(config: RunConfig, counting: Counting) -> RunConfig:
     logits = _Logits(counting)
     triton_impl.statistics_kernel = triton_impl.gradient_kernel = logits
     triton_sigmoid.sigmoid_statistics_kernel = triton_sigmoid.sigmoid_gradient_kernel = logits
+    both = _Logits(counting, models=2)
+    triton_distillation.distilled_statistics_kernel = triton_distillation.distilled_gradient_kernel = both
     for module in (layer_norm, quick_gelu, split_qkv):
         for name in ("forward_kernel", "backward_kernel"):
             if hasattr(module, name):  # views need no kernel forward
@@ -91,9 +93,19 @@ def _bytes(arguments: Iterable[Any]) -> int:
 
 
 class _Logits(_Pass):
-    """In place of a Triton kernel over a tile of logits: one product, from features or from memory."""
+    """In place of a Triton kernel over a tile of logits: one product per model, from features or from memory."""
+
+    def __init__(self, counting: Counting, models: int = 1) -> None:
+        """
+        Args:
+            models: whose images, texts and dot products are the first arguments.
+        """
+        super().__init__(counting)
+        self._models = models
 
     def _launch(self, *arguments: Any, **options: Any) -> None:
-        images, texts, *rest = (getattr(each, "base", each) for each in arguments)
-        flops = 2.0 * len(texts) * images.numel() if images is not None else 0  # or the products are counted already
-        self._counting.add("products", flops=flops, size=_bytes((images, texts, *rest)))
+        found = [getattr(each, "base", each) for each in arguments]
+        pairs = [found[3 * model : 3 * model + 2] for model in range(self._models)]
+        # Without features, the products are counted already.
+        flops = sum(2.0 * len(texts) * images.numel() for images, texts in pairs if images is not None)
+        self._counting.add("products", flops=flops, size=_bytes(found))

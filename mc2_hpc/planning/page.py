@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mc2_hpc.pages import write_page
-from mc2_hpc.planning.plan import Plan
+from mc2_hpc.planning.plan import Plan, Total
 from mc2_hpc.planning.plots import draw_plots
 from mc2_hpc.planning.scaling import Point, takes_over
 
@@ -52,10 +52,15 @@ class View:
     plots: Mapping[str, Markup]
 
 
-def write_plan_page(path: Path, names: Sequence[str], plans: Sequence[Plan]) -> Path:
-    """Write the page of the plans of the configs ``names``; returns ``path``."""
+def write_plan_page(path: Path, names: Sequence[str], plans: Sequence[Plan], total: Total | None = None) -> Path:
+    """Write the page of plans; returns ``path``.
+
+    Args:
+        names: of the configs, or of the stages of one.
+        total: of all stages, if they are planned.
+    """
     views = [_view(name, plan, f"plan{number}") for number, (name, plan) in enumerate(zip(names, plans, strict=True))]
-    return write_page(path, "mc2_hpc.planning", "plan.html", {"views": views})
+    return write_page(path, "mc2_hpc.planning", "plan.html", {"views": views, "total": total})
 
 
 def costs(plan: Plan) -> list[Cost]:

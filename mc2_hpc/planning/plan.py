@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mc2_hpc.config import RunConfig
+from mc2_hpc.config_stages import RunStage, run_stages
 from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.errors import UserError
-from mc2_hpc.models.presets import ClipArchitecture, resolve
+from mc2_hpc.models.presets import PRESETS, ClipArchitecture, resolve
 from mc2_hpc.planning.captions import MEAN_TOKENS, draw_captions
 from mc2_hpc.planning.machines import Gpu, Network
 from mc2_hpc.planning.predict import StepTime, predict_step
@@ -60,10 +61,21 @@ class Plan:
     assumptions: Assumptions
     smaller: StepTrace | None = None
     """The step of half as many pairs per GPU."""
+    stage: RunStage[RunConfig] | None = None
+    """The part of a run that is planned; ``None`` is all of it."""
 
     @property
     def gpus(self) -> int:
         return self.trace.world_size
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps if self.stage is None else self.stage.end - self.stage.begin
+
+    @property
+    def shard_bytes(self) -> float:
+        """Read in all."""
+        return self.steps * self.config.global_batch * self.assumptions.pair_bytes
 
     @property
     def pairs_per_second(self) -> float:
@@ -72,12 +84,17 @@ class Plan:
     @property
     def days(self) -> float:
         """Of steps alone, without stalls and failures."""
-        return self.config.steps * self.step.seconds / 86_400
+        return self.steps * self.step.seconds / 86_400
 
     @property
     def gpu_hours(self) -> float:
         """With stalls and failures."""
         return self.days / self.goodput * 24 * self.gpus
+
+    @property
+    def money(self) -> float | None:
+        """Of the GPU hours; ``None`` without a price."""
+        return None if self.assumptions.price is None else self.assumptions.price * self.gpu_hours
 
     @property
     def mfu(self) -> float:
@@ -138,6 +155,8 @@ class Plan:
             "gpu": {"name": self.gpu_name, **dataclasses.asdict(self.gpu)},
             "network": {"name": self.network_name, **dataclasses.asdict(self.network)},
             "per_node": self.per_node,
+            "stage": None if self.stage is None else self.stage.number,
+            "steps": self.steps,
             "assumptions": dataclasses.asdict(self.assumptions),
             "counted": {
                 **dataclasses.asdict(self.trace),
@@ -151,7 +170,7 @@ class Plan:
                 "mfu": self.mfu,
                 "days": self.days,
                 "gpu_hours": self.gpu_hours,
-                "money": None if self.assumptions.price is None else self.assumptions.price * self.gpu_hours,
+                "money": self.money,
                 "goodput": self.goodput,
                 "checkpoint_stall_seconds": self.checkpoint_stall,
                 "fits": self.fits,
@@ -162,10 +181,36 @@ class Plan:
                 for name in (("weak", "strong") if self.gpus > 1 else ())
             },
             "checkpoint_bytes": self.trace.checkpoint_bytes,
-            "shard_bytes": self.config.steps * self.config.global_batch * self.assumptions.pair_bytes,
+            "shard_bytes": self.shard_bytes,
             "data_bytes_per_second": self.pairs_per_second * self.assumptions.pair_bytes,
             "decode_cores": self.pairs_per_second / self.assumptions.images_per_core,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """What all stages of a run are predicted to take, with stalls and failures."""
+
+    days: float
+    gpu_hours: float
+    money: float | None
+    """``None`` without a price."""
+
+    @classmethod
+    def of(cls, stages: Sequence[Plan]) -> "Total":
+        money = [plan.money for plan in stages if plan.money is not None]
+        return cls(
+            days=sum(plan.days / plan.goodput for plan in stages),
+            gpu_hours=sum(plan.gpu_hours for plan in stages),
+            money=sum(money) if money else None,
+        )
+
+
+def plan_stages(config: RunConfig, **machine: Any) -> list[Plan]:
+    """The plans of a run's stages, in order. Other arguments and errors are those of :func:`make_plans`."""
+    stages = run_stages(config)
+    plans, _ = make_plans([stage.config for stage in stages], **machine)
+    return [dataclasses.replace(plan, stage=stage) for plan, stage in zip(plans, stages, strict=True)]
 
 
 def make_plans(
@@ -233,24 +278,23 @@ def _with_half(config: RunConfig, gpus: int) -> RunConfig:
     """The config with half as many pairs per GPU and micro-batch."""
     pairs = max(1, max(rank_batches(config.global_batch, lanes=config.data.lanes, num_ranks=gpus)) // 2)
     data = dataclasses.replace(config.data, lanes=gpus)
+    distill = config.distill
+    if distill is not None:
+        distill = dataclasses.replace(distill, micro_batch=-(-distill.micro_batch // 2))
     micro_batch = -(-config.micro_batch // 2)
-    return dataclasses.replace(config, global_batch=pairs * gpus, micro_batch=micro_batch, data=data)
+    return dataclasses.replace(config, global_batch=pairs * gpus, micro_batch=micro_batch, data=data, distill=distill)
 
 
 def check_planned(config: RunConfig) -> None:
     """
     Raises:
-        UserError: the config has a setting whose cost no trace knows.
+        UserError: the config has a setting whose cost no trace knows, a teacher of unknown sizes, or several stages.
     """
-    for key, what, is_set, cure in (
-        ("distill", "a teacher costs", config.distill is not None, "distill=null"),
-        ("lora", "adapters cost or save", config.lora is not None, "lora=null"),
-        ("stages", "each of them costs", bool(config.stages), "stages=[], with the settings of one"),
-        ("optim.matrices", "Muon costs", config.optim.matrices == "muon", "optim.matrices=adamw"),
-        ("precision", "products in fp8 keep", config.precision == Precision.FP8, "precision=bf16"),
-    ):
-        if is_set:
-            raise UserError(f"{key}: a plan does not know what {what}; plan the run without it: {cure}")
+    if config.stages:
+        raise UserError("stages: each has a step of its own; plan one with stages=[] and its settings")
+    if config.precision == Precision.FP8:
+        raise UserError("precision: a plan does not know what products in fp8 keep; plan them in bf16: precision=bf16")
+    planned_teacher(config)
 
 
 def planned_architecture(config: RunConfig) -> ClipArchitecture:
@@ -261,6 +305,27 @@ def planned_architecture(config: RunConfig) -> ClipArchitecture:
     if config.model.preset is None and config.model.init_from is not None:
         raise UserError("the plan does not read model.init_from: name its sizes with model.preset=...")
     return resolve(config.model, logit_bias=config.loss.has_bias)
+
+
+def planned_teacher(config: RunConfig) -> ClipArchitecture | None:
+    """The sizes of the teacher that the run runs: of our model at ``distill.teacher``, or of the preset named there.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if config.distill is None or config.distill.features is not None:
+        return None
+    from mc2_hpc.models.weights import is_checkpoint, read_card, resolve_checkpoint
+
+    name = config.distill.teacher
+    if is_checkpoint(name):
+        return read_card(resolve_checkpoint(name)).arch
+    if name in PRESETS:
+        return PRESETS[name]
+    raise UserError(
+        f"distill.teacher={name}: no run or checkpoint is there, and a plan reads the sizes of no other model; "
+        f"to plan, name a preset in its place, such as distill.teacher=ViT-H-14-worldwide"
+    )
 
 
 def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_type: str) -> StepTrace:
@@ -284,4 +349,11 @@ def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_typ
         context_length=arch.text.context_length,
         eos_id=arch.text.eos_id,
     )
-    return trace_step(config, arch, captions, world_size=ranks, device_type=device_type)
+    return trace_step(
+        config,
+        arch,
+        captions,
+        world_size=ranks,
+        device_type=device_type,
+        teacher_arch=planned_teacher(config),
+    )

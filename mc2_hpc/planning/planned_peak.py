@@ -2,7 +2,7 @@
 
 The plan is traced in a new process of lower priority on one core, which sees no GPU. It never waits for anything
 of the run, and the run never waits for it: the line comes with the first row of metrics that finds the plan finished.
-Whatever goes wrong with it is one line too.
+Whatever goes wrong with it is one line too. Of a run with stages, the one that it begins with is planned.
 """
 
 import json
@@ -14,14 +14,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 from mc2_hpc.config import RunConfig, config_from_dict, config_to_dict
+from mc2_hpc.config_stages import RunStage, stage_after
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.planning.captions import MEAN_TOKENS
 from mc2_hpc.planning.processes import SECONDS
 from mc2_hpc.reading.json_file import File, Size, parse_json
+from mc2_hpc.training.checkpoint_folders import complete_folders, step_of
 from mc2_hpc.training.launch import end_with_parent
 from mc2_hpc.training.throughput import peak_memory
 
@@ -45,15 +48,22 @@ def planned_peak(config: RunConfig, ranks: Ranks) -> Iterator[Callable[[Mapping[
         return
     with ExitStack() as stack:
         line = None
+        stage = _due(config)
         try:
             answer = stack.enter_context(tempfile.TemporaryFile())
-            process = _start(config, ranks, answer)
+            process = _start(stage.config, ranks, answer)
         except OSError as error:
             logger.info("no planned peak of memory: %s", error)
         else:
             stack.callback(_end, process)
-            line = _Line(process, answer)
+            line = _Line(process, answer, last_step=stage.end)
         yield line
+
+
+def _due(config: RunConfig) -> RunStage[RunConfig]:
+    """The stage that the run begins or continues with."""
+    newest = complete_folders(Path(config.output) / "checkpoints")[-1:] if config.checkpoint.resume else []
+    return stage_after(config, step_of(newest[0]) if newest else 0)
 
 
 def _start(config: RunConfig, ranks: Ranks, answer: IO[bytes]) -> "subprocess.Popen[bytes]":
@@ -90,15 +100,23 @@ class _Answer(File):
 class _Line:
     """Logs the line once."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", answer: IO[bytes]) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", answer: IO[bytes], *, last_step: int) -> None:
+        """
+        Args:
+            last_step: of the stage that is planned; the peak of another's rows is not compared.
+        """
         self._process = process
         self._answer = answer
+        self._last_step = last_step
         self._is_done = False
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         if self._is_done or self._process.poll() is None:
             return
         self._is_done = True
+        if row["step"] > self._last_step:
+            logger.info("no planned peak of memory: the stage ended at step %d, before its plan", self._last_step)
+            return
         found = self._read()
         if found.bytes is None:
             logger.info("no planned peak of memory: %s", found.reason)

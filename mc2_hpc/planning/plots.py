@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GIB = 1 << 30
-_COLOURS = dict(zip(CATEGORIES, (*SERIES, LIGHT["before"]), strict=True))
+_COLOURS = dict(zip(CATEGORIES, (*SERIES, LIGHT["before"], LIGHT["good"]), strict=True))
 _NARROWEST_PHASE = 0.06
 """Of the step's operators: narrower phases have no room for their name."""
 

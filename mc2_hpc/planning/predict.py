@@ -44,7 +44,9 @@ def predict_step(trace: StepTrace, config: RunConfig, gpu: Gpu, network: Network
     by_phase: dict[str, float] = {}
     for key, work in trace.work.items():
         phase, kernels = key.split("/")
-        by_flops, by_memory = kernel_seconds(kernels, work.flops, work.bytes, config, gpu)
+        # torch.optim.Muon multiplies in bf16, whatever the run's precision.
+        precision = Precision.BF16 if phase == "muon" else Precision(config.precision)
+        by_flops, by_memory = kernel_seconds(kernels, work.flops, work.bytes, precision, gpu)
         seconds = max(by_flops, by_memory)
         compute[kernels] = compute.get(kernels, 0) + seconds
         limits[kernels] = "flops" if by_flops > by_memory else limits.get(kernels, "memory")
@@ -66,9 +68,9 @@ def predict_step(trace: StepTrace, config: RunConfig, gpu: Gpu, network: Network
     return StepTime(compute=compute, limits=limits, communication=communication, exposed=exposed)
 
 
-def kernel_seconds(kernels: str, flops: float, size: float, config: RunConfig, gpu: Gpu) -> tuple[float, float]:
+def kernel_seconds(kernels: str, flops: float, size: float, precision: Precision, gpu: Gpu) -> tuple[float, float]:
     """Seconds of work of one class by its flops and by its bytes."""
-    peak = gpu.flops if Precision(config.precision) is Precision.BF16 else gpu.flops_fp32
+    peak = gpu.flops if precision is Precision.BF16 else gpu.flops_fp32
     fraction = gpu.attention if kernels == "attention" else gpu.products
     return flops / (peak * fraction), size / (gpu.bytes_per_second * gpu.memory)
 

@@ -4,7 +4,7 @@ Plain data without torch, so that a trace crosses from the process that made it 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 CATEGORIES = (
     "parameters",
@@ -14,9 +14,10 @@ CATEGORIES = (
     "loss workspace",
     "communication buffers",
     "temporary",
+    "teacher",
 )
 """Of memory. ``optimizer state`` includes ZeRO's fp32 master copies; ``temporary`` is what is freed within the phase
-that allocated it, outside the loss."""
+that allocated it, outside the loss and the teacher. ``teacher`` is its weights, and all that its forward pass needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +76,21 @@ class StepTrace:
     before: Mapping[str, int]
     """Memory between steps by category, in bytes."""
     work: Mapping[str, Work]
-    """By ``<phase>/<class>``. Phases: ``look-up``, ``forward`` (with micro-batches, also GradCache's passes without a
-    graph), ``loss``, ``backward``, ``update``. Classes of kernels: ``products`` of matrices, ``attention``,
-    ``optimizer`` (AdamW), and ``other``, which reads and writes memory once."""
+    """By ``<phase>/<class>``. Phases: ``teacher``, ``look-up``, ``forward`` (with micro-batches, also GradCache's pass
+    without a graph), ``loss``, ``backward``, ``update``, and within it ``muon``, where that updates matrices. Classes
+    of kernels: ``products`` of matrices, ``attention``, ``optimizer`` (AdamW), and ``other``, which reads and writes
+    memory once."""
     collectives: tuple[Collective, ...]
     model_flops: int
     """Of the model's own products, forward and backward, without recomputation."""
     parameters: int
     """Of the whole model."""
     checkpoint_bytes: int
-    """Of a save: every weight in fp32 and, of those that are trained, AdamW's moments and a moving average."""
+    """Of a save: every weight in fp32 and, of those that are trained, the optimizer's moments and a moving average."""
     loss_backend: str
     """The one traced."""
+    muon_shares: Mapping[int, float] = field(default_factory=dict)
+    """The first rank's part of Muon's products, by number of ranks: each updates whole matrices. Empty without Muon."""
 
     @property
     def executed_flops(self) -> float:

@@ -2,7 +2,8 @@
 
 Weak scaling keeps the pairs per GPU, strong scaling the global batch. Towers and their gradients do not depend on the
 number of GPUs; with b pairs per rank of a global batch B, towers compute in proportion to b, the loss to b B, and the
-loss moves messages in proportion to B. What AdamW and the token table cost per rank is left as it was traced.
+loss moves messages in proportion to B. Muon's work is divided as a run of that size divides its matrices. What AdamW
+and the token table cost per rank is left as it was traced.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ from mc2_hpc.planning.predict import StepTime, predict_step
 from mc2_hpc.planning.records import StepTrace, Work
 
 MOST_GPUS = 4096
+SCALES = tuple(2**power for power in range(MOST_GPUS.bit_length()))
+"""The numbers of GPUs: 1, 2, 4, ... :data:`MOST_GPUS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +39,13 @@ class Point:
 def scaling(
     trace: StepTrace, config: RunConfig, gpu: Gpu, network: Network, *, per_node: int, strong: bool
 ) -> Iterator[Point]:
-    """The step at 1, 2, 4, ... :data:`MOST_GPUS` GPUs; strong scaling ends where a GPU has no whole pair."""
-    gpus = 1
-    while gpus <= MOST_GPUS:
+    """The step at each of :data:`SCALES`; strong scaling ends where a GPU has no whole pair."""
+    for gpus in SCALES:
         pairs = config.global_batch / gpus if strong else trace.pairs
         if pairs < 1:
             return
         step = predict_step(_scaled(trace, gpus, pairs), config, gpu, network, per_node=per_node)
         yield _point(gpus, pairs, step)
-        gpus *= 2
 
 
 def takes_over(points: Iterator[Point]) -> int | None:
@@ -59,7 +60,9 @@ def _point(gpus: int, pairs: float, step: StepTime) -> Point:
 def _scaled(trace: StepTrace, gpus: int, pairs: float) -> StepTrace:
     own = pairs / trace.pairs
     whole = own * gpus / trace.world_size  # of the global batch
-    factors = {"forward": own, "backward": own, "loss": own * whole}
+    factors = {"forward": own, "backward": own, "teacher": own, "loss": own * whole}
+    if trace.muon_shares:
+        factors["muon"] = trace.muon_shares[gpus] / trace.muon_shares[trace.world_size]
     work = {key: _times(each, factors.get(key.partition("/")[0], 1.0)) for key, each in trace.work.items()}
     collectives = tuple(
         dataclasses.replace(each, bytes=round(each.bytes * whole)) if each.phase == "loss" else each

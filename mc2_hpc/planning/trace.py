@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mc2_hpc.config import RunConfig
@@ -19,15 +20,19 @@ from mc2_hpc.data.lanes import rank_batches
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.kernels.contrastive import Teacher
 from mc2_hpc.models.clip import CLIP, flops_per_pair
-from mc2_hpc.models.presets import ClipArchitecture, num_parameters
+from mc2_hpc.models.lora import Adapters, add_adapters
+from mc2_hpc.models.presets import ClipArchitecture
 from mc2_hpc.planning.captions import Captions
 from mc2_hpc.planning.counting import Counting
 from mc2_hpc.planning.gpu_kernels import gpu_attention, imagine_triton, loss_backend
 from mc2_hpc.planning.imagined import imagined_rank
 from mc2_hpc.planning.records import StepTrace
+from mc2_hpc.planning.scaling import SCALES
+from mc2_hpc.planning.teacher import PlannedFeatures, PlannedTeacher, batch_of, stored_width
 from mc2_hpc.precision import Precision
 from mc2_hpc.training.engine import Engine
-from mc2_hpc.training.freezing import frozen_depths
+from mc2_hpc.training.freezing import adapters_of, check_adapters, frozen_depths
+from mc2_hpc.training.muon import owners, pieces
 from mc2_hpc.training.patch_dropout import num_patches
 from mc2_hpc.training.step import ContrastiveStep, num_micro_batches
 from mc2_hpc.training.votes import Votes
@@ -39,6 +44,10 @@ class CountedEngine(Engine):
     def __init__(self, clip: CLIP, config: RunConfig, ranks: Ranks, *, num_micro: int, counting: Counting) -> None:
         self._counting = counting
         super().__init__(clip, config, ranks, num_micro=num_micro)
+        muon = None if self._matrices is None else self._matrices._optimizer
+        if muon is not None:
+            muon.register_step_pre_hook(lambda *_: counting.allocations.enter("muon"))
+            muon.register_step_post_hook(lambda *_: counting.allocations.enter("update"))
 
     def look_up(self, tokens: Tensor) -> Tensor:
         with self._counting.phase("look-up"):
@@ -76,6 +85,18 @@ class CountedEngine(Engine):
         with self._counting.phase("update"):
             return super().step(lr, votes)
 
+    def muon_shares(self) -> dict[int, float]:
+        """The first rank's part of Muon's products on as many ranks as there are, and at each of :data:`SCALES`."""
+        if self._matrices is None:
+            return {}
+        matrices = self._matrices._parameters
+        work = {name: sum(_orthogonalised(*each.shape) for each in pieces(name, p)) for name, p in matrices.items()}
+        shares = {}
+        for size in {dist.get_world_size(), *SCALES}:
+            own = sum(work[name] for name, owner in owners(matrices, size).items() if owner == 0)
+            shares[size] = own / sum(work.values())
+        return shares
+
     def mark_state(self) -> None:
         """Say what the memory of parameters, gradients and optimizer state is for."""
         mark = self._counting.allocations.mark
@@ -88,6 +109,8 @@ class CountedEngine(Engine):
         mark(_tensors([self._towers._inner.state, self._towers._flats]), "optimizer state")
         if self._scalar_optimizer is not None:
             mark(_tensors(self._scalar_optimizer.state), "optimizer state")
+        if self._matrices is not None:
+            mark(_tensors(self._matrices._state), "optimizer state")
         parameters = [p.data for p in self._parameters.values()]
         parameters += [p.ds_tensor for p in self._parameters.values() if hasattr(p, "ds_tensor")]
         mark([*parameters, *self._scalars.values()], "parameters")
@@ -95,6 +118,12 @@ class CountedEngine(Engine):
             rows = self._table._rows
             mark(_tensors([self._table._state, vars(rows) if rows is not None else ()]), "optimizer state")
             mark((self._table._state["weight"],), "parameters")
+
+
+def _orthogonalised(rows: int, columns: int) -> int:
+    """Multiply-adds in one of Muon's iterations on a matrix: X X^T, its square, and that times X."""
+    smaller, larger = sorted((rows, columns))
+    return 2 * smaller**2 * larger + smaller**3
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
@@ -140,7 +169,13 @@ class CountedStep(ContrastiveStep):
 
 
 def trace_step(
-    config: RunConfig, arch: ClipArchitecture, captions: Captions, *, world_size: int, device_type: str
+    config: RunConfig,
+    arch: ClipArchitecture,
+    captions: Captions,
+    *,
+    world_size: int,
+    device_type: str,
+    teacher_arch: ClipArchitecture | None = None,
 ) -> StepTrace:
     """Trace one step of rank 0.
 
@@ -150,23 +185,24 @@ def trace_step(
     Args:
         captions: of the ranks.
         device_type: ``cuda`` for a GPU, ``cpu`` for ranks on CPUs that talk through gloo.
+        teacher_arch: of the teacher that the run runs, if it does.
 
     Raises:
-        UserError: the batch does not fit the number of ranks.
+        UserError: the batch does not fit the number of ranks, or a tower is narrower than its adapters.
     """
     num_micro = num_micro_batches(config, world_size)
+    check_adapters(arch, config)
     with imagined_rank(device_type, world_size, captions.answer) as (ranks, counting):
-        clip = _empty_clip(arch, ranks.device)
+        clip = empty_clip(arch, ranks.device, adapters_of(config))
+        parameters = sum(parameter.numel() for parameter in clip.parameters())
         backend = config.loss.backend
         if device_type == "cuda":
             config = imagine_triton(config, counting)
             backend = loss_backend(config)
-            clip.set_norm(_traceable(config.model.norm), device_type)
-            clip.set_activation(config.model.activation, device_type)
-            clip.set_recompute(config.model.recompute)
-            gpu_attention(clip)
-        else:
-            clip.set_backends(config.model, device_type)
+        _set_backends(clip, config, device_type)
+        teacher = _teacher(config, arch, teacher_arch, ranks.device, device_type)
+        if isinstance(teacher, PlannedTeacher):
+            counting.allocations.mark(teacher.parameters(), "teacher")
         counting.attended = sum(length**2 for length in captions.lengths) / sum(captions.lengths)
         counting.allocations.begin()
         engine = CountedEngine(clip, _with_torch_adamw(config), ranks, num_micro=num_micro, counting=counting)
@@ -176,12 +212,49 @@ def trace_step(
         for _ in range(2):
             images, kept = _images(captions, config, arch, ranks.device), _kept(captions, config, arch, ranks.device)
             counting.allocations.see([images] if kept is None else [images, kept])
+            batch = batch_of(captions, images, None if teacher is None else teacher.inputs(captions))
+            if batch.teacher is not None:
+                counting.allocations.mark(batch.teacher.tensors(), "teacher")
             counting.begin()
+            taught = None
+            if teacher is not None:
+                with counting.phase("teacher"):
+                    taught = teacher.features(batch, images)
+            del batch
             lengths = captions.lengths if packs(config) else None
-            step(images, captions.tokens, config.optim.lr, lengths=lengths, kept=kept)
+            step(images, captions.tokens, config.optim.lr, lengths=lengths, kept=kept, teacher=taught)
             before = counting.allocations.by_category()
-            del images, kept
-        return step_trace(counting, config, arch, captions, world_size, device_type, before, backend, saved)
+            del images, kept, taught
+        trace = step_trace(
+            counting, config, arch, captions, world_size, device_type, before, backend, saved, parameters
+        )
+        return dataclasses.replace(trace, muon_shares=engine.muon_shares())
+
+
+def _set_backends(clip: CLIP, config: RunConfig, device_type: str) -> None:
+    if device_type != "cuda":
+        clip.set_backends(config.model, device_type)
+        return
+    clip.set_norm(_traceable(config.model.norm), device_type)
+    clip.set_activation(config.model.activation, device_type)
+    clip.set_recompute(config.model.recompute)
+    gpu_attention(clip)
+
+
+def _teacher(
+    config: RunConfig,
+    arch: ClipArchitecture,
+    teacher_arch: ClipArchitecture | None,
+    device: torch.device,
+    device_type: str,
+) -> PlannedTeacher | PlannedFeatures | None:
+    if config.distill is None:
+        return None
+    if teacher_arch is None:
+        return PlannedFeatures(config, stored_width(config, arch), device)
+    clip = empty_clip(teacher_arch, device)
+    _set_backends(clip, config, device_type)
+    return PlannedTeacher(config, arch, clip, device)
 
 
 def _traceable(norm: str) -> str:
@@ -221,12 +294,15 @@ def step_trace(
     before: dict[str, int],
     backend: str,
     checkpoint_bytes: int,
+    parameters: int,
 ) -> StepTrace:
     """What was counted since the step began."""
     peak, timeline = counting.allocations.timeline()
     frozen = frozen_depths(arch, config.freeze)
     lengths = captions.lengths if packs(config) else [captions.tokens.shape[1]] * len(captions.lengths)
     patches = num_patches(config, arch)
+    adapters = adapters_of(config)
+    ranks = {} if adapters is None else dict.fromkeys(adapters.towers, adapters.rank)
     return StepTrace(
         world_size=world_size,
         device=device_type,
@@ -238,18 +314,21 @@ def step_trace(
         work=counting.work(),
         collectives=counting.collectives(),
         model_flops=sum(
-            flops_per_pair(arch, length, frozen, num_patches=patches) * num for length, num in Counter(lengths).items()
+            flops_per_pair(arch, length, frozen, num_patches=patches, ranks=ranks) * num
+            for length, num in Counter(lengths).items()
         ),
-        parameters=num_parameters(arch),
+        parameters=parameters,
         checkpoint_bytes=checkpoint_bytes,
         loss_backend=backend,
     )
 
 
-def _empty_clip(arch: ClipArchitecture, device: torch.device) -> CLIP:
+def empty_clip(arch: ClipArchitecture, device: torch.device, adapters: Adapters | None = None) -> CLIP:
     """A model without values: nothing that is counted depends on them."""
     with torch.device("meta"):
         clip = CLIP(arch)
+        if adapters is not None:
+            add_adapters(clip, adapters)
     for module in clip.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

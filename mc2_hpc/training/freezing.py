@@ -33,17 +33,25 @@ def check_frozen(arch: ClipArchitecture, config: RunConfig) -> None:
         UserError: a tower has fewer blocks than are to be frozen, or is narrower than its adapters.
     """
     frozen_depths(arch, config.freeze)
+    check_adapters(arch, config)
+    if config.model.init_from is None:
+        if config.lora is not None:
+            logger.warning("lora adapts random weights, which stay frozen: model.init_from is not set")
+        for tower in ("vision", "text"):
+            if (value := getattr(config.freeze, tower)) is not None:
+                logger.warning("freeze.%s=%s, but model.init_from is not set: random weights stay frozen", tower, value)
+
+
+def check_adapters(arch: ClipArchitecture, config: RunConfig) -> None:
+    """
+    Raises:
+        UserError: a tower is narrower than its adapters.
+    """
     adapters = adapters_of(config)
     for tower in adapters.towers if adapters is not None else ():
         assert adapters is not None
         if adapters.rank > (width := getattr(arch, tower).width):
             raise UserError(f"lora.rank={adapters.rank}: the {tower} tower is only {width} wide; lower it")
-    if config.model.init_from is None:
-        if adapters is not None:
-            logger.warning("lora adapts random weights, which stay frozen: model.init_from is not set")
-        for tower in ("vision", "text"):
-            if (value := getattr(config.freeze, tower)) is not None:
-                logger.warning("freeze.%s=%s, but model.init_from is not set: random weights stay frozen", tower, value)
 
 
 def freeze(clip: CLIP, config: FreezeConfig) -> None:

@@ -50,7 +50,7 @@ class MuonMatrices:
         """
         self._parameters = dict(parameters)
         self._rank, self._world_size = ranks.rank, ranks.world_size
-        self._owners = _owners(self._parameters, ranks.world_size)
+        self._owners = owners(self._parameters, ranks.world_size)
         self._own = [name for name in self._parameters if self._owners[name] == ranks.rank]
         self._buckets = _buckets(self._parameters, self._owners)
         self._grads: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ class MuonMatrices:
         groups = []
         for name in self._own:
             weight = self._parameters[name].detach()
-            self._pieces[name] = _pieces(name, weight)
+            self._pieces[name] = pieces(name, weight)
             self._state[name] = {MOMENTUM: torch.zeros_like(weight)}
             if config.ema_decay:
                 self._state[name][EMA] = weight.clone()
@@ -75,7 +75,7 @@ class MuonMatrices:
                 adjust_lr_fn="match_rms_adamw",
             )
             for name in self._own:
-                for piece, momentum in zip(self._pieces[name], _pieces(name, self._state[name][MOMENTUM]), strict=True):
+                for piece, momentum in zip(self._pieces[name], pieces(name, self._state[name][MOMENTUM]), strict=True):
                     self._optimizer.state[piece][MOMENTUM] = momentum
 
     def __contains__(self, name: str) -> bool:
@@ -116,7 +116,7 @@ class MuonMatrices:
             if coefficient is not None:
                 torch._foreach_mul_(self.gradients(), coefficient)
             for name in self._own:
-                for piece, grad in zip(self._pieces[name], _pieces(name, self._grads[name]), strict=True):
+                for piece, grad in zip(self._pieces[name], pieces(name, self._grads[name]), strict=True):
                     piece.grad = grad
             set_learning_rate(self._optimizer.param_groups, lr)
             self._optimizer.step()
@@ -162,7 +162,7 @@ class MuonMatrices:
             self._state[name][kind].copy_(value)
 
 
-def _pieces(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
+def pieces(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
     """What is orthogonalised as one matrix: views of a tensor of the parameter's shape."""
     return tensor.chunk(3) if name.endswith("qkv.weight") else (tensor,)
 
@@ -172,15 +172,15 @@ def _flat(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0].view(-1) if len(matrices) == 1 else torch.cat([each.view(-1) for each in matrices])
 
 
-def _owners(parameters: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
+def owners(parameters: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
     """The rank that owns each matrix: largest first, each to the rank with the least work so far."""
     work = [0] * world_size
-    owners = {}
+    found = {}
     for name in sorted(parameters, key=lambda name: (-parameters[name].numel(), name)):
         rank = min(range(world_size), key=lambda each: work[each])
-        owners[name] = rank
+        found[name] = rank
         work[rank] += parameters[name].numel() * min(parameters[name].shape)
-    return owners
+    return found
 
 
 def _buckets(parameters: Mapping[str, Tensor], owners: Mapping[str, int]) -> list[list[str]]:

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 from mc2_hpc.errors import UserError
 from mc2_hpc.reading.files import read_tail, shown
 from mc2_hpc.reading.json_file import Count, Foreign, Size, parse_json, read_json
-from mc2_hpc.training.checkpoint_folders import MANIFEST, TRAINER, complete_folders
+from mc2_hpc.training.checkpoint_folders import MANIFEST, TRAINER, complete_folders, step_of
 from mc2_hpc.training.log_errors import last_error, newest_log
 from mc2_hpc.training.run_state import STATE, RunState, read_state
 from mc2_hpc.training.slurm import STARTS, Starts, read_starts
@@ -158,7 +158,7 @@ def read_status(folder: Path) -> Status:
     checkpoint = None
     if checkpoints:
         age = now - _changed(checkpoints[-1] / MANIFEST)
-        checkpoint = LastCheckpoint(step=_step_of(checkpoints[-1]), age=max(0.0, age))
+        checkpoint = LastCheckpoint(step=step_of(checkpoints[-1]), age=max(0.0, age))
     step, samples_seen, skipped, steps = 0, 0, {}, state.steps if state is not None else None
     if rows:
         step, samples_seen, skipped = rows[-1].step, rows[-1].samples_seen, rows[-1].skipped
@@ -210,11 +210,6 @@ def _changed(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _step_of(checkpoint: Path) -> int:
-    digits = checkpoint.name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() and len(digits) < 16 else 0
 
 
 def _unless_damaged(read: Callable[[], Found], unreadable: list[str]) -> Found | None:

@@ -14,12 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from mc2_hpc.config import RunConfig, config_from_dict
 from mc2_hpc.distributed import process_group
 from mc2_hpc.models.clip import build_clip
+from mc2_hpc.models.lora import add_adapters, init_adapters
 from mc2_hpc.models.packed_captions import caption_lengths
-from mc2_hpc.models.presets import resolve
+from mc2_hpc.models.presets import ClipArchitecture, resolve
 from mc2_hpc.planning.captions import captions_of
 from mc2_hpc.planning.counting import Counting
+from mc2_hpc.planning.plan import planned_teacher
 from mc2_hpc.planning.records import StepTrace
+from mc2_hpc.planning.teacher import PlannedFeatures, PlannedTeacher, batch_of, stored_width
 from mc2_hpc.planning.trace import CountedEngine, counted_step, trace_step
+from mc2_hpc.training.freezing import adapters_of
 from mc2_hpc.training.patch_dropout import PatchDropout
 from mc2_hpc.training.step import num_micro_batches
 
@@ -62,7 +66,27 @@ def tokens_of(config: RunConfig, rank: int) -> torch.Tensor:
 def traced(config: RunConfig, world_size: int) -> StepTrace:
     """The trace of rank 0's step, on CPU ranks."""
     captions = captions_of([tokens_of(config, rank) for rank in range(world_size)], eos_id=2)
-    return trace_step(config, resolve(config.model), captions, world_size=world_size, device_type="cpu")
+    return trace_step(
+        config,
+        resolve(config.model),
+        captions,
+        world_size=world_size,
+        device_type="cpu",
+        teacher_arch=planned_teacher(config),
+    )
+
+
+def real_teacher(
+    config: RunConfig, arch: ClipArchitecture, device: torch.device
+) -> PlannedTeacher | PlannedFeatures | None:
+    """As a run has it, but with weights that are drawn."""
+    if config.distill is None:
+        return None
+    if (teacher_arch := planned_teacher(config)) is None:
+        return PlannedFeatures(config, stored_width(config, arch), device)
+    clip = build_clip(teacher_arch, seed=1)
+    clip.set_backends(config.model, "cpu")
+    return PlannedTeacher(config, arch, clip, device)
 
 
 def real(config: RunConfig) -> dict[str, Any]:
@@ -71,15 +95,20 @@ def real(config: RunConfig) -> dict[str, Any]:
     with process_group(60) as ranks:
         tokens = tokens_of(config, ranks.rank)
         lengths = caption_lengths(tokens, 2)
+        captions = captions_of([tokens], eos_id=2)
         counting = Counting(gloo=False)  # what gloo allocates is seen
         with counting:
             clip = build_clip(arch, seed=0)
+            if (adapters := adapters_of(config)) is not None:
+                add_adapters(clip, adapters)
+                init_adapters(clip, seed=0)
             clip.set_backends(config.model, "cpu")
             engine = CountedEngine(
                 clip, config, ranks, num_micro=num_micro_batches(config, ranks.world_size), counting=counting
             )
             step = counted_step(engine, config, ranks.world_size, counting)
             dropout = PatchDropout(config, arch, ranks.device)
+            teacher = real_teacher(config, arch, ranks.device)
             del clip
 
             def run() -> None:
@@ -87,8 +116,11 @@ def real(config: RunConfig) -> dict[str, Any]:
                 if config.data.features is not None:
                     images = torch.zeros(len(tokens), arch.embed_dim)
                 kept = dropout([str(row) for row in range(len(tokens))], 0)
+                inputs = None if teacher is None else teacher.inputs(captions)
                 counting.begin()
-                step(images, tokens, 1e-4, lengths=lengths, kept=kept)
+                taught = None if teacher is None else teacher.features(batch_of(captions, images, inputs), images)
+                del inputs
+                step(images, tokens, 1e-4, lengths=lengths, kept=kept, teacher=taught)
 
             run()
             run()

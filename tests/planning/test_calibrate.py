@@ -97,6 +97,11 @@ def test_what_is_read_of_a_run(run):
 
 def test_a_run_that_does_not_tell_gets_one_line(run):
     path = run / "metrics.jsonl"
+    trainer = run / "checkpoints" / "step-00000006" / "trainer.json"
+    staged = {**config_to_dict(CONFIG), "stages": [{"steps": 1000}]}
+    trainer.write_text(json.dumps({"config": staged, "world_size": 4}))
+    with pytest.raises(UserError, match="a run of several stages.*calibrate with one without stages"):
+        read_measured(path)
     (run / "checkpoints" / "step-00000006" / "manifest.json").unlink()
     with pytest.raises(UserError, match="no checkpoint beside it"):
         read_measured(path)

@@ -96,7 +96,36 @@ def say(config):
 def test_a_refused_plan_is_one_line_with_the_reason(measured):
     say(config_from_dict({"distill": {"teacher": "/t"}}))
     (line,) = measured.messages
-    assert line.startswith("no planned peak of memory: distill: a plan does not know")
+    assert line.startswith("no planned peak of memory: distill.teacher=/t: no run or checkpoint is there")
+
+
+def staged(output, checkpoint=None):
+    if checkpoint is not None:
+        folder = output / "checkpoints" / checkpoint
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    stages = [{"steps": 1}, {"steps": 9, "global_batch": 37_632, "precision": "fp8"}]
+    return config_from_dict({"output": str(output), "stages": stages})
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "batch", "end"), [(None, 75_264, 1), ("step-00000001", 37_632, 10), ("step-00000010", 37_632, 10)]
+)
+def test_the_stage_that_is_due_is_planned(measured, monkeypatch, tmp_path, checkpoint, batch, end):
+    started = []
+    monkeypatch.setattr(module, "_start", lambda config, *_: started.append(config) or subprocess.Popen(["true"]))
+    with planned_peak(staged(tmp_path, checkpoint), CPU) as after_row:
+        assert after_row._last_step == end
+    (config,) = started
+    assert config.global_batch == batch and not config.stages
+
+
+def test_a_plan_that_comes_after_its_stage_is_not_compared(measured, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(script(tmp_path / "plan", "echo '{\"bytes\": 5}'")))
+    with planned_peak(staged(tmp_path / "run"), CPU) as after_row:
+        after_row._process.wait(400)
+        after_row({"step": 2, "peak_memory_bytes": 1 << 30})
+    assert measured.messages == ["no planned peak of memory: the stage ended at step 1, before its plan"]
 
 
 def test_a_plan_that_dies_is_one_line(measured, monkeypatch):
