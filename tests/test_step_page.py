@@ -54,27 +54,31 @@ def counted():
 def test_the_tables_are_the_rows(counted):
     page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
     compared = 0
-    for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
-        if not (heading := re.match(r"On (\d+) GPUs?\n", section)):
+    for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        if not (heading := re.match(r"On (\d+) GPUs?\n", part)):
             continue
-        header, _, *lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+        header, _, *lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("|")]
         stages = [int(cell.removeprefix("ZeRO ").replace("no ZeRO", "0")) for cell in header]
         assert {line[0] for line in lines} == set(KEYS)
         for label, *cells in lines:
             for stage, cell in zip(stages, cells, strict=True):
-                before, _, after = cell.replace(",", "").partition(" → ")
-                rows = [counted[tree, int(heading[1]), stage] for tree in ("before", "after")]
-                assert [float(before), float(after or before)] == [row[KEYS[label]] for row in rows], (label, stage)
+                before, _, now = cell.replace(",", "").partition(" → ")
+                rows = [counted[tree, int(heading[1]), stage] for tree in ("before", "now")]
+                assert [float(before), float(now or before)] == [row[KEYS[label]] for row in rows], (label, stage)
                 compared += 2
     assert compared == len(counted) * len(KEYS)
 
 
+def section(heading):
+    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    return page.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
 def test_the_table_of_fused_kernels_is_the_rows():
     """Kernels, traffic and peak with PyTorch's operators and with the Triton kernels, by stage and recomputation."""
-    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
     rows = {(row["stage"], row["recompute"], row["kernels_of_blocks"]): row for row in RESULTS["fused_rows"]}
-    section = page[page.index("## Fused layer norm and quick-GELU") :]
-    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if re.match(r"\| [123] \|", line)]
+    table = section("Recomputation and fused kernels").splitlines()
+    lines = [line.strip("| ").split(" | ") for line in table if re.match(r"\| [123] \|", line)]
     assert len(lines) == 9 and len(rows) == 18
     for stage, recompute, *cells in lines:
         pair = [rows[int(stage), recompute.strip("`"), backend] for backend in ("torch", "triton")]
@@ -107,14 +111,17 @@ def test_the_traffic_of_fused_kernels_follows_from_the_sizes():
     counts, config = RESULTS["fused_breakdown_gb"], RESULTS["config"]
     arch = PRESETS[config["model"]]
     patches = config["pairs_per_rank"] * ((arch.vision.image_size // arch.vision.patch_size) ** 2 + 1)
-    vision, text = arch.vision.layers * patches, arch.text.layers * config["caption_tokens_fused"]
-    stream = vision * arch.vision.width + text * arch.text.width
-    hidden = vision * arch.vision.mlp_width + text * 4 * arch.text.width
+    vision, text = arch.vision.layers * patches, arch.text.layers * config["caption_tokens"]
+    # Behind attention the last block has one row of each image or caption.
+    vision_behind = vision - patches + config["pairs_per_rank"]
+    text_behind = text - config["caption_tokens"] + config["pairs_per_rank"]
+    stream = (vision + vision_behind) * arch.vision.width + (text + text_behind) * arch.text.width
+    hidden = vision_behind * arch.vision.mlp_width + text_behind * 4 * arch.text.width
     for kernel, values, tensors in (
         ("quick_gelu_forward", hidden, 2),
         ("quick_gelu_backward", hidden, 4),
-        ("layer_norm_forward", 2 * stream, 4),
-        ("layer_norm_backward", 2 * stream, 5),
+        ("layer_norm_forward", stream, 4),
+        ("layer_norm_backward", stream, 5),
         ("split_qkv_backward", 3 * vision * arch.vision.width, 2),
     ):
         assert counts[kernel] == pytest.approx(2 * tensors * values / 1e9, rel=0.03), kernel
@@ -133,24 +140,26 @@ def test_the_config_names_the_peaks_that_were_counted(config):
 
 
 def test_the_table_of_recomputation_is_the_rows(counted):
-    """In docs/training.md: products and peaks at ZeRO 1, 2 and 3 on 384 ranks."""
+    """In docs/training.md: products and peaks at ZeRO 1, 2 and 3 on 384 ranks. Those of `full` are in both tables."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    rows = {(row["recompute"], row["stage"]): row for row in RESULTS["recompute_rows"]}
+    rows = {
+        (row["recompute"], row["stage"]): row for row in RESULTS["fused_rows"] if row["kernels_of_blocks"] == "triton"
+    }
     for name, label in (("none", "`none` (default)"), ("selective", "`selective`"), ("full", "`full`")):
         (line,) = (line for line in page.splitlines() if line.startswith(f"| {label} |"))
         for column, key in ((-2, "products_tflop"), (-1, "peak_gib")):
             cells = [float(cell) for cell in line.strip(" |").split(" | ")[column].split("/")]
             assert cells == [rows[name, stage][key] for stage in (1, 2, 3)], (name, key)
-    for stage in (1, 2):
-        assert rows["selective", stage]["products"] == rows["none", stage]["products"] < rows["full", stage]["products"]
     for stage in (1, 2, 3):
-        assert rows["full", stage]["peak_gib"] == counted["after", 384, stage]["peak_gib"]
+        assert rows["selective", stage]["products"] == rows["none", stage]["products"] < rows["full", stage]["products"]
+        for key in ("kernels", "traffic_gb", "peak_gib"):
+            assert rows["full", stage][key] == counted["now", 384, stage][key]
         assert rows["full", stage]["peak_gib"] < rows["selective", stage]["peak_gib"] < rows["none", stage]["peak_gib"]
 
 
 def test_a_step_waits_for_nothing_up_to_zero_1(counted):
     for (tree, _, stage), row in counted.items():
-        if tree == "after" and stage < 3:
+        if tree == "now" and stage < 3:
             assert row["stream_synchronisations"] == 0
             assert row["device_synchronisations"] == (stage == 2)
             assert row["pageable_uploads"] == row["pageable_read_backs"] == 0 and row["event_waits"] == 1
@@ -158,31 +167,33 @@ def test_a_step_waits_for_nothing_up_to_zero_1(counted):
 
 def test_the_loss_launches_as_much_on_one_gpu_as_on_hundreds(counted):
     for stage in (1, 2, 3):
-        one, many = (counted["after", ranks, stage] for ranks in (1, 384))
+        one, many = (counted["now", ranks, stage] for ranks in (1, 384))
         assert many["loss_kernels"] < 3 * one["loss_kernels"] and many["loss_point_to_point"] == 0
 
 
 def test_the_token_table_costs_at_most_two_percent_of_a_dense_one(counted):
     for stage in (1, 2, 3):
-        dense, sharded = (counted[tree, 384, stage] for tree in ("before", "after"))
+        dense, sharded = (counted[tree, 384, stage] for tree in ("before", "now"))
         assert 0 < sharded["table_mb"] <= 0.02 * dense["table_mb"]
         assert sharded["table_host_kb"] < 100
         assert sharded["peak_gib"] < dense["peak_gib"] and sharded["allocated_gib"] <= dense["allocated_gib"]
     for stage in (0, 1, 2, 3):
-        assert counted["after", 1, stage]["table_mb"] == counted["after", 1, stage]["table_point_to_point"] == 0
+        assert counted["now", 1, stage]["table_mb"] == counted["now", 1, stage]["table_point_to_point"] == 0
 
 
 def test_the_text_tower_computes_the_captions_own_tokens(counted):
+    """And in the last block, of 12 products of that size, 9 in the rows of the captions' ends alone."""
     config = RESULTS["config"]
     fraction = config["caption_tokens"] / (config["pairs_per_rank"] * config["padded_to_before"])
+    fraction *= 1 - 9 / 12 / PRESETS[config["model"]].text.layers
     for (tree, ranks, stage), row in counted.items():
-        if tree == "after":
+        if tree == "now":
             assert row["text_tflop"] == pytest.approx(fraction * counted["before", ranks, stage]["text_tflop"], abs=0.1)
 
 
 def test_the_page_describes_the_batch_that_was_counted():
     page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
-    for name in ("caption_tokens", "rows_used", "rows_asked_for", "ids_of_the_captions", "padded_to_after"):
+    for name in ("caption_tokens", "rows_used", "rows_asked_for", "ids_of_the_captions", "padded_to_now"):
         assert re.search(rf"(?<![\d,]){RESULTS['config'][name]:,}(?![\d]|,\d)", page), name
     assert f"`{RESULTS['env']['commit']}`" in page and f"`{RESULTS['config']['commit_before']}`" in page
 
@@ -191,9 +202,7 @@ WIRE = ("all_reduced_gb", "reduce_scattered_gb", "gathered_gb", "sent_gb", "devi
 
 
 def wire_section():
-    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
-    section = page[page.index("## Gradients and weights on the wire") :]
-    return section[: section.index("\n## ", 3)]
+    return section("Gradients and weights on the wire")
 
 
 def test_the_table_of_the_wire_is_the_rows():
@@ -238,26 +247,54 @@ GATHER = {
 
 
 def test_the_table_of_the_hidden_gather_is_the_rows():
-    rows = {(row["tree"], row["stage"]): row for row in RESULTS["gather_rows"]}
-    table = wire_section()[wire_section().index("| | before → after |") :].split("\n\n")[0]
-    found = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
-    assert found.keys() == GATHER.keys() and len(rows) == 4
-    for label, cell in found.items():
-        before, _, after = cell.replace(",", "").partition(" → ")
-        for stage in (1, 2):
-            pair = [rows[tree, stage][GATHER[label]] for tree in ("before", "after")]
-            assert [float(before), float(after or before)] == pair, (label, stage)
-    for tree in ("before", "after"):
-        assert f"`{RESULTS['config'][f'commit_gather_{tree}']}`" in wire_section()
+    table = wire_section()[wire_section().index("| messages of weights |") :].split("\n\n")[0]
+    found = dict(line.strip("| ").split(" | ") for line in table.splitlines())
+    assert found.keys() == GATHER.keys() and [row["stage"] for row in RESULTS["gather_rows"]] == [1, 2]
+    for row in RESULTS["gather_rows"]:
+        assert {label: float(cell.replace(",", "")) for label, cell in found.items()} == {
+            label: row[key] for label, key in GATHER.items()
+        }
 
 
 def test_most_of_the_gather_is_in_flight_when_the_forward_pass_computes():
     for row in RESULTS["gather_rows"]:
-        if row["tree"] == "after":
-            assert row["in_flight_gb"] > 0.9 * row["weights_gb"] and row["waited_at_the_end_gb"] == 0
-            begun = row["waited_at_the_beginning_gb"] + row["in_flight_gb"]
-            assert begun == pytest.approx(row["weights_gb"], abs=0.002)
+        assert row["in_flight_gb"] > 0.9 * row["weights_gb"] and row["waited_at_the_end_gb"] == 0
+        begun = row["waited_at_the_beginning_gb"] + row["in_flight_gb"]
+        assert begun == pytest.approx(row["weights_gb"], abs=0.002)
         assert row["synchronisations"] == 0
+
+
+LAST_BLOCK = ("products_tflop", "text_tflop", "kernels", "traffic_gb", "peak_gib")
+
+
+def test_the_table_of_the_last_block_is_the_rows():
+    rows = {(row["tree"], row["recompute"]): row for row in RESULTS["last_block_rows"]}
+    lines = [line.strip("| ").split(" | ") for line in section("The last block").splitlines() if line.startswith("| ")]
+    assert [line[0] for line in lines[1:]] == list(KINDS) and len(rows) == 6
+    for kind, *cells in lines[1:]:
+        for cell, key in zip(cells, LAST_BLOCK, strict=True):
+            before, _, now = cell.replace(",", "").partition(" → ")
+            assert [float(before), float(now or before)] == [rows[tree, kind][key] for tree in ("before", "now")]
+    assert f"`{RESULTS['config']['commit_last_block_before']}`" in section("The last block")
+
+
+def test_what_the_last_block_saves_follows_from_the_sizes():
+    """Behind attention it multiplies one row of each image or caption in place of all, forward and twice backward."""
+    config = RESULTS["config"]
+    arch, pairs = PRESETS[config["model"]], config["pairs_per_rank"]
+    vision, text = arch.vision, arch.text
+    saved = 0.0
+    for rows, width, mlp_width in (
+        (pairs * (vision.image_size // vision.patch_size) ** 2, vision.width, vision.mlp_width),
+        (config["caption_tokens"] - pairs, text.width, 4 * text.width),
+    ):
+        saved += 3 * 2 * rows * (width**2 + 2 * width * mlp_width) / 1e12
+    rows = {(row["tree"], row["recompute"]): row for row in RESULTS["last_block_rows"]}
+    for kind in ("none", "selective"):
+        before, now = rows["before", kind], rows["now", kind]
+        assert before["products_tflop"] - now["products_tflop"] == pytest.approx(saved, abs=0.11)
+    for kind in KINDS:
+        assert all(rows["now", kind][key] <= rows["before", kind][key] for key in LAST_BLOCK if key != "kernels")
 
 
 def ring_in_bf16(parts):
