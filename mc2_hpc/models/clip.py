@@ -133,6 +133,9 @@ class CLIP(Towers):
         Args:
             backend: as for ``torch.compile``.
         """
+        # Towers, their last blocks, passes without gradients and sizes that change have graphs of their own: more than
+        # the eight after which PyTorch would no longer compile.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for transformer in self.transformers():
             for block in transformer.blocks:
                 block.compile(backend=backend)
