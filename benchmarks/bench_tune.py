@@ -53,13 +53,16 @@ def run(quick: bool) -> dict[str, Any]:
         found = _tune(values, folder, trials=trials, minutes=minutes, steps=2 if quick else 8)
         seconds = time.monotonic() - begin
         contenders = {"tuned": found["best"], "default": {}, **hand_written}
-        configs = {who: _with(values, settings) for who, settings in contenders.items()}
-        of_config: dict[str, list[float]] = {_identity(config): [] for config in configs.values()}
-        rates = {who: of_config[_identity(config)] for who, config in configs.items()}
+        whole = {who: _whole(_with(values, settings)) for who, settings in contenders.items()}
+        runs: list[tuple[dict[str, Any], list[float]]] = []
+        for config in whole.values():
+            if not any(config == other for other, _ in runs):
+                runs.append((config, []))
         for _ in range(rounds):
-            for config in {_identity(config): config for config in configs.values()}.values():
-                of_config[_identity(config)].append(train_rate(config, folder))
+            for config, samples in runs:
+                samples.append(train_rate(config, folder))
                 shutil.rmtree(folder / "run")
+        rates = {who: next(samples for other, samples in runs if other == config) for who, config in whole.items()}
     rows = [
         {"who": who, "unit": "samples/s", **spread(samples), "samples": samples, "settings": str(contenders[who])}
         for who, samples in rates.items()
@@ -112,9 +115,9 @@ def _with(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _identity(values: dict[str, Any]) -> str:
-    """Equal for configs that mean the same, whatever they leave out."""
-    return json.dumps(config_to_dict(config_from_dict(values, "benchmark")), sort_keys=True)
+def _whole(values: dict[str, Any]) -> dict[str, Any]:
+    """The config with every default that it leaves out."""
+    return config_to_dict(config_from_dict(values, "benchmark"))
 
 
 if __name__ == "__main__":

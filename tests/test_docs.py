@@ -141,5 +141,7 @@ def test_the_page_says_what_the_row_of_tuning_shows():
     assert f"took {len(search['trials'])} trials and {search['seconds']:.0f} s" in page
     assert f"{fastest:.2f} times as fast as those of the fastest hand-written settings" in page
     assert f"{ratios['tuned_vs_default']:.2f} times as fast as the defaults'" in page
+    tuned = next(row for row in found["rows"] if row["who"] == "tuned")
+    assert tuned["max"] / tuned["min"] > fastest and "Single rounds spread by more than that." in page
     rounds = {len(row["samples"]) for row in found["rows"]}
     assert f"medians of {rounds.pop()} alternated rounds" in page and not rounds

@@ -48,8 +48,8 @@ def planned_peak(config: RunConfig, ranks: Ranks) -> Iterator[Callable[[Mapping[
         return
     with ExitStack() as stack:
         line = None
-        stage = _due(config)
         try:
+            stage = _due(config)
             answer = stack.enter_context(tempfile.TemporaryFile())
             process = _start(stage.config, ranks, answer)
         except OSError as error:

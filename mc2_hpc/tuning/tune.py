@@ -208,7 +208,8 @@ class _Session:
         """Results in the order of ``settings``, without those that there was no time for.
 
         Args:
-            turns: how often each is measured, one after the other.
+            turns: how often each is measured, in turn. If the time is up in between, what has fewer turns than others
+                is compared with as many of theirs.
 
         Raises:
             UserError: the first trial of all cannot train.
@@ -221,7 +222,8 @@ class _Session:
             [self._record.results[trial.key] for trial in trials if trial.key in self._record.results]
             for trials in zip(*rounds, strict=True)
         ]
-        found = [combined(results) for results in ended if results]
+        fewest = min((len(results) for results in ended if results), default=0)
+        found = [combined(results[:fewest]) for results in ended if results]
         if self._first is None and found and found[0].ok:
             self._first = found[0]
         return found

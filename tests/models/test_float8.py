@@ -182,6 +182,7 @@ def test_compiled_blocks_compute_no_product_twice(recompute: str, products_of_gp
         calls.update(getattr(node.target, "__name__", "").partition(".")[0] for node in graph.graph.nodes)
         return make_boxed_func(graph.forward)
 
+    torch._dynamo.reset()  # or graphs of other tests would count against its limit
     model = clip(layers=1)
     stack = model.vision.transformer
     Float8Blocks(model, min_size=16, device=CPU)

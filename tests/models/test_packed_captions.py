@@ -185,6 +185,26 @@ def test_compiled_once_for_all_shapes(recompute: str) -> None:
     assert counter.frame_count == 4
 
 
+def test_no_graph_is_too_many() -> None:
+    """Of both towers, in training and in GradCache's first pass, with batches that change: more than eight, PyTorch's
+    limit, after which it computes eagerly."""
+    torch._dynamo.reset()
+    plain, counter = build_clip(ARCH, seed=0), CompileCounterWithBackend("aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        compiled = build_clip(ARCH, seed=0)
+        compiled.compile_blocks(backend=counter)
+        for size in (7, 5, 6):
+            lengths = LENGTHS["mixed"][:size]
+            tokens, images = captions(lengths), torch.randn(size, 3, 16, 16)
+            for given in (lengths, None):
+                with torch.no_grad():
+                    compiled.encode_pairs(images, tokens, given)
+                image, text = compiled.encode_pairs(images, tokens, given)
+                (image.sum() + text.sum()).backward()
+            torch.testing.assert_close(image, plain.encode_image(images, True), atol=1e-5, rtol=0)
+    assert counter.frame_count > 8
+
+
 def test_bf16_is_as_close_to_fp32_as_the_padded_one() -> None:
     """Gradients of six batches: their distance from fp32's, and that of their norm, relative to fp32's norm."""
     distances: dict[str, list[float]] = {"padded": [], "packed": []}

@@ -57,6 +57,19 @@ def test_results_are_written_and_a_restart_repeats_nothing(module_config, tmp_pa
     assert len(other.ran) == len(runner.ran)
 
 
+@pytest.mark.parametrize("ran, turns", [(9, [1, 1]), (10, [2, 2]), (7, [1])])
+def test_settings_are_compared_by_as_many_turns(module_config, tmp_path, unplanned, ran, turns):
+    """Where the time is up within the last round."""
+
+    class Ending(TableRunner):
+        def run(self, trials, report, *, until):
+            super().run(trials[: ran - len(self.ran)], report, until=until)
+
+    runner = Ending(rate)
+    tuning = call(module_config, tmp_path, unplanned, runner)
+    assert len(runner.ran) == ran and [each.turns for each in tuning.results[6:]] == turns
+
+
 def test_data_that_were_written_again_have_trials_of_their_own(module_config, tmp_path, unplanned):
     own = load_config(module_config)
     shards = shutil.copytree(own.data.train, tmp_path / "shards")
