@@ -58,8 +58,8 @@ class ZeroConfig:
     """Stages 1 and 2: ``all_reduce`` sums whole gradients on every rank (DeepSpeed's way), ``scatter`` only the part
     that the rank updates, while backward runs, in messages of ``bucket_elements``."""
     reduce_dtype: str = "fp32"
-    """The type that gradients are summed over the ranks in: ``fp32``, or ``bf16`` for half the bytes. Micro-batches add
-    up in fp32."""
+    """The type that gradients travel in: ``fp32``, or ``bf16`` for half the bytes. Micro-batches add up in fp32, and so
+    do the ranks' parts with ``reduction: scatter``."""
     gather_dtype: str = "fp32"
     """Stages 1 and 2: the type that updated weights of linear layers are gathered in. ``bf16`` is half the bytes, and
     computes the same under ``precision: bf16``."""

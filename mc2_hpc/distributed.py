@@ -26,6 +26,8 @@ class Ranks:
     device: torch.device
     timeout_s: float = DEFAULT_TIMEOUT_S
     """Longest wait of a collective for a missing rank, for process groups that are created later."""
+    per_node: int = 1
+    """Ranks of every node, where all nodes have as many, one node's after the other's; otherwise 1."""
 
     @property
     def is_first(self) -> bool:
@@ -92,7 +94,16 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
         timeout=timedelta(seconds=timeout_s),
     )
     try:
-        yield Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device, timeout_s=timeout_s)
+        places: list[int] = [0] * world_size
+        dist.all_gather_object(places, local_rank)
+        yield Ranks(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            device=device,
+            timeout_s=timeout_s,
+            per_node=ranks_per_node(places),
+        )
     finally:
         dist.destroy_process_group()
         # Processes started later are not ranks of this group.
@@ -101,6 +112,13 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def ranks_per_node(local_ranks: list[int]) -> int:
+    """:attr:`Ranks.per_node`, from the local rank of every rank in order."""
+    per_node = max(local_ranks) + 1
+    regular = local_ranks == [rank % per_node for rank in range(len(local_ranks))]
+    return per_node if regular and len(local_ranks) % per_node == 0 else 1
 
 
 def _device(local_rank: int) -> torch.device:

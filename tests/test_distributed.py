@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from mc2_hpc.distributed import ranks_per_node
+
 CODE = """
 from mc2_hpc.distributed import process_group
 with process_group() as ranks:
@@ -26,3 +28,19 @@ def test_only_the_tasks_of_a_slurm_step_are_ranks(environment, code, told):
     environment = {"PATH": "/usr/bin:/bin", **environment}
     run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == code and told in run.stdout + run.stderr, run.stderr
+
+
+@pytest.mark.parametrize(
+    "local_ranks, per_node",
+    [
+        ([0], 1),
+        ([0, 1, 2], 3),
+        ([0, 1, 0, 1, 0, 1], 2),
+        ([0, 0, 0], 1),
+        ([0, 0, 1, 1], 1),  # dealt to the nodes in turn
+        ([0, 1, 2, 0, 1], 1),  # not as many on every node
+        ([1, 0, 1, 0], 1),
+    ],
+)
+def test_nodes_are_told_from_local_ranks_where_they_are_alike(local_ranks, per_node):
+    assert ranks_per_node(local_ranks) == per_node

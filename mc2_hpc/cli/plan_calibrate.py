@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     network = read_network(arguments.network or gpu.network)
     runs = [read_measured(path) for path in arguments.calibrate]
     try:
-        traces = trace_measured(runs, gpu.device)
+        traces = trace_measured(runs, gpu.device, per_node=arguments.per_node)
     except TraceError as error:
         print(f"mc2: {error}", file=sys.stderr)
         return 1

@@ -110,14 +110,20 @@ def read_measured(path: Path) -> Measured:
     )
 
 
-def trace_measured(runs: Sequence[Measured], device_type: str) -> list[StepTrace]:
+def trace_measured(runs: Sequence[Measured], device_type: str, *, per_node: int) -> list[StepTrace]:
     """Traces of the runs' steps, with captions as long as theirs.
 
     Raises:
         UserError, TraceError: as :func:`mc2_hpc.planning.plan.make_plans`.
     """
     calls = [
-        {"config": run.config, "ranks": run.ranks, "caption_tokens": run.caption_tokens, "device_type": device_type}
+        {
+            "config": run.config,
+            "ranks": run.ranks,
+            "per_node": per_node,
+            "caption_tokens": run.caption_tokens,
+            "device_type": device_type,
+        }
         for run in runs
     ]
     return in_processes(trace_drawn, calls)

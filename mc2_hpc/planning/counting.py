@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -54,7 +55,7 @@ class Counting(TorchDispatchMode):
         self.allocations = Allocations()
         self._gloo = gloo
         self._work: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-        self._messages: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
+        self._messages: dict[tuple[str, str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
         self.attended = 0.0
         """Keys per query in attention within packed captions, for kernels whose flops depend on it."""
 
@@ -84,8 +85,8 @@ class Counting(TorchDispatchMode):
     def collectives(self) -> tuple[Collective, ...]:
         """All messages since :meth:`begin`."""
         return tuple(
-            Collective(kind=kind, phase=phase, host=host, calls=calls, bytes=size)
-            for (phase, kind, host), (calls, size) in sorted(self._messages.items())
+            Collective(kind=kind, phase=phase, group=group, host=host, calls=calls, bytes=size)
+            for (phase, kind, group, host), (calls, size) in sorted(self._messages.items())
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,13 +143,22 @@ class Counting(TorchDispatchMode):
         buffers = list(_tensors(args[1] if kind in _INPUT_KINDS and len(args) > 1 else args[0]))
         size = _bytes(buffers)
         counted = all(self.is_counted(tensor) for tensor in buffers)
-        entry = self._messages[self.allocations.phase, kind, not counted]
+        entry = self._messages[self.allocations.phase, kind, _group_of(args), not counted]
         entry[0] += 1
         entry[1] += size
         if counted:
             if self.allocations.phase != "loss":
                 self.allocations.mark(_tensors(args[:2]), "communication buffers", unless_known=True)
             self.allocations.see((), extra=size if kind == "reduce-scatter" and self._gloo else 0)
+
+
+def _group_of(args: Any) -> str:
+    """:attr:`mc2_hpc.planning.records.Collective.group` of a message."""
+    boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+    ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(boxed))
+    if len(ranks) == dist.get_world_size():
+        return "all"
+    return "node" if ranks[-1] - ranks[0] == len(ranks) - 1 else "between"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

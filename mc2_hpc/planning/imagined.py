@@ -219,8 +219,10 @@ def _accelerator() -> Any:
 
 
 @contextmanager
-def imagined_rank(device_type: str, world_size: int, answer: HostAnswers) -> Iterator[tuple[Ranks, Imagining]]:
-    """Be rank 0 of ``world_size`` while the context lasts, and count what happens.
+def imagined_rank(
+    device_type: str, world_size: int, per_node: int, answer: HostAnswers
+) -> Iterator[tuple[Ranks, Imagining]]:
+    """Be rank 0 of ``world_size``, ``per_node`` on each node, while the context lasts, and count what happens.
 
     Changes global state of torch and DeepSpeed that cannot be put back: use it in a process of its own.
     """
@@ -249,7 +251,9 @@ def imagined_rank(device_type: str, world_size: int, answer: HostAnswers) -> Ite
             # turned on again, for the Python code of hooks and custom functions.
             run = torch.autograd._engine_run_backward
             stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", _within(gpu, run)))
-        yield Ranks(rank=0, world_size=world_size, local_rank=0, device=device), counting
+        per_node = min(per_node, world_size)
+        regular = per_node if world_size % per_node == 0 else 1
+        yield Ranks(rank=0, world_size=world_size, local_rank=0, device=device, per_node=regular), counting
 
 
 def _shown_device(counting: Imagining) -> property:

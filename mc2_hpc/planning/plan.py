@@ -241,7 +241,12 @@ def make_plans(
     for config in configs:
         check_planned(config)
     traced = [*configs, *(_with_half(config, gpus) for config in configs), *others]
-    common = {"ranks": gpus, "caption_tokens": assumptions.caption_tokens, "device_type": gpu.device}
+    common = {
+        "ranks": gpus,
+        "per_node": per_node,
+        "caption_tokens": assumptions.caption_tokens,
+        "device_type": gpu.device,
+    }
     calls = [{"config": each, **common} for each in traced]
     found: dict[int, StepTrace | Exception] = {}
     for place, answer in answers(trace_drawn, calls):
@@ -328,7 +333,7 @@ def planned_teacher(config: RunConfig) -> ClipArchitecture | None:
     )
 
 
-def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_type: str) -> StepTrace:
+def trace_drawn(config: RunConfig, ranks: int, per_node: int, caption_tokens: float, device_type: str) -> StepTrace:
     """Trace a step of rank 0 with drawn captions; in a process of its own.
 
     Args:
@@ -354,6 +359,7 @@ def trace_drawn(config: RunConfig, ranks: int, caption_tokens: float, device_typ
         arch,
         captions,
         world_size=ranks,
+        per_node=per_node,
         device_type=device_type,
         teacher_arch=planned_teacher(config),
     )

@@ -67,7 +67,12 @@ def _due(config: RunConfig) -> RunStage[RunConfig]:
 
 
 def _start(config: RunConfig, ranks: Ranks, answer: IO[bytes]) -> "subprocess.Popen[bytes]":
-    call = {"config": config_to_dict(config), "ranks": ranks.world_size, "device_type": ranks.device.type}
+    call = {
+        "config": config_to_dict(config),
+        "ranks": ranks.world_size,
+        "per_node": ranks.per_node,
+        "device_type": ranks.device.type,
+    }
     with tempfile.TemporaryFile() as file:  # a pipe could fill, or stay open in a process of the process
         file.write(json.dumps({"parent": os.getpid(), **call}).encode())
         file.seek(0)

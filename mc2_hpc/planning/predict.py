@@ -1,7 +1,9 @@
 """Predicts the time of a traced step on a GPU and a network. Everything here is a prediction, not a measurement.
 
 Each class of kernels takes the larger of its flops over the achieved rate of products and its bytes over the achieved
-rate of memory. Collectives follow the ring formulas: the bytes that a rank sends, over the slowest link of the ring.
+rate of memory. Within a node, a collective takes the bytes that a rank sends over the rate of its link. A ring of all
+ranks (:func:`sent_bytes`) leaves a node once: with NCCL, which makes several rings, through the links of all its GPUs,
+with gloo through one. What ranks send to each other directly leaves through the sender's own link.
 
 What the step computes at the same time hides part of them: DeepSpeed reduces gradients during backward only at ZeRO 2
 and 3 (``overlap_comm``), ``zero.reduction: scatter`` does at ZeRO 1 too, and at ZeRO 3 DeepSpeed gathers parameters
@@ -57,7 +59,7 @@ def predict_step(trace: StepTrace, config: RunConfig, gpu: Gpu, network: Network
     for collective in trace.collectives:
         if collective.host:
             continue  # exchanged before the step is launched, while the device computes the step before
-        seconds = collective_seconds(collective, trace.world_size, network, per_node=per_node)
+        seconds = _collective_seconds(collective, trace, network, per_node=per_node)
         name = f"{collective.phase}: {collective.kind}"
         communication[name] = communication.get(name, 0) + seconds
         if _is_hidden(collective, config.zero):
@@ -75,17 +77,32 @@ def kernel_seconds(kernels: str, flops: float, size: float, precision: Precision
     return flops / (peak * fraction), size / (gpu.bytes_per_second * gpu.memory)
 
 
-def collective_seconds(collective: Collective, world_size: int, network: Network, *, per_node: int) -> float:
-    """Seconds of the messages of one kind, by a ring's formula."""
+def _collective_seconds(collective: Collective, trace: StepTrace, network: Network, *, per_node: int) -> float:
+    world_size = trace.world_size
     if world_size == 1:
         return 0.0
-    rate = network.within_node if world_size <= per_node else network.between_nodes
-    return sent_bytes(collective, world_size) / (rate * network.achieved)
+    per_node = min(per_node, world_size)
+    nodes = world_size // per_node
+    if collective.group == "node" or nodes == 1:
+        sent, rate = sent_bytes(collective, per_node), network.within_node
+    elif collective.group == "between":
+        sent, rate = sent_bytes(collective, nodes), network.between_nodes
+    elif collective.kind == "all-to-all":
+        # Of the parts, those for the ranks of other nodes.
+        sent, rate = collective.bytes * (nodes - 1) / nodes, network.between_nodes
+    elif collective.kind == "send":
+        sent, rate = sent_bytes(collective, world_size), network.between_nodes
+    else:
+        sent = sent_bytes(collective, world_size)
+        rings = per_node if trace.device == "cuda" else 1
+        rate = min(network.within_node, rings * network.between_nodes)
+    return sent / (rate * network.achieved)
 
 
-def sent_bytes(collective: Collective, world_size: int) -> float:
-    """Bytes that a rank sends in a ring: (N - 1) / N of the buffer to gather or scatter, twice that to all-reduce."""
-    share = (world_size - 1) / world_size
+def sent_bytes(collective: Collective, ranks: int) -> float:
+    """Bytes that each of the ranks sends in a ring: (N - 1) / N of the buffer to gather or scatter, twice that to
+    all-reduce."""
+    share = (ranks - 1) / ranks
     return collective.bytes * {"all-reduce": 2 * share, "broadcast": 1.0, "send": 1.0}.get(collective.kind, share)
 
 

@@ -38,6 +38,8 @@ class Collective:
     kind: str
     """``all-reduce``, ``all-gather``, ``reduce-scatter``, ``all-to-all``, ``broadcast``, ``send``."""
     phase: str
+    group: str = "all"
+    """Whose message it is: ``all`` ranks', the ranks' of a ``node``, or those ``between`` nodes, one of each."""
     host: bool
     """Whether it runs between hosts (gloo) although the step runs on GPUs."""
     calls: int

@@ -2,8 +2,9 @@
 
 Weak scaling keeps the pairs per GPU, strong scaling the global batch. Towers and their gradients do not depend on the
 number of GPUs; with b pairs per rank of a global batch B, towers compute in proportion to b, the loss to b B, and the
-loss moves messages in proportion to B. Muon's work is divided as a run of that size divides its matrices. What AdamW
-and the token table cost per rank is left as it was traced.
+loss moves messages in proportion to B. Muon's work is divided as a run of that size divides its matrices, and gradients
+in bf16 are exchanged as it does, within nodes and between them (:mod:`mc2_hpc.training.piece_sums`). What AdamW and the
+token table cost per rank is left as it was traced.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from mc2_hpc.config import RunConfig
 from mc2_hpc.planning.machines import Gpu, Network
 from mc2_hpc.planning.predict import StepTime, predict_step
-from mc2_hpc.planning.records import StepTrace, Work
+from mc2_hpc.planning.records import Collective, StepTrace, Work
 
 MOST_GPUS = 4096
 SCALES = tuple(2**power for power in range(MOST_GPUS.bit_length()))
@@ -44,7 +45,7 @@ def scaling(
         pairs = config.global_batch / gpus if strong else trace.pairs
         if pairs < 1:
             return
-        step = predict_step(_scaled(trace, gpus, pairs), config, gpu, network, per_node=per_node)
+        step = predict_step(_scaled(trace, gpus, pairs, per_node), config, gpu, network, per_node=per_node)
         yield _point(gpus, pairs, step)
 
 
@@ -57,7 +58,7 @@ def _point(gpus: int, pairs: float, step: StepTime) -> Point:
     return Point(gpus=gpus, pairs_per_second=gpus * pairs / step.seconds, seconds=step.seconds, exposed=step.exposed)
 
 
-def _scaled(trace: StepTrace, gpus: int, pairs: float) -> StepTrace:
+def _scaled(trace: StepTrace, gpus: int, pairs: float, per_node: int) -> StepTrace:
     own = pairs / trace.pairs
     whole = own * gpus / trace.world_size  # of the global batch
     factors = {"forward": own, "backward": own, "teacher": own, "loss": own * whole}
@@ -66,9 +67,24 @@ def _scaled(trace: StepTrace, gpus: int, pairs: float) -> StepTrace:
     work = {key: _times(each, factors.get(key.partition("/")[0], 1.0)) for key, each in trace.work.items()}
     collectives = tuple(
         dataclasses.replace(each, bytes=round(each.bytes * whole)) if each.phase == "loss" else each
-        for each in trace.collectives
+        for traced in trace.collectives
+        for each in (_levels(traced, gpus, per_node) if _is_of_gradients(traced) else (traced,))
     )
     return dataclasses.replace(trace, world_size=gpus, work=work, collectives=collectives)
+
+
+def _is_of_gradients(collective: Collective) -> bool:
+    return collective.kind == "all-to-all" and collective.phase == "backward"
+
+
+def _levels(collective: Collective, gpus: int, per_node: int) -> tuple[Collective, ...]:
+    """The exchange of gradients on as many GPUs, from its first level at the traced number."""
+    if collective.group == "between":
+        return ()
+    if per_node == 1 or gpus <= per_node:
+        return (dataclasses.replace(collective, group="all"),)
+    between = dataclasses.replace(collective, group="between", bytes=collective.bytes // per_node)
+    return dataclasses.replace(collective, group="node"), between
 
 
 def _times(work: Work, factor: float) -> Work:

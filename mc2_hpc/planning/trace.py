@@ -174,6 +174,7 @@ def trace_step(
     captions: Captions,
     *,
     world_size: int,
+    per_node: int,
     device_type: str,
     teacher_arch: ClipArchitecture | None = None,
 ) -> StepTrace:
@@ -184,6 +185,7 @@ def trace_step(
 
     Args:
         captions: of the ranks.
+        per_node: ranks of a node.
         device_type: ``cuda`` for a GPU, ``cpu`` for ranks on CPUs that talk through gloo.
         teacher_arch: of the teacher that the run runs, if it does.
 
@@ -192,7 +194,7 @@ def trace_step(
     """
     num_micro = num_micro_batches(config, world_size)
     check_adapters(arch, config)
-    with imagined_rank(device_type, world_size, captions.answer) as (ranks, counting):
+    with imagined_rank(device_type, world_size, per_node, captions.answer) as (ranks, counting):
         clip = empty_clip(arch, ranks.device, adapters_of(config))
         parameters = sum(parameter.numel() for parameter in clip.parameters())
         backend = config.loss.backend

@@ -154,7 +154,7 @@ class Engine:
         if scatters:
             self._engine.enable_backward_allreduce = False
             dtype = Precision(config.zero.reduce_dtype).dtype
-            self._scatter = GradientScatter(self._optimizer, named, dtype, every_pass=self.stage == 2)
+            self._scatter = GradientScatter(self._optimizer, named, dtype, ranks, every_pass=self.stage == 2)
         self._gather = WeightGather(self._optimizer, towers, named, rounded.values()) if hides_gather else None
         self._trained_table = self._table if self._table is not None and self._table.trained else None
         if self._has_others and self.stage > 0 and not self._computes_norm:

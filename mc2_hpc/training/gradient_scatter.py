@@ -3,20 +3,21 @@
 DeepSpeed (0.19) all-reduces whole buckets at these stages and keeps its own part of the result: a ring then moves twice
 what is needed. Its partitions are why: each of its parameter groups is laid out flat and cut into one piece per rank,
 so a bucket of neighbouring parameters belongs to a few ranks. Here every bucket is a parameter group of its own
-(:func:`in_buckets`). Its flat gradient is cut exactly as DeepSpeed cuts its weights, so one reduce-scatter gives each
-rank the sums of its piece, and DeepSpeed's step takes them from there: its norm, clipping, update and gather are its
-own. It has no public way to be given gradients, hence the attribute names of its optimizer here.
+(:func:`in_buckets`). Its flat gradient is cut exactly as DeepSpeed cuts its weights, so one reduce-scatter, or the
+exchange that stands for it in bf16 (:mod:`mc2_hpc.training.piece_sums`), gives each rank the sums of its piece, and
+DeepSpeed's step takes them from there: its norm, clipping, update and gather are its own. It has no public way to be
+given gradients, hence the attribute names of its optimizer here.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13's name, and the older
+from mc2_hpc.distributed import Ranks
+from mc2_hpc.training.piece_sums import NodeExchange, ReduceScatter, Summing
 
 
 def in_buckets(
@@ -67,18 +68,6 @@ class _Bucket:
     """This rank's piece of the averaged gradient so far, flat, in fp32."""
 
 
-@dataclass(kw_only=True)
-class _Running:
-    """A reduce-scatter that may not have finished."""
-
-    bucket: _Bucket
-    work: "dist.Work | None"
-    piece: Tensor
-    """Where this rank's sums arrive."""
-    whole: Tensor = field(repr=False)
-    """What is summed; it has to outlive the message."""
-
-
 class GradientScatter:
     """Averages gradients over the ranks. A pass is :meth:`begin`, backward, :meth:`finish`, on all ranks alike."""
 
@@ -87,6 +76,7 @@ class GradientScatter:
         optimizer: Any,
         parameters: Mapping[str, nn.Parameter],
         dtype: torch.dtype,
+        ranks: Ranks,
         *,
         every_pass: bool,
     ) -> None:
@@ -94,13 +84,16 @@ class GradientScatter:
         Args:
             optimizer: DeepSpeed's of ZeRO stage 1, which is not to reduce gradients itself.
             parameters: of the module, in the order of the forward pass.
-            dtype: that gradients are summed in, once they have been added up over the micro-batches that are not
-                reduced on their own.
+            dtype: that gradients travel in, once they have been added up over the micro-batches that are not reduced
+                on their own. Sums are in fp32.
             every_pass: reduce after every micro-batch, so that no rank keeps whole gradients, and add up the sums of
                 this rank's piece in fp32. Otherwise gradients add up whole, on their parameters, until the last one.
         """
         self._optimizer, self._dtype, self._every_pass = optimizer, dtype, every_pass
-        self._world_size = dist.get_world_size()
+        self._world_size = ranks.world_size
+        self._start_sum: Callable[[Tensor], Summing] = (
+            ReduceScatter if dtype == torch.float32 else NodeExchange(ranks).start
+        )
         places = {parameter: place for place, parameter in enumerate(parameters.values())}
         buckets = [
             _Bucket(group=group, parameters=list(members), offsets=offsets, size=flat.numel())
@@ -118,7 +111,7 @@ class GradientScatter:
         self._buckets = sorted(buckets, key=lambda bucket: -min(places[each] for each in bucket.parameters))
         self._reduces = False
         self._started = 0
-        self._running: list[_Running] = []
+        self._running: list[tuple[_Bucket, Summing]] = []
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._counter(bucket))
@@ -160,9 +153,11 @@ class GradientScatter:
         used = bucket.offsets[-1] + bucket.parameters[-1].numel()
         whole[used:].zero_()
         torch._foreach_copy_(views, grads)
-        piece = torch.empty(bucket.size // self._world_size, dtype=self._dtype, device=like.device)
-        work = _reduce_scatter(piece, whole, async_op=True)
-        self._running.append(_Running(bucket=bucket, work=work, piece=piece, whole=whole))
+        summing = self._start_sum(whole)
+        if self._running:
+            # Not before: the device would wait for a first message that has only just been started.
+            self._running[-1][1].advance()
+        self._running.append((bucket, summing))
 
     def finish(self, *, last: bool) -> None:
         """After backward: let the device wait for the sums, and after the ``last`` micro-batch give them to DeepSpeed.
@@ -174,11 +169,10 @@ class GradientScatter:
         self._reduces = False
         for bucket in self._buckets[self._started :]:
             self._start(bucket)
-        for running in self._running:
-            if running.work is not None:
-                running.work.wait()
-            sums = running.piece.float().div_(self._world_size)
-            bucket = running.bucket
+        if self._running:
+            self._running[-1][1].advance()
+        for bucket, summing in self._running:
+            sums = summing.piece().div_(self._world_size)
             bucket.sums = sums if bucket.sums is None else bucket.sums.add_(sums)
         self._running = []
         if last:

@@ -51,6 +51,7 @@ class Fitting:
             {
                 "config": config,
                 "ranks": self._machine.ranks,
+                "per_node": self._machine.ranks_per_node,
                 "caption_tokens": self._caption_tokens,
                 "device_type": self._machine.device_type,
             }

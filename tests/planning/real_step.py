@@ -71,6 +71,7 @@ def traced(config: RunConfig, world_size: int) -> StepTrace:
         resolve(config.model),
         captions,
         world_size=world_size,
+        per_node=world_size,
         device_type="cpu",
         teacher_arch=planned_teacher(config),
     )
@@ -124,6 +125,7 @@ def real(config: RunConfig) -> dict[str, Any]:
 
             run()
             run()
+            dist.barrier()  # gloo's threads keep what they sent until then
             gc.collect()  # what is in cycles would be freed at any time, during the measured step or after it
             between = sum(counting.allocations.by_category().values())
             collectives = sorted([c.kind, c.calls, c.bytes] for c in counting.collectives())

@@ -114,7 +114,7 @@ def test_a_run_that_does_not_tell_gets_one_line(run):
 
 
 def test_the_command_writes_files_for_the_next_plan(run, monkeypatch, capsys):
-    monkeypatch.setattr(calibrating, "trace_measured", lambda runs, device_type: [trace(world_size=4) for _ in runs])
+    monkeypatch.setattr(calibrating, "trace_measured", lambda runs, *_, **__: [trace(world_size=4) for _ in runs])
     rows = run / "metrics.jsonl"
     assert main(["plan", "--calibrate", str(rows), "--gpu", "h100", "--json", str(run / "fit.json")]) == 0
     said = capsys.readouterr().out

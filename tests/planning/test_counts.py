@@ -38,7 +38,7 @@ def h14(ranks, stage, recompute, kernels="triton", **zero):
         "test",
     )
     tokens = RESULTS["config"]["caption_tokens"] / PAIRS
-    call = {"config": config, "ranks": ranks, "caption_tokens": tokens, "device_type": "cuda"}
+    call = {"config": config, "ranks": ranks, "per_node": 8, "caption_tokens": tokens, "device_type": "cuda"}
     (trace,) = in_processes(trace_drawn, [call])
     return trace
 

@@ -18,7 +18,8 @@ TERA, GIGA = 1e12, 1e9
 GPU = dataclasses.replace(
     read_gpu("h100"), flops=100 * TERA, products=0.5, attention=0.25, bytes_per_second=1000 * GIGA, memory=0.5
 )
-NETWORK = dataclasses.replace(read_network("ndr"), within_node=100 * GIGA, between_nodes=10 * GIGA, achieved=0.5)
+# 8 GPUs per node: a ring leaves it at 8 * 1.25 GB/s.
+NETWORK = dataclasses.replace(read_network("ndr"), within_node=100 * GIGA, between_nodes=1.25 * GIGA, achieved=0.5)
 CONFIG = config_from_dict({"steps": 1000, "global_batch": 1024, "zero": {"stage": 1}}, "test")
 
 
@@ -106,6 +107,58 @@ def test_a_node_alone_uses_its_own_links():
     step = predict_step(trace(world_size=8), CONFIG, GPU, NETWORK, per_node=8)
     assert step.exposed == pytest.approx(2 * 7 / 8 * 8 / 50)
     assert predict_step(trace(world_size=1), CONFIG, GPU, NETWORK, per_node=8).exposed == 0
+
+
+def test_across_nodes_a_ring_has_the_links_of_all_gpus_of_a_node_but_none_faster_than_within_it():
+    step = predict_step(trace(world_size=8), CONFIG, GPU, NETWORK, per_node=4)
+    assert step.exposed == pytest.approx(2 * 7 / 8 * 8 / 2.5)
+    fast = dataclasses.replace(NETWORK, between_nodes=60 * GIGA)
+    assert predict_step(trace(), CONFIG, GPU, fast, per_node=8).exposed == pytest.approx(2 * 15 / 16 * 8 / 50)
+    gloo = predict_step(trace(device="cpu"), CONFIG, GPU, NETWORK, per_node=8)
+    assert gloo.exposed == pytest.approx(2 * 15 / 16 * 8 / 0.625)
+
+
+def exchanged(group="all", size=8, phase="backward", host=False):
+    return Collective(kind="all-to-all", phase=phase, group=group, host=host, calls=1, bytes=int(size * GIGA))
+
+
+def test_what_ranks_send_each_other_leaves_the_node_through_their_own_links():
+    rows = exchanged(phase="look-up")
+    of_16 = predict_step(trace(collectives=(rows,)), CONFIG, GPU, NETWORK, per_node=8)
+    assert of_16.exposed == pytest.approx(1 / 2 * 8 / 0.625)  # to the 8 of 16 ranks that are elsewhere
+    of_8 = predict_step(trace(collectives=(rows,), world_size=8), CONFIG, GPU, NETWORK, per_node=8)
+    assert of_8.exposed == pytest.approx(7 / 8 * 8 / 50)
+    send = dataclasses.replace(rows, kind="send")
+    assert predict_step(trace(collectives=(send,)), CONFIG, GPU, NETWORK, per_node=8).exposed == 8 / 0.625
+
+
+BF16 = config_from_dict(
+    {"steps": 1000, "global_batch": 1024, "zero": {"stage": 1, "reduction": "scatter", "reduce_dtype": "bf16"}}, "test"
+)
+
+
+def test_gradients_in_bf16_are_exchanged_within_nodes_and_between_them():
+    two_levels = trace(world_size=32, collectives=(exchanged("node"), exchanged("between", size=1)))
+    step = predict_step(two_levels, BF16, GPU, NETWORK, per_node=8)
+    seconds = 7 / 8 * 8 / 50 + 3 / 4 * 1 / 0.625
+    assert step.communication == pytest.approx({"backward: all-to-all": seconds})
+    assert step.exposed == 0  # 1.5 s of kernels in backward
+
+
+@pytest.mark.parametrize(
+    "collectives, world_size", [((exchanged(),), 8), ((exchanged("node"), exchanged("between", size=1)), 32)]
+)
+def test_scaling_exchanges_gradients_as_a_run_of_each_size_does(collectives, world_size):
+    """From one node's trace and from several nodes', the same."""
+    work = {"forward/other": Work(bytes=GIGA)}  # which hides nothing of backward
+    found = plan(trace=trace(world_size=world_size, collectives=collectives, work=work), config=BF16)
+    exposed = {point.gpus: point.exposed for point in found.scaling(strong=False)}
+    for gpus in (2, 8):
+        assert exposed[gpus] == pytest.approx((gpus - 1) / gpus * 8 / 50)
+    for nodes in (2, 4, 512):
+        assert exposed[8 * nodes] == pytest.approx(7 / 8 * 8 / 50 + (nodes - 1) / nodes * 1 / 0.625)
+    alone = dataclasses.replace(found, per_node=1)
+    assert [point.exposed for point in alone.scaling(strong=False)][1] == pytest.approx(1 / 2 * 8 / 0.625)
 
 
 def test_scaling_keeps_the_traced_point_and_finds_where_the_network_takes_over():

@@ -153,7 +153,7 @@ def test_a_teacher_on_imagined_gpus(tmp_path):
     same, own = (write_teacher(tmp_path / str(size), text={**OTHER_IDS, "vocab_size": size}) for size in (800, 900))
     pairs = {"world_size": 16, "pairs": 64, "precision": "bf16"}
     configs = [tiny_config(**pairs), *(tiny_config(**pairs, distill={"teacher": each}) for each in (same, own))]
-    call = {"ranks": 16, "caption_tokens": 8, "device_type": "cuda"}
+    call = {"ranks": 16, "per_node": 8, "caption_tokens": 8, "device_type": "cuda"}
     alone, packed, padded = in_processes(trace_drawn, [{"config": each, **call} for each in configs])
     assert packed.loss_backend == "triton"
     more = packed.total("loss", "products").flops - alone.total("loss", "products").flops

@@ -17,12 +17,13 @@ from mc2_hpc.training.weight_gather import only_in_products
 from tests.training import wire_worker as worker
 from tests.training import zero_worker
 
-pytestmark = pytest.mark.timeout(900)  # nineteen short trainings
+pytestmark = pytest.mark.timeout(900)  # two dozen short trainings
 
 CASES_BY_RANKS = {
     1: ["one_whole", "one_scatter_bf16"],
-    2: [name for name in worker.CASES if not name.startswith("one")],
+    2: [name for name in worker.CASES if not name.startswith(("one", "nodes"))],
     3: ["scatter2_2", "scatter_bf16_1_1"],
+    4: ["nodes1_1", "nodes2_2", "scatter_bf16_1_1"],
 }
 BETA1 = 0.9
 
@@ -45,9 +46,9 @@ class Found:
         """Rank 0's averaged gradients of the first step, flat, by group."""
         return load_file(self._folder / f"{name}.own.safetensors")
 
-    def sizes(self, name, phase, kind):
+    def sizes(self, name, phase, kind, group="all"):
         """(calls, bytes) of the last step."""
-        rows = [row[2:] for row in self.rows[name]["collectives"] if row[:2] == [phase, kind]]
+        rows = [row[3:] for row in self.rows[name]["collectives"] if row[:3] == [phase, kind, group]]
         return [sum(column) for column in zip(*rows, strict=True)] or [0, 0]
 
 
@@ -85,7 +86,7 @@ PLAIN = [(ranks, name) for ranks, names in CASES_BY_RANKS.items() for name in na
 
 @pytest.mark.parametrize("ranks, name", [case for case in PLAIN if "clipped" not in case[1]])
 def test_equals_the_gradient_of_the_whole_batch(found, gradient, ranks, name):
-    """To rounding: bf16 has 8 bits, so a rank's part and a sum are within 0.2 % each. fp32 is within 1e-5."""
+    """To rounding: bf16 has 8 bits, so a rank's part and a node's sum are within 0.2 % each. fp32 is within 1e-5."""
     size = error(found[ranks].state(name, step=0), gradient)
     if worker.configured(name).zero.reduce_dtype == "bf16":
         assert 2e-4 < size < 5e-3
@@ -131,11 +132,22 @@ def test_half_the_bytes_in_bf16_and_nothing_all_reduced(found, stage, num_micro,
     )
     calls, size = found[2].sizes(fp32, "backward", "reduce-scatter")
     assert calls >= 10 * passes and 0 <= size / (4 * passes) - parameters < 2 * 2 * calls
-    assert found[2].sizes(bf16, "backward", "reduce-scatter") == [calls, size / 2]
+    assert found[2].sizes(bf16, "backward", "all-to-all") == [calls, size / 2]
+    assert found[2].sizes(bf16, "backward", "reduce-scatter") == [0, 0]
     whole = found[2].sizes(f"whole{stage}_{num_micro}", "backward", "all-reduce")
     assert whole[1] == pytest.approx(size, rel=0.01)
     for name in (fp32, bf16):
         assert found[2].sizes(name, "backward", "all-reduce") == [0, 0]
+
+
+@pytest.mark.parametrize("stage, num_micro", [(1, 1), (2, 2)])
+def test_a_node_sends_the_others_its_sum_alone(found, stage, num_micro):
+    name = f"nodes{stage}_{num_micro}"
+    calls, size = found[4].sizes(name, "backward", "all-to-all", "node")
+    assert calls and found[4].sizes(name, "backward", "all-to-all", "between") == [calls, size / 2]
+    assert found[4].sizes(name, "backward", "all-to-all") == [0, 0]
+    if stage == 1:
+        assert found[4].sizes("scatter_bf16_1_1", "backward", "all-to-all") == [calls, size]
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -3,6 +3,7 @@
 python -m torch.distributed.run --standalone --nproc-per-node 2 wire_worker.py OUT CASE ...
 """
 
+import dataclasses
 import json
 import sys
 from contextlib import nullcontext
@@ -38,6 +39,11 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "scatter_clipped": (2, "fp32", {"stage": 1, **SCATTER}, {"grad_clip": 0.5, "ema_decay": 0.9}),
     "autocast": (1, "bf16", {"stage": 1}, {"ema_decay": 0.9}),
     "gather_bf16": (1, "bf16", {"stage": 1, **GATHER}, {"ema_decay": 0.9}),
+    # As if each two ranks were on a node of their own.
+    **{
+        f"nodes{stage}_{num_micro}": (num_micro, "fp32", {"stage": stage, **SCATTER, **BF16}, {})
+        for stage, num_micro in ((1, 1), (2, 2))
+    },
     # One group each, so that a rank's gradients lie alike.
     "one_whole": (2, "fp32", {"stage": 1}, {}),
     "one_scatter_bf16": (2, "fp32", {"stage": 1, "reduction": "scatter", **BF16}, {}),
@@ -54,6 +60,8 @@ def train(name: str, ranks: Ranks, out: Path) -> dict[str, Any]:
     """What rank 0 writes: the whole state after the first and the last step, this rank's gradients of the first, and
     the collectives of the last."""
     config, num_micro = configured(name), CASES[name][0]
+    if name.startswith("nodes"):
+        ranks = dataclasses.replace(ranks, per_node=2)
     counting = Counting(gloo=False)
     engine = CountedEngine(
         build_clip(resolve(config.model), seed=0), config, ranks, num_micro=num_micro, counting=counting
@@ -81,12 +89,12 @@ def train(name: str, ranks: Ranks, out: Path) -> dict[str, Any]:
     return {
         "norms": norms,
         "started before the first block": started,
-        "collectives": [[each.phase, each.kind, each.calls, each.bytes] for each in counting.collectives()],
+        "collectives": [[each.phase, each.kind, each.group, each.calls, each.bytes] for each in counting.collectives()],
     }
 
 
 def _watch(engine: Engine) -> list[int]:
-    """The number of reduce-scatters that had been started when backward came to the image tower's first block, by
+    """The number of sums that had been started when backward came to the image tower's first block, by
     step."""
     started: list[int] = []
     scatter = engine._scatter
