@@ -70,6 +70,9 @@ def test_the_wire(row):
     ):
         size = sum(each.bytes for each in trace.collectives if each.kind == kind)
         assert size / 1e9 == pytest.approx(row[key], abs=0.01)
+    for group, key in (("node", "exchanged_gb"), ("between", "exchanged_between_nodes_gb")):
+        size = sum(each.bytes for each in trace.collectives if each.group == group)
+        assert size / 1e9 == pytest.approx(row[key], abs=0.01)
     assert trace.peak.bytes / 2**30 == pytest.approx(row["peak_gib"], rel=0.1)
 
 
