@@ -94,7 +94,7 @@ def _calibrated(quick: bool) -> list[dict[str, Any]]:
         runs = [_train(Path(name) / str(number), pool, each, quick) for number, each in enumerate(settings)]
     gpu = read_gpu("cpu")
     network = read_network(gpu.network)
-    steps = trace_measured(runs, gpu.device)
+    steps = trace_measured(runs, gpu.device, per_node=8)
     fitted = calibrate(runs[:1], steps[:1], gpu, network, per_node=8)
     rows = []
     for setting, measured, step in zip(settings, runs, steps, strict=True):
