@@ -107,13 +107,13 @@ class CountedEngine(Engine):
         # What the following marks leave of these are DeepSpeed's buckets.
         mark(_tensors(vars(self._optimizer)), "communication buffers")
         mark(_tensors([self._towers._inner.state, self._towers._flats]), "optimizer state")
-        if self._scalar_optimizer is not None:
-            mark(_tensors(self._scalar_optimizer.state), "optimizer state")
+        if (of_scalars := self._scalars._optimizer) is not None:
+            mark(_tensors(of_scalars.state), "optimizer state")
         if self._matrices is not None:
             mark(_tensors(self._matrices._state), "optimizer state")
         parameters = [p.data for p in self._parameters.values()]
         parameters += [p.ds_tensor for p in self._parameters.values() if hasattr(p, "ds_tensor")]
-        mark([*parameters, *self._scalars.values()], "parameters")
+        mark([*parameters, *self._scalars.parameters.values()], "parameters")
         if self._table is not None:
             rows = self._table._rows
             mark(_tensors([self._table._state, vars(rows) if rows is not None else ()]), "optimizer state")

@@ -1,27 +1,23 @@
 """DeepSpeed for the two towers: ZeRO stages 0-3 behind one interface, and the state by parameter name.
 
-DeepSpeed partitions the towers but not ``logit_scale`` and ``logit_bias``: a scalar gains nothing from it and has to
-stay in fp32, and the scale is clamped after every step. So each rank keeps identical copies, updated by the same AdamW
-with the same gradients. With ``model.embedding: sharded`` the token table is not DeepSpeed's either
-(:mod:`mc2_hpc.training.token_table`), and with ``optim.matrices: muon`` neither are the matrices of the blocks
-(:mod:`mc2_hpc.training.muon`).
+DeepSpeed partitions the towers but not the scalars outside them (:mod:`mc2_hpc.training.scalars`). With
+``model.embedding: sharded`` the token table is not DeepSpeed's either (:mod:`mc2_hpc.training.token_table`), and with
+``optim.matrices: muon`` neither are the matrices of the blocks (:mod:`mc2_hpc.training.muon`).
 """
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mc2_hpc.config import RunConfig
 from mc2_hpc.data.normalise import normalise
 from mc2_hpc.distributed import Ranks
 from mc2_hpc.models.clip import CLIP, Towers
-from mc2_hpc.models.depth import tower_of
 from mc2_hpc.models.float8 import Float8Blocks
 from mc2_hpc.models.lora import add_adapters
 from mc2_hpc.models.positions import RESIZED
@@ -32,9 +28,10 @@ from mc2_hpc.training.deepspeed_config import deepspeed_config
 from mc2_hpc.training.freezing import adapters_of, freeze
 from mc2_hpc.training.gradient_scatter import GradientScatter, in_buckets
 from mc2_hpc.training.muon import MOMENTUM, MuonMatrices, is_muons
-from mc2_hpc.training.optim import adamw, parameter_groups, set_learning_rate, tower_optimizer
+from mc2_hpc.training.optim import parameter_groups, set_learning_rate, tower_optimizer
+from mc2_hpc.training.scalars import Scalars
 from mc2_hpc.training.token_table import TABLE, TokenTable
-from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState, average, create_state
+from mc2_hpc.training.tower_state import EMA, MOMENTS, TowerState
 from mc2_hpc.training.votes import Votes
 from mc2_hpc.training.weight_gather import WeightGather, only_in_products
 
@@ -99,7 +96,6 @@ class Engine:
         self._max_norm = config.optim.grad_clip
         self._ema_decay = config.optim.ema_decay
         self._kinds = (*MOMENTS, EMA) if self._ema_decay else MOMENTS
-        self._max_scale = math.log(config.optim.max_logit_scale)
         self.device = ranks.device
         self.num_micro = num_micro
         freeze(clip, config.freeze)
@@ -107,12 +103,10 @@ class Engine:
             any(p.requires_grad for p in tower.parameters()) for tower in (clip.vision, clip.text)
         )
         """Whether any parameter of the tower is trained."""
-        self._scalars = {name: self._own_scalar(p) for name, p in clip.named_parameters() if tower_of(name) is None}
-        self.logit_scale = self._scalars["logit_scale"]
-        self.logit_bias = self._scalars.get("logit_bias")
+        self._scalars = Scalars(clip, config.optim, self.device)
+        self.logit_scale = self._scalars.logit_scale
+        self.logit_bias = self._scalars.logit_bias
         """Of the sigmoid loss."""
-        self._trained_scalars = {name: p for name, p in self._scalars.items() if p.requires_grad}
-        self._scalar_optimizer = self._adamw_of_scalars(config) if self._trained_scalars else None
         self._table = TokenTable(clip, config.optim, ranks) if config.model.embedding == "sharded" else None
         # Without a table that is dealt to the ranks, which would keep all of it in memory.
         self._frozen = [parameter for parameter in clip.parameters() if not parameter.requires_grad]
@@ -170,16 +164,6 @@ class Engine:
         """The averaged gradients that this rank owns and DeepSpeed does not have, but for the scalars'."""
         rows = [] if self._trained_table is None else [self._trained_table.gradient()]
         return rows if self._matrices is None else [*rows, *self._matrices.gradients()]
-
-    def _own_scalar(self, parameter: nn.Parameter) -> nn.Parameter:
-        copy = parameter.detach().to(self.device, torch.float32, copy=True)
-        return nn.Parameter(copy, requires_grad=parameter.requires_grad)
-
-    def _adamw_of_scalars(self, config: RunConfig) -> torch.optim.AdamW:
-        optimizer = adamw(parameter_groups(self._trained_scalars.items(), self._clip.arch, config.optim), config.optim)
-        for scalar in self._trained_scalars.values():
-            create_state(optimizer, scalar, ema=self._ema_decay > 0)
-        return optimizer
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Prepare the step of this rank's token ids, (b, L) on the host, and return them on the device. Collective.
@@ -252,11 +236,10 @@ class Engine:
             self._trained_table.reduce()
         if self._matrices is not None:
             self._matrices.reduce(averaged=self.stage == 0)
-        num_scalars = len(self._trained_scalars)
+        num_scalars = len(self._scalars.trained)
         shared = torch.zeros(num_scalars + len(votes) + 1, device=self.device)
-        for number, scalar in enumerate(self._trained_scalars.values()):
-            assert scalar.grad is not None
-            shared[number] = scalar.grad
+        for number, gradient in enumerate(self._scalars.gradients()):
+            shared[number] = gradient
         if self._computes_norm:
             shared[-1] = self._squared_norm()
         for number, vote in enumerate(votes, start=num_scalars):
@@ -276,22 +259,10 @@ class Engine:
                 self._matrices.drop()
             else:
                 self._matrices.step(lr, clip_coefficient(norm, self._max_norm) if self._max_norm > 0 else None)
-        if self._scalar_optimizer is not None:
-            self._step_scalars(self._scalar_optimizer, shared[:num_scalars] / dist.get_world_size(), lr)
+        self._scalars.step(shared[:num_scalars] / dist.get_world_size(), lr)
         if self._ema_decay:
             self._average()
         return norm, shared[num_scalars:-1]
-
-    def _step_scalars(self, optimizer: torch.optim.AdamW, gradients: Tensor, lr: float) -> None:
-        for scalar, gradient in zip(self._trained_scalars.values(), gradients.unbind(), strict=True):
-            assert scalar.grad is not None
-            scalar.grad.copy_(gradient)
-        set_learning_rate(optimizer.param_groups, lr)
-        optimizer.step()
-        optimizer.zero_grad()
-        if self.logit_scale.requires_grad:  # a frozen one stays as it starts
-            with torch.no_grad():
-                self.logit_scale.clamp_(0, self._max_scale)
 
     def _average(self) -> None:
         self._towers.average(self._ema_decay)
@@ -299,8 +270,7 @@ class Engine:
             self._trained_table.average(self._ema_decay)
         if self._matrices is not None:
             self._matrices.average(self._ema_decay)
-        if self._scalar_optimizer is not None:
-            average(self._scalar_optimizer, list(self._trained_scalars.values()), self._ema_decay)
+        self._scalars.average()
 
     def _squared_norm(self) -> Tensor:
         """The square of the norm of the averaged gradients that this rank owns, 0-d, summed in fp64."""
@@ -333,15 +303,15 @@ class Engine:
         if self._matrices is not None:
             of_matrices = (MOMENTUM, *(kind for kind in self._kinds if kind == EMA))
             kinds |= {name: of_matrices for name in kinds if name in self._matrices}
-        kinds |= {name: self._kinds if name in self._trained_scalars else () for name in self._scalars}
+        kinds |= {name: self._kinds if name in self._scalars.trained else () for name in self._scalars.parameters}
         if self._table is not None:
             kinds[TABLE] = self._kinds if self._table.trained else ()
         return [(kind, name) for name in kinds for kind in ("weight", *kinds[name])]
 
     def state_shape(self, name: str) -> torch.Size:
         """Full shape of a parameter, partitioned or not."""
-        if name in self._scalars:
-            return self._scalars[name].shape
+        if name in self._scalars.parameters:
+            return self._scalars.parameters[name].shape
         if self._table is not None and name == TABLE:
             return self._table.shape
         if self._matrices is not None and name in self._matrices:
@@ -361,8 +331,8 @@ class Engine:
             yield kind, name, self._full(kind, name, to).detach()
 
     def _full(self, kind: str, name: str, to: int | None = None) -> Tensor:
-        if name in self._scalars:
-            return self._scalars[name] if kind == "weight" else self._scalar_state(name)[kind]
+        if name in self._scalars.parameters:
+            return self._scalars.full(kind, name)
         if self._table is not None and name == TABLE:
             return self._table.full(kind, to)
         if self._matrices is not None and name in self._matrices:
@@ -374,10 +344,6 @@ class Engine:
         """Before weights of the towers are read other than by a forward pass. Collective."""
         if self._gather is not None:
             self._gather.finish()
-
-    def _scalar_state(self, name: str) -> dict[str, Tensor]:
-        assert self._scalar_optimizer is not None
-        return self._scalar_optimizer.state[self._scalars[name]]
 
     @contextmanager
     def whole_model(self, *, ema: bool = False) -> Iterator[CLIP]:
@@ -395,9 +361,7 @@ class Engine:
         self._finish_gather()
         with self._table.whole() if self._table is not None and self.stage < 3 else nullcontext(), self._thawed():
             if self.stage < 3:
-                with torch.no_grad():
-                    for name, scalar in self._scalars.items():
-                        self._clip.get_parameter(name).copy_(scalar)
+                self._scalars.copy_to(self._clip)
             with self._float8.in_bf16() if self._float8 is not None else nullcontext():
                 yield self._clip if self.stage < 3 else self._gathered_copy("weight")
 
@@ -442,8 +406,8 @@ class Engine:
                 if kind != EMA:
                     continue  # the moments of an interpolated table begin at zero again
                 value = RESIZED[name](value.float(), self.state_shape(name)[0])
-            if name in self._scalars:
-                self._scalar_state(name)[kind].copy_(value)
+            if name in self._scalars.parameters:
+                self._scalars.full(kind, name).copy_(value)
             elif self._table is not None and name == TABLE:
                 self._table.load(kind, value)
             elif self._matrices is not None and name in self._matrices:
@@ -451,8 +415,7 @@ class Engine:
             else:
                 self._towers.load(kind, name, value)
         self._towers.resume(step)
-        for name in self._trained_scalars:
-            self._scalar_state(name)["step"].fill_(step)
+        self._scalars.resume(step)
         if self._trained_table is not None:
             self._trained_table.resume(step)
 
