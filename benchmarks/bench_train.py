@@ -46,7 +46,7 @@ def run(quick: bool) -> dict[str, Any]:
         vocab_size = make_data(folder, num_images=256 if quick else 2048)
         # (what, rows of the token table, rounds, steps, pairs per process)
         sizes = [
-            ("train", vocab_size, *((1, 4, 8) if quick else (3, 20, 64))),
+            ("train", vocab_size, *((1, 4, 8) if quick else (5, 20, 64))),
             # A smoke test does not wait for tables of a gigabyte to be initialised and saved.
             ("train_full_vocab", 100_000 if quick else FULL_VOCABULARY, *((1, 4, 4) if quick else (3, 16, 8))),
         ]
