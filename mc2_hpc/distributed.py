@@ -94,15 +94,13 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
         timeout=timedelta(seconds=timeout_s),
     )
     try:
-        places: list[int] = [0] * world_size
-        dist.all_gather_object(places, local_rank)
         yield Ranks(
             rank=rank,
             world_size=world_size,
             local_rank=local_rank,
             device=device,
             timeout_s=timeout_s,
-            per_node=ranks_per_node(places),
+            per_node=ranks_per_node(_local_ranks(local_rank, world_size)),
         )
     finally:
         dist.destroy_process_group()
@@ -112,6 +110,14 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Ranks]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _local_ranks(own: int, world_size: int) -> list[int]:
+    """Of every rank in order. Collective."""
+    found = [own] * world_size
+    if world_size > 1:  # alone, a process on a GPU may never need NCCL and its memory
+        dist.all_gather_object(found, own)
+    return found
 
 
 def ranks_per_node(local_ranks: list[int]) -> int:

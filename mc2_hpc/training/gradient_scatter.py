@@ -155,7 +155,7 @@ class GradientScatter:
         torch._foreach_copy_(views, grads)
         summing = self._start_sum(whole)
         if self._running:
-            # Not before: the device would wait for a first message that has only just been started.
+            # Its first message has had the time of a bucket's backward pass to arrive.
             self._running[-1][1].advance()
         self._running.append((bucket, summing))
 

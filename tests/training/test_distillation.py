@@ -73,19 +73,19 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(teacher):
-    """The same steps on one process: dense logits of both models, torch's AdamW, no engine."""
+    """The same steps on one process, in fp64: dense logits of both models, torch's AdamW, no engine."""
     config = worker.run_config(str(teacher))
-    model, (other, _) = build_clip(resolve(config.model), seed=0), load_clip(teacher)
+    model, other = build_clip(resolve(config.model), seed=0).double(), load_clip(teacher)[0].double()
     decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "norm" not in n and "bias" not in n]
     others = [p for p in model.parameters() if not any(p is q for q in decayed)]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6)
     rows = []
     for number, (images, tokens, teacher_images, teacher_tokens) in enumerate(worker.batches()):
-        image, text, log_scale = model(normalise(images), tokens)
+        image, text, log_scale = model(normalise(images, torch.float64), tokens)
         student = log_scale.exp() * image @ text.t()
         with torch.no_grad():
-            image, text, _ = other(normalise(teacher_images), teacher_tokens)
+            image, text, _ = other(normalise(teacher_images, torch.float64), teacher_tokens)
             wanted = 50.0 * image @ text.t()
         target = torch.arange(len(student))
         contrastive = (F.cross_entropy(student, target) + F.cross_entropy(student.t(), target)) / 2
@@ -102,7 +102,7 @@ def plain(teacher):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         rows.append([loss.item(), divergence.item(), norm.item(), model.logit_scale.item()])
-    return torch.tensor(rows, dtype=torch.float64), model.state_dict()
+    return torch.tensor(rows, dtype=torch.float64), model.float().state_dict()
 
 
 # 16 pairs are not a multiple of 3 ranks.
@@ -128,9 +128,11 @@ def trained(ranks_of, teacher, tmp_path_factory):
 def test_steps_equal_plain_pytorch(trained, plain, ranks, name):
     rows = torch.tensor(json.loads((trained[ranks] / "rows.json").read_text())[name], dtype=torch.float64)
     assert rows.shape == (worker.STEPS, 4) and plain[0][:, 1].min() > 0.05
-    # In bf16, the gradient norm of 16 pairs was seen 4 % off after five steps of growing distance.
-    rtol = 1e-5 if "bf16" not in name else 5e-2
-    torch.testing.assert_close(rows, plain[0], rtol=rtol, atol=0)
+    # AdamW's first update is nearly the sign of the gradient, so where that is close to zero, rounding moves a weight by
+    # a whole step: the gradient norms that follow were seen 2e-5 off in fp32, and in bf16, after five steps, 4 %.
+    first, later = (2e-6, 5e-5) if "bf16" not in name else (5e-2, 5e-2)
+    torch.testing.assert_close(rows[0], plain[0][0], rtol=first, atol=0)
+    torch.testing.assert_close(rows, plain[0], rtol=later, atol=0)
 
 
 @pytest.mark.parametrize("ranks, name", [run for run in RUNS if "bf16" not in run[1]])
