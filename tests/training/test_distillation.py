@@ -128,8 +128,8 @@ def trained(ranks_of, teacher, tmp_path_factory):
 def test_steps_equal_plain_pytorch(trained, plain, ranks, name):
     rows = torch.tensor(json.loads((trained[ranks] / "rows.json").read_text())[name], dtype=torch.float64)
     assert rows.shape == (worker.STEPS, 4) and plain[0][:, 1].min() > 0.05
-    # AdamW's first update is nearly the sign of the gradient, so where that is close to zero, rounding moves a weight by
-    # a whole step: the gradient norms that follow were seen 2e-5 off in fp32, and in bf16, after five steps, 4 %.
+    # AdamW's first update is nearly the sign of the gradient, so where that is close to zero, rounding moves a weight
+    # by a whole step: the gradient norms that follow were seen 2e-5 off in fp32, and in bf16, after five steps, 4 %.
     first, later = (2e-6, 5e-5) if "bf16" not in name else (5e-2, 5e-2)
     torch.testing.assert_close(rows[0], plain[0][0], rtol=first, atol=0)
     torch.testing.assert_close(rows, plain[0], rtol=later, atol=0)
