@@ -155,11 +155,15 @@ class ShardPool:
         self._logged: set[int] = set()
 
     def open(self, number: int) -> Shard:
-        """Shard ``number``; ShardError if it cannot be used."""
+        """Shard ``number``; ShardError if it cannot be used. Counts and logs that it was rewritten."""
         shard = self._open.get(number)
         if shard is None:
             self._reading(number)
             shard = self._open[number] = self._shards.open(number)
+            # Here and not with the other counts: whoever opens it first lists it anew, and no one sees a change again.
+            if shard.changed:
+                log_skip(Drop.SHARD_CHANGED, shard.name)
+                self.skipped[Drop.SHARD_CHANGED] += 1
         return shard
 
     def expect(self, number: int) -> None:
@@ -192,13 +196,10 @@ class ShardPool:
         return Example(pair, image, self._source, taught)
 
     def count_shard(self, shard: Shard) -> None:
-        """Count and log what is skipped of a shard as a whole: members of its tar, and that it was rewritten."""
+        """Count and log the members of a shard's tar that are skipped."""
         for reason, number in shard.drops.items():
             log_skip(Drop(reason), shard.name, f"{number} members")
             self.skipped[reason] += number
-        if shard.changed:
-            log_skip(Drop.SHARD_CHANGED, shard.name)
-            self.skipped[Drop.SHARD_CHANGED] += 1
 
     def _read(self, shard: Shard, row: int, epoch: int) -> Pair:
         takedown = self._takedown

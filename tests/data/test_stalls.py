@@ -198,6 +198,20 @@ def test_one_shard_feeds_every_rank(make_loader: Callable[..., TrainLoader], tmp
     assert len(set(first_epoch)) == 60
 
 
+def test_whoever_opens_a_rewritten_shard_first_counts_it(
+    make_loader: Callable[..., TrainLoader], tmp_path: Path, pairs: list[Pair]
+) -> None:
+    """Here a rank that begins in the middle of the shard."""
+    (only,) = pack_pairs(pairs, tmp_path / "one", pairs_per_shard=100)
+    os.utime(only, LONG_AGO)
+    assert not skipped([next(make_loader(only, rank=1, world_size=4))])["shard_changed"]
+    (shorter,) = pack_pairs(pairs[:40], tmp_path / "shorter", pairs_per_shard=100)
+    only.write_bytes(shorter.read_bytes())
+    os.utime(only, (1, 1))
+    counts = [skipped([next(make_loader(only, rank=rank, world_size=4))])["shard_changed"] for rank in (1, 0)]
+    assert counts == [1, 0]
+
+
 def test_fewer_samples_than_lanes_ends_every_rank_that_finds_out(
     make_loader: Callable[..., TrainLoader], tmp_path: Path, pairs: list[Pair]
 ) -> None:
