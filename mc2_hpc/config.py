@@ -280,6 +280,11 @@ class RunConfig:
             raise UserError("model.patch_dropout and freeze.vision=all: no part of the image tower is trained; set one")
         if self.eval.ema and not self.optim.ema_decay:
             raise UserError("eval.ema=true: there is no moving average; set optim.ema_decay")
+        if self.model.attention == "xformers" and self.precision == Precision.FP32:
+            raise UserError(
+                "model.attention=xformers and precision=fp32: its kernels compute in half types only; "
+                "set precision=bf16 or model.attention=auto"
+            )
         if self.precision == Precision.FP8 and self.zero.stage == 3:
             raise UserError(
                 "precision=fp8 and zero.stage=3: products in fp8 would keep the whole weights that stage 3 divides; "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from mc2_hpc.errors import UserError
+from mc2_hpc.errors import UserError, first_line
 from mc2_hpc.kernels.linear import linear
 from mc2_hpc.kernels.split_qkv import split_qkv
 from mc2_hpc.models.fused import LayerNorm, Product, QuickGELU
@@ -32,7 +32,7 @@ from mc2_hpc.models.packed_attention import (
     torch_varlen,
     xformers_block_diagonal,
 )
-from mc2_hpc.models.packed_captions import Packing
+from mc2_hpc.models.packed_captions import Packing, pack
 from mc2_hpc.models.rows import take_rows
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ def _load_sdpa(device_type: str) -> AttentionBackend:
 
 
 def _load_xformers(device_type: str) -> AttentionBackend:
+    # It warns of extensions that do not load. Whether one is missing that is needed, the check below says in one line.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     try:
         from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
@@ -88,7 +90,28 @@ def _load_xformers(device_type: str) -> AttentionBackend:
         bias = LowerTriangularMask() if causal else None
         return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
 
-    return AttentionBackend(attend, attend_packed)
+    backend = AttentionBackend(attend, attend_packed)
+    try:
+        _run_once(backend, torch.device(device_type))
+    except (NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"model.attention='xformers': the installed xformers cannot compute it on {device_type} "
+            f"({first_line(error)}); install a build for PyTorch {torch.__version__} or set model.attention=sdpa"
+        ) from None
+    return backend
+
+
+@torch.enable_grad()
+def _run_once(backend: AttentionBackend, device: torch.device) -> None:
+    """Both passes of each kind of attention that the towers compute.
+
+    A package whose extensions were built for another PyTorch or CUDA imports, and fails when it is first called.
+    """
+    qkv_T3HD = torch.zeros(4, 3, 2, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    q_BHLD, k_BHLD, v_BHLD = qkv_T3HD[None].permute(2, 0, 3, 1, 4).unbind()
+    outputs = [backend.attend(q_BHLD, k_BHLD, v_BHLD, causal=causal) for causal in (False, True)]
+    outputs.append(backend.attend_packed(qkv_T3HD, pack([1, 3], 4, device)))
+    torch.stack([output.float().sum() for output in outputs]).sum().backward()
 
 
 ATTENTION_BACKENDS: dict[str, Callable[[str], AttentionBackend]] = {"sdpa": _load_sdpa, "xformers": _load_xformers}
@@ -102,7 +125,7 @@ def resolve_attention(name: str, device_type: str) -> AttentionBackend:
     """The attention backend that ``model.attention`` names; ``auto`` chooses by device and logs its choice.
 
     Raises:
-        UserError: the backend's package is not installed, or the name is unknown.
+        UserError: the backend's package is not installed or has no kernels for this device, or the name is unknown.
     """
     if name == "auto":
         name = _AUTO_ATTENTION.get(device_type, "sdpa")

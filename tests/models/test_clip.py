@@ -151,6 +151,13 @@ def test_a_backend_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch
         resolve_attention("xformers", "cuda")
 
 
+def test_xformers_without_a_kernel_for_the_device_is_an_error_at_the_start() -> None:
+    """Of the real package, whose kernels are for GPUs: it imports, and fails at the first call."""
+    with pytest.raises(UserError, match="^model.attention=.xformers.: .*cannot compute it on cpu") as found:
+        resolve_attention("xformers", "cpu")
+    assert "\n" not in str(found.value)
+
+
 @torch.no_grad()
 def test_another_attention_function_is_used_by_every_block(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     images, tokens = torch.randn(2, 3, 24, 24), rows([3, 9])
