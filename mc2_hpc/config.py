@@ -285,6 +285,11 @@ class RunConfig:
                 "model.attention=xformers and precision=fp32: its kernels compute in half types only; "
                 "set precision=bf16 or model.attention=auto"
             )
+        if self.model.compile and self.zero.stage == 3:
+            raise UserError(
+                "model.compile=true and zero.stage=3: DeepSpeed fetches parameters around every layer, which breaks "
+                "the compiled graph there; set model.compile=false, or zero.stage to 0, 1 or 2"
+            )
         if self.precision == Precision.FP8 and self.zero.stage == 3:
             raise UserError(
                 "precision=fp8 and zero.stage=3: products in fp8 would keep the whole weights that stage 3 divides; "

@@ -226,11 +226,12 @@ def shipped(config: RunConfig, machine: Machine) -> Settings:
 def leaner(config: RunConfig, machine: Machine) -> list[Settings]:
     """Changes that need less and less memory, the leanest last."""
     steps: list[dict[str, Any]] = [{"model.recompute": "selective"}, {"model.recompute": "full"}]
-    full = {"model.recompute": "full", "model.embedding": "sharded", "model.text_packing": True}
+    full: dict[str, Any] = {"model.recompute": "full", "model.embedding": "sharded", "model.text_packing": True}
     if machine.ranks > 1:
         steps.append({**full, "zero.stage": max(2, config.zero.stage)})
-        if is_valid(config, {"zero.stage": 3}, machine):
-            full["zero.stage"] = 3
+        divided = {"zero.stage": 3, "model.compile": False}
+        if is_valid(config, divided, machine):
+            full |= divided
     pairs = _pairs(config, machine)
     micro_batch = config.micro_batch or pairs
     while micro_batch > 1 and -(-pairs // micro_batch) < _MOST_PASSES:

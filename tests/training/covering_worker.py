@@ -41,8 +41,10 @@ Row = dict[str, Any]
 
 
 def allowed(row: Mapping[str, Any]) -> bool:
-    """Compiled blocks do not take Triton kernels, and only ZeRO 1 and 2 scatter (configs refuse both)."""
+    """Compiled blocks take neither Triton kernels nor ZeRO 3, and only ZeRO 1 and 2 scatter (configs refuse both)."""
     if row.get("zero.reduction") == "scatter" and row.get("zero.stage") in (0, 3):
+        return False
+    if row.get("model.compile") and row.get("zero.stage") == 3:
         return False
     return not (row.get("model.compile") and "triton" in (row.get("model.norm"), row.get("model.activation")))
 

@@ -53,6 +53,7 @@ CASES = {
     "heads do not divide": (["model.text.heads=5"], ["heads=5"]),
     "xformers without a GPU": (["model.attention=xformers", "precision=bf16"], ["on cpu", "install a build"]),
     "xformers in fp32": (["model.attention=xformers"], ["precision=fp32", "attention=xformers", "half types"]),
+    "compiled at stage 3": (["model.compile=true", "zero.stage=3"], ["model.compile=true", "zero.stage=3", "breaks"]),
     "triton without a GPU": (["loss.backend=triton"], ["loss.backend=triton"]),
     "bad stage": (["zero.stage=4"], ["zero.stage"]),
     "bad range": (["data.crop_scale=[0.9,0.1]"], ["crop_scale"]),

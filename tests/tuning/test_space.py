@@ -101,6 +101,12 @@ def test_a_config_that_excludes_a_stage_still_gets_leaner(config, machine):
     assert {each.get("zero.stage", 1) for each in found} <= {1, 2}
 
 
+def test_stage_3_is_leaner_than_compiled_blocks(config, machine):
+    """Which configs refuse together."""
+    found = leaner(with_settings(config, {"model.compile": True}), machine)
+    assert found[-1]["zero.stage"] == 3 and found[-1]["model.compile"] is False
+
+
 def test_the_fattest_settings_are_a_config(config, machine):
     for each in fattest(machine):
         assert config_to_dict(with_settings(config, each))["micro_batch"] == 0
